@@ -1,0 +1,182 @@
+"""Frozen dataclasses for every setting, with their checks and their JSON form. No torch here.
+
+Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tinyld.errors import TinyldError, UsageError
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON types; tuples become lists."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
+    """`cls` from JSON values, refusing unknown or missing keys and wrong types; `where` names the file in the error."""
+    if not isinstance(values, dict):
+        raise TinyldError(f"{where}: expected an object with the fields of {cls.__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise TinyldError(f"{where}: unknown key {', '.join(map(repr, unknown))}; allowed: {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        kwargs[name] = _check_type(value, hints[name], f"{where}: {name}")
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in kwargs]
+    if required:
+        raise TinyldError(f"{where}: missing key {', '.join(map(repr, required))}")
+    try:
+        return cls(**kwargs)
+    except UsageError as error:
+        raise TinyldError(f"{where}: {error}") from None
+
+
+def _check_type(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if origin is types.NoneType and value is None:
+            return value
+        if isinstance(value, bool) and origin is not bool:
+            continue
+        if isinstance(origin, type) and isinstance(value, origin):
+            if origin is tuple:
+                args = [a for a in typing.get_args(option) if a is not Ellipsis]
+                return tuple(_check_type(v, args[0], where) for v in value) if args else value
+            return value
+    raise TinyldError(f"{where}: {value!r} is not of type {hint if len(options) > 1 else options[0].__name__}")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises UsageError with `message` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises UsageError naming the allowed values unless `value` is one of them."""
+    check(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the denoiser. `vocab_size` is known once the tokenizer is."""
+
+    vocab_size: int
+    d_model: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    d_ff: int = 1024
+    max_length: int = 256  # tokens a row may have, answer and markers included
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(
+            self.d_model % self.num_heads == 0,
+            f"num_heads must divide d_model, got d_model {self.d_model} and num_heads {self.num_heads}",
+        )
+        check((self.d_model // self.num_heads) % 2 == 0, "d_model / num_heads must be even (rotary positions)")
+
+    def num_parameters(self) -> int:
+        """Closed-form parameter count of the denoiser (embedding tied with the head)."""
+        d, f = self.d_model, self.d_ff
+        attention = 4 * (d * d + d)
+        mlp = d * f + f + f * d + d
+        block = attention + mlp + 2 * 2 * d
+        return self.vocab_size * d + self.num_layers * block + 2 * d + self.vocab_size
+
+
+# About 0.15M, 7M and 110M parameters at the vocabulary sizes of VOCAB_SIZES.
+PRESETS: dict[str, dict[str, int]] = {
+    "nano": {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 256, "max_length": 128},
+    "small": {"d_model": 256, "num_layers": 6, "num_heads": 4, "d_ff": 1024, "max_length": 256},
+    "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},
+}
+VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
+
+SCHEDULES = ("linear", "cosine")
+LOSSES = ("uniform", "elbo")
+TIME_SAMPLINGS = ("uniform", "bell")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How text is noised while training, and how the loss is weighted over t."""
+
+    schedule: str = "linear"  # t -> keep_prob
+    loss: str = "uniform"  # uniform: plain cross-entropy; elbo: weighted by -keep_prob'(t) / mask_ratio(t)
+    time_sampling: str = "bell"  # uniform on (0, 1], or Beta(2, 2), which spends less on the two easy ends
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("time_sampling", self.time_sampling, TIME_SAMPLINGS)
+        check(
+            not (self.loss == "elbo" and self.time_sampling == "bell"),
+            "loss elbo is a bound only under time_sampling uniform, got bell",
+        )
+
+
+OPTIMIZERS = ("adamw", "muon")
+DECAYS = ("cosine", "linear", "none")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop, for pretraining and fine-tuning alike. Exactly one budget is set, or `epochs`."""
+
+    steps: int | None = None  # optimizer updates
+    tokens: int | None = None  # tokens read
+    minutes: float | None = None  # wall-clock minutes of training
+    epochs: float | None = None  # passes over the training rows
+    batch_size: int = 32  # rows an optimizer update reads
+    accumulate: int = 1  # micro-batches an update is split into
+    lr: float = 1e-3
+    optimizer: str = "adamw"  # muon: Muon for the matrices inside blocks, AdamW for the rest
+    weight_decay: float = 0.01
+    warmup: float = 0.05  # fraction of the budget
+    decay: str = "linear"
+    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    ema: float = 0.0  # decay of the averaged weights; 0 turns averaging off
+    seed: int = 0
+    dtype: str = "auto"  # auto: bf16 where the processor or GPU has it in hardware
+    device: str = "auto"
+    eval_every: int = 500  # steps between held-out evaluations
+    save_minutes: float = 5.0  # wall-clock minutes between checkpoints
+    keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        budgets = [n for n in ("steps", "tokens", "minutes", "epochs") if getattr(self, n) is not None]
+        check(len(budgets) == 1, f"give one budget of steps, tokens, minutes, epochs; got {budgets or 'none'}")
+        check(getattr(self, budgets[0]) > 0, f"{budgets[0]} must be above 0, got {getattr(self, budgets[0])}")
+        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        check(self.accumulate >= 1, f"accumulate must be at least 1, got {self.accumulate}")
+        check(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        check(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
+        check(0 <= self.warmup < 1, f"warmup is a fraction of the budget in [0, 1), got {self.warmup}")
+        check(self.clip >= 0, f"clip must be at least 0, got {self.clip}")
+        check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
+        check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        check(self.keep >= 1, f"keep must be at least 1, got {self.keep}")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("decay", self.decay, DECAYS)
+        check_choice("dtype", self.dtype, DTYPES)

@@ -1,0 +1,181 @@
+"""Rows -> ids -> batches, for pretraining text and for tasks. What a step reads is a function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyld.errors import TinyldError
+from tinyld.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tinyld.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean rows of one width L."""
+
+    x0: Tensor  # (B, L) int64
+    answer_mask: Tensor  # (B, L) bool: may be noised and is scored (every real token while pretraining)
+    attention_mask: Tensor  # (B, L) bool: real token, not padding
+    rows: Tensor  # (B,) int64: which rows of the source these are
+
+
+class Source(Protocol):
+    """Rows that training reads."""
+
+    def __len__(self) -> int: ...
+    def steps_per_epoch(self, batch_size: int) -> int: ...
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch: ...
+
+
+def seeded(*key: int) -> np.random.Generator:
+    """A numpy generator that is a function of `key` alone."""
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def torch_seeded(*key: int) -> torch.Generator:
+    """A torch (CPU) generator that is a function of `key` alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------------------------------------- pretraining text
+
+
+def tokenize_documents(lines: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """One stream of ids, an [EOS] after every document; uint16 where the vocabulary fits, else uint32."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
+    parts = []
+    for start in range(0, len(lines), 20_000):
+        for ids in tokenizer.encode_batch(lines[start : start + 20_000]):
+            parts.append(np.array([*ids, tokenizer.eos_id], dtype=dtype))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+class TextRows:
+    """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch."""
+
+    def __init__(self, stream: np.ndarray, length: int, bos_id: int):
+        self.stream, self.width, self.bos_id = stream, length - 1, bos_id
+        self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
+        if self.num_rows < 1:
+            raise TinyldError(
+                f"too little text: {len(stream)} tokens, at least {2 * self.width} are needed for rows of {length} tokens"
+            )
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return max(1, self.num_rows // batch_size)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        rng = seeded(seed, 1, epoch)
+        offset = int(rng.integers(self.width)) if epoch else 0
+        order = rng.permutation(self.num_rows)
+        return self.take(order[place * batch_size : (place + 1) * batch_size], offset)
+
+    def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
+        starts = offset + rows.astype(np.int64) * self.width
+        ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
+        x0 = torch.from_numpy(np.concatenate([np.full((len(rows), 1), self.bos_id), ids], axis=1))
+        real = torch.ones_like(x0, dtype=torch.bool)
+        return Batch(x0, real & (x0 != self.bos_id), real, torch.from_numpy(rows.astype(np.int64)))
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+class TaskRows:
+    """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
+
+    Answers shorter than the slot are filled with [EOS] (LLaDA). Rows longer than `max_length` lose the beginning of
+    their prompt, never the template's end or the answer.
+    """
+
+    def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):
+        self.task = task
+        self.slot = slot_width(task, tokenizer)
+        self.labels = np.array([-1 if e.label is None else e.label for e in examples])
+        before = tokenizer.encode_batch([e.before for e in examples])
+        after = tokenizer.encode_batch([e.after for e in examples])
+        answers = tokenizer.encode_batch([e.answer for e in examples])
+        room = max_length - self.slot - 2
+        if room < 1:
+            raise TinyldError(f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens")
+        self.ids: list[np.ndarray] = []
+        self.starts = np.zeros(len(examples), dtype=np.int64)
+        self.truncated = 0
+        for i, (head, answer, tail) in enumerate(zip(before, answers, after, strict=True)):
+            if len(head) + len(tail) > room:
+                self.truncated += 1
+                tail = tail[:room]
+                head = head[len(head) + len(tail) - room :]
+            answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
+            self.starts[i] = 1 + len(head)
+            row = [tokenizer.bos_id, *head, *answer, *tail, tokenizer.eos_id]
+            self.ids.append(np.array(row, dtype=np.int32))
+        self.lengths = np.array([len(row) for row in self.ids])
+        self.pad_id = tokenizer.pad_id
+        self._order: tuple[tuple[int, int, int], list[np.ndarray]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return -(-len(self.ids) // batch_size)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        key = (epoch, batch_size, seed)
+        if self._order is None or self._order[0] != key:
+            self._order = (key, self._epoch_batches(*key))
+        return self.take(self._order[1][place])
+
+    def _epoch_batches(self, epoch: int, batch_size: int, seed: int) -> list[np.ndarray]:
+        """Rows of like length together, drawn from pools of 64 batches so that batches differ between epochs."""
+        rng = seeded(seed, 1, epoch)
+        order = rng.permutation(len(self.ids))
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), 64 * batch_size):
+            pool = order[start : start + 64 * batch_size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def in_length_order(self, batch_size: int) -> list[np.ndarray]:
+        """Every row once, in batches of like length: the order for evaluation and caching."""
+        order = np.argsort(self.lengths, kind="stable")
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def take(self, rows: np.ndarray) -> Batch:
+        width = int(self.lengths[rows].max())
+        x0 = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        answer = np.zeros((len(rows), width), dtype=bool)
+        real = np.zeros((len(rows), width), dtype=bool)
+        for i, row in enumerate(rows):
+            ids, start = self.ids[row], self.starts[row]
+            x0[i, : len(ids)] = ids
+            real[i, : len(ids)] = True
+            answer[i, start : start + self.slot] = True
+        return Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64))))
+
+
+def slot_width(task: Task, tokenizer: Tokenizer) -> int:
+    """Tokens in the task's answer slot: its longest verbalizer's, or `answer_tokens` for a generation task."""
+    if task.is_generation:
+        return task.answer_tokens
+    width = 0
+    for label, words in task.verbalizer.items():
+        ids = tokenizer.encode(words)
+        if tokenizer.unk_id in ids or not ids:
+            raise TinyldError(f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}")
+        width = max(width, len(ids))
+    return width

@@ -1,0 +1,193 @@
+"""Masked diffusion: schedules, forward masking, losses and the NLL bound. Takes any callable denoiser.
+
+t is in [0, 1]: 0 is clean, 1 fully masked. `keep_prob(t)` is the papers' alpha_t. Formulas: MDLM (arXiv 2406.07524).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyld.config import DiffusionConfig
+
+T_MIN = 1e-3  # smallest t drawn: the ELBO's weight 1/t is finite there
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A noise schedule: `keep_prob(t)` and its derivative, both on tensors of any shape."""
+
+    keep_prob: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+    def mask_ratio(self, t: Tensor) -> Tensor:
+        """Chance that a token is masked at time t."""
+        return 1.0 - self.keep_prob(t)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """The ELBO's loss weight -keep_prob'(t) / (1 - keep_prob(t)) (MDLM, eq. 10)."""
+        return -self.derivative(t) / self.mask_ratio(t)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": Schedule(lambda t: 1.0 - t, lambda t: -torch.ones_like(t)),
+    "cosine": Schedule(
+        lambda t: 1.0 - torch.cos(math.pi / 2 * (1.0 - t)), lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1.0 - t))
+    ),
+}
+
+
+def sample_t(n: int, generator: torch.Generator, sampling: str = "uniform") -> Tensor:
+    """(n,) times in [T_MIN, 1], stratified: one draw from each n-th of the distribution, in random order.
+
+    `bell` is Beta(2, 2), by its closed-form quantile function.
+    """
+    u = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1.0
+    u = u[torch.randperm(n, generator=generator)]
+    if sampling == "bell":
+        u = 0.5 - torch.sin(torch.asin(1.0 - 2.0 * u) / 3.0)
+    return T_MIN + (1.0 - T_MIN) * u
+
+
+def add_noise(
+    x0: Tensor, t: Tensor, maskable: Tensor, mask_id: int, schedule: Schedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(xt, is_masked), both (B, L): each maskable token of x0 is masked with chance mask_ratio(t), independently."""
+    chance = schedule.mask_ratio(t)[:, None]  # (B, 1)
+    is_masked = (torch.rand(x0.shape, generator=generator) < chance) & maskable
+    return torch.where(is_masked, mask_id, x0), is_masked
+
+
+def add_noise_counted(
+    x0: Tensor, t: Tensor, maskable: Tensor, mask_id: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(xt, is_masked, ratio): exactly ceil(t * n) of a row's n maskable tokens are masked; ratio (B,) is that share.
+
+    Given its count, a set of masked positions is as likely here as under any schedule, so
+    E[CE summed / ratio] over a uniform t is the same ELBO with less variance (LLaDA's likelihood, arXiv 2502.09992).
+    A one-token answer is always masked, and its loss is exact.
+    """
+    n = maskable.sum(1)  # (B,)
+    count = torch.clamp(torch.ceil(t * n - 1e-6), min=1).to(torch.int64)
+    order = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
+    is_masked = (order < count[:, None]) & maskable
+    return torch.where(is_masked, mask_id, x0), is_masked, count / n.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch at time t: what the denoiser sees and what it is scored on."""
+
+    xt: Tensor  # (B, L) int64
+    x0: Tensor  # (B, L) int64
+    is_masked: Tensor  # (B, L) bool
+    t: Tensor  # (B,)
+    weight: Tensor  # (B,): loss weight of each masked token of a row
+    attention_mask: Tensor | None  # (B, L) bool; None when nothing is padding
+    prompt_mask: Tensor  # (B, L) bool
+    cached: Tensor | None = None  # (B, L, D) states of the frozen lower blocks, where they were kept
+
+    def split(self, parts: int) -> list[Noised]:
+        """Micro-batches of about equal numbers of rows, on the same noise."""
+        if parts == 1:
+            return [self]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows = torch.arange(len(self.t)).chunk(parts)
+        return [Noised(**{k: None if v is None else v[r] for k, v in values.items()}) for r in rows]
+
+    def to(self, device: torch.device) -> Noised:
+        if device.type == "cpu":
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Noised(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+
+
+def noise_batch(
+    x0: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor,
+    mask_id: int,
+    config: DiffusionConfig,
+    generator: torch.Generator,
+    counted: bool,
+) -> tuple[Noised, float]:
+    """(noised batch, normaliser): the loss of the batch is sum(weight * CE over masked tokens) / normaliser.
+
+    `counted` masks an exact number of tokens and tells the denoiser the exact ratio as t (tasks: answers are short);
+    otherwise tokens are masked independently (pretraining).
+    """
+    schedule = SCHEDULES[config.schedule]
+    t = sample_t(len(x0), generator, config.time_sampling)
+    if counted:
+        xt, is_masked, t = add_noise_counted(x0, t, answer_mask, mask_id, generator)
+        weight = 1.0 / t
+    else:
+        xt, is_masked = add_noise(x0, t, answer_mask, mask_id, schedule, generator)
+        weight = schedule.weight(t)
+    if config.loss == "uniform":
+        weight, normaliser = torch.ones_like(t), float(is_masked.sum())
+    else:
+        normaliser = float(answer_mask.sum())
+    real = None if bool(attention_mask.all()) else attention_mask
+    noised = Noised(xt, x0, is_masked, t.float(), weight.float(), real, attention_mask & ~answer_mask)
+    return noised, max(normaliser, 1.0)
+
+
+def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
+    """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,)."""
+    h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached)
+    nll = denoiser.nll(h[noised.is_masked], noised.x0[noised.is_masked])
+    return nll, noised.is_masked.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error, over n rows."""
+
+    mean: float
+    stderr: float
+    n: int
+
+
+def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
+    """sum(numerator) / sum(denominator) over rows, with the ratio estimator's standard error."""
+    n = len(numerator)
+    mean = numerator.sum() / denominator.sum()
+    residual = numerator - mean * denominator
+    stderr = (residual.square().sum() / max(n - 1, 1) * n).sqrt() / denominator.sum()
+    return Estimate(float(mean), float(stderr), n)
+
+
+@torch.no_grad()
+def nll_bound(
+    denoiser: Any,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    mask_id: int,
+    schedule: str = "linear",
+    draws: int = 1,
+    seed: int = 0,
+    counted: bool = False,
+) -> Estimate:
+    """Upper bound on the NLL in nats per answer token (the negative ELBO), with its standard error over rows.
+
+    batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row. Any schedule bounds the
+    same quantity; `counted` has the lower variance.
+    """
+    config = DiffusionConfig(schedule=schedule, loss="elbo", time_sampling="uniform")
+    generator = torch.Generator().manual_seed(seed)
+    sums, counts = [], []
+    for x0, answer_mask, attention_mask in batches:
+        total = torch.zeros(len(x0))
+        for _ in range(draws):
+            noised, _ = noise_batch(x0, answer_mask, attention_mask, mask_id, config, generator, counted)
+            noised = noised.to(next(denoiser.parameters()).device)
+            nll, row = token_nll(denoiser, noised)
+            total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll * noised.weight[row]).float().cpu())
+        sums.append(total / draws)
+        counts.append(answer_mask.sum(1).float())
+    return ratio_estimate(torch.cat(sums), torch.cat(counts))

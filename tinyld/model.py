@@ -1,0 +1,204 @@
+"""The denoiser: a bidirectional pre-norm transformer from noised ids to token logits.
+
+It knows nothing of schedules, tasks or methods. Methods meet it at three seams:
+  - `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
+  - every Linear of a block, which is *called* (so it can be wrapped), and every bias;
+  - `Denoiser.push`, which may change the residual stream before any block and after the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld.config import ModelConfig
+
+LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
+PushAt = Callable[[int, Tensor], Tensor]  # (depth, h) -> h, both (B, L, D)
+
+
+class Push(Protocol):
+    """What may be hung on `Denoiser.push`."""
+
+    first_depth: int  # states before this block are the frozen base's own
+
+    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
+        """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers."""
+        ...
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the rotary position angles, each (max_length, head width) (RoFormer, arXiv 2104.09864)."""
+    width = config.d_model // config.num_heads
+    frequency = config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.arange(config.max_length, dtype=torch.float32)[:, None] * frequency[None, :]
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions applied to x: (B, H, L, head width)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class HeadNLL(torch.autograd.Function):
+    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
+
+    On two cores the vocabulary's softmax is the largest single cost of pretraining. The forward pass keeps
+    (softmax - onehot), and the incoming gradient scales the small (N, D) factors, so that neither a second softmax
+    nor another (N, V) product is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        probs = torch.softmax(F.linear(h, weight, bias), dim=1)  # (N, V)
+        rows = torch.arange(len(target), device=target.device)
+        nll = -torch.log(probs[rows, target].float().clamp(min=1e-30))
+        probs[rows, target] -= 1.0
+        ctx.save_for_backward(h, weight, probs)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight, probs = ctx.saved_tensors
+        grad = grad.to(probs.dtype)
+        need_h, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_h = (probs @ weight) * grad[:, None] if need_h else None
+        grad_weight = probs.T @ (h * grad[:, None]) if need_weight else None
+        grad_bias = (grad[None, :] @ probs).squeeze(0) if need_bias else None
+        return grad_h, grad_weight, grad_bias, None
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)); h: (B, L, D)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, f = config.d_model, config.d_ff
+        self.num_heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.query = nn.Linear(d, d)
+        self.key = nn.Linear(d, d)
+        self.value = nn.Linear(d, d)
+        self.out = nn.Linear(d, d)
+        self.mlp_norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.up = nn.Linear(d, f)
+        self.down = nn.Linear(f, d)
+        self.after_attention: nn.Module = nn.Identity()
+        self.after_mlp: nn.Module = nn.Identity()
+
+    def attend(self, h: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, head width)
+
+        q, k, v = heads(self.query(h)), heads(self.key(h)), heads(self.value(h))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None) -> Tensor:
+        h = h + self.after_attention(self.attend(self.attention_norm(h), cos, sin, key_mask))
+        return h + self.after_mlp(self.down(F.gelu(self.up(self.mlp_norm(h)))))
+
+
+class Denoiser(nn.Module):
+    """p(x0 | xt): logits over the vocabulary for every position asked for."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.push: Push | None = None
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal(0, 0.02) matrices, residual outputs scaled by 1/sqrt(2 num_layers) (GPT-2); biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                std = 0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02
+                parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.zero_()
+
+    def embed(self, xt: Tensor) -> Tensor:
+        """Token embeddings. xt: (B, L) int64 -> (B, L, D)."""
+        return self.embedding(xt)
+
+    def run_blocks(
+        self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None
+    ) -> Tensor:
+        """States before block `stop`, from states `h` (B, L, D) before block `start`.
+
+        attention_mask: (B, L) bool, or None when no position is padding.
+        """
+        length = h.shape[1]
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        for depth in range(start, stop):
+            if push_at is not None:
+                h = push_at(depth, h)
+            h = self.blocks[depth](h, cos, sin, key_mask)
+        return h
+
+    def states(
+        self,
+        xt: Tensor,
+        t: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        cached: Tensor | None = None,
+    ) -> Tensor:
+        """Final states (B, L, D), before the final norm.
+
+        `cached` are the states before block `push.first_depth`, computed earlier on the same xt: nothing below
+        that block runs again. t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
+        """
+        first, push_at = 0, None
+        if self.push is not None:
+            if t is None or prompt_mask is None:
+                raise ValueError("a denoiser with a push needs t and prompt_mask")
+            first, push_at = self.push.first_depth, self.push.start(t, prompt_mask)
+        h = cached if cached is not None else self.run_blocks(self.embed(xt), attention_mask, 0, first)
+        h = self.run_blocks(h, attention_mask, first, self.config.num_layers, push_at)
+        return h if push_at is None else push_at(self.config.num_layers, h)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Vocabulary logits (..., V) of final states (..., D)."""
+        return F.linear(self.final_norm(h), self.embedding.weight, self.output_bias)
+
+    def nll(self, h: Tensor, target: Tensor) -> Tensor:
+        """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        h = self.final_norm(h).to(dtype)
+        weight, bias = self.embedding.weight.to(dtype), self.output_bias.to(dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            return HeadNLL.apply(h, weight, bias, target)
+
+    def forward(
+        self,
+        xt: Tensor,
+        t: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        where: Tensor | None = None,
+        cached: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), which costs a head of N rows only."""
+        h = self.states(xt, t, attention_mask, prompt_mask, cached)
+        return self.head(h if where is None else h[where])

@@ -1,0 +1,84 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tinyld.config import TrainConfig
+
+
+class Optimizer:
+    """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and AdamW on the rest.
+
+    Muon (torch.optim.Muon, Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. Biases, norms and
+    one-dimensional parameters get no weight decay.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig):
+        self.names = {id(p): n for n, p in parameters.items()}
+        muon = [
+            p for n, p in parameters.items() if config.optimizer == "muon" and p.dim() == 2 and n.startswith("blocks.")
+        ]
+        taken = {id(p) for p in muon}
+        rest = [p for p in parameters.values() if id(p) not in taken]
+        groups = [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if groups:
+            self.parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True))
+        if muon:
+            self.parts.append(
+                torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+        self.lr = config.lr
+
+    def set_lr(self, factor: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.lr * factor
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every state tensor as `optim.<parameter>.<key>`."""
+        flat = {}
+        for part in self.parts:
+            for parameter, values in part.state.items():
+                for key, value in values.items():
+                    flat[f"optim.{self.names[id(parameter)]}.{key}"] = torch.as_tensor(value).detach().clone()
+        return flat
+
+    def load_state(self, flat: Mapping[str, Tensor]) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    prefix = f"optim.{self.names[id(parameter)]}."
+                    values = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
+                    if values:
+                        part.state[parameter] = {
+                            k: v.clone() if k == "step" else v.to(parameter.device, copy=True) for k, v in values.items()
+                        }
+
+
+def lr_factor(progress: float, warmup: float, decay: str) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then decay to 0."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    if decay == "none":
+        return 1.0
+    left = (1.0 - progress) / (1.0 - warmup)
+    return left if decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))

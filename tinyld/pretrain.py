@@ -1,0 +1,126 @@
+"""Pretraining: text files -> tokenizer, token stream -> denoiser -> a base in a run folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from tinyld.data import TextRows, tokenize_documents, torch_seeded
+from tinyld.diffusion import nll_bound
+from tinyld.errors import TinyldError
+from tinyld.model import Denoiser
+from tinyld.runs import CONFIG, TOKENIZER, RunFolder, environment, save_base, sha256
+from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
+from tinyld.train import Objective, resolve_device, train
+
+
+def unigram_nll(stream: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
+    """Nats per token of `held_out` under add-one unigram counts of `stream`: what knowing no context gives."""
+    counts = np.bincount(stream, minlength=vocab_size) + 1.0
+    return float(-np.log(counts / counts.sum())[held_out].mean())
+
+
+def split_held_out(lines: list[str], share: float = 0.01) -> tuple[list[str], list[str]]:
+    """(training, held-out) documents; which ones are held out depends on their text alone."""
+    held = [int(sha256(line.encode())[:8], 16) / 2**32 < share for line in lines]
+    return [x for x, h in zip(lines, held, strict=True) if not h], [x for x, h in zip(lines, held, strict=True) if h]
+
+
+def pretrain(
+    folder: RunFolder,
+    data: list[Path],
+    valid: list[Path],
+    model_shape: dict[str, int],
+    vocab_size: int,
+    diffusion: DiffusionConfig,
+    config: TrainConfig,
+    save_dtype: torch.dtype,
+    resume: bool = False,
+    quiet: bool = False,
+    say: Any = print,
+) -> dict[str, Any]:
+    """Trains a base and returns its summary. The folder must be new, or hold a checkpoint when `resume`."""
+    device = resolve_device(config.device)
+    files = find_text_files(data)
+    lines = list(read_lines(files))
+    if valid:
+        held_out_lines = list(read_lines(find_text_files(valid)))
+    else:
+        lines, held_out_lines = split_held_out(lines)
+    if not lines or not held_out_lines:
+        raise TinyldError(f"too little text in {', '.join(map(str, data))}: {len(lines)} documents")
+    if resume:
+        tokenizer = Tokenizer.load(folder.path / TOKENIZER)
+        model_config = from_dict(ModelConfig, folder.config["model"], str(folder.path / CONFIG))
+    else:
+        say(f"training a tokenizer of {vocab_size:,} pieces on {len(lines):,} documents")
+        tokenizer = Tokenizer.train(lines, vocab_size)
+        model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **model_shape)
+    stream = tokenize_documents(lines, tokenizer)
+    held_out = tokenize_documents(held_out_lines, tokenizer)
+    rows = TextRows(stream, model_config.max_length, tokenizer.bos_id)
+    held_out_rows = TextRows(held_out, min(model_config.max_length, max(2, len(held_out) // 2)), tokenizer.bos_id)
+    unigram = unigram_nll(stream, held_out, tokenizer.vocab_size)
+    data_facts = {
+        "files": [str(f) for f in files],
+        "documents": len(lines),
+        "tokens": len(stream),
+        "sha256": sha256(stream.tobytes()),
+        "held_out_tokens": len(held_out),
+        "unigram_nll": unigram,
+    }
+    if resume:
+        if folder.config["data"]["sha256"] != data_facts["sha256"]:
+            raise TinyldError(f"cannot resume {folder.path}: the text differs from what the run began with")
+    else:
+        folder.write(TOKENIZER, tokenizer.to_json().encode())
+        folder.write_json(
+            CONFIG,
+            {
+                "kind": "base",
+                "model": to_dict(model_config),
+                "diffusion": to_dict(diffusion),
+                "train": to_dict(config),
+                "save_dtype": str(save_dtype).removeprefix("torch."),
+                "data": data_facts,
+                "valid": [str(v) for v in valid],
+                "environment": environment(),
+            },
+        )
+    model = Denoiser(model_config, torch_seeded(config.seed, 0)).to(device)
+    say(
+        f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
+        f"a unigram model has {unigram:.3f} nats/token on the held-out text"
+    )
+    sample = np.unique(np.linspace(0, len(held_out_rows) - 1, num=min(64, len(held_out_rows))).astype(int))
+
+    def evaluate() -> dict[str, float]:
+        batches = (held_out_rows.take(chunk) for chunk in np.array_split(sample, math.ceil(len(sample) / 16)))
+        triples = ((b.x0, b.answer_mask, b.attention_mask) for b in batches)
+        bound = nll_bound(model, triples, tokenizer.mask_id, draws=2, counted=True)
+        return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
+
+    objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
+    parameters = dict(model.named_parameters())
+    result = train(
+        model, parameters, rows, objective, config, folder, evaluate, "pretrain", resume=resume, quiet=quiet
+    )
+    save_base(folder, model, parameters, tokenizer, save_dtype)
+    summary = {
+        "parameters": model_config.num_parameters(),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+        "peak_memory_mb": result.peak_memory_mb,
+        "unigram_nll": unigram,
+        **result.metrics,
+    }
+    folder.write_json("results.json", {"pretrain": summary})
+    folder.remove_checkpoints()
+    return summary

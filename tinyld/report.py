@@ -1,0 +1,49 @@
+"""Results as tables on stdout, from the same dictionaries that are written as JSON. The only way a table is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def show(value: Any) -> str:
+    """A number or text as a table shows it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout; numbers right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for i, column in enumerate(columns):
+        numeric = any(isinstance(row[i], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(show(value)) for value in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def escape(text: str) -> str:
+    """Text without control characters or rich markup, safe to print whatever file it came from."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup("".join(c if c.isprintable() else "?" for c in text))
+
+
+def print_record(title: str, record: Mapping[str, Any]) -> None:
+    """One record, a line a field."""
+    print_table(title, ("", ""), [(name.replace("_", " "), show(value)) for name, value in record.items()])

@@ -1,0 +1,306 @@
+"""Run folders: durable atomic files, a manifest with the SHA-256 of each, checkpoints, bases. Safetensors and JSON only.
+
+A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
+(`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
+(evaluations), `checkpoints/` and `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+import tinyld
+from tinyld.config import ModelConfig, from_dict, to_dict
+from tinyld.errors import TinyldError
+from tinyld.model import Denoiser
+from tinyld.tokenizer import Tokenizer
+
+CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.json", "results.json"
+MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
+
+
+# ------------------------------------------------------------------------------------------------ single files
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes `path` whole or not at all, and durably: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TinyldError(f"{path}: cannot be written ({error.strerror or error})") from None
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TinyldError(f"no such file: {path}") from None
+    except OSError as error:
+        raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:80]})") from None
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file that was read into memory; TinyldError when it is damaged or not finite."""
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite")
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+class RunFolder:
+    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, force: bool = False) -> RunFolder:
+        """A new, empty run folder; `force` removes a run that is already there (and nothing but a run)."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not force or not (path / CONFIG).is_file():
+                hint = "choose another --out, or --force to replace it" if (path / CONFIG).is_file() else "choose another --out"
+                raise TinyldError(f"{path} exists and is not empty: {hint}")
+            shutil.rmtree(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TinyldError(f"{path}: cannot be made ({error.strerror})") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        if not (path / CONFIG).is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
+            raise TinyldError(f"no run in {path}: expected {CONFIG}, found {found or 'an empty folder'}")
+        return cls(path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = json.loads(self.read(CONFIG))
+        if not isinstance(config, dict) or config.get("kind") not in ("base", "adapter", "composition"):
+            raise TinyldError(f"{self.path / CONFIG}: not the config of a run (no 'kind')")
+        return config
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file and its SHA-256 into the manifest."""
+        write_atomic(self.path / name, content)
+        manifest = self._manifest()
+        manifest["files"][name] = {"sha256": sha256(content), "bytes": len(content)}
+        write_atomic(self.path / MANIFEST, to_json(manifest))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, to_json(value))
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, checked against the manifest."""
+        path = self.path / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            found = ", ".join(sorted(p.name for p in self.path.iterdir())) if self.path.is_dir() else "no such folder"
+            raise TinyldError(f"no {name} in {self.path}: found {found or 'nothing'}") from None
+        except OSError as error:
+            raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
+        entry = self._manifest()["files"].get(name)
+        if entry is None:
+            raise TinyldError(f"{path}: not listed in {MANIFEST}; it was not written by tinyld")
+        if entry.get("sha256") != sha256(content):
+            raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
+        return content
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        return parse_tensors(self.read(name), self.path / name)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file, from the manifest."""
+        entry = self._manifest()["files"].get(name)
+        if not isinstance(entry, dict) or "sha256" not in entry:
+            raise TinyldError(f"{self.path / MANIFEST}: no entry for {name}")
+        return str(entry["sha256"])
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        if not path.exists():
+            return {"files": {}}
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            raise TinyldError(f"{path}: damaged, expected an object with 'files'")
+        return manifest
+
+    # ---- the metrics log
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run writes again."""
+        kept = [r for r in self.metrics() if r["step"] <= step]
+        write_atomic(self.path / METRICS, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+        """Writes `checkpoints/<step>` whole, then removes all but the newest `keep`."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        final, partial = folder / f"{step:08d}", folder / f".{step:08d}.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        inner = RunFolder(partial)
+        inner.write_tensors("state.safetensors", tensors)
+        inner.write_json("state.json", {"step": step, **state})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        sync_folder(folder)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        folder = self.path / "checkpoints"
+        return sorted(p for p in folder.glob("[0-9]*") if p.is_dir()) if folder.is_dir() else []
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, state) of the newest checkpoint."""
+        found = self.checkpoints()
+        if not found:
+            raise TinyldError(f"nothing to resume in {self.path}: it has no checkpoint")
+        inner = RunFolder(found[-1])
+        return inner.read_tensors("state.safetensors"), inner.read_json("state.json")
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine facts that a result depends on."""
+    return {
+        "tinyld": tinyld.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": " ".join(["tinyld", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ bases
+
+
+@dataclass
+class Base:
+    """A pretrained denoiser with its tokenizer, as loaded from a run folder."""
+
+    path: Path
+    model: Denoiser
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def fingerprint(folder: RunFolder) -> str:
+    """Names a base: a digest of its weights, tokenizer and model config."""
+    parts = [folder.digest(MODEL), folder.digest(TOKENIZER), json.dumps(folder.config["model"], sort_keys=True)]
+    return sha256(" ".join(parts).encode())[:16]
+
+
+def save_base(folder: RunFolder, model: Denoiser, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    folder.write(TOKENIZER, tokenizer.to_json().encode())
+    folder.write_tensors(MODEL, {k: v.to(dtype) for k, v in tensors.items()})
+
+
+def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
+    """A base from its run folder, in fp32; every file is checked against the manifest first."""
+    folder = RunFolder.open(path)
+    config = folder.config
+    if config["kind"] != "base":
+        raise TinyldError(f"{path} is an adapter, not a base; its base is {config.get('base', {}).get('path')}")
+    model_config = from_dict(ModelConfig, config["model"], str(path / CONFIG))
+    tokenizer = Tokenizer.load(path / TOKENIZER)
+    folder.read(TOKENIZER)
+    if tokenizer.vocab_size != model_config.vocab_size:
+        raise TinyldError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
+        )
+    tensors = folder.read_tensors(MODEL)
+    model = Denoiser(model_config)
+    load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
+    return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder))
+
+
+@torch.no_grad()
+def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copies `tensors` into `parameters`; the names and shapes must be the same on both sides."""
+    missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing or extra:
+        parts = [f"{word} {', '.join(names[:3])}" for word, names in (("missing", missing), ("unexpected", extra)) if names]
+        raise TinyldError(f"{path}: the tensors do not fit: {'; '.join(parts)}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
+            raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])

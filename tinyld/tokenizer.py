@@ -1,0 +1,184 @@
+"""Text <-> ids. Normalisation happens here and nowhere else: it is part of the saved `tokenizer.json`. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from tinyld.errors import TinyldError
+
+PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]"
+SPECIAL = (PAD, UNK, BOS, EOS, MASK)
+
+# Penn-Treebank spellings (`does n't`, -lrb-, `` '') and curly quotes meet the plain ones. Blanks around punctuation
+# need no rule: the pre-tokenizer splits at punctuation, so `it 's` and `it's` give the same pieces.
+_REPLACEMENTS = (
+    (r"[‘’ʼ`´]", "'"),
+    (r"[“”]|''", '"'),
+    (r"(?i)-lrb-|-lsb-|-lcb-", "("),
+    (r"(?i)-rrb-|-rsb-|-rcb-", ")"),
+    (r"\\/", "/"),
+    (r"[–—]|--+", " - "),
+    (r"…|\.( ?\.)+", " ... "),
+    (r"<[^>\s]{1,12}\s*/?>", " "),
+)
+
+
+def _normalizer() -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = [normalizers.NFKC()]
+    steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in _REPLACEMENTS]
+    # the library's Replace knows no group references, so the blank of "does n't" goes by a look-around
+    words = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
+    steps.append(normalizers.Replace(Regex(rf"(?i)(?<=\b(?:{words})) (?=n't\b)"), ""))
+    steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    return normalizers.Sequence(steps)
+
+
+class Tokenizer:
+    """A WordPiece tokenizer with the five special tokens that masked diffusion needs."""
+
+    def __init__(self, inner: HFTokenizer, where: str = "tokenizer.json"):
+        self.inner = inner
+        inner.no_padding()
+        inner.no_truncation()
+        ids = {name: inner.token_to_id(name) for name in SPECIAL}
+        missing = [name for name, i in ids.items() if i is None]
+        if missing:
+            raise TinyldError(f"{where}: the tokenizer has no {', '.join(missing)} token")
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (ids[name] for name in SPECIAL)
+
+    @classmethod
+    def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A lower-casing WordPiece vocabulary of `vocab_size` pieces, special tokens first."""
+        inner = HFTokenizer(models.WordPiece(unk_token=UNK, max_input_chars_per_word=64))
+        inner.normalizer = _normalizer()
+        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False, limit_alphabet=200
+        )
+        inner.train_from_iterator(lines, trainer)
+        return cls(inner)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Reads a `tokenizer.json`; TinyldError when it is missing or damaged."""
+        try:
+            return cls(HFTokenizer.from_str(path.read_text(encoding="utf-8")), str(path))
+        except FileNotFoundError:
+            raise TinyldError(f"no tokenizer at {path}") from None
+        except TinyldError:
+            raise
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds; the same vocabulary gives the same text."""
+        return json.dumps(json.loads(self.inner.to_str()), ensure_ascii=False, indent=0)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
+        return self.inner.encode(_defuse(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of many texts at once, on all cores."""
+        batch = self.inner.encode_batch([_defuse(t) for t in texts], add_special_tokens=False)
+        return [e.ids for e in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text up to the first [EOS]; special tokens are left out but for [MASK], shown as `_`."""
+        pieces: list[str] = []
+        for i in ids:
+            if i == self.eos_id:
+                break
+            if i == self.mask_id:
+                pieces.append("_")
+            elif i not in (self.pad_id, self.bos_id):
+                pieces.append(self.inner.id_to_token(int(i)) or UNK)
+        return detokenize(pieces)
+
+
+def _defuse(text: str) -> str:
+    """Text in which no special token's literal name stands, so that data cannot inject one."""
+    for name in SPECIAL:
+        if name in text:
+            text = text.replace(name, name[1:-1])
+    return text
+
+
+def detokenize(pieces: list[str]) -> str:
+    """Word pieces joined as people write: no blank before closing punctuation or inside contractions."""
+    text = ""
+    glue = True
+    open_quote = False
+    for piece in pieces:
+        if piece.startswith("##"):
+            text += piece[2:]
+            glue = False
+            continue
+        if piece in ".,!?;:)%'" or (piece == '"' and open_quote):
+            glue = True
+        text += piece if glue or not text else " " + piece
+        glue = piece in "('$" or (piece == '"' and not open_quote)
+        if piece == '"':
+            open_quote = not open_quote
+    return text
+
+
+def read_lines(paths: Iterable[Path]) -> Iterator[str]:
+    """Documents, one a line, of `.txt`, `.txt.gz` and `.jsonl` (field `text`) files; blank lines are skipped."""
+    import gzip
+
+    for path in paths:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if path.suffix == ".jsonl":
+                        line = _text_field(line, f"{path}, line {number}")
+                    line = " ".join(line.split())
+                    if line:
+                        yield line
+        except UnicodeDecodeError as error:
+            raise TinyldError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+        except (OSError, EOFError) as error:
+            raise TinyldError(f"{path}: cannot be read ({error})") from None
+
+
+def _text_field(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise TinyldError(f"{where}: not a JSON object") from None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise TinyldError(f"{where}: expected an object with a string field 'text'")
+    return value["text"]
+
+
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
+
+
+def find_text_files(paths: Iterable[Path]) -> list[Path]:
+    """The text files among `paths` and inside its folders, sorted; TinyldError when one is missing or none is there."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(TEXT_SUFFIXES))
+            if not inside:
+                raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
+            found += inside
+        elif not path.is_file():
+            raise TinyldError(f"no such file or folder: {path}")
+        elif path.name.endswith(TEXT_SUFFIXES):
+            found.append(path)
+        else:
+            raise TinyldError(f"{path}: expected a file ending in {', '.join(TEXT_SUFFIXES)}")
+    return found

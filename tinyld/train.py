@@ -1,0 +1,249 @@
+"""The training loop, one for pretraining and every method: batch -> noise -> loss -> backward -> clip -> update -> log.
+
+It knows no method by name and no task: it is handed the parameters that train, a source of rows and an evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyld.config import DiffusionConfig, TrainConfig
+from tinyld.data import Batch, Source, torch_seeded
+from tinyld.diffusion import Noised, noise_batch, token_nll
+from tinyld.errors import TinyldError, UsageError
+from tinyld.model import Denoiser
+from tinyld.optim import Optimizer, lr_factor
+from tinyld.progress import Progress
+from tinyld.runs import RunFolder
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype; `auto` is bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a processor."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+            name = "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a batch becomes a loss."""
+
+    diffusion: DiffusionConfig
+    mask_id: int
+    counted: bool  # exact mask counts, for tasks
+    seed: int
+
+    def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
+        """The noise is a function of (seed, step): every method sees the same, and so does a resumed run."""
+        generator = torch_seeded(self.seed, 2, step)
+        return noise_batch(
+            batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.diffusion, generator, self.counted
+        )
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reports."""
+
+    steps: int
+    tokens: int
+    seconds: float  # of training, held-out evaluation and saving left out
+    peak_memory_mb: float
+    metrics: dict[str, Any]
+
+
+def total_steps(config: TrainConfig, source: Source) -> int | None:
+    """Steps of the run when the budget says so before it starts, else None."""
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is not None:
+        return max(1, math.ceil(config.epochs * source.steps_per_epoch(config.batch_size)))
+    return None
+
+
+def train(
+    model: Denoiser,
+    parameters: Mapping[str, nn.Parameter],
+    source: Source,
+    objective: Objective,
+    config: TrainConfig,
+    folder: RunFolder,
+    evaluate: Callable[[], dict[str, float]],
+    label: str,
+    penalty: Callable[[], Tensor] | None = None,
+    cache: Callable[[Batch, Noised], Noised] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> TrainResult:
+    """Trains `parameters` in place and leaves them at their last (or EMA) values.
+
+    `penalty` is added to each update's loss (a method's regulariser). `cache` may add kept states to a noised batch.
+    `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact.
+    """
+    device = model.embedding.weight.device
+    dtype = resolve_dtype(config.dtype, device)
+    optimizer = Optimizer(parameters, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    ema = {n: p.detach().clone() for n, p in parameters.items()} if config.ema else {}
+    step, tokens, seconds, resumed = 0, 0, 0.0, False
+    if resume:
+        tensors, state = folder.load_checkpoint()
+        step, tokens, seconds, resumed = state["step"], state["tokens"], state["seconds"], True
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+            for name, average in ema.items():
+                average.copy_(tensors[f"ema.{name}"])
+        optimizer.load_state(tensors)
+        if "scaler" in state and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        folder.rewind_metrics(step)
+
+    steps = total_steps(config, source)
+
+    def progress() -> float:
+        if steps is not None:
+            return step / steps
+        if config.tokens is not None:
+            return tokens / config.tokens
+        return seconds / (60 * config.minutes)  # type: ignore[operator]
+
+    def checkpoint() -> None:
+        tensors = {f"model.{n}": p for n, p in parameters.items()} | {f"ema.{n}": a for n, a in ema.items()}
+        state = {"tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
+        folder.save_checkpoint(step, tensors | optimizer.state(), state, config.keep)
+
+    def held_out() -> dict[str, float]:
+        model.eval()
+        with _swapped(parameters, ema), autocast(device, dtype):
+            result = evaluate()
+        model.train()
+        return result
+
+    metrics: dict[str, Any] = {}
+    saved = time.monotonic()
+    log_sum, log_count = torch.zeros(()), 0
+    if not resumed:
+        metrics = held_out()
+        folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **metrics})
+    model.train()
+    with Progress(label, 1.0, quiet=quiet) as bar:
+        while progress() < 1.0:
+            started = time.perf_counter()
+            optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay))
+            batch = source.batch(step, config.batch_size, config.seed)
+            noised, normaliser = objective.noise(batch, step)
+            if cache is not None:
+                noised = cache(batch, noised)
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=device)
+            for micro in noised.split(config.accumulate):
+                with autocast(device, dtype):
+                    nll, row = token_nll(model, micro.to(device))
+                    part = (nll * micro.weight.to(device)[row]).sum() / normaliser
+                scaler.scale(part).backward()
+                loss += part.detach()
+            if penalty is not None:
+                scaler.scale(penalty()).backward()
+            for part_optimizer in optimizer.parts:
+                scaler.unscale_(part_optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip or math.inf)
+            if not math.isfinite(float(norm)) and not scaler.is_enabled():
+                kept = folder.checkpoints()
+                last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
+                raise TinyldError(f"the gradient at step {step} is not finite (loss {float(loss):.4g}); {last}; lower --lr")
+            for part_optimizer in optimizer.parts:
+                scaler.step(part_optimizer)
+            scaler.update()
+            step += 1
+            tokens += int(batch.attention_mask.sum())
+            seconds += time.perf_counter() - started
+            if ema:
+                decay = min(config.ema, (1 + step) / (10 + step))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+            log_sum, log_count = log_sum + loss.cpu(), log_count + 1
+            done = progress() >= 1.0
+            if step % 10 == 0 or done:
+                bar.advance_to(progress(), f"{tokens / max(seconds, 1e-9):,.0f} tokens/s", f"loss {float(loss):.3f}")
+            evaluates = done or step % config.eval_every == 0
+            if evaluates or step % 50 == 0:
+                record = {
+                    "step": step,
+                    "tokens": tokens,
+                    "seconds": round(seconds, 3),
+                    "lr": config.lr * lr_factor(progress(), config.warmup, config.decay),
+                    "loss": float(log_sum) / log_count,
+                    "grad_norm": float(norm),
+                }
+                log_sum, log_count = torch.zeros(()), 0
+                if evaluates:
+                    metrics = held_out()
+                folder.log(record | (metrics if evaluates else {}))
+            if not done and time.monotonic() - saved > 60 * config.save_minutes:
+                checkpoint()
+                saved = time.monotonic()
+        checkpoint()
+    with torch.no_grad():
+        for name, average in ema.items():
+            parameters[name].copy_(average)
+    model.eval()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_rss_mb()
+    return TrainResult(step, tokens, seconds, peak, metrics)
+
+
+def _peak_rss_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class _swapped:
+    """Within it, `parameters` hold the averaged values."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], average: Mapping[str, Tensor]):
+        self.pairs = [(parameters[n], a) for n, a in average.items()]
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for parameter, average in self.pairs:
+                kept = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
