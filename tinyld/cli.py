@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from tinyld import __version__
-from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, TrainConfig
+from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, SampleConfig, TrainConfig
 from tinyld.errors import TinyldError, UsageError
 
 
@@ -44,7 +44,9 @@ Tokens = Annotated[int | None, typer.Option(min=1, help="Budget: tokens read.")]
 Minutes = Annotated[float | None, typer.Option(help="Budget: minutes of training on the clock.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of initialisation, data order and noise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Arithmetic; auto is bf16 where it is fast.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Arithmetic; auto is bf16 where it is fast.")
+]
 Out = Annotated[Path | None, typer.Option(help="Run folder to write; made if missing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -84,13 +86,17 @@ def pretrain(
     batch_size: BatchSize = DEFAULT_TRAIN["batch_size"],
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches an update is split into.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    optimizer: Annotated[Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices inside blocks.")] = "muon",
+    optimizer: Annotated[
+        Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices inside blocks.")
+    ] = "muon",
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay of matrices.")] = 0.1,
     warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = 0.02,
     decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = DEFAULT_TRAIN["clip"],
     ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = DEFAULT_TRAIN["ema"],
-    schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="Noise schedule.")] = DEFAULT_DIFFUSION["schedule"],
+    schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="Noise schedule.")] = DEFAULT_DIFFUSION[
+        "schedule"
+    ],
     loss: Annotated[
         Literal["uniform", "elbo"], typer.Option(help="Plain cross-entropy, or weighted to the bound.")
     ] = DEFAULT_DIFFUSION["loss"],
@@ -113,10 +119,16 @@ def pretrain(
     from tinyld import commands
 
     if resume is not None:
-        return commands.pretrain_resume(resume, json=json, quiet=quiet)
+        return commands.resume(resume, json=json, quiet=quiet)
     if steps is None and tokens is None and minutes is None:
         minutes = 10.0
-    given = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "d_ff": d_ff, "max_length": max_length}
+    given = {
+        "d_model": d_model,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "d_ff": d_ff,
+        "max_length": max_length,
+    }
     shape = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     config = TrainConfig(
         steps=steps, tokens=tokens, minutes=minutes, batch_size=batch_size, accumulate=accumulate, lr=lr,
@@ -136,6 +148,234 @@ def pretrain(
         json=json,
         quiet=quiet,
     )
+
+
+Method = Literal["full", "weight-lora", "adapters", "bitfit", "trajectory-lora"]
+TaskName = Annotated[str, typer.Option(help="Built-in task, or the path of a task file (see: tinyld tasks).")]
+DataFolder = Annotated[
+    Path | None, typer.Option(help="Folder with <task>/train.tsv and so on; goes before $TINYLD_DATA.")
+]
+BasePath = Annotated[Path | None, typer.Option(help="Base run folder; default: the released base.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read this many rows only.")]
+Split = Annotated[Literal["train", "dev", "test"], typer.Option(help="Which rows.")]
+Sampler = Annotated[
+    Literal["low_confidence", "threshold", "ancestral"], typer.Option(help="How masked tokens are filled in.")
+]
+DenoiseSteps = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Denoising steps; default: one an answer token.")
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+Threshold = Annotated[float, typer.Option(help="Sampler threshold: keep every token at least this likely.")]
+
+
+def numbers(text: str | None, kind: type, option: str) -> tuple | None:
+    """A comma-separated option as numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} takes numbers with commas between them, got {text!r}") from None
+
+
+def share(text: str | None, option: str) -> float | None:
+    """`0.7%` or `0.007` as a share."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"{option} takes a share such as 0.7% or 0.007, got {text!r}") from None
+    if not 0 < value <= 1:
+        raise UsageError(f"{option} must be above 0 and at most 100%, got {text!r}")
+    return value
+
+
+@app.command()
+def finetune(
+    task: TaskName = "reviews",
+    method: Annotated[Method, typer.Option(help="What trains.")] = "trajectory-lora",
+    base: BasePath = None,
+    data: DataFolder = None,
+    limit: Limit = None,
+    recipe: Annotated[
+        Literal["best", "paper"] | None, typer.Option(help="trajectory-lora: our design, or the paper's literal one.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Largest share of the base that is stored, e.g. 0.7%; sets the rank.")
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="trajectory-lora: rank by band, high noise first: 64,32,8.")] = None,
+    sigma: Annotated[str | None, typer.Option(help="trajectory-lora: scale by band: 1,0.5,0.25.")] = None,
+    modules: Annotated[int | None, typer.Option(help="trajectory-lora: pushes summed at one place.")] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="trajectory-lora: last blocks that are pushed; 0: final state.")
+    ] = None,
+    sharing: Annotated[
+        Literal["nested", "separate"] | None, typer.Option(help="trajectory-lora: how bands share rank units.")
+    ] = None,
+    conditioning: Annotated[
+        Literal["none", "gate"] | None, typer.Option(help="trajectory-lora: gate A by the pooled prompt states.")
+    ] = None,
+    lambda_rank: Annotated[float | None, typer.Option(help="trajectory-lora: weight of the nuclear norm.")] = None,
+    lambda_orth: Annotated[float | None, typer.Option(help="trajectory-lora: weight of orthogonal modules.")] = None,
+    rank: Annotated[int | None, typer.Option(help="weight-lora, adapters: rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="weight-lora: scale is alpha / rank.")] = None,
+    targets: Annotated[str | None, typer.Option(help="weight-lora: query,key,value,out,up,down or some.")] = None,
+    rslora: Annotated[bool | None, typer.Option("--rslora", help="weight-lora: scale is alpha / sqrt(rank).")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Budget: passes over the rows; default 3.")] = None,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    batch_size: BatchSize = DEFAULT_TRAIN["batch_size"],
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches an update is split into.")] = 1,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's.")] = None,
+    optimizer: Annotated[
+        Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices inside blocks.")
+    ] = "adamw",
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = DEFAULT_TRAIN["weight_decay"],
+    warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = DEFAULT_TRAIN["warmup"],
+    decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = DEFAULT_TRAIN["clip"],
+    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = DEFAULT_TRAIN["ema"],
+    loss: Annotated[
+        Literal["uniform", "elbo"], typer.Option(help="Plain or bound-weighted cross-entropy.")
+    ] = "uniform",
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between dev evaluations.")] = 500,
+    save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = DEFAULT_TRAIN["save_minutes"],
+    cache_gb: Annotated[float, typer.Option(help="Memory for frozen states; 0 keeps none.")] = 4.0,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; needs no other option.")] = None,
+    out: Out = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Adapt a base to a task: tinyld finetune --method trajectory-lora --task reviews"""
+    from tinyld import commands
+
+    if resume is not None:
+        return commands.resume(resume, json=json, quiet=quiet)
+    options = {
+        "recipe": recipe, "budget": share(budget, "--budget"), "ranks": numbers(ranks, int, "--ranks"),
+        "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "sharing": sharing,
+        "conditioning": conditioning, "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
+        "alpha": alpha, "targets": None if targets is None else tuple(targets.split(",")), "rslora": rslora,
+    }  # fmt: skip
+    training = {
+        "epochs": epochs, "steps": steps, "tokens": tokens, "minutes": minutes, "batch_size": batch_size,
+        "accumulate": accumulate, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "warmup": warmup,
+        "decay": decay, "clip": clip, "ema": ema, "seed": seed, "dtype": dtype, "device": device,
+        "eval_every": eval_every, "save_minutes": save_minutes,
+    }  # fmt: skip
+    diffusion = DiffusionConfig(loss=loss, time_sampling="uniform")
+    commands.finetune(out, task, method, options, base, data, diffusion, training, limit, cache_gb, force, json, quiet)
+
+
+@app.command()
+def eval(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; default: the newest in runs/.")] = None,
+    task: Annotated[str | None, typer.Option(help="Another task than the run's own.")] = None,
+    split: Split = "dev",
+    data: DataFolder = None,
+    file: Annotated[Path | None, typer.Option(help="A file of rows, instead of a split.")] = None,
+    base: BasePath = None,
+    sampler: Sampler = "low_confidence",
+    steps: DenoiseSteps = None,
+    temperature: Temperature = 0.0,
+    threshold: Threshold = 0.9,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Noise levels a row for the NLL bound.")] = 4,
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    predictions: Annotated[Path | None, typer.Option(help="Write prompt, gold and decoded answer as TSV.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decode answers and measure them: tinyld eval runs/reviews-trajectory-lora-s0 --split test"""
+    from tinyld import commands
+
+    sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
+    commands.eval(
+        runs or [], task, split, data, file, base, sampling, draws, limit, dtype, device, predictions, json, quiet
+    )
+
+
+@app.command()
+def compose(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more trajectory-lora runs of one base.")],
+    weights: Annotated[str | None, typer.Option(help="A coefficient an adapter: 0.7,0.3; default 1 each.")] = None,
+    split: Split = "dev",
+    data: DataFolder = None,
+    base: BasePath = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Use several adapters at once: tinyld compose runs/a runs/b --out runs/ab"""
+    from tinyld import commands
+
+    coefficients = numbers(weights, float, "--weights")
+    commands.compose(
+        runs, coefficients and list(coefficients), out, base, split, data, limit, device, force, json, quiet
+    )
+
+
+@app.command()
+def sample(
+    run: Annotated[Path | None, typer.Argument(help="Base or adapter; default: the released base.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text before the answer, or around {answer}.")] = "",
+    length: Annotated[int, typer.Option(min=1, help="Masked tokens to fill in.")] = 24,
+    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    base: BasePath = None,
+    sampler: Sampler = "ancestral",
+    steps: DenoiseSteps = None,
+    temperature: Temperature = 0.8,
+    threshold: Threshold = 0.9,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Write text: tinyld sample --prompt "the film was {answer} ." --length 3"""
+    from tinyld import commands
+
+    sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
+    commands.sample(run, prompt, length, num, base, sampling, device, json)
+
+
+@app.command()
+def info(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
+    """Say what a run is, and check its files: tinyld info runs/reviews-trajectory-lora-s0"""
+    from tinyld import commands
+
+    commands.info(run, json)
+
+
+@app.command()
+def tasks(json: Json = False) -> None:
+    """List the built-in tasks."""
+    from tinyld import commands
+
+    commands.tasks(json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),
+    epochs: Annotated[float, typer.Option(help="Passes over each task's rows.")] = 4.0,
+    limit: Limit = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Offline, in minutes: two bundled tasks, an adapter each, evaluated and composed."""
+    from tinyld import commands
+
+    commands.demo(out, limit, epochs, force, quiet)
 
 
 def main() -> None:

@@ -1,22 +1,29 @@
-"""One function per verb: resolve, load, call the library, write the run folder, print the result."""
+"""One function per verb: resolve, load, call the library, write the run folder, print the result.
+
+torch comes in through the functions, so that `tinyld --help`, `info` and `tasks` need none.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json as jsonlib
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from tinyld.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig, check, from_dict
+from tinyld.errors import TinyldError, UsageError
+from tinyld.report import print_record, print_table
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, RESULTS, RunFolder, environment
+from tinyld.tasks import Task, bundled_data_dir, load_split, load_task
 
-import tinyld
-from tinyld.config import DiffusionConfig, TrainConfig, from_dict
-from tinyld.errors import TinyldError
-from tinyld.report import print_record
-from tinyld.runs import CONFIG, RunFolder
+if TYPE_CHECKING:
+    from tinyld.base import Base
+    from tinyld.data import TaskRows
+    from tinyld.evaluate import Evaluation
 
-SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RUNS = Path("runs")
 
 
 def keep_freed_memory() -> None:
@@ -31,21 +38,25 @@ def keep_freed_memory() -> None:
             pass
 
 
-def bundled_data() -> Path:
-    """The `data` folder: inside an installed package, at the top of a checkout."""
-    inside = Path(tinyld.__file__).parent / "data"
-    return inside if inside.is_dir() else Path(tinyld.__file__).parents[1] / "data"
+def default_base() -> Path:
+    """The released base."""
+    return bundled_data_dir() / "base"
 
 
-def _say(quiet: bool) -> Any:
+def say_to_stderr(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def _finish(summary: dict[str, Any], title: str, json: bool) -> None:
-    if json:
-        print(jsonlib.dumps(summary))
-    else:
-        print_record(title, summary)
+def newest_run(kinds: Sequence[str]) -> Path:
+    """The run in `runs/` that was finished last."""
+    found = [p.parent for p in RUNS.glob(f"*/{ADAPTER}")] + [p.parent for p in RUNS.glob(f"*/{MODEL}")]
+    found = [p for p in found if RunFolder(p).config["kind"] in kinds]
+    if not found:
+        raise TinyldError(f"no finished run in {RUNS}/: name one, or make one with: tinyld finetune --task reviews")
+    return max(found, key=lambda p: (p / CONFIG).stat().st_mtime_ns)
+
+
+# ------------------------------------------------------------------------------------------------ pretrain
 
 
 def pretrain(
@@ -61,40 +72,455 @@ def pretrain(
     json: bool,
     quiet: bool,
 ) -> None:
+    from tinyld.pretrain import SAVE_DTYPES
     from tinyld.pretrain import pretrain as run
     from tinyld.tokenizer import find_text_files
+    from tinyld.train import resolve_device, resolve_dtype
 
     keep_freed_memory()
-    data = data or [bundled_data() / "corpus.txt.gz"]
+    data = data or [bundled_data_dir() / "corpus.txt.gz"]
     find_text_files([*data, *valid])
+    ModelConfig(vocab_size=vocab_size, **shape)
+    resolve_dtype(config.dtype, resolve_device(config.device))
     folder = RunFolder.create(out, force)
     summary = run(
-        folder, data, valid, shape, vocab_size, diffusion, config, SAVE_DTYPES[save_dtype], quiet=quiet, say=_say(quiet)
-    )
-    _finish({"run": str(out)} | summary, "pretrained base", json)
+        folder, data, valid, shape, vocab_size, diffusion, config, SAVE_DTYPES[save_dtype], quiet=quiet,
+        say=say_to_stderr(quiet),
+    )  # fmt: skip
+    finish("pretrained base", {"run": str(out), **summary}, json)
 
 
-def pretrain_resume(out: Path, json: bool, quiet: bool) -> None:
+def resume(out: Path, json: bool, quiet: bool) -> None:
+    """Goes on with an interrupted pretraining or fine-tuning run; all its settings are in its config."""
     from tinyld.pretrain import pretrain as run
+    from tinyld.pretrain import save_dtype_of
 
     keep_freed_memory()
     folder = RunFolder.open(out)
     config = folder.config
-    if config["kind"] != "base" or not folder.checkpoints():
-        raise TinyldError(f"nothing to resume in {out}: it is finished, or not a pretraining run")
+    if not folder.checkpoints():
+        raise TinyldError(f"nothing to resume in {out}: it is finished, or was stopped before its first checkpoint")
     where = str(out / CONFIG)
-    shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
-    summary = run(
-        folder,
-        [Path(p) for p in config["data"]["files"]],
-        [Path(p) for p in config["valid"]],
-        shape,
-        config["model"]["vocab_size"],
+    diffusion, training = (
         from_dict(DiffusionConfig, config["diffusion"], where),
         from_dict(TrainConfig, config["train"], where),
-        getattr(torch, config["save_dtype"]),
-        resume=True,
-        quiet=quiet,
-        say=_say(quiet),
     )
-    _finish({"run": str(out)} | summary, "pretrained base", json)
+    if config["kind"] == "base":
+        shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
+        summary = run(
+            folder, [Path(p) for p in config["data"]["files"]], [Path(p) for p in config["valid"]], shape,
+            config["model"]["vocab_size"], diffusion, training, save_dtype_of(config), resume=True, quiet=quiet,
+            say=say_to_stderr(quiet),
+        )  # fmt: skip
+        return finish("pretrained base", {"run": str(out), **summary}, json)
+    settings = dict(config["method"])
+    name = settings.pop("name")
+    data = config["data"]["folder"]
+    _finetune(
+        folder, config["task"], name, settings, Path(config["base"]["path"]), data and Path(data), diffusion, training,
+        config["data"].get("limit"), config["cache_gb"], True, json, quiet,
+    )  # fmt: skip
+    return None
+
+
+def finish(title: str, summary: dict[str, Any], json: bool) -> None:
+    if json:
+        print(jsonlib.dumps(summary))
+    else:
+        print_record(title, summary)
+
+
+# ------------------------------------------------------------------------------------------------ finetune
+
+
+def finetune(
+    out: Path | None,
+    task: str,
+    method: str,
+    options: dict[str, Any],
+    base: Path | None,
+    data: Path | None,
+    diffusion: DiffusionConfig,
+    training: dict[str, Any],
+    limit: int | None,
+    cache_gb: float,
+    force: bool,
+    json: bool,
+    quiet: bool,
+) -> Path:
+    from tinyld.methods import METHODS
+    from tinyld.train import resolve_device, resolve_dtype
+
+    keep_freed_memory()
+    if method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+    training = {**training, "lr": training["lr"] or METHODS[method].default_lr}
+    if all(training[b] is None for b in ("steps", "tokens", "minutes", "epochs")):
+        training["epochs"] = 3.0
+    config = TrainConfig(**training)
+    resolve_dtype(config.dtype, resolve_device(config.device))
+    definition = load_task(task)
+    out = out or RUNS / f"{definition.name.replace(':', '-')}-{method}-s{config.seed}"
+    if (out / CONFIG).exists() and not force:
+        raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
+    if task.endswith(".toml"):
+        task = str(Path(task).resolve())
+
+    def make_folder() -> RunFolder:
+        return RunFolder.create(out, force)
+
+    _finetune(
+        make_folder, task, method, options, base or default_base(), data, diffusion, config, limit, cache_gb, False,
+        json, quiet,
+    )  # fmt: skip
+    return out
+
+
+def _finetune(
+    folder: RunFolder | Callable[[], RunFolder],
+    task: str,
+    method: str,
+    options: dict[str, Any],
+    base_path: Path,
+    data: Path | None,
+    diffusion: DiffusionConfig,
+    config: TrainConfig,
+    limit: int | None,
+    cache_gb: float,
+    resume: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from tinyld.adapter import attach
+    from tinyld.base import load_base
+    from tinyld.config import from_dict
+    from tinyld.data import TaskRows, torch_seeded
+    from tinyld.finetune import finetune as run
+    from tinyld.methods import METHODS, make_config
+    from tinyld.train import resolve_device
+
+    definition = load_task(task)
+    train_examples = load_split(definition, "train", data, limit=limit)
+    dev_examples = load_split(definition, "dev", data)
+    base = load_base(base_path, resolve_device(config.device))
+    shape = base.model.config
+    settings = (
+        from_dict(METHODS[method].Config, options, str(base_path)) if resume else make_config(method, options, shape)
+    )
+    train_rows = TaskRows(train_examples, definition, base.tokenizer, shape.max_length)
+    dev_rows = TaskRows(dev_examples, definition, base.tokenizer, shape.max_length)
+    adapted = attach(base, method, settings, task, torch_seeded(config.seed, 0))
+    run_folder = folder if isinstance(folder, RunFolder) else folder()
+    summary = run(
+        run_folder, adapted, train_rows, dev_rows, diffusion, config, cache_gb, data, limit, resume, quiet,
+        say_to_stderr(quiet),
+    )  # fmt: skip
+    finish("adapter", {"run": str(run_folder.path), **summary}, json)
+
+
+# ------------------------------------------------------------------------------------------------ eval
+
+
+def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, list[str]]:
+    """The run's denoiser as a Base, and the tasks it was made for (none for a base)."""
+    from tinyld.adapter import find_base, load_adapter
+    from tinyld.base import load_base
+    from tinyld.compose import load_composition
+    from tinyld.train import resolve_device
+
+    where = resolve_device(device)
+    folder = RunFolder.open(path)
+    config = folder.config
+    if config["kind"] == "base":
+        return load_base(path, where), []
+    if config["kind"] == "adapter":
+        adapted = load_adapter(folder, default_base(), base_path, where)
+        return adapted.base, [adapted.task]
+    base = load_base(find_base(config, path, base_path, default_base()), where)
+    base.model.push = load_composition(folder, base).to(where)
+    return base, [m["task"] for m in config["members"]]
+
+
+def rows_for(base: Base, task: Task, split: str, data: Path | None, file: Path | None = None) -> TaskRows:
+    from tinyld.data import TaskRows
+
+    return TaskRows(load_split(task, split, data, file), task, base.tokenizer, base.model.config.max_length)
+
+
+def evaluate_run(
+    base: Base, rows: TaskRows, sampling: SampleConfig, draws: int, dtype: str, quiet: bool, limit: int | None = None
+) -> Evaluation:
+    from tinyld.evaluate import evaluate
+    from tinyld.progress import Progress
+    from tinyld.train import autocast, resolve_dtype
+
+    device = base.model.embedding.weight.device
+    n = len(rows) if limit is None else min(limit, len(rows))
+    with Progress(f"eval {rows.task.name}", n, quiet=quiet) as bar, autocast(device, resolve_dtype(dtype, device)):
+        return evaluate(base.model, rows, base.tokenizer, sampling, draws, limit=limit, advance=bar.advance_to)
+
+
+def eval(
+    runs: list[Path],
+    task: str | None,
+    split: str,
+    data: Path | None,
+    file: Path | None,
+    base_path: Path | None,
+    sampling: SampleConfig,
+    draws: int,
+    limit: int | None,
+    dtype: str,
+    device: str,
+    predictions: Path | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    keep_freed_memory()
+    runs = runs or [newest_run(("adapter", "composition"))]
+    records = []
+    lines = ["run\ttask\tprompt\tgold\tanswer"]
+    for run in runs:
+        base, tasks = load_run(run, base_path, device)
+        if task is not None:
+            tasks = [task]
+        if not tasks:
+            raise UsageError(f"{run} is a base: say which task to evaluate with --task")
+        for name in tasks:
+            rows = rows_for(base, load_task(name), split, data, file)
+            found = evaluate_run(base, rows, sampling, draws, dtype, quiet, limit)
+            record = {"run": str(run), "split": str(file or split), **found.record()}
+            records.append(record)
+            lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
+            remember(run, f"{rows.task.name}/{file or split}", {**record, "environment": environment()})
+    if predictions is not None:
+        from tinyld.runs import write_atomic
+
+        write_atomic(predictions, ("\n".join(lines) + "\n").encode())
+    if json:
+        print(jsonlib.dumps(records))
+    else:
+        print_evaluations("evaluation", records)
+
+
+def one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def remember(run: Path, key: str, record: dict[str, Any]) -> None:
+    """Keeps an evaluation in the run's results.json; a read-only run (the released base, say) is left alone."""
+    folder = RunFolder(run)
+    if not (run / MANIFEST).exists() or run.resolve() == default_base().resolve():
+        return
+    results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
+    results.setdefault("eval", {})[key] = record
+    folder.write_json(RESULTS, results)
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else round(100 * value, 2)
+
+
+def print_evaluations(title: str, records: Sequence[dict[str, Any]]) -> None:
+    """One row an evaluation; rates in percent, NLL in nats per answer token."""
+    columns = ("run", "task", "split", "n", "accuracy %", "95% interval", "scored %", "macro-F1 %", "unreadable %")
+    columns += ("masked_acc %", "NLL bound", "rows/s")
+    rows = []
+    for r in records:
+        interval = f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" if "low" in r else None
+        rates = [percent(r.get(k)) for k in ("scored_accuracy", "macro_f1", "unreadable", "masked_acc")]
+        bound = f"{r['nll_bound']:.4f} ± {r['nll_stderr']:.4f}"
+        decoded = (percent(r.get("accuracy")), interval)
+        rows.append((r["run"], r["task"], r["split"], r["n"], *decoded, *rates, bound, round(r["rows_per_second"])))
+    print_table(title, columns, rows)
+
+
+# ------------------------------------------------------------------------------------------------ compose
+
+
+def compose(
+    runs: list[Path],
+    weights: list[float] | None,
+    out: Path | None,
+    base_path: Path | None,
+    split: str,
+    data: Path | None,
+    limit: int | None,
+    device: str,
+    force: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from tinyld.adapter import find_base
+    from tinyld.base import load_base
+    from tinyld.compose import Composition, member_from, save_composition
+    from tinyld.train import resolve_device
+
+    keep_freed_memory()
+    check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
+    weights = weights or [1.0] * len(runs)
+    check(len(weights) == len(runs), f"--weights needs {len(runs)} numbers, one an adapter, got {len(weights)}")
+    folders = [RunFolder.open(r) for r in runs]
+    where = resolve_device(device)
+    first = folders[0].config
+    if "base" not in first:
+        raise TinyldError(f"{runs[0]} is a base; compose takes trajectory-lora adapters")
+    base = load_base(find_base(first, runs[0], base_path, default_base()), where)
+    members = [member_from(f, base, w) for f, w in zip(folders, weights, strict=True)]
+    out = out or RUNS / "compose-{}".format("-".join(Path(m.task).stem.replace(":", "-") for m in members))
+    folder = RunFolder.create(out, force)
+    save_composition(folder, base, members, environment())
+    composed = Composition(members).to(where)
+    records = []
+    for member in {m.task: m for m in members}.values():
+        rows = rows_for(base, load_task(member.task), split, data)
+        for label, push in (("base", None), ("own", member.push.to(where)), ("composed", composed)):
+            base.model.push = push
+            found = evaluate_run(base, rows, SampleConfig(), 4, "auto", quiet, limit)
+            records.append({"run": label, "split": split, **found.record()})
+    base.model.push = None
+    folder.write_json(RESULTS, {"compose": records})
+    if json:
+        print(jsonlib.dumps({"run": str(out), "weights": weights, "evaluations": records}))
+    else:
+        print_evaluations(f"{out}: weights {', '.join(f'{w:g}' for w in weights)}", records)
+
+
+# ------------------------------------------------------------------------------------------------ sample, info, tasks
+
+
+def sample(
+    run: Path | None,
+    prompt: str,
+    length: int,
+    num: int,
+    base_path: Path | None,
+    sampling: SampleConfig,
+    device: str,
+    json: bool,
+) -> None:
+    """Fills `length` masked tokens at `{answer}`, or after the prompt."""
+    import torch
+
+    from tinyld.sampler import decode
+
+    base, _ = load_run(run or default_base(), base_path, device)
+    tokenizer, config = base.tokenizer, base.model.config
+    before, mark, after = prompt.partition("{answer}")
+    head, tail = tokenizer.encode(before), tokenizer.encode(after)
+    total = len(head) + length + len(tail) + 2
+    check(total <= config.max_length, f"prompt and answer have {total} tokens, the base takes {config.max_length}")
+    row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
+    where = base.model.embedding.weight.device
+    x = torch.tensor([row] * num, device=where)
+    answer = torch.zeros_like(x, dtype=torch.bool)
+    answer[:, 1 + len(head) : 1 + len(head) + length] = True
+    forbidden = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.mask_id]
+    out, passes = decode(base.model, x, answer, torch.ones_like(answer), tokenizer.mask_id, forbidden, sampling)
+    texts = [tokenizer.decode(r[answer[0]].tolist()) for r in out]
+    if json:
+        print(jsonlib.dumps({"samples": texts, "forward_passes": passes}))
+    else:
+        for text in texts:
+            print(text)
+
+
+def info(path: Path, json: bool) -> None:
+    """What a run is, from its JSON files; every file is checked against the manifest."""
+    folder = RunFolder.open(path)
+    config = folder.config
+    manifest = jsonlib.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    for name in manifest:
+        folder.read(name)
+    record: dict[str, Any] = {"run": str(path), "kind": config["kind"]}
+    if config["kind"] == "base":
+        record |= {"parameters": from_dict(ModelConfig, config["model"], str(path / CONFIG)).num_parameters()}
+        record |= {f"model {k}": v for k, v in config["model"].items()}
+        record |= {"text tokens": config["data"]["tokens"]}
+    elif config["kind"] == "adapter":
+        record |= {"task": config["task"], "base": config["base"]["fingerprint"]}
+        record |= {
+            f"method {k}": v if isinstance(v, str | int | float) else str(v) for k, v in config["method"].items()
+        }
+        record |= config["parameters"]
+    else:
+        record |= {f"member {m['task']}": f"{m['run']} x {m['weight']:g}" for m in config["members"]}
+    if RESULTS in manifest:
+        results = folder.read_json(RESULTS)
+        record |= {
+            k: v
+            for k, v in results.get(config["kind"] == "base" and "pretrain" or "finetune", {}).items()
+            if k not in record
+        }
+        for key, found in results.get("eval", {}).items():
+            if "accuracy" in found:
+                text = f"{100 * found['accuracy']:.1f}% ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+            else:
+                text = f"NLL bound {found['nll_bound']:.3f}"
+            record[f"eval {key}"] = text
+    for name, entry in manifest.items():
+        record[f"file {name}"] = f"{entry['bytes']:,} bytes, sha256 {entry['sha256'][:16]}"
+    record["command"] = config.get("environment", {}).get("command")
+    finish(config["kind"], record, json)
+
+
+def tasks(json: bool) -> None:
+    from tinyld.tasks import BUNDLED_TASKS, builtin_tasks
+
+    records = [
+        {
+            "task": t.name,
+            "labels": ", ".join(t.labels) or "(text)",
+            "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
+            "template": t.template,
+            "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
+            "needs": "nothing" if t.name in (*BUNDLED_TASKS, "write") else "data or network",
+        }
+        for t in builtin_tasks()
+    ]
+    if json:
+        print(jsonlib.dumps(records))
+    else:
+        print_table("built-in tasks", tuple(records[0]), [tuple(r.values()) for r in records])
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def demo(out: Path, limit: int | None, epochs: float, force: bool, quiet: bool) -> None:
+    """Two bundled tasks, one adapter each, evaluated and composed: the whole path in one command."""
+
+    if out.exists() and not force:
+        raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
+    say = say_to_stderr(quiet)
+    training: dict[str, Any] = {f: None for f in ("steps", "tokens", "minutes", "lr")} | {"epochs": epochs}
+    runs = []
+    records = []
+    for name in ("reviews", "topics"):
+        say(f"-- tinyld finetune --method trajectory-lora --task {name} --out {out / name}")
+        runs.append(
+            finetune(
+                out / name,
+                name,
+                "trajectory-lora",
+                {},
+                None,
+                None,
+                DiffusionConfig(),
+                training,
+                limit,
+                4.0,
+                force,
+                False,
+                quiet,
+            )  # fmt: skip
+        )
+        say(f"-- tinyld eval {out / name} --split test")
+        base, _ = load_run(runs[-1], None, "auto")
+        rows = rows_for(base, load_task(name), "test", None)
+        found = evaluate_run(base, rows, SampleConfig(), 4, "auto", quiet)
+        records.append({"run": str(runs[-1]), "split": "test", **found.record()})
+        remember(runs[-1], f"{name}/test", records[-1])
+    print_evaluations("each adapter on its own task", records)
+    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --out {out / 'composed'}")
+    compose(runs, None, out / "composed", None, "test", None, None, "auto", force, False, quiet)

@@ -180,3 +180,26 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("decay", self.decay, DECAYS)
         check_choice("dtype", self.dtype, DTYPES)
+
+
+SAMPLERS = ("low_confidence", "threshold", "ancestral")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How masked positions are filled."""
+
+    sampler: str = "low_confidence"  # LLaDA's name: each step keeps the most confident tokens, the rest stay masked
+    steps: int | None = None  # reverse-process steps; None is one a masked token
+    temperature: float = 0.0  # 0 takes the most likely token
+    threshold: float = 0.9  # threshold sampler: every token at least this likely is kept, and one at least (Fast-dLLM)
+    schedule: str = "linear"  # ancestral sampler: t -> keep_prob
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        check(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
+        check(0 < self.threshold <= 1, f"threshold must be in (0, 1], got {self.threshold}")
+        check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")

@@ -66,7 +66,7 @@ class TextRows:
         self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
         if self.num_rows < 1:
             raise TinyldError(
-                f"too little text: {len(stream)} tokens, at least {2 * self.width} are needed for rows of {length} tokens"
+                f"too little text: {len(stream)} tokens; rows of {length} tokens need at least {2 * self.width}"
             )
 
     def __len__(self) -> int:
@@ -109,7 +109,9 @@ class TaskRows:
         answers = tokenizer.encode_batch([e.answer for e in examples])
         room = max_length - self.slot - 2
         if room < 1:
-            raise TinyldError(f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens")
+            raise TinyldError(
+                f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens"
+            )
         self.ids: list[np.ndarray] = []
         self.starts = np.zeros(len(examples), dtype=np.int64)
         self.truncated = 0
@@ -176,6 +178,8 @@ def slot_width(task: Task, tokenizer: Tokenizer) -> int:
     for label, words in task.verbalizer.items():
         ids = tokenizer.encode(words)
         if tokenizer.unk_id in ids or not ids:
-            raise TinyldError(f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}")
+            raise TinyldError(
+                f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}"
+            )
         width = max(width, len(ids))
     return width

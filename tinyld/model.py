@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
-PushAt = Callable[[int, Tensor], Tensor]  # (depth, h) -> h, both (B, L, D)
+PushAt = Callable[[int, Tensor], Tensor]  # (depth, h) -> what is added to h, both (B, L, D)
 
 
 class Push(Protocol):
     """What may be hung on `Denoiser.push`."""
 
-    first_depth: int  # states before this block are the frozen base's own
+    @property
+    def first_depth(self) -> int:
+        """States before this block are the frozen base's own."""
+        ...
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers."""
@@ -152,7 +155,7 @@ class Denoiser(nn.Module):
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         for depth in range(start, stop):
             if push_at is not None:
-                h = push_at(depth, h)
+                h = h + push_at(depth, h)
             h = self.blocks[depth](h, cos, sin, key_mask)
         return h
 
@@ -176,7 +179,7 @@ class Denoiser(nn.Module):
             first, push_at = self.push.first_depth, self.push.start(t, prompt_mask)
         h = cached if cached is not None else self.run_blocks(self.embed(xt), attention_mask, 0, first)
         h = self.run_blocks(h, attention_mask, first, self.config.num_layers, push_at)
-        return h if push_at is None else push_at(self.config.num_layers, h)
+        return h if push_at is None else h + push_at(self.config.num_layers, h)
 
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
@@ -199,6 +202,6 @@ class Denoiser(nn.Module):
         where: Tensor | None = None,
         cached: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), which costs a head of N rows only."""
+        """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), the only ones the head then runs on."""
         h = self.states(xt, t, attention_mask, prompt_mask, cached)
         return self.head(h if where is None else h[where])

@@ -69,7 +69,8 @@ class Optimizer:
                     values = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
                     if values:
                         part.state[parameter] = {
-                            k: v.clone() if k == "step" else v.to(parameter.device, copy=True) for k, v in values.items()
+                            k: v.clone() if k == "step" else v.to(parameter.device, copy=True)
+                            for k, v in values.items()
                         }
 
 

@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from tinyld.base import save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TextRows, tokenize_documents, torch_seeded
 from tinyld.diffusion import nll_bound
 from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
-from tinyld.runs import CONFIG, TOKENIZER, RunFolder, environment, save_base, sha256
+from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, resolve_device, train
+
+SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def save_dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """The stored type that a run's config.json asks for."""
+    return SAVE_DTYPES["bf16" if config["save_dtype"] == "bfloat16" else "fp32"]
 
 
 def unigram_nll(stream: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
@@ -107,9 +115,7 @@ def pretrain(
 
     objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
     parameters = dict(model.named_parameters())
-    result = train(
-        model, parameters, rows, objective, config, folder, evaluate, "pretrain", resume=resume, quiet=quiet
-    )
+    result = train(model, parameters, rows, objective, config, folder, evaluate, "pretrain", resume=resume, quiet=quiet)
     save_base(folder, model, parameters, tokenizer, save_dtype)
     summary = {
         "parameters": model_config.num_parameters(),
@@ -121,6 +127,6 @@ def pretrain(
         "unigram_nll": unigram,
         **result.metrics,
     }
-    folder.write_json("results.json", {"pretrain": summary})
+    folder.write_json(RESULTS, {"pretrain": summary})
     folder.remove_checkpoints()
     return summary

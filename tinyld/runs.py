@@ -1,4 +1,6 @@
-"""Run folders: durable atomic files, a manifest with the SHA-256 of each, checkpoints, bases. Safetensors and JSON only.
+"""Run folders: durable atomic files, a manifest with the SHA-256 of each, checkpoints. Safetensors and JSON only.
+
+torch is imported only where tensors are read or written, so that `tinyld info` needs none.
 
 A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
 (`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
@@ -15,20 +17,14 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import tinyld
-from tinyld.config import ModelConfig, from_dict, to_dict
 from tinyld.errors import TinyldError
-from tinyld.model import Denoiser
-from tinyld.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.json", "results.json"
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
@@ -81,6 +77,10 @@ def sha256(content: bytes) -> str:
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file that was read into memory; TinyldError when it is damaged or not finite."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -105,7 +105,11 @@ class RunFolder:
         """A new, empty run folder; `force` removes a run that is already there (and nothing but a run)."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not force or not (path / CONFIG).is_file():
-                hint = "choose another --out, or --force to replace it" if (path / CONFIG).is_file() else "choose another --out"
+                hint = (
+                    "choose another --out, or --force to replace it"
+                    if (path / CONFIG).is_file()
+                    else "choose another --out"
+                )
                 raise TinyldError(f"{path} exists and is not empty: {hint}")
             shutil.rmtree(path)
         try:
@@ -139,6 +143,8 @@ class RunFolder:
         self.write(name, to_json(value))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save
+
         self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
 
     def read(self, name: str) -> bytes:
@@ -236,6 +242,8 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a result depends on."""
+    import torch
+
     return {
         "tinyld": tinyld.__version__,
         "torch": torch.__version__,
@@ -246,61 +254,3 @@ def environment() -> dict[str, Any]:
         "command": " ".join(["tinyld", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-# ------------------------------------------------------------------------------------------------ bases
-
-
-@dataclass
-class Base:
-    """A pretrained denoiser with its tokenizer, as loaded from a run folder."""
-
-    path: Path
-    model: Denoiser
-    tokenizer: Tokenizer
-    fingerprint: str
-
-
-def fingerprint(folder: RunFolder) -> str:
-    """Names a base: a digest of its weights, tokenizer and model config."""
-    parts = [folder.digest(MODEL), folder.digest(TOKENIZER), json.dumps(folder.config["model"], sort_keys=True)]
-    return sha256(" ".join(parts).encode())[:16]
-
-
-def save_base(folder: RunFolder, model: Denoiser, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    folder.write(TOKENIZER, tokenizer.to_json().encode())
-    folder.write_tensors(MODEL, {k: v.to(dtype) for k, v in tensors.items()})
-
-
-def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
-    """A base from its run folder, in fp32; every file is checked against the manifest first."""
-    folder = RunFolder.open(path)
-    config = folder.config
-    if config["kind"] != "base":
-        raise TinyldError(f"{path} is an adapter, not a base; its base is {config.get('base', {}).get('path')}")
-    model_config = from_dict(ModelConfig, config["model"], str(path / CONFIG))
-    tokenizer = Tokenizer.load(path / TOKENIZER)
-    folder.read(TOKENIZER)
-    if tokenizer.vocab_size != model_config.vocab_size:
-        raise TinyldError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
-        )
-    tensors = folder.read_tensors(MODEL)
-    model = Denoiser(model_config)
-    load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
-    return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder))
-
-
-@torch.no_grad()
-def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies `tensors` into `parameters`; the names and shapes must be the same on both sides."""
-    missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
-    if missing or extra:
-        parts = [f"{word} {', '.join(names[:3])}" for word, names in (("missing", missing), ("unexpected", extra)) if names]
-        raise TinyldError(f"{path}: the tensors do not fit: {'; '.join(parts)}")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
-            raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])

@@ -148,7 +148,9 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
                     if line:
                         yield line
         except UnicodeDecodeError as error:
-            raise TinyldError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+            raise TinyldError(
+                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
+            ) from None
         except (OSError, EOFError) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
 

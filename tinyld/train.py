@@ -34,14 +34,16 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise UsageError(
+            f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype; `auto` is bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a processor."""
+    """The autocast dtype; `auto` is bf16 where the hardware multiplies it, else fp16 on a GPU, fp32 on a processor."""
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -184,7 +186,9 @@ def train(
             if not math.isfinite(float(norm)) and not scaler.is_enabled():
                 kept = folder.checkpoints()
                 last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
-                raise TinyldError(f"the gradient at step {step} is not finite (loss {float(loss):.4g}); {last}; lower --lr")
+                raise TinyldError(
+                    f"the gradient at step {step} is not finite (loss {float(loss):.4g}); {last}; lower --lr"
+                )
             for part_optimizer in optimizer.parts:
                 scaler.step(part_optimizer)
             scaler.update()

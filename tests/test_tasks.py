@@ -1,0 +1,353 @@
+"""Tasks: what a TOML and a file of rows become, and the one line a user reads when either is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyld import tasks
+from tinyld.errors import TinyldError, UsageError
+from tinyld.tasks import Example, builtin_names, builtin_tasks, bundled_data_dir, load_split, load_task
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+LABEL_TASKS = [task.name for task in builtin_tasks() if not task.is_generation]
+MOOD = """
+template = "{text} i feel {answer} ."
+[verbalizer]
+sad = "down"
+happy = "very well"
+[data]
+train = "mood.csv"
+dev = "mood.jsonl"
+"""
+
+
+@pytest.fixture(autouse=True)
+def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data of the user's anywhere, and a mirror that nothing listens at."""
+    monkeypatch.setenv("TINYLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TINYLD_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("TINYLD_DATA", raising=False)
+
+
+def user_task(folder: Path, toml: str = MOOD) -> tasks.Task:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mood.toml").write_text(toml)
+    return load_task(str(folder / "mood.toml"))
+
+
+def rows_file(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_a_row_becomes_the_text_around_the_answer(tmp_path: Path) -> None:
+    rows_file(tmp_path, "mood.csv", 'text,label\n"rain, again",sad\nsun,1\n')
+    train = load_split(user_task(tmp_path), "train")
+    assert train == [Example("rain, again i feel", ".", "down", 0), Example("sun i feel", ".", "very well", 1)]
+
+
+def test_a_pair_column_fills_both_sides_of_the_answer(tmp_path: Path) -> None:
+    rows_file(tmp_path, "train.tsv", "sentence\tlabel\nit rains ||| it is wet\t1\n")
+    expected = Example("it rains ?", ", it is wet", "yes", 1)
+    assert load_split(load_task("mrpc"), "train", data=tmp_path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", 'text\tlabel\nsaid "no\tsad\n'),
+        ("a.TSV", 'text\tlabel\r\nsaid "no\t0\r\n\r\n'),
+        ("a.csv", 'label,text\nsad,"said ""no"\n'),
+        ("a.jsonl", '{"label": 0, "text": "said \\"no"}\n\n'),
+        ("a.jsonl", '\ufeff{"text": " said\\n\\t \\"no ", "label": "sad", "more": [1]}'),
+        ("a.tsv", '\ufefftext\tlabel\nsaid\x00\x1b \u2028"no\tsad\n'),
+    ],
+)
+def test_every_file_format_reads_the_same(tmp_path: Path, name: str, content: str) -> None:
+    file = rows_file(tmp_path, name, content)
+    assert load_split(user_task(tmp_path), "train", file=file) == [Example('said "no i feel', ".", "down", 0)]
+
+
+def test_a_ten_megabyte_field_and_a_lone_surrogate_are_read(tmp_path: Path) -> None:
+    task = user_task(tmp_path)
+    big = rows_file(tmp_path, "big.csv", "text,label\n" + "a" * 10_000_000 + ",sad\n")
+    assert len(load_split(task, "train", file=big)[0].before) == 10_000_000 + len(" i feel")
+    odd = rows_file(tmp_path, "odd.jsonl", '{"text": "a\\ud800b", "label": "sad"}\n')
+    load_split(task, "train", file=odd)[0].before.encode()
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+    toml = 'label_column = "y"\n' + MOOD + '[columns]\ntext = "x"\n'
+    file = rows_file(tmp_path, "a.csv", "x,y\nsun,happy\n")
+    assert load_split(user_task(tmp_path, toml), "dev", file=file)[0] == Example("sun i feel", ".", "very well", 1)
+
+
+def test_label_names_that_are_digits_win_over_label_ints(tmp_path: Path) -> None:
+    toml = 'template = "{text} {answer}"\n[verbalizer]\n1 = "bad"\n0 = "good"\n'
+    file = rows_file(tmp_path, "a.csv", "text,label\nx,1\n")
+    assert load_split(user_task(tmp_path, toml), "dev", file=file)[0].answer == "bad"
+
+
+def test_limit_reads_the_first_rows_only(tmp_path: Path) -> None:
+    file = rows_file(tmp_path, "a.csv", "text,label\na,sad\nb,sad\nc,unheard of\n")
+    assert [e.before[0] for e in load_split(user_task(tmp_path), "train", file=file, limit=2)] == ["a", "b"]
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        load_split(user_task(tmp_path), "train", file=file, limit=0)
+
+
+def test_a_generation_task_of_the_user_reads_its_answer_from_a_column(tmp_path: Path) -> None:
+    toml = 'template = "{label} : {answer}"\nanswer_column = "reply"\nanswer_tokens = 8\n[data]\ntrain = "a.csv"\n'
+    rows_file(tmp_path, "a.csv", "label,reply\nhello,good day\n")
+    task = user_task(tmp_path, toml)
+    assert (task.is_generation, task.labels, task.answer_tokens, task.metric) == (True, (), 8, "nll")
+    assert load_split(task, "train") == [Example("hello :", "", "good day", None)]
+
+
+def test_write_borrows_rows_and_label_words_of_any_label_task(tmp_path: Path) -> None:
+    rows_file(tmp_path, "sst2/dev.tsv", "sentence\tlabel\na fine film\t1\n")
+    task = load_task("write:sst2")
+    assert task.name == "write:sst2" and task.metric == "nll" and task.answer_tokens > 0
+    assert load_split(task, "dev", data=tmp_path) == [Example("a positive review :", "", "a fine film", None)]
+    rows_file(tmp_path, "mood.csv", "text,label\nsun,1\n")
+    user_task(tmp_path)
+    mine = load_split(load_task(f"write:{tmp_path / 'mood.toml'}"), "train")
+    assert mine == [Example("a happy review :", "", "sun", None)]
+
+
+FILE_ERRORS = [
+    ("missing.csv", None, ["missing.csv: no such file"]),
+    ("a.txt", "text\n", ["a.txt", ".tsv, .csv, .jsonl"]),
+    ("a.csv", "", ["a.csv: the file is empty"]),
+    ("a.jsonl", " \n\n", ["a.jsonl: the file is empty"]),
+    ("a.csv", "text,label\n", ["a.csv: a header but no rows"]),
+    ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
+    ("a.jsonl", '{"txt": 1}\n', ["line 1", "no column 'text'", "'txt'"]),
+    ("a.csv", "text,text\na,b\n", ["line 1", "two columns of one name"]),
+    ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "comma"]),
+    ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", "tab"]),
+    ("a.csv", 'text,label\na,0\n"b,1\n', ["line 3", "quotes"]),
+    ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "0 or sad, 1 or happy"]),
+    ("a.csv", "text,label\nb,2\n", ["unknown label '2'"]),
+    ("a.csv", "text,label\nb,-1\n", ["unknown label '-1'"]),
+    ("a.csv", f"text,label\nb,{'9' * 5000}\n", ["unknown label '999", "...'"]),
+    ("a.csv", "text,label\n \t,0\n", ["line 2", "'text' is empty"]),
+    ("a.csv", "text,label\na,\n", ["line 2", "'label' is empty"]),
+    ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3", "not UTF-8", "byte 18 "]),
+    ("a.jsonl", "{\n", ["line 1", "not JSON"]),
+    ("a.jsonl", "[" * 100_000 + "\n", ["line 1", "not JSON"]),
+    ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
+    ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' must hold text or a number", "'None'"]),
+    ("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": [0]}\n', ["line 2", "'label' must hold"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "parts"), FILE_ERRORS)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, name: str, content: str | bytes | None, parts: list[str]
+) -> None:
+    file = rows_file(tmp_path, name, content) if content is not None else tmp_path / name
+    with pytest.raises(TinyldError) as caught:
+        load_split(user_task(tmp_path), "train", file=file)
+    message = str(caught.value)
+    assert message.startswith(str(file)) and message.isprintable() and len(message) < len(str(file)) + 300
+    for part in parts:
+        assert part in message
+
+
+def test_a_pair_without_its_separator_is_refused(tmp_path: Path) -> None:
+    file = rows_file(tmp_path, "a.tsv", "sentence\tlabel\nonly one half\t1\n")
+    with pytest.raises(TinyldError, match=r"line 2: column 'sentence' must hold two texts with ' \|\|\| ' between"):
+        load_split(load_task("rte"), "dev", file=file)
+
+
+VERBALIZER = '[verbalizer]\na = "x"\nb = "y"\n'
+TOML_ERRORS = [
+    ("template = ", ["not valid TOML"]),
+    ("", ["missing key 'template'"]),
+    ('template = "{t} {answer}"\ntemplat = 1\n', ["unknown key 'templat'", "allowed: template"]),
+    ("template = 5", ["5", "str"]),
+    ('template = "{t} it was ."\n' + VERBALIZER, ["must hold {answer} once, not 0"]),
+    ('template = "{answer} {t} {answer}"\n' + VERBALIZER, ["once, not 2"]),
+    ('template = "{t {answer}"\n' + VERBALIZER, ["template", "for braces"]),
+    ('template = "{} {answer}"\n' + VERBALIZER, ["plain name in braces"]),
+    ('template = "{t.x} {answer}"\n' + VERBALIZER, ["plain name in braces"]),
+    ('template = "{t!r} {answer}"\n' + VERBALIZER, ["plain name in braces"]),
+    ('template = "{answer}"\n' + VERBALIZER, ["names no column"]),
+    ('template = "{label} {answer}"\n' + VERBALIZER, ["shows the label"]),
+    ('template = "{t} {answer}"\ncolumns = {t = "label"}\n' + VERBALIZER, ["shows the label"]),
+    ('template = "{t} {answer}"\n', ["[verbalizer]", "answer_column"]),
+    ('template = "{t} {answer}"\n[verbalizer]\na = "x"\n', ["at least two labels"]),
+    ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = "X "\n', ["'a' and 'b' share the answer 'X'"]),
+    ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = " "\n', ["empty label or answer at 'b'"]),
+    ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = 2\n', ["[verbalizer] 'b' must be text"]),
+    ('template = "{t} {answer}"\nmetric = "f1"\n' + VERBALIZER, ["metric must be one of accuracy, nll", "'f1'"]),
+    ('template = "{t} {answer}"\nanswer_column = "z"\n' + VERBALIZER, ["answer_column is for generation tasks"]),
+    ('template = "{t} {answer}"\nanswer_column = "z"\nanswer_tokens = 0\n', ["answer_tokens must be at least 1"]),
+    ('template = "{t} {answer}"\nanswer_column = "z"\nmetric = "accuracy"\n', ["metric must be one of nll"]),
+    ('template = "{t} {answer}"\nname = "../up"\n' + VERBALIZER, ["name must be", "'../up'"]),
+    (
+        'template = "{t} {answer}"\n' + VERBALIZER + '[data]\nvalid = "x.tsv"\n',
+        ["unknown split 'valid'", "train, dev, test"],
+    ),
+    ('template = "{t} {answer}"\n' + VERBALIZER + '[columns]\nu = "x"\n', ["[columns] maps 'u'"]),
+    ('template = "{t} {answer}"\n' + VERBALIZER + '[pair]\ncolumn = "t"\nfields = ["a", "b"]\n', ["splits off 'a'"]),
+    (
+        'template = "{t} {answer}"\n' + VERBALIZER + '[pair]\ncolumn = "t"\nfields = ["t"]\n',
+        ["fields must be two names"],
+    ),
+    ('template = "{t} {answer}"\n' + VERBALIZER + '[download]\nformat = "trec"\n', ["for built-in tasks; use [data]"]),
+    ('template = "{answer}"\nrows_from = "mood.toml"\n', ["cannot write the rows of", "mood.toml"]),
+]
+
+
+@pytest.mark.parametrize(("toml", "parts"), TOML_ERRORS)
+def test_a_bad_task_file_is_refused_in_one_line_that_names_it(tmp_path: Path, toml: str, parts: list[str]) -> None:
+    with pytest.raises(TinyldError) as caught:
+        user_task(tmp_path, toml)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "mood.toml")) and message.isprintable()
+    for part in parts:
+        assert part in message
+
+
+def test_an_unknown_task_lists_the_built_in_ones() -> None:
+    with pytest.raises(TinyldError, match=r"no task 'ss\\x1bt'; built in: ag-news, .*reviews.*; or give a .toml file"):
+        load_task("ss\x1bt")
+
+
+@pytest.mark.parametrize("name", ["write:mrpc", "write:write", "write:nope", "sst2:mr"])
+def test_write_takes_only_label_tasks_with_one_text(name: str) -> None:
+    with pytest.raises(TinyldError, match="cannot write the rows of|no task"):
+        load_task(name)
+
+
+def test_splits_a_user_task_lacks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TinyldError, match="task mood has no test split; it has train, dev"):
+        load_split(user_task(tmp_path), "test")
+    with pytest.raises(TinyldError, match=r"mood.csv: no such file"):
+        load_split(user_task(tmp_path), "train")
+    with pytest.raises(UsageError, match="split must be one of train, dev, test, got 'valid'"):
+        load_split(user_task(tmp_path), "valid")
+
+
+# ---------------------------------------------------------------------------------------------- finding files
+
+
+def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place is filled in turn, the last searched first, and must then be the one that is read."""
+    monkeypatch.setattr(tasks, "bundled_data_dir", lambda: tmp_path / "bundled")
+    monkeypatch.setenv("TINYLD_DATA", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    folder, task = tmp_path / "given", load_task("sst2")
+    places = [
+        tmp_path / "bundled/sst2/dev.tsv",
+        tmp_path / "cache/data/sst2/dev.tsv",
+        tmp_path / "own/sst2/dev.tsv",
+        folder / "dev.jsonl",
+        folder / "dev.tsv",
+        folder / "sst2/dev.csv",
+        tmp_path / "file.tsv",
+    ]
+    for i, place in enumerate(places):
+        text, sep = f"row {i}", "," if place.suffix == ".csv" else "\t"
+        row = json.dumps({"sentence": text, "label": 0})
+        rows_file(tmp_path, str(place), row if place.suffix == ".jsonl" else f"sentence{sep}label\n{text}{sep}0\n")
+        data = folder if i >= 3 else None
+        file = place if place.name == "file.tsv" else None
+        assert load_split(task, "dev", data=data, file=file)[0].before == f"row {i} it was"
+
+
+def test_a_given_folder_without_the_rows_is_an_error_not_a_download(tmp_path: Path) -> None:
+    with pytest.raises(TinyldError, match="no dev rows of sst2 in .*: neither sst2/dev.tsv nor dev.tsv in it"):
+        load_split(load_task("sst2"), "dev", data=tmp_path)
+    with pytest.raises(TinyldError, match="no such folder"):
+        load_split(load_task("sst2"), "dev", data=tmp_path / "nowhere")
+
+
+def test_a_mistyped_data_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLD_DATA", "/no/such/folder")
+    with pytest.raises(TinyldError, match="TINYLD_DATA=/no/such/folder is no folder"):
+        load_split(load_task("sst2"), "dev")
+
+
+def test_a_missing_test_split_says_which_splits_exist() -> None:
+    with pytest.raises(TinyldError, match="task sst2 has no test split; it has train, dev"):
+        load_split(load_task("sst2"), "test")
+
+
+@pytest.mark.parametrize("name", [n for n in builtin_names() if n not in ("reviews", "topics", "write")])
+def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TinyldError) as caught:
+        load_split(load_task(name), "train")
+    message = str(caught.value)
+    assert f"put the file (sentence, label columns) at {tmp_path}/cache/data/{name}/train.tsv" in message
+    assert f"DIR/{name}/train.tsv with --data DIR" in message and "task reviews needs no download" in message
+    cause = (
+        "no official download" if name in ("sst2-sentences", "rt-critics") else "could not download http://127.0.0.1:9"
+    )
+    assert cause in message and message.isprintable()
+    assert not list(tmp_path.rglob("*.tsv")) and not list(tmp_path.rglob("*.part"))
+
+
+# ---------------------------------------------------------------------------------------------- the built-in tasks
+
+
+@pytest.mark.parametrize("name", LABEL_TASKS)
+def test_built_in_label_tasks_are_whole(name: str) -> None:
+    task = load_task(name)
+    assert task.name == name and task.description and task.metric == "accuracy" and task.builtin
+    assert task.labels == tuple(task.verbalizer) and task.answer_tokens == 0
+    assert all(" " not in words and words == words.lower() for words in task.verbalizer.values())
+    for counts in task.label_counts.values():
+        assert tuple(counts) == task.labels
+    for remote in task.source.files if task.source else ():
+        assert remote.url.startswith("https://") and len(remote.sha256 or "0" * 64) == 64
+
+
+def test_official_row_counts_are_the_published_ones() -> None:
+    rows = {name: load_task(name).rows for name in LABEL_TASKS}
+    assert rows["sst2"] == {"train": 67_349, "dev": 872} and rows["cola"] == {"train": 8_551, "dev": 1_043}
+    assert rows["rte"] == {"train": 2_490, "dev": 277} and rows["trec"] == {"train": 5_452, "test": 500}
+    assert rows["mrpc"] == {"train": 3_668, "dev": 408, "test": 1_725}
+    assert rows["ag-news"] == {"train": 120_000, "test": 7_600} and rows["imdb"] == {"train": 25_000, "test": 25_000}
+    assert rows["subj"] == {"all": 10_000} and rows["mr"] == {"all": 10_662}
+    assert rows["reviews"] == {}
+
+
+@pytest.mark.parametrize("name", ["reviews", "topics", "write"])
+@pytest.mark.parametrize("split", tasks.SPLITS)
+def test_bundled_tasks_need_no_network_and_no_files(name: str, split: str) -> None:
+    if not (bundled_data_dir() / "reviews").is_dir():
+        pytest.skip("the bundled data is not here")
+    task = load_task(name)
+    examples = load_split(task, split)
+    assert len(examples) >= 100
+    assert {e.label for e in examples} == ({None} if task.is_generation else set(range(len(task.labels))))
+
+
+@pytest.mark.parametrize("name", LABEL_TASKS)
+def test_real_data_matches_the_labels_and_counts(name: str) -> None:
+    if not (SHARED / name).is_dir():
+        pytest.skip("no such data set in shared/data")
+    task = load_task(name)
+    assert task.labels == tuple((SHARED / name / "labels.txt").read_text().split("\n")[: len(task.labels)])
+    for split in task.splits:
+        examples = load_split(task, split, data=SHARED)
+        assert {e.label for e in examples} == set(range(len(task.labels)))
+        if name in ("sst2", "cola", "rte", "mrpc") or (split == "test" and name in ("trec", "ag-news")):
+            assert len(examples) == task.rows[split]
+
+
+def test_importing_tasks_loads_nothing_slow() -> None:
+    slow = ("torch", "numpy", "rich", "urllib.request", "zipfile", "tarfile", "ssl")
+    code = f"import sys, tinyld.tasks; print([m for m in {slow!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,87 @@
+"""Adapters of any kind, to and from a run folder: config, weights, and the base they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyld.base import Base, load_base, load_exactly
+from tinyld.config import from_dict, to_dict
+from tinyld.errors import TinyldError
+from tinyld.methods import METHODS, Method
+from tinyld.runs import ADAPTER, CONFIG, RunFolder
+
+
+@dataclass
+class Adapted:
+    """A base with a method attached; `base.model` is the adapted denoiser."""
+
+    base: Base
+    method: Method
+    task: str  # a built-in task's name or the path of a task file
+    config: dict[str, Any]  # the run's config.json; empty for a method that was just attached
+
+
+def sizes(method: Method, base: Base) -> dict[str, Any]:
+    """Trainable, stored and base parameters, and bytes: the one place where they are counted."""
+    stored = sum(p.numel() for p in method.own.values())
+    count = base.model.config.num_parameters()
+    return {
+        "trainable_parameters": sum(p.numel() for p in method.own.values() if p.requires_grad),
+        "stored_parameters": stored,
+        "stored_bytes": sum(p.numel() * p.element_size() for p in method.own.values()),
+        "base_parameters": count,
+        "stored_percent": 100 * stored / count,
+    }
+
+
+def attach(base: Base, name: str, config: Any, task: str, generator: torch.Generator | None = None) -> Adapted:
+    """A fresh method on a base; it changes no logit until it is trained."""
+    method = METHODS[name](config, base.model.config)
+    method.attach(base.model, generator)
+    return Adapted(base, method, task, {})
+
+
+def method_record(method: Method) -> dict[str, Any]:
+    return {"name": method.name, **to_dict(method.config)}
+
+
+def find_base(config: dict[str, Any], run: Path, override: Path | None, default: Path) -> Path:
+    """Where a run's base is: `override`, the path the run recorded, or the bundled one, whichever is there first."""
+    recorded = Path(config["base"]["path"])
+    for path in (override, recorded, default):
+        if path is not None and (path / CONFIG).is_file():
+            return path
+    raise TinyldError(f"the base of {run} is not at {recorded}; say where it is with --base")
+
+
+def load_adapter(
+    folder: RunFolder, default_base: Path, base_path: Path | None = None, device: torch.device | str = "cpu"
+) -> Adapted:
+    """An adapter on its base; refuses a base with another fingerprint."""
+    config = folder.config
+    if config["kind"] != "adapter":
+        raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
+    where = str(folder.path / CONFIG)
+    base = load_base(find_base(config, folder.path, base_path, default_base), device)
+    check_base(config, base, folder.path)
+    settings = dict(config["method"])
+    name = settings.pop("name", None)
+    if name not in METHODS:
+        raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
+    adapted = attach(base, name, from_dict(METHODS[name].Config, settings, where), config["task"])
+    load_exactly(adapted.method.own, folder.read_tensors(ADAPTER), folder.path / ADAPTER)
+    adapted.config = config
+    return adapted
+
+
+def check_base(config: dict[str, Any], base: Base, run: Path) -> None:
+    """TinyldError when a run was trained on a base other than this one."""
+    wanted = config["base"]["fingerprint"]
+    if wanted != base.fingerprint:
+        raise TinyldError(
+            f"{run} was trained on base {wanted}, but {base.path} is base {base.fingerprint}; give its own with --base"
+        )

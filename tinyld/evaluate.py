@@ -1,0 +1,200 @@
+"""Task accuracy of answers that were really decoded, verbalizer scores, and the NLL bound. Nothing is trained here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyld.config import DiffusionConfig, SampleConfig
+from tinyld.data import Batch, TaskRows, torch_seeded
+from tinyld.diffusion import Estimate, Noised, noise_batch, ratio_estimate
+from tinyld.model import Denoiser
+from tinyld.sampler import decode
+from tinyld.tokenizer import Tokenizer
+
+EVAL_BATCH = 64
+UNREADABLE = -1
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation of one split found; rates are in [0, 1], NLL in nats per answer token."""
+
+    task: str
+    n: int
+    accuracy: float | None = None  # of decoded answers; an unreadable one is wrong
+    low: float | None = None  # 95% Wilson interval
+    high: float | None = None
+    scored_accuracy: float | None = None  # of the most likely verbalizer, no decoding
+    macro_f1: float | None = None
+    unreadable: float | None = None
+    masked_acc: float = 0.0  # token accuracy at masked positions: never a task accuracy
+    nll_bound: float = 0.0
+    nll_stderr: float = 0.0
+    rows_per_second: float = 0.0
+    forward_passes: int = 0
+    predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # (prompt, gold, decoded)
+
+    def record(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "predictions" and v is not None}
+
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion (Wilson 1927)."""
+    p, square = correct / n, z * z
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def macro_f1(gold: np.ndarray, predicted: np.ndarray, num_labels: int) -> float:
+    """Mean over labels of F1; an unreadable prediction is a miss of its gold label and a hit of none."""
+    scores = []
+    for label in range(num_labels):
+        hit = int(((gold == label) & (predicted == label)).sum())
+        seen = int((gold == label).sum()) + int((predicted == label).sum())
+        scores.append(2 * hit / seen if seen else 0.0)
+    return float(np.mean(scores))
+
+
+class Verbalizers:
+    """Label <-> answer tokens of one task, every answer filled to the slot's width with [EOS]."""
+
+    def __init__(self, rows: TaskRows, tokenizer: Tokenizer):
+        ids = [tokenizer.encode(words) for words in rows.task.verbalizer.values()]
+        self.ids = torch.tensor([i + [tokenizer.eos_id] * (rows.slot - len(i)) for i in ids])  # (labels, slot)
+        self.label = {tokenizer.decode(i): label for label, i in enumerate(ids)}
+
+    def read(self, text: str) -> int:
+        """The label whose answer is exactly `text`, else UNREADABLE."""
+        return self.label.get(text, UNREADABLE)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Denoiser,
+    rows: TaskRows,
+    tokenizer: Tokenizer,
+    sampling: SampleConfig | None = None,
+    draws: int = 4,
+    seed: int = 0,
+    limit: int | None = None,
+    score: bool = True,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Decodes every row's answer and, separately, scores it.
+
+    `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). `limit` reads the
+    first rows only. With `score` off only decoding runs.
+    """
+    sampling = sampling or SampleConfig()
+    n = len(rows) if limit is None else min(limit, len(rows))
+    device = model.embedding.weight.device
+    order = np.argsort(rows.lengths[:n], kind="stable")
+    forbidden = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.mask_id]
+    labelled = not rows.task.is_generation
+    verbalizers = Verbalizers(rows, tokenizer) if labelled else None
+    predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
+    texts: list[tuple[str, str, str]] = [("", "", "")] * n
+    nll_sum, tokens = torch.zeros(n), torch.zeros(n)
+    hits = masked = passes = 0
+    seconds, done = 0.0, 0
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    for chunk in np.array_split(order, math.ceil(n / EVAL_BATCH)):
+        batch = rows.take(chunk)
+        started = time.perf_counter()
+        x0, answer_mask = batch.x0.to(device), batch.answer_mask.to(device)
+        out, used = decode(
+            model, x0, answer_mask, batch.attention_mask.to(device), tokenizer.mask_id, forbidden, sampling, generator
+        )
+        passes += used
+        answers = out[answer_mask].view(len(chunk), rows.slot).tolist()
+        decoded = [tokenizer.decode(a) for a in answers]
+        seconds += time.perf_counter() - started
+        for row, text in zip(chunk, decoded, strict=True):
+            if verbalizers is not None:
+                predicted[row] = verbalizers.read(text)
+            start = rows.starts[row]
+            gold = rows.ids[row][start : start + rows.slot].tolist()
+            texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), tokenizer.decode(gold), text)
+        if score:
+            nll, count, hit, seen, labels = _score(model, batch, rows, tokenizer, verbalizers, draws, seed)
+            nll_sum[chunk], tokens[chunk] = nll, count
+            hits, masked = hits + hit, masked + seen
+            if labels is not None:
+                scored[chunk] = labels
+        done += len(chunk)
+        advance(done)
+    result = Evaluation(rows.task.name, n, rows_per_second=n / seconds, forward_passes=passes, predictions=texts)
+    if score:
+        bound: Estimate = ratio_estimate(nll_sum, tokens)
+        result.nll_bound, result.nll_stderr, result.masked_acc = bound.mean, bound.stderr, hits / max(masked, 1)
+    if labelled:
+        gold = rows.labels[:n]
+        correct = int((predicted == gold).sum())
+        result.accuracy = correct / n
+        result.low, result.high = wilson(correct, n)
+        result.unreadable = float((predicted == UNREADABLE).mean())
+        result.macro_f1 = macro_f1(gold, predicted, len(rows.task.labels))
+        if score:
+            result.scored_accuracy = float((scored == gold).mean())
+    return result
+
+
+def _masked_logp(model: Denoiser, noised: Noised, xt: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p of the targets (N,), log p of the vocabulary (N, V)) at the masked positions of xt; both (B, L) ids."""
+    where = noised.is_masked
+    logits = model(xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where).float()
+    logp = logits.log_softmax(-1)
+    return logp.gather(1, target[where][:, None])[:, 0], logp
+
+
+def _score(
+    model: Denoiser,
+    batch: Batch,
+    rows: TaskRows,
+    tokenizer: Tokenizer,
+    verbalizers: Verbalizers | None,
+    draws: int,
+    seed: int,
+) -> tuple[Tensor, Tensor, int, int, np.ndarray | None]:
+    """(nll sum, answer tokens) by row, (hits, masked tokens) of the batch, and each row's most likely label."""
+    device = model.embedding.weight.device
+    size = len(batch.x0)
+    draws = 1 if rows.slot == 1 else draws
+    elbo = DiffusionConfig(loss="elbo", time_sampling="uniform")
+    generator = torch_seeded(seed, 3, int(batch.rows[0]))
+    total = torch.zeros(size)
+    label_nll = torch.zeros(size, 0 if verbalizers is None else len(verbalizers.ids))
+    hits = masked = 0
+    for _ in range(draws):
+        noised, _ = noise_batch(
+            batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, elbo, generator, counted=True
+        )
+        noised = noised.to(device)
+        where = noised.is_masked
+        row = where.nonzero()[:, 0]
+
+        gold, logp = _masked_logp(model, noised, noised.xt, noised.x0)
+        total += torch.zeros(size).index_add_(0, row.cpu(), (-gold * noised.weight[row]).cpu())
+        hits += int((logp.argmax(-1) == noised.x0[where]).sum())
+        masked += len(gold)
+        if verbalizers is None:
+            continue
+        for label, ids in enumerate(verbalizers.ids.to(device)):
+            if rows.slot == 1:  # one forward pass scores every label, exactly
+                found = logp[:, ids[0]]
+            else:
+                candidate = noised.x0.masked_scatter(batch.answer_mask.to(device), ids.repeat(size))
+                xt = torch.where(where, tokenizer.mask_id, candidate)
+                found, _ = _masked_logp(model, noised, xt, candidate)
+            label_nll[:, label] += torch.zeros(size).index_add_(0, row.cpu(), (-found * noised.weight[row]).cpu())
+    labels = None if verbalizers is None else label_nll.argmin(1).numpy()
+    return total / draws, batch.answer_mask.sum(1).float(), hits, masked, labels

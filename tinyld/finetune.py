@@ -1,0 +1,117 @@
+"""Fine-tuning: a base, a task and a method -> an adapter in a run folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tinyld.adapter import Adapted, method_record, sizes
+from tinyld.cache import StateCache, why_not_cached
+from tinyld.config import DiffusionConfig, TrainConfig, to_dict
+from tinyld.data import TaskRows
+from tinyld.evaluate import evaluate
+from tinyld.progress import Progress
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
+from tinyld.train import Objective, autocast, resolve_dtype, train
+
+DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
+
+
+def finetune(
+    folder: RunFolder,
+    adapted: Adapted,
+    train_rows: TaskRows,
+    dev_rows: TaskRows,
+    diffusion: DiffusionConfig,
+    config: TrainConfig,
+    cache_gb: float,
+    data: Path | None,
+    limit: int | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    say: Any = print,
+) -> dict[str, Any]:
+    """Trains the attached method and returns the run's results, which are also in its results.json."""
+    base, method = adapted.base, adapted.method
+    model, tokenizer = base.model, base.tokenizer
+    device = model.embedding.weight.device
+    counts = sizes(method, base)
+    if not resume:
+        folder.write_json(
+            CONFIG,
+            {
+                "kind": "adapter",
+                "task": adapted.task,
+                "method": method_record(method),
+                "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint},
+                "diffusion": to_dict(diffusion),
+                "train": to_dict(config),
+                "cache_gb": cache_gb,
+                "data": {
+                    "folder": data and str(data.resolve()),
+                    "limit": limit,
+                    "rows": len(train_rows),
+                    "truncated": train_rows.truncated,
+                },
+                "parameters": counts,
+                "environment": environment(),
+            },
+        )
+    say(
+        f"{method.name} on {train_rows.task.name}: {len(train_rows):,} rows; "
+        f"trainable {counts['trainable_parameters']:,}, stored {counts['stored_parameters']:,} "
+        f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
+        f"base {counts['base_parameters']:,}"
+    )
+    dtype = resolve_dtype(config.dtype, device)
+    started = time.perf_counter()
+    cache = None
+    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb)
+    if reason is None:
+        with Progress("cache", len(train_rows), quiet=quiet) as bar:
+            cache = StateCache(
+                model,
+                train_rows,
+                method.first_depth,
+                tokenizer.mask_id,
+                lambda: autocast(device, dtype),
+                bar.advance_to,
+            )
+    elif method.first_depth > 0:
+        say(f"frozen states are not cached: {reason}")
+    cache_seconds = time.perf_counter() - started
+
+    def held_out() -> dict[str, float]:
+        found = evaluate(model, dev_rows, tokenizer, limit=DEV_ROWS).record()
+        return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "masked_acc", "nll_bound") if k in found}
+
+    result = train(
+        model,
+        method.own,
+        train_rows,
+        Objective(diffusion, tokenizer.mask_id, counted=True, seed=config.seed),
+        config,
+        folder,
+        held_out,
+        f"{method.name} {train_rows.task.name}",
+        penalty=method.penalty if method.penalty() is not None else None,
+        cache=cache,
+        resume=resume,
+        quiet=quiet,
+    )
+    folder.write_tensors(ADAPTER, method.own)
+    summary = {
+        "task": train_rows.task.name,
+        "method": method.name,
+        "rows": len(train_rows),
+        "steps": result.steps,
+        "seconds": round(result.seconds + cache_seconds, 2),
+        "cache_seconds": round(cache_seconds, 2),
+        "peak_memory_mb": result.peak_memory_mb,
+        **counts,
+        **result.metrics,
+    }
+    folder.write_json(RESULTS, {"finetune": summary})
+    folder.remove_checkpoints()
+    return summary

@@ -1,0 +1,46 @@
+"""The table of methods. A new method is one file and one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from tinyld.config import ModelConfig, check_choice
+from tinyld.errors import UsageError
+from tinyld.methods.bitfit import BitFit
+from tinyld.methods.bottleneck import Bottleneck
+from tinyld.methods.contract import Method
+from tinyld.methods.full import Full
+from tinyld.methods.trajectory_lora import RECIPES, TrajectoryLora
+from tinyld.methods.weight_lora import WeightLora
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottleneck, BitFit, TrajectoryLora)}
+
+
+def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
+    """A method's config from the options a user gave (None: not given), with its recipe and budget resolved.
+
+    UsageError for an unknown method or an option that the method does not have.
+    """
+    if name not in METHODS:
+        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    given = {k: v for k, v in options.items() if v is not None}
+    recipe, budget = given.pop("recipe", None), given.pop("budget", None)
+    config: Any = method.Config()
+    if method is TrajectoryLora:
+        recipe = recipe or next(iter(RECIPES))
+        check_choice("recipe", recipe, tuple(RECIPES))
+        config, recipe_budget = RECIPES[recipe]
+        if budget is None and "ranks" not in given:
+            budget = recipe_budget
+    elif recipe is not None:
+        raise UsageError(f"--recipe is an option of trajectory-lora, not of {name}")
+    allowed = {f.name for f in fields(config)}
+    for option in given:
+        if option not in allowed:
+            own = ", ".join(f"--{o.replace('_', '-')}" for o in sorted(allowed)) or "no option"
+            raise UsageError(f"--{option.replace('_', '-')} is not an option of {name}, which has {own}")
+    config = replace(config, **given)
+    return config if budget is None else method.fit_budget(config, model_config, budget)

@@ -1,0 +1,31 @@
+"""BitFit (arXiv 2106.10199): every bias of the base trains, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tinyld.config import ModelConfig
+from tinyld.methods.contract import Method
+from tinyld.model import Denoiser
+
+
+@dataclass(frozen=True)
+class BitFitConfig:
+    """No options."""
+
+
+class BitFit(Method):
+    name, Config, default_lr, can_disable = "bitfit", BitFitConfig, 5e-3, False
+    summary = "every bias of the base"
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+
+    @classmethod
+    def expected_parameters(cls, config: BitFitConfig, model_config: ModelConfig) -> int:
+        d, f = model_config.d_model, model_config.d_ff
+        block = 4 * d + f + d + 2 * d  # attention, up, down, two norms
+        return model_config.num_layers * block + d + model_config.vocab_size

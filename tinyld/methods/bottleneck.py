@@ -1,0 +1,64 @@
+"""Bottleneck adapters (Houlsby et al., arXiv 1902.00751): a small residual MLP after attention and after the MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld.config import ModelConfig, check
+from tinyld.methods.contract import Method
+from tinyld.model import Block, Denoiser
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    rank: int = 16  # width of the bottleneck
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
+
+
+class BottleneckAdapter(nn.Module):
+    """x + up(gelu(down(x))); `up` starts at zero, so a fresh adapter is the identity. x: (B, L, D)."""
+
+    def __init__(self, width: int, rank: int, generator: torch.Generator | None):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.enabled = True
+        with torch.no_grad():
+            self.down.weight.normal_(0.0, width**-0.5, generator=generator)
+            for parameter in (self.down.bias, self.up.weight, self.up.bias):
+                parameter.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x))) if self.enabled else x
+
+
+class Bottleneck(Method):
+    name, Config, default_lr = "adapters", BottleneckConfig, 2e-3
+    summary = "a bottleneck MLP after attention and after the MLP of every block"
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        self.modules: list[BottleneckAdapter] = []
+        own: dict[str, nn.Parameter] = {}
+        device = model.embedding.weight.device
+        for i, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            for seam in ("after_attention", "after_mlp"):
+                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(device)
+                setattr(block, seam, adapter)
+                self.modules.append(adapter)
+                own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
+        return own
+
+    @classmethod
+    def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:
+        d, r = model_config.d_model, config.rank
+        return 2 * model_config.num_layers * (2 * d * r + r + d)
+
+    def set_enabled(self, enabled: bool) -> None:
+        for module in self.modules:
+            module.enabled = enabled

@@ -1,0 +1,89 @@
+"""What every method is: how it attaches to a denoiser, which parameters are its own, how many there are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tinyld.config import ModelConfig
+from tinyld.errors import UsageError
+from tinyld.model import Denoiser
+
+
+class Method(ABC):
+    """An adaptation method, made from its config and the base's model config.
+
+    A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
+    method's options, and the learning rate `default_lr` that the tuning grid is centred on.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    default_lr: ClassVar[float]
+    summary: ClassVar[str]
+    can_disable: ClassVar[bool] = True
+
+    def __init__(self, config: Any, model_config: ModelConfig):
+        self.config, self.model_config = config, model_config
+        self.own: dict[str, nn.Parameter] = {}
+
+    @property
+    def first_depth(self) -> int:
+        """States before this block are the frozen base's, whatever the method's parameters are."""
+        return 0
+
+    def attach(self, model: Denoiser, generator: torch.Generator | None = None) -> None:
+        """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
+        model.requires_grad_(False)
+        self.own = self.install(model, generator)
+        for parameter in self.own.values():
+            parameter.requires_grad_(True)
+        expected = self.expected_parameters(self.config, self.model_config)
+        counted = sum(p.numel() for p in self.own.values())
+        assert counted == expected, f"{self.name}: {counted} parameters, closed form {expected}"
+
+    @abstractmethod
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        """Adds the method to the model; returns its own parameters by name."""
+
+    @classmethod
+    @abstractmethod
+    def expected_parameters(cls, config: Any, model_config: ModelConfig) -> int:
+        """Closed-form count of what the method trains and stores."""
+
+    @classmethod
+    def with_rank(cls, config: Any, rank: int) -> Any:
+        """The config at another rank; UsageError where the method has none."""
+        if not hasattr(config, "rank"):
+            raise UsageError(f"{cls.name} has no rank to fit a budget with; leave --budget out")
+        return replace(config, rank=rank)
+
+    @classmethod
+    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float) -> Any:
+        """The config with the largest rank whose parameters are at most `budget`, a share of the base's."""
+        limit = budget * model_config.num_parameters()
+        rank = 0
+        while cls.expected_parameters(cls.with_rank(config, rank + 1), model_config) <= limit:
+            rank += 1
+        if rank == 0:
+            least = cls.expected_parameters(cls.with_rank(config, 1), model_config)
+            raise UsageError(
+                f"budget {budget:.2%} is too small for {cls.name}: rank 1 stores {least:,} parameters of {limit:,.0f}"
+            )
+        return cls.with_rank(config, rank)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Turns the method's effect off and on again; full and bitfit change the base itself and refuse."""
+        raise ValueError(f"{self.name} changes the base's own weights; reload the base instead")
+
+    def penalty(self) -> Tensor | None:
+        """A regulariser added to the loss, or None."""
+        return None
+
+    def merge(self, model: Denoiser) -> None:
+        """Folds the method into the base's weights, where that is possible."""
+        raise ValueError(f"{self.name} cannot be merged into the base's weights")

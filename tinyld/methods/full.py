@@ -1,0 +1,29 @@
+"""Full fine-tuning: every parameter of the base trains and is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tinyld.config import ModelConfig
+from tinyld.methods.contract import Method
+from tinyld.model import Denoiser
+
+
+@dataclass(frozen=True)
+class FullConfig:
+    """No options."""
+
+
+class Full(Method):
+    name, Config, default_lr, can_disable = "full", FullConfig, 5e-4, False
+    summary = "every weight of the base"
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        return dict(model.named_parameters())
+
+    @classmethod
+    def expected_parameters(cls, config: FullConfig, model_config: ModelConfig) -> int:
+        return model_config.num_parameters()
