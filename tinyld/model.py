@@ -202,6 +202,6 @@ class Denoiser(nn.Module):
         where: Tensor | None = None,
         cached: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), the only ones the head then runs on."""
+        """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), where alone the head then runs."""
         h = self.states(xt, t, attention_mask, prompt_mask, cached)
         return self.head(h if where is None else h[where])

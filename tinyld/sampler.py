@@ -67,7 +67,7 @@ def decode(
             accept = where if last else where & ((grid_confidence >= config.threshold) | (grid_confidence == best))
         else:
             count = torch.ceil(remaining / (steps - step)).to(torch.int64)
-            rank = grid_confidence.argsort(1, descending=True, stable=True).argsort(1)
+            rank = grid_confidence.argsort(stable=True, dim=1, descending=True).argsort(1)
             accept = where & (rank < count[:, None])
         x[rows] = torch.where(accept, grid_token, x[rows])
     return x, passes

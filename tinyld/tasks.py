@@ -288,9 +288,10 @@ def _borrow_rows(task: Task, lender: str, renamed: bool) -> Task:
 
 
 def bundled_data_dir() -> Path:
-    """The rows that come with tinyld: `data/` inside the package, or at the top of a checkout."""
+    """The rows that come with tinyld: inside an installed package, or `data/` at the top of a checkout."""
     package = Path(__file__).parent
-    return package / "data" if (package / "data").exists() else package.parent / "data"
+    inside = package / "bundled"
+    return inside if inside.exists() else package.parent / "data"
 
 
 def _in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Weight LoRA (arXiv 2106.09685): W + scale * B A on attention and MLP matrices, scale = alpha / r or alpha / sqrt r."""
+"""Weight LoRA (arXiv 2106.09685): W + scale * B A on attention and MLP matrices, scale = alpha / r."""
 
 from __future__ import annotations
 
