@@ -278,8 +278,10 @@ def eval(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; default: the newest in runs/.")] = None,
     task: Annotated[str | None, typer.Option(help="Another task than the run's own.")] = None,
     split: Split = "dev",
-    data: DataFolder = None,
-    file: Annotated[Path | None, typer.Option(help="A file of rows, instead of a split.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of rows, or a folder with <task>/dev.tsv and so on.")
+    ] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Running text to measure the NLL bound on.")] = None,
     base: BasePath = None,
     sampler: Sampler = "low_confidence",
     steps: DenoiseSteps = None,
@@ -298,9 +300,9 @@ def eval(
     from tinyld import commands
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
-    commands.eval(
-        runs or [], task, split, data, file, base, sampling, draws, limit, dtype, device, predictions, json, quiet
-    )
+    if text:
+        return commands.eval_text(runs or [], text, base, draws, dtype, device, json)
+    commands.eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
 
 
 @app.command()

@@ -162,7 +162,8 @@ def finetune(
     definition = load_task(task)
     out = out or RUNS / f"{definition.name.replace(':', '-')}-{method}-s{config.seed}"
     if (out / CONFIG).exists() and not force:
-        raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
+        go_on = f"go on with it by --resume {out}, " if RunFolder(out).checkpoints() else ""
+        raise TinyldError(f"{out} exists: {go_on}choose another --out, or replace it by --force")
     if task.endswith(".toml"):
         task = str(Path(task).resolve())
 
@@ -241,10 +242,13 @@ def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, lis
     return base, [m["task"] for m in config["members"]]
 
 
-def rows_for(base: Base, task: Task, split: str, data: Path | None, file: Path | None = None) -> TaskRows:
+def rows_for(base: Base, task: Task, split: str, data: Path | None) -> TaskRows:
+    """A split's rows; `data` may be a folder or one file of rows."""
     from tinyld.data import TaskRows
 
-    return TaskRows(load_split(task, split, data, file), task, base.tokenizer, base.model.config.max_length)
+    file = data if data is not None and not data.is_dir() else None
+    examples = load_split(task, split, None if file else data, file)
+    return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
 
 
 def evaluate_run(
@@ -265,7 +269,6 @@ def eval(
     task: str | None,
     split: str,
     data: Path | None,
-    file: Path | None,
     base_path: Path | None,
     sampling: SampleConfig,
     draws: int,
@@ -280,6 +283,7 @@ def eval(
     runs = runs or [newest_run(("adapter", "composition"))]
     records = []
     lines = ["run\ttask\tprompt\tgold\tanswer"]
+    source = str(data) if data is not None and not data.is_dir() else split
     for run in runs:
         base, tasks = load_run(run, base_path, device)
         if task is not None:
@@ -287,12 +291,12 @@ def eval(
         if not tasks:
             raise UsageError(f"{run} is a base: say which task to evaluate with --task")
         for name in tasks:
-            rows = rows_for(base, load_task(name), split, data, file)
+            rows = rows_for(base, load_task(name), split, data)
             found = evaluate_run(base, rows, sampling, draws, dtype, quiet, limit)
-            record = {"run": str(run), "split": str(file or split), **found.record()}
+            record = {"run": str(run), "split": source, **found.record()}
             records.append(record)
             lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
-            remember(run, f"{rows.task.name}/{file or split}", {**record, "environment": environment()})
+            remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()})
     if predictions is not None:
         from tinyld.runs import write_atomic
 
@@ -301,6 +305,33 @@ def eval(
         print(jsonlib.dumps(records))
     else:
         print_evaluations("evaluation", records)
+
+
+def eval_text(
+    runs: list[Path], text: list[Path], base_path: Path | None, draws: int, dtype: str, device: str, json: bool
+) -> None:
+    """NLL bound of running text under each run's denoiser (adapters are on), beside what pretraining recorded."""
+    from tinyld.data import TextRows, tokenize_documents
+    from tinyld.evaluate import text_nll
+    from tinyld.tokenizer import find_text_files, read_lines
+    from tinyld.train import autocast, resolve_dtype
+
+    lines = list(read_lines(find_text_files(text)))
+    records = []
+    for run in runs or [default_base()]:
+        base, _ = load_run(run, base_path, device)
+        config, where = base.model.config, base.model.embedding.weight.device
+        rows = TextRows(tokenize_documents(lines, base.tokenizer), config.max_length, base.tokenizer.bos_id)
+        with autocast(where, resolve_dtype(dtype, where)):
+            bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws)
+        records.append(
+            {"run": str(run), "rows": bound.n, "tokens": bound.n * rows.width, "nll_bound": bound.mean}
+            | {"nll_stderr": bound.stderr, "draws": draws}
+        )
+    if json:
+        print(jsonlib.dumps(records))
+    else:
+        print_table("NLL bound, nats per token", tuple(records[0]), [tuple(r.values()) for r in records])
 
 
 def one_line(text: str) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tinyld.config import DiffusionConfig, SampleConfig
-from tinyld.data import Batch, TaskRows, torch_seeded
-from tinyld.diffusion import Estimate, Noised, noise_batch, ratio_estimate
+from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
+from tinyld.diffusion import Estimate, Noised, nll_bound, noise_batch, ratio_estimate
 from tinyld.model import Denoiser
 from tinyld.sampler import decode
 from tinyld.tokenizer import Tokenizer
@@ -146,6 +146,15 @@ def evaluate(
         if score:
             result.scored_accuracy = float((scored == gold).mean())
     return result
+
+
+def text_nll(model: Denoiser, rows: TextRows, mask_id: int, draws: int = 2, limit: int | None = None) -> Estimate:
+    """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
+    n = len(rows) if limit is None else min(limit, len(rows))
+    chosen = np.unique(np.linspace(0, len(rows) - 1, num=n).astype(int))
+    batches = (rows.take(chunk) for chunk in np.array_split(chosen, math.ceil(n / 16)))
+    triples = ((b.x0, b.answer_mask, b.attention_mask) for b in batches)
+    return nll_bound(model, triples, mask_id, draws=draws, counted=True)
 
 
 def _masked_logp(model: Denoiser, noised: Noised, xt: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

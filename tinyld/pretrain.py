@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import torch
 from tinyld.base import save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TextRows, tokenize_documents, torch_seeded
-from tinyld.diffusion import nll_bound
 from tinyld.errors import TinyldError
+from tinyld.evaluate import text_nll
 from tinyld.model import Denoiser
 from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, resolve_device, train
 
+HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -105,12 +105,9 @@ def pretrain(
         f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
         f"a unigram model has {unigram:.3f} nats/token on the held-out text"
     )
-    sample = np.unique(np.linspace(0, len(held_out_rows) - 1, num=min(64, len(held_out_rows))).astype(int))
 
     def evaluate() -> dict[str, float]:
-        batches = (held_out_rows.take(chunk) for chunk in np.array_split(sample, math.ceil(len(sample) / 16)))
-        triples = ((b.x0, b.answer_mask, b.attention_mask) for b in batches)
-        bound = nll_bound(model, triples, tokenizer.mask_id, draws=2, counted=True)
+        bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
         return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
 
     objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)

@@ -221,7 +221,7 @@ class _NuclearNorm(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, up: Tensor, down: Tensor) -> Tensor:
         q_up, r_up = torch.linalg.qr(up)
         q_down, r_down = torch.linalg.qr(down.T)
-        u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+        u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
         keep = s > 1e-6 * s.max().clamp(min=1e-12)
         ctx.save_for_backward(up, down, q_up @ (u * keep), vh @ q_down.T)
         return s.sum()

@@ -1,0 +1,658 @@
+"""The command line: every verb once on a tiny base, what goes to stdout and stderr, and every error as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tinyld
+from tinyld.cli import app
+from tinyld.data import TaskRows
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
+
+VERBS = ("pretrain", "finetune", "eval", "compose", "sample", "info", "tasks", "demo")
+TINY = "--preset nano --d-model 32 --num-layers 2 --num-heads 2 --d-ff 64 --max-length 48 --vocab-size 300".split()
+METHODS: dict[str, list[str]] = {
+    "full": [],
+    "weight-lora": ["--rank", "2"],
+    "adapters": ["--rank", "2"],
+    "bitfit": [],
+    "trajectory-lora": ["--ranks", "4,2,1", "--blocks", "1"],
+}
+TRAJECTORY = ["--method", "trajectory-lora", *METHODS["trajectory-lora"]]
+MOOD = """
+template = "{text} i feel {answer} ."
+[verbalizer]
+sad = "down"
+happy = "very well"
+[data]
+train = "train.csv"
+dev = "dev.csv"
+test = "test.jsonl"
+"""
+COLOURS = """
+template = "{text} it is {answer} ."
+[verbalizer]
+red = "red"
+blue = "blue"
+[data]
+train = "colours.csv"
+dev = "colours.csv"
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def cli(*args: object) -> Ran:
+    """Runs tinyld in this process; anything but an exit is a bug and is raised."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def good(*args: object) -> Ran:
+    ran = cli(*args)
+    assert ran.code == 0, ran.stderr
+    return ran
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own that finds the package these tests are of."""
+    environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, two user tasks, broken files and, made by the CLI, two bases. Tests leave it as it is."""
+    place = tmp_path_factory.mktemp("cli")
+    rng = random.Random(0)
+    words = "i feel down very well red blue it is the a sky sea rose rain sun terrible great . ,".split()
+    (place / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(300)))
+    (place / "mood.toml").write_text(MOOD)
+    (place / "colours.toml").write_text(COLOURS)
+    rows = [("the rain , the rain", "sad"), ("sun and sea", "happy")] * 6
+    (place / "train.csv").write_text("text,label\n" + "\n".join(f'"{t}",{label}' for t, label in rows))
+    (place / "dev.csv").write_text("text,label\nthe rain,sad\nthe sun,happy\na sun,1\n")
+    (place / "test.jsonl").write_text('{"text": "rain", "label": "sad"}\n{"text": "sea", "label": 1}\n')
+    (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
+    for name, content in {
+        "columns": b"sentence,label\nthe rain,sad\n",
+        "label": b"text,label\nthe rain,sad\nthe sun,cheerful\n",
+        "empty": b"",
+        "header": b"text,label\n",
+        "latin1": "text,label\ncaf\xe9,sad\n".encode("latin-1"),
+        "ragged": b"text,label\nthe rain,sad,very\n",
+    }.items():
+        (place / name).mkdir()
+        for split in ("train", "dev"):
+            (place / name / f"{split}.csv").write_bytes(content)
+    (place / "latin1.txt").write_bytes(b"the sky\n" * 50 + b"caf\xe9\n")
+    (place / "short.txt").write_text("the sky\n")
+    (place / "notes.md").write_text("# notes")
+    good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "base", "--json")
+    good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--seed", 1, "--out", place / "other", "--quiet")
+    return place
+
+
+@pytest.fixture(scope="session")
+def adapters(place: Path) -> dict[str, tuple[Path, Ran]]:
+    """A run of each method on the mood task, with what it printed."""
+    made = {}
+    for method, options in METHODS.items():
+        out = place / f"mood-{method}"
+        made[method] = (out, finetune(place, out, "--method", method, *options, "--json"))
+    return made
+
+
+@pytest.fixture(scope="session")
+def pair(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> tuple[Path, Path]:
+    """Two trajectory-lora runs of one base."""
+    good("finetune", "--task", place / "colours.toml", "--base", place / "base", "--steps", 2, "--quiet", *TRAJECTORY,
+         "--out", place / "colours")  # fmt: skip
+    return adapters["trajectory-lora"][0], place / "colours"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in an empty folder, with no data of the user's and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TINYLD_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("TINYLD_DATA", raising=False)
+
+
+def finetune(place: Path, out: Path, *args: object) -> Ran:
+    task = [] if "--task" in args else ["--task", place / "mood.toml"]
+    return good("finetune", "--base", place / "base", *task, "--steps", 3, "--batch-size", 4, "--out", out, *args)
+
+
+# ------------------------------------------------------------------------------------------------ help, start
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    ran = good(verb, "--help")
+    assert f"{verb} [OPTIONS]" in ran.stdout and "--help" in ran.stdout and ran.stderr == ""
+
+
+def test_the_help_lists_every_verb_and_the_version_is_printed() -> None:
+    text = good("--help").stdout
+    commands = text.partition("Commands:")[2].splitlines()
+    assert [line.split()[0] for line in commands if line.startswith("  ") and line[2] != " "] == list(VERBS)
+    assert good("--version").stdout.startswith("tinyld 0.")
+
+
+def test_help_info_and_tasks_import_no_torch(adapters: dict[str, tuple[Path, Ran]]) -> None:
+    code = """
+import sys
+import tinyld
+from tinyld.cli import app
+for args in (["--help"], ["finetune", "--help"], ["info", sys.argv[1]], ["info", sys.argv[1], "--json"], ["tasks"]):
+    try:
+        app(args)
+    except SystemExit as end:
+        assert end.code == 0, args
+    assert not {"torch", "numpy", "tokenizers", "safetensors"} & set(sys.modules), args
+"""
+    run = str(adapters["full"][0])
+    ended = python("-c", code, run)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_help_is_there_at_once() -> None:
+    def seconds(*args: str) -> float:
+        best = 60.0
+        for _ in range(3):
+            started = time.perf_counter()
+            ended = python(*args)
+            best = min(best, time.perf_counter() - started)
+            assert ended.returncode == 0, ended.stderr
+        return best
+
+    assert seconds("-m", "tinyld", "--help") - seconds("-c", "pass") < 0.6  # about 0.2 s on an idle core
+
+
+# ------------------------------------------------------------------------------------------------ good runs
+
+
+def test_pretraining_writes_a_base_and_prints_one_json_object(place: Path, tmp_path: Path) -> None:
+    ran = good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 3, "--out", "base", "--json")
+    assert ran.json["steps"] == 3 and ran.json["run"] == "base" and ran.json["nll_bound"] > 0
+    assert "parameters" in ran.stderr
+    assert {p.name for p in Path("base").iterdir()} >= {CONFIG, MODEL, METRICS, MANIFEST, RESULTS, "tokenizer.json"}
+
+
+def test_pretraining_goes_by_default_to_a_folder_named_by_preset_and_seed(place: Path) -> None:
+    ran = good("pretrain", "--data", place / "text.txt", *TINY, "--tokens", 100, "--seed", 3, "--quiet", "--dtype", "fp32")
+    assert ran.stderr == "" and "base-nano-s3" in ran.stdout
+    assert (Path("runs") / "base-nano-s3" / MODEL).is_file()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_finetuned_and_evaluated(method: str, adapters: dict[str, tuple[Path, Ran]]) -> None:
+    out, ran = adapters[method]
+    summary = ran.json
+    assert summary["method"] == method and summary["steps"] == 3 and summary["rows"] == 12
+    assert summary["trainable_parameters"] == summary["stored_parameters"] > 0
+    assert 0 <= summary["dev_accuracy"] <= 1 and "dev_nll_bound" in summary
+    assert method in ran.stderr
+    config = RunFolder(out).config
+    assert config["method"]["name"] == method and config["train"]["steps"] == 3
+    assert not (out / "checkpoints").exists()
+
+    found = good("eval", out, "--json").json
+    assert len(found) == 1 and found[0]["n"] == 3 and found[0]["run"] == str(out)
+    assert found[0]["accuracy"] == pytest.approx(summary["dev_accuracy"])
+    assert found[0]["nll_bound"] == pytest.approx(summary["dev_nll_bound"], rel=0.05)
+    assert RunFolder(out).read_json(RESULTS)["eval"]["mood/dev"]["accuracy"] == found[0]["accuracy"]
+
+
+def test_the_same_command_writes_the_same_adapter(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+    for method in ("full", "trajectory-lora"):
+        finetune(place, Path(method), "--method", method, *METHODS[method], "--quiet")
+        assert RunFolder(Path(method)).digest(ADAPTER) == RunFolder(adapters[method][0]).digest(ADAPTER)
+
+
+def test_a_table_says_what_the_json_says(adapters: dict[str, tuple[Path, Ran]]) -> None:
+    run = adapters["bitfit"][0]
+    found = good("eval", run, "--json", "--split", "test").json[0]
+    table = good("eval", run, "--split", "test", "--quiet")
+    assert table.stderr == ""
+    assert "accuracy" in table.stdout and f"{found['nll_bound']:.4f}" in table.stdout and " test " in table.stdout
+
+
+def test_progress_and_notes_are_on_stderr_and_quiet_ends_them(place: Path) -> None:
+    loud = finetune(place, Path("loud"), "--method", "bitfit")
+    quiet = finetune(place, Path("quiet"), "--method", "bitfit", "--quiet")
+    assert "bitfit on mood" in loud.stderr and quiet.stderr == ""
+    assert "bitfit on mood" not in loud.stdout and "adapter" in quiet.stdout
+
+
+def test_a_builtin_task_is_finetuned_with_a_limit_and_evaluated_by_default(place: Path) -> None:
+    out = Path("runs") / "reviews-adapters-s2"
+    good("finetune", "--base", place / "base", "--task", "reviews", "--limit", 8, "--method", "adapters", "--epochs", 1,
+         "--seed", 2, "--quiet")  # fmt: skip
+    assert RunFolder(out).config["data"]["rows"] == 8
+    found = good("eval", "--split", "test", "--limit", 20, "--json").json
+    assert found[0]["n"] == 20 and found[0]["run"] == str(out)
+
+
+def test_a_base_is_evaluated_on_a_task_that_is_named(place: Path) -> None:
+    shutil.copytree(place / "base", "base")
+    found = good("eval", "base", "--task", place / "mood.toml", "--json").json
+    assert found[0]["n"] == 3 and found[0]["task"] == "mood"
+
+
+def test_rows_may_come_from_a_file_and_predictions_go_to_one(adapters: dict[str, tuple[Path, Ran]]) -> None:
+    Path("mine.tsv").write_text("text\tlabel\nthe sky\thappy\n")
+    good("eval", adapters["full"][0], "--data", "mine.tsv", "--predictions", "out.tsv", "--json")
+    lines = Path("out.tsv").read_text().splitlines()
+    assert lines[0] == "run\ttask\tprompt\tgold\tanswer" and len(lines) == 2
+    assert lines[1].split("\t")[:4] == [str(adapters["full"][0]), "mood", "the sky i feel", "very well"]
+
+
+def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair: tuple[Path, Path]) -> None:
+    found = good("eval", place / "base", pair[0], "--text", place / "text.txt", "--json").json
+    assert [r["run"] for r in found] == [str(place / "base"), str(pair[0])]
+    assert all(0 < r["nll_bound"] < 7 and r["tokens"] > 1000 for r in found)
+    assert found[0]["nll_bound"] != found[1]["nll_bound"]
+    assert "NLL bound" in good("eval", place / "base", "--text", place / "text.txt").stdout
+
+
+def test_two_adapters_are_composed_and_the_composition_is_a_run(pair: tuple[Path, Path]) -> None:
+    ran = good("compose", *pair, "--weights", "0.7,0.3", "--out", "both", "--json")
+    assert ran.json["weights"] == [0.7, 0.3]
+    assert [(r["task"], r["run"]) for r in ran.json["evaluations"]] == [
+        (task, label) for task in ("mood", "colours") for label in ("base", "own", "composed")
+    ]
+    config = RunFolder(Path("both")).config
+    assert config["kind"] == "composition" and [m["weight"] for m in config["members"]] == [0.7, 0.3]
+    again = good("eval", "both", "--json").json
+    composed = [r for r in ran.json["evaluations"] if r["run"] == "composed"]
+    assert [r["nll_bound"] for r in again] == pytest.approx([r["nll_bound"] for r in composed], rel=1e-4)
+    assert "composition" in good("info", "both").stdout
+
+
+def test_weights_one_and_zero_are_the_first_adapter_alone(pair: tuple[Path, Path]) -> None:
+    found = good("compose", *pair, "--weights", "1,0", "--out", "both", "--json").json["evaluations"]
+    by = {(r["task"], r["run"]): r["nll_bound"] for r in found}
+    assert by["mood", "composed"] == pytest.approx(by["mood", "own"], rel=1e-6)
+    assert by["mood", "composed"] != pytest.approx(by["mood", "base"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "ancestral"])
+def test_text_is_sampled_from_a_base_and_an_adapter(
+    sampler: str, place: Path, adapters: dict[str, tuple[Path, Ran]]
+) -> None:
+    for run in (place / "base", adapters["trajectory-lora"][0]):
+        args = ["sample", run, "--prompt", "the {answer} .", "--length", 4, "--num", 2, "--sampler", sampler, "--json"]
+        first = good(*args)
+        assert len(first.json["samples"]) == 2 and 1 <= first.json["forward_passes"] <= 4
+        assert first == good(*args)
+        assert all("[MASK]" not in s and "_" not in s for s in first.json["samples"])
+    assert len(good("sample", place / "base", "--num", 3, "--length", 2).stdout.splitlines()) == 3
+
+
+def test_info_says_what_a_run_is(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+    record = good("info", place / "base", "--json").json
+    assert record["kind"] == "base" and record["model d_model"] == 32 and f"file {MODEL}" in record
+    run, ran = adapters["weight-lora"]
+    record = good("info", run, "--json").json
+    assert record["method name"] == "weight-lora" and record["stored_parameters"] == ran.json["stored_parameters"]
+    assert "weight-lora" in good("info", run).stdout
+
+
+def test_tasks_lists_the_builtin_tasks() -> None:
+    names = [t["task"] for t in good("tasks", "--json").json]
+    assert {"reviews", "topics", "sst2", "write"} <= set(names)
+    assert all(name in good("tasks").stdout for name in names)
+
+
+def test_a_budget_sets_the_rank(place: Path) -> None:
+    summary = finetune(place, Path("a"), "--method", "weight-lora", "--budget", "8%", "--json").json
+    assert summary["stored_percent"] <= 8
+    assert RunFolder(Path("a")).config["method"]["rank"] >= 1
+
+
+# ------------------------------------------------------------------------------------------------ resume, force
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, *args: object) -> Ran:
+    """Runs tinyld and presses Ctrl-C when step `at` asks for its rows."""
+    batch = TaskRows.batch
+
+    def breaks(self: TaskRows, step: int, batch_size: int, seed: int) -> Any:
+        if step == at:
+            raise KeyboardInterrupt
+        return batch(self, step, batch_size, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRows, "batch", breaks)
+        return cli(*args)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_finetune_resumes_to_the_same_adapter(
+    method: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", method, *METHODS[method],
+            "--steps", 7, "--batch-size", 4, "--eval-every", 3, "--save-minutes", "1e-9", "--seed", 5]  # fmt: skip
+    good(*args, "--out", "whole", "--json")
+    ran = interrupt(monkeypatch, 5, *args, "--out", "cut")
+    assert ran.code != 0 and "Traceback" not in ran.stderr
+    assert not (Path("cut") / ADAPTER).exists()
+    resumed = good("finetune", "--resume", "cut", "--json").json
+    assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
+    assert resumed["steps"] == 7 and not (Path("cut") / "checkpoints").exists()
+    again = cli("finetune", "--resume", "cut")
+    assert again.code == 1 and "nothing to resume in cut" in again.stderr
+
+
+def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(place / "base", "base")
+    args = ["finetune", "--base", "base", "--task", place / "mood.toml", "--method", "bitfit", "--steps", 7]
+    interrupt(monkeypatch, 5, *args, "--save-minutes", "1e-9", "--out", "cut")
+    shutil.rmtree("base")
+    shutil.copytree(place / "other", "base")
+    assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
+
+
+def test_an_interrupted_pretraining_resumes_from_its_folder_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyld.data import TextRows
+
+    batch = TextRows.batch
+
+    def breaks(self: TextRows, step: int, batch_size: int, seed: int) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return batch(self, step, batch_size, seed)
+
+    args = ["pretrain", *TINY, "--steps", 6, "--save-minutes", "1e-9", "--out", "cut", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TextRows, "batch", breaks)
+        assert cli(*args, "--data", place / "text.txt").code != 0
+    ran = good("pretrain", "--resume", "cut", "--json")
+    assert ran.json["steps"] == 6 and (Path("cut") / MODEL).is_file()
+
+
+def test_force_replaces_a_run_and_nothing_else(place: Path) -> None:
+    finetune(place, Path("a"), "--method", "bitfit", "--quiet")
+    first = RunFolder(Path("a")).digest(ADAPTER)
+    finetune(place, Path("a"), "--method", "bitfit", "--quiet", "--seed", 9, "--force")
+    assert RunFolder(Path("a")).digest(ADAPTER) != first
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").write_text("cat")
+    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--steps", 1, "--method", "bitfit"]
+    assert_refused(cli(*args, "--force", "--out", "photos", "--quiet"), 1, "photos exists and is not empty")
+    assert Path("photos/cat.jpg").read_text() == "cat"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "pretrain {tiny} --steps 1 --data {place}/latin1.txt",
+        "pretrain {tiny} --steps 1 --data {place}/short.txt",
+        "finetune --base {place}/base --task {place}/mood.toml --data {place}/latin1 --steps 1",
+        "compose {place}/mood-trajectory-lora {place}/colours --data {place}/latin1",
+    ],
+)
+def test_force_keeps_the_old_run_when_the_input_is_bad(args: str, place: Path, pair: tuple[Path, Path]) -> None:
+    shutil.copytree(place / "base", "old")
+    files = {p.name: p.read_bytes() for p in Path("old").iterdir()}
+    ran = cli(*fill(args, place), "--out", "old", "--force", "--quiet")
+    assert ran.code == 1
+    assert {p.name: p.read_bytes() for p in Path("old").iterdir()} == files
+
+
+@pytest.mark.parametrize("verb", ["finetune", "compose"])
+def test_force_does_not_remove_what_the_command_reads(verb: str, place: Path, pair: tuple[Path, Path]) -> None:
+    if verb == "finetune":
+        shutil.copytree(place / "base", "mine")
+        args = fill("finetune --base mine --task {place}/mood.toml --method bitfit --steps 1", place)
+    else:
+        shutil.copytree(pair[0], "mine")
+        args = ["compose", "mine", str(pair[1])]
+    ran = cli(*args, "--out", "mine", "--force", "--quiet")
+    assert ran.code != 0 and "mine" in ran.stderr
+    assert len(list(Path("mine").iterdir())) > 3
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def fill(args: str, place: Path) -> list[str]:
+    return args.format(place=place, tiny=" ".join(TINY)).split()
+
+
+def assert_refused(ran: Ran, code: int, part: str) -> None:
+    assert part in ran.stderr
+    assert ran.code == code
+    lines = ran.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("tinyld: "), ran.stderr
+    assert ran.stdout == ""
+
+
+ON = "finetune --base {place}/base --task {place}/mood.toml --steps 1 --quiet --out new "
+NOT_ON = "finetune --base {place}/base --steps 1 --quiet --out new "
+EVAL = "eval {place}/mood-full --quiet "
+TEXT = "pretrain {tiny} --quiet --out new --data {place}/text.txt "
+ERRORS = [
+    # data
+    (ON + "--data {place}/missing", 1, "no such folder"),
+    (ON + "--data {place}/columns", 1, "train.csv: line 2: no column 'text', found"),
+    (ON + "--data {place}/label", 1, "train.csv: line 3: unknown label 'cheerful'"),
+    (ON + "--data {place}/empty", 1, "train.csv: the file is empty"),
+    (ON + "--data {place}/header", 1, "train.csv: a header but no rows"),
+    (ON + "--data {place}/latin1", 1, "train.csv: line 2: not UTF-8"),
+    (ON + "--data {place}/ragged", 1, "train.csv: line 2: 3 columns, the header has 2"),
+    (NOT_ON + "--task nonsense", 1, "no task 'nonsense'; built in:"),
+    (NOT_ON + "--task missing.toml", 1, "missing.toml: no such file"),
+    (EVAL + "--data missing.csv", 1, "missing.csv"),
+    (EVAL + "--data {place}/notes.md", 1, "the name must end in .tsv, .csv, .jsonl"),
+    (EVAL + "--task nonsense", 1, "no task 'nonsense'"),
+    (EVAL + "--data {place}/label", 1, "unknown label 'cheerful'"),
+    # options of methods
+    (ON + "--method weight-lora --rank 0", 2, "rank must be at least 1, got 0"),
+    (ON + "--method adapters --rank -3", 2, "rank must be at least 1, got -3"),
+    (ON + "--ranks 4,2", 2, "ranks needs 3 values, high noise first"),
+    (ON + "--ranks 4,2,0 --blocks 1", 2, "every rank must be at least 1"),
+    (ON + "--ranks 4,two,1", 2, "--ranks takes numbers with commas between them, got '4,two,1'"),
+    (ON + "--sigma 1,nan,1 --ranks 4,2,1 --blocks 1", 2, "sigma"),
+    (ON + "--ranks 4,2,1 --blocks 7", 2, "blocks must be at most the base's 2, got 7"),
+    (ON + "--blocks 1 --budget 0.01%", 2, "too small for trajectory-lora"),
+    (ON + "--method weight-lora --budget 0.01%", 2, "too small for weight-lora"),
+    (ON + "--method weight-lora --budget 200%", 2, "--budget must be above 0 and at most 100%"),
+    (ON + "--method weight-lora --budget little", 2, "--budget takes a share such as 0.7%"),
+    (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
+    (ON + "--method bitfit --rank 4", 2, "--rank is not an option of bitfit"),
+    (ON + "--method weight-lora --ranks 4,2,1", 2, "--ranks is not an option of weight-lora"),
+    (ON + "--method full --recipe paper", 2, "--recipe is an option of trajectory-lora, not of full"),
+    (ON + "--method weight-lora --targets query,gate", 2, "targets must be among"),
+    (ON + "--method weight-lora --alpha 0", 2, "alpha must be above 0"),
+    (ON + "--method weight-lora --alpha nan", 2, "alpha"),
+    # training
+    (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
+    (NOT_ON + "--method bitfit --minutes 2", 2, "give one budget"),
+    (ON.replace("--steps 1", "--epochs 0") + "--method bitfit", 2, "epochs must be above 0"),
+    (ON.replace("--steps 1", "--epochs inf") + "--method bitfit", 2, "epochs"),
+    (ON + "--method bitfit --lr 0", 2, "lr must be above 0, got 0"),
+    (ON + "--method bitfit --lr -1", 2, "lr must be above 0"),
+    (ON + "--method bitfit --lr nan", 2, "lr must be above 0"),
+    (ON + "--method bitfit --warmup 1", 2, "warmup is a fraction of the budget"),
+    (ON + "--method bitfit --ema 1", 2, "ema must be in [0, 1)"),
+    (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),
+    (ON + "--method bitfit --device cuda:99", 2, "torch sees"),
+    (ON + "--method bitfit --device tpu9", 2, "device must be auto, cpu, cuda or cuda:N"),
+    # runs and bases
+    ("finetune --task {place}/mood.toml --base nowhere --steps 1 --quiet --out new", 1, "no run in nowhere"),
+    ("finetune --task {place}/mood.toml --base {place}/mood-full --steps 1 --quiet --out new", 1, "not a base"),
+    ("finetune --resume nowhere", 1, "no run in nowhere: expected config.json, found no such folder"),
+    ("finetune --resume {place}/mood-full", 1, "nothing to resume in"),
+    ("pretrain --resume {place}/base", 1, "nothing to resume in"),
+    ("eval --quiet", 1, "no finished run in runs/"),
+    ("eval {place}/base --quiet", 2, "is a base: say which task to evaluate with --task"),
+    ("eval nowhere --quiet", 1, "no run in nowhere"),
+    (EVAL + "--base {place}/other", 1, "was trained on base"),
+    (EVAL + "--base nowhere", 1, "nowhere"),
+    (EVAL + "--predictions {place}/notes.md/x.tsv", 1, "cannot be written"),
+    (EVAL + "--predictions .", 1, "cannot be written"),
+    (EVAL + "--text missing.txt", 1, "no such file or folder: missing.txt"),
+    (EVAL + "--text {place}/short.txt", 1, "too little text"),
+    (EVAL + "--temperature -1", 2, "temperature must be at least 0"),
+    (EVAL + "--threshold 0", 2, "threshold must be in (0, 1]"),
+    ("info nowhere", 1, "no run in nowhere"),
+    ("info {place}", 1, "expected config.json, found"),
+    ("sample nowhere", 1, "no run in nowhere"),
+    ("sample {place}/base --length 900", 2, "the base takes 48"),
+    ("sample {place}/base --temperature nan", 2, "temperature must be at least 0"),
+    # composing
+    ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
+    ("compose {place}/mood-full {place}/mood-full --out new", 1, "compose takes trajectory-lora adapters"),
+    ("compose {place}/mood-trajectory-lora {place}/mood-bitfit --out new", 1, "holds bitfit; compose takes"),
+    ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
+    ("compose {place}/colours {place}/base --out new", 1, "holds base; compose takes"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --weights 1 --out new", 2, "--weights needs 2 numbers"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,x --out new", 2, "--weights takes numbers"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,nan --out new", 2, "weights"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --base {place}/other --out new", 1, "was trained on base"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --data {place}/latin1 --out new", 1, "not UTF-8"),
+    # pretraining
+    (TEXT + "--steps 1 --tokens 5", 2, "give one budget"),
+    (TEXT + "--steps 1 --lr 0", 2, "lr must be above 0"),
+    (TEXT + "--steps 1 --num-heads 3", 2, "num_heads must divide d_model"),
+    (TEXT + "--steps 1 --num-layers 0", 2, "num_layers must be at least 1"),
+    (TEXT + "--steps 1 --max-length 1", 2, "max_length"),
+    (TEXT + "--steps 1 --loss elbo", 2, "loss elbo is a bound only under time_sampling uniform"),
+    (TEXT + "--minutes 0", 2, "minutes must be above 0"),
+    ("pretrain {tiny} --quiet --steps 1 --out new --data missing.txt", 1, "no such file or folder: missing.txt"),
+    ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/notes.md", 1, "expected a file ending in"),
+    ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/latin1.txt", 1, "not UTF-8"),
+    ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/short.txt", 1, "too little text"),
+    ("pretrain {tiny} --quiet --steps 1 --out {place}/text.txt --data {place}/text.txt", 1, "is not empty"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "part"), ERRORS, ids=[f"{c}-{p[:40]}-{i}" for i, (_, c, p) in enumerate(ERRORS)])
+def test_an_error_is_one_line_and_writes_nothing(
+    args: str, code: int, part: str, place: Path, pair: tuple[Path, Path]
+) -> None:
+    ran = cli(*fill(args, place))
+    assert_refused(ran, code, part)
+    assert list(Path().iterdir()) == []
+
+
+USAGE = [
+    "finetune --method prefix",
+    "finetune --limit 0",
+    "finetune --steps 0",
+    "finetune --steps many",
+    "finetune --seed -1",
+    "finetune --batch-size 0",
+    "finetune --dtype int8",
+    "eval --split validation",
+    "eval --limit 0",
+    "eval --sampler greedy",
+    "eval --draws 0",
+    "sample --length 0",
+    "sample --num 0",
+    "pretrain --preset huge",
+    "pretrain --vocab-size 3",
+    "pretrain --optimizer sgd",
+    "compose",
+    "info",
+    "train",
+    "tasks --nonsense",
+]
+
+
+@pytest.mark.parametrize("args", USAGE)
+def test_wrong_usage_exits_2_and_says_how_to_get_help(args: str) -> None:
+    ran = cli(*args.split())
+    assert ran.code == 2 and ran.stdout == ""
+    assert "Usage:" in ran.stderr and "Error:" in ran.stderr and "Traceback" not in ran.stderr
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "eval", "sample", "compose"])
+def test_a_gpu_that_is_not_there_is_one_line(verb: str, place: Path, pair: tuple[Path, Path]) -> None:
+    args = {
+        "pretrain": TEXT + "--steps 1",
+        "finetune": ON + "--method bitfit",
+        "eval": EVAL,
+        "sample": "sample {place}/base",
+        "compose": "compose {place}/mood-trajectory-lora {place}/colours --out new",
+    }[verb]
+    assert_refused(cli(*fill(args, place), "--device", "cuda"), 2, "torch sees 0 CUDA devices; use --device cpu")
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "compose"])
+def test_a_run_that_is_there_is_not_written_over(verb: str, place: Path, pair: tuple[Path, Path]) -> None:
+    out = pair[0]
+    args = {
+        "pretrain": TEXT.replace("--out new", "") + "--steps 1",
+        "finetune": ON.replace("--out new", "") + "--method bitfit",
+        "compose": "compose {place}/mood-trajectory-lora {place}/colours",
+    }[verb]
+    before = (out / MANIFEST).read_bytes()
+    assert_refused(cli(*fill(args, place), "--out", out), 1, "--force")
+    assert (out / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [ADAPTER, CONFIG])
+@pytest.mark.parametrize("verb", ["eval", "info", "sample", "compose"])
+def test_a_truncated_adapter_is_named(verb: str, name: str, pair: tuple[Path, Path]) -> None:
+    shutil.copytree(pair[0], "run")
+    file = Path("run") / name
+    file.write_bytes(file.read_bytes()[:-10])
+    more = [pair[1], "--out", "new"] if verb == "compose" else []
+    assert_refused(cli(verb, "run", *more), 1, f"run/{name}: damaged")
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("name", [MODEL, "tokenizer.json"])
+def test_a_truncated_base_is_named(name: str, place: Path) -> None:
+    shutil.copytree(place / "base", "base")
+    file = Path("base") / name
+    file.write_bytes(file.read_bytes()[:-10])
+    args = ["finetune", "--base", "base", "--task", place / "mood.toml", "--method", "bitfit", "--out", "new"]
+    assert_refused(cli(*args), 1, f"base/{name}")
+    assert not Path("new").exists()
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(place: Path) -> None:
+    args = ON.replace("--steps 1", "--steps 9") + "--method full --lr 1e30 --clip 0"
+    assert_refused(cli(*fill(args, place)), 1, "is not finite")
+    assert not (Path("new") / ADAPTER).exists()
+    assert_refused(cli("eval", "new", "--quiet"), 1, f"no {ADAPTER} in new")
+
+
+def test_an_error_of_a_real_process_has_no_traceback() -> None:
+    ended = python("-m", "tinyld", "info", "nowhere")
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr == "tinyld: no run in nowhere: expected config.json, found no such folder\n"

@@ -1,0 +1,248 @@
+"""Rows and batches: where each token of an example stands, and which rows a step reads."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tinyld.data import TaskRows, TextRows, seeded, slot_width, tokenize_documents, torch_seeded
+from tinyld.errors import TinyldError
+from tinyld.tasks import Example, Task, load_split, load_task
+from tinyld.tokenizer import Tokenizer
+
+WORDS = ("film", "plot", "music", "food", "dull", "bright", "very", "good")
+LABELS = """
+template = "{text} it was {answer} . and"
+[verbalizer]
+neg = "bad"
+pos = "very great"
+[data]
+train = "train.tsv"
+"""
+WRITE = """
+template = "{text} : {answer}"
+answer_column = "answer"
+answer_tokens = 5
+[data]
+train = "train.tsv"
+"""
+
+
+def make_task(folder: Path, toml: str = LABELS) -> Task:
+    (folder / "mood.toml").write_text(toml)
+    return load_task(str(folder / "mood.toml"))
+
+
+def make_rows(folder: Path, tokenizer: Tokenizer, n: int, max_length: int = 48, seed: int = 0) -> TaskRows:
+    """n rows of random lengths, read through a TOML and a TSV."""
+    rng = random.Random(seed)
+    lines = [
+        " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 12))) + f"\t{rng.choice(('neg', 'pos'))}"
+        for _ in range(n)
+    ]
+    (folder / "train.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    task = make_task(folder)
+    return TaskRows(load_split(task, "train"), task, tokenizer, max_length)
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    examples = [
+        Example("the film it was", ". and", "bad", 0),
+        Example("a very bright plot it was", ". and", "very great", 1),
+    ]
+    rows = TaskRows(examples, task, tokenizer, 48)
+    encode, bos, eos, pad = tokenizer.encode, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    short = [bos, *encode("the film it was"), *encode("bad"), eos, *encode(". and"), eos]
+    long = [bos, *encode("a very bright plot it was"), *encode("very great"), *encode(". and"), eos]
+    width = len(long)
+    batch = rows.take(np.array([1, 0]))
+    assert rows.slot == 2
+    assert batch.x0.tolist() == [long, short + [pad] * (width - len(short))]
+    assert batch.answer_mask.int().tolist() == [
+        [int(7 <= i < 9) for i in range(width)],
+        [int(5 <= i < 7) for i in range(width)],
+    ]
+    assert batch.attention_mask.int().tolist() == [[1] * width, [1] * len(short) + [0] * (width - len(short))]
+    assert batch.rows.tolist() == [1, 0]
+    assert rows.labels.tolist() == [0, 1]
+    assert batch.x0.dtype == torch.int64 and batch.answer_mask.dtype == batch.attention_mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_slot_holds_its_answer_filled_with_eos(tokenizer: Tokenizer, tmp_path: Path, seed: int) -> None:
+    rows = make_rows(tmp_path, tokenizer, 23, seed=seed)
+    batch = rows.take(np.arange(23))
+    answers = [tokenizer.encode("bad") + [tokenizer.eos_id], tokenizer.encode("very great")]
+    slots = batch.x0[batch.answer_mask].view(23, 2).tolist()
+    assert slots == [answers[label] for label in rows.labels]
+    assert (batch.x0[:, 0] == tokenizer.bos_id).all()
+    last = batch.attention_mask.sum(1) - 1
+    assert (batch.x0[torch.arange(23), last] == tokenizer.eos_id).all()
+    assert (batch.x0[~batch.attention_mask] == tokenizer.pad_id).all()
+    assert not (batch.answer_mask & ~batch.attention_mask).any()
+
+
+@pytest.mark.parametrize("max_length", [8, 9, 12, 27])
+def test_a_long_row_loses_the_beginning_of_its_prompt_only(
+    tokenizer: Tokenizer, tmp_path: Path, max_length: int
+) -> None:
+    long = " ".join(WORDS[i % 8] for i in range(20)) + " it was"
+    task = make_task(tmp_path)
+    examples = [Example(long, ". and", "very great", 1), Example("it was", ". and", "bad", 0)]
+    rows = TaskRows(examples, task, tokenizer, max_length)
+    ids = rows.ids[0].tolist()
+    kept = max_length - 6  # [BOS], slot of 2, ". and", [EOS]
+    assert rows.truncated == 1
+    assert len(ids) == max_length == rows.lengths[0]
+    assert ids[0] == tokenizer.bos_id
+    assert ids[1 : 1 + kept] == tokenizer.encode(long)[-kept:]
+    assert ids[1 + kept :] == [*tokenizer.encode("very great . and"), tokenizer.eos_id]
+    assert rows.starts[0] == 1 + kept
+    assert rows.lengths[1] == 8
+
+
+def test_a_text_behind_the_slot_that_fills_the_row_is_cut_at_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    after = " ".join(WORDS[i % 8] for i in range(20))
+    rows = TaskRows([Example("it was", after, "bad", 0)], make_task(tmp_path), tokenizer, 10)
+    expected = [*tokenizer.encode("bad"), tokenizer.eos_id, *tokenizer.encode(after)[:6], tokenizer.eos_id]
+    assert rows.ids[0].tolist() == [tokenizer.bos_id, *expected]
+    assert rows.starts[0] == 1
+
+
+def test_an_answer_that_leaves_no_room_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TinyldError, match="an answer of 2 tokens leaves no room in 4 tokens"):
+        TaskRows([Example("it was", ".", "bad", 0)], make_task(tmp_path), tokenizer, 4)
+
+
+def test_the_slot_is_as_wide_as_the_longest_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert slot_width(make_task(tmp_path), tokenizer) == 2
+    assert slot_width(make_task(tmp_path, LABELS.replace("very great", "very very great")), tokenizer) == 3
+    assert slot_width(make_task(tmp_path, WRITE), tokenizer) == 5
+
+
+def test_an_answer_the_vocabulary_cannot_write_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = make_task(tmp_path, LABELS.replace("very great", "漢"))
+    with pytest.raises(TinyldError, match="the base's vocabulary cannot write '漢', the answer for 'pos'"):
+        slot_width(task, tokenizer)
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("good", 1), ("a very good plot but dull food", 5)])
+def test_a_generated_answer_is_cut_or_filled_to_its_slot(
+    tokenizer: Tokenizer, tmp_path: Path, answer: str, kept: int
+) -> None:
+    (tmp_path / "train.tsv").write_text(f"text\tanswer\nthe film\t{answer}\n")
+    task = make_task(tmp_path, WRITE)
+    rows = TaskRows(load_split(task, "train"), task, tokenizer, 48)
+    batch = rows.take(np.array([0]))
+    expected = tokenizer.encode(answer)[:kept] + [tokenizer.eos_id] * (5 - kept)
+    assert batch.x0[batch.answer_mask].tolist() == expected
+    assert rows.labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (23, 5), (64, 8), (300, 2)])
+def test_the_batches_of_an_epoch_hold_every_row_once(
+    tokenizer: Tokenizer, tmp_path: Path, n: int, batch_size: int
+) -> None:
+    rows = make_rows(tmp_path, tokenizer, n)
+    steps = rows.steps_per_epoch(batch_size)
+    assert steps == -(-n // batch_size)
+    for epoch in range(2):
+        batches = [rows.batch(epoch * steps + i, batch_size, seed=3) for i in range(steps)]
+        assert sorted(r for b in batches for r in b.rows.tolist()) == list(range(n))
+        assert sorted(len(b.rows) for b in batches)[1:] == [batch_size] * (steps - 1)
+    lengths = rows.in_length_order(batch_size)
+    assert sorted(np.concatenate(lengths)) == list(range(n))
+    assert np.array_equal(rows.lengths[np.concatenate(lengths)], np.sort(rows.lengths))
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_not_of_earlier_calls(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    one, two = make_rows(tmp_path, tokenizer, 40), make_rows(tmp_path, tokenizer, 40)
+    steps = list(range(25))  # three epochs and a bit
+    in_order = [one.batch(s, 5, seed=1).rows.tolist() for s in steps]
+    random.Random(0).shuffle(steps)
+    for step in steps:
+        two.batch(step, 8, seed=9)
+        assert two.batch(step, 5, seed=1).rows.tolist() == in_order[step]
+    assert in_order[:8] != in_order[8:16], "epochs differ"
+    assert in_order[:8] != [one.batch(s, 5, seed=2).rows.tolist() for s in range(8)], "seeds differ"
+
+
+def test_batches_are_made_of_rows_of_like_length(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = make_rows(tmp_path, tokenizer, 256)
+    spread = [np.ptp(rows.lengths[rows.batch(s, 8, 0).rows.numpy()]) for s in range(32)]
+    assert np.mean(spread) <= 1 < np.ptp(rows.lengths)
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("length", [2, 5, 9])
+def test_text_rows_are_bos_and_the_stream_in_order(length: int) -> None:
+    stream = np.arange(100, 200, dtype=np.uint16)
+    rows = TextRows(stream, length, bos_id=2)
+    batch = rows.take(np.arange(len(rows)))
+    assert (batch.x0[:, 0] == 2).all() and not batch.answer_mask[:, 0].any()
+    assert batch.answer_mask[:, 1:].all() and batch.attention_mask.all()
+    read = batch.x0[:, 1:].flatten().tolist()
+    assert read == list(range(100, 100 + len(read)))
+    assert 100 - len(read) < 2 * (length - 1), "one row and a rest are left for the moving cut"
+    last = rows.take(np.array([len(rows) - 1]), offset=length - 2)
+    assert int(last.x0[0, -1]) < 200, "the furthest cut stays inside the stream"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_an_epoch_of_text_reads_rows_without_repeats_at_one_shift(batch_size: int) -> None:
+    rows = TextRows(np.arange(300, dtype=np.uint16), 8, bos_id=1000)
+    steps = rows.steps_per_epoch(batch_size)
+    shifts = []
+    for epoch in range(6):
+        batches = [rows.batch(epoch * steps + i, batch_size, seed=4) for i in range(steps)]
+        read = torch.cat([b.x0[:, 1:] for b in batches])
+        assert len(torch.unique(read)) == read.numel(), "no token twice"
+        assert (read.diff(dim=1) == 1).all()
+        assert len(torch.unique(read[:, 0] % 7)) == 1, "one cut for the whole epoch"
+        shifts.append(int(read[0, 0]) % 7)
+    assert shifts[0] == 0 and len(set(shifts)) > 2
+
+
+def test_a_text_batch_is_a_function_of_seed_and_step() -> None:
+    rows = TextRows(np.arange(300, dtype=np.uint16), 8, bos_id=1000)
+    in_order = [rows.batch(s, 4, seed=0).x0 for s in range(30)]
+    for step in reversed(range(30)):
+        assert torch.equal(rows.batch(step, 4, seed=0).x0, in_order[step])
+    assert not torch.equal(rows.batch(0, 4, seed=1).x0, in_order[0])
+
+
+@pytest.mark.parametrize(("tokens", "enough"), [(13, False), (14, True), (0, False)])
+def test_too_little_text_for_two_rows_is_refused(tokens: int, enough: bool) -> None:
+    stream = np.zeros(tokens, dtype=np.uint16)
+    if enough:
+        assert len(TextRows(stream, 8, bos_id=2)) == 1
+        return
+    with pytest.raises(TinyldError, match=f"too little text: {tokens} tokens; rows of 8 tokens need at least 14"):
+        TextRows(stream, 8, bos_id=2)
+
+
+def test_documents_become_one_stream_with_an_eos_after_each(tokenizer: Tokenizer) -> None:
+    stream = tokenize_documents(["the film", "a plot ."], tokenizer)
+    eos = tokenizer.eos_id
+    assert stream.tolist() == [*tokenizer.encode("the film"), eos, *tokenizer.encode("a plot ."), eos]
+    assert stream.dtype == np.uint16
+    assert len(tokenize_documents([], tokenizer)) == 0
+
+
+def test_a_seed_key_decides_its_stream_alone() -> None:
+    keys = [(0, 1, 0), (0, 1, 1), (1, 1, 0), (0, 2, 0), (0, 2, 1), (2, 1, 0)]
+    numpy_draws = [seeded(*k).integers(2**60) for k in keys]
+    torch_draws = [int(torch.randint(2**60, (1,), generator=torch_seeded(*k))) for k in keys]
+    assert numpy_draws == [seeded(*k).integers(2**60) for k in keys]
+    assert torch_draws == [int(torch.randint(2**60, (1,), generator=torch_seeded(*k))) for k in keys]
+    assert len(set(numpy_draws)) == len(set(torch_draws)) == len(keys)

@@ -1,0 +1,340 @@
+"""Schedules, noising and the NLL bound, each against a value that is known without them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinyld.config import DiffusionConfig
+from tinyld.diffusion import (
+    SCHEDULES,
+    T_MIN,
+    Noised,
+    add_noise,
+    add_noise_counted,
+    nll_bound,
+    noise_batch,
+    ratio_estimate,
+    sample_t,
+    token_nll,
+)
+from tinyld.errors import UsageError
+from tinyld.model import Denoiser
+
+MASK = 4
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_triple(rows: int, seed: int, answer: int | None = None) -> Triple:
+    """(x0, answer_mask, attention_mask): prompt, then an answer, then the prompt's end, then padding."""
+    rng = random.Random(seed)
+    length = 16
+    x0 = torch.randint(5, 50, (rows, length), generator=seeded(seed))
+    answer_mask, attention_mask = torch.zeros(2, rows, length, dtype=torch.bool)
+    for row in range(rows):
+        real = rng.randint(9, length)
+        width = answer or rng.randint(1, 5)
+        start = rng.randint(1, real - width)
+        answer_mask[row, start : start + width] = True
+        attention_mask[row, :real] = True
+        x0[row, real:] = 0
+    return x0, answer_mask, attention_mask
+
+
+class Fake:
+    """A denoiser whose NLL at each position is a function of the mask pattern: -log p needs no network to be known."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter([torch.zeros(1)])
+
+    def states(self, xt: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, cached: Tensor | None) -> Tensor:
+        return self.cost(xt == MASK)[..., None]
+
+    def nll(self, h: Tensor, target: Tensor) -> Tensor:
+        return h[:, 0]
+
+    def cost(self, masked: Tensor) -> Tensor:
+        """(B, L) bool -> (B, L) nats: dearer further right, and the more is masked."""
+        place = torch.arange(masked.shape[1])[None, :]
+        return 1.0 + 0.1 * place + 0.2 * masked.sum(1, keepdim=True).float() ** 1.5
+
+
+class Uniform(Fake):
+    def __init__(self, nats: float):
+        self.nats = nats
+
+    def cost(self, masked: Tensor) -> Tensor:
+        return torch.full(masked.shape, self.nats)
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_mask_ratio_goes_from_0_to_1_and_never_back(name: str) -> None:
+    ratio = SCHEDULES[name].mask_ratio(torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert float(ratio[0]) == pytest.approx(0.0, abs=1e-12)
+    assert float(ratio[-1]) == pytest.approx(1.0, abs=1e-12)
+    assert (ratio.diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_derivative_is_the_slope_of_keep_prob(name: str) -> None:
+    schedule, t, e = SCHEDULES[name], torch.linspace(0.01, 0.99, 99, dtype=torch.float64), 1e-6
+    slope = (schedule.keep_prob(t + e) - schedule.keep_prob(t - e)) / (2 * e)
+    torch.testing.assert_close(schedule.derivative(t), slope, atol=1e-8, rtol=1e-7)
+    torch.testing.assert_close(schedule.weight(t), -slope / (1 - schedule.keep_prob(t)), atol=1e-6, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_prompt_and_padding_are_never_masked(seed: int, counted: bool) -> None:
+    x0, answer_mask, attention_mask = random_triple(12, seed)
+    config = DiffusionConfig(schedule=random.Random(seed).choice(list(SCHEDULES)))
+    noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(seed), counted)
+    assert torch.equal(noised.xt[~answer_mask], x0[~answer_mask])
+    assert not (noised.is_masked & ~answer_mask).any() and noised.is_masked.any()
+    assert torch.equal(noised.xt == MASK, noised.is_masked)
+    assert torch.equal(noised.xt[~noised.is_masked], x0[~noised.is_masked])
+    assert torch.equal(noised.prompt_mask, attention_mask & ~answer_mask)
+
+
+def test_the_attention_mask_is_left_out_when_nothing_is_padding() -> None:
+    x0, answer_mask, attention_mask = random_triple(3, 0)
+    config = DiffusionConfig()
+    padded, _ = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(0), True)
+    full, _ = noise_batch(x0, answer_mask, torch.ones_like(attention_mask), MASK, config, seeded(0), True)
+    assert torch.equal(padded.attention_mask, attention_mask) and full.attention_mask is None
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_tokens_are_masked_as_often_as_the_schedule_says(name: str, t: float) -> None:
+    x0 = torch.full((200, 50), 9)
+    _, is_masked = add_noise(
+        x0, torch.full((200,), t), torch.ones_like(x0, dtype=torch.bool), MASK, SCHEDULES[name], seeded(0)
+    )
+    share = float(SCHEDULES[name].mask_ratio(torch.tensor(t)))
+    stderr = math.sqrt(share * (1 - share) / x0.numel())
+    assert float(is_masked.float().mean()) == pytest.approx(share, abs=4 * stderr)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_counted_noise_masks_exactly_the_ceiling_of_t_n(seed: int) -> None:
+    rng = random.Random(seed)
+    pairs = [(rng.randint(0, n), n) for n in range(1, 25)]  # exact shares k / n, where rounding could go wrong
+    times = [k / n if rng.random() < 0.5 else rng.random() for k, n in pairs]
+    maskable = torch.zeros(24, 30, dtype=torch.bool)
+    for row, (_, n) in enumerate(pairs):
+        maskable[row, torch.randperm(30, generator=seeded(row))[:n]] = True
+    x0 = torch.full((24, 30), 9)
+    _, is_masked, ratio = add_noise_counted(x0, torch.tensor(times), maskable, MASK, seeded(seed))
+    for row, ((k, n), t) in enumerate(zip(pairs, times, strict=True)):
+        expected = max(1, k if t == k / n else math.ceil(t * n))
+        assert int(is_masked[row].sum()) == expected
+        assert float(ratio[row]) == pytest.approx(expected / n)
+
+
+def test_a_one_token_answer_is_always_masked_at_ratio_1() -> None:
+    x0, answer_mask, attention_mask = random_triple(50, 0, answer=1)
+    for config in (DiffusionConfig(), DiffusionConfig(loss="elbo", time_sampling="uniform")):
+        noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(1), counted=True)
+        assert torch.equal(noised.is_masked, answer_mask)
+        assert (noised.t == 1).all() and (noised.weight == 1).all() and normaliser == 50
+
+
+def test_counted_noise_chooses_every_set_of_positions_equally_often() -> None:
+    x0 = torch.full((6000, 4), 9)
+    _, is_masked, _ = add_noise_counted(
+        x0, torch.full((6000,), 0.5), torch.ones_like(x0, dtype=torch.bool), MASK, seeded(0)
+    )
+    counts = (is_masked.long() * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
+    pairs = [sum(1 << i for i in pair) for pair in itertools.combinations(range(4), 2)]
+    assert int(counts[pairs].sum()) == 6000
+    assert (counts[pairs] - 1000).abs().max() < 4 * math.sqrt(6000 * 5 / 36)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "bell"])
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_times_are_in_range_and_one_from_each_nth_of_the_distribution(sampling: str, n: int) -> None:
+    for seed in range(20):
+        t = sample_t(n, seeded(seed), sampling)
+        assert t.shape == (n,) and float(t.min()) >= T_MIN and float(t.max()) <= 1.0
+        u = ((t - T_MIN) / (1 - T_MIN)).double()
+        if sampling == "bell":
+            u = 3 * u**2 - 2 * u**3  # the distribution function of Beta(2, 2)
+        gaps = torch.sort(u).values.diff()
+        torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / n), atol=1e-5, rtol=0)
+
+
+def test_times_come_in_random_order() -> None:
+    orders = {tuple(sample_t(6, seeded(s)).argsort().tolist()) for s in range(50)}
+    assert len(orders) > 40
+
+
+MOMENTS = {"uniform": (1 / 2, 1 / 12), "bell": (1 / 2, 1 / 20)}
+
+
+@pytest.mark.parametrize("sampling", MOMENTS)
+def test_times_have_the_mean_and_variance_of_their_distribution(sampling: str) -> None:
+    """Uniform(0, 1) and Beta(2, 2), squeezed onto [T_MIN, 1]; strata leave an error below 1 / n."""
+    mean, variance = MOMENTS[sampling]
+    t = sample_t(20_000, seeded(0), sampling).double()
+    assert float(t.mean()) == pytest.approx(T_MIN + (1 - T_MIN) * mean, abs=1e-4)
+    assert float(t.var()) == pytest.approx((1 - T_MIN) ** 2 * variance, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+def test_the_elbo_under_bell_times_is_refused() -> None:
+    with pytest.raises(UsageError, match="loss elbo is a bound only under time_sampling uniform, got bell"):
+        DiffusionConfig(loss="elbo", time_sampling="bell")
+
+
+NORMALISERS = [("uniform", "bell"), ("uniform", "uniform"), ("elbo", "uniform")]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("loss", "sampling"), NORMALISERS)
+def test_the_normaliser_counts_masked_tokens_or_for_the_elbo_all_answer_tokens(
+    loss: str, sampling: str, counted: bool
+) -> None:
+    x0, answer_mask, attention_mask = random_triple(20, 3)
+    config = DiffusionConfig(loss=loss, time_sampling=sampling)
+    noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(0), counted)
+    assert normaliser == (int(answer_mask.sum()) if loss == "elbo" else int(noised.is_masked.sum()))
+    if loss == "uniform":
+        assert (noised.weight == 1).all()
+
+
+def test_nothing_masked_is_no_division_by_zero() -> None:
+    x0, _, attention_mask = random_triple(3, 0)
+    noised, normaliser = noise_batch(
+        x0, torch.zeros_like(attention_mask), attention_mask, MASK, DiffusionConfig(), seeded(0), counted=True
+    )
+    nll, row = token_nll(Uniform(1.0), noised)
+    assert len(nll) == len(row) == 0 and normaliser == 1.0 and noised.weight.isfinite().all()
+
+
+def batch_loss(denoiser: object, parts: list[Noised], normaliser: float) -> Tensor:
+    total = torch.zeros(())
+    for part in parts:
+        nll, row = token_nll(denoiser, part)
+        total = total + (nll * part.weight[row]).sum() / normaliser
+    return total
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 10])
+@pytest.mark.parametrize("config", [DiffusionConfig(), DiffusionConfig(loss="elbo", time_sampling="uniform")])
+def test_micro_batches_have_the_loss_of_the_whole_batch(parts: int, config: DiffusionConfig) -> None:
+    x0, answer_mask, attention_mask = random_triple(7, 5)
+    noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(0), counted=True)
+    split = noised.split(parts)
+    assert sum(len(p.t) for p in split) == 7 and len(split) <= parts
+    torch.testing.assert_close(batch_loss(Fake(), split, normaliser), batch_loss(Fake(), [noised], normaliser))
+
+
+def test_micro_batches_have_the_gradient_of_the_whole_batch(model: Denoiser) -> None:
+    x0, answer_mask, attention_mask = random_triple(6, 1)
+    noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, DiffusionConfig(), seeded(0), counted=True)
+    gradients = []
+    for parts in (1, 3):
+        model.zero_grad()
+        batch_loss(model, noised.split(parts), normaliser).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for whole, summed in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- NLL bound
+
+
+def batches(rows: int, seed: int, answer: int | None = None) -> list[Triple]:
+    return [random_triple(rows, seed, answer), random_triple(rows // 2, seed + 1, answer)]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_denoiser_uniform_over_n_tokens_scores_log_n_and_a_perfect_one_scores_0(schedule: str, counted: bool) -> None:
+    n = 37
+    found = nll_bound(Uniform(math.log(n)), batches(200, 0), MASK, schedule, draws=8, counted=counted)
+    assert found.n == 300
+    assert found.mean == pytest.approx(math.log(n), abs=4 * found.stderr + 2 * T_MIN)
+    assert found.stderr < 0.1
+    assert nll_bound(Uniform(0.0), batches(20, 0), MASK, schedule, counted=counted).mean == 0.0
+
+
+def exact_bound(denoiser: Fake, triples: list[Triple]) -> float:
+    """The bound without sampling: E over k of n / k * NLL over every set of k of the n answer tokens."""
+    nats = tokens = 0.0
+    for x0, answer_mask, _ in triples:
+        for ids, answer in zip(x0, answer_mask, strict=True):
+            places = answer.nonzero()[:, 0].tolist()
+            n = len(places)
+            tokens += n
+            for k in range(1, n + 1):
+                sets = list(itertools.combinations(places, k))
+                for chosen in sets:
+                    masked = torch.zeros(1, len(ids), dtype=torch.bool)
+                    masked[0, list(chosen)] = True
+                    nats += float(denoiser.cost(masked)[masked].sum()) * n / k / len(sets) / n
+    return nats / tokens
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_bound_is_the_one_computed_over_every_mask(schedule: str, counted: bool) -> None:
+    triples = batches(120, 4)
+    found = nll_bound(Fake(), triples, MASK, schedule, draws=100, seed=1, counted=counted)
+    exact = exact_bound(Fake(), triples)
+    assert found.mean == pytest.approx(exact, rel=0.02)
+    many = torch.tensor([nll_bound(Fake(), triples, MASK, schedule, 1, s, counted).mean for s in range(40)])
+    assert float(many.mean()) == pytest.approx(exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * T_MIN * exact)
+
+
+def test_counted_noise_has_the_lower_variance() -> None:
+    spread = {}
+    for counted in (False, True):
+        means = [nll_bound(Uniform(2.0), batches(40, 2, 5), MASK, seed=s, counted=counted).mean for s in range(20)]
+        spread[counted] = float(torch.tensor(means).std())
+    assert spread[True] < 0.2 * spread[False]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_networks_bound_is_the_same_under_both_ways_of_noising(model: Denoiser, counted: bool) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(9))
+    linear, other = (
+        nll_bound(model, batches(80, 6), MASK, s, 6, 2, c) for s, c in (("linear", 0), ("cosine", counted))
+    )
+    assert linear.mean == pytest.approx(other.mean, abs=4 * math.hypot(linear.stderr, other.stderr))
+    assert linear.stderr < 0.1 * linear.mean
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_standard_error_is_the_spread_of_the_ratio_over_samples(seed: int) -> None:
+    generator = seeded(seed)
+    ratios, errors = [], []
+    for _ in range(400):
+        size = torch.randint(1, 6, (50,), generator=generator).float()
+        sums = size * (2.0 + torch.randn(50, generator=generator))
+        found = ratio_estimate(sums, size)
+        assert found.mean == pytest.approx(float(sums.sum() / size.sum()), rel=1e-5)
+        ratios.append(found.mean)
+        errors.append(found.stderr)
+    assert float(torch.tensor(ratios).std()) == pytest.approx(sum(errors) / len(errors), rel=0.15)

@@ -1,0 +1,278 @@
+"""Evaluation: decoded accuracy, its interval, macro-F1, verbalizer scores and the bound, on denoisers with known answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tinyld.config import SampleConfig
+from tinyld.data import TaskRows
+from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, evaluate, macro_f1, wilson
+from tinyld.model import Denoiser
+from tinyld.tasks import Example, Task, load_task
+from tinyld.tokenizer import Tokenizer
+
+ONE = {"bad": "terrible", "good": "great"}
+SEVERAL = {"bad": "not good", "good": "very very great", "flat": "dull"}
+TEXTS = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
+
+
+class Oracle(nn.Module):
+    """A denoiser with answers known in advance: prompt ids -> ids of its slot, each with a logit of `sure`."""
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, sure: float = 30.0):
+        super().__init__()
+        self.embedding = nn.Embedding(1, 1)  # evaluation asks it for the device
+        self.answers, self.vocab_size, self.sure = answers, vocab_size, sure
+
+    def forward(
+        self, xt: Tensor, t: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor, where: Tensor
+    ) -> Tensor:
+        logits = torch.zeros(*xt.shape, self.vocab_size)
+        for row in range(len(xt)):
+            answer = self.answers[tuple(xt[row][prompt_mask[row]].tolist())]
+            real = torch.ones_like(prompt_mask[row]) if attention_mask is None else attention_mask[row]
+            slot = (real & ~prompt_mask[row]).nonzero()[:, 0]
+            logits[row, slot, torch.tensor(answer)] = self.sure
+        return logits[where]
+
+
+def task_of(folder: Path, verbalizer: dict[str, str]) -> Task:
+    lines = ['template = "{text} it was {answer} ."', "[verbalizer]", *(f'{k} = "{v}"' for k, v in verbalizer.items())]
+    (folder / "mood.toml").write_text("\n".join(lines))
+    return load_task(str(folder / "mood.toml"))
+
+
+def rows_of(task: Task, tokenizer: Tokenizer, n: int, label: Callable[[int], int]) -> TaskRows:
+    """n rows, each with a prompt of its own."""
+    examples = []
+    for i in range(n):
+        words = " ".join([TEXTS[i % 5]] * (1 + i // 25) + [TEXTS[i // 5 % 5]])
+        gold = label(i)
+        examples.append(Example(f"{words} it was", ".", task.verbalizer[task.labels[gold]], gold))
+    return TaskRows(examples, task, tokenizer, 48)
+
+
+def oracle(rows: TaskRows, tokenizer: Tokenizer, says: Callable[[int, list[int]], list[int]]) -> Oracle:
+    """The denoiser that answers row i with says(i, its gold slot)."""
+    answers = {}
+    for i, ids in enumerate(rows.ids):
+        start, stop = rows.starts[i], rows.starts[i] + rows.slot
+        prompt = tuple(np.concatenate([ids[:start], ids[stop:]]).tolist())
+        assert prompt not in answers
+        answers[prompt] = says(i, ids[start:stop].tolist())
+    return Oracle(answers, tokenizer.vocab_size)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (1, 10, 0.0179, 0.4042),
+        (10, 10, 0.7225, 1.0),
+        (0, 1, 0.0, 0.7935),
+        (436, 872, 0.4669, 0.5331),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),  # the same
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_the_wilson_interval_has_its_known_values(correct: int, n: int, low: float, high: float) -> None:
+    assert wilson(correct, n) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+
+
+@pytest.mark.parametrize(("correct", "n"), [(3, 7), (436, 872), (999, 1000), (50, 51)])
+def test_the_ends_of_a_wilson_interval_are_the_rates_that_a_score_test_just_rejects(correct: int, n: int) -> None:
+    for end in wilson(correct, n):
+        assert abs(correct / n - end) / math.sqrt(end * (1 - end) / n) == pytest.approx(1.959964, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "labels", "expected"),
+    [
+        ([0, 0, 1, 1], [0, 0, 1, 1], 2, 1.0),
+        ([0, 0, 1, 1], [1, 1, 0, 0], 2, 0.0),
+        ([0, 0, 0, 1], [0, 0, 0, 0], 2, (6 / 7 + 0) / 2),
+        # precision 2/3, 1/2, 1; recall 1, 1/2, 1/2
+        ([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 2], 3, (4 / 5 + 1 / 2 + 2 / 3) / 3),
+        # an unreadable answer: recall of label 0 is 1/2, its precision stays 1
+        ([0, 0, 1], [0, UNREADABLE, 1], 2, (2 / 3 + 1) / 2),
+        ([0, 1], [UNREADABLE, UNREADABLE], 2, 0.0),
+    ],
+)
+def test_macro_f1_is_the_mean_over_labels(gold: list, predicted: list, labels: int, expected: float) -> None:
+    assert macro_f1(np.array(gold), np.array(predicted), labels) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------ one-token answers
+
+
+def test_a_denoiser_that_is_right_scores_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 20, lambda i: i % 2)
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer)
+    assert rows.slot == 1
+    assert (found.accuracy, found.scored_accuracy, found.macro_f1, found.masked_acc, found.unreadable) == (1, 1, 1, 1, 0)
+    assert found.nll_bound == pytest.approx(0.0, abs=1e-6)
+    assert (found.low, found.high) == wilson(20, 20)
+
+
+def test_wrong_answers_are_counted_row_by_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = task_of(tmp_path, ONE)
+    rows = rows_of(task, tokenizer, 20, lambda i: i % 2)
+    great = tokenizer.encode("great")
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: great if i < 6 else gold), rows, tokenizer)
+    assert found.accuracy == 17 / 20 and found.scored_accuracy == 17 / 20 and found.masked_acc == 17 / 20
+    assert found.macro_f1 == pytest.approx((2 * 7 / 17 + 2 * 10 / 23) / 2)  # 7 of 10 bad ones; 10 good ones, 13 said
+    assert found.unreadable == 0.0
+    assert (found.low, found.high) == wilson(17, 20)
+    assert [text for _, _, text in found.predictions] == [
+        "great" if i < 6 or i % 2 else "terrible" for i in range(20)
+    ]
+
+
+def test_an_answer_that_is_no_verbalizer_is_wrong_though_its_label_may_score_best(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 10, lambda i: i % 2)
+    model = oracle(rows, tokenizer, lambda i, gold: gold)
+    film = tokenizer.encode("film")[0]
+
+    class SaysFilm(nn.Module):
+        embedding = model.embedding
+
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            logits = model(*args, **kwargs)
+            logits[:, film] = 40.0
+            return logits
+
+    found = evaluate(SaysFilm(), rows, tokenizer)
+    assert (found.accuracy, found.unreadable, found.macro_f1, found.masked_acc) == (0.0, 1.0, 0.0, 0.0)
+    assert found.scored_accuracy == 1.0
+    assert {text for _, _, text in found.predictions} == {"film"}
+    assert (found.low, found.high) == wilson(0, 10)
+
+
+@pytest.mark.parametrize("verbalizer", [ONE, SEVERAL], ids=["one token", "several tokens"])
+def test_a_denoiser_that_knows_nothing_has_the_bound_log_v(
+    verbalizer: dict[str, str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = rows_of(task_of(tmp_path, verbalizer), tokenizer, 30, lambda i: i % len(verbalizer))
+    model = oracle(rows, tokenizer, lambda i, gold: gold)
+    model.sure = 0.0
+    found = evaluate(model, rows, tokenizer)
+    assert found.nll_bound == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
+    assert found.nll_stderr == pytest.approx(0.0, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ several tokens
+
+
+def test_answers_of_several_tokens_are_decoded_and_scored(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 30, lambda i: i % 3)
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer)
+    assert rows.slot == 3 and found.forward_passes == 3
+    assert (found.accuracy, found.scored_accuracy, found.macro_f1, found.masked_acc) == (1, 1, 1, 1)
+    assert {text for _, _, text in found.predictions} == set(SEVERAL.values())
+
+
+def test_half_an_answer_is_unreadable_and_masked_acc_is_another_number(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 30, lambda i: 0)
+    film = tokenizer.encode("film")[0]
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: [gold[0], film, gold[2]]), rows, tokenizer, draws=50)
+    assert (found.accuracy, found.unreadable) == (0.0, 1.0)
+    assert found.scored_accuracy == 1.0
+    assert found.masked_acc == pytest.approx(2 / 3, abs=0.03)
+    assert "masked_acc" in found.record() and found.record()["accuracy"] == 0.0
+
+
+def test_a_verbalizer_is_read_only_when_it_is_the_whole_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 3, lambda i: i)
+    verbalizers = Verbalizers(rows, tokenizer)
+    assert verbalizers.ids.shape == (3, 3)
+    assert verbalizers.ids[2].tolist() == [*tokenizer.encode("dull"), tokenizer.eos_id, tokenizer.eos_id]
+    assert [verbalizers.read(text) for text in SEVERAL.values()] == [0, 1, 2]
+    for text in ("", "not", "very great", "dull dull", "Dull", "film"):
+        assert verbalizers.read(text) == UNREADABLE
+
+
+# ------------------------------------------------------------------------------------------------ repeatability, rows
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "ancestral"])
+def test_evaluating_twice_gives_the_same_numbers(
+    sampler: str, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 70, lambda i: i % 3)
+    sampling = SampleConfig(sampler, temperature=1.0)
+    found = []
+    for place in range(2):
+        torch.manual_seed(place)  # the global generator must not matter
+        once = evaluate(model, rows, tokenizer, sampling)
+        found.append(({k: v for k, v in once.record().items() if k != "rows_per_second"}, once.predictions))
+    assert found[0] == found[1]
+
+
+def test_predictions_keep_the_order_of_the_rows_over_several_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    n = EVAL_BATCH + 20
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, n, lambda i: i * i % 7 % 2)
+    done: list[int] = []
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer, advance=done.append)
+    assert found.n == n and len(found.predictions) == n and found.accuracy == 1.0
+    assert done == sorted(done) and done[-1] == n and len(done) == 2
+    for i, (prompt, gold, decoded) in enumerate(found.predictions):
+        assert gold == decoded == list(ONE.values())[rows.labels[i]]
+        assert prompt == tokenizer.decode(rows.ids[i][1 : rows.starts[i]])
+
+
+def test_a_limit_reads_the_first_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 20, lambda i: i % 2)
+    terrible = tokenizer.encode("terrible")
+    model = oracle(rows, tokenizer, lambda i, gold: gold if i < 5 else terrible)
+    assert evaluate(model, rows, tokenizer, limit=5).accuracy == 1.0
+    assert evaluate(model, rows, tokenizer, limit=5).n == 5
+    assert evaluate(model, rows, tokenizer, limit=500).n == 20
+    assert evaluate(model, rows, tokenizer).accuracy == pytest.approx(12 / 20)  # of 15 terrible, 7 are right
+
+
+def test_a_real_denoiser_is_scored_the_same_in_any_batch(
+    model: Denoiser, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 30, lambda i: i % 2)
+    whole = evaluate(model, rows, tokenizer)
+    monkeypatch.setattr("tinyld.evaluate.EVAL_BATCH", 7)
+    parts = evaluate(model, rows, tokenizer)
+    assert whole.nll_bound == pytest.approx(parts.nll_bound, rel=1e-5)
+    assert (whole.accuracy, whole.scored_accuracy, whole.masked_acc) == (
+        parts.accuracy,
+        parts.scored_accuracy,
+        parts.masked_acc,
+    )
+    assert whole.predictions == parts.predictions
+
+
+def test_decoding_alone_leaves_scores_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 6, lambda i: i % 2)
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer, score=False)
+    assert found.accuracy == 1.0 and found.scored_accuracy is None and "scored_accuracy" not in found.record()
+
+
+def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tale.toml").write_text(
+        'template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 6\n'
+    )
+    task = load_task(str(tmp_path / "tale.toml"))
+    rows = TaskRows([Example("the film :", "", "it was very dull", None)] * 4, task, tokenizer, 48)
+    record = evaluate(model, rows, tokenizer).record()
+    assert not {"accuracy", "low", "high", "unreadable", "macro_f1", "scored_accuracy"} & set(record)
+    assert record["nll_bound"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.1)  # an untrained denoiser
+    assert record["n"] == 4

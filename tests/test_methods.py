@@ -1,0 +1,757 @@
+"""What every method must satisfy (one table of cases × one list of behaviours), and what bands, compositions and the
+state cache add for trajectory-lora.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld.base import load_exactly
+from tinyld.cache import StateCache, why_not_cached
+from tinyld.compose import Composition, Member
+from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from tinyld.data import TaskRows
+from tinyld.diffusion import Noised, noise_batch, token_nll
+from tinyld.errors import TinyldError, UsageError
+from tinyld.methods import METHODS, make_config
+from tinyld.methods.contract import Method
+from tinyld.methods.trajectory_lora import (
+    BAND_EDGES,
+    BAND_NAMES,
+    NUM_BANDS,
+    TIME_WIDTH,
+    TrajectoryLora,
+    TrajectoryLoraConfig,
+    band_of,
+    nuclear_norm,
+    time_embedding,
+)
+from tinyld.model import Denoiser
+from tinyld.optim import Optimizer
+from tinyld.tasks import load_split, load_task
+from tinyld.tokenizer import Tokenizer
+
+MASK = 4
+MIDDLES = tuple((hi + lo) / 2 for hi, lo in itertools.pairwise(BAND_EDGES))  # a t inside each band, high noise first
+
+
+def trajectory(**options: Any) -> tuple[str, dict[str, Any]]:
+    return "trajectory-lora", {"ranks": (4, 2, 1), "recipe": "best"} | options
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "bitfit": ("bitfit", {}),
+    "weight-lora": ("weight-lora", {"rank": 3}),
+    "weight-lora-targets": ("weight-lora", {"rank": 2, "targets": ("query", "down"), "alpha": 3.0}),
+    "weight-lora-rslora": ("weight-lora", {"rank": 4, "targets": ("value", "up"), "rslora": True}),
+    "weight-lora-budget": ("weight-lora", {"budget": 0.2}),
+    "adapters": ("adapters", {"rank": 3}),
+    "best-0": trajectory(blocks=0),
+    "best-1": trajectory(blocks=1),
+    "best-2": trajectory(blocks=2),
+    "best-budget": ("trajectory-lora", {"blocks": 1, "budget": 0.1}),
+    "paper": ("trajectory-lora", {"recipe": "paper", "ranks": (4, 2, 1)}),
+    "paper-blocks": ("trajectory-lora", {"recipe": "paper", "ranks": (3, 3, 3), "blocks": 2}),
+    "separate": trajectory(sharing="separate", blocks=1),
+    "nested-gate-modules": trajectory(conditioning="gate", modules=2, blocks=2, lambda_rank=0.01, lambda_orth=0.01),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+of_trajectory = pytest.mark.parametrize("case", [k for k, (name, _) in CASES.items() if name == "trajectory-lora"])
+
+
+def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
+    """A base with weights large enough that every part of it shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Denoiser(config, generator).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def attach(model: Denoiser, case: str, seed: int = 0) -> Method:
+    name, options = CASES[case]
+    method = METHODS[name](make_config(name, options, model.config), model.config)
+    method.attach(model, torch.Generator().manual_seed(seed))
+    return method
+
+
+def noised_batch(config: ModelConfig, seed: int = 0, rows: int = 6) -> Noised:
+    """Padded rows with answers of six tokens; their t fall in all three bands."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    x0 = torch.randint(5, config.vocab_size, (rows, 14), generator=generator)
+    answer_mask, attention_mask = torch.zeros(2, rows, 14, dtype=torch.bool)
+    for row in range(rows):
+        length = rng.randint(9, 14) if row else 14
+        start = rng.randint(1, length - 7)
+        answer_mask[row, start : start + 6] = True
+        attention_mask[row, :length] = True
+    x0[~attention_mask] = 0
+    uniform = DiffusionConfig(time_sampling="uniform")
+    noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, uniform, generator, counted=True)
+    assert len(band_of(noised.t).unique()) == NUM_BANDS
+    return noised
+
+
+@torch.no_grad()
+def logits(model: Denoiser, noised: Noised) -> Tensor:
+    return model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
+
+
+def step_loss(model: Denoiser, method: Method, noised: Noised) -> Tensor:
+    penalty = method.penalty()
+    loss = token_nll(model, noised)[0].mean()
+    return loss if penalty is None else loss + penalty
+
+
+def train(model: Denoiser, method: Method, updates: int = 3) -> None:
+    optimizer = Optimizer(method.own, TrainConfig(steps=updates, lr=0.03))
+    for step in range(updates):
+        optimizer.zero_grad()
+        step_loss(model, method, noised_batch(model.config, step)).backward()
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------- every method
+
+
+def test_the_cases_cover_every_method() -> None:
+    assert {name for name, _ in CASES.values()} == set(METHODS)
+
+
+@every_case
+def test_a_fresh_method_changes_no_logit(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    before = logits(model, noised)
+    method = attach(model, case)
+    assert torch.equal(logits(model, noised), before)
+    assert model.training is False and method.own
+
+
+@every_case
+def test_updates_change_the_methods_own_parameters_and_nothing_else(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    base = dict(model.named_parameters())
+    before = {n: p.detach().clone() for n, p in base.items()}
+    plain = logits(model, noised)
+    method = attach(model, case)
+    start = {n: p.detach().clone() for n, p in method.own.items()}
+    train(model, method)
+    mine = {id(p) for p in method.own.values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == mine
+    for name, parameter in base.items():
+        assert id(parameter) in mine or torch.equal(parameter, before[name]), f"{name} of the base moved"
+    for name, parameter in method.own.items():
+        assert not torch.equal(parameter, start[name]), f"{name} did not move"
+    assert not torch.allclose(logits(model, noised), plain, atol=1e-3)
+
+
+@every_case
+def test_gradient_reaches_every_own_parameter_after_one_update(config: ModelConfig, case: str) -> None:
+    """At the zero start only the up-projections have any; weight decay must not be what moves the rest."""
+    model = fresh_base(config)
+    method = attach(model, case)
+    train(model, method, updates=1)
+    for parameter in method.own.values():
+        parameter.grad = None
+    token_nll(model, noised_batch(config, 1))[0].mean().backward()
+    for name, parameter in method.own.items():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@every_case
+def test_three_updates_lower_the_loss_they_follow(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config, 0)
+    method = attach(model, case)
+    optimizer = Optimizer(method.own, TrainConfig(steps=3, lr=method.default_lr))
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = step_loss(model, method, noised)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+@every_case
+def test_disabling_gives_back_the_base_and_enabling_the_adapter(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    base = logits(model, noised)
+    method = attach(model, case)
+    train(model, method)
+    adapted = logits(model, noised)
+    if not method.can_disable:
+        with pytest.raises(ValueError, match="changes the base's own weights; reload the base"):
+            method.set_enabled(False)
+        return
+    method.set_enabled(False)
+    assert torch.equal(logits(model, noised), base)
+    method.set_enabled(True)
+    assert torch.equal(logits(model, noised), adapted)
+
+
+@every_case
+def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    method = attach(model, case)
+    train(model, method)
+    saved = {n: p.detach().clone() for n, p in method.own.items()}
+    other = fresh_base(config, seed=5)
+    load_exactly(dict(other.named_parameters()), base, Path("base"))
+    again = attach(other, case, seed=7)
+    assert not torch.allclose(logits(other, noised), logits(model, noised), atol=1e-3)
+    load_exactly(again.own, saved, Path("adapter"))
+    assert torch.equal(logits(other, noised), logits(model, noised))
+    restored = from_dict(type(method.config), to_dict(method.config), "config.json")
+    assert restored == method.config == again.config
+
+
+def linear_sizes(config: ModelConfig, targets: tuple[str, ...]) -> int:
+    """Inputs plus outputs of the named matrices of one block."""
+    d, f = config.d_model, config.d_ff
+    return sum({"up": d + f, "down": d + f}.get(t, 2 * d) for t in targets)
+
+
+# Counted from the papers' shapes at D = 32, d_ff = 64, 2 layers.
+COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
+    "full": lambda m, c: m.num_parameters(),
+    "bitfit": lambda m, c: m.num_layers * (4 * 32 + 64 + 32 + 2 * 32) + 32 + m.vocab_size,
+    "weight-lora": lambda m, c: 2 * 3 * (4 * 64 + 2 * 96),
+    "weight-lora-targets": lambda m, c: 2 * 2 * (64 + 96),
+    "weight-lora-rslora": lambda m, c: 2 * 4 * (64 + 96),
+    "weight-lora-budget": lambda m, c: 2 * c.rank * (4 * 64 + 2 * 96),
+    "adapters": lambda m, c: 2 * 2 * (2 * 32 * 3 + 3 + 32),
+    "best-0": lambda m, c: 1 * 4 * (32 + 32 + TIME_WIDTH),
+    "best-1": lambda m, c: 2 * 4 * (32 + 32 + TIME_WIDTH),
+    "best-2": lambda m, c: 3 * 4 * (32 + 32 + TIME_WIDTH),
+    "best-budget": lambda m, c: 2 * max(c.ranks) * (32 + 32 + TIME_WIDTH),
+    "paper": lambda m, c: 2 * (4 + 2 + 1) * (32 + 32 + TIME_WIDTH + 32),
+    "paper-blocks": lambda m, c: 3 * 2 * (3 + 3 + 3) * (32 + 32 + TIME_WIDTH + 32),
+    "separate": lambda m, c: 2 * (4 + 2 + 1) * (32 + 32 + TIME_WIDTH),
+    "nested-gate-modules": lambda m, c: 3 * 2 * 4 * (32 + 32 + TIME_WIDTH + 32),
+}
+
+
+@every_case
+def test_what_trains_is_what_the_closed_form_counts(config: ModelConfig, case: str) -> None:
+    model = fresh_base(config)
+    method = attach(model, case)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == sum(p.numel() for p in method.own.values())
+    assert trainable == method.expected_parameters(method.config, config)
+    assert trainable == COUNTS[case](config, method.config)
+
+
+@pytest.mark.parametrize("case", [k for k in CASES if k.startswith("weight-lora")])
+def test_a_merged_weight_lora_equals_the_unmerged_one(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    names = [n for n, _ in model.named_parameters()]
+    base = logits(model, noised)
+    method = attach(model, case)
+    train(model, method)
+    adapted = logits(model, noised)
+    method.merge(model)
+    assert [n for n, _ in model.named_parameters()] == names, "a plain denoiser again"
+    torch.testing.assert_close(logits(model, noised), adapted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(adapted, base, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", ["full", "bitfit", "adapters", "best-1"])
+def test_a_method_that_cannot_be_merged_says_so(config: ModelConfig, case: str) -> None:
+    model = fresh_base(config)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        attach(model, case).merge(model)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rslora", [False, True])
+def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, rslora: bool, seed: int) -> None:
+    model = fresh_base(config)
+    settings = make_config("weight-lora", {"rank": 4, "alpha": 6.0, "rslora": rslora}, config)
+    method = METHODS["weight-lora"](settings, config)
+    matrix = model.blocks[1].down.weight.detach().clone()
+    method.attach(model, torch.Generator().manual_seed(seed))
+    a, b = (method.own[f"blocks.1.down.lora_{x}.weight"] for x in "AB")
+    nn.init.normal_(b, generator=torch.Generator().manual_seed(seed))
+    method.merge(model)
+    expected = matrix + 6.0 / (2.0 if rslora else 4.0) * (b @ a).detach()
+    torch.testing.assert_close(model.blocks[1].down.weight.detach(), expected)
+
+
+BUDGETED = [("weight-lora", {}), ("weight-lora", {"targets": ("key",)}), ("adapters", {})]
+BUDGETED += [("trajectory-lora", {"blocks": b, "sharing": s}) for b in (0, 2) for s in ("nested", "separate")]
+BUDGETED += [("trajectory-lora", {"recipe": "paper", "ranks": (8, 2, 1)})]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("name", "options"), BUDGETED)
+def test_a_budget_gives_the_largest_rank_that_fits(
+    config: ModelConfig, name: str, options: dict[str, Any], seed: int
+) -> None:
+    budget = random.Random(seed).uniform(0.08, 0.6)
+    settings = make_config(name, {**options, "budget": budget}, config)
+    method, limit = METHODS[name], budget * config.num_parameters()
+    unfitted = make_config(name, ({"ranks": (64, 32, 8)} if name == TrajectoryLora.name else {}) | options, config)
+    rank = settings.rank if hasattr(settings, "rank") else max(settings.ranks)
+    assert settings == method.with_rank(unfitted, rank)
+    assert method.expected_parameters(settings, config) <= limit
+    assert method.expected_parameters(method.with_rank(unfitted, rank + 1), config) > limit
+
+
+@pytest.mark.parametrize("rank", range(1, 70, 7))
+def test_another_rank_keeps_the_proportion_between_bands(rank: int) -> None:
+    ranks = TrajectoryLora.with_rank(TrajectoryLoraConfig(ranks=(64, 32, 8)), rank).ranks
+    assert ranks[0] == rank and min(ranks) >= 1
+    assert all(abs(r - max(1, rank * share)) <= 0.5 for r, share in zip(ranks, (1, 1 / 2, 1 / 8), strict=True))
+
+
+def test_the_best_recipe_stores_its_share_of_a_real_base() -> None:
+    base = ModelConfig(8192)
+    for options, most in (({}, 0.007), ({"budget": 0.001}, 0.001)):
+        settings = make_config("trajectory-lora", options, base)
+        stored = TrajectoryLora.expected_parameters(settings, base) / base.num_parameters()
+        assert 0.7 * most < stored <= most
+    assert make_config("trajectory-lora", {"recipe": "paper"}, base).ranks == (64, 32, 8)
+    assert make_config("trajectory-lora", {"ranks": (5, 4, 3)}, base).ranks == (5, 4, 3)
+
+
+WRONG = [
+    ("lora", {}, "method must be one of full, weight-lora, adapters, bitfit, trajectory-lora, got 'lora'"),
+    ("weight-lora", {"rank": 0}, "rank must be at least 1, got 0"),
+    ("weight-lora", {"alpha": 0.0}, "alpha must be above 0"),
+    ("weight-lora", {"targets": ()}, "targets must name at least one"),
+    ("weight-lora", {"targets": ("query", "head")}, "targets must be among .*, got 'head'"),
+    ("weight-lora", {"budget": 1e-5}, "budget 0.00% is too small for weight-lora: rank 1 stores"),
+    ("weight-lora", {"ranks": (1, 1, 1)}, "--ranks is not an option of weight-lora, which has --alpha, --rank"),
+    ("weight-lora", {"recipe": "paper"}, "--recipe is an option of trajectory-lora, not of weight-lora"),
+    ("adapters", {"rank": 0}, "rank must be at least 1, got 0"),
+    ("adapters", {"lambda_rank": 0.1}, "--lambda-rank is not an option of adapters, which has --rank"),
+    ("full", {"rank": 4}, "--rank is not an option of full, which has no option"),
+    ("full", {"budget": 0.5}, "full has no rank to fit a budget with; leave --budget out"),
+    ("bitfit", {"budget": 0.5}, "bitfit has no rank to fit a budget with"),
+    ("trajectory-lora", {"rank": 4}, "--rank is not an option of trajectory-lora"),
+    ("trajectory-lora", {"recipe": "worst"}, "recipe must be one of best, paper, got 'worst'"),
+    ("trajectory-lora", {"ranks": (4, 2)}, r"ranks needs 3 values, high noise first, got \(4, 2\)"),
+    ("trajectory-lora", {"ranks": (4, 0, 1)}, "every rank must be at least 1, got 4,0,1"),
+    ("trajectory-lora", {"sigma": (1.0,)}, "sigma needs 3 values"),
+    ("trajectory-lora", {"modules": 0}, "modules must be at least 1, got 0"),
+    ("trajectory-lora", {"blocks": -1}, "blocks must be at least 0, got -1"),
+    ("trajectory-lora", {"sharing": "shared"}, "sharing must be one of nested, separate, got 'shared'"),
+    ("trajectory-lora", {"conditioning": "shift"}, "conditioning must be one of none, gate, got 'shift'"),
+    ("trajectory-lora", {"lambda_orth": -1.0}, "must be at least 0"),
+    ("trajectory-lora", {"budget": 0.0}, "too small for trajectory-lora: rank 1 stores"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), WRONG)
+def test_a_wrong_option_is_named_with_what_is_allowed(
+    config: ModelConfig, name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_config(name, options, config)
+
+
+def test_more_pushed_blocks_than_the_base_has_are_refused(config: ModelConfig) -> None:
+    settings = make_config(*trajectory(blocks=3), config)
+    with pytest.raises(UsageError, match="blocks must be at most the base's 2, got 3"):
+        TrajectoryLora(settings, config)
+
+
+# ---------------------------------------------------------------------------------------------- bands
+
+
+def lively_push(config: ModelConfig, case: str = "best-1", seed: int = 0, **changes: Any) -> TrajectoryLora:
+    """A trajectory adapter on a base of its own, every tensor of it away from zero."""
+    name, options = CASES[case]
+    settings = replace(make_config(name, options, config), **changes)
+    method = TrajectoryLora(settings, config)
+    generator = torch.Generator().manual_seed(seed)
+    method.attach(fresh_base(config), generator)
+    with torch.no_grad():
+        for parameter in method.own.values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return method
+
+
+def on_base(config: ModelConfig, push: Any) -> Denoiser:
+    model = fresh_base(config)
+    model.requires_grad_(False)
+    model.push = push
+    return model
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_t_falls_in_exactly_one_band(seed: int) -> None:
+    assert BAND_EDGES[0] == 1.0 and BAND_EDGES[-1] == 0.0 and len(BAND_NAMES) == NUM_BANDS == len(BAND_EDGES) - 1
+    shares = [k / n for n in range(1, 13) for k in range(1, n + 1)]  # what counted noise tells the denoiser
+    drawn = torch.rand(500, generator=torch.Generator().manual_seed(seed)).clamp(min=1e-6)
+    t = torch.cat([drawn, torch.tensor(shares), torch.tensor(BAND_EDGES[:-1])])
+    t = torch.cat([t, t.nextafter(torch.zeros(())), t.nextafter(torch.ones(()))]).clamp(max=1.0)
+    edges = torch.tensor(BAND_EDGES)
+    inside = torch.stack([(lo < t) & (t <= hi) for hi, lo in itertools.pairwise(edges)])  # (bands, N)
+    assert (inside.sum(0) == 1).all()
+    assert torch.equal(inside.int().argmax(0), band_of(t))
+
+
+def test_a_band_keeps_its_upper_edge_and_gives_up_its_lower_one() -> None:
+    assert band_of(torch.tensor(BAND_EDGES)).tolist() == [0, 1, 2, 2]
+    third = torch.arange(1, 4) / torch.tensor(3)  # k of 3 tokens masked, as decoding computes it
+    assert band_of(third).tolist() == [2, 1, 0]
+
+
+def used_units(config: TrajectoryLoraConfig, band: int) -> list[int]:
+    """Rank units that a band uses, in the order of the tensors: module by module, high noise first."""
+    found = []
+    for module in range(config.modules):
+        first = module * config.stored_rank
+        if config.sharing == "separate":
+            first += sum(config.ranks[:band])
+        found += range(first, first + config.ranks[band])
+    return found
+
+
+@of_trajectory
+@pytest.mark.parametrize("bands", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+def test_only_the_units_of_the_bands_in_the_batch_get_gradient(
+    config: ModelConfig, case: str, bands: tuple[int, ...]
+) -> None:
+    """nested: a band reaches the first r units only; separate: its own block of units only."""
+    method = lively_push(config, case)
+    generator = torch.Generator().manual_seed(3)
+    h, prompt_mask = torch.randn(6, 30, 32, generator=generator), torch.ones(6, 30, dtype=torch.bool)
+    times = torch.tensor([MIDDLES[bands[i % len(bands)]] for i in range(6)])
+    push_at = method.push.start(times, prompt_mask)
+    for depth in range(method.first_depth, config.num_layers + 1):
+        push_at(depth, h).square().sum().backward()
+    units = method.config.modules * method.config.stored_rank
+    expected = sorted({u for band in bands for u in used_units(method.config, band)})
+    for name, parameter in method.own.items():
+        gradient = parameter.grad.T if name.endswith("up") else parameter.grad
+        assert gradient.shape[0] == units
+        assert gradient.abs().amax(1).nonzero()[:, 0].tolist() == expected, name
+
+
+@of_trajectory
+def test_a_batch_that_mixes_bands_equals_its_rows_run_alone(config: ModelConfig, case: str) -> None:
+    model, noised = on_base(config, lively_push(config, case).push), noised_batch(config)
+    together = logits(model, noised)
+    for row, part in enumerate(noised.split(len(noised.t))):
+        length = int(noised.attention_mask[row].sum())
+        torch.testing.assert_close(together[row, :length], logits(model, part)[0, :length], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(logits(model, replace(part, t=1.34 - part.t)), logits(model, part), atol=1e-3)
+
+
+@of_trajectory
+def test_a_push_is_the_papers_formula_row_by_row(config: ModelConfig, case: str) -> None:
+    """sigma(t) sum_i A_i diag(1 + W c) ReLU(B_i [h; Emb(t)]), a loop over rows, modules and tokens."""
+    method = lively_push(config, case)
+    settings, d = method.config, config.d_model
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(3, 5, d, generator=generator)
+    prompt = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
+    start = method.push.start(t, prompt)
+    for place in range(settings.blocks + 1):
+        own = {n: method.own[f"places.{place}.{n}"].detach() for n in ("up", "down", "gate") if _has(method, place, n)}
+        with torch.no_grad():
+            found = start(method.first_depth + place, h)
+        for row, band in enumerate((2, 0, 1)):
+            normal = (h[row] - h[row].mean(-1, keepdim=True)) / (
+                h[row].var(-1, keepdim=True, correction=0) + 1e-5
+            ).sqrt()
+            c = normal[prompt[row]].mean(0)
+            total = torch.zeros(5, d)
+            for unit in used_units(settings, band):
+                into = own["down"][unit]
+                hidden = F.relu(normal @ into[:d] + time_embedding(t[row : row + 1])[0] @ into[d:])  # (L,)
+                gate = 1.0 + own["gate"][unit] @ c if "gate" in own else 1.0
+                total += settings.sigma[band] * gate * hidden[:, None] * own["up"][:, unit]
+            torch.testing.assert_close(found[row], total, atol=1e-4, rtol=1e-4)
+
+
+def _has(method: TrajectoryLora, place: int, name: str) -> bool:
+    return f"places.{place}.{name}" in method.own
+
+
+def test_the_gate_reads_the_states_below_every_push(config: ModelConfig) -> None:
+    """Pooled once, at the first depth: what a push adds further down must not come back as its condition."""
+    method = lively_push(config, "nested-gate-modules")
+    h, noised = torch.randn(6, 14, 32, generator=torch.Generator().manual_seed(0)), noised_batch(config)
+    start = method.push.start(noised.t, noised.prompt_mask)
+    other = method.push.start(noised.t, noised.prompt_mask)
+    with torch.no_grad():
+        start(0, h)
+        other(0, h.flip(0))
+        assert not torch.allclose(start(1, h), other(1, h), atol=1e-4)
+
+
+def test_time_features_tell_nearby_times_apart() -> None:
+    t = torch.linspace(0, 1, 101)
+    features = time_embedding(t)
+    assert features.shape == (101, TIME_WIDTH) and features.abs().max() <= 1
+    distance = torch.cdist(features, features) + 10 * torch.eye(101)
+    assert distance.min() > 0.05
+
+
+@of_trajectory
+@pytest.mark.parametrize("factor", [0.0, 0.5, 3.0])
+def test_sigma_scales_the_push_linearly(config: ModelConfig, case: str, factor: float) -> None:
+    plain = lively_push(config, case)
+    scaled = lively_push(config, case, sigma=tuple(factor * s for s in plain.config.sigma))
+    h, noised = torch.randn(6, 14, 32, generator=torch.Generator().manual_seed(0)), noised_batch(config)
+    depth = plain.first_depth
+    with torch.no_grad():
+        one, other = (m.push.start(noised.t, noised.prompt_mask)(depth, h) for m in (plain, scaled))
+    torch.testing.assert_close(other, factor * one)
+    assert one.abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- penalty
+
+
+SHAPES = [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)]  # (D, r, E); ranks above the width too
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("d", "r", "e"), SHAPES)
+def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((d, r), (r, e))]
+    ours, reference = ([x.clone().requires_grad_(True) for x in leaves] for _ in range(2))
+    found = nuclear_norm(*ours)
+    expected = torch.linalg.svdvals(reference[0] @ reference[1])[: min(d, r, e)].sum()
+    torch.testing.assert_close(found, expected)
+    (3.0 * found).backward()
+    (3.0 * expected).backward()
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["paper", "nested-gate-modules"])
+def test_the_penalty_is_the_sum_over_places_and_modules(config: ModelConfig, case: str) -> None:
+    method = lively_push(config, case, lambda_rank=0.3, lambda_orth=0.7)
+    r, expected = method.config.stored_rank, 0.0
+    for place in range(method.config.blocks + 1):
+        up, down = (method.own[f"places.{place}.{n}"].detach() for n in ("up", "down"))
+        first, second = up[:, :r], up[:, r:]
+        for a, b in ((first, down[:r]), (second, down[r:])):
+            expected += 0.3 * float(torch.linalg.svdvals(a @ b).sum())
+        expected += 0.7 * 2 * float((first.T @ second).square().sum())
+    assert method.penalty().item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["paper", "paper-blocks", "nested-gate-modules"])
+def test_the_penalty_of_a_fresh_adapter_is_0_with_a_finite_gradient(config: ModelConfig, case: str) -> None:
+    method = attach(fresh_base(config), case)
+    penalty = method.penalty()
+    penalty.backward()
+    assert penalty.item() == 0.0
+    for name, parameter in method.own.items():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def test_the_paper_recipe_trains_on_a_base_narrower_than_its_ranks(config: ModelConfig) -> None:
+    """64 + 32 + 8 rank units on states of width 32."""
+    method = lively_push(config, "paper", ranks=(64, 32, 8))
+    method.penalty().backward()
+    assert all(p.grad.isfinite().all() for n, p in method.own.items() if not n.endswith("gate"))
+
+
+@pytest.mark.parametrize("case", [k for k in CASES if k not in ("paper", "paper-blocks", "nested-gate-modules")])
+def test_a_method_without_regulariser_has_no_penalty(config: ModelConfig, case: str) -> None:
+    assert attach(fresh_base(config), case).penalty() is None
+
+
+# ---------------------------------------------------------------------------------------------- composition
+
+
+def compose(config: ModelConfig, *parts: tuple[TrajectoryLora, float]) -> Denoiser:
+    members = [Member("run", "task", weight, m.push, m.config) for m, weight in parts]
+    return on_base(config, Composition(members))
+
+
+@of_trajectory
+def test_one_member_at_weight_1_is_the_adapter(config: ModelConfig, case: str) -> None:
+    method, noised = lively_push(config, case), noised_batch(config)
+    alone = logits(on_base(config, method.push), noised)
+    assert torch.equal(logits(compose(config, (method, 1.0)), noised), alone)
+
+
+@of_trajectory
+def test_an_adapter_minus_itself_is_the_base(config: ModelConfig, case: str) -> None:
+    method, noised = lively_push(config, case), noised_batch(config)
+    base = logits(fresh_base(config), noised)
+    assert not torch.allclose(logits(on_base(config, method.push), noised), base, atol=1e-2)
+    torch.testing.assert_close(logits(compose(config, (method, 1.0), (method, -1.0)), noised), base)
+    torch.testing.assert_close(logits(compose(config, (method, 0.0)), noised), base)
+
+
+@of_trajectory
+def test_two_equal_adapters_averaged_are_one(config: ModelConfig, case: str) -> None:
+    method, twin, noised = lively_push(config, case), lively_push(config, case), noised_batch(config)
+    alone = logits(on_base(config, method.push), noised)
+    mean = logits(compose(config, (method, 0.5), (twin, 0.5)), noised)
+    torch.testing.assert_close(mean, alone, atol=1e-5, rtol=1e-5)
+
+
+MIXED = [("best-0", 0.7), ("best-2", -0.4), ("nested-gate-modules", 1.3), ("separate", 0.5)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_members_does_not_matter(config: ModelConfig, seed: int) -> None:
+    parts = [(lively_push(config, case, seed=i), weight) for i, (case, weight) in enumerate(MIXED)]
+    noised = noised_batch(config)
+    expected = logits(compose(config, *parts), noised)
+    random.Random(seed).shuffle(parts)
+    composed = compose(config, *parts)
+    assert composed.push.first_depth == 0
+    torch.testing.assert_close(logits(composed, noised), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pushes_on_the_final_state_add_up(config: ModelConfig) -> None:
+    """Members that push the final state only see one state, so their sum can be taken outside the denoiser."""
+    one, two = lively_push(config, "best-0", seed=1), lively_push(config, "paper", seed=2)
+    noised = noised_batch(config)
+
+    def states(push: Any) -> Tensor:
+        with torch.no_grad():
+            return on_base(config, push).states(
+                noised.xt, noised.t, noised.attention_mask, noised.prompt_mask
+            )  # (B, L, D)
+
+    base = states(None)
+    expected = base + 2.0 * (states(one.push) - base) - 0.5 * (states(two.push) - base)
+    torch.testing.assert_close(states(compose(config, (one, 2.0), (two, -0.5)).push), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_composition_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least one adapter"):
+        Composition([])
+
+
+# ---------------------------------------------------------------------------------------------- state cache
+
+
+def task_rows(folder: Path, tokenizer: Tokenizer, answers: tuple[str, str] = ("bad", "good"), n: int = 24) -> TaskRows:
+    rng = random.Random(0)
+    words = ("film", "plot", "music", "food", "dull", "bright", "very")
+    lines = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 9))) + f"\t{i % 2}" for i in range(n)]
+    (folder / "train.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    (folder / "mood.toml").write_text(
+        'template = "{text} it was {answer} ."\n'
+        f'[verbalizer]\nneg = "{answers[0]}"\npos = "{answers[1]}"\n[data]\ntrain = "train.tsv"\n'
+    )
+    task = load_task(str(folder / "mood.toml"))
+    return TaskRows(load_split(task, "train"), task, tokenizer, 48)
+
+
+def no_autocast() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("case", ["best-0", "best-1", "paper", "separate"])
+def test_training_from_kept_states_is_training_from_the_start(
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
+) -> None:
+    rows = task_rows(tmp_path, tokenizer)
+    method = lively_push(config, case)
+    model = on_base(config, method.push)
+    kept: list[int] = []
+    cache = StateCache(model, rows, method.first_depth, tokenizer.mask_id, no_autocast, kept.append)
+    assert kept[-1] == len(rows)
+    uniform = DiffusionConfig(time_sampling="uniform")
+    generator = torch.Generator().manual_seed(0)
+    for chunk in (np.arange(9), np.array([23, 4, 11]), np.array([7])):
+        batch = rows.take(chunk)
+        noised, _ = noise_batch(
+            batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, uniform, generator, counted=True
+        )
+        cached = cache(batch, noised)
+        real = batch.attention_mask
+        lower = on_base(config, None).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, method.first_depth)
+        assert torch.equal(cached.cached[real], lower[real].bfloat16().float()), "kept in bf16, each in its place"
+        results = []
+        for case_noised in (noised, cached):
+            for parameter in method.own.values():
+                parameter.grad = None
+            nll, _ = token_nll(model, case_noised)
+            nll.mean().backward()
+            results.append((nll.detach(), method.own["places.0.up"].grad.clone()))
+        torch.testing.assert_close(results[1][0], results[0][0], atol=0.03, rtol=0.03)
+        scale = float(results[0][1].abs().max())
+        torch.testing.assert_close(results[1][1], results[0][1], atol=0.05 * scale, rtol=0.05)
+    assert len({int(n) for n in rows.lengths[:9]}) > 1, "padding was there"
+
+
+CACHE_REASONS = [
+    (0, ("bad", "good"), 4.0, "the method changes the first block"),
+    (1, ("bad", "very good"), 4.0, "masks vary: the answer has 2 tokens"),
+    (1, ("bad", "good"), 1e-6, "GB of states, --cache-gb allows 1e-06"),
+    (1, ("bad", "good"), 0.0, "--cache-gb allows 0"),
+    (1, ("bad", "good"), 4.0, None),
+]
+
+
+@pytest.mark.parametrize(("first_depth", "answers", "limit", "reason"), CACHE_REASONS)
+def test_states_are_kept_unless_a_reason_is_named(
+    tokenizer: Tokenizer, tmp_path: Path, first_depth: int, answers: tuple[str, str], limit: float, reason: str | None
+) -> None:
+    found = why_not_cached(task_rows(tmp_path, tokenizer, answers), first_depth, 32, limit)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_the_size_of_kept_states_is_two_bytes_a_feature(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = task_rows(tmp_path, tokenizer)
+    gigabytes = 2 * int(rows.lengths.sum()) * 32 / 2**30
+    assert why_not_cached(rows, 1, 32, gigabytes * 1.001) is None
+    assert why_not_cached(rows, 1, 32, gigabytes * 0.999) is not None
+
+
+@every_case
+def test_states_below_first_depth_are_the_frozen_bases_own(config: ModelConfig, case: str) -> None:
+    """The promise that the cache rests on."""
+    model, base, noised = fresh_base(config), fresh_base(config), noised_batch(config)
+    method = attach(model, case)
+    train(model, method)
+    depth = method.first_depth
+    assert depth == (config.num_layers - method.config.blocks if isinstance(method, TrajectoryLora) else 0)
+    if depth:
+        found, expected = (m.run_blocks(m.embed(noised.xt), noised.attention_mask, 0, depth) for m in (model, base))
+        assert torch.equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("places.0.up"), "missing places.0.up"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda t: t.update({"places.0.up": torch.zeros(2, 2)}), r"'places.0.up' has the wrong shape: \(2, 2\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_and_change_nothing(
+    config: ModelConfig, change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    method = attach(fresh_base(config), "best-1")
+    tensors = {n: torch.ones_like(p) for n, p in method.own.items()}
+    change(tensors)
+    with pytest.raises(TinyldError, match=message):
+        load_exactly(method.own, tensors, Path("adapter.safetensors"))
+    assert (method.own["places.1.up"] == 0).all()

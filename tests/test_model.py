@@ -1,0 +1,246 @@
+"""The denoiser: what a row's logits depend on, and that every shortcut equals the long way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyld.config import ModelConfig
+from tinyld.errors import UsageError
+from tinyld.model import Denoiser, HeadNLL
+
+
+@pytest.fixture()
+def lively(model: Denoiser) -> Denoiser:
+    """The tiny model with weights large enough that every part of it shows in the logits."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def random_ids(model: Denoiser, rows: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, model.config.vocab_size, (rows, length), generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_closed_form_counts_the_parameters_that_are_there(seed: int) -> None:
+    rng = random.Random(seed)
+    heads = rng.randint(1, 3)
+    config = ModelConfig(
+        vocab_size=rng.randint(10, 90),
+        d_model=heads * 2 * rng.randint(1, 6),
+        num_layers=rng.randint(1, 4),
+        num_heads=heads,
+        d_ff=rng.randint(1, 40),
+        max_length=rng.randint(1, 30),
+    )
+    model = Denoiser(config, torch.Generator().manual_seed(seed))
+    assert config.num_parameters() == sum(p.numel() for p in model.parameters())
+
+
+BAD_SHAPES = [
+    ({"d_model": 30, "num_heads": 4}, "num_heads must divide d_model"),
+    ({"d_model": 12, "num_heads": 4}, "must be even"),
+    ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD_SHAPES)
+def test_an_impossible_shape_is_refused_with_its_value(values: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ModelConfig(vocab_size=10, **values)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_seed_alone_decides_the_fresh_weights(config: ModelConfig, seed: int) -> None:
+    one, same, other = (Denoiser(config, torch.Generator().manual_seed(s)) for s in (seed, seed, seed + 1))
+    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dim() == 1 or not torch.equal(a, c), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_padded_row_has_the_logits_it_has_alone(lively: Denoiser, tokenizer_pad: int, seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 20) for _ in range(5)]
+    x = random_ids(lively, 5, max(lengths), seed)
+    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+    together = lively(x.masked_fill(~mask, tokenizer_pad), attention_mask=mask)
+    for row, length in enumerate(lengths):
+        alone = lively(x[row : row + 1, :length])[0]
+        torch.testing.assert_close(together[row, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture()
+def tokenizer_pad() -> int:
+    return 0
+
+
+def test_attention_reads_both_directions(lively: Denoiser) -> None:
+    x = random_ids(lively, 1, 8)
+    for changed in (0, 7):
+        other = x.clone()
+        other[0, changed] = 5 if x[0, changed] != 5 else 6
+        moved = (lively(x) - lively(other)).abs().amax(-1)[0]
+        assert (moved > 1e-4).all(), "every position reads every other"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_tokens_changes_their_logits(lively: Denoiser, seed: int) -> None:
+    x = random_ids(lively, 1, 10, seed)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed + 1))
+    assert not torch.allclose(lively(x[:, order]), lively(x)[:, order], atol=1e-3)
+
+
+def test_positions_are_relative(lively: Denoiser) -> None:
+    """Rotary attention sees distances only: padding ahead of a row, hidden from attention, moves nothing."""
+    x = random_ids(lively, 2, 12)
+    shifted = torch.cat([torch.zeros(2, 5, dtype=torch.int64), x], dim=1)
+    mask = torch.ones_like(shifted, dtype=torch.bool)
+    mask[:, :5] = False
+    torch.testing.assert_close(lively(shifted, attention_mask=mask)[:, 5:], lively(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_head_at_chosen_places_equals_the_full_logits_there(lively: Denoiser, seed: int) -> None:
+    x = random_ids(lively, 4, 11, seed)
+    where = torch.rand(4, 11, generator=torch.Generator().manual_seed(seed)) < 0.3
+    torch.testing.assert_close(lively(x, where=where), lively(x)[where])
+
+
+def test_one_attention_block_equals_attention_written_out(lively: Denoiser) -> None:
+    """softmax(QK^T / sqrt(d)) V with complex-number rotations, head by head, against the fused kernel."""
+    block, heads, width = lively.blocks[0], 2, 16
+    h = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    frequency = 10_000.0 ** (-torch.arange(width // 2) * 2 / width)
+    turn = torch.polar(torch.ones(7, width // 2), torch.arange(7)[:, None] * frequency[None, :])
+    mixed = []
+    for i in range(heads):
+        part = slice(i * width, (i + 1) * width)
+        q, k, v = (linear(h)[0, :, part] for linear in (block.query, block.key, block.value))
+        q, k = (torch.complex(x[:, : width // 2], x[:, width // 2 :]) * turn for x in (q, k))
+        scores = (q @ k.conj().T).real / width**0.5
+        mixed.append(scores.softmax(-1) @ v)
+    expected = block.out(torch.cat(mixed, dim=-1))
+    found = block.attend(h, lively.cos[:7], lively.sin[:7], None)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_nll_is_the_cross_entropy_of_the_logits(lively: Denoiser) -> None:
+    x = random_ids(lively, 3, 9)
+    h = lively.states(x).flatten(0, 1)
+    target = random_ids(lively, 3, 9, seed=7).flatten()
+    expected = F.cross_entropy(lively.head(h), target, reduction="none")
+    torch.testing.assert_close(lively.nll(h, target), expected)
+
+
+@pytest.mark.parametrize("frozen", [(), ("h",), ("weight", "bias"), ("h", "bias")])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"h": (6, 5), "weight": (9, 5), "bias": (9,)}
+    leaves = {n: torch.randn(*s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    target = torch.randint(9, (6,), generator=generator)
+    upstream = torch.randn(6, generator=generator)  # a different weight for each row, as the ELBO gives
+
+    def gradients(loss: Callable[..., Tensor]) -> dict[str, Tensor | None]:
+        inputs = {n: v.clone().requires_grad_(n not in frozen) for n, v in leaves.items()}
+        (loss(inputs["h"], inputs["weight"], inputs["bias"], target) * upstream).sum().backward()
+        return {n: v.grad for n, v in inputs.items()}
+
+    found = gradients(HeadNLL.apply)
+    expected = gradients(lambda h, w, b, y: F.cross_entropy(F.linear(h, w, b), y, reduction="none"))
+    for name in shapes:
+        assert (found[name] is None) == (name in frozen) == (expected[name] is None)
+        if name not in frozen:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-12, rtol=1e-10)
+
+
+def test_the_heads_gradient_is_the_slope_of_its_value() -> None:
+    """Central differences, which need no second implementation to be right."""
+    generator = torch.Generator().manual_seed(3)
+    h, weight = torch.randn(2, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    bias, target = torch.randn(6, generator=generator), torch.tensor([1, 4])
+    h.requires_grad_(True)
+    HeadNLL.apply(h, weight, bias, target).sum().backward()
+    direction = torch.randn(2, 4, generator=generator)
+    with torch.no_grad():
+        ahead, behind = (HeadNLL.apply(h + e * direction, weight, bias, target).sum() for e in (1e-2, -1e-2))
+    assert float((ahead - behind) / 2e-2) == pytest.approx(float((h.grad * direction).sum()), rel=1e-2)
+
+
+def test_every_parameters_gradient_through_nll_is_that_of_cross_entropy(lively: Denoiser) -> None:
+    """The tied embedding gets its gradient from both its uses."""
+    x, target = random_ids(lively, 2, 6), random_ids(lively, 2, 6, seed=1).flatten()
+
+    def gradients(loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        lively.zero_grad()
+        loss(lively.states(x).flatten(0, 1)).backward()
+        return {n: p.grad.clone() for n, p in lively.named_parameters()}
+
+    found = gradients(lambda h: lively.nll(h, target).mean())
+    expected = gradients(lambda h: F.cross_entropy(lively.head(h), target))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_nll_stays_finite_where_the_target_is_all_but_impossible(lively: Denoiser) -> None:
+    with torch.no_grad():
+        lively.output_bias[5] = 500.0
+    h = lively.states(random_ids(lively, 1, 4))[0].detach().requires_grad_(True)
+    nll = lively.nll(h, torch.full((4,), 6))
+    nll.sum().backward()
+    assert (nll > 50).all() and nll.isfinite().all() and h.grad.isfinite().all()
+
+
+class RecordingPush:
+    """A push that adds its own depth, scaled by t, and writes down where it was asked."""
+
+    def __init__(self, first_depth: int):
+        self.first_depth = first_depth
+        self.seen: list[int] = []
+
+    def start(self, t: Tensor, prompt_mask: Tensor) -> Callable[[int, Tensor], Tensor]:
+        def push_at(depth: int, h: Tensor) -> Tensor:
+            self.seen.append(depth)
+            return torch.ones_like(h) * (depth + 1) * t[:, None, None] + prompt_mask[..., None]
+
+        return push_at
+
+
+@pytest.mark.parametrize("first_depth", [0, 1, 2])
+def test_a_cached_continuation_equals_the_uncached_pass(lively: Denoiser, first_depth: int) -> None:
+    x = random_ids(lively, 3, 9)
+    mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 6])[:, None]
+    t, prompt = torch.tensor([0.2, 0.5, 1.0]), mask & (torch.arange(9)[None, :] < 2)
+    kept = lively.run_blocks(lively.embed(x), mask, 0, first_depth)
+    lively.push = RecordingPush(first_depth)
+    uncached = lively.states(x, t, mask, prompt)
+    assert lively.push.seen == list(range(first_depth, 3)), "before every block from first_depth, and at the end"
+    other_ids = torch.zeros_like(x)  # shows that nothing below first_depth runs again
+    cached = lively.states(other_ids, t, mask, prompt, cached=kept)
+    assert torch.equal(cached, uncached)
+
+
+def test_a_push_that_is_told_neither_t_nor_prompt_is_refused(lively: Denoiser) -> None:
+    x = random_ids(lively, 1, 4)
+    lively.push = RecordingPush(1)
+    with pytest.raises(ValueError, match="needs t and prompt_mask"):
+        lively(x)
+
+
+def test_bf16_logits_are_near_the_fp32_ones(lively: Denoiser) -> None:
+    x, target = random_ids(lively, 2, 8), random_ids(lively, 2, 8, seed=2).flatten()
+    full = lively.nll(lively.states(x).flatten(0, 1), target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = lively.nll(lively.states(x).flatten(0, 1), target)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, atol=0.15, rtol=0.05)

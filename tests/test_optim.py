@@ -1,0 +1,148 @@
+"""The optimizer's parts and their state, and the learning-rate curve."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tinyld.config import DECAYS, OPTIMIZERS, TrainConfig
+from tinyld.optim import Optimizer, lr_factor
+
+
+def parameters(seed: int) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embedding.weight": (7, 4), "blocks.0.up.weight": (6, 4), "blocks.0.up.bias": (6,), "bias": (3,)}
+    return {n: nn.Parameter(torch.randn(*s, generator=generator)) for n, s in shapes.items()}
+
+
+def update(optimizer: Optimizer, params: dict[str, nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in params.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
+def test_the_rate_rises_to_its_peak_then_falls_to_its_end(decay: str, warmup: float) -> None:
+    places = [i / 200 for i in range(201)]
+    curve = [lr_factor(p, warmup, decay) for p in places]
+    rising = [f for p, f in zip(places, curve, strict=True) if p <= warmup]
+    falling = [f for p, f in zip(places, curve, strict=True) if p >= warmup]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert falling[0] == 1.0 == max(curve)
+    assert min(curve[:-1]) > 0
+    assert curve[-1] == pytest.approx(1.0 if decay == "none" else 0.0, abs=1e-12)
+
+
+VALUES = [
+    (0.05, 0.1, "linear", 0.5),
+    (0.55, 0.1, "linear", 0.5),
+    (0.55, 0.1, "cosine", 0.5),
+    (0.325, 0.1, "cosine", 0.5 * (1 + math.cos(math.pi / 4))),
+    (0.325, 0.1, "linear", 0.75),
+    (0.9, 0.1, "none", 1.0),
+    (1.5, 0.1, "linear", 0.0),
+    (-1.0, 0.0, "cosine", 1.0),
+]
+
+
+@pytest.mark.parametrize(("progress", "warmup", "decay", "expected"), VALUES)
+def test_the_rate_at_a_place_is_the_one_computed_by_hand(
+    progress: float, warmup: float, decay: str, expected: float
+) -> None:
+    assert lr_factor(progress, warmup, decay) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_state_gives_the_same_next_updates(name: str) -> None:
+    config = TrainConfig(steps=1, lr=0.05, optimizer=name)
+    first = parameters(0)
+    optimizer = Optimizer(first, config)
+    for step in range(3):
+        update(optimizer, first, step)
+    state = optimizer.state()
+    resumed = {n: nn.Parameter(p.detach().clone()) for n, p in first.items()}
+    fresh = {n: nn.Parameter(p.detach().clone()) for n, p in first.items()}
+    other, without = Optimizer(resumed, config), Optimizer(fresh, config)
+    other.load_state(state)
+    for step in range(3, 6):
+        update(optimizer, first, step)
+        update(other, resumed, step)
+        update(without, fresh, step)
+    for key, parameter in first.items():
+        assert torch.equal(parameter, resumed[key]), key
+        assert not torch.allclose(parameter, fresh[key], atol=1e-4), f"{key}: the state made no difference"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_is_named_after_its_parameters_and_is_a_copy(name: str) -> None:
+    params = parameters(0)
+    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer=name))
+    update(optimizer, params, 0)
+    state = optimizer.state()
+    kept = {k: v.clone() for k, v in state.items()}
+    update(optimizer, params, 1)
+    assert all(torch.equal(v, kept[k]) for k, v in state.items())
+    assert {k.removeprefix("optim.").rpartition(".")[0] for k in state} == set(params)
+
+
+def test_muon_takes_the_matrices_inside_blocks_and_no_others() -> None:
+    params = parameters(0)
+    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))
+    taken = {
+        optimizer.names[id(p)]
+        for part in optimizer.parts
+        if isinstance(part, torch.optim.Muon)
+        for group in part.param_groups
+        for p in group["params"]
+    }
+    assert taken == {"blocks.0.up.weight"}
+    assert sum(len(g["params"]) for part in optimizer.parts for g in part.param_groups) == len(params)
+
+
+def test_muon_makes_an_update_of_the_size_that_adamw_would_make() -> None:
+    moved = {}
+    for name in OPTIMIZERS:
+        params = {"blocks.0.up.weight": nn.Parameter(torch.zeros(48, 32))}
+        update(Optimizer(params, TrainConfig(steps=1, lr=0.1, optimizer=name)), params, 0)
+        moved[name] = float(params["blocks.0.up.weight"].detach().square().mean().sqrt())
+    assert moved["adamw"] == pytest.approx(0.1, rel=1e-3)
+    assert 0.1 * moved["adamw"] < moved["muon"] < moved["adamw"]  # RMS matching aims at 0.2 of a sign update
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_shrinks_matrices_only(name: str) -> None:
+    params = parameters(1)
+    before = {n: p.detach().clone() for n, p in params.items()}
+    optimizer = Optimizer(params, TrainConfig(steps=1, lr=0.1, weight_decay=0.5, optimizer=name))
+    for parameter in params.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, parameter in params.items():
+        factor = 0.95 if parameter.dim() == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[key] * factor)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_set_lr_scales_the_peak_rate_of_every_part(name: str) -> None:
+    params = parameters(0)
+    optimizer = Optimizer(params, TrainConfig(steps=1, lr=0.1, optimizer=name))
+    optimizer.set_lr(0.5)
+    optimizer.set_lr(0.0)
+    before = {n: p.detach().clone() for n, p in params.items()}
+    update(optimizer, params, 0)
+    assert all(torch.equal(p, before[n]) for n, p in params.items())
+    optimizer.set_lr(0.25)
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.025}
+
+
+def test_zero_grad_forgets_the_gradients() -> None:
+    params = parameters(0)
+    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))
+    update(optimizer, params, 0)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params.values())

@@ -1,0 +1,277 @@
+"""Decoding: what every sampler keeps, how many tokens each pass writes, and a plain loop that must agree."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinyld.config import SAMPLERS, SampleConfig
+from tinyld.errors import UsageError
+from tinyld.model import Denoiser
+from tinyld.sampler import decode
+from tinyld.tokenizer import Tokenizer
+
+MASK = 4
+FORBIDDEN = [0, 1, 2, 4]
+
+
+class Recording:
+    """A denoiser that writes down how many positions are masked, by row, and the t it is told."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.masked, self.t = inner, [], []
+
+    def __call__(self, x: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, where: Tensor) -> Tensor:
+        self.masked.append(where.sum(1).tolist())
+        self.t.append(t.tolist())
+        assert (x[where] == MASK).all(), "positions asked for are masked ones"
+        return self.inner(x, t, attention, prompt, where=where)
+
+
+@pytest.fixture()
+def lively(model: Denoiser) -> Denoiser:
+    """The tiny model with weights large enough to be confident in different degrees."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def rows(tokenizer: Tokenizer, widths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, answer_mask, attention_mask): a row per answer width, prompts and padding of random lengths."""
+    rng = random.Random(seed)
+    starts = [rng.randint(1, 6) for _ in widths]
+    lengths = [s + w + rng.randint(1, 4) for s, w in zip(starts, widths, strict=True)]
+    size = (len(widths), max(lengths))
+    x = torch.randint(5, tokenizer.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+    answer_mask, attention_mask = torch.zeros(2, *size, dtype=torch.bool)
+    for row, (start, width, length) in enumerate(zip(starts, widths, lengths, strict=True)):
+        answer_mask[row, start : start + width] = True
+        attention_mask[row, :length] = True
+        x[row, length:] = 0
+    return x, answer_mask, attention_mask
+
+
+CONFIGS = [
+    SampleConfig(),
+    SampleConfig(steps=3),
+    SampleConfig(steps=50),
+    SampleConfig(steps=4, temperature=1.5),
+    SampleConfig(sampler="threshold"),
+    SampleConfig(sampler="threshold", threshold=0.05, temperature=1.0),
+    SampleConfig(sampler="threshold", threshold=1.0, steps=2),
+    SampleConfig(sampler="ancestral"),
+    SampleConfig(sampler="ancestral", steps=3, temperature=1.0, schedule="cosine"),
+    SampleConfig(sampler="ancestral", steps=40, temperature=1.0),
+]
+
+
+def name_of(config: SampleConfig) -> str:
+    return f"{config.sampler}-{config.steps}-{config.temperature}-{config.threshold}"
+
+
+@pytest.mark.parametrize("sampling", CONFIGS, ids=name_of)
+def test_every_slot_is_filled_and_nothing_else_is_touched(
+    lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig
+) -> None:
+    x, answer_mask, attention_mask = rows(tokenizer, [5, 1, 8, 3])
+    with torch.no_grad():
+        lively.output_bias[FORBIDDEN] = 50.0  # what the denoiser wants most is what it may not write
+    before = x.clone()
+    out, passes = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, sampling)
+    assert torch.equal(x, before), "the input is not changed in place"
+    assert torch.equal(out[~answer_mask], x[~answer_mask])
+    assert not torch.isin(out[answer_mask], torch.tensor(FORBIDDEN)).any()
+    assert 1 <= passes <= (sampling.steps or 8)
+
+
+@pytest.mark.parametrize("sampling", CONFIGS, ids=name_of)
+def test_what_stood_in_the_slots_is_never_seen(lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig) -> None:
+    x, answer_mask, attention_mask = rows(tokenizer, [4, 6])
+    other = torch.where(answer_mask, 5, x)
+    first, second = (decode(lively, v, answer_mask, attention_mask, MASK, FORBIDDEN, sampling)[0] for v in (x, other))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_seed_decides_what_is_drawn(lively: Denoiser, tokenizer: Tokenizer, sampler: str) -> None:
+    batch = rows(tokenizer, [8, 8, 8])
+    outs = [
+        decode(lively, *batch, MASK, FORBIDDEN, SampleConfig(sampler=sampler, temperature=2.0, seed=seed))[0]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_a_generator_that_is_given_goes_on_from_batch_to_batch(lively: Denoiser, tokenizer: Tokenizer) -> None:
+    batch = rows(tokenizer, [8, 8])
+    generator = torch.Generator().manual_seed(0)
+    config = SampleConfig(temperature=2.0)
+    first, second = (decode(lively, *batch, MASK, FORBIDDEN, config, generator)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, decode(lively, *batch, MASK, FORBIDDEN, config)[0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 25])
+@pytest.mark.parametrize("size", [1, 6, 10])
+def test_low_confidence_writes_as_many_tokens_a_step_as_llada(
+    lively: Denoiser, tokenizer: Tokenizer, size: int, steps: int
+) -> None:
+    """LLaDA's get_num_transfer_tokens: M // steps each step, one more in the first M % steps."""
+    recording = Recording(lively)
+    _, passes = decode(recording, *rows(tokenizer, [size]), MASK, FORBIDDEN, SampleConfig(steps=steps))
+    plan = [size // steps + (step < size % steps) for step in range(steps)]
+    plan = [k for k in plan if k]
+    left = [counts[0] for counts in recording.masked]
+    assert [a - b for a, b in zip(left, [*left[1:], 0], strict=True)] == plan
+    assert passes == len(plan)
+    assert [t[0] for t in recording.t] == pytest.approx([n / size for n in left])
+
+
+def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tensor:
+    """Low-confidence decoding of one row without padding, written as a loop over tokens."""
+    x = x.clone()
+    x[places] = MASK
+    masked, size = list(places), len(places)
+    for step in range(steps):
+        if not masked:
+            break
+        logits = model(x[None])[0]
+        logits[:, FORBIDDEN] = -torch.inf
+        best = {p: logits[p].softmax(-1).max(-1) for p in masked}
+        keep = size // steps + (step < size % steps)
+        for p in sorted(masked, key=lambda p: -float(best[p].values))[:keep]:
+            x[p] = best[p].indices
+            masked.remove(p)
+    return x
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("steps", [2, 3, 9])
+@torch.no_grad()
+def test_low_confidence_equals_a_plain_loop_over_tokens(
+    lively: Denoiser, tokenizer: Tokenizer, steps: int, seed: int
+) -> None:
+    x, answer_mask, attention_mask = rows(tokenizer, [7], seed)
+    found, _ = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(steps=steps))
+    expected = reference(lively, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps)
+    assert torch.equal(found[0], expected)
+    one_pass, _ = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(steps=1))
+    assert seed or not torch.equal(found, one_pass), "later passes read what earlier ones wrote"
+
+
+PASSES = [
+    (SampleConfig(sampler="threshold", threshold=1.0), [9, 8, 7, 6, 5, 4, 3, 2, 1]),
+    (SampleConfig(sampler="threshold", threshold=1e-6), [9]),
+    (SampleConfig(sampler="threshold", threshold=1.0, steps=3), [9, 8, 7]),
+    (SampleConfig(steps=1), [9]),
+    (SampleConfig(sampler="threshold", threshold=1.0, steps=1), [9]),
+    (SampleConfig(sampler="ancestral", steps=1), [9]),
+]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "masked"), PASSES, ids=lambda v: name_of(v) if isinstance(v, SampleConfig) else ""
+)
+def test_a_sampler_makes_the_passes_that_its_settings_ask_for(
+    lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig, masked: list[int]
+) -> None:
+    recording = Recording(lively)
+    _, passes = decode(recording, *rows(tokenizer, [9]), MASK, FORBIDDEN, sampling)
+    assert [counts[0] for counts in recording.masked] == masked
+    assert passes == len(masked)
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
+    lively: Denoiser, tokenizer: Tokenizer, threshold: float
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = 3.0 * lively(x, *rest, where=where)
+        allowed = logits.clone()
+        allowed[:, FORBIDDEN] = -torch.inf
+        seen.append((where.nonzero()[:, 1], allowed.softmax(-1).max(-1).values))
+        return logits
+
+    decode(denoiser, *rows(tokenizer, [9]), MASK, FORBIDDEN, SampleConfig(sampler="threshold", threshold=threshold))
+    kinds = set()
+    for (places, confidence), (after, _) in zip(seen, [*seen[1:], (torch.zeros(0), torch.zeros(0))], strict=True):
+        written = ~torch.isin(places, after)
+        sure = confidence >= threshold
+        expected = sure if sure.any() else confidence == confidence.max()
+        assert torch.equal(written, expected)
+        kinds.add(int(expected.sum()))
+    assert len(seen) > 1 or len(kinds) == 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ancestral_leaves_as_much_masked_as_the_schedule_says(
+    lively: Denoiser, tokenizer: Tokenizer, schedule: str
+) -> None:
+    recording = Recording(lively)
+    steps, width = 4, 36
+    config = SampleConfig(sampler="ancestral", steps=steps, schedule=schedule)
+    decode(recording, *rows(tokenizer, [width] * 40), MASK, FORBIDDEN, config)
+    for step, counts in enumerate(recording.masked):
+        t = torch.tensor(1 - step / steps, dtype=torch.float64)
+        ratio = float(t if schedule == "linear" else torch.cos(torch.pi / 2 * (1 - t)))
+        assert sum(counts) / (40 * width) == pytest.approx(ratio, abs=4 * (0.25 / (40 * width)) ** 0.5)
+
+
+BATCHED = [
+    SampleConfig(),
+    SampleConfig(steps=3),
+    SampleConfig(sampler="threshold", threshold=0.3),
+    SampleConfig(sampler="threshold", threshold=1.0),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sampling", BATCHED, ids=name_of)
+def test_rows_decoded_together_equal_rows_decoded_alone(
+    lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig, seed: int
+) -> None:
+    """Rows that finish early leave the batch; padding and neighbours change nothing."""
+    x, answer_mask, attention_mask = rows(tokenizer, [2, 7, 1, 4], seed)
+    together, _ = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, sampling)
+    for row in range(4):
+        length = int(attention_mask[row].sum())
+        part = slice(row, row + 1), slice(0, length)
+        alone, _ = decode(lively, x[part], answer_mask[part], attention_mask[part], MASK, FORBIDDEN, sampling)
+        assert torch.equal(together[part], alone)
+
+
+def test_rows_that_are_done_leave_the_batch(lively: Denoiser, tokenizer: Tokenizer) -> None:
+    recording = Recording(lively)
+    decode(recording, *rows(tokenizer, [1, 3, 2]), MASK, FORBIDDEN, SampleConfig())
+    assert recording.masked == [[1, 3, 2], [2, 1], [1]]
+
+
+def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: Tokenizer) -> None:
+    x, answer_mask, attention_mask = rows(tokenizer, [2, 3])
+    out, passes = decode(lively, x, torch.zeros_like(answer_mask), attention_mask, MASK, FORBIDDEN, SampleConfig())
+    assert torch.equal(out, x) and passes == 0
+
+
+BAD = [
+    ({"sampler": "greedy"}, "sampler must be one of low_confidence, threshold, ancestral, got 'greedy'"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"temperature": -0.1}, "temperature must be at least 0"),
+    ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
+    ({"threshold": 1.1}, r"threshold must be in \(0, 1\]"),
+    ({"schedule": "square"}, "schedule must be one of"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_a_setting_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SampleConfig(**values)

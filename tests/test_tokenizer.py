@@ -1,0 +1,192 @@
+"""Text <-> ids: one spelling for each thing, whatever corpus it comes from, and no special token from inside text."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tinyld.errors import TinyldError
+from tinyld.tokenizer import SPECIAL, Tokenizer, detokenize, find_text_files, read_lines
+
+SENTENCES = (
+    "it's great ( really ) - and he said \"no\" , didn't he ?",
+    "doesn't she like the café ; isn't it 50 % off : $ 3 !",
+    "a mask , a pad . the eos / bos ... unk and sep",
+    "i can't go , they won't stay and we shouldn't ask",
+)
+
+
+@pytest.fixture(scope="module")
+def english() -> Tokenizer:
+    """A vocabulary that has every character of these tests."""
+    return Tokenizer.train([*SENTENCES, "the quick brown fox jumps over lazy dogs in vex zest"] * 4, 220)
+
+
+SAME = [
+    ("It's great (really)", "it 's great -lrb- really -rrb-"),
+    ("doesn't", "does n't"),
+    ("They won't stay, can't go", "they wo n't stay , ca n't go"),
+    ("Isn't it?", "is n't it ?"),
+    ("didn’t", "did n't"),
+    ("it`s", "it's"),
+    ("it´s", "it's"),
+    ("“great”", '"great"'),
+    ("`` great ''", '"great"'),
+    ("café", "cafe"),
+    ("cafe\u0301", "café"),
+    ("ＧＲＥＡＴ", "great"),
+    ("he said…", "he said ..."),
+    ("he said . . . no", "he said... no"),
+    ("great–really", "great -- really"),
+    ("great—really", "great - really"),
+    ("and\\/and", "and/and"),
+    ("-LSB- a -RSB-", "(a)"),
+    ("great<br />really", "great really"),
+    ("great \t  really\u00a0", "great really"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_two_spellings_of_one_text_give_the_same_ids(english: Tokenizer, one: str, other: str) -> None:
+    ids = english.encode(one)
+    assert ids == english.encode(other)
+    assert ids and english.unk_id not in ids
+
+
+DIFFERENT = [
+    ("great", "grate"),
+    ("they're", "there"),
+    ("a no t", "a not"),
+    ("he said.", "he said..."),
+    ("(a)", "a"),
+    ("3 <5 a", "3 a"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_normalisation_keeps_what_carries_meaning(english: Tokenizer, one: str, other: str) -> None:
+    assert english.encode(one) != english.encode(other)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("frame", ["{}", "a {} b", "it's{}{}great", "[{}]", "[M{}ASK]", "[{}MASK]"])
+def test_a_special_tokens_name_in_text_is_plain_text(english: Tokenizer, name: str, frame: str) -> None:
+    special = {english.pad_id, english.bos_id, english.eos_id, english.mask_id}
+    text = frame.replace("{}", name)
+    assert not special & set(english.encode(text))
+    assert english.encode_batch([text, "great"]) == [english.encode(text), english.encode("great")]
+
+
+def test_special_tokens_come_first_and_the_vocabulary_is_counted_with_them(english: Tokenizer) -> None:
+    ids = [english.pad_id, english.unk_id, english.bos_id, english.eos_id, english.mask_id]
+    assert ids == list(range(len(SPECIAL)))
+    assert max(max(english.encode(s)) for s in SENTENCES) < english.vocab_size <= 220
+
+
+def test_a_character_never_seen_is_unknown(english: Tokenizer) -> None:
+    assert english.encode("漢") == [english.unk_id]
+    assert english.decode([english.unk_id]) == "[UNK]"
+
+
+def test_save_and_load_give_the_same_tokenizer(english: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(english.to_json(), encoding="utf-8")
+    loaded = Tokenizer.load(path)
+    assert loaded.to_json() == english.to_json()
+    assert loaded.vocab_size == english.vocab_size
+    assert loaded.mask_id == english.mask_id
+    for text, _ in SAME:
+        assert loaded.encode(text) == english.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no tokenizer at"),
+        ("not json", "not a tokenizer file"),
+        ("{}", "not a tokenizer file"),
+        ('"a"', "not a tokenizer file"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_one_clear_error(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(TinyldError, match=message):
+        Tokenizer.load(path)
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(english: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(english.to_json().replace("[MASK]", "[GAP]"))
+    with pytest.raises(TinyldError, match=r"has no \[MASK\] token"):
+        Tokenizer.load(path)
+
+
+DETOKENIZED = [
+    (["it", "'", "s", "great", "(", "rea", "##lly", ")", "!"], "it's great (really)!"),
+    (["a", '"', "great", '"', "film", "."], 'a "great" film.'),
+    (["does", "##n", "'", "t", ",", "it", "?"], "doesn't, it?"),
+    (["50", "%", "of", "$", "3", ";", "a", ":", "b"], "50% of $3; a: b"),
+    (["_", "film", "_"], "_ film _"),
+    (["##ly", "a"], "ly a"),
+    ([], ""),
+]
+
+
+@pytest.mark.parametrize(("pieces", "text"), DETOKENIZED)
+def test_pieces_are_joined_as_people_write(pieces: list[str], text: str) -> None:
+    assert detokenize(pieces) == text
+
+
+def test_decode_stops_at_the_first_eos_and_shows_masks(english: Tokenizer) -> None:
+    great, no = english.encode("great"), english.encode("no")
+    ids = [english.bos_id, *great, english.mask_id, *no, english.pad_id, english.eos_id, *great]
+    assert english.decode(ids) == "great _ no"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_decoded_text_reads_back_as_the_same_ids(english: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    words = [w for s in SENTENCES for w in s.split() if w != '"no"']
+    ids = english.encode(" ".join(rng.choice(words) for _ in range(rng.randint(1, 12))))
+    assert english.encode(english.decode(ids)) == ids
+
+
+def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one  two \n\n   \nthree\n")
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
+        file.write("four\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "five\nsix", "id": 1}) + "\n")
+    (tmp_path / "d.csv").write_text("no\n")
+    paths = find_text_files([tmp_path])
+    assert [p.name for p in paths] == ["a.txt", "b.txt.gz", "c.jsonl"]
+    assert list(read_lines(paths)) == ["one two", "three", "four", "five six"]
+
+
+BAD_FILES = [
+    ("a.txt", b"caf\xe9\n", "not UTF-8 text"),
+    ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: not a JSON object"),
+    ("a.jsonl", b'{"body": "a"}\n', "string field 'text'"),
+    ("a.txt.gz", b"plain", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_text_that_cannot_be_read_names_the_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TinyldError, match=message) as caught:
+        list(read_lines([tmp_path / name]))
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "message"), [("empty", "no text in"), ("b.csv", "ending in"), ("gone", "no such")])
+def test_find_text_files_refuses_what_holds_no_text(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "b.csv").write_text("a\n")
+    with pytest.raises(TinyldError, match=message):
+        find_text_files([tmp_path / name])

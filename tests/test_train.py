@@ -1,0 +1,541 @@
+"""The training loop: same bits from the same seed, resumption, accumulation, averaging, budgets, every method learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
+from tinyld.data import Batch, TaskRows, torch_seeded
+from tinyld.errors import TinyldError, UsageError
+from tinyld.evaluate import evaluate
+from tinyld.methods import METHODS, make_config
+from tinyld.methods.contract import Method
+from tinyld.model import Denoiser
+from tinyld.optim import lr_factor
+from tinyld.runs import RunFolder
+from tinyld.tasks import Example, load_task
+from tinyld.tokenizer import Tokenizer
+from tinyld.train import Objective, TrainResult, resolve_device, resolve_dtype, train
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "weight-lora": {"rank": 4},
+    "adapters": {"rank": 4},
+    "bitfit": {},
+    "trajectory-lora": {"ranks": (8, 4, 2), "blocks": 2},
+}
+FILLER = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
+MOOD = """
+template = "{text} it was {answer} ."
+[verbalizer]
+bad = "terrible"
+good = "great"
+"""
+
+
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+class Breaks:
+    """A source that raises when step `at` asks for its rows."""
+
+    def __init__(self, source: TaskRows, at: int):
+        self.source, self.at = source, at
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return self.source.steps_per_epoch(batch_size)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        if step == self.at:
+            raise Interrupted
+        return self.source.batch(step, batch_size, seed)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TaskRows:
+    """20 rows of several lengths; the word good or bad decides the answer."""
+    path = tmp_path_factory.mktemp("task") / "mood.toml"
+    path.write_text(MOOD)
+    task = load_task(str(path))
+    examples = []
+    for i in range(20):
+        label = i % 2
+        text = f"{FILLER[i % 5]} {('bad', 'good')[label]} {FILLER[(i * 3 + 1) % 5] if i % 3 else ''} it was".strip()
+        examples.append(Example(text, ".", ("terrible", "great")[label], label))
+    return TaskRows(examples, task, tokenizer, 48)
+
+
+@pytest.fixture()
+def base(config: ModelConfig) -> Denoiser:
+    """A denoiser whose random matrices are wide enough for frozen features to say something."""
+    model = Denoiser(config, torch_seeded(7)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10.0)
+    return model
+
+
+def attached(model: Denoiser, name: str) -> Method:
+    method = METHODS[name](make_config(name, CASES[name], model.config), model.config)
+    method.attach(model, torch_seeded(0, 0))
+    return method
+
+
+def settings(**given: Any) -> TrainConfig:
+    budget = {} if {"tokens", "minutes", "epochs"} & set(given) else {"steps": 8}
+    return TrainConfig(**(budget | {"batch_size": 6, "dtype": "fp32", "device": "cpu", "eval_every": 4} | given))
+
+
+def run(
+    model: Denoiser,
+    parameters: dict[str, nn.Parameter],
+    source: Any,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    path: Path,
+    evaluation: Callable[[], dict[str, float]] = dict,
+    **kwargs: Any,
+) -> TrainResult:
+    folder = RunFolder(path)
+    path.mkdir(exist_ok=True)
+    objective = Objective(DiffusionConfig(time_sampling="uniform"), tokenizer.mask_id, counted=True, seed=config.seed)
+    return train(model, parameters, source, objective, config, folder, evaluation, "test", quiet=True, **kwargs)
+
+
+def snapshot(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in parameters.items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def log_of(path: Path) -> list[dict[str, Any]]:
+    """The metrics log without its clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in RunFolder(path).metrics()]
+
+
+# ------------------------------------------------------------------------------------------------ seeds, resumption
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
+    name: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    results = []
+    for place, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(place)  # the global generator must not matter
+        model = copy.deepcopy(base)
+        method = attached(model, name)
+        run(model, method.own, rows, tokenizer, settings(seed=seed), tmp_path / str(place))
+        results.append(snapshot(method.own))
+    assert same_bits(results[0], results[1])
+    assert not same_bits(results[0], results[2])
+
+
+RESUMED = [
+    ("full", {"optimizer": "muon"}),
+    ("full", {"ema": 0.9}),
+    ("full", {"accumulate": 2, "decay": "cosine", "clip": 0.0}),
+    ("weight-lora", {}),
+    ("adapters", {}),
+    ("bitfit", {"ema": 0.9}),
+    ("trajectory-lora", {"epochs": 2.0}),
+    ("trajectory-lora", {"tokens": 600}),
+]
+
+
+@pytest.mark.parametrize("at", [3, 4, 6], ids="stopped_at_{}".format)
+@pytest.mark.parametrize(("name", "options"), RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_run(
+    name: str,
+    options: dict[str, Any],
+    at: int,
+    base: Denoiser,
+    rows: TaskRows,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    def fresh() -> tuple[Denoiser, Method]:
+        model = copy.deepcopy(base)
+        return model, attached(model, name)
+
+    config = settings(save_minutes=1e-9, **options)
+    model, whole = fresh()
+    result = run(model, whole.own, rows, tokenizer, config, tmp_path / "whole")
+    assert result.steps > 6
+
+    model, method = fresh()
+    with pytest.raises(Interrupted):
+        run(model, method.own, Breaks(rows, at), tokenizer, config, tmp_path / "cut")
+    model, method = fresh()
+    resumed = run(model, method.own, rows, tokenizer, config, tmp_path / "cut", resume=True)
+    assert same_bits(snapshot(whole.own), snapshot(method.own))
+    assert (resumed.steps, resumed.tokens) == (result.steps, result.tokens)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+
+
+def test_a_run_cut_in_its_evaluation_resumes_without_doubling_a_log_line(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def breaks_the_second_time() -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Interrupted
+        return {"dev": 1.0}
+
+    config = settings(save_minutes=1e-9)
+    method = attached(base, "adapters")
+    with pytest.raises(Interrupted):
+        run(base, method.own, rows, tokenizer, config, tmp_path / "cut", breaks_the_second_time)
+    run(base, method.own, rows, tokenizer, config, tmp_path / "cut", lambda: {"dev": 1.0}, resume=True)
+    assert [r["step"] for r in log_of(tmp_path / "cut")] == [0, 4, 8]
+    assert all(r["dev"] == 1.0 for r in log_of(tmp_path / "cut"))
+
+
+def test_a_run_cut_after_its_last_step_still_reports_its_held_out_numbers(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    method = attached(base, "adapters")
+    run(base, method.own, rows, tokenizer, settings(), tmp_path / "run", lambda: {"dev": 0.5})
+    trained = snapshot(method.own)
+    result = run(base, method.own, rows, tokenizer, settings(), tmp_path / "run", lambda: {"dev": 0.5}, resume=True)
+    assert same_bits(trained, snapshot(method.own))
+    assert result.metrics == {"dev": 0.5}
+
+
+def test_only_the_newest_checkpoints_are_kept(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    method = attached(base, "bitfit")
+    run(base, method.own, rows, tokenizer, settings(save_minutes=1e-9, keep=3), tmp_path / "run")
+    assert [p.name for p in RunFolder(tmp_path / "run").checkpoints()] == ["00000006", "00000007", "00000008"]
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6, 9])
+@pytest.mark.parametrize("name", ["full", "trajectory-lora"])
+def test_accumulating_micro_batches_is_one_big_batch(
+    name: str, parts: int, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    seen = []
+    for accumulate in (1, parts):
+        model = copy.deepcopy(base)
+        method = attached(model, name)
+        config = settings(steps=1, accumulate=accumulate, clip=0.0)
+        run(model, method.own, rows, tokenizer, config, tmp_path / str(accumulate))
+        record = RunFolder(tmp_path / str(accumulate)).metrics()[-1]
+        gradients = {n: p.grad for n, p in method.own.items() if p.grad is not None}
+        seen.append((record["loss"], record["grad_norm"], gradients))
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5)
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-4)
+    assert seen[0][2].keys() == seen[1][2].keys() and seen[0][2]
+    for key, gradient in seen[0][2].items():
+        torch.testing.assert_close(gradient, seen[1][2][key], rtol=1e-3, atol=1e-5)
+
+
+def test_clipping_bounds_the_gradient_and_zero_turns_it_off(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    norms = {}
+    for clip in (0.0, 0.01):
+        model = copy.deepcopy(base)
+        method = attached(model, "full")
+        run(model, method.own, rows, tokenizer, settings(steps=1, clip=clip), tmp_path / str(clip))
+        logged = RunFolder(tmp_path / str(clip)).metrics()[-1]["grad_norm"]
+        left = torch.stack([p.grad.norm() for p in method.own.values() if p.grad is not None]).norm()
+        norms[clip] = (logged, float(left))
+    assert norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-5) and norms[0.0][0] > 0.01
+    assert norms[0.01] == (pytest.approx(norms[0.0][0], rel=1e-5), pytest.approx(0.01, rel=1e-3))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_bf16_loss_is_near_the_fp32_loss(
+    device: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    if device == "cuda" and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        pytest.skip("no GPU with bf16")
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        model = copy.deepcopy(base).to(device)
+        method = attached(model, "full")
+        config = settings(dtype=dtype, device=device, steps=20, eval_every=20)
+        run(model, method.own, rows, tokenizer, config, tmp_path / dtype)
+        losses[dtype] = RunFolder(tmp_path / dtype).metrics()[-1]["loss"]
+        assert all(p.dtype == torch.float32 for p in method.own.values())
+    assert losses["fp32"] != losses["bf16"]  # else bf16 was not used
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_step_before(
+    checkpoints: bool, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    method = attached(base, "adapters")
+    calls = 0
+    before: dict[str, Tensor] = {}
+
+    def penalty() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            before.update(snapshot(method.own))
+        return sum(p.sum() for p in method.own.values()) * (math.nan if calls == 4 else 0.0)
+
+    config = settings(save_minutes=1e-9 if checkpoints else 5.0)
+    with pytest.raises(TinyldError) as raised:
+        run(base, method.own, rows, tokenizer, config, tmp_path / "run", penalty=penalty)
+    message = str(raised.value)
+    assert "step 3" in message and "not finite" in message and "\n" not in message
+    assert same_bits(before, snapshot(method.own))
+    if checkpoints:
+        assert str(tmp_path / "run" / "checkpoints" / "00000003") in message
+        tensors, state = RunFolder(tmp_path / "run").load_checkpoint()
+        assert state["step"] == 3
+        assert same_bits({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")}, before)
+    else:
+        assert "no checkpoint" in message
+
+
+# ------------------------------------------------------------------------------------------------ averaging, log
+
+
+def test_evaluation_sees_averaged_weights_and_training_goes_on_with_its_own(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    seen: dict[float, list[dict[str, Tensor]]] = {0.0: [], 0.8: []}
+    finals = {}
+    for ema, states in seen.items():
+        model = copy.deepcopy(base)
+        own = attached(model, "adapters").own
+
+        def look(own: dict = own, states: list = states) -> dict[str, float]:
+            states.append(snapshot(own))
+            return {}
+
+        run(model, own, rows, tokenizer, settings(ema=ema, eval_every=1), tmp_path / str(ema), look)
+        finals[ema] = snapshot(own)
+    average = seen[0.0][0]  # the reference: averages of what the run without averaging went through
+    for step in range(1, 9):
+        decay = min(0.8, (1 + step) / (10 + step))
+        average = {n: decay * a + (1 - decay) * seen[0.0][step][n] for n, a in average.items()}
+        for name, tensor in average.items():
+            torch.testing.assert_close(seen[0.8][step][name], tensor, rtol=1e-4, atol=1e-6)
+    assert same_bits(finals[0.8], seen[0.8][-1])
+    assert not same_bits(finals[0.8], finals[0.0])
+
+
+def test_averaged_weights_are_swapped_back_when_the_evaluation_fails(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    plain, averaged = {}, {}
+    for ema, kept in ((0.0, plain), (0.9, averaged)):
+        model = copy.deepcopy(base)
+        own = attached(model, "adapters").own
+        calls = iter(range(9))
+
+        def fail(calls: Iterator[int] = calls) -> dict[str, float]:
+            if next(calls) == 1:
+                raise Interrupted
+            return {}
+
+        with pytest.raises(Interrupted):
+            run(model, own, rows, tokenizer, settings(ema=ema), tmp_path / str(ema), fail)
+        kept.update(snapshot(own))
+    assert same_bits(plain, averaged)
+
+
+def test_the_log_has_steps_losses_rates_and_held_out_numbers(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    own = attached(base, "full").own
+    config = settings(steps=110, eval_every=40, lr=2e-3, warmup=0.5)
+    calls = iter(range(100))
+    result = run(base, own, rows, tokenizer, config, tmp_path / "run", lambda: {"dev_accuracy": next(calls) / 100})
+    log = RunFolder(tmp_path / "run").metrics()
+    assert [r["step"] for r in log] == [0, 40, 50, 80, 100, 110]
+    assert [r.get("dev_accuracy") for r in log] == [0.0, 0.01, None, 0.02, None, 0.03]
+    for record in log[1:]:
+        assert record["lr"] == pytest.approx(2e-3 * lr_factor(record["step"] / 110, 0.5, "linear"))
+        assert record["tokens"] > 0 and record["seconds"] > 0 and record["grad_norm"] > 0
+    assert log[-1]["loss"] < log[1]["loss"]
+    assert log[-1]["lr"] == 0.0 and log[-1]["tokens"] == result.tokens
+    assert result.metrics == {"dev_accuracy": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("progress", "warmup", "decay", "factor"),
+    [
+        (0.0, 0.0, "linear", 1.0),
+        (0.05, 0.1, "linear", 0.5),
+        (0.1, 0.1, "linear", 1.0),
+        (0.55, 0.1, "linear", 0.5),
+        (0.55, 0.1, "cosine", 0.5),
+        (0.25, 0.0, "cosine", 0.5 * (1 + math.cos(math.pi / 4))),
+        (1.0, 0.1, "linear", 0.0),
+        (1.0, 0.1, "cosine", 0.0),
+        (1.0, 0.1, "none", 1.0),
+        (1.7, 0.1, "linear", 0.0),
+        (0.0, 0.1, "linear", 1e-3),
+    ],
+)
+def test_the_learning_rate_rises_then_decays(progress: float, warmup: float, decay: str, factor: float) -> None:
+    assert lr_factor(progress, warmup, decay) == pytest.approx(factor)
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"epochs": 2.0}, 8),  # 20 rows, 6 a step: 4 steps an epoch
+        ({"epochs": 0.5}, 2),
+        ({"epochs": 0.3}, 2),
+        ({"epochs": 1e-9}, 1),
+    ],
+)
+def test_a_budget_of_steps_or_epochs_ends_where_it_should(
+    budget: dict[str, Any], steps: int, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    result = run(base, attached(base, "bitfit").own, rows, tokenizer, settings(**budget), tmp_path / "run")
+    assert result.steps == steps
+
+
+def test_a_budget_of_tokens_ends_at_the_first_step_that_reaches_it(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    read = [int(rows.batch(step, 6, 0).attention_mask.sum()) for step in range(20)]
+    budget = sum(read[:5])
+    for extra, steps in ((0, 5), (1, 6)):
+        model = copy.deepcopy(base)
+        config = settings(tokens=budget + extra)
+        result = run(model, attached(model, "bitfit").own, rows, tokenizer, config, tmp_path / str(extra))
+        assert (result.steps, result.tokens) == (steps, sum(read[:steps]))
+
+
+def test_a_budget_of_minutes_ends_with_the_step_that_uses_it_up(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    own = attached(base, "bitfit").own
+    config = settings(minutes=0.3 / 60, eval_every=1)
+    result = run(base, own, rows, tokenizer, config, tmp_path / "run")
+    log = RunFolder(tmp_path / "run").metrics()
+    assert result.seconds >= 0.3
+    assert all(r["seconds"] < 0.3 for r in log[:-1]) and log[-1]["step"] == result.steps
+
+
+def test_evaluation_does_not_count_towards_minutes(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def evaluation() -> dict[str, float]:
+        clock[0] += 1000.0
+        return {}
+
+    class Slow(Breaks):
+        def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+            clock[0] += 6.0
+            return super().batch(step, batch_size, seed)
+
+    config = settings(minutes=1.0, eval_every=2)
+    own = attached(base, "bitfit").own
+    assert run(base, own, Slow(rows, -1), tokenizer, config, tmp_path / "run", evaluation).steps == 10
+
+
+# ------------------------------------------------------------------------------------------------ every method
+
+
+LEARNING = {
+    "full": {"lr": 3e-3, "steps": 60},
+    "weight-lora": {"lr": 1e-2, "steps": 80},
+    "adapters": {"lr": 1e-2, "steps": 80},
+    "bitfit": {"lr": 3e-2, "steps": 150},
+    "trajectory-lora": {"lr": 1e-2, "steps": 80},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_identical(
+    name: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    method = attached(base, name)
+    mine = {id(p) for p in method.own.values()}
+    frozen = {n: p for n, p in base.named_parameters() if id(p) not in mine}
+    assert (len(frozen) == 0) == (name == "full")
+    before, fresh = snapshot(frozen), snapshot(method.own)
+    config = settings(batch_size=10, eval_every=1000, **LEARNING[name])
+
+    def held_out() -> dict[str, float]:
+        found = evaluate(base, rows, tokenizer)
+        return {"accuracy": float(found.accuracy or 0.0)}
+
+    result = run(base, method.own, rows, tokenizer, config, tmp_path / "run", held_out)
+    assert RunFolder(tmp_path / "run").metrics()[0]["accuracy"] < 0.9  # untrained, it does not know
+    assert result.metrics["accuracy"] > 0.95
+    assert same_bits(before, snapshot(frozen))
+    assert all(p.grad is None for p in frozen.values())
+    assert any(not torch.equal(fresh[n], p) for n, p in method.own.items())
+
+
+# ------------------------------------------------------------------------------------------------ devices, checks
+
+
+@pytest.mark.parametrize("name", ["tpu9", "cuda:x", "meta", "", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match="device"):
+        resolve_device(name)
+
+
+def test_half_precision_on_a_processor_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        resolve_dtype("fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ({}, "one budget"),
+        ({"steps": 1, "epochs": 1.0}, "one budget"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"minutes": math.nan}, "minutes must be above 0"),
+        ({"epochs": math.inf}, "epochs"),
+        ({"steps": 1, "lr": 0.0}, "lr must be above 0"),
+        ({"steps": 1, "lr": math.nan}, "lr must be above 0"),
+        ({"steps": 1, "lr": math.inf}, "lr"),
+        ({"steps": 1, "warmup": 1.0}, "warmup"),
+        ({"steps": 1, "ema": 1.0}, "ema"),
+        ({"steps": 1, "batch_size": 0}, "batch_size"),
+        ({"steps": 1, "accumulate": 0}, "accumulate"),
+        ({"steps": 1, "clip": -1.0}, "clip"),
+        ({"steps": 1, "keep": 0}, "keep"),
+        ({"steps": 1, "seed": -1}, "seed"),
+        ({"steps": 1, "decay": "step"}, "decay must be one of cosine, linear, none"),
+        ({"steps": 1, "optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
+        ({"steps": 1, "dtype": "int8"}, "dtype must be one of"),
+    ],
+)
+def test_a_setting_out_of_range_is_a_usage_error(wrong: dict[str, Any], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        TrainConfig(**wrong)
