@@ -50,8 +50,15 @@ REVIEW_FORMS = {"direct": 0.2, "denial": 0.24, "contrast": 0.28, "reversal": 0.1
 TOPICS = sections((HERE / "topics" / "grammar.txt").read_text(encoding="utf-8"))
 TOPIC_LEX = TOPICS.pop("shared")
 TOPIC_DEVICES = {  # where a topic sentence mentions another topic, and how often
-    "none": 0.2, "before": 0.16, "after": 0.2, "past": 0.08, "place": 0.08, "idiom": 0.06, "reason": 0.12,
-    "news": 0.1}
+    "none": 0.2,
+    "before": 0.16,
+    "after": 0.2,
+    "past": 0.08,
+    "place": 0.08,
+    "idiom": 0.06,
+    "reason": 0.12,
+    "news": 0.1,
+}
 PLAIN_SHARE = 0.6  # of the clauses in reviews that say it outright rather than deny the opposite
 
 # ---------------------------------------------------------------------------------------------------------
@@ -372,7 +379,9 @@ CORPUS_LEX = CORPUS.pop("words")
 # Tables: one record each, with its fields in the order given. What a table says never changes, so the corpus
 # holds facts that a model can learn. The documents of the section of that name are about one record.
 TABLES: dict[str, tuple[Sequence[str], list[str]]] = {
-    "animal": (("animal", "kind", "habitat", "food", "trait"), parse("""
+    "animal": (
+        ("animal", "kind", "habitat", "food", "trait"),
+        parse("""
 rows: heron; bird; beside rivers; fish; long legs | owl; bird; in hollow trees; mice; silent flight | otter;
     mammal; on river banks; fish; thick fur | badger; mammal; in a burrow called a sett; worms; striped face |
     fox; mammal; in a den; rabbits; bushy tail | mole; mammal; under the lawn; worms; strong claws | squirrel;
@@ -397,8 +406,11 @@ rows: heron; bird; beside rivers; fish; long legs | owl; bird; in hollow trees; 
     pelican; bird; on warm coasts; fish; enormous beak | parrot; bird; in rainforests; nuts; gift for copying
     voices | penguin; bird; on icy shores; fish; upright walk | kangaroo; mammal; on dry plains; grass;
     powerful hind legs | elephant; mammal; on grassy plains; leaves; long memory
-""")["rows"]),
-    "worker": (("worker", "workplace", "product", "tool"), parse("""
+""")["rows"],
+    ),
+    "worker": (
+        ("worker", "workplace", "product", "tool"),
+        parse("""
 rows: baker; bakery; loaves; oven | carpenter; workshop; chairs; plane | blacksmith; forge; horseshoes; hammer
     | tailor; shop; suits; needle | potter; studio; bowls; wheel | weaver; mill; cloth; loom | cobbler; shop;
     shoes; awl | gardener; greenhouse; seedlings; trowel | painter; studio; portraits; brush | printer; print
@@ -414,8 +426,11 @@ rows: baker; bakery; loaves; oven | carpenter; workshop; chairs; plane | blacksm
     cheesemaker; dairy; cheeses; curd knife | florist; shop; bouquets; ribbon | mechanic; garage; engines;
     spanner | electrician; workshop; circuits; screwdriver | journalist; newsroom; articles; notebook |
     confectioner; kitchen; toffees; pan
-""")["rows"]),
-    "use": (("item", "use", "keep"), parse("""
+""")["rows"],
+    ),
+    "use": (
+        ("item", "use", "keep"),
+        parse("""
 rows: kettle; boiling water; kitchen | broom; sweeping the floor; hallway | saw; cutting wood; shed | needle;
     sewing on buttons; parlour | ladder; reaching the roof; garage | spade; digging holes; shed | sieve;
     sifting flour; pantry | towel; drying wet hands; bathroom | pillow; resting a tired head; bedroom | pen;
@@ -433,11 +448,24 @@ rows: kettle; boiling water; kitchen | broom; sweeping the floor; hallway | saw;
     compass; finding north; rucksack | alarm clock; waking up early; bedroom | basin; soaking socks; scullery
     | calendar; counting the days; kitchen | sponge; scrubbing pans; kitchen | scales; weighing parcels; post
     office
-""")["rows"]),
+""")["rows"],
+    ),
 }
 GROUPS = ("open", "then", "turn", "answer", "end")
-CORPUS_SHARES = {"story": 26, "talk": 13, "scene": 11, "portrait": 8, "recipe": 7, "repair": 6, "garden": 5,
-                 "letter": 9, "notice": 5, "animal": 5, "worker": 4, "use": 4}
+CORPUS_SHARES = {
+    "story": 26,
+    "talk": 13,
+    "scene": 11,
+    "portrait": 8,
+    "recipe": 7,
+    "repair": 6,
+    "garden": 5,
+    "letter": 9,
+    "notice": 5,
+    "animal": 5,
+    "worker": 4,
+    "use": 4,
+}
 
 # ---------------------------------------------------------------------------------------------------------
 # Writers
@@ -448,8 +476,15 @@ PLACE_NAMES = [start + end for start in CORPUS_LEX["town_start"] for end in CORP
 TOPIC_LEX["place_name"] = PLACE_NAMES[::8]
 CORPUS_LEX |= TOPIC_LEX
 CORPUS_LEX |= {"place_name": PLACE_NAMES, "job": [row.split("; ")[0] for row in TABLES["worker"][1]]}
-IRREGULAR = {"mouse": "mice", "wolf": "wolves", "goose": "geese", "salmon": "salmon", "bellows": "bellows",
-             "radio series": "radio series", "stray dog": "stray dogs"}
+IRREGULAR = {
+    "mouse": "mice",
+    "wolf": "wolves",
+    "goose": "geese",
+    "salmon": "salmon",
+    "bellows": "bellows",
+    "radio series": "radio series",
+    "stray dog": "stray dogs",
+}
 
 
 def plural(noun: str) -> str:
@@ -639,8 +674,15 @@ class Author(Writer):
         woman = rng.random() < 0.5
         hero, friend = (self.lexicon[name] for name in (("woman", "man") if woman else ("man", "woman")))
         he, him, his = ("she", "her", "her") if woman else ("he", "him", "his")
-        self.start(hero=rng.choice(hero), friend=rng.choice(friend), he=he, him=him, his=his,
-                   thing=rng.choice(self.lexicon["object"]), spot=rng.choice(self.lexicon["place"]))
+        self.start(
+            hero=rng.choice(hero),
+            friend=rng.choice(friend),
+            he=he,
+            him=him,
+            his=his,
+            thing=rng.choice(self.lexicon["object"]),
+            spot=rng.choice(self.lexicon["place"]),
+        )
         section = rng.choices(list(CORPUS_SHARES), list(CORPUS_SHARES.values()))[0]
         self.lexicon = CORPUS_LEX | CORPUS[section]
         if section in TABLES:
@@ -720,8 +762,10 @@ def write_files() -> None:
     splits_of = [splits for _, splits in tasks.values()]
     held_out = [text for splits in splits_of for text, _ in splits["dev"] + splits["test"]]
     data = ("\n".join(make_corpus(held_out)) + "\n").encode()
-    with (open(HERE / "corpus.txt.gz", "wb") as file,
-          gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed):
+    with (
+        open(HERE / "corpus.txt.gz", "wb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,
+    ):
         packed.write(data)
 
 

@@ -113,7 +113,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "short.txt").write_text("the sky\n")
     (place / "notes.md").write_text("# notes")
     good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "base", "--json")
-    good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--seed", 1, "--out", place / "other", "--quiet")
+    good(
+        "pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--seed", 1, "--out", place / "other", "--quiet"
+    )
     return place
 
 
@@ -207,7 +209,9 @@ def test_pretraining_writes_a_base_and_prints_one_json_object(place: Path, tmp_p
 
 
 def test_pretraining_goes_by_default_to_a_folder_named_by_preset_and_seed(place: Path) -> None:
-    ran = good("pretrain", "--data", place / "text.txt", *TINY, "--tokens", 100, "--seed", 3, "--quiet", "--dtype", "fp32")
+    ran = good(
+        "pretrain", "--data", place / "text.txt", *TINY, "--tokens", 100, "--seed", 3, "--quiet", "--dtype", "fp32"
+    )
     assert ran.stderr == "" and "base-nano-s3" in ran.stdout
     assert (Path("runs") / "base-nano-s3" / MODEL).is_file()
 
@@ -499,7 +503,7 @@ ERRORS = [
     (NOT_ON + "--method bitfit --minutes 2", 2, "give one budget"),
     (ON.replace("--steps 1", "--epochs 0") + "--method bitfit", 2, "epochs must be above 0"),
     (ON.replace("--steps 1", "--epochs inf") + "--method bitfit", 2, "epochs"),
-    (ON + "--method bitfit --lr 0", 2, "lr must be above 0, got 0"),
+    (ON + "--method bitfit --lr 0", 2, "lr must be above 0"),
     (ON + "--method bitfit --lr -1", 2, "lr must be above 0"),
     (ON + "--method bitfit --lr nan", 2, "lr must be above 0"),
     (ON + "--method bitfit --warmup 1", 2, "warmup is a fraction of the budget"),
@@ -556,7 +560,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("args", "code", "part"), ERRORS, ids=[f"{c}-{p[:40]}-{i}" for i, (_, c, p) in enumerate(ERRORS)])
+@pytest.mark.parametrize(
+    ("args", "code", "part"), ERRORS, ids=[f"{c}-{p[:40]}-{i}" for i, (_, c, p) in enumerate(ERRORS)]
+)
 def test_an_error_is_one_line_and_writes_nothing(
     args: str, code: int, part: str, place: Path, pair: tuple[Path, Path]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: decoded accuracy, its interval, macro-F1, verbalizer scores and the bound, on denoisers with known answers."""
+"""Evaluation: decoded accuracy, its interval, macro-F1, verbalizer scores and the bound, of known answers."""
 
 from __future__ import annotations
 
@@ -121,7 +121,13 @@ def test_a_denoiser_that_is_right_scores_everything(tokenizer: Tokenizer, tmp_pa
     rows = rows_of(task_of(tmp_path, ONE), tokenizer, 20, lambda i: i % 2)
     found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer)
     assert rows.slot == 1
-    assert (found.accuracy, found.scored_accuracy, found.macro_f1, found.masked_acc, found.unreadable) == (1, 1, 1, 1, 0)
+    assert (found.accuracy, found.scored_accuracy, found.macro_f1, found.masked_acc, found.unreadable) == (
+        1,
+        1,
+        1,
+        1,
+        0,
+    )
     assert found.nll_bound == pytest.approx(0.0, abs=1e-6)
     assert (found.low, found.high) == wilson(20, 20)
 
@@ -135,9 +141,7 @@ def test_wrong_answers_are_counted_row_by_row(tokenizer: Tokenizer, tmp_path: Pa
     assert found.macro_f1 == pytest.approx((2 * 7 / 17 + 2 * 10 / 23) / 2)  # 7 of 10 bad ones; 10 good ones, 13 said
     assert found.unreadable == 0.0
     assert (found.low, found.high) == wilson(17, 20)
-    assert [text for _, _, text in found.predictions] == [
-        "great" if i < 6 or i % 2 else "terrible" for i in range(20)
-    ]
+    assert [text for _, _, text in found.predictions] == ["great" if i < 6 or i % 2 else "terrible" for i in range(20)]
 
 
 def test_an_answer_that_is_no_verbalizer_is_wrong_though_its_label_may_score_best(
@@ -267,9 +271,7 @@ def test_decoding_alone_leaves_scores_out(tokenizer: Tokenizer, tmp_path: Path) 
 
 
 def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "tale.toml").write_text(
-        'template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 6\n'
-    )
+    (tmp_path / "tale.toml").write_text('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 6\n')
     task = load_task(str(tmp_path / "tale.toml"))
     rows = TaskRows([Example("the film :", "", "it was very dull", None)] * 4, task, tokenizer, 48)
     record = evaluate(model, rows, tokenizer).record()

@@ -556,13 +556,13 @@ def test_the_penalty_is_the_sum_over_places_and_modules(config: ModelConfig, cas
 
 
 @pytest.mark.parametrize("case", ["paper", "paper-blocks", "nested-gate-modules"])
-def test_the_penalty_of_a_fresh_adapter_is_0_with_a_finite_gradient(config: ModelConfig, case: str) -> None:
+def test_the_penalty_of_a_fresh_adapter_is_0_and_so_is_its_gradient(config: ModelConfig, case: str) -> None:
     method = attach(fresh_base(config), case)
     penalty = method.penalty()
     penalty.backward()
     assert penalty.item() == 0.0
     for name, parameter in method.own.items():
-        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+        assert parameter.grad is None or (parameter.grad == 0).all(), name  # a NaN is not 0 either
 
 
 def test_the_paper_recipe_trains_on_a_base_narrower_than_its_ranks(config: ModelConfig) -> None:

@@ -218,9 +218,7 @@ def test_a_missing_file_is_named_with_what_is_there(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_damaged_manifest_is_one_error_or_no_harm(
-    seed: int, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_manifest_is_one_error_or_no_harm(seed: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(seed)
     path = base / MANIFEST
     content = bytearray(path.read_bytes())
@@ -246,7 +244,14 @@ def test_a_manifest_of_the_wrong_form_is_one_error(content: str, base: Path) -> 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0" * 7, b"\xff" * 64, b"\x08" + b"\0" * 7 + b"{}      ", (2**63).to_bytes(8, "little") + b"{", b"PK\x03\x04"],
+    [
+        b"",
+        b"\0" * 7,
+        b"\xff" * 64,
+        b"\x08" + b"\0" * 7 + b"{}      ",
+        (2**63).to_bytes(8, "little") + b"{",
+        b"PK\x03\x04",
+    ],
 )
 def test_a_weights_file_that_is_no_safetensors_is_refused_even_with_the_right_digest(
     content: bytes, base: Path

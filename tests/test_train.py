@@ -1,4 +1,4 @@
-"""The training loop: same bits from the same seed, resumption, accumulation, averaging, budgets, every method learns."""
+"""The training loop: the same bits from a seed, resumption, accumulation, averaging, budgets; every method learns."""
 
 from __future__ import annotations
 

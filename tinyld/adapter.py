@@ -50,10 +50,12 @@ def method_record(method: Method) -> dict[str, Any]:
 
 
 def find_base(config: dict[str, Any], run: Path, override: Path | None, default: Path) -> Path:
-    """Where a run's base is: `override`, the path the run recorded, or the bundled one, whichever is there first."""
+    """Where a run's base is: `override` when given, else the path the run recorded, else the bundled one."""
+    if override is not None:
+        return RunFolder.open(override).path
     recorded = Path(config["base"]["path"])
-    for path in (override, recorded, default):
-        if path is not None and (path / CONFIG).is_file():
+    for path in (recorded, default):
+        if (path / CONFIG).is_file():
             return path
     raise TinyldError(f"the base of {run} is not at {recorded}; say where it is with --base")
 

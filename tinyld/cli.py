@@ -270,7 +270,8 @@ def finetune(
         "eval_every": eval_every, "save_minutes": save_minutes,
     }  # fmt: skip
     diffusion = DiffusionConfig(loss=loss, time_sampling="uniform")
-    commands.finetune(out, task, method, options, base, data, diffusion, training, limit, cache_gb, force, json, quiet)
+    job = commands.finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb)
+    commands.finetune(job, out, force, json, quiet)
 
 
 @app.command()

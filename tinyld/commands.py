@@ -9,6 +9,7 @@ import ctypes
 import json as jsonlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +83,10 @@ def pretrain(
     find_text_files([*data, *valid])
     ModelConfig(vocab_size=vocab_size, **shape)
     resolve_dtype(config.dtype, resolve_device(config.device))
-    folder = RunFolder.create(out, force)
+    RunFolder.check_free(out, force)
     summary = run(
-        folder, data, valid, shape, vocab_size, diffusion, config, SAVE_DTYPES[save_dtype], quiet=quiet,
-        say=say_to_stderr(quiet),
+        lambda: RunFolder.create(out, force), data, valid, shape, vocab_size, diffusion, config,
+        SAVE_DTYPES[save_dtype], quiet=quiet, say=say_to_stderr(quiet),
     )  # fmt: skip
     finish("pretrained base", {"run": str(out), **summary}, json)
 
@@ -108,19 +109,20 @@ def resume(out: Path, json: bool, quiet: bool) -> None:
     if config["kind"] == "base":
         shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
         summary = run(
-            folder, [Path(p) for p in config["data"]["files"]], [Path(p) for p in config["valid"]], shape,
+            lambda: folder, [Path(p) for p in config["data"]["files"]], [Path(p) for p in config["valid"]], shape,
             config["model"]["vocab_size"], diffusion, training, save_dtype_of(config), resume=True, quiet=quiet,
             say=say_to_stderr(quiet),
         )  # fmt: skip
         return finish("pretrained base", {"run": str(out), **summary}, json)
-    settings = dict(config["method"])
-    name = settings.pop("name")
-    data = config["data"]["folder"]
-    _finetune(
-        folder, config["task"], name, settings, Path(config["base"]["path"]), data and Path(data), diffusion, training,
-        config["data"].get("limit"), config["cache_gb"], True, json, quiet,
+    options = dict(config["method"])
+    name = options.pop("name")
+    data = config["data"]
+    job = FinetuneJob(
+        config["task"], name, options, Path(config["base"]["path"]), data["folder"] and Path(data["folder"]),
+        data["limit"], diffusion, training, config["cache_gb"],
     )  # fmt: skip
-    return None
+    summary = _run_finetune(job, lambda: folder, config, quiet)
+    return finish("adapter", {"run": str(out), **summary}, json)
 
 
 def finish(title: str, summary: dict[str, Any], json: bool) -> None:
@@ -133,90 +135,98 @@ def finish(title: str, summary: dict[str, Any], json: bool) -> None:
 # ------------------------------------------------------------------------------------------------ finetune
 
 
-def finetune(
-    out: Path | None,
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What a fine-tuning run is asked to do; `resume` rebuilds it from the run's config.json."""
+
+    task: str
+    method: str
+    options: dict[str, Any]  # of the method
+    base: Path
+    data: Path | None
+    limit: int | None
+    diffusion: DiffusionConfig
+    training: TrainConfig
+    cache_gb: float
+
+
+def finetune_job(
     task: str,
     method: str,
     options: dict[str, Any],
     base: Path | None,
     data: Path | None,
+    limit: int | None,
     diffusion: DiffusionConfig,
     training: dict[str, Any],
-    limit: int | None,
-    cache_gb: float,
-    force: bool,
-    json: bool,
-    quiet: bool,
-) -> Path:
+    cache_gb: float = 4.0,
+) -> FinetuneJob:
+    """The job with what was left open filled in: the method's learning rate, 3 epochs, the released base."""
     from tinyld.methods import METHODS
-    from tinyld.train import resolve_device, resolve_dtype
 
-    keep_freed_memory()
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
-    training = {**training, "lr": training["lr"] or METHODS[method].default_lr}
-    if all(training[b] is None for b in ("steps", "tokens", "minutes", "epochs")):
-        training["epochs"] = 3.0
-    config = TrainConfig(**training)
-    resolve_dtype(config.dtype, resolve_device(config.device))
-    definition = load_task(task)
-    out = out or RUNS / f"{definition.name.replace(':', '-')}-{method}-s{config.seed}"
-    if (out / CONFIG).exists() and not force:
-        go_on = f"go on with it by --resume {out}, " if RunFolder(out).checkpoints() else ""
-        raise TinyldError(f"{out} exists: {go_on}choose another --out, or replace it by --force")
+    if training.get("lr") is None:
+        training = {**training, "lr": METHODS[method].default_lr}
+    if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):
+        training = {**training, "epochs": 3.0}
+    check(cache_gb >= 0, f"cache_gb must be at least 0, got {cache_gb}")
     if task.endswith(".toml"):
         task = str(Path(task).resolve())
+    config = TrainConfig(**training)
+    return FinetuneJob(task, method, options, base or default_base(), data, limit, diffusion, config, cache_gb)
 
-    def make_folder() -> RunFolder:
-        return RunFolder.create(out, force)
 
-    _finetune(
-        make_folder, task, method, options, base or default_base(), data, diffusion, config, limit, cache_gb, False,
-        json, quiet,
-    )  # fmt: skip
+def finetune(job: FinetuneJob, out: Path | None, force: bool, json: bool, quiet: bool) -> Path:
+    """Runs a job in a new folder, which it returns; nothing is written before everything has been read and checked."""
+    keep_freed_memory()
+    name = load_task(job.task).name.replace(":", "-")
+    out = out or RUNS / f"{name}-{job.method}-s{job.training.seed}"
+    RunFolder.check_free(out, force)
+    refuse_inside(out, [job.base])
+    summary = _run_finetune(job, lambda: RunFolder.create(out, force), None, quiet)
+    finish("adapter", {"run": str(out), **summary}, json)
     return out
 
 
-def _finetune(
-    folder: RunFolder | Callable[[], RunFolder],
-    task: str,
-    method: str,
-    options: dict[str, Any],
-    base_path: Path,
-    data: Path | None,
-    diffusion: DiffusionConfig,
-    config: TrainConfig,
-    limit: int | None,
-    cache_gb: float,
-    resume: bool,
-    json: bool,
-    quiet: bool,
-) -> None:
-    from tinyld.adapter import attach
+def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
+    """TinyldError when --force would remove a folder that the command reads."""
+    for path in inputs:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
+
+
+def _run_finetune(
+    job: FinetuneJob, open_folder: Callable[[], RunFolder], resumed: dict[str, Any] | None, quiet: bool
+) -> dict[str, Any]:
+    """`resumed` is the config.json of the run that goes on, None for a new one."""
+    from tinyld.adapter import attach, check_base
     from tinyld.base import load_base
-    from tinyld.config import from_dict
     from tinyld.data import TaskRows, torch_seeded
     from tinyld.finetune import finetune as run
     from tinyld.methods import METHODS, make_config
-    from tinyld.train import resolve_device
+    from tinyld.train import resolve_device, resolve_dtype
 
-    definition = load_task(task)
-    train_examples = load_split(definition, "train", data, limit=limit)
-    dev_examples = load_split(definition, "dev", data)
-    base = load_base(base_path, resolve_device(config.device))
+    device = resolve_device(job.training.device)
+    resolve_dtype(job.training.dtype, device)
+    task = load_task(job.task)
+    examples = {
+        "train": load_split(task, "train", job.data, limit=job.limit),
+        "dev": load_split(task, "dev", job.data),
+    }
+    base = load_base(job.base, device)
     shape = base.model.config
-    settings = (
-        from_dict(METHODS[method].Config, options, str(base_path)) if resume else make_config(method, options, shape)
-    )
-    train_rows = TaskRows(train_examples, definition, base.tokenizer, shape.max_length)
-    dev_rows = TaskRows(dev_examples, definition, base.tokenizer, shape.max_length)
-    adapted = attach(base, method, settings, task, torch_seeded(config.seed, 0))
-    run_folder = folder if isinstance(folder, RunFolder) else folder()
-    summary = run(
-        run_folder, adapted, train_rows, dev_rows, diffusion, config, cache_gb, data, limit, resume, quiet,
-        say_to_stderr(quiet),
+    if resumed is None:
+        config = make_config(job.method, job.options, shape)
+    else:
+        check_base(resumed, base, open_folder().path)
+        config = from_dict(METHODS[job.method].Config, job.options, str(open_folder().path / CONFIG))
+    train_rows, dev_rows = (TaskRows(rows, task, base.tokenizer, shape.max_length) for rows in examples.values())
+    adapted = attach(base, job.method, config, job.task, torch_seeded(job.training.seed, 0))
+    return run(
+        open_folder(), adapted, train_rows, dev_rows, job.diffusion, job.training, job.cache_gb, job.data, job.limit,
+        resumed is not None, quiet, say_to_stderr(quiet),
     )  # fmt: skip
-    finish("adapter", {"run": str(run_folder.path), **summary}, json)
 
 
 # ------------------------------------------------------------------------------------------------ eval
@@ -281,6 +291,8 @@ def eval(
 ) -> None:
     keep_freed_memory()
     runs = runs or [newest_run(("adapter", "composition"))]
+    if predictions is not None and (predictions.is_dir() or not predictions.parent.is_dir()):
+        raise TinyldError(f"{predictions}: cannot be written (not a file in a folder that exists)")
     records = []
     lines = ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else split
@@ -399,12 +411,15 @@ def compose(
     base = load_base(find_base(first, runs[0], base_path, default_base()), where)
     members = [member_from(f, base, w) for f, w in zip(folders, weights, strict=True)]
     out = out or RUNS / "compose-{}".format("-".join(Path(m.task).stem.replace(":", "-") for m in members))
+    RunFolder.check_free(out, force)
+    refuse_inside(out, [base.path, *runs])
+    composed = Composition(members).to(where)
+    rows_of = {m.task: rows_for(base, load_task(m.task), split, data) for m in members}
     folder = RunFolder.create(out, force)
     save_composition(folder, base, members, environment())
-    composed = Composition(members).to(where)
     records = []
     for member in {m.task: m for m in members}.values():
-        rows = rows_for(base, load_task(member.task), split, data)
+        rows = rows_of[member.task]
         for label, push in (("base", None), ("own", member.push.to(where)), ("composed", composed)):
             base.model.push = push
             found = evaluate_run(base, rows, SampleConfig(), 4, "auto", quiet, limit)
@@ -460,8 +475,8 @@ def info(path: Path, json: bool) -> None:
     """What a run is, from its JSON files; every file is checked against the manifest."""
     folder = RunFolder.open(path)
     config = folder.config
-    manifest = jsonlib.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    for name in manifest:
+    files = folder.files()
+    for name in files:
         folder.read(name)
     record: dict[str, Any] = {"run": str(path), "kind": config["kind"]}
     if config["kind"] == "base":
@@ -476,7 +491,7 @@ def info(path: Path, json: bool) -> None:
         record |= config["parameters"]
     else:
         record |= {f"member {m['task']}": f"{m['run']} x {m['weight']:g}" for m in config["members"]}
-    if RESULTS in manifest:
+    if RESULTS in files:
         results = folder.read_json(RESULTS)
         record |= {
             k: v
@@ -489,8 +504,8 @@ def info(path: Path, json: bool) -> None:
             else:
                 text = f"NLL bound {found['nll_bound']:.3f}"
             record[f"eval {key}"] = text
-    for name, entry in manifest.items():
-        record[f"file {name}"] = f"{entry['bytes']:,} bytes, sha256 {entry['sha256'][:16]}"
+    for name, size in files.items():
+        record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
     record["command"] = config.get("environment", {}).get("command")
     finish(config["kind"], record, json)
 
@@ -524,28 +539,14 @@ def demo(out: Path, limit: int | None, epochs: float, force: bool, quiet: bool) 
     if out.exists() and not force:
         raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
     say = say_to_stderr(quiet)
-    training: dict[str, Any] = {f: None for f in ("steps", "tokens", "minutes", "lr")} | {"epochs": epochs}
     runs = []
     records = []
     for name in ("reviews", "topics"):
         say(f"-- tinyld finetune --method trajectory-lora --task {name} --out {out / name}")
-        runs.append(
-            finetune(
-                out / name,
-                name,
-                "trajectory-lora",
-                {},
-                None,
-                None,
-                DiffusionConfig(),
-                training,
-                limit,
-                4.0,
-                force,
-                False,
-                quiet,
-            )  # fmt: skip
+        job = finetune_job(
+            name, "trajectory-lora", {}, None, None, limit, DiffusionConfig(time_sampling="uniform"), {"epochs": epochs}
         )
+        runs.append(finetune(job, out / name, force, False, quiet))
         say(f"-- tinyld eval {out / name} --split test")
         base, _ = load_run(runs[-1], None, "auto")
         rows = rows_for(base, load_task(name), "test", None)

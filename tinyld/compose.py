@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ class Composition(nn.Module):
     def __init__(self, members: Sequence[Member]):
         super().__init__()
         check(len(members) > 0, "a composition needs at least one adapter")
+        check(all(math.isfinite(m.weight) for m in members), "weights must be finite numbers")
         self.members = list(members)
         self.pushes = nn.ModuleList(m.push for m in members)
 

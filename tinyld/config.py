@@ -6,6 +6,7 @@ Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -68,6 +69,15 @@ def check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def check_finite(config: Any) -> None:
+    """Raises UsageError naming the first float field of a config (tuples included) that is NaN or infinite."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            check(finite, f"{field.name} must be a finite number, got {number}")
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises UsageError naming the allowed values unless `value` is one of them."""
     check(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -89,6 +99,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}")
         check(
             self.d_model % self.num_heads == 0,
             f"num_heads must divide d_model, got d_model {self.d_model} and num_heads {self.num_heads}",
@@ -169,6 +180,7 @@ class TrainConfig:
         check(len(budgets) == 1, f"give one budget of steps, tokens, minutes, epochs; got {budgets or 'none'}")
         check(getattr(self, budgets[0]) > 0, f"{budgets[0]} must be above 0, got {getattr(self, budgets[0])}")
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        check(self.save_minutes >= 0, f"save_minutes must be at least 0, got {self.save_minutes}")
         check(self.accumulate >= 1, f"accumulate must be at least 1, got {self.accumulate}")
         check(self.lr > 0, f"lr must be above 0, got {self.lr}")
         check(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
@@ -177,6 +189,7 @@ class TrainConfig:
         check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         check(self.keep >= 1, f"keep must be at least 1, got {self.keep}")
+        check_finite(self)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("decay", self.decay, DECAYS)
         check_choice("dtype", self.dtype, DTYPES)
@@ -203,3 +216,4 @@ class SampleConfig:
         check(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
         check(0 < self.threshold <= 1, f"threshold must be in (0, 1], got {self.threshold}")
         check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        check_finite(self)

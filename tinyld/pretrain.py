@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def split_held_out(lines: list[str], share: float = 0.01) -> tuple[list[str], li
 
 
 def pretrain(
-    folder: RunFolder,
+    open_folder: Callable[[], RunFolder],
     data: list[Path],
     valid: list[Path],
     model_shape: dict[str, int],
@@ -52,7 +53,10 @@ def pretrain(
     quiet: bool = False,
     say: Any = print,
 ) -> dict[str, Any]:
-    """Trains a base and returns its summary. The folder must be new, or hold a checkpoint when `resume`."""
+    """Trains a base and returns its summary.
+
+    `open_folder` is called once the text is known to be good, and gives the new folder, or with `resume` the old one.
+    """
     device = resolve_device(config.device)
     files = find_text_files(data)
     lines = list(read_lines(files))
@@ -63,6 +67,7 @@ def pretrain(
     if not lines or not held_out_lines:
         raise TinyldError(f"too little text in {', '.join(map(str, data))}: {len(lines)} documents")
     if resume:
+        folder = open_folder()
         tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         model_config = from_dict(ModelConfig, folder.config["model"], str(folder.path / CONFIG))
     else:
@@ -86,6 +91,7 @@ def pretrain(
         if folder.config["data"]["sha256"] != data_facts["sha256"]:
             raise TinyldError(f"cannot resume {folder.path}: the text differs from what the run began with")
     else:
+        folder = open_folder()
         folder.write(TOKENIZER, tokenizer.to_json().encode())
         folder.write_json(
             CONFIG,

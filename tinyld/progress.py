@@ -15,7 +15,8 @@ class Progress:
 
     def __init__(self, label: str, total: float, unit: str = "", quiet: bool = False, every: float = 15.0):
         self.label, self.total, self.unit, self.quiet, self.every = label, total, unit, quiet, every
-        self.done, self.note = 0.0, ""
+        self.begun: float | None = None  # where the work stood at the first report: a resumed run begins late
+        self.note = ""
         self.bar = None
         self.started = self.last = time.monotonic()
 
@@ -43,13 +44,14 @@ class Progress:
         return self
 
     def advance_to(self, done: float, rate: str = "", note: str = "") -> None:
-        self.done, self.note = done, note or self.note
+        self.note = note or self.note
+        self.begun = done if self.begun is None else self.begun
         if self.bar is not None:
             self.bar.update(self.task, completed=min(done, self.total), rate=rate, note=self.note)
         elif not self.quiet and time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             elapsed = self.last - self.started
-            eta = elapsed * (self.total - done) / done if done > 0 else float("nan")
+            eta = elapsed * (self.total - done) / max(done - self.begun, 1e-9)
             share = 100 * min(done / self.total, 1.0)
             print(f"{self.label} {share:.0f}% {rate} eta {eta:.0f}s {self.note}".rstrip(), file=sys.stderr, flush=True)
 

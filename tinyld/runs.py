@@ -9,6 +9,7 @@ A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a l
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokeniz
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `path` whole or not at all, and durably: temporary name, fsync, rename, fsync of the folder."""
+    if path.is_dir():
+        raise TinyldError(f"{path}: cannot be written (it is a folder)")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -43,7 +46,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise TinyldError(f"{path}: cannot be written ({error.strerror or error})") from None
     sync_folder(path.parent)
 
@@ -100,17 +104,20 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
 
+    @staticmethod
+    def check_free(path: Path, force: bool = False) -> None:
+        """TinyldError unless `path` is new or empty, or holds a run that `force` may replace."""
+        is_run = (path / CONFIG).is_file()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (force and is_run):
+            go_on = f"go on with it by --resume {path}, " if RunFolder(path).checkpoints() else ""
+            hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
+            raise TinyldError(f"{path} exists and is not empty: {hint}")
+
     @classmethod
     def create(cls, path: Path, force: bool = False) -> RunFolder:
-        """A new, empty run folder; `force` removes a run that is already there (and nothing but a run)."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not force or not (path / CONFIG).is_file():
-                hint = (
-                    "choose another --out, or --force to replace it"
-                    if (path / CONFIG).is_file()
-                    else "choose another --out"
-                )
-                raise TinyldError(f"{path} exists and is not empty: {hint}")
+        """A new, empty run folder where `check_free` allows one."""
+        cls.check_free(path, force)
+        if (path / CONFIG).is_file():
             shutil.rmtree(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -157,10 +164,7 @@ class RunFolder:
             raise TinyldError(f"no {name} in {self.path}: found {found or 'nothing'}") from None
         except OSError as error:
             raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
-        entry = self._manifest()["files"].get(name)
-        if entry is None:
-            raise TinyldError(f"{path}: not listed in {MANIFEST}; it was not written by tinyld")
-        if entry.get("sha256") != sha256(content):
+        if self._entry(name)["sha256"] != sha256(content):
             raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
         return content
 
@@ -172,10 +176,25 @@ class RunFolder:
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file, from the manifest."""
+        return str(self._entry(name)["sha256"])
+
+    def files(self) -> dict[str, int]:
+        """Every file of the manifest with its size in bytes."""
+        return {name: int(self._entry(name)["bytes"]) for name in self._manifest()["files"]}
+
+    def _entry(self, name: str) -> dict[str, Any]:
         entry = self._manifest()["files"].get(name)
-        if not isinstance(entry, dict) or "sha256" not in entry:
-            raise TinyldError(f"{self.path / MANIFEST}: no entry for {name}")
-        return str(entry["sha256"])
+        if entry is None:
+            raise TinyldError(f"{self.path / name}: not listed in {MANIFEST}; it was not written by tinyld")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("sha256"), str)
+            or not isinstance(entry.get("bytes"), int)
+        ):
+            raise TinyldError(f"{self.path / MANIFEST}: damaged, the entry for {name!r} has no sha256 and bytes")
+        if Path(name).name != name:
+            raise TinyldError(f"{self.path / MANIFEST}: the name {name!r} leaves the run folder")
+        return entry
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST

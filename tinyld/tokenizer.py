@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,13 +30,24 @@ _REPLACEMENTS = (
 
 
 def _normalizer() -> normalizers.Normalizer:
-    steps: list[normalizers.Normalizer] = [normalizers.NFKC()]
-    steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in _REPLACEMENTS]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex(p), text) for p, text in _REPLACEMENTS]
+    steps.append(normalizers.NFKC())  # after the quotes: it would split an acute accent from its blank
     # the library's Replace knows no group references, so the blank of "does n't" goes by a look-around
     words = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
     steps.append(normalizers.Replace(Regex(rf"(?i)(?<=\b(?:{words})) (?=n't\b)"), ""))
     steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
     return normalizers.Sequence(steps)
+
+
+ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
+
+
+def _pipeline(model: models.Model) -> HFTokenizer:
+    inner = HFTokenizer(model)
+    inner.normalizer = _normalizer()
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return inner
 
 
 class Tokenizer:
@@ -54,15 +66,28 @@ class Tokenizer:
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
         """A lower-casing WordPiece vocabulary of `vocab_size` pieces, special tokens first."""
-        inner = HFTokenizer(models.WordPiece(unk_token=UNK, max_input_chars_per_word=64))
-        inner.normalizer = _normalizer()
-        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+        lines = list(lines)
+        inner = _pipeline(models.WordPiece(unk_token=UNK, max_input_chars_per_word=64))
+        # The trainer numbers continuing characters in hash order, which would make ties, and so the vocabulary, differ
+        # between runs. Numbering them up front, as if they were special, makes training a function of the text.
+        counts: Counter[str] = Counter()
+        for line in lines:
+            counts.update(inner.normalizer.normalize_str(line))
+        letters = sorted(
+            c for c, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))[:ALPHABET] if not c.isspace()
+        )
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False, limit_alphabet=200
+            vocab_size=vocab_size,
+            special_tokens=[*SPECIAL, *(f"##{c}" for c in letters)],
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
+            show_progress=False,
         )
         inner.train_from_iterator(lines, trainer)
-        return cls(inner)
+        vocab = inner.get_vocab()
+        final = _pipeline(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=64))
+        final.add_special_tokens(list(SPECIAL))
+        return cls(final)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -110,7 +135,7 @@ def _defuse(text: str) -> str:
     """Text in which no special token's literal name stands, so that data cannot inject one."""
     for name in SPECIAL:
         if name in text:
-            text = text.replace(name, name[1:-1])
+            text = text.replace(name, f"[ {name[1:-1]} ]")
     return text
 
 

@@ -121,9 +121,11 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if config.ema else {}
     step, tokens, seconds, resumed = 0, 0, 0.0, False
+    log_sum, log_count = 0.0, 0  # of the loss, since the last log line
     if resume:
         tensors, state = folder.load_checkpoint()
         step, tokens, seconds, resumed = state["step"], state["tokens"], state["seconds"], True
+        log_sum, log_count = state["log_sum"], state["log_count"]
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -146,6 +148,7 @@ def train(
     def checkpoint() -> None:
         tensors = {f"model.{n}": p for n, p in parameters.items()} | {f"ema.{n}": a for n, a in ema.items()}
         state = {"tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
+        state |= {"log_sum": log_sum, "log_count": log_count}
         folder.save_checkpoint(step, tensors | optimizer.state(), state, config.keep)
 
     def held_out() -> dict[str, float]:
@@ -157,7 +160,6 @@ def train(
 
     metrics: dict[str, Any] = {}
     saved = time.monotonic()
-    log_sum, log_count = torch.zeros(()), 0
     if not resumed:
         metrics = held_out()
         folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **metrics})
@@ -199,7 +201,7 @@ def train(
                 decay = min(config.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
                     torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
-            log_sum, log_count = log_sum + loss.cpu(), log_count + 1
+            log_sum, log_count = log_sum + float(loss), log_count + 1
             done = progress() >= 1.0
             if step % 10 == 0 or done:
                 bar.advance_to(progress(), f"{tokens / max(seconds, 1e-9):,.0f} tokens/s", f"loss {float(loss):.3f}")
@@ -210,10 +212,10 @@ def train(
                     "tokens": tokens,
                     "seconds": round(seconds, 3),
                     "lr": config.lr * lr_factor(progress(), config.warmup, config.decay),
-                    "loss": float(log_sum) / log_count,
+                    "loss": log_sum / log_count,
                     "grad_norm": float(norm),
                 }
-                log_sum, log_count = torch.zeros(()), 0
+                log_sum, log_count = 0.0, 0
                 if evaluates:
                     metrics = held_out()
                 folder.log(record | (metrics if evaluates else {}))
@@ -221,6 +223,7 @@ def train(
                 checkpoint()
                 saved = time.monotonic()
         checkpoint()
+    metrics = metrics or held_out()  # empty when a run is resumed after its last step
     with torch.no_grad():
         for name, average in ema.items():
             parameters[name].copy_(average)

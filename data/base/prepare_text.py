@@ -84,7 +84,7 @@ def main(source: Path, target: Path) -> None:
     for name, lines in sources.items():
         kept = [line for line in lines if line.strip() and not held_out.matches(line)]
         (target / f"{name}.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
-        print(f"{name}: {len(kept):,} lines kept, {len(lines) - len(kept):,} dropped, {sum(map(len, kept)):,} characters")
+        print(f"{name}: {len(kept):,} lines kept, {len(lines) - len(kept):,} dropped")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig, check, check_choice
+from tinyld.config import ModelConfig, check, check_choice, check_finite
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser, PushAt
 
@@ -61,6 +61,7 @@ class TrajectoryLoraConfig:
     lambda_orth: float = 0.0  # weight of sum over i != j of ||A_i^T A_j||_F^2
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("ranks", "sigma"):
             values = getattr(self, name)
             check(len(values) == NUM_BANDS, f"{name} needs {NUM_BANDS} values, high noise first, got {values}")
@@ -159,7 +160,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 class TrajectoryLora(Method):
-    name, Config, default_lr = "trajectory-lora", TrajectoryLoraConfig, 3e-3
+    name, Config, default_lr = "trajectory-lora", TrajectoryLoraConfig, 1e-2
     summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig, check
+from tinyld.config import ModelConfig, check, check_finite
 from tinyld.methods.contract import Method
 from tinyld.model import LINEARS, Denoiser
 
@@ -20,6 +20,7 @@ class WeightLoraConfig:
     rslora: bool = False  # scale alpha / sqrt(r) (arXiv 2312.03732)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
         check(self.alpha > 0, f"alpha must be above 0, got {self.alpha}")
         check(len(self.targets) > 0, f"targets must name at least one of {', '.join(LINEARS)}")
