@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,9 @@ def settings(**given: Any) -> TrainConfig:
 
 
 def run(path: Path, text: Path, resume: bool = False, dtype: torch.dtype = torch.float32, **given: Any) -> dict:
-    folder = RunFolder(path) if resume else RunFolder.create(path)
+    folder = partial(RunFolder.open if resume else RunFolder.create, path)
     return pretrain(
-        lambda: folder,
-        [text],
-        [text],
-        SHAPE,
-        120,
-        DiffusionConfig(),
-        settings(**given),
-        dtype,
-        resume,
-        True,
-        lambda line: None,
+        folder, [text], [text], SHAPE, 120, DiffusionConfig(), settings(**given), dtype, resume, True, lambda line: None
     )
 
 
@@ -150,6 +141,7 @@ def test_too_little_text_is_refused(n: int, tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt", n)
     with pytest.raises(TinyldError, match="too little text"):
         run(tmp_path / "run", text)
+    assert not (tmp_path / "run").exists()
 
 
 def test_which_documents_are_held_out_depends_on_their_text_alone() -> None:

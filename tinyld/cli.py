@@ -302,7 +302,7 @@ def eval(
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
     if text:
-        return commands.eval_text(runs or [], text, base, draws, dtype, device, json)
+        return commands.eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
     commands.eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
 
 
@@ -357,6 +357,19 @@ def info(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json 
     from tinyld import commands
 
     commands.info(run, json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated adapter runs, saved results, or folders of them.")],
+    save: Annotated[Path | None, typer.Option(help="Keep a small JSON of every run in this folder.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    json: Json = False,
+) -> None:
+    """Make the results table of many runs: tinyld report runs/sst2-*"""
+    from tinyld import commands
+
+    commands.report(runs, save, markdown, json)
 
 
 @app.command()

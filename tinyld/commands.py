@@ -320,11 +320,19 @@ def eval(
 
 
 def eval_text(
-    runs: list[Path], text: list[Path], base_path: Path | None, draws: int, dtype: str, device: str, json: bool
+    runs: list[Path],
+    text: list[Path],
+    base_path: Path | None,
+    draws: int,
+    dtype: str,
+    device: str,
+    json: bool,
+    quiet: bool,
 ) -> None:
     """NLL bound of running text under each run's denoiser (adapters are on), beside what pretraining recorded."""
     from tinyld.data import TextRows, tokenize_documents
     from tinyld.evaluate import text_nll
+    from tinyld.progress import Progress
     from tinyld.tokenizer import find_text_files, read_lines
     from tinyld.train import autocast, resolve_dtype
 
@@ -334,8 +342,8 @@ def eval_text(
         base, _ = load_run(run, base_path, device)
         config, where = base.model.config, base.model.embedding.weight.device
         rows = TextRows(tokenize_documents(lines, base.tokenizer), config.max_length, base.tokenizer.bos_id)
-        with autocast(where, resolve_dtype(dtype, where)):
-            bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws)
+        with Progress("eval text", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
+            bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws, advance=bar.advance_to)
         records.append(
             {"run": str(run), "rows": bound.n, "tokens": bound.n * rows.width, "nll_bound": bound.mean}
             | {"nll_stderr": bound.stderr, "draws": draws}
@@ -528,6 +536,26 @@ def tasks(json: bool) -> None:
         print(jsonlib.dumps(records))
     else:
         print_table("built-in tasks", tuple(records[0]), [tuple(r.values()) for r in records])
+
+
+def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -> None:
+    """A table of many runs; `save` keeps a small JSON of each, from which the same table can be made again."""
+    from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
+    from tinyld.runs import to_json, write_atomic
+
+    paths = [f for p in runs for f in (sorted(p.glob("*.json")) if p.is_dir() and not (p / CONFIG).exists() else [p])]
+    records = [run_record(p) for p in paths]
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        for record in records:
+            write_atomic(save / f"{record['run']}.json", to_json(record))
+    rows = result_rows(records)
+    if json:
+        print(jsonlib.dumps([dict(zip(RESULT_COLUMNS, row, strict=True)) for row in rows]))
+    elif as_markdown:
+        print(markdown(RESULT_COLUMNS, rows))
+    else:
+        print_table("results", RESULT_COLUMNS, rows)
 
 
 # ------------------------------------------------------------------------------------------------ demo

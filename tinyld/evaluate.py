@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
 from tinyld.diffusion import Estimate, Noised, nll_bound, noise_batch, ratio_estimate
 from tinyld.model import Denoiser
 from tinyld.sampler import decode
+from tinyld.statistics import macro_f1, wilson
 from tinyld.tokenizer import Tokenizer
 
 EVAL_BATCH = 64
@@ -44,24 +45,6 @@ class Evaluation:
 
     def record(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "predictions" and v is not None}
-
-
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion (Wilson 1927)."""
-    p, square = correct / n, z * z
-    centre = (p + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def macro_f1(gold: np.ndarray, predicted: np.ndarray, num_labels: int) -> float:
-    """Mean over labels of F1; an unreadable prediction is a miss of its gold label and a hit of none."""
-    scores = []
-    for label in range(num_labels):
-        hit = int(((gold == label) & (predicted == label)).sum())
-        seen = int((gold == label).sum()) + int((predicted == label).sum())
-        scores.append(2 * hit / seen if seen else 0.0)
-    return float(np.mean(scores))
 
 
 class Verbalizers:
@@ -148,13 +131,27 @@ def evaluate(
     return result
 
 
-def text_nll(model: Denoiser, rows: TextRows, mask_id: int, draws: int = 2, limit: int | None = None) -> Estimate:
+def text_nll(
+    model: Denoiser,
+    rows: TextRows,
+    mask_id: int,
+    draws: int = 2,
+    limit: int | None = None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Estimate:
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
     n = len(rows) if limit is None else min(limit, len(rows))
     chosen = np.unique(np.linspace(0, len(rows) - 1, num=n).astype(int))
-    batches = (rows.take(chunk) for chunk in np.array_split(chosen, math.ceil(n / 16)))
-    triples = ((b.x0, b.answer_mask, b.attention_mask) for b in batches)
-    return nll_bound(model, triples, mask_id, draws=draws, counted=True)
+
+    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        done = 0
+        for chunk in np.array_split(chosen, math.ceil(n / 16)):
+            batch = rows.take(chunk)
+            yield batch.x0, batch.answer_mask, batch.attention_mask
+            done += len(chunk)
+            advance(done)
+
+    return nll_bound(model, triples(), mask_id, draws=draws, counted=True)
 
 
 def _masked_logp(model: Denoiser, noised: Noised, xt: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

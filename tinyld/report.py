@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from tinyld.errors import TinyldError
 
 
 def show(value: Any) -> str:
@@ -47,3 +50,94 @@ def escape(text: str) -> str:
 def print_record(title: str, record: Mapping[str, Any]) -> None:
     """One record, a line a field."""
     print_table(title, ("", ""), [(name.replace("_", " "), show(value)) for name, value in record.items()])
+
+
+# ------------------------------------------------------------------------------------------------ many runs
+
+
+RECORD_KEYS = ("kind", "task", "method", "base", "train", "diffusion", "data", "parameters", "environment")
+
+
+def run_record(path: Path) -> dict[str, Any]:
+    """All that a table needs of one run: from its folder, or from a JSON file that `tinyld report --save` wrote."""
+    from tinyld.runs import RESULTS, RunFolder, read_json
+
+    if path.is_file():
+        record = read_json(path)
+        if not isinstance(record, dict) or "results" not in record or "run" not in record:
+            raise TinyldError(f"{path}: not a result that tinyld report --save wrote")
+        return record
+    folder = RunFolder.open(path)
+    config = folder.config
+    if config["kind"] != "adapter":
+        raise TinyldError(f"{path} holds a {config['kind']}; report takes adapter runs")
+    kept = {k: config[k] for k in RECORD_KEYS if k in config}
+    return {"run": path.name, **kept, "results": folder.read_json(RESULTS)}
+
+
+RESULT_COLUMNS = ("task", "method", "seeds", "split", "rows", "accuracy %", "95% interval", "% of full", "unreadable %")
+RESULT_COLUMNS += ("stored %", "bytes", "train s", "peak MB")
+
+
+def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row a (task, split, method), seeds averaged.
+
+    The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
+    seeds, so that neither source of chance is left out. "% of full" is over full fine-tuning on the same rows.
+    """
+    cells: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for record in records:
+        for key, found in record["results"].get("eval", {}).items():
+            task, _, split = key.partition("/")
+            if "accuracy" in found:
+                cells.setdefault((task, split, record["method"]["name"]), []).append((record, found))
+    rows = []
+    for (task, split, method), cell in cells.items():
+        mean = _mean(f["accuracy"] for _, f in cell)
+        low, high = interval([f["accuracy"] for _, f in cell], cell[0][1]["n"])
+        full = [f["accuracy"] for _, f in cells.get((task, split, "full"), [])]
+        sizes = cell[0][0]["parameters"]
+        rows.append(
+            (
+                *(task, method, len(cell), split, cell[0][1]["n"]),
+                f"{100 * mean:.1f}",
+                f"{100 * low:.1f} to {100 * high:.1f}",
+                f"{100 * mean / _mean(full):.1f}" if full else None,
+                f"{100 * _mean(f['unreadable'] for _, f in cell):.1f}",
+                f"{sizes['stored_percent']:.2f}",
+                sizes["stored_bytes"],
+                round(_mean(r["results"]["finetune"]["seconds"] for r, _ in cell)),
+                round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in cell)),
+            )
+        )
+    return rows
+
+
+# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
+    """95% interval of an accuracy over seeds and rows (see `result_rows`)."""
+    from tinyld.statistics import wilson
+
+    mean = _mean(accuracies)
+    low, high = wilson(mean * n, n)
+    seeds = len(accuracies)
+    if seeds > 1:
+        spread = (sum((a - mean) ** 2 for a in accuracies) / (seeds - 1)) ** 0.5
+        half = T_95[min(seeds - 1, len(T_95)) - 1] * spread / seeds**0.5
+        low, high = min(low, mean - half), max(high, mean + half)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The table as Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(show(v).replace("|", "\\|") for v in row) + " |" for row in rows]
+    return "\n".join(lines)

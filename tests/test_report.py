@@ -1,0 +1,74 @@
+"""The README's results table is what `tinyld report` makes of data/results, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tinyld.cli import app
+from tinyld.report import RESULT_COLUMNS, interval, markdown, result_rows, run_record
+from tinyld.statistics import wilson
+
+TOP = Path(__file__).parents[1]
+README = (TOP / "README.md").read_text(encoding="utf-8")
+
+
+def record(method: str, seed: int, accuracy: float) -> dict:
+    found = {"accuracy": accuracy, "n": 400, "unreadable": 0.01}
+    return {
+        "run": f"{method}-{seed}",
+        "method": {"name": method},
+        "parameters": {"stored_percent": 0.5, "stored_bytes": 4_000},
+        "results": {"finetune": {"seconds": 10.0, "peak_memory_mb": 100.0}, "eval": {"mood/dev": found}},
+    }
+
+
+def test_seeds_are_averaged_and_compared_with_full() -> None:
+    records = [record("full", 0, 0.9), record("full", 1, 0.8), record("bitfit", 0, 0.68)]
+    rows = {row[1]: dict(zip(RESULT_COLUMNS, row, strict=True)) for row in result_rows(records)}
+    assert rows["full"]["seeds"] == 2 and rows["full"]["accuracy %"] == "85.0"
+    assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
+
+
+def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
+    assert interval([0.8], 100) == wilson(80, 100)
+    low, high = interval([0.7, 0.9], 10_000)
+    assert low < 0.7 and high > 0.9  # two seeds 20 points apart say little, however many rows there are
+    same = interval([0.8, 0.8, 0.8], 100)
+    assert same == pytest.approx(wilson(80, 100))
+
+
+def test_a_table_is_valid_markdown() -> None:
+    lines = markdown(("a", "b"), [(1, "x|y"), (None, 2.5)]).splitlines()
+    assert lines == ["| a | b |", "|---|---|", "| 1 | x\\|y |", "| - | 2.5 |"]
+
+
+def test_the_readme_results_are_made_from_data_results() -> None:
+    records = [run_record(path) for path in sorted((TOP / "data" / "results").glob("*.json"))]
+    assert records
+    assert markdown(RESULT_COLUMNS, result_rows(records)) in README
+
+
+COMMANDS = [
+    shlex.split(line.removeprefix(".venv/bin/"), comments=True)
+    for line in re.findall(r"^(?:\.venv/bin/)?tinyld .*$", README, flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_and_option_of_the_readme_exists(command: list[str]) -> None:
+    verb = command[1]
+    shown = CliRunner().invoke(app, [verb, "--help"], terminal_width=200)
+    assert shown.exit_code == 0
+    for word in command[2:]:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", shown.output), f"tinyld {verb} has no {word}"
+
+
+def test_the_readme_shows_every_verb() -> None:
+    verbs = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert verbs == {command[1] for command in COMMANDS}

@@ -1,0 +1,25 @@
+"""Intervals and label scores. No torch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion (Wilson 1927)."""
+    p, square = correct / n, z * z
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def macro_f1(gold: np.ndarray, predicted: np.ndarray, num_labels: int) -> float:
+    """Mean over labels of F1; an unreadable prediction is a miss of its gold label and a hit of none."""
+    scores = []
+    for label in range(num_labels):
+        hit = int(((gold == label) & (predicted == label)).sum())
+        seen = int((gold == label).sum()) + int((predicted == label).sum())
+        scores.append(2 * hit / seen if seen else 0.0)
+    return float(np.mean(scores))
