@@ -80,6 +80,12 @@ def pretrain(
     d_ff: Annotated[int | None, typer.Option(help="Width inside the MLP.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=64, help="Pieces in the tokenizer.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Warm start: a Hugging Face folder of a BERT-family encoder, or minilm.")
+    ] = None,
+    trim_vocab: Annotated[int | None, typer.Option(min=64, help="With --init: keep this many pieces.")] = None,
+    body_lr: Annotated[float, typer.Option(help="With --init: share of --lr for the encoder's own weights.")] = 0.1,
+    body_start: Annotated[float, typer.Option(help="With --init: share of the budget they stay frozen.")] = 0.1,
     steps: Steps = None,
     tokens: Tokens = None,
     minutes: Minutes = None,
@@ -122,6 +128,13 @@ def pretrain(
         return commands.resume(resume, json=json, quiet=quiet)
     if steps is None and tokens is None and minutes is None:
         minutes = 10.0
+    convert_only = init is not None and minutes == 0
+    if convert_only:
+        steps, minutes = 1, None
+    if init is None and trim_vocab is not None:
+        raise UsageError("--trim-vocab needs --init; without it the tokenizer is trained at --vocab-size")
+    if init is not None and (vocab_size or d_model or num_layers or num_heads or d_ff):
+        raise UsageError("--init brings its own sizes; only --max-length and --trim-vocab may change them")
     given = {
         "d_model": d_model,
         "num_layers": num_layers,
@@ -132,6 +145,7 @@ def pretrain(
     shape = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     config = TrainConfig(
         steps=steps, tokens=tokens, minutes=minutes, batch_size=batch_size, accumulate=accumulate, lr=lr,
+        body_lr=body_lr if init else 1.0, body_start=body_start if init else 0.0,
         optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema, seed=seed,
         dtype=dtype, device=device, eval_every=eval_every, save_minutes=save_minutes,
     )  # fmt: skip
@@ -144,6 +158,9 @@ def pretrain(
         diffusion=DiffusionConfig(schedule=schedule, loss=loss, time_sampling=time_sampling),
         config=config,
         save_dtype=save_dtype,
+        init=init,
+        trim_vocab=trim_vocab,
+        convert_only=convert_only,
         force=force,
         json=json,
         quiet=quiet,
@@ -349,6 +366,18 @@ def sample(
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
     commands.sample(run, prompt, length, num, base, sampling, device, json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A base that was begun with --init.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[Literal["hf"], typer.Option(help="Format: hf is a transformers BertForMaskedLM folder.")] = "hf",
+) -> None:
+    """Write a base for transformers: tinyld export runs/base-minilm --out hf-base"""
+    from tinyld import commands
+
+    commands.export(run, out)
 
 
 @app.command()

@@ -69,10 +69,14 @@ def pretrain(
     diffusion: DiffusionConfig,
     config: TrainConfig,
     save_dtype: str,
+    init: str | None,
+    trim_vocab: int | None,
+    convert_only: bool,
     force: bool,
     json: bool,
     quiet: bool,
 ) -> None:
+    from tinyld.hf import find_encoder, load_encoder
     from tinyld.pretrain import SAVE_DTYPES
     from tinyld.pretrain import pretrain as run
     from tinyld.tokenizer import find_text_files
@@ -84,9 +88,13 @@ def pretrain(
     ModelConfig(vocab_size=vocab_size, **shape)
     resolve_dtype(config.dtype, resolve_device(config.device))
     RunFolder.check_free(out, force)
+    encoder = None
+    if init is not None:
+        encoder = load_encoder(find_encoder(init), shape["max_length"])
+        refuse_inside(out, [find_encoder(init)])
     summary = run(
         lambda: RunFolder.create(out, force), data, valid, shape, vocab_size, diffusion, config,
-        SAVE_DTYPES[save_dtype], quiet=quiet, say=say_to_stderr(quiet),
+        SAVE_DTYPES[save_dtype], encoder, trim_vocab, convert_only, quiet=quiet, say=say_to_stderr(quiet),
     )  # fmt: skip
     finish("pretrained base", {"run": str(out), **summary}, json)
 
@@ -477,6 +485,16 @@ def sample(
     else:
         for text in texts:
             print(text)
+
+
+def export(run: Path, out: Path) -> None:
+    """Writes a base as a transformers folder."""
+    from tinyld.base import load_base
+    from tinyld.hf import export_bert
+
+    base = load_base(run)
+    export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
+    print(f"wrote {out}: load it with transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})")
 
 
 def info(path: Path, json: bool) -> None:

@@ -85,7 +85,10 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the denoiser. `vocab_size` is known once the tokenizer is."""
+    """Shape of the denoiser. `vocab_size` is known once the tokenizer is.
+
+    The switches after `norm_eps` are what BERT-family encoders need to run on the same denoiser.
+    """
 
     vocab_size: int
     d_model: int = 256
@@ -95,24 +98,51 @@ class ModelConfig:
     max_length: int = 256  # tokens a row may have, answer and markers included
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    norm_first: bool = True  # norm before each sublayer and a final norm; False: after each sublayer, as BERT
+    rotary: bool = True  # rotary positions; False: a learned embedding of each position
+    embedding_norm: bool = False  # a norm on the summed embeddings
+    head_transform: bool = False  # dense + GELU + norm before the tied vocabulary matrix
+    d_embed: int = 0  # width of the embeddings where it is not d_model (ELECTRA); 0: d_model
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         check(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}")
+        check(self.d_embed >= 0, f"d_embed must be at least 0, got {self.d_embed}")
+        check(self.d_embed in (0, self.d_model) or self.head_transform, "d_embed needs head_transform")
         check(
             self.d_model % self.num_heads == 0,
             f"num_heads must divide d_model, got d_model {self.d_model} and num_heads {self.num_heads}",
         )
-        check((self.d_model // self.num_heads) % 2 == 0, "d_model / num_heads must be even (rotary positions)")
+        even = (self.d_model // self.num_heads) % 2 == 0
+        check(even or not self.rotary, "d_model / num_heads must be even for rotary positions")
+        check_finite(self)
+
+    @property
+    def embedding_width(self) -> int:
+        return self.d_embed or self.d_model
+
+    @property
+    def projected(self) -> bool:
+        """Whether embeddings are brought to d_model by a matrix."""
+        return self.embedding_width != self.d_model
+
+    def num_biases(self) -> int:
+        """Closed-form count of all biases, those of norms and of the vocabulary included (BitFit's parameters)."""
+        d, e = self.d_model, self.embedding_width
+        block = 4 * d + self.d_ff + d + 2 * d  # attention, up, down, two norms
+        embedding = (e if self.embedding_norm else 0) + (d if self.projected else 0)
+        head = (d if self.norm_first else 0) + (2 * e if self.head_transform else 0)
+        return self.num_layers * block + embedding + head + self.vocab_size
 
     def num_parameters(self) -> int:
         """Closed-form parameter count of the denoiser (embedding tied with the head)."""
-        d, f = self.d_model, self.d_ff
-        attention = 4 * (d * d + d)
-        mlp = d * f + f + f * d + d
-        block = attention + mlp + 2 * 2 * d
-        return self.vocab_size * d + self.num_layers * block + 2 * d + self.vocab_size
+        d, e = self.d_model, self.embedding_width
+        block = 4 * d * d + 2 * d * self.d_ff + 2 * d  # matrices, and the weights of two norms
+        embedding = self.vocab_size * e + (0 if self.rotary else self.max_length * e)
+        embedding += (e if self.embedding_norm else 0) + (d * e if self.projected else 0)
+        head = (d if self.norm_first else 0) + (d * e + e if self.head_transform else 0)
+        return self.num_biases() + self.num_layers * block + embedding + head
 
 
 # About 0.15M, 7M and 110M parameters at the vocabulary sizes of VOCAB_SIZES.
@@ -162,6 +192,8 @@ class TrainConfig:
     batch_size: int = 32  # rows an optimizer update reads
     accumulate: int = 1  # micro-batches an update is split into
     lr: float = 1e-3
+    body_lr: float = 1.0  # share of lr that a warm-started encoder's own tensors train at
+    body_start: float = 0.0  # share of the budget during which they stay frozen
     optimizer: str = "adamw"  # muon: Muon for the matrices inside blocks, AdamW for the rest
     weight_decay: float = 0.01
     warmup: float = 0.05  # fraction of the budget
@@ -185,6 +217,8 @@ class TrainConfig:
         check(self.lr > 0, f"lr must be above 0, got {self.lr}")
         check(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
         check(0 <= self.warmup < 1, f"warmup is a fraction of the budget in [0, 1), got {self.warmup}")
+        check(self.body_lr >= 0, f"body_lr must be at least 0, got {self.body_lr}")
+        check(0 <= self.body_start <= 1, f"body_start is a share of the budget in [0, 1], got {self.body_start}")
         check(self.clip >= 0, f"clip must be at least 0, got {self.clip}")
         check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")

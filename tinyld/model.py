@@ -1,4 +1,4 @@
-"""The denoiser: a bidirectional pre-norm transformer from noised ids to token logits.
+"""The denoiser: a bidirectional transformer from noised ids to token logits; pre-norm and rotary by default.
 
 It knows nothing of schedules, tasks or methods. Methods meet it at three seams:
   - `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
+Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
 PushAt = Callable[[int, Tensor], Tensor]  # (depth, h) -> what is added to h, both (B, L, D)
 
 
@@ -49,6 +50,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
+def compute_dtype(h: Tensor) -> torch.dtype:
+    """What matrices are multiplied in here: autocast's type where it is on, else that of h."""
+    return torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+
+
 class HeadNLL(torch.autograd.Function):
     """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
 
@@ -78,12 +84,12 @@ class HeadNLL(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)); h: (B, L, D)."""
+    """h + attention(norm(h)), then h + mlp(norm(h)); or norm(h + attention(h)), then norm(h + mlp(h)). h: (B, L, D)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, f = config.d_model, config.d_ff
-        self.num_heads = config.num_heads
+        self.num_heads, self.norm_first = config.num_heads, config.norm_first
         self.attention_norm = nn.LayerNorm(d, eps=config.norm_eps)
         self.query = nn.Linear(d, d)
         self.key = nn.Linear(d, d)
@@ -95,18 +101,22 @@ class Block(nn.Module):
         self.after_attention: nn.Module = nn.Identity()
         self.after_mlp: nn.Module = nn.Identity()
 
-    def attend(self, h: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend(self, h: Tensor, angles: Angles | None, key_mask: Tensor | None) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, head width)
 
         q, k, v = heads(self.query(h)), heads(self.key(h)), heads(self.value(h))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None) -> Tensor:
-        h = h + self.after_attention(self.attend(self.attention_norm(h), cos, sin, key_mask))
-        return h + self.after_mlp(self.down(F.gelu(self.up(self.mlp_norm(h)))))
+    def forward(self, h: Tensor, angles: Angles | None, key_mask: Tensor | None) -> Tensor:
+        if self.norm_first:
+            h = h + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask))
+            return h + self.after_mlp(self.down(F.gelu(self.up(self.mlp_norm(h)))))
+        h = self.attention_norm(h + self.after_attention(self.attend(h, angles, key_mask)))
+        return self.mlp_norm(h + self.after_mlp(self.down(F.gelu(self.up(h)))))
 
 
 class Denoiser(nn.Module):
@@ -115,13 +125,23 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        d, e, eps = config.d_model, config.embedding_width, config.norm_eps
+        self.embedding = nn.Embedding(config.vocab_size, e)
+        self.positions = None if config.rotary else nn.Embedding(config.max_length, e)
+        self.embedding_norm = nn.LayerNorm(e, eps=eps) if config.embedding_norm else nn.Identity()
+        self.embedding_projection = nn.Linear(e, d) if config.projected else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.final_norm = nn.LayerNorm(d, eps=eps) if config.norm_first else nn.Identity()
+        self.head_transform = (
+            nn.Sequential(nn.Linear(d, e), nn.GELU(), nn.LayerNorm(e, eps=eps))
+            if config.head_transform
+            else nn.Identity()
+        )
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        if config.rotary:
+            cos, sin = rotary_tables(config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
         self.reset_parameters(generator)
 
@@ -133,14 +153,17 @@ class Denoiser(nn.Module):
                 residual = name.endswith(("out.weight", "down.weight"))
                 std = 0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02
                 parameter.normal_(0.0, std, generator=generator)
-            elif name.endswith("norm.weight"):
+            elif name.endswith("weight"):  # of a norm
                 parameter.fill_(1.0)
             else:
                 parameter.zero_()
 
     def embed(self, xt: Tensor) -> Tensor:
         """Token embeddings. xt: (B, L) int64 -> (B, L, D)."""
-        return self.embedding(xt)
+        h = self.embedding(xt)
+        if self.positions is not None:
+            h = h + self.positions.weight[: xt.shape[1]]
+        return self.embedding_projection(self.embedding_norm(h))
 
     def run_blocks(
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None
@@ -149,14 +172,13 @@ class Denoiser(nn.Module):
 
         attention_mask: (B, L) bool, or None when no position is padding.
         """
-        length = h.shape[1]
-        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        length, dtype = h.shape[1], compute_dtype(h)
+        angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         for depth in range(start, stop):
             if push_at is not None:
                 h = h + push_at(depth, h)
-            h = self.blocks[depth](h, cos, sin, key_mask)
+            h = self.blocks[depth](h, angles, key_mask)
         return h
 
     def states(
@@ -167,7 +189,7 @@ class Denoiser(nn.Module):
         prompt_mask: Tensor | None = None,
         cached: Tensor | None = None,
     ) -> Tensor:
-        """Final states (B, L, D), before the final norm.
+        """Final states (B, L, D), before the final norm and the head's transform.
 
         `cached` are the states before block `push.first_depth`, computed earlier on the same xt: nothing below
         that block runs again. t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
@@ -183,12 +205,12 @@ class Denoiser(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
-        return F.linear(self.final_norm(h), self.embedding.weight, self.output_bias)
+        return F.linear(self.head_transform(self.final_norm(h)), self.embedding.weight, self.output_bias)
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
-        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        h = self.final_norm(h).to(dtype)
+        dtype = compute_dtype(h)
+        h = self.head_transform(self.final_norm(h)).to(dtype)
         weight, bias = self.embedding.weight.to(dtype), self.output_bias.to(dtype)
         with torch.autocast(h.device.type, enabled=False):
             return HeadNLL.apply(h, weight, bias, target)

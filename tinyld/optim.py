@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +16,36 @@ class Optimizer:
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and AdamW on the rest.
 
     Muon (torch.optim.Muon, Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. Biases, norms and
-    one-dimensional parameters get no weight decay.
+    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
-        muon = [
-            p for n, p in parameters.items() if config.optimizer == "muon" and p.dim() == 2 and n.startswith("blocks.")
-        ]
-        taken = {id(p) for p in muon}
-        rest = [p for p in parameters.values() if id(p) not in taken]
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        groups = [g for g in groups if g["params"]]
+        self.lr, self.body_lr, self.body_start = config.lr, config.body_lr, config.body_start
+        muon: list[dict[str, Any]] = []
+        adamw: list[dict[str, Any]] = []
+        for is_body in (False, True):
+            mine = {n: p for n, p in parameters.items() if (n in body) == is_body}
+            matrices = {n: p for n, p in mine.items() if p.dim() >= 2}
+            inside = {n: p for n, p in matrices.items() if config.optimizer == "muon" and n.startswith("blocks.")}
+            outside = [p for n, p in matrices.items() if n not in inside]
+            vectors = [p for p in mine.values() if p.dim() < 2]
+            muon.append({"params": list(inside.values()), "weight_decay": config.weight_decay, "body": is_body})
+            adamw.append({"params": outside, "weight_decay": config.weight_decay, "body": is_body})
+            adamw.append({"params": vectors, "weight_decay": 0.0, "body": is_body})
+        muon, adamw = ([g for g in groups if g["params"]] for groups in (muon, adamw))
         self.parts: list[torch.optim.Optimizer] = []
-        if groups:
-            self.parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True))
+        if adamw:
+            self.parts.append(torch.optim.AdamW(adamw, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True))
         if muon:
-            self.parts.append(
-                torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
-        self.lr = config.lr
+            self.parts.append(torch.optim.Muon(muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
 
-    def set_lr(self, factor: float) -> None:
+    def set_lr(self, factor: float, progress: float) -> None:
+        """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""
+        body = self.body_lr if progress >= self.body_start else 0.0
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = self.lr * factor
+                group["lr"] = self.lr * factor * (body if group["body"] else 1.0)
 
     def zero_grad(self) -> None:
         for part in self.parts:

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyld.base import save_base
+from tinyld.base import load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TextRows, tokenize_documents, torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
+from tinyld.hf import Encoder, trim_vocabulary
 from tinyld.model import Denoiser
 from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
-from tinyld.train import Objective, resolve_device, train
+from tinyld.train import Objective, TrainResult, resolve_device, train
 
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,13 +50,18 @@ def pretrain(
     diffusion: DiffusionConfig,
     config: TrainConfig,
     save_dtype: torch.dtype,
+    encoder: Encoder | None = None,
+    trim_vocab: int | None = None,
+    convert_only: bool = False,
     resume: bool = False,
     quiet: bool = False,
     say: Any = print,
 ) -> dict[str, Any]:
     """Trains a base and returns its summary.
 
-    `open_folder` is called once the text is known to be good, and gives the new folder, or with `resume` the old one.
+    `encoder` is a warm start, whose tokenizer may be trimmed to `trim_vocab` pieces; with `convert_only` it is written
+    as it is, untrained. `open_folder` is called once the text is known to be good, and gives the new folder, or with
+    `resume` the old one.
     """
     device = resolve_device(config.device)
     files = find_text_files(data)
@@ -70,6 +76,11 @@ def pretrain(
         folder = open_folder()
         tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         model_config = from_dict(ModelConfig, folder.config["model"], str(folder.path / CONFIG))
+    elif encoder is not None:
+        if trim_vocab is not None:
+            used = np.bincount(tokenize_documents(lines, encoder.tokenizer), minlength=encoder.config.vocab_size)
+            encoder = trim_vocabulary(encoder, dict(enumerate(used.tolist())), trim_vocab)
+        tokenizer, model_config = encoder.tokenizer, encoder.config
     else:
         say(f"training a tokenizer of {vocab_size:,} pieces on {len(lines):,} documents")
         tokenizer = Tokenizer.train(lines, vocab_size)
@@ -103,10 +114,14 @@ def pretrain(
                 "save_dtype": str(save_dtype).removeprefix("torch."),
                 "data": data_facts,
                 "valid": [str(v) for v in valid],
+                "warm_start": encoder is not None,
                 "environment": environment(),
             },
         )
-    model = Denoiser(model_config, torch_seeded(config.seed, 0)).to(device)
+    model = Denoiser(model_config, torch_seeded(config.seed, 0))
+    if encoder is not None:
+        load_exactly(dict(model.named_parameters()), encoder.tensors, folder.path)
+    model.to(device)
     say(
         f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
         f"a unigram model has {unigram:.3f} nats/token on the held-out text"
@@ -118,7 +133,29 @@ def pretrain(
 
     objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
     parameters = dict(model.named_parameters())
-    result = train(model, parameters, rows, objective, config, folder, evaluate, "pretrain", resume=resume, quiet=quiet)
+    if convert_only:
+        model.eval()
+        result = TrainResult(0, 0, 0.0, 0.0, evaluate())
+    else:
+        warm = folder.config["warm_start"]
+        body = (
+            frozenset(n for n in parameters if not n.startswith(("head_transform", "output_bias")))
+            if warm
+            else frozenset()
+        )
+        result = train(
+            model,
+            parameters,
+            rows,
+            objective,
+            config,
+            folder,
+            evaluate,
+            "pretrain",
+            body=body,
+            resume=resume,
+            quiet=quiet,
+        )
     save_base(folder, model, parameters, tokenizer, save_dtype)
     summary = {
         "parameters": model_config.num_parameters(),

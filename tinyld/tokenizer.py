@@ -12,8 +12,14 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.errors import TinyldError
 
-PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]"
-SPECIAL = (PAD, UNK, BOS, EOS, MASK)
+SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
+# The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
+SPECIAL_OF_FAMILIES = (
+    SPECIAL,
+    ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
+)
+UNK = SPECIAL[1]
 
 # Penn-Treebank spellings (`does n't`, -lrb-, `` '') and curly quotes meet the plain ones. Blanks around punctuation
 # need no rule: the pre-tokenizer splits at punctuation, so `it 's` and `it's` give the same pieces.
@@ -57,11 +63,14 @@ class Tokenizer:
         self.inner = inner
         inner.no_padding()
         inner.no_truncation()
-        ids = {name: inner.token_to_id(name) for name in SPECIAL}
-        missing = [name for name, i in ids.items() if i is None]
-        if missing:
-            raise TinyldError(f"{where}: the tokenizer has no {', '.join(missing)} token")
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (ids[name] for name in SPECIAL)
+        vocab = inner.get_vocab()
+        names = next((family for family in SPECIAL_OF_FAMILIES if all(name in vocab for name in family)), None)
+        if names is None:
+            missing = ", ".join(name for name in SPECIAL if name not in vocab)
+            raise TinyldError(f"{where}: the tokenizer has no {missing} token (nor those of BERT or RoBERTa)")
+        self.special = names
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (vocab[name] for name in names)
+        self.is_wordpiece = isinstance(inner.model, models.WordPiece)
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -111,12 +120,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
-        return self.inner.encode(_defuse(text), add_special_tokens=False).ids
+        return self.inner.encode(self._defuse(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
-        batch = self.inner.encode_batch([_defuse(t) for t in texts], add_special_tokens=False)
+        batch = self.inner.encode_batch([self._defuse(t) for t in texts], add_special_tokens=False)
         return [e.ids for e in batch]
+
+    def _defuse(self, text: str) -> str:
+        """Text in which no special token's literal name stands, so that data cannot inject one."""
+        for name in self.special:
+            if name in text:
+                text = text.replace(name, f"{name[0]} {name[1:-1]} {name[-1]}")
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text up to the first [EOS]; special tokens are left out but for [MASK], shown as `_`."""
@@ -124,19 +140,14 @@ class Tokenizer:
         for i in ids:
             if i == self.eos_id:
                 break
+            if not self.is_wordpiece:
+                pieces.append("_" if i == self.mask_id else self.inner.decode([int(i)]))
+                continue
             if i == self.mask_id:
                 pieces.append("_")
             elif i not in (self.pad_id, self.bos_id):
                 pieces.append(self.inner.id_to_token(int(i)) or UNK)
-        return detokenize(pieces)
-
-
-def _defuse(text: str) -> str:
-    """Text in which no special token's literal name stands, so that data cannot inject one."""
-    for name in SPECIAL:
-        if name in text:
-            text = text.replace(name, f"[ {name[1:-1]} ]")
-    return text
+        return detokenize(pieces) if self.is_wordpiece else "".join(pieces).strip()
 
 
 def detokenize(pieces: list[str]) -> str:

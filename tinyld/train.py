@@ -107,6 +107,7 @@ def train(
     label: str,
     penalty: Callable[[], Tensor] | None = None,
     cache: Callable[[Batch, Noised], Noised] | None = None,
+    body: frozenset[str] = frozenset(),
     resume: bool = False,
     quiet: bool = False,
 ) -> TrainResult:
@@ -117,7 +118,7 @@ def train(
     """
     device = model.embedding.weight.device
     dtype = resolve_dtype(config.dtype, device)
-    optimizer = Optimizer(parameters, config)
+    optimizer = Optimizer(parameters, config, body)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if config.ema else {}
     step, tokens, seconds, resumed = 0, 0, 0.0, False
@@ -167,7 +168,7 @@ def train(
     with Progress(label, 1.0, quiet=quiet) as bar:
         while progress() < 1.0:
             started = time.perf_counter()
-            optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay))
+            optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay), progress())
             batch = source.batch(step, config.batch_size, config.seed)
             noised, normaliser = objective.noise(batch, step)
             if cache is not None:

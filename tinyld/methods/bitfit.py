@@ -26,6 +26,4 @@ class BitFit(Method):
 
     @classmethod
     def expected_parameters(cls, config: BitFitConfig, model_config: ModelConfig) -> int:
-        d, f = model_config.d_model, model_config.d_ff
-        block = 4 * d + f + d + 2 * d  # attention, up, down, two norms
-        return model_config.num_layers * block + d + model_config.vocab_size
+        return model_config.num_biases()
