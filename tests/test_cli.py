@@ -22,7 +22,7 @@ from tinyld.cli import app
 from tinyld.data import TaskRows
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
 
-VERBS = ("pretrain", "finetune", "eval", "compose", "sample", "info", "tasks", "demo")
+VERBS = ("pretrain", "finetune", "eval", "compose", "sample", "export", "info", "report", "tasks", "demo")
 TINY = "--preset nano --d-model 32 --num-layers 2 --num-heads 2 --d-ff 64 --max-length 48 --vocab-size 300".split()
 METHODS: dict[str, list[str]] = {
     "full": [],

@@ -130,7 +130,7 @@ def test_one_attention_block_equals_attention_written_out(lively: Denoiser) -> N
         scores = (q @ k.conj().T).real / width**0.5
         mixed.append(scores.softmax(-1) @ v)
     expected = block.out(torch.cat(mixed, dim=-1))
-    found = block.attend(h, lively.cos[:7], lively.sin[:7], None)[0]
+    found = block.attend(h, (lively.cos[:7], lively.sin[:7]), None)[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

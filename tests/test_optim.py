@@ -140,6 +140,23 @@ def test_set_lr_scales_the_peak_rate_of_every_part(name: str) -> None:
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.025}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_encoders_own_tensors_stay_frozen_and_then_train_at_their_share(name: str) -> None:
+    params = parameters(0)
+    body = frozenset(list(params)[:2])
+    config = TrainConfig(steps=1, lr=0.1, optimizer=name, body_lr=0.5, body_start=0.2)
+    optimizer = Optimizer(params, config, body)
+    optimizer.set_lr(1.0, 0.1)
+    before = {n: p.detach().clone() for n, p in params.items()}
+    update(optimizer, params, 0)
+    assert {n for n, p in params.items() if torch.equal(p, before[n])} == body
+    optimizer.set_lr(1.0, 0.2)
+    rates = {g["lr"] for part in optimizer.parts for g in part.param_groups}
+    assert rates == {0.1, 0.05}
+    update(optimizer, params, 1)
+    assert not any(torch.equal(p, before[n]) for n, p in params.items())
+
+
 def test_zero_grad_forgets_the_gradients() -> None:
     params = parameters(0)
     optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))

@@ -54,7 +54,17 @@ def settings(**given: Any) -> TrainConfig:
 def run(path: Path, text: Path, resume: bool = False, dtype: torch.dtype = torch.float32, **given: Any) -> dict:
     folder = partial(RunFolder.open if resume else RunFolder.create, path)
     return pretrain(
-        folder, [text], [text], SHAPE, 120, DiffusionConfig(), settings(**given), dtype, resume, True, lambda line: None
+        folder,
+        [text],
+        [text],
+        SHAPE,
+        120,
+        DiffusionConfig(),
+        settings(**given),
+        dtype,
+        resume=resume,
+        quiet=True,
+        say=lambda line: None,
     )
 
 

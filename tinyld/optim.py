@@ -40,7 +40,7 @@ class Optimizer:
         if muon:
             self.parts.append(torch.optim.Muon(muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
 
-    def set_lr(self, factor: float, progress: float) -> None:
+    def set_lr(self, factor: float, progress: float = 1.0) -> None:
         """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""
         body = self.body_lr if progress >= self.body_start else 0.0
         for part in self.parts:

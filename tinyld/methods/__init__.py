@@ -33,6 +33,7 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
         recipe = recipe or next(iter(RECIPES))
         check_choice("recipe", recipe, tuple(RECIPES))
         config, recipe_budget = RECIPES[recipe]
+        config = replace(config, blocks=min(config.blocks, model_config.num_layers))
         if budget is None and "ranks" not in given:
             budget = recipe_budget
     elif recipe is not None:

@@ -145,7 +145,7 @@ class TrajectoryPush(nn.Module):
 
         def push_at(depth: int, h: Tensor) -> Tensor:
             nonlocal pooled
-            if self.conditioned and pooled is None:  # the frozen base's states, before any push
+            if self.conditioned and pooled is None:  # the states before this adapter's first push
                 pooled = pool(h, prompt_mask)
             return self.places[depth - self.first_depth](h, time, scale, pooled)
 
