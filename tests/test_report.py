@@ -34,6 +34,13 @@ def test_seeds_are_averaged_and_compared_with_full() -> None:
     assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
 
 
+def test_a_run_is_shown_on_test_once_it_has_been_tested() -> None:
+    run = record("bitfit", 0, 0.68)
+    run["results"]["eval"]["mood/test"] = {"accuracy": 0.6, "n": 300, "unreadable": 0.0}
+    (row,) = result_rows([run])
+    assert dict(zip(RESULT_COLUMNS, row, strict=True))["split"] == "test"
+
+
 def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
     assert interval([0.8], 100) == wilson(80, 100)
     low, high = interval([0.7, 0.9], 10_000)
@@ -55,7 +62,7 @@ def test_the_readme_results_are_made_from_data_results() -> None:
 
 COMMANDS = [
     shlex.split(line.removeprefix(".venv/bin/"), comments=True)
-    for line in re.findall(r"^(?:\.venv/bin/)?tinyld .*$", README, flags=re.MULTILINE)
+    for line in re.findall(r"(?:^|`|&& )((?:\.venv/bin/)?tinyld [a-z].*?)(?:$|`)", README, flags=re.MULTILINE)
 ]
 
 

@@ -318,6 +318,8 @@ def eval(
     from tinyld import commands
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
+    if text and (task or data or limit or predictions):
+        raise UsageError("--text measures running text; it goes without --task, --data, --limit and --predictions")
     if text:
         return commands.eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
     commands.eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)

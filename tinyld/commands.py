@@ -316,7 +316,8 @@ def eval(
             record = {"run": str(run), "split": source, **found.record()}
             records.append(record)
             lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
-            remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()})
+            if limit is None:  # a part is no result of the run
+                remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()})
     if predictions is not None:
         from tinyld.runs import write_atomic
 
@@ -561,7 +562,12 @@ def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -
     from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
     from tinyld.runs import to_json, write_atomic
 
-    paths = [f for p in runs for f in (sorted(p.glob("*.json")) if p.is_dir() and not (p / CONFIG).exists() else [p])]
+    paths: list[Path] = []
+    for path in runs:
+        found = sorted(path.glob("*.json")) if path.is_dir() and not (path / CONFIG).exists() else [path]
+        if not found:
+            raise TinyldError(f"no run and no saved result in {path}")
+        paths += found
     records = [run_record(p) for p in paths]
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)

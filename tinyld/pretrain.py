@@ -91,7 +91,7 @@ def pretrain(
     held_out_rows = TextRows(held_out, min(model_config.max_length, max(2, len(held_out) // 2)), tokenizer.bos_id)
     unigram = unigram_nll(stream, held_out, tokenizer.vocab_size)
     data_facts = {
-        "files": [str(f) for f in files],
+        "files": [str(f.resolve()) for f in files],
         "documents": len(lines),
         "tokens": len(stream),
         "sha256": sha256(stream.tobytes()),
@@ -113,7 +113,7 @@ def pretrain(
                 "train": to_dict(config),
                 "save_dtype": str(save_dtype).removeprefix("torch."),
                 "data": data_facts,
-                "valid": [str(v) for v in valid],
+                "valid": [str(v.resolve()) for v in valid],
                 "warm_start": encoder is not None,
                 "environment": environment(),
             },

@@ -28,7 +28,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -80,29 +80,32 @@ RESULT_COLUMNS += ("stored %", "bytes", "train s", "peak MB")
 
 
 def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row a (task, split, method), seeds averaged.
+    """A row a (task, method), seeds averaged, on test where a run has been evaluated there, else on dev.
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
     seeds, so that neither source of chance is left out. "% of full" is over full fine-tuning on the same rows.
     """
     cells: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
-        for key, found in record["results"].get("eval", {}).items():
+        evaluations = record["results"].get("eval", {})
+        tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
+        for key, found in evaluations.items():
             task, _, split = key.partition("/")
-            if "accuracy" in found:
+            if "accuracy" in found and not (split == "dev" and task in tested):
                 cells.setdefault((task, split, record["method"]["name"]), []).append((record, found))
     rows = []
     for (task, split, method), cell in cells.items():
         mean = _mean(f["accuracy"] for _, f in cell)
         low, high = interval([f["accuracy"] for _, f in cell], cell[0][1]["n"])
         full = [f["accuracy"] for _, f in cells.get((task, split, "full"), [])]
+        whole = _mean(full) if full else 0.0
         sizes = cell[0][0]["parameters"]
         rows.append(
             (
                 *(task, method, len(cell), split, cell[0][1]["n"]),
                 f"{100 * mean:.1f}",
                 f"{100 * low:.1f} to {100 * high:.1f}",
-                f"{100 * mean / _mean(full):.1f}" if full else None,
+                f"{100 * mean / whole:.1f}" if whole else None,
                 f"{100 * _mean(f['unreadable'] for _, f in cell):.1f}",
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
