@@ -414,7 +414,7 @@ def tasks(json: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),
-    epochs: Annotated[float, typer.Option(help="Passes over each task's rows.")] = 4.0,
+    epochs: Annotated[float, typer.Option(help="Passes over each task's rows.")] = 8.0,
     limit: Limit = None,
     force: Force = False,
     quiet: Quiet = False,

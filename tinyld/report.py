@@ -75,34 +75,45 @@ def run_record(path: Path) -> dict[str, Any]:
     return {"run": path.name, **kept, "results": folder.read_json(RESULTS)}
 
 
-RESULT_COLUMNS = ("task", "method", "seeds", "split", "rows", "accuracy %", "95% interval", "% of full", "unreadable %")
+RESULT_COLUMNS = (
+    "task",
+    "method",
+    "settings",
+    "seeds",
+    "split",
+    "rows",
+    "accuracy %",
+    "95% interval",
+    "% of full",
+    "unreadable %",
+)
 RESULT_COLUMNS += ("stored %", "bytes", "train s", "peak MB")
 
 
 def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row a (task, method), seeds averaged, on test where a run has been evaluated there, else on dev.
+    """A row a (task, method, settings), seeds averaged, on test where a run has been evaluated there, else on dev.
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
     seeds, so that neither source of chance is left out. "% of full" is over full fine-tuning on the same rows.
     """
-    cells: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    cells: dict[tuple[str, str, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
         evaluations = record["results"].get("eval", {})
         tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
         for key, found in evaluations.items():
             task, _, split = key.partition("/")
             if "accuracy" in found and not (split == "dev" and task in tested):
-                cells.setdefault((task, split, record["method"]["name"]), []).append((record, found))
+                cells.setdefault((task, split, record["method"]["name"], settings(record)), []).append((record, found))
     rows = []
-    for (task, split, method), cell in cells.items():
+    for (task, split, method, chosen), cell in sorted(cells.items()):
         mean = _mean(f["accuracy"] for _, f in cell)
         low, high = interval([f["accuracy"] for _, f in cell], cell[0][1]["n"])
-        full = [f["accuracy"] for _, f in cells.get((task, split, "full"), [])]
+        full = [f["accuracy"] for _, f in cells.get((task, split, "full", "-"), [])]
         whole = _mean(full) if full else 0.0
         sizes = cell[0][0]["parameters"]
         rows.append(
             (
-                *(task, method, len(cell), split, cell[0][1]["n"]),
+                *(task, method, chosen, len(cell), split, cell[0][1]["n"]),
                 f"{100 * mean:.1f}",
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 f"{100 * mean / whole:.1f}" if whole else None,
@@ -114,6 +125,15 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
             )
         )
     return rows
+
+
+def settings(record: Mapping[str, Any]) -> str:
+    """What sets a method's size, in a few words."""
+    method = record["method"]
+    parts = [f"{name} {method[name]}" for name in ("rank", "blocks") if name in method]
+    if "ranks" in method:
+        parts.append(f"ranks {'/'.join(map(str, method['ranks']))}")
+    return ", ".join(parts) or "-"
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.

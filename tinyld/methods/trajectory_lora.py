@@ -54,7 +54,7 @@ class TrajectoryLoraConfig:
     ranks: tuple[int, ...] = (64, 32, 8)  # by band, high noise first
     sigma: tuple[float, ...] = (1.0, 0.5, 0.25)  # by band, high noise first
     modules: int = 1  # k: pushes summed at one place
-    blocks: int = 3  # pushes stand before each of the last `blocks` blocks, and on the final state
+    blocks: int = 6  # pushes stand before each of the last `blocks` blocks, and on the final state
     sharing: str = "nested"
     conditioning: str = "none"
     lambda_rank: float = 0.0  # weight of the nuclear norm of every A_i B_i
@@ -160,7 +160,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 class TrajectoryLora(Method):
-    name, Config, default_lr = "trajectory-lora", TrajectoryLoraConfig, 1e-2
+    name, Config, default_lr = "trajectory-lora", TrajectoryLoraConfig, 5e-3
     summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
