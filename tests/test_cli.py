@@ -290,6 +290,17 @@ def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair:
     assert "NLL bound" in good("eval", place / "base", "--text", place / "text.txt").stdout
 
 
+def test_rows_are_routed_to_their_own_adapter_and_the_run_keeps_the_router(pair: tuple[Path, Path]) -> None:
+    ran = good("compose", *pair, "--out", "both", "--json")
+    assert ran.json["how"] == "router"
+    assert min(ran.json["routing_accuracy"].values()) == 1.0  # the two templates share no word
+    by = {(r["task"], r["run"]): r["nll_bound"] for r in ran.json["evaluations"]}
+    for task in ("mood", "colours"):
+        assert by[task, "composed"] == pytest.approx(by[task, "own"], rel=1e-5)
+    again = good("eval", "both", "--json").json
+    assert [r["nll_bound"] for r in again] == pytest.approx([by[r["task"], "composed"] for r in again], rel=1e-4)
+
+
 def test_two_adapters_are_composed_and_the_composition_is_a_run(pair: tuple[Path, Path]) -> None:
     ran = good("compose", *pair, "--weights", "0.7,0.3", "--out", "both", "--json")
     assert ran.json["weights"] == [0.7, 0.3]
@@ -577,6 +588,7 @@ ERRORS = [
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds base; compose takes"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1 --out new", 2, "--weights needs 2 numbers"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --how router --weights 1,1 --out new", 2, "--weights sets"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,x --out new", 2, "--weights takes numbers"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,nan --out new", 2, "weights"),
     ("compose {place}/colours {place}/mood-trajectory-lora --base {place}/other --out new", 1, "was trained on base"),

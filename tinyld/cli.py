@@ -328,7 +328,11 @@ def eval(
 @app.command()
 def compose(
     runs: Annotated[list[Path], typer.Argument(help="Two or more trajectory-lora runs of one base.")],
-    weights: Annotated[str | None, typer.Option(help="A coefficient an adapter: 0.7,0.3; default 1 each.")] = None,
+    how: Annotated[
+        Literal["router", "sum"] | None,
+        typer.Option(help="router (default): each row to the adapter whose prompts are nearest; sum: fixed weights."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Sum: a coefficient an adapter, 0.7,0.3; default 1 each.")] = None,
     split: Split = "dev",
     data: DataFolder = None,
     base: BasePath = None,
@@ -344,7 +348,7 @@ def compose(
 
     coefficients = numbers(weights, float, "--weights")
     commands.compose(
-        runs, coefficients and list(coefficients), out, base, split, data, limit, device, force, json, quiet
+        runs, how, coefficients and list(coefficients), out, base, split, data, limit, device, force, json, quiet
     )
 
 
@@ -414,7 +418,7 @@ def tasks(json: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),
-    epochs: Annotated[float, typer.Option(help="Passes over each task's rows.")] = 8.0,
+    epochs: Annotated[float, typer.Option(help="Passes over each task's rows.")] = 6.0,
     limit: Limit = None,
     force: Force = False,
     quiet: Quiet = False,

@@ -21,6 +21,7 @@ from tinyld.tasks import Task, bundled_data_dir, load_split, load_task
 
 if TYPE_CHECKING:
     from tinyld.base import Base
+    from tinyld.compose import Composition
     from tinyld.data import TaskRows
     from tinyld.evaluate import Evaluation
 
@@ -400,6 +401,7 @@ def print_evaluations(title: str, records: Sequence[dict[str, Any]]) -> None:
 
 def compose(
     runs: list[Path],
+    how: str | None,
     weights: list[float] | None,
     out: Path | None,
     base_path: Path | None,
@@ -418,6 +420,9 @@ def compose(
 
     keep_freed_memory()
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
+    if how == "router" and weights is not None:
+        raise UsageError("--weights sets a sum; the router finds its own (leave --how router or --weights out)")
+    summed = how == "sum" or weights is not None
     weights = weights or [1.0] * len(runs)
     check(len(weights) == len(runs), f"--weights needs {len(runs)} numbers, one an adapter, got {len(weights)}")
     folders = [RunFolder.open(r) for r in runs]
@@ -430,23 +435,46 @@ def compose(
     out = out or RUNS / "compose-{}".format("-".join(Path(m.task).stem.replace(":", "-") for m in members))
     RunFolder.check_free(out, force)
     refuse_inside(out, [base.path, *runs])
-    composed = Composition(members).to(where)
+    composed = Composition(members, routed=not summed).to(where)
     rows_of = {m.task: rows_for(base, load_task(m.task), split, data) for m in members}
     folder = RunFolder.create(out, force)
-    save_composition(folder, base, members, environment())
+    save_composition(folder, base, composed, environment())
     records = []
-    for member in {m.task: m for m in members}.values():
+    routing = {}
+    for place, member in enumerate(members):
         rows = rows_of[member.task]
+        if composed.routed:
+            routing[member.task] = routed_share(base, composed, rows, place)
         for label, push in (("base", None), ("own", member.push.to(where)), ("composed", composed)):
             base.model.push = push
             found = evaluate_run(base, rows, SampleConfig(), 4, "auto", quiet, limit)
             records.append({"run": label, "split": split, **found.record()})
     base.model.push = None
-    folder.write_json(RESULTS, {"compose": records})
+    result = {"how": "router" if composed.routed else "sum", "weights": weights, "routing_accuracy": routing}
+    folder.write_json(RESULTS, {"compose": {**result, "evaluations": records}})
     if json:
-        print(jsonlib.dumps({"run": str(out), "weights": weights, "evaluations": records}))
-    else:
-        print_evaluations(f"{out}: weights {', '.join(f'{w:g}' for w in weights)}", records)
+        print(jsonlib.dumps({"run": str(out), **result, "evaluations": records}))
+        return
+    shares = ", ".join(f"{task} {100 * share:.1f}%" for task, share in routing.items())
+    title = (
+        f"rows routed to their own adapter: {shares}" if routing else f"weights {', '.join(f'{w:g}' for w in weights)}"
+    )
+    print_evaluations(f"{out}: {title}", records)
+
+
+def routed_share(base: Base, composed: Composition, rows: TaskRows, place: int) -> float:
+    """Share of the rows that the router sends to member `place`."""
+    import numpy as np
+    import torch
+
+    hits = 0
+    with torch.no_grad():
+        for chunk in np.array_split(np.arange(len(rows)), -(-len(rows) // 100)):
+            batch = rows.take(chunk)
+            device = base.model.embedding.weight.device
+            prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
+            hits += int((composed.route(base.model.embed(batch.x0.to(device)), prompt_mask) == place).sum())
+    return hits / len(rows)
 
 
 # ------------------------------------------------------------------------------------------------ sample, info, tasks
@@ -607,4 +635,4 @@ def demo(out: Path, limit: int | None, epochs: float, force: bool, quiet: bool) 
         remember(runs[-1], f"{name}/test", records[-1])
     print_evaluations("each adapter on its own task", records)
     say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --out {out / 'composed'}")
-    compose(runs, None, out / "composed", None, "test", None, None, "auto", force, False, quiet)
+    compose(runs, None, None, out / "composed", None, "test", None, None, "auto", force, False, quiet)

@@ -1,4 +1,8 @@
-"""Several trajectory adapters on one base: their pushes add up, and the base runs once."""
+"""Several trajectory adapters on one base, which runs once: their pushes add up by fixed weights, or by a router.
+
+The router needs no training: every adapter keeps a prototype, its task's prompts as the mean of their pooled token
+embeddings, and a row goes to the adapter whose prototype is nearest to the row's own prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from tinyld.adapter import method_record
 from tinyld.base import Base, load_exactly
 from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError
-from tinyld.methods.trajectory_lora import BAND_EDGES, TrajectoryLora, TrajectoryLoraConfig, TrajectoryPush
+from tinyld.methods.trajectory_lora import BAND_EDGES, TrajectoryLora, TrajectoryLoraConfig, TrajectoryPush, pool
 from tinyld.model import PushAt
-from tinyld.runs import ADAPTER, CONFIG, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
 
 @dataclass
@@ -28,28 +32,50 @@ class Member:
     weight: float
     push: TrajectoryPush
     config: TrajectoryLoraConfig
+    prototype: Tensor | None = None  # (D,)
 
 
 class Composition(nn.Module):
-    """Hangs on `Denoiser.push`: sum_j w_j * push_j, each member's push computed on the same states."""
+    """Hangs on `Denoiser.push`: sum_j w_j * push_j, each member's push computed on the same states.
 
-    def __init__(self, members: Sequence[Member]):
+    With `routed`, a row's w is 1 for the member with the nearest prototype and 0 for the others.
+    """
+
+    def __init__(self, members: Sequence[Member], routed: bool = False):
         super().__init__()
         check(len(members) > 0, "a composition needs at least one adapter")
         check(all(math.isfinite(m.weight) for m in members), "weights must be finite numbers")
         self.members = list(members)
         self.pushes = nn.ModuleList(m.push for m in members)
+        self.routed = routed
+        if routed:
+            without = [m.run for m in members if m.prototype is None]
+            check(not without, f"{', '.join(without)} has no prototype to route by; use --how sum")
+            self.register_buffer("prototypes", torch.stack([m.prototype for m in members if m.prototype is not None]))
 
     @property
     def first_depth(self) -> int:
-        return min(m.push.first_depth for m in self.members)
+        return 0 if self.routed else min(m.push.first_depth for m in self.members)
+
+    def route(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
+        """(B,) index of the member that each row goes to. embedded: (B, L, D) token embeddings."""
+        return torch.cdist(pool(embedded, prompt_mask).float(), self.prototypes).argmin(1)
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         parts = [(m.push.first_depth, m.weight, m.push.start(t, prompt_mask)) for m in self.members]
+        chosen: Tensor | None = None
 
         def push_at(depth: int, h: Tensor) -> Tensor:
-            deltas = [weight * delta(depth, h) for first, weight, delta in parts if depth >= first]
-            return torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
+            nonlocal chosen
+            if self.routed and chosen is None:
+                chosen = self.route(h, prompt_mask)
+            total = torch.zeros_like(h)
+            for j, (first, weight, delta) in enumerate(parts):
+                if depth < first or (chosen is not None and not bool((chosen == j).any())):
+                    continue
+                share: Any = weight if chosen is None else (chosen == j).to(h.dtype)[:, None, None]
+                total = total + share * delta(depth, h)
+            return total
 
         return push_at
 
@@ -68,11 +94,13 @@ def member_from(folder: RunFolder, base: Base, weight: float) -> Member:
     method = from_dict(TrajectoryLoraConfig, settings, str(folder.path / CONFIG))
     push = TrajectoryPush(method, base.model.config, None)
     load_exactly(dict(push.named_parameters()), folder.read_tensors(ADAPTER), folder.path / ADAPTER)
-    return Member(str(folder.path), config["task"], weight, push, method)
+    prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
+    return Member(str(folder.path), config["task"], weight, push, method, prototype)
 
 
-def save_composition(folder: RunFolder, base: Base, members: Sequence[Member], environment: dict[str, Any]) -> None:
-    """Writes one self-contained run: every member's weights and the coefficients."""
+def save_composition(folder: RunFolder, base: Base, composed: Composition, environment: dict[str, Any]) -> None:
+    """Writes one self-contained run: every member's weights, and the coefficients or prototypes."""
+    members = composed.members
     records = [
         {"run": m.run, "task": m.task, "weight": m.weight, "method": method_record(_as_method(m, base))}
         for m in members
@@ -82,12 +110,15 @@ def save_composition(folder: RunFolder, base: Base, members: Sequence[Member], e
         CONFIG,
         {
             "kind": "composition",
+            "how": "router" if composed.routed else "sum",
             "members": records,
             "band_edges": list(BAND_EDGES),
             "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint},
             "environment": environment,
         },
     )
+    if composed.routed:
+        tensors |= {f"{i}.prototype": m.prototype for i, m in enumerate(members) if m.prototype is not None}
     folder.write_tensors(ADAPTER, tensors)
 
 
@@ -107,6 +138,7 @@ def load_composition(folder: RunFolder, base: Base) -> Composition:
         method = from_dict(TrajectoryLoraConfig, settings, str(folder.path / CONFIG))
         push = TrajectoryPush(method, base.model.config, None)
         own = {n.removeprefix(f"{i}."): v for n, v in tensors.items() if n.startswith(f"{i}.")}
+        prototype = own.pop("prototype", None)
         load_exactly(dict(push.named_parameters()), own, folder.path / ADAPTER)
-        members.append(Member(record["run"], record["task"], float(record["weight"]), push, method))
-    return Composition(members)
+        members.append(Member(record["run"], record["task"], float(record["weight"]), push, method, prototype))
+    return Composition(members, routed=config["how"] == "router")

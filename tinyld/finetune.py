@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinyld.adapter import Adapted, method_record, sizes
+from tinyld.adapter import Adapted, method_record, prompt_prototype, sizes
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.evaluate import evaluate
+from tinyld.methods import TrajectoryLora
 from tinyld.progress import Progress
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, environment
 from tinyld.train import Objective, autocast, resolve_dtype, train
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
@@ -101,6 +102,8 @@ def finetune(
         quiet=quiet,
     )
     folder.write_tensors(ADAPTER, method.own)
+    if method.name == TrajectoryLora.name:
+        folder.write_tensors(PROTOTYPE, {"prototype": prompt_prototype(base, train_rows)})
     summary = {
         "task": train_rows.task.name,
         "method": method.name,
