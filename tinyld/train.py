@@ -211,7 +211,7 @@ def train(
                 record = {
                     "step": step,
                     "tokens": tokens,
-                    "seconds": round(seconds, 3),
+                    "seconds": seconds,
                     "lr": config.lr * lr_factor(progress(), config.warmup, config.decay),
                     "loss": log_sum / log_count,
                     "grad_norm": float(norm),
