@@ -53,6 +53,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows an update reads.")]
 
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches an update is split into.")]
+
+Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")]
+
+Ema = Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")]
+
+SaveMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
+
+Resume = Annotated[Path | None, typer.Option(help="Run folder to go on with; needs no other option.")]
+
 
 def version(value: bool) -> None:
     if value:
@@ -90,7 +100,7 @@ def pretrain(
     tokens: Tokens = None,
     minutes: Minutes = None,
     batch_size: BatchSize = DEFAULT_TRAIN["batch_size"],
-    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches an update is split into.")] = 1,
+    accumulate: Accumulate = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     optimizer: Annotated[
         Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices inside blocks.")
@@ -98,8 +108,8 @@ def pretrain(
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay of matrices.")] = 0.1,
     warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = 0.02,
     decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",
-    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = DEFAULT_TRAIN["clip"],
-    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = DEFAULT_TRAIN["ema"],
+    clip: Clip = DEFAULT_TRAIN["clip"],
+    ema: Ema = DEFAULT_TRAIN["ema"],
     schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="Noise schedule.")] = DEFAULT_DIFFUSION[
         "schedule"
     ],
@@ -113,9 +123,9 @@ def pretrain(
     dtype: Dtype = "auto",
     device: Device = "auto",
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 500,
-    save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = DEFAULT_TRAIN["save_minutes"],
+    save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     save_dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the stored weights.")] = "fp32",
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; needs no other option.")] = None,
+    resume: Resume = None,
     out: Out = None,
     force: Force = False,
     json: Json = False,
@@ -244,7 +254,7 @@ def finetune(
     tokens: Tokens = None,
     minutes: Minutes = None,
     batch_size: BatchSize = DEFAULT_TRAIN["batch_size"],
-    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches an update is split into.")] = 1,
+    accumulate: Accumulate = 1,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's.")] = None,
     optimizer: Annotated[
         Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices inside blocks.")
@@ -252,8 +262,8 @@ def finetune(
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = DEFAULT_TRAIN["weight_decay"],
     warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = DEFAULT_TRAIN["warmup"],
     decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",
-    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = DEFAULT_TRAIN["clip"],
-    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = DEFAULT_TRAIN["ema"],
+    clip: Clip = DEFAULT_TRAIN["clip"],
+    ema: Ema = DEFAULT_TRAIN["ema"],
     loss: Annotated[
         Literal["uniform", "elbo"], typer.Option(help="Plain or bound-weighted cross-entropy.")
     ] = "uniform",
@@ -261,9 +271,9 @@ def finetune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between dev evaluations.")] = 500,
-    save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = DEFAULT_TRAIN["save_minutes"],
+    save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     cache_gb: Annotated[float, typer.Option(help="Memory for frozen states; 0 keeps none.")] = 4.0,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; needs no other option.")] = None,
+    resume: Resume = None,
     out: Out = None,
     force: Force = False,
     json: Json = False,

@@ -506,8 +506,9 @@ def sample(
     x = torch.tensor([row] * num, device=where)
     answer = torch.zeros_like(x, dtype=torch.bool)
     answer[:, 1 + len(head) : 1 + len(head) + length] = True
-    forbidden = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.mask_id]
-    out, passes = decode(base.model, x, answer, torch.ones_like(answer), tokenizer.mask_id, forbidden, sampling)
+    out, passes = decode(
+        base.model, x, answer, torch.ones_like(answer), tokenizer.mask_id, tokenizer.never_written, sampling
+    )
     texts = [tokenizer.decode(r[answer[0]].tolist()) for r in out]
     if json:
         print(jsonlib.dumps({"samples": texts, "forward_passes": passes}))

@@ -90,10 +90,7 @@ def member_from(folder: RunFolder, base: Base, weight: float) -> Member:
         raise TinyldError(
             f"{folder.path} was trained on base {config['base']['fingerprint']}, the others on {base.fingerprint}"
         )
-    settings = {k: v for k, v in config["method"].items() if k != "name"}
-    method = from_dict(TrajectoryLoraConfig, settings, str(folder.path / CONFIG))
-    push = TrajectoryPush(method, base.model.config, None)
-    load_exactly(dict(push.named_parameters()), folder.read_tensors(ADAPTER), folder.path / ADAPTER)
+    push, method = _rebuild(config["method"], folder.read_tensors(ADAPTER), folder, base)
     prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
     return Member(str(folder.path), config["task"], weight, push, method, prototype)
 
@@ -102,7 +99,12 @@ def save_composition(folder: RunFolder, base: Base, composed: Composition, envir
     """Writes one self-contained run: every member's weights, and the coefficients or prototypes."""
     members = composed.members
     records = [
-        {"run": m.run, "task": m.task, "weight": m.weight, "method": method_record(_as_method(m, base))}
+        {
+            "run": m.run,
+            "task": m.task,
+            "weight": m.weight,
+            "method": method_record(TrajectoryLora(m.config, base.model.config)),
+        }
         for m in members
     ]
     tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.push.named_parameters()}
@@ -122,8 +124,15 @@ def save_composition(folder: RunFolder, base: Base, composed: Composition, envir
     folder.write_tensors(ADAPTER, tensors)
 
 
-def _as_method(member: Member, base: Base) -> TrajectoryLora:
-    return TrajectoryLora(member.config, base.model.config)
+def _rebuild(
+    record: dict[str, Any], tensors: dict[str, Tensor], folder: RunFolder, base: Base
+) -> tuple[TrajectoryPush, TrajectoryLoraConfig]:
+    """A push and its config from what a run recorded of it."""
+    settings = {k: v for k, v in record.items() if k != "name"}
+    config = from_dict(TrajectoryLoraConfig, settings, str(folder.path / CONFIG))
+    push = TrajectoryPush(config, base.model.config, None)
+    load_exactly(dict(push.named_parameters()), tensors, folder.path / ADAPTER)
+    return push, config
 
 
 def load_composition(folder: RunFolder, base: Base) -> Composition:
@@ -134,11 +143,8 @@ def load_composition(folder: RunFolder, base: Base) -> Composition:
     tensors = folder.read_tensors(ADAPTER)
     members = []
     for i, record in enumerate(config["members"]):
-        settings = {k: v for k, v in record["method"].items() if k != "name"}
-        method = from_dict(TrajectoryLoraConfig, settings, str(folder.path / CONFIG))
-        push = TrajectoryPush(method, base.model.config, None)
         own = {n.removeprefix(f"{i}."): v for n, v in tensors.items() if n.startswith(f"{i}.")}
         prototype = own.pop("prototype", None)
-        load_exactly(dict(push.named_parameters()), own, folder.path / ADAPTER)
+        push, method = _rebuild(record["method"], own, folder, base)
         members.append(Member(record["run"], record["task"], float(record["weight"]), push, method, prototype))
     return Composition(members, routed=config["how"] == "router")

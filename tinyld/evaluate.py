@@ -81,7 +81,6 @@ def evaluate(
     n = len(rows) if limit is None else min(limit, len(rows))
     device = model.embedding.weight.device
     order = np.argsort(rows.lengths[:n], kind="stable")
-    forbidden = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.mask_id]
     labelled = not rows.task.is_generation
     verbalizers = Verbalizers(rows, tokenizer) if labelled else None
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
@@ -95,7 +94,14 @@ def evaluate(
         started = time.perf_counter()
         x0, answer_mask = batch.x0.to(device), batch.answer_mask.to(device)
         out, used = decode(
-            model, x0, answer_mask, batch.attention_mask.to(device), tokenizer.mask_id, forbidden, sampling, generator
+            model,
+            x0,
+            answer_mask,
+            batch.attention_mask.to(device),
+            tokenizer.mask_id,
+            tokenizer.never_written,
+            sampling,
+            generator,
         )
         passes += used
         answers = out[answer_mask].view(len(chunk), rows.slot).tolist()

@@ -118,6 +118,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.inner.get_vocab_size()
 
+    @property
+    def never_written(self) -> list[int]:
+        """Ids that decoding may not choose: all special ones but [EOS], which ends an answer."""
+        return [self.pad_id, self.unk_id, self.bos_id, self.mask_id]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
         return self.inner.encode(self._defuse(text), add_special_tokens=False).ids
