@@ -348,7 +348,7 @@ def write_evaluation(run: Path, out: Path, accuracy: float) -> Path:
     """A copy of a run with one evaluation of that accuracy."""
     shutil.copytree(run, out)
     folder = RunFolder(out)
-    found = {"accuracy": accuracy, "n": 100, "unreadable": 0.0}
+    found = {"accuracy": accuracy, "n": 100, "rows_per_second": 9.0, "unreadable": 0.0}
     folder.write_json(RESULTS, folder.read_json(RESULTS) | {"eval": {"mood/test": found}})
     return out
 
@@ -536,7 +536,7 @@ ERRORS = [
     (ON + "--method weight-lora --budget little", 2, "--budget takes a share such as 0.7%"),
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method bitfit --rank 4", 2, "--rank is not an option of bitfit"),
-    (ON + "--method weight-lora --ranks 4,2,1", 2, "--ranks is not an option of weight-lora"),
+    (ON + "--method weight-lora --modules 2", 2, "--modules is not an option of weight-lora"),
     (ON + "--method full --recipe paper", 2, "--recipe is an option of trajectory-lora, not of full"),
     (ON + "--method weight-lora --targets query,gate", 2, "targets must be among"),
     (ON + "--method weight-lora --alpha 0", 2, "alpha must be above 0"),

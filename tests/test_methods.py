@@ -25,19 +25,23 @@ from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, make_config
-from tinyld.methods.contract import Method
-from tinyld.methods.trajectory_lora import (
+from tinyld.methods.bands import (
     BAND_EDGES,
     BAND_NAMES,
     NUM_BANDS,
     TIME_WIDTH,
+    band_of,
+    band_weights,
+    time_embedding,
+)
+from tinyld.methods.contract import Method
+from tinyld.methods.trajectory_lora import (
+    HEAD_WIDTH,
     TrajectoryLora,
     TrajectoryLoraConfig,
     TrajectoryPush,
-    band_of,
     nuclear_norm,
     pool,
-    time_embedding,
 )
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
@@ -59,6 +63,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "weight-lora-targets": ("weight-lora", {"rank": 2, "targets": ("query", "down"), "alpha": 3.0}),
     "weight-lora-rslora": ("weight-lora", {"rank": 4, "targets": ("value", "up"), "rslora": True}),
     "weight-lora-budget": ("weight-lora", {"budget": 0.2}),
+    "weight-lora-bands": ("weight-lora", {"rank": 3, "ranks": (3, 2, 1)}),
+    "weight-lora-core": ("weight-lora", {"rank": 3, "core": True}),
     "adapters": ("adapters", {"rank": 3}),
     "best-0": trajectory(blocks=0),
     "best-1": trajectory(blocks=1),
@@ -68,9 +74,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper-blocks": ("trajectory-lora", {"recipe": "paper", "ranks": (3, 3, 3), "blocks": 2}),
     "separate": trajectory(sharing="separate", blocks=1),
     "nested-gate-modules": trajectory(conditioning="gate", modules=2, blocks=2, lambda_rank=0.01, lambda_orth=0.01),
+    "fast": ("trajectory-lora", {"recipe": "fast", "budget": 0.3}),
+    "mix-1": trajectory(blocks=1, read="mix"),
+    "attend-2": trajectory(blocks=2, attend=16),
+    "core": trajectory(blocks=1, sharing="core", modules=2),
+    "smooth-core": trajectory(blocks=0, sharing="smooth-core", read="mix", attend=8),
 }
+BANDED = ("weight-lora-bands", "weight-lora-core")
 every_case = pytest.mark.parametrize("case", CASES)
-of_trajectory = pytest.mark.parametrize("case", [k for k, (name, _) in CASES.items() if name == "trajectory-lora"])
+TRAJECTORY = [k for k, (name, _) in CASES.items() if name == "trajectory-lora"]
+of_trajectory = pytest.mark.parametrize("case", TRAJECTORY)
+BEYOND = ("fast", "mix-1", "attend-2", "core", "smooth-core")  # what the paper's formula does not have
+of_units = pytest.mark.parametrize("case", [k for k in TRAJECTORY if k not in BEYOND])
 
 
 def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
@@ -237,6 +252,8 @@ COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
     "weight-lora-targets": lambda m, c: 2 * 2 * (64 + 96),
     "weight-lora-rslora": lambda m, c: 2 * 4 * (64 + 96),
     "weight-lora-budget": lambda m, c: 2 * c.rank * (4 * 64 + 2 * 96),
+    "weight-lora-bands": lambda m, c: 2 * 3 * (4 * 64 + 2 * 96),
+    "weight-lora-core": lambda m, c: 2 * 3 * (4 * 64 + 2 * 96) + 3 * 3 * 3,
     "adapters": lambda m, c: 2 * 2 * (2 * 32 * 3 + 3 + 32),
     "best-0": lambda m, c: 1 * 4 * (32 + 32 + TIME_WIDTH),
     "best-1": lambda m, c: 2 * 4 * (32 + 32 + TIME_WIDTH),
@@ -246,6 +263,11 @@ COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
     "paper-blocks": lambda m, c: 3 * 2 * (3 + 3 + 3) * (32 + 32 + TIME_WIDTH + 32),
     "separate": lambda m, c: 2 * (4 + 2 + 1) * (32 + 32 + TIME_WIDTH),
     "nested-gate-modules": lambda m, c: 3 * 2 * 4 * (32 + 32 + TIME_WIDTH + 32),
+    "fast": lambda m, c: max(c.ranks) * (32 + 32 + TIME_WIDTH) + 3 + 4 * 32 * c.attend,
+    "mix-1": lambda m, c: 2 * (4 * (32 + 32 + TIME_WIDTH) + 2),
+    "attend-2": lambda m, c: 3 * (4 * (32 + 32 + TIME_WIDTH) + 4 * 32 * 16),
+    "core": lambda m, c: 2 * 2 * (4 * (32 + 32 + TIME_WIDTH) + 3 * 4 * 4),
+    "smooth-core": lambda m, c: 4 * (32 + 32 + TIME_WIDTH) + 3 * 4 * 4 + 3 + 4 * 32 * 8,
 }
 
 
@@ -259,7 +281,7 @@ def test_what_trains_is_what_the_closed_form_counts(config: ModelConfig, case: s
     assert trainable == COUNTS[case](config, method.config)
 
 
-@pytest.mark.parametrize("case", [k for k in CASES if k.startswith("weight-lora")])
+@pytest.mark.parametrize("case", [k for k in CASES if k.startswith("weight-lora") and k not in BANDED])
 def test_a_merged_weight_lora_equals_the_unmerged_one(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
     names = [n for n, _ in model.named_parameters()]
@@ -273,7 +295,7 @@ def test_a_merged_weight_lora_equals_the_unmerged_one(config: ModelConfig, case:
     assert not torch.allclose(adapted, base, atol=1e-2)
 
 
-@pytest.mark.parametrize("case", ["full", "bitfit", "adapters", "best-1"])
+@pytest.mark.parametrize("case", ["full", "bitfit", "adapters", "best-1", *BANDED])
 def test_a_method_that_cannot_be_merged_says_so(config: ModelConfig, case: str) -> None:
     model = fresh_base(config)
     with pytest.raises(ValueError, match="cannot be merged"):
@@ -297,7 +319,8 @@ def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, 
 
 BUDGETED = [("weight-lora", {}), ("weight-lora", {"targets": ("key",)}), ("adapters", {})]
 BUDGETED += [("trajectory-lora", {"blocks": b, "sharing": s}) for b in (0, 2) for s in ("nested", "separate")]
-BUDGETED += [("trajectory-lora", {"recipe": "paper", "ranks": (8, 2, 1)})]
+BUDGETED += [("trajectory-lora", {"recipe": "paper", "ranks": (8, 2, 1)}), ("trajectory-lora", {"recipe": "fast"})]
+BUDGETED += [("trajectory-lora", {"blocks": 1, "sharing": "core"}), ("weight-lora", {"core": True})]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -340,7 +363,10 @@ WRONG = [
     ("weight-lora", {"targets": ()}, "targets must name at least one"),
     ("weight-lora", {"targets": ("query", "head")}, "targets must be among .*, got 'head'"),
     ("weight-lora", {"budget": 1e-5}, "budget 0.00% is too small for weight-lora: rank 1 stores"),
-    ("weight-lora", {"ranks": (1, 1, 1)}, "--ranks is not an option of weight-lora, which has --alpha, --rank"),
+    ("weight-lora", {"modules": 2}, "--modules is not an option of weight-lora, which has --alpha, --core, --rank"),
+    ("weight-lora", {"ranks": (9, 1, 1)}, "ranks must be at most rank 8, got 9"),
+    ("weight-lora", {"ranks": (1, 1)}, "ranks needs 3 values, high noise first"),
+    ("weight-lora", {"ranks": (1, 0, 1)}, "every rank must be at least 1, got 1,0,1"),
     ("weight-lora", {"recipe": "paper"}, "--recipe is an option of trajectory-lora, not of weight-lora"),
     ("adapters", {"rank": 0}, "rank must be at least 1, got 0"),
     ("adapters", {"lambda_rank": 0.1}, "--lambda-rank is not an option of adapters, which has --rank"),
@@ -348,13 +374,19 @@ WRONG = [
     ("full", {"budget": 0.5}, "full has no rank to fit a budget with; leave --budget out"),
     ("bitfit", {"budget": 0.5}, "bitfit has no rank to fit a budget with"),
     ("trajectory-lora", {"rank": 4}, "--rank is not an option of trajectory-lora"),
-    ("trajectory-lora", {"recipe": "worst"}, "recipe must be one of best, paper, got 'worst'"),
+    ("trajectory-lora", {"recipe": "worst"}, "recipe must be one of best, fast, paper, got 'worst'"),
     ("trajectory-lora", {"ranks": (4, 2)}, r"ranks needs 3 values, high noise first, got \(4, 2\)"),
     ("trajectory-lora", {"ranks": (4, 0, 1)}, "every rank must be at least 1, got 4,0,1"),
     ("trajectory-lora", {"sigma": (1.0,)}, "sigma needs 3 values"),
     ("trajectory-lora", {"modules": 0}, "modules must be at least 1, got 0"),
     ("trajectory-lora", {"blocks": -1}, "blocks must be at least 0, got -1"),
-    ("trajectory-lora", {"sharing": "shared"}, "sharing must be one of nested, separate, got 'shared'"),
+    (
+        "trajectory-lora",
+        {"sharing": "shared"},
+        "sharing must be one of nested, separate, core, smooth-core, got 'shared'",
+    ),
+    ("trajectory-lora", {"read": "all"}, "read must be one of state, mix, got 'all'"),
+    ("trajectory-lora", {"attend": 12}, "attend must be 0 or a multiple of 8, got 12"),
     ("trajectory-lora", {"conditioning": "shift"}, "conditioning must be one of none, gate, got 'shift'"),
     ("trajectory-lora", {"lambda_orth": -1.0}, "must be at least 0"),
     ("trajectory-lora", {"budget": 0.0}, "too small for trajectory-lora: rank 1 stores"),
@@ -428,7 +460,7 @@ def used_units(config: TrajectoryLoraConfig, band: int) -> list[int]:
     return found
 
 
-@of_trajectory
+@of_units
 @pytest.mark.parametrize("bands", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
 def test_only_the_units_of_the_bands_in_the_batch_get_gradient(
     config: ModelConfig, case: str, bands: tuple[int, ...]
@@ -459,7 +491,7 @@ def test_a_batch_that_mixes_bands_equals_its_rows_run_alone(config: ModelConfig,
         assert not torch.allclose(logits(model, replace(part, t=1.34 - part.t)), logits(model, part), atol=1e-3)
 
 
-@of_trajectory
+@of_units
 def test_a_push_is_the_papers_formula_row_by_row(config: ModelConfig, case: str) -> None:
     """sigma(t) sum_i A_i diag(1 + W c) ReLU(B_i [h; Emb(t)]), a loop over rows, modules and tokens."""
     method = lively_push(config, case)
@@ -518,10 +550,102 @@ def test_sigma_scales_the_push_linearly(config: ModelConfig, case: str, factor: 
     scaled = lively_push(config, case, sigma=tuple(factor * s for s in plain.config.sigma))
     h, noised = torch.randn(6, 14, 32, generator=torch.Generator().manual_seed(0)), noised_batch(config)
     depth = plain.first_depth
+    history = [h.roll(i, 0) for i in range(depth)] + [h]
     with torch.no_grad():
-        one, other = (m.push.start(noised.t, noised.prompt_mask)(depth, h) for m in (plain, scaled))
+        one, other = (m.push.start(noised.t, noised.prompt_mask, history)(depth, h) for m in (plain, scaled))
     torch.testing.assert_close(other, factor * one)
     assert one.abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- reading, cores
+
+
+def test_band_weights_are_one_bands_or_go_from_middle_to_middle() -> None:
+    t = torch.tensor([1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.01])
+    assert band_weights(t, smooth=False).argmax(1).tolist() == band_of(t).tolist()
+    expected = [[1, 0, 0], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1], [0, 0, 1]]
+    torch.testing.assert_close(band_weights(t, smooth=True), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("case", ["fast", "mix-1", "attend-2", "smooth-core"])
+def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: ModelConfig, case: str) -> None:
+    """x = sum_k softmax(m)_k norm(h_k); push += sigma(t) C concat_heads(softmax(q K^T / sqrt 8) V), K, V of prompts."""
+    method = lively_push(config, case)
+    settings, d = method.config, config.d_model
+    generator = torch.Generator().manual_seed(1)
+    history = [torch.randn(2, 5, d, generator=generator) for _ in range(method.first_depth + 1)]
+    h = history[-1]
+    prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]]).bool()
+    t = torch.tensor([MIDDLES[0], MIDDLES[2]])
+    own = {n.removeprefix("places.0."): p.detach() for n, p in method.own.items() if n.startswith("places.0.")}
+    own["up"].zero_()  # the rank units have a test of their own
+    if not settings.attend:
+        own["up"][:, : settings.ranks[2]] = 1.0
+    with torch.no_grad():
+        found = method.push.start(t, prompt, history)(method.first_depth, h)
+    shares = own["mix"].softmax(0) if settings.read == "mix" else torch.ones(1)
+    states = history if settings.read == "mix" else [h]
+    x = sum(share * F.layer_norm(state, (d,)) for share, state in zip(shares, states, strict=True))
+    for row, sigma in enumerate((settings.sigma[0], settings.sigma[2])):
+        for token in range(5):
+            expected = torch.zeros(d)
+            if not settings.attend:
+                for unit in range(settings.ranks[2]):
+                    into = own["down"][unit]
+                    time = time_embedding(t[row : row + 1])[0] @ into[d:]
+                    expected += sigma * F.relu(into[:d] @ x[row, token] + time)
+            for start in range(0, settings.attend, HEAD_WIDTH):
+                q, k, v = own["attention"][:, start : start + HEAD_WIDTH]
+                prompts = x[row, prompt[row]]
+                weights = ((prompts @ k.T) @ (q @ x[row, token]) / HEAD_WIDTH**0.5).softmax(0)
+                expected += sigma * own["attended"][:, start : start + HEAD_WIDTH] @ (weights @ (prompts @ v.T))
+            torch.testing.assert_close(found[row, token], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", ["core", "smooth-core"])
+def test_a_core_stands_between_the_two_matrices(config: ModelConfig, sharing: str) -> None:
+    method = lively_push(config, "core", sharing=sharing, modules=1)
+    h = torch.randn(3, 4, config.d_model, generator=torch.Generator().manual_seed(1))
+    t, prompt = torch.tensor([0.9, 0.6, 0.2]), torch.ones(3, 4, dtype=torch.bool)
+    up, down, core = (method.own[f"places.0.{n}"].detach() for n in ("up", "down", "core"))
+    with torch.no_grad():
+        found = method.push.start(t, prompt)(method.first_depth, h)
+    weights = band_weights(t, smooth=sharing == "smooth-core")
+    for row, band in enumerate(band_of(t).tolist()):
+        time = time_embedding(t[row : row + 1])[0]
+        hidden = F.relu(F.layer_norm(h[row], (32,)) @ down[:, :32].T + down[:, 32:] @ time)
+        mixed = hidden @ sum(weights[row, b] * core[b, 0] for b in range(NUM_BANDS))
+        rank = method.config.ranks[band]
+        expected = method.config.sigma[band] * mixed[:, :rank] @ up[:, :rank].T
+        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", BANDED)
+def test_a_weight_lora_with_bands_changes_the_matrix_by_noise_level(config: ModelConfig, case: str) -> None:
+    """Every row's logits are those of a plain denoiser whose matrices were changed for its t alone."""
+    model, noised = fresh_base(config), noised_batch(config)
+    method = attach(model, case)
+    with torch.no_grad():
+        for i, parameter in enumerate(method.own.values()):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    found = logits(model, noised)
+    settings = method.config
+    for row, part in enumerate(noised.split(len(noised.t))):
+        used = torch.arange(3) < (settings.ranks or (3, 3, 3))[int(band_of(part.t))]
+        between = torch.diag(used.float())
+        if settings.core:
+            weights = band_weights(part.t, smooth=True)[0]
+            between = sum(weights[b] * method.own["core"][b].detach() for b in range(NUM_BANDS)) @ between
+        plain = fresh_base(config)
+        with torch.no_grad():
+            for i, block in enumerate(plain.blocks):
+                for name in settings.targets:
+                    a, b = (method.own[f"blocks.{i}.{name}.lora_{x}.weight"] for x in "AB")
+                    getattr(block, name).weight += settings.scale * (a.T @ between @ b.T).T
+        length = int(noised.attention_mask[row].sum())
+        torch.testing.assert_close(found[row, :length], logits(plain, part)[0, :length], atol=1e-3, rtol=1e-3)
+    shifted = logits(model, replace(noised, t=1.34 - noised.t))
+    assert not torch.allclose(shifted, found, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- penalty
@@ -667,7 +791,7 @@ def no_autocast() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-@pytest.mark.parametrize("case", ["best-0", "best-1", "paper", "separate"])
+@pytest.mark.parametrize("case", ["best-0", "best-1", "paper", "separate", "fast", "mix-1", "smooth-core"])
 def test_training_from_kept_states_is_training_from_the_start(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
 ) -> None:
@@ -675,7 +799,9 @@ def test_training_from_kept_states_is_training_from_the_start(
     method = lively_push(config, case)
     model = on_base(config, method.push)
     kept: list[int] = []
-    cache = StateCache(model, rows, method.first_depth, tokenizer.mask_id, no_autocast, kept.append)
+    cache = StateCache(
+        model, rows, method.first_depth, tokenizer.mask_id, no_autocast, kept.append, method.reads_depths
+    )
     assert kept[-1] == len(rows)
     uniform = DiffusionConfig(time_sampling="uniform")
     generator = torch.Generator().manual_seed(0)
@@ -687,7 +813,10 @@ def test_training_from_kept_states_is_training_from_the_start(
         cached = cache(batch, noised)
         real = batch.attention_mask
         lower = on_base(config, None).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, method.first_depth)
-        assert torch.equal(cached.cached[real], lower[real].bfloat16().float()), "kept in bf16, each in its place"
+        assert cached.cached.shape[2] == (method.first_depth + 1 if method.reads_depths else 1)
+        assert torch.equal(cached.cached[:, :, -1][real], lower[real].bfloat16().float()), "in bf16, each in its place"
+        embedded = model.embed(noised.xt)[real].bfloat16().float()
+        assert not method.reads_depths or torch.equal(cached.cached[:, :, 0][real], embedded)
         results = []
         for case_noised in (noised, cached):
             for parameter in method.own.values():
@@ -723,6 +852,8 @@ def test_the_size_of_kept_states_is_two_bytes_a_feature(tokenizer: Tokenizer, tm
     gigabytes = 2 * int(rows.lengths.sum()) * 32 / 2**30
     assert why_not_cached(rows, 1, 32, gigabytes * 1.001) is None
     assert why_not_cached(rows, 1, 32, gigabytes * 0.999) is not None
+    assert why_not_cached(rows, 1, 32, gigabytes * 2.999, depths=3) is not None
+    assert why_not_cached(rows, 1, 32, gigabytes * 3.001, depths=3) is None
 
 
 @every_case

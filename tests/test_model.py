@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -204,25 +204,32 @@ def test_nll_stays_finite_where_the_target_is_all_but_impossible(lively: Denoise
 class RecordingPush:
     """A push that adds its own depth, scaled by t, and writes down where it was asked."""
 
-    def __init__(self, first_depth: int):
+    def __init__(self, first_depth: int, reads_depths: bool = False):
         self.first_depth = first_depth
+        self.reads_depths = reads_depths
         self.seen: list[int] = []
 
-    def start(self, t: Tensor, prompt_mask: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> Callable[[int, Tensor], Tensor]:
         def push_at(depth: int, h: Tensor) -> Tensor:
             self.seen.append(depth)
+            if self.reads_depths:
+                assert len(history) == depth + 1 and history[-1] is h
+                return sum(history)
             return torch.ones_like(h) * (depth + 1) * t[:, None, None] + prompt_mask[..., None]
 
         return push_at
 
 
+@pytest.mark.parametrize("reads_depths", [False, True])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
-def test_a_cached_continuation_equals_the_uncached_pass(lively: Denoiser, first_depth: int) -> None:
+def test_a_cached_continuation_equals_the_uncached_pass(lively: Denoiser, first_depth: int, reads_depths: bool) -> None:
     x = random_ids(lively, 3, 9)
     mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 6])[:, None]
     t, prompt = torch.tensor([0.2, 0.5, 1.0]), mask & (torch.arange(9)[None, :] < 2)
-    kept = lively.run_blocks(lively.embed(x), mask, 0, first_depth)
-    lively.push = RecordingPush(first_depth)
+    below: list[Tensor] = []
+    kept = lively.run_blocks(lively.embed(x), mask, 0, first_depth, history=below)
+    kept = torch.stack([*below, kept] if reads_depths else [kept], dim=2)
+    lively.push = RecordingPush(first_depth, reads_depths)
     uncached = lively.states(x, t, mask, prompt)
     assert lively.push.seen == list(range(first_depth, 3)), "before every block from first_depth, and at the end"
     other_ids = torch.zeros_like(x)  # shows that nothing below first_depth runs again

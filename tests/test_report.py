@@ -17,11 +17,13 @@ TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
 
 
-def record(method: str, seed: int, accuracy: float) -> dict:
-    found = {"accuracy": accuracy, "n": 400, "unreadable": 0.01}
+def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
+    found = {"accuracy": accuracy, "n": 400, "unreadable": 0.01, "rows_per_second": 100.0}
     return {
         "run": f"{method}-{seed}",
         "method": {"name": method},
+        "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr},
+        "data": {"rows": 1_000},
         "parameters": {"stored_percent": 0.5, "stored_bytes": 4_000},
         "results": {"finetune": {"seconds": 10.0, "peak_memory_mb": 100.0}, "eval": {"mood/dev": found}},
     }
@@ -34,9 +36,15 @@ def test_seeds_are_averaged_and_compared_with_full() -> None:
     assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
 
 
+def test_only_runs_that_differ_by_their_seed_are_averaged() -> None:
+    rows = result_rows([record("full", 0, 0.9), record("full", 0, 0.8, lr=1e-2)])
+    assert [row[RESULT_COLUMNS.index("accuracy %")] for row in rows] == ["90.0", "80.0"]
+    assert [row[RESULT_COLUMNS.index("% of full")] for row in rows] == ["100.0", "88.9"]
+
+
 def test_a_run_is_shown_on_test_once_it_has_been_tested() -> None:
     run = record("bitfit", 0, 0.68)
-    run["results"]["eval"]["mood/test"] = {"accuracy": 0.6, "n": 300, "unreadable": 0.0}
+    run["results"]["eval"]["mood/test"] = {"accuracy": 0.6, "n": 300, "unreadable": 0.0, "rows_per_second": 9.0}
     (row,) = result_rows([run])
     assert dict(zip(RESULT_COLUMNS, row, strict=True))["split"] == "test"
 

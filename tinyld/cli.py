@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from tinyld import __version__
 from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, SampleConfig, TrainConfig
 from tinyld.errors import TinyldError, UsageError
+from tinyld.runs import RunFolder
 
 
 class Group(TyperGroup):
@@ -91,11 +92,17 @@ def pretrain(
     max_length: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=64, help="Pieces in the tokenizer.")] = None,
     init: Annotated[
-        str | None, typer.Option(help="Warm start: a Hugging Face folder of a BERT-family encoder, or minilm.")
+        str | None,
+        typer.Option(help="Start from a tinyld base, a Hugging Face folder of a BERT-family encoder, or minilm."),
     ] = None,
     trim_vocab: Annotated[int | None, typer.Option(min=64, help="With --init: keep this many pieces.")] = None,
-    body_lr: Annotated[float, typer.Option(help="With --init: share of --lr for the encoder's own weights.")] = 0.1,
-    body_start: Annotated[float, typer.Option(help="With --init: share of the budget they stay frozen.")] = 0.1,
+    body_lr: Annotated[
+        float | None, typer.Option(help="With --init: share of --lr for all but the head; 0.1, or 1 for a tinyld base.")
+    ] = None,
+    body_start: Annotated[
+        float | None,
+        typer.Option(help="With --init: share of the budget they stay frozen; 0.1, or 0 for a tinyld base."),
+    ] = None,
     steps: Steps = None,
     tokens: Tokens = None,
     minutes: Minutes = None,
@@ -145,6 +152,10 @@ def pretrain(
         raise UsageError("--trim-vocab needs --init; without it the tokenizer is trained at --vocab-size")
     if init is not None and (vocab_size or d_model or num_layers or num_heads or d_ff):
         raise UsageError("--init brings its own sizes; only --max-length and --trim-vocab may change them")
+    own = init is not None and RunFolder(Path(init)).is_run()
+    if own and max_length:
+        raise UsageError("--max-length cannot change what a tinyld base was trained at")
+    fresh_head = init is not None and not own
     given = {
         "d_model": d_model,
         "num_layers": num_layers,
@@ -155,7 +166,8 @@ def pretrain(
     shape = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     config = TrainConfig(
         steps=steps, tokens=tokens, minutes=minutes, batch_size=batch_size, accumulate=accumulate, lr=lr,
-        body_lr=body_lr if init else 1.0, body_start=body_start if init else 0.0,
+        body_lr=(0.1 if fresh_head else 1.0) if body_lr is None else body_lr,
+        body_start=(0.1 if fresh_head else 0.0) if body_start is None else body_start,
         optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema, seed=seed,
         dtype=dtype, device=device, eval_every=eval_every, save_minutes=save_minutes,
     )  # fmt: skip
@@ -226,19 +238,27 @@ def finetune(
     data: DataFolder = None,
     limit: Limit = None,
     recipe: Annotated[
-        Literal["best", "paper"] | None, typer.Option(help="trajectory-lora: our design, or the paper's literal one.")
+        Literal["best", "fast", "paper"] | None,
+        typer.Option(help="trajectory-lora: the most accurate, the fastest to train, or the paper's literal setting."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Largest share of the base that is stored, e.g. 0.7%; sets the rank.")
     ] = None,
-    ranks: Annotated[str | None, typer.Option(help="trajectory-lora: rank by band, high noise first: 64,32,8.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="Rank by band, high noise first: 64,32,8.")] = None,
     sigma: Annotated[str | None, typer.Option(help="trajectory-lora: scale by band: 1,0.5,0.25.")] = None,
     modules: Annotated[int | None, typer.Option(help="trajectory-lora: pushes summed at one place.")] = None,
     blocks: Annotated[
         int | None, typer.Option(help="trajectory-lora: last blocks that are pushed; 0: final state.")
     ] = None,
     sharing: Annotated[
-        Literal["nested", "separate"] | None, typer.Option(help="trajectory-lora: how bands share rank units.")
+        Literal["nested", "separate", "core", "smooth-core"] | None,
+        typer.Option(help="trajectory-lora: how bands share rank units."),
+    ] = None,
+    read: Annotated[
+        Literal["state", "mix"] | None, typer.Option(help="trajectory-lora: read one depth, or a mix of those below.")
+    ] = None,
+    attend: Annotated[
+        int | None, typer.Option(help="trajectory-lora: rank units that attend to the prompt, a multiple of 8.")
     ] = None,
     conditioning: Annotated[
         Literal["none", "gate"] | None, typer.Option(help="trajectory-lora: gate A by the pooled prompt states.")
@@ -249,6 +269,7 @@ def finetune(
     alpha: Annotated[float | None, typer.Option(help="weight-lora: scale is alpha / rank.")] = None,
     targets: Annotated[str | None, typer.Option(help="weight-lora: query,key,value,out,up,down or some.")] = None,
     rslora: Annotated[bool | None, typer.Option("--rslora", help="weight-lora: scale is alpha / sqrt(rank).")] = None,
+    core: Annotated[bool | None, typer.Option("--core", help="weight-lora: a matrix a band between A and B.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Budget: passes over the rows; default 3.")] = None,
     steps: Steps = None,
     tokens: Tokens = None,
@@ -287,8 +308,10 @@ def finetune(
     options = {
         "recipe": recipe, "budget": share(budget, "--budget"), "ranks": numbers(ranks, int, "--ranks"),
         "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "sharing": sharing,
+        "read": read, "attend": attend,
         "conditioning": conditioning, "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
         "alpha": alpha, "targets": None if targets is None else tuple(targets.split(",")), "rslora": rslora,
+        "core": core,
     }  # fmt: skip
     training = {
         "epochs": epochs, "steps": steps, "tokens": tokens, "minutes": minutes, "batch_size": batch_size,
@@ -415,6 +438,38 @@ def report(
     from tinyld import commands
 
     commands.report(runs, save, markdown, json)
+
+
+@app.command()
+def compare(
+    task: Annotated[list[str] | None, typer.Option(help="Task to compare on; may be repeated.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="all, or methods with options: full,weight-lora:rank=1,trajectory-lora:blocks=3.")
+    ] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs a task and method, at its best learning rate.")] = 3,
+    trials: Annotated[int, typer.Option(min=1, help="Learning rates tried a task and method, scored on dev.")] = 3,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 3.0,
+    batch_size: BatchSize = DEFAULT_TRAIN["batch_size"],
+    limit: Limit = None,
+    data: DataFolder = None,
+    base: BasePath = None,
+    device: Device = "auto",
+    budget_minutes: Annotated[float | None, typer.Option(help="Begin no run after this long.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished in it is not run again.")] = Path(
+        "runs/compare"
+    ),
+    save: Annotated[Path | None, typer.Option(help="Keep a small JSON of every chosen run in this folder.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune and run every method alike: tinyld compare --task reviews --seeds 3"""
+    from tinyld import commands
+
+    flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size), "--device", device]
+    flags += ["--limit", str(limit)] if limit else []
+    commands.compare(
+        task or ["reviews"], methods, seeds, trials, flags, data, base, budget_minutes, out, save, json, quiet
+    )
 
 
 @app.command()

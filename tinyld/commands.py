@@ -77,8 +77,8 @@ def pretrain(
     json: bool,
     quiet: bool,
 ) -> None:
-    from tinyld.hf import find_encoder, load_encoder
-    from tinyld.pretrain import SAVE_DTYPES
+    from tinyld.hf import find_encoder
+    from tinyld.pretrain import SAVE_DTYPES, load_start
     from tinyld.pretrain import pretrain as run
     from tinyld.tokenizer import find_text_files
     from tinyld.train import resolve_device, resolve_dtype
@@ -91,7 +91,7 @@ def pretrain(
     RunFolder.check_free(out, force)
     encoder = None
     if init is not None:
-        encoder = load_encoder(find_encoder(init), shape["max_length"])
+        encoder = load_start(find_encoder(init), shape["max_length"])
         refuse_inside(out, [find_encoder(init)])
     summary = run(
         lambda: RunFolder.create(out, force), data, valid, shape, vocab_size, diffusion, config,
@@ -588,8 +588,7 @@ def tasks(json: bool) -> None:
 
 def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -> None:
     """A table of many runs; `save` keeps a small JSON of each, from which the same table can be made again."""
-    from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
-    from tinyld.runs import to_json, write_atomic
+    from tinyld.report import run_record
 
     paths: list[Path] = []
     for path in runs:
@@ -598,10 +597,23 @@ def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -
             raise TinyldError(f"no run and no saved result in {path}")
         paths += found
     records = [run_record(p) for p in paths]
-    if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
+    keep_records(records, save)
+    show_results(records, as_markdown, json)
+
+
+def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None:
+    """Writes each run's record to a JSON file of its own."""
+    from tinyld.runs import to_json, write_atomic
+
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
         for record in records:
-            write_atomic(save / f"{record['run']}.json", to_json(record))
+            write_atomic(folder / f"{record['run']}.json", to_json(record))
+
+
+def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool) -> None:
+    from tinyld.report import RESULT_COLUMNS, markdown, result_rows
+
     rows = result_rows(records)
     if json:
         print(jsonlib.dumps([dict(zip(RESULT_COLUMNS, row, strict=True)) for row in rows]))
@@ -609,6 +621,36 @@ def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -
         print(markdown(RESULT_COLUMNS, rows))
     else:
         print_table("results", RESULT_COLUMNS, rows)
+
+
+def compare(
+    tasks: list[str],
+    methods: str,
+    seeds: int,
+    trials: int,
+    flags: list[str],
+    data: Path | None,
+    base: Path | None,
+    budget_minutes: float | None,
+    out: Path,
+    save: Path | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """The grid of `tinyld.compare`, and its table."""
+    from tinyld.compare import Compare, variants
+    from tinyld.methods import METHODS
+
+    for task in tasks:
+        for split in ("train", "dev"):
+            load_split(load_task(task), split, data, limit=1)
+    chosen = variants(methods, {name: method.default_lr for name, method in METHODS.items()})
+    grid = Compare(out, tasks, chosen, seeds, trials, flags, data, base, budget_minutes, quiet, say_to_stderr(False))
+    records = grid.run()
+    keep_records(records, save)
+    show_results(records, False, json)
+    if len(records) < len(tasks) * len(chosen) * seeds:
+        say_to_stderr(False)("the budget of time is used up; the same command goes on where this one stopped")
 
 
 # ------------------------------------------------------------------------------------------------ demo

@@ -18,7 +18,8 @@ from tinyld.adapter import method_record
 from tinyld.base import Base, load_exactly
 from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError
-from tinyld.methods.trajectory_lora import BAND_EDGES, TrajectoryLora, TrajectoryLoraConfig, TrajectoryPush, pool
+from tinyld.methods.bands import BAND_EDGES
+from tinyld.methods.trajectory_lora import TrajectoryLora, TrajectoryLoraConfig, TrajectoryPush, pool
 from tinyld.model import PushAt
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
@@ -61,8 +62,12 @@ class Composition(nn.Module):
         """(B,) index of the member that each row goes to. embedded: (B, L, D) token embeddings."""
         return torch.cdist(pool(embedded, prompt_mask).float(), self.prototypes).argmin(1)
 
-    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
-        parts = [(m.push.first_depth, m.weight, m.push.start(t, prompt_mask)) for m in self.members]
+    @property
+    def reads_depths(self) -> bool:
+        return any(m.push.reads_depths for m in self.members)
+
+    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
+        parts = [(m.push.first_depth, m.weight, m.push.start(t, prompt_mask, history)) for m in self.members]
         chosen: Tensor | None = None
 
         def push_at(depth: int, h: Tensor) -> Tensor:

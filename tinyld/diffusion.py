@@ -90,7 +90,7 @@ class Noised:
     weight: Tensor  # (B,): loss weight of each masked token of a row
     attention_mask: Tensor | None  # (B, L) bool; None when nothing is padding
     prompt_mask: Tensor  # (B, L) bool
-    cached: Tensor | None = None  # (B, L, D) states of the frozen lower blocks, where they were kept
+    cached: Tensor | None = None  # (B, L, K, D) states of the frozen lower blocks, where they were kept
 
     def split(self, parts: int) -> list[Noised]:
         """Micro-batches of about equal numbers of rows, on the same noise."""

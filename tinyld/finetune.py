@@ -68,7 +68,8 @@ def finetune(
     dtype = resolve_dtype(config.dtype, device)
     started = time.perf_counter()
     cache = None
-    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb)
+    depths = method.first_depth + 1 if method.reads_depths else 1
+    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb, depths)
     if reason is None:
         with Progress("cache", len(train_rows), quiet=quiet) as bar:
             cache = StateCache(
@@ -78,6 +79,7 @@ def finetune(
                 tokenizer.mask_id,
                 lambda: autocast(device, dtype),
                 bar.advance_to,
+                method.reads_depths,
             )
     elif method.first_depth > 0:
         say(f"frozen states are not cached: {reason}")

@@ -1,14 +1,15 @@
 """The denoiser: a bidirectional transformer from noised ids to token logits; pre-norm and rotary by default.
 
-It knows nothing of schedules, tasks or methods. Methods meet it at three seams:
+It knows nothing of schedules, tasks or methods. Methods meet it at four seams:
   - `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
   - every Linear of a block, which is *called* (so it can be wrapped), and every bias;
+  - `Denoiser.clock`, which is told t before every forward pass;
   - `Denoiser.push`, which may change the residual stream before any block and after the last one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +31,17 @@ class Push(Protocol):
         """States before this block are the frozen base's own."""
         ...
 
-    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
-        """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers."""
+    @property
+    def reads_depths(self) -> bool:
+        """Whether it reads the states below as well, so that the pass must keep them."""
+        ...
+
+    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
+        """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers.
+
+        With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has the states before blocks
+        0 to d, the last of them h.
+        """
         ...
 
 
@@ -143,6 +153,7 @@ class Denoiser(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
+        self.clock: Callable[[Tensor], None] | None = None
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -166,16 +177,25 @@ class Denoiser(nn.Module):
         return self.embedding_projection(self.embedding_norm(h))
 
     def run_blocks(
-        self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None
+        self,
+        h: Tensor,
+        attention_mask: Tensor | None,
+        start: int,
+        stop: int,
+        push_at: PushAt | None = None,
+        history: list[Tensor] | None = None,
     ) -> Tensor:
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
-        attention_mask: (B, L) bool, or None when no position is padding.
+        attention_mask: (B, L) bool, or None when no position is padding. The states before each block that runs are
+        appended to `history`.
         """
         length, dtype = h.shape[1], compute_dtype(h)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         for depth in range(start, stop):
+            if history is not None:
+                history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
             h = self.blocks[depth](h, angles, key_mask)
@@ -191,17 +211,31 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Final states (B, L, D), before the final norm and the head's transform.
 
-        `cached` are the states before block `push.first_depth`, computed earlier on the same xt: nothing below
-        that block runs again. t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
+        `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing below block
+        `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, before all blocks up
+        to it. t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
-        first, push_at = 0, None
-        if self.push is not None:
-            if t is None or prompt_mask is None:
-                raise ValueError("a denoiser with a push needs t and prompt_mask")
-            first, push_at = self.push.first_depth, self.push.start(t, prompt_mask)
-        h = cached if cached is not None else self.run_blocks(self.embed(xt), attention_mask, 0, first)
-        h = self.run_blocks(h, attention_mask, first, self.config.num_layers, push_at)
-        return h if push_at is None else h + push_at(self.config.num_layers, h)
+        if self.clock is not None:
+            if t is None:
+                raise ValueError("a denoiser with a clock needs t")
+            self.clock(t)
+        if self.push is None:
+            return self.run_blocks(self.embed(xt), attention_mask, 0, self.config.num_layers)
+        if t is None or prompt_mask is None:
+            raise ValueError("a denoiser with a push needs t and prompt_mask")
+        first, last = self.push.first_depth, self.config.num_layers
+        history: list[Tensor] | None = [] if self.push.reads_depths else None
+        if cached is None:
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=history)
+        else:
+            *below, h = cached.unbind(2)
+            if history is not None:
+                history += below
+        push_at = self.push.start(t, prompt_mask, history if history is not None else ())
+        h = self.run_blocks(h, attention_mask, first, last, push_at, history)
+        if history is not None:
+            history.append(h)
+        return h + push_at(last, h)
 
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyld.base import load_exactly, save_base
+from tinyld.base import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TextRows, tokenize_documents, torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
-from tinyld.hf import Encoder, trim_vocabulary
+from tinyld.hf import Encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
 from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
@@ -27,6 +27,14 @@ SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def save_dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The stored type that a run's config.json asks for."""
     return SAVE_DTYPES["bf16" if config["save_dtype"] == "bfloat16" else "fp32"]
+
+
+def load_start(folder: Path, max_length: int) -> Encoder:
+    """What `--init` starts from: a base of our own, whose length stays, or an encoder in a Hugging Face folder."""
+    if not RunFolder(folder).is_run():
+        return load_encoder(folder, max_length)
+    base = load_base(folder)
+    return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, has_head=True)
 
 
 def unigram_nll(stream: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
@@ -59,9 +67,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Trains a base and returns its summary.
 
-    `encoder` is a warm start, whose tokenizer may be trimmed to `trim_vocab` pieces; with `convert_only` it is written
-    as it is, untrained. `open_folder` is called once the text is known to be good, and gives the new folder, or with
-    `resume` the old one.
+    `encoder` is what to start from, whose tokenizer may be trimmed to `trim_vocab` pieces; with `convert_only` it is
+    written as it is, untrained. `open_folder` is called once the text is known to be good, and gives the new folder, or
+    with `resume` the old one.
     """
     device = resolve_device(config.device)
     files = find_text_files(data)

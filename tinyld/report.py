@@ -75,53 +75,48 @@ def run_record(path: Path) -> dict[str, Any]:
     return {"run": path.name, **kept, "results": folder.read_json(RESULTS)}
 
 
-RESULT_COLUMNS = (
-    "task",
-    "method",
-    "settings",
-    "seeds",
-    "split",
-    "rows",
-    "accuracy %",
-    "95% interval",
-    "% of full",
-    "unreadable %",
-)
-RESULT_COLUMNS += ("stored %", "bytes", "train s", "peak MB")
+RESULT_COLUMNS = ("task", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
+RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "stored %", "bytes", "train s", "peak MB", "rows/s")
+
+Cell = tuple[str, str, str, str, str]  # task, split, method, settings, training
 
 
 def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row a (task, method, settings), seeds averaged, on test where a run has been evaluated there, else on dev.
+    """A row a (task, method, settings, training), seeds averaged, on test where a run was evaluated there, else on dev.
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
-    seeds, so that neither source of chance is left out. "% of full" is over full fine-tuning on the same rows.
+    seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning on the same
+    rows; "trials" are the learning rates that were tried on dev.
     """
-    cells: dict[tuple[str, str, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    cells: dict[Cell, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
         evaluations = record["results"].get("eval", {})
         tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
         for key, found in evaluations.items():
             task, _, split = key.partition("/")
             if "accuracy" in found and not (split == "dev" and task in tested):
-                cells.setdefault((task, split, record["method"]["name"], settings(record)), []).append((record, found))
+                cell = (task, split, record["method"]["name"], settings(record), training(record))
+                cells.setdefault(cell, []).append((record, found))
+    means = {cell: _mean(f["accuracy"] for _, f in runs) for cell, runs in cells.items()}
     rows = []
-    for (task, split, method, chosen), cell in sorted(cells.items()):
-        mean = _mean(f["accuracy"] for _, f in cell)
-        low, high = interval([f["accuracy"] for _, f in cell], cell[0][1]["n"])
-        full = [f["accuracy"] for _, f in cells.get((task, split, "full", "-"), [])]
-        whole = _mean(full) if full else 0.0
-        sizes = cell[0][0]["parameters"]
+    for cell, runs in sorted(cells.items()):
+        task, split, method, chosen, how = cell
+        whole = max((m for c, m in means.items() if c[:3] == (task, split, "full")), default=0.0)
+        n = runs[0][1]["n"]
+        low, high = interval([f["accuracy"] for _, f in runs], n)
+        sizes, trials = runs[0][0]["parameters"], runs[0][0].get("trials")
         rows.append(
             (
-                *(task, method, chosen, len(cell), split, cell[0][1]["n"]),
-                f"{100 * mean:.1f}",
+                *(task, method, chosen, how, len(trials) if trials else 1, len(runs), split, n),
+                f"{100 * means[cell]:.1f}",
                 f"{100 * low:.1f} to {100 * high:.1f}",
-                f"{100 * mean / whole:.1f}" if whole else None,
-                f"{100 * _mean(f['unreadable'] for _, f in cell):.1f}",
+                f"{100 * means[cell] / whole:.1f}" if whole else None,
+                f"{100 * _mean(f['unreadable'] for _, f in runs):.1f}",
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
-                round(_mean(r["results"]["finetune"]["seconds"] for r, _ in cell)),
-                round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in cell)),
+                round(_mean(r["results"]["finetune"]["seconds"] for r, _ in runs)),
+                round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in runs)),
+                round(_mean(f["rows_per_second"] for _, f in runs)),
             )
         )
     return rows
@@ -134,6 +129,13 @@ def settings(record: Mapping[str, Any]) -> str:
     if "ranks" in method:
         parts.append(f"ranks {'/'.join(map(str, method['ranks']))}")
     return ", ".join(parts) or "-"
+
+
+def training(record: Mapping[str, Any]) -> str:
+    """Rows, budget, batch size and learning rate of a run, in a few words."""
+    config = record["train"]
+    unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
+    return f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.

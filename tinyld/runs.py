@@ -108,7 +108,7 @@ class RunFolder:
     @staticmethod
     def check_free(path: Path, force: bool = False) -> None:
         """TinyldError unless `path` is new or empty, or holds a run that `force` may replace."""
-        is_run = (path / CONFIG).is_file()
+        is_run = RunFolder(path).is_run()
         if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (force and is_run):
             go_on = f"go on with it by --resume {path}, " if RunFolder(path).checkpoints() else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
@@ -118,7 +118,7 @@ class RunFolder:
     def create(cls, path: Path, force: bool = False) -> RunFolder:
         """A new, empty run folder where `check_free` allows one."""
         cls.check_free(path, force)
-        if (path / CONFIG).is_file():
+        if cls(path).is_run():
             shutil.rmtree(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -132,6 +132,10 @@ class RunFolder:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
             raise TinyldError(f"no run in {path}: expected {CONFIG}, found {found or 'an empty folder'}")
         return cls(path)
+
+    def is_run(self) -> bool:
+        """Whether this looks like one of ours: both a config and a manifest."""
+        return (self.path / CONFIG).is_file() and (self.path / MANIFEST).is_file()
 
     @property
     def config(self) -> dict[str, Any]:

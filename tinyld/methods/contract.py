@@ -36,6 +36,11 @@ class Method(ABC):
         """States before this block are the frozen base's, whatever the method's parameters are."""
         return 0
 
+    @property
+    def reads_depths(self) -> bool:
+        """Whether the method reads the states before all blocks up to `first_depth`, not only before that one."""
+        return False
+
     def attach(self, model: Denoiser, generator: torch.Generator | None = None) -> None:
         """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
         model.requires_grad_(False)

@@ -1,13 +1,21 @@
-"""Weight LoRA (arXiv 2106.09685): W + scale * B A on attention and MLP matrices, scale = alpha / r."""
+"""Weight LoRA (arXiv 2106.09685): W + scale * B A on attention and MLP matrices, scale = alpha / r.
+
+With bands it is W + scale * B M(t) A: `ranks` lets a band use the first r(t) units only (after T-LoRA), and `core` puts
+a small matrix between A and B, one a band, interpolated in t and shared by all matrices (after NaRA, arXiv 2605.29716).
+Both need t, so they cannot be merged into the base.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, check, check_finite
+from tinyld.methods.bands import NUM_BANDS, band_of, band_weights
 from tinyld.methods.contract import Method
 from tinyld.model import LINEARS, Denoiser
 
@@ -18,6 +26,8 @@ class WeightLoraConfig:
     alpha: float = 16.0
     targets: tuple[str, ...] = LINEARS
     rslora: bool = False  # scale alpha / sqrt(r) (arXiv 2312.03732)
+    ranks: tuple[int, ...] = ()  # units used by band, high noise first; empty: all of them
+    core: bool = False  # a matrix a band between A and B
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -26,6 +36,14 @@ class WeightLoraConfig:
         check(len(self.targets) > 0, f"targets must name at least one of {', '.join(LINEARS)}")
         for target in self.targets:
             check(target in LINEARS, f"targets must be among {', '.join(LINEARS)}, got {target!r}")
+        if self.ranks:
+            check(len(self.ranks) == NUM_BANDS, f"ranks needs {NUM_BANDS} values, high noise first, got {self.ranks}")
+            check(1 <= min(self.ranks), f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
+            check(max(self.ranks) <= self.rank, f"ranks must be at most rank {self.rank}, got {max(self.ranks)}")
+
+    @property
+    def banded(self) -> bool:
+        return bool(self.ranks) or self.core
 
     @property
     def scale(self) -> float:
@@ -33,11 +51,12 @@ class WeightLoraConfig:
 
 
 class LoraLinear(nn.Module):
-    """base(x) + scale * B(A(x)); B starts at zero."""
+    """base(x) + scale * B(M(A(x))); B starts at zero."""
 
     def __init__(self, base: nn.Linear, config: WeightLoraConfig, generator: torch.Generator | None):
         super().__init__()
         self.base, self.scale, self.enabled = base, config.scale, True
+        self.between: Tensor | None = None  # M of the rows at hand: (B, r, r); None is the identity
         a = torch.empty(config.rank, base.in_features)
         bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt 5, as PEFT starts A
         self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(base.weight.device))
@@ -45,7 +64,36 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y + (x @ self.lora_A.T) @ (self.lora_B.T * self.scale) if self.enabled else y
+        if not self.enabled:
+            return y
+        hidden = x @ self.lora_A.T
+        if self.between is not None:
+            hidden = hidden @ self.between.to(hidden.dtype)
+        return y + hidden @ (self.lora_B.T * self.scale)
+
+
+class BandClock(nn.Module):
+    """Hangs on `Denoiser.clock`: sets M(t) between A and B of every matrix."""
+
+    def __init__(self, config: WeightLoraConfig, matrices: Sequence[LoraLinear]):
+        super().__init__()
+        self.matrices = list(matrices)  # a plain list: they belong to the blocks
+        cores = torch.eye(config.rank).repeat(NUM_BANDS, 1, 1)
+        self.core: Tensor | nn.Parameter
+        if config.core:
+            self.core = nn.Parameter(cores)
+        else:
+            self.register_buffer("core", cores, persistent=False)
+        ranks = torch.tensor(config.ranks or [config.rank] * NUM_BANDS)
+        used = (torch.arange(config.rank)[None, :] < ranks[:, None]).float()  # (NUM_BANDS, r)
+        self.register_buffer("used", used, persistent=False)
+
+    def forward(self, t: Tensor) -> None:
+        """t: (B,)"""
+        core = torch.einsum("bn,nij->bij", band_weights(t, smooth=True), self.core)
+        between = core * self.used[band_of(t)][:, None, :]
+        for matrix in self.matrices:
+            matrix.between = between
 
 
 class WeightLora(Method):
@@ -62,13 +110,23 @@ class WeightLora(Method):
                 self.modules[i, name] = lora
                 own[f"blocks.{i}.{name}.lora_A.weight"] = lora.lora_A
                 own[f"blocks.{i}.{name}.lora_B.weight"] = lora.lora_B
+        if self.config.banded:
+            clock = BandClock(self.config, tuple(self.modules.values())).to(model.embedding.weight.device)
+            model.clock = clock
+            own |= dict(clock.named_parameters())
         return own
 
     @classmethod
     def expected_parameters(cls, config: WeightLoraConfig, model_config: ModelConfig) -> int:
         d, f = model_config.d_model, model_config.d_ff
         sides = {"up": d + f, "down": f + d}
-        return model_config.num_layers * config.rank * sum(sides.get(t, 2 * d) for t in config.targets)
+        core = NUM_BANDS * config.rank**2 if config.core else 0
+        return model_config.num_layers * config.rank * sum(sides.get(t, 2 * d) for t in config.targets) + core
+
+    @classmethod
+    def with_rank(cls, config: Any, rank: int) -> WeightLoraConfig:
+        """The same share of the units for every band."""
+        return replace(config, rank=rank, ranks=tuple(max(1, round(rank * r / config.rank)) for r in config.ranks))
 
     def set_enabled(self, enabled: bool) -> None:
         for module in self.modules.values():
@@ -76,6 +134,8 @@ class WeightLora(Method):
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
+        if self.config.banded:
+            raise ValueError("a weight-lora with bands cannot be merged: its update depends on t")
         for (i, name), lora in self.modules.items():
             lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
             setattr(model.blocks[i], name, lora.base)

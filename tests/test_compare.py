@@ -1,0 +1,139 @@
+"""The grid: what runs, what is not run again, how a rate is chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyld.compare import SUMMARY, TABLE, Compare, variants
+from tinyld.errors import TinyldError, UsageError
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+
+LRS = {"full": 1e-3, "bitfit": 1e-2}
+
+
+class Trainer:
+    """Stands in for the processes: writes runs whose dev accuracy depends on method, rate and seed alone."""
+
+    def __init__(self, best_lr: float = 2e-3):
+        self.best_lr = best_lr
+        self.ran: list[list[str]] = []
+
+    def __call__(self, command: list[str]) -> None:
+        self.ran.append(command)
+        option = {command[i]: command[i + 1] for i in range(1, len(command) - 1) if command[i].startswith("--")}
+        if command[0] == "eval":
+            folder = RunFolder(Path(command[1]))
+            results = folder.read_json(RESULTS)
+            results["eval"] = {
+                f"reviews/{option['--split']}": {"accuracy": 0.5, "n": 500, "unreadable": 0.0, "rows_per_second": 9.0}
+            }
+            return folder.write_json(RESULTS, results)
+        lr, seed = float(option["--lr"]), int(option["--seed"])
+        folder = RunFolder.create(Path(option["--out"]), "--force" in command)
+        config: dict[str, Any] = {"kind": "adapter", "task": "reviews", "method": {"name": option["--method"]}}
+        config["train"] = {"epochs": 1.0, "batch_size": 32, "lr": lr, "seed": seed}
+        config |= {"data": {"rows": 10}, "parameters": {"stored_percent": 1.0, "stored_bytes": 4}}
+        folder.write_json(CONFIG, config)
+        accuracy = 0.9 if lr == self.best_lr else 0.8
+        found = {"dev_accuracy": accuracy, "dev_nll_bound": 0.5, "seconds": 1.0, "peak_memory_mb": 1.0}
+        folder.write_json(RESULTS, {"finetune": found})
+        folder.write(ADAPTER, b"")
+
+
+def grid(out: Path, trainer: Trainer, **changes: Any) -> Compare:
+    options: dict[str, Any] = {"seeds": 3, "trials": 3, "flags": ["--epochs", "1"], "data": None, "base": None}
+    options |= {"budget_minutes": None, "quiet": True, "say": lambda text: None, "launch": trainer}
+    methods = variants("full,bitfit", LRS)
+    return Compare(out, ["reviews"], methods, **(options | changes))
+
+
+def trained(trainer: Trainer) -> list[str]:
+    return [Path(c[c.index("--out") + 1]).name for c in trainer.ran if c[0] == "finetune"]
+
+
+def test_every_rate_is_tried_once_and_the_best_on_dev_gets_the_other_seeds(tmp_path: Path) -> None:
+    trainer = Trainer(best_lr=2e-3)
+    records = grid(tmp_path, trainer).run()
+    full = [name for name in trained(trainer) if "_full_" in name]
+    assert full == [f"reviews_full_lr{lr}_s0" for lr in ("0.001", "0.0005", "0.002")] + [
+        f"reviews_full_lr0.002_s{seed}" for seed in (1, 2)
+    ]
+    assert len(trained(trainer)) == 10 == grid(tmp_path, trainer).total()
+    assert [r["train"]["lr"] for r in records[:3]] == [2e-3] * 3 and [r["train"]["seed"] for r in records[:3]] == [
+        0,
+        1,
+        2,
+    ]
+    assert [t["dev_accuracy"] for t in records[0]["trials"]] == [0.8, 0.8, 0.9]
+    evaluated = [c for c in trainer.ran if c[0] == "eval"]
+    assert len(evaluated) == 6 and all("test" in c for c in evaluated), "only what was chosen meets the test rows"
+    assert json.loads((tmp_path / SUMMARY).read_text()) == records
+    assert (tmp_path / TABLE).read_text().count("| reviews |") == 2
+
+
+def test_the_same_command_again_runs_nothing(tmp_path: Path) -> None:
+    first = grid(tmp_path, Trainer()).run()
+    trainer = Trainer()
+    assert grid(tmp_path, trainer).run() == first and trainer.ran == []
+
+
+def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    compare = grid(tmp_path, Trainer())
+    first, second = (compare.cell("reviews", compare.methods[0], lr, 0) for lr in (1e-3, 5e-4))
+    compare.claim([first, second])
+    (first.folder / "checkpoints" / "00000010").mkdir(parents=True)
+    RunFolder.create(second.folder).write_json(CONFIG, {"kind": "adapter"})
+
+    class Stop(Exception):
+        pass
+
+    def launch(command: list[str]) -> None:
+        ran.append(command)
+        if len(ran) == 2:
+            raise Stop
+        found = {"dev_accuracy": 0.5, "dev_nll_bound": 0.5}
+        RunFolder(first.folder).write_json(RESULTS, {"finetune": found})
+        RunFolder(first.folder).write(ADAPTER, b"")
+
+    ran: list[list[str]] = []
+    compare.launch = launch
+    with pytest.raises(Stop):
+        compare.run()
+    assert ran[0][:3] == ["finetune", "--resume", str(first.folder)]
+    assert ran[1][-1] == "--force" and str(second.folder) in ran[1]
+
+
+def test_a_cell_that_another_command_made_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    grid(tmp_path, Trainer()).run()
+    trainer = Trainer()
+    with pytest.raises(TinyldError, match="was made by tinyld finetune .*--epochs 1 .* and not by .*--epochs 2"):
+        grid(tmp_path, trainer, flags=["--epochs", "2"]).run()
+    assert trainer.ran == []
+
+
+def test_out_of_time_it_begins_no_run_and_reports_what_is_whole(tmp_path: Path) -> None:
+    trainer = Trainer()
+    assert grid(tmp_path, trainer, budget_minutes=0.0).run() == [] and trainer.ran == []
+    assert len(grid(tmp_path, trainer).run()) == 6
+
+
+def test_variants_carry_their_options(tmp_path: Path) -> None:
+    (one,) = variants("bitfit:budget=0.7%:rslora", LRS)
+    assert one.flags == ["--method", "bitfit", "--budget", "0.7%", "--rslora"] and one.default_lr == 1e-2
+    assert [v.method for v in variants("all", LRS)] == ["full", "bitfit"]
+    for text, message in (("lora", "--methods takes full, bitfit or all, .* got 'lora'"), ("full,full", "names one")):
+        with pytest.raises(UsageError, match=message):
+            variants(text, LRS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"trials": 0}, "--trials must be from 1 to"), ({"trials": 99}, "--trials must be"), ({"seeds": 0}, "--seeds")],
+)
+def test_impossible_grids_are_refused(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        grid(tmp_path, Trainer(), **changes)

@@ -1,0 +1,197 @@
+"""The whole grid: every task by every method, tuned alike, over several seeds. Each cell is a process and a run folder.
+
+A cell is `OUT/<task>_<variant>_lr<rate>_s<seed>`. What is finished is read, what was interrupted goes on, so that the
+same command again does only what is missing. Tuning: seed 0 at every rate of the grid, the best on dev by decoded
+accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once, by the chosen runs. No torch here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyld.config import check
+from tinyld.errors import TinyldError, UsageError
+from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
+from tinyld.runs import ADAPTER, RESULTS, RunFolder, read_json, to_json, write_atomic
+from tinyld.tasks import load_task
+
+GRID = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's default learning rate, in the order they are tried
+TABLE, SUMMARY, COMMANDS = "table.md", "results.json", "commands.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with options of its own: `weight-lora`, or `weight-lora:budget=0.7%` (`:` between several)."""
+
+    text: str
+    default_lr: float
+
+    @property
+    def method(self) -> str:
+        return self.text.partition(":")[0]
+
+    @property
+    def flags(self) -> list[str]:
+        flags = ["--method", self.method]
+        for option in self.text.split(":")[1:]:
+            name, equals, value = option.partition("=")
+            flags += [f"--{name.replace('_', '-')}", *([value] if equals else [])]
+        return flags
+
+
+def variants(text: str, default_lrs: dict[str, float]) -> list[Variant]:
+    """`all`, or variants with commas between them; `default_lrs` names the known methods."""
+    names = list(default_lrs) if text == "all" else text.split(",")
+    for name in names:
+        if name.partition(":")[0] not in default_lrs:
+            raise UsageError(
+                f"--methods takes {', '.join(default_lrs)} or all, with options as in weight-lora:budget=0.7%; "
+                f"got {name!r}"
+            )
+    check(len(set(names)) == len(names), f"--methods names one twice: {text!r}")
+    return [Variant(name, default_lrs[name.partition(":")[0]]) for name in names]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning run of the grid."""
+
+    folder: Path
+    command: list[str]  # of tinyld, what makes it
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / ADAPTER).is_file() and (self.folder / RESULTS).is_file()
+
+    def dev(self) -> tuple[float, float]:
+        """(accuracy, -NLL bound) on dev: what tuning goes by."""
+        found = RunFolder(self.folder).read_json(RESULTS)["finetune"]
+        return found.get("dev_accuracy", 0.0), -found["dev_nll_bound"]
+
+
+@dataclass
+class Compare:
+    """What is asked for; `run` does it."""
+
+    out: Path
+    tasks: Sequence[str]
+    methods: Sequence[Variant]
+    seeds: int
+    trials: int  # learning rates tried a method and task
+    flags: Sequence[str]  # passed to every `tinyld finetune`
+    data: Path | None
+    base: Path | None
+    budget_minutes: float | None
+    quiet: bool
+    say: Say
+    launch: Callable[[list[str]], None] = field(default_factory=lambda: in_a_process)
+    started: float = field(default_factory=time.monotonic)
+    spent: list[float] = field(default_factory=list)  # seconds of each cell run here
+
+    def __post_init__(self) -> None:
+        check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
+        check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
+        check(len(self.tasks) > 0, "compare needs at least one --task")
+
+    def cell(self, task: str, variant: Variant, lr: float, seed: int) -> Cell:
+        safe = "".join(c if c.isalnum() or c in "-.=%" else "-" for c in variant.text)
+        folder = self.out / f"{load_task(task).name.replace(':', '-')}_{safe}_lr{lr:g}_s{seed}"
+        command = ["finetune", "--task", task, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *self.flags]
+        command += ["--data", str(self.data)] if self.data else []
+        command += ["--base", str(self.base)] if self.base else []
+        return Cell(folder, [*command, "--out", str(folder), "--json", *(["--quiet"] if self.quiet else [])])
+
+    def rates(self, variant: Variant) -> list[float]:
+        return [float(f"{variant.default_lr * multiple:.3g}") for multiple in GRID[: self.trials]]
+
+    def total(self) -> int:
+        return len(self.tasks) * len(self.methods) * (self.trials + self.seeds - 1)
+
+    def out_of_time(self) -> bool:
+        return self.budget_minutes is not None and time.monotonic() - self.started > 60 * self.budget_minutes
+
+    def run(self) -> list[dict[str, Any]]:
+        """Runs what is missing; returns the records of every (task, method) whose seeds are all there."""
+        todo = [(t, v) for t in self.tasks for v in self.methods]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.claim([self.cell(t, v, lr, seed) for t, v in todo for lr in self.rates(v) for seed in range(self.seeds)])
+        records: list[dict[str, Any]] = []
+        left = self.total()
+        for task, variant in todo:
+            cells = [self.cell(task, variant, lr, 0) for lr in self.rates(variant)]
+            done = all([self.finish(c, left - i) for i, c in enumerate(cells)])
+            left -= len(cells)
+            seeds = self.seeds - 1
+            if done:
+                best = max(range(len(cells)), key=lambda i: cells[i].dev())
+                chosen = [self.cell(task, variant, self.rates(variant)[best], s) for s in range(self.seeds)]
+                done = all([self.finish(c, left - i) for i, c in enumerate(chosen[1:])])
+            left -= seeds
+            if not done:
+                continue
+            trials = [
+                {"lr": lr, "dev_accuracy": c.dev()[0], "dev_nll_bound": -c.dev()[1]}
+                for lr, c in zip(self.rates(variant), cells, strict=True)
+            ]
+            records += [self.evaluated(task, c) | {"trials": trials} for c in chosen]
+            self.write(records)
+        return records
+
+    def claim(self, cells: Sequence[Cell]) -> None:
+        """Writes down what makes each cell; TinyldError when one was made otherwise, as it must not pass for this."""
+        path = self.out / COMMANDS
+        known = read_json(path) if path.exists() else {}
+        for cell in cells:
+            asked = " ".join(["tinyld", *(word for word in cell.command if word not in ("--quiet", "--json"))])
+            if cell.folder.exists() and known.get(cell.folder.name) != asked:
+                made_by = known.get(cell.folder.name, "a command that is not known")
+                raise TinyldError(f"{cell.folder} was made by {made_by}, and not by {asked}; choose another --out")
+            known[cell.folder.name] = asked
+        write_atomic(path, to_json(known))
+
+    def finish(self, cell: Cell, left: int) -> bool:
+        """Runs a cell unless it is finished; False when the budget of time is used up."""
+        if cell.finished:
+            return True
+        if self.out_of_time():
+            return False
+        eta = f"; about {left * sum(self.spent) / len(self.spent) / 60:.0f} min left" if self.spent else ""
+        self.say(f"-- {left} of {self.total()} runs to go{eta}: tinyld {' '.join(cell.command)}")
+        began = time.monotonic()
+        if RunFolder(cell.folder).checkpoints():
+            self.launch(["finetune", "--resume", str(cell.folder), "--json", *(["--quiet"] if self.quiet else [])])
+        else:
+            self.launch([*cell.command, *(["--force"] if RunFolder(cell.folder).is_run() else [])])
+        self.spent.append(time.monotonic() - began)
+        accuracy, nll = cell.dev()
+        self.say(f"   dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {self.spent[-1]:.0f} s")
+        return True
+
+    def evaluated(self, task: str, cell: Cell) -> dict[str, Any]:
+        """The cell's record with its evaluation on test, or on dev where the task has no test rows."""
+        loaded = load_task(task)
+        split = "test" if "test" in loaded.splits else "dev"
+        if f"{loaded.name}/{split}" not in RunFolder(cell.folder).read_json(RESULTS).get("eval", {}):
+            where = ["--data", str(self.data)] if self.data else []
+            base = ["--base", str(self.base)] if self.base else []
+            quiet = ["--quiet"] if self.quiet else []
+            self.launch(["eval", str(cell.folder), "--split", split, *where, *base, "--json", *quiet])
+        return run_record(cell.folder)
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        write_atomic(self.out / SUMMARY, to_json(list(records)))
+        write_atomic(self.out / TABLE, (markdown(RESULT_COLUMNS, result_rows(records)) + "\n").encode())
+
+
+def in_a_process(command: list[str]) -> None:
+    """Runs tinyld in a process of its own, so that its memory and its failure are its own."""
+    done = subprocess.run([sys.executable, "-m", "tinyld", *command], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")
