@@ -322,6 +322,42 @@ def test_weights_one_and_zero_are_the_first_adapter_alone(pair: tuple[Path, Path
     assert by["mood", "composed"] != pytest.approx(by["mood", "base"], rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["full", "weight-lora", "adapters", "bitfit"])
+def test_other_methods_are_averaged_and_the_report_says_what_each_task_loses(
+    place: Path, adapters: dict[str, tuple[Path, Ran]], method: str
+) -> None:
+    mine = adapters[method][0]
+    good("finetune", "--task", place / "colours.toml", "--base", place / "base", "--steps", 2, "--quiet", "--method",
+         method, *METHODS[method], "--out", "colours")  # fmt: skip
+    ran = good("compose", mine, "colours", "--out", "both", "--json")
+    assert ran.json["how"] == "average" and ran.json["weights"] == [0.5, 0.5]
+    assert [d["task"] for d in ran.json["drops"]] == [str((place / "mood.toml").resolve()), str(place / "colours.toml")]
+    assert all(d["low"] <= d["drop"] <= d["high"] for d in ran.json["drops"])
+    again = good("eval", "both", "--json").json
+    composed = [r for r in ran.json["evaluations"] if r["run"] == "composed"]
+    assert [r["nll_bound"] for r in again] == pytest.approx([r["nll_bound"] for r in composed], rel=1e-4)
+    shown = good("compose", mine, "colours", "--out", "both", "--force").stdout
+    assert "points lost against the task's own adapter" in shown and "cost" in shown
+
+
+def test_a_search_for_a_new_task_shows_every_adapter_and_keeps_its_weights(
+    place: Path, pair: tuple[Path, Path]
+) -> None:
+    ran = good("compose", *pair, "--how", "search", "--task", place / "colours.toml", "--shots", 2, "--out", "both",
+               "--json")  # fmt: skip
+    labels = [r["run"] for r in ran.json["evaluations"] if r["task"] == "colours"]
+    assert labels == ["base", "mood-trajectory-lora", "own", "composed"]
+    assert [m["weight"] for m in RunFolder(Path("both")).config["members"]] == ran.json["weights"]
+
+
+def test_a_trained_router_and_the_worst_drop(pair: tuple[Path, Path]) -> None:
+    ran = good("compose", *pair, "--train-router", 3, "--out", "both", "--json")
+    assert ran.json["how"] == "router" and len(ran.json["confusion"]) == 2
+    assert set(ran.json["interference"]["effective_rank"]) == {d["task"] for d in ran.json["drops"]}
+    failed = cli("compose", *pair, "--how", "sum", "--out", "sum", "--max-drop", "-200")
+    assert failed.code == 1 and "--max-drop allows -200" in failed.stderr
+
+
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "ancestral"])
 def test_text_is_sampled_from_a_base_and_an_adapter(
     sampler: str, place: Path, adapters: dict[str, tuple[Path, Ran]]
@@ -583,12 +619,25 @@ ERRORS = [
     ("sample {place}/base --temperature nan", 2, "temperature must be at least 0"),
     # composing
     ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
-    ("compose {place}/mood-full {place}/mood-full --out new", 1, "compose takes trajectory-lora adapters"),
-    ("compose {place}/mood-trajectory-lora {place}/mood-bitfit --out new", 1, "holds bitfit; compose takes"),
+    ("compose {place}/mood-full {place}/mood-bitfit --out new", 2, "bitfit and full cannot be combined"),
+    ("compose {place}/mood-full {place}/mood-full --how router --out new", 2, "for full use --how average"),
+    ("compose {place}/mood-weight-lora {place}/mood-weight-lora --rank 5 --out new", 2, "rank must be from 1 to 4"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --rank 5 --out new", 2, "--rank cuts combined weight-lora"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --how search --out new", 2, "--task NEW go together"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --train-router 0 --out new", 2, "must be at least 1, got 0"),
+    (
+        "compose {place}/colours {place}/mood-trajectory-lora --how sum --train-router 9 --out new",
+        2,
+        "needs --how router",
+    ),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
-    ("compose {place}/colours {place}/base --out new", 1, "holds base; compose takes"),
+    ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1 --out new", 2, "--weights needs 2 numbers"),
-    ("compose {place}/colours {place}/mood-trajectory-lora --how router --weights 1,1 --out new", 2, "--weights sets"),
+    (
+        "compose {place}/colours {place}/mood-trajectory-lora --how router --weights 1,1 --out new",
+        2,
+        "--weights is a way",
+    ),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,x --out new", 2, "--weights takes numbers"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,nan --out new", 2, "weights"),
     ("compose {place}/colours {place}/mood-trajectory-lora --base {place}/other --out new", 1, "was trained on base"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tinyld.base import load_exactly
 from tinyld.cache import StateCache, why_not_cached
-from tinyld.compose import Composition, Member
+from tinyld.compose import Composition
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
@@ -39,9 +39,7 @@ from tinyld.methods.trajectory_lora import (
     HEAD_WIDTH,
     TrajectoryLora,
     TrajectoryLoraConfig,
-    TrajectoryPush,
     nuclear_norm,
-    pool,
 )
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
@@ -569,7 +567,7 @@ def test_band_weights_are_one_bands_or_go_from_middle_to_middle() -> None:
 
 @pytest.mark.parametrize("case", ["fast", "mix-1", "attend-2", "smooth-core"])
 def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: ModelConfig, case: str) -> None:
-    """x = sum_k softmax(m)_k norm(h_k); push += sigma(t) C concat_heads(softmax(q K^T / sqrt 8) V), K, V of prompts."""
+    """x = sum_k softmax(m)_k norm(h_k); push += sigma(t) C concat_heads(softmax(q K^T / sqrt 8) ReLU(V))."""
     method = lively_push(config, case)
     settings, d = method.config, config.d_model
     generator = torch.Generator().manual_seed(1)
@@ -598,7 +596,7 @@ def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: M
                 q, k, v = own["attention"][:, start : start + HEAD_WIDTH]
                 prompts = x[row, prompt[row]]
                 weights = ((prompts @ k.T) @ (q @ x[row, token]) / HEAD_WIDTH**0.5).softmax(0)
-                expected += sigma * own["attended"][:, start : start + HEAD_WIDTH] @ (weights @ (prompts @ v.T))
+                expected += sigma * own["attended"][:, start : start + HEAD_WIDTH] @ (weights @ F.relu(prompts @ v.T))
             torch.testing.assert_close(found[row, token], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -708,8 +706,7 @@ def test_a_method_without_regulariser_has_no_penalty(config: ModelConfig, case: 
 
 
 def compose(config: ModelConfig, *parts: tuple[TrajectoryLora, float]) -> Denoiser:
-    members = [Member("run", "task", weight, m.push, m.config) for m, weight in parts]
-    return on_base(config, Composition(members))
+    return on_base(config, Composition([m.push for m, _ in parts], [weight for _, weight in parts]))
 
 
 @of_trajectory
@@ -768,7 +765,7 @@ def test_pushes_on_the_final_state_add_up(config: ModelConfig) -> None:
 
 def test_a_composition_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="at least one adapter"):
-        Composition([])
+        Composition([], [])
 
 
 # ---------------------------------------------------------------------------------------------- state cache
@@ -889,45 +886,3 @@ def test_tensors_that_do_not_fit_are_refused_and_change_nothing(
     with pytest.raises(TinyldError, match=message):
         load_exactly(method.own, tensors, Path("adapter.safetensors"))
     assert (method.own["places.1.up"] == 0).all()
-
-
-# ------------------------------------------------------------------------------------------------ the router
-
-
-def test_a_router_gives_every_row_the_push_of_its_own_adapter(config: ModelConfig) -> None:
-    """A batch that mixes two tasks' rows equals each row under the one adapter whose prototype is its prompt."""
-    model = fresh_base(config)
-    rng = torch.Generator().manual_seed(3)
-    x = torch.randint(5, config.vocab_size, (6, 9), generator=rng)
-    prompt_mask = torch.ones_like(x, dtype=torch.bool)
-    prompt_mask[:, -1] = False
-    t = torch.ones(len(x))
-    members = []
-    for row, blocks in ((0, 0), (1, 2)):
-        push = TrajectoryPush(TrajectoryLoraConfig(ranks=(4, 2, 1), blocks=blocks), config, rng)
-        with torch.no_grad():
-            for place in push.places:
-                place.up.normal_(0.0, 0.5, generator=rng)
-            prototype = pool(model.embed(x[row : row + 1]), prompt_mask[row : row + 1])[0]
-        members.append(Member(f"run{row}", "task", 1.0, push, push_config(push, blocks), prototype))
-    x[2:4, :-2], x[4:, :-2] = x[0, :-2], x[1, :-2]  # rows 2, 3 are nearly row 0; rows 4, 5 nearly row 1
-    owner = [0, 1, 0, 0, 1, 1]
-    composed = Composition(members, routed=True)
-    with torch.no_grad():
-        assert composed.route(model.embed(x), prompt_mask).tolist() == owner
-        model.push = composed
-        found = model(x, t, None, prompt_mask)
-        for row, place in enumerate(owner):
-            model.push = members[place].push
-            alone = model(x[row : row + 1], t[:1], None, prompt_mask[row : row + 1])
-            torch.testing.assert_close(found[row : row + 1], alone, atol=1e-5, rtol=1e-5)
-
-
-def push_config(push: TrajectoryPush, blocks: int) -> TrajectoryLoraConfig:
-    return TrajectoryLoraConfig(ranks=(4, 2, 1), blocks=blocks)
-
-
-def test_a_router_needs_prototypes(config: ModelConfig) -> None:
-    push = TrajectoryPush(TrajectoryLoraConfig(ranks=(4, 2, 1), blocks=0), config, None)
-    with pytest.raises(UsageError, match="runA has no prototype to route by"):
-        Composition([Member("runA", "task", 1.0, push, push_config(push, 0))], routed=True)

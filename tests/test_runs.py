@@ -15,7 +15,7 @@ import torch
 
 from tinyld.adapter import attach, find_base, load_adapter, method_record
 from tinyld.base import fingerprint, load_base, save_base
-from tinyld.commands import info
+from tinyld.commands.inspect import info
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from tinyld.base import Base, load_base, load_exactly
 from tinyld.config import from_dict, to_dict
-from tinyld.data import TaskRows
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, Method
-from tinyld.methods.trajectory_lora import pool
 from tinyld.runs import ADAPTER, CONFIG, RunFolder
 
 
@@ -91,16 +87,3 @@ def check_base(config: dict[str, Any], base: Base, run: Path) -> None:
         raise TinyldError(
             f"{run} was trained on base {wanted}, but {base.path} is base {base.fingerprint}; give its own with --base"
         )
-
-
-@torch.no_grad()
-def prompt_prototype(base: Base, rows: TaskRows, limit: int = 1_000) -> Tensor:
-    """Mean of the pooled prompt embeddings of the first `limit` rows, (D,): by it a router finds the task."""
-    device = base.model.embedding.weight.device
-    total = torch.zeros(base.model.config.d_model)
-    chosen = np.arange(min(limit, len(rows)))
-    for chunk in np.array_split(chosen, -(-len(chosen) // 100)):
-        batch = rows.take(chunk)
-        prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
-        total += pool(base.model.embed(batch.x0.to(device)), prompt_mask).float().sum(0).cpu()
-    return total / len(chosen)

@@ -60,8 +60,8 @@ def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
 
 
 @torch.no_grad()
-def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies `tensors` into `parameters`; the names and shapes must be the same on both sides."""
+def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copies `tensors` into `parameters`; names and shapes must be the same on both sides. `path` is for the error."""
     missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or extra:
         parts = [

@@ -139,10 +139,11 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train a base on text: tinyld pretrain --data texts/ --minutes 20 --out runs/base"""
-    from tinyld import commands
+    from tinyld.commands.finetune import resume as go_on
+    from tinyld.commands.pretrain import pretrain
 
     if resume is not None:
-        return commands.resume(resume, json=json, quiet=quiet)
+        return go_on(resume, json=json, quiet=quiet)
     if steps is None and tokens is None and minutes is None:
         minutes = 10.0
     convert_only = init is not None and minutes == 0
@@ -171,7 +172,7 @@ def pretrain(
         optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema, seed=seed,
         dtype=dtype, device=device, eval_every=eval_every, save_minutes=save_minutes,
     )  # fmt: skip
-    return commands.pretrain(
+    return pretrain(
         out=out or Path("runs") / f"base-{preset}-s{seed}",
         data=data or [],
         valid=valid or [],
@@ -301,10 +302,11 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Adapt a base to a task: tinyld finetune --method trajectory-lora --task reviews"""
-    from tinyld import commands
+    from tinyld.commands.finetune import finetune, finetune_job
+    from tinyld.commands.finetune import resume as go_on
 
     if resume is not None:
-        return commands.resume(resume, json=json, quiet=quiet)
+        return go_on(resume, json=json, quiet=quiet)
     options = {
         "recipe": recipe, "budget": share(budget, "--budget"), "ranks": numbers(ranks, int, "--ranks"),
         "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "sharing": sharing,
@@ -320,8 +322,8 @@ def finetune(
         "eval_every": eval_every, "save_minutes": save_minutes,
     }  # fmt: skip
     diffusion = DiffusionConfig(loss=loss, time_sampling="uniform")
-    job = commands.finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb)
-    commands.finetune(job, out, force, json, quiet)
+    job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb)
+    finetune(job, out, force, json, quiet)
 
 
 @app.command()
@@ -348,28 +350,36 @@ def eval(
     quiet: Quiet = False,
 ) -> None:
     """Decode answers and measure them: tinyld eval runs/reviews-trajectory-lora-s0 --split test"""
-    from tinyld import commands
+    from tinyld.commands.evaluate import eval, eval_text
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
     if text and (task or data or limit or predictions):
         raise UsageError("--text measures running text; it goes without --task, --data, --limit and --predictions")
     if text:
-        return commands.eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
-    commands.eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
+        return eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
+    eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
 
 
 @app.command()
 def compose(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more trajectory-lora runs of one base.")],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more adapters of one base.")],
     how: Annotated[
-        Literal["router", "sum"] | None,
-        typer.Option(help="router (default): each row to the adapter whose prompts are nearest; sum: fixed weights."),
+        Literal["sum", "average", "weights", "router", "search"] | None,
+        typer.Option(help="Coefficients: fixed, by each row's prompt (router), or searched for a new task."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Sum: a coefficient an adapter, 0.7,0.3; default 1 each.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A coefficient an adapter: 0.7,0.3.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="weight-lora: cut the combined update to this rank.")] = None,
+    train_router: Annotated[
+        int | None, typer.Option(help="Train the router on this many rows a task; default: prototypes, no training.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="search: the new task.")] = None,
+    shots: Annotated[int, typer.Option(min=1, help="search: labelled rows of the new task.")] = 32,
+    max_drop: Annotated[float | None, typer.Option(help="Fail when a task loses more points than this.")] = None,
     split: Split = "dev",
     data: DataFolder = None,
     base: BasePath = None,
     limit: Limit = None,
+    seed: Seed = 0,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
@@ -377,12 +387,14 @@ def compose(
     quiet: Quiet = False,
 ) -> None:
     """Use several adapters at once: tinyld compose runs/a runs/b --out runs/ab"""
-    from tinyld import commands
+    from tinyld.commands.compose import ComposeJob, compose
 
     coefficients = numbers(weights, float, "--weights")
-    commands.compose(
-        runs, how, coefficients and list(coefficients), out, base, split, data, limit, device, force, json, quiet
-    )
+    job = ComposeJob(
+        how, coefficients and list(coefficients), rank, train_router, task, shots, split, data, limit, max_drop, seed,
+        device, quiet,
+    )  # fmt: skip
+    compose(runs, job, out, base, force, json)
 
 
 @app.command()
@@ -401,10 +413,10 @@ def sample(
     json: Json = False,
 ) -> None:
     """Write text: tinyld sample --prompt "the film was {answer} ." --length 3"""
-    from tinyld import commands
+    from tinyld.commands.inspect import sample
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
-    commands.sample(run, prompt, length, num, base, sampling, device, json)
+    sample(run, prompt, length, num, base, sampling, device, json)
 
 
 @app.command()
@@ -414,17 +426,17 @@ def export(
     to: Annotated[Literal["hf"], typer.Option(help="Format: hf is a transformers BertForMaskedLM folder.")] = "hf",
 ) -> None:
     """Write a base for transformers: tinyld export runs/base-minilm --out hf-base"""
-    from tinyld import commands
+    from tinyld.commands.inspect import export
 
-    commands.export(run, out)
+    export(run, out)
 
 
 @app.command()
 def info(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
     """Say what a run is, and check its files: tinyld info runs/reviews-trajectory-lora-s0"""
-    from tinyld import commands
+    from tinyld.commands.inspect import info
 
-    commands.info(run, json)
+    info(run, json)
 
 
 @app.command()
@@ -435,9 +447,9 @@ def report(
     json: Json = False,
 ) -> None:
     """Make the results table of many runs: tinyld report runs/sst2-*"""
-    from tinyld import commands
+    from tinyld.commands.inspect import report
 
-    commands.report(runs, save, markdown, json)
+    report(runs, save, markdown, json)
 
 
 @app.command()
@@ -463,21 +475,19 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Tune and run every method alike: tinyld compare --task reviews --seeds 3"""
-    from tinyld import commands
+    from tinyld.commands.inspect import compare
 
     flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size), "--device", device]
     flags += ["--limit", str(limit)] if limit else []
-    commands.compare(
-        task or ["reviews"], methods, seeds, trials, flags, data, base, budget_minutes, out, save, json, quiet
-    )
+    compare(task or ["reviews"], methods, seeds, trials, flags, data, base, budget_minutes, out, save, json, quiet)
 
 
 @app.command()
 def tasks(json: Json = False) -> None:
     """List the built-in tasks."""
-    from tinyld import commands
+    from tinyld.commands.inspect import tasks
 
-    commands.tasks(json)
+    tasks(json)
 
 
 @app.command()
@@ -489,9 +499,9 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Offline, in minutes: two bundled tasks, an adapter each, evaluated and composed."""
-    from tinyld import commands
+    from tinyld.commands.demo import demo
 
-    commands.demo(out, limit, epochs, force, quiet)
+    demo(out, limit, epochs, force, quiet)
 
 
 def main() -> None:

@@ -1,27 +1,32 @@
-"""Several trajectory adapters on one base, which runs once: their pushes add up by fixed weights, or by a router.
+"""Several adapters on one base, which runs once.
 
-The router needs no training: every adapter keeps a prototype, its task's prompts as the mean of their pooled token
-embeddings, and a row goes to the adapter whose prototype is nearest to the row's own prompt.
+Trajectory adapters add up in the forward pass: sum_j w_j * push_j, with w fixed or, by a router, from the row's prompt.
+Adapters of another method are combined into one of that method (ranks side by side, or task arithmetic), with fixed
+weights; trajectory adapters may stand on top of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyld.adapter import method_record
 from tinyld.base import Base, load_exactly
-from tinyld.config import check, from_dict
-from tinyld.errors import TinyldError
+from tinyld.config import check, from_dict, to_dict
+from tinyld.errors import TinyldError, UsageError
+from tinyld.methods import METHODS, TrajectoryLora, WeightLora
 from tinyld.methods.bands import BAND_EDGES
-from tinyld.methods.trajectory_lora import TrajectoryLora, TrajectoryLoraConfig, TrajectoryPush, pool
+from tinyld.methods.trajectory_lora import TrajectoryPush
+from tinyld.methods.weight_lora import truncate
 from tinyld.model import PushAt
+from tinyld.router import PrototypeRouter, TrainedRouter, prompt_features
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
+
+HOWS = ("sum", "average", "weights", "router", "search")
 
 
 @dataclass
@@ -31,125 +36,224 @@ class Member:
     run: str
     task: str
     weight: float
-    push: TrajectoryPush
-    config: TrajectoryLoraConfig
-    prototype: Tensor | None = None  # (D,)
+    method: str
+    config: Any
+    tensors: dict[str, Tensor]
+    prototype: Tensor | None = None  # (2, 2 D), see router.prompt_prototype
+
+    @property
+    def is_push(self) -> bool:
+        return self.method == TrajectoryLora.name
+
+    def push(self, base: Base) -> TrajectoryPush:
+        """The member's push, for its base's shape."""
+        push = TrajectoryPush(self.config, base.model.config, None)
+        load_exactly(dict(push.named_parameters()), self.tensors, self.run)
+        return push.requires_grad_(False).to(base.model.embedding.weight.device)
 
 
 class Composition(nn.Module):
-    """Hangs on `Denoiser.push`: sum_j w_j * push_j, each member's push computed on the same states.
+    """Hangs on `Denoiser.push`: sum_j w_j * push_j, each computed on the same states.
 
-    With `routed`, a row's w is 1 for the member with the nearest prototype and 0 for the others.
+    With a router, a row's w is the router's for its prompt, times the member's own weight.
     """
 
-    def __init__(self, members: Sequence[Member], routed: bool = False):
+    def __init__(self, pushes: Sequence[TrajectoryPush], weights: Sequence[float], router: nn.Module | None = None):
         super().__init__()
-        check(len(members) > 0, "a composition needs at least one adapter")
-        check(all(math.isfinite(m.weight) for m in members), "weights must be finite numbers")
-        self.members = list(members)
-        self.pushes = nn.ModuleList(m.push for m in members)
-        self.routed = routed
-        if routed:
-            without = [m.run for m in members if m.prototype is None]
-            check(not without, f"{', '.join(without)} has no prototype to route by; use --how sum")
-            self.register_buffer("prototypes", torch.stack([m.prototype for m in members if m.prototype is not None]))
+        check(len(pushes) > 0, "a composition needs at least one adapter")
+        self.pushes, self.weights, self.router = nn.ModuleList(pushes), list(weights), router
 
     @property
     def first_depth(self) -> int:
-        return 0 if self.routed else min(m.push.first_depth for m in self.members)
-
-    def route(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-        """(B,) index of the member that each row goes to. embedded: (B, L, D) token embeddings."""
-        return torch.cdist(pool(embedded, prompt_mask).float(), self.prototypes).argmin(1)
+        return 0 if self.router is not None else min(p.first_depth for p in self.pushes)
 
     @property
     def reads_depths(self) -> bool:
-        return any(m.push.reads_depths for m in self.members)
+        return any(p.reads_depths for p in self.pushes)
+
+    def route(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
+        """(B, k) weights of the members. embedded: (B, L, D) token embeddings."""
+        fixed = torch.tensor(self.weights, device=embedded.device)
+        if self.router is None:
+            return fixed.expand(len(embedded), -1)
+        return self.router(prompt_features(embedded, prompt_mask)) * fixed
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        parts = [(m.push.first_depth, m.weight, m.push.start(t, prompt_mask, history)) for m in self.members]
-        chosen: Tensor | None = None
+        parts = [(p.first_depth, p.start(t, prompt_mask, history)) for p in self.pushes]
+        shares: Tensor | None = None
 
         def push_at(depth: int, h: Tensor) -> Tensor:
-            nonlocal chosen
-            if self.routed and chosen is None:
-                chosen = self.route(h, prompt_mask)
+            nonlocal shares
+            if shares is None:
+                shares = self.route(h, prompt_mask)
             total = torch.zeros_like(h)
-            for j, (first, weight, delta) in enumerate(parts):
-                if depth < first or (chosen is not None and not bool((chosen == j).any())):
-                    continue
-                share: Any = weight if chosen is None else (chosen == j).to(h.dtype)[:, None, None]
-                total = total + share * delta(depth, h)
+            for j, (first, delta) in enumerate(parts):
+                if depth >= first and bool((shares[:, j] != 0).any()):
+                    total = total + shares[:, j, None, None].to(h.dtype) * delta(depth, h)
             return total
 
         return push_at
 
 
-def member_from(folder: RunFolder, base: Base, weight: float) -> Member:
-    """An adapter run as a member; refuses any method but trajectory-lora, and another base."""
+@dataclass
+class Composed:
+    """Members with their coefficients, ready to be attached to a base or saved."""
+
+    members: list[Member]
+    how: str
+    router: nn.Module | None = None
+    rank: int | None = None  # a combined weight LoRA is cut to it
+
+    def __post_init__(self) -> None:
+        check(len(self.members) > 0, "a composition needs at least one adapter")
+        check(all(math.isfinite(m.weight) for m in self.members), "weights must be finite numbers")
+        static = sorted({m.method for m in self.members if not m.is_push})
+        check(
+            len(static) < 2, f"{' and '.join(static)} cannot be combined; give one method, or trajectory-lora over it"
+        )
+        check(self.rank is None or static == [WeightLora.name], "--rank cuts combined weight-lora adapters only")
+        if self.how == "router":
+            check(not static, f"a router weighs trajectory-lora adapters; for {', '.join(static)} use --how average")
+        self.lost: float | None = None  # share of the squared norm that cutting to `rank` lost
+
+    @property
+    def weights(self) -> list[float]:
+        return [m.weight for m in self.members]
+
+    def with_weights(self, weights: Sequence[float]) -> Composed:
+        members = [replace(m, weight=w) for m, w in zip(self.members, weights, strict=True)]
+        return Composed(members, self.how, self.router, self.rank)
+
+    def combined(self, base: Base) -> tuple[str, Any, dict[str, Tensor]] | None:
+        """(method, config, tensors) of the members that are not pushes, as one; None where there are none."""
+        static = [m for m in self.members if not m.is_push]
+        if not static:
+            return None
+        method = METHODS[static[0].method]
+        own = {n: p.detach() for n, p in base.model.named_parameters()}
+        parts = [(m.config, m.tensors, m.weight) for m in static]
+        config, tensors = method.combine(parts, own)
+        if self.rank is not None:
+            config, tensors, self.lost = truncate(config, tensors, self.rank)
+        return method.name, config, tensors
+
+    def attach(self, base: Base) -> None:
+        """Puts the composition on a plain base's denoiser."""
+        attach_static(base, self.combined(base))
+        pushes = [m.push(base) for m in self.members if m.is_push]
+        if pushes:
+            weights = [m.weight for m in self.members if m.is_push]
+            base.model.push = Composition(pushes, weights, self.router).to(base.model.embedding.weight.device)
+            base.model.requires_grad_(False)
+
+
+def attach_static(base: Base, combined: tuple[str, Any, dict[str, Tensor]] | None) -> None:
+    if combined is not None:
+        name, config, tensors = combined
+        method = METHODS[name](config, base.model.config)
+        method.attach(base.model)
+        load_exactly(method.own, tensors, f"the combined {name}")
+        base.model.requires_grad_(False)
+
+
+def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
+    """An adapter run as a member; refuses what is no adapter, and another base."""
     config = folder.config
-    if config["kind"] != "adapter" or config["method"]["name"] != TrajectoryLora.name:
-        what = config["method"]["name"] if config["kind"] == "adapter" else config["kind"]
-        raise TinyldError(f"{folder.path} holds {what}; compose takes trajectory-lora adapters")
+    if config["kind"] != "adapter":
+        raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
     if config["base"]["fingerprint"] != base.fingerprint:
         raise TinyldError(
             f"{folder.path} was trained on base {config['base']['fingerprint']}, the others on {base.fingerprint}"
         )
-    push, method = _rebuild(config["method"], folder.read_tensors(ADAPTER), folder, base)
+    settings = {k: v for k, v in config["method"].items() if k != "name"}
+    name = config["method"]["name"]
+    if name not in METHODS:
+        raise TinyldError(f"{folder.path / CONFIG}: unknown method {name!r}; known: {', '.join(METHODS)}")
+    method = from_dict(METHODS[name].Config, settings, str(folder.path / CONFIG))
     prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
-    return Member(str(folder.path), config["task"], weight, push, method, prototype)
+    if prototype is not None and prototype.shape != (2, 2 * base.model.config.d_model):
+        raise TinyldError(f"{folder.path / PROTOTYPE}: of an older tinyld or another base; fine-tune again")
+    return Member(str(folder.path), config["task"], weight, name, method, folder.read_tensors(ADAPTER), prototype)
 
 
-def save_composition(folder: RunFolder, base: Base, composed: Composition, environment: dict[str, Any]) -> None:
-    """Writes one self-contained run: every member's weights, and the coefficients or prototypes."""
-    members = composed.members
-    records = [
-        {
-            "run": m.run,
-            "task": m.task,
-            "weight": m.weight,
-            "method": method_record(TrajectoryLora(m.config, base.model.config)),
-        }
-        for m in members
-    ]
-    tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.push.named_parameters()}
+def prototype_router(members: Sequence[Member]) -> PrototypeRouter:
+    """UsageError when a member has no prototype."""
+    without = [m.run for m in members if m.prototype is None]
+    if without:
+        raise UsageError(f"{', '.join(without)} has no prototype to route by; use --how average")
+    return PrototypeRouter(torch.stack([m.prototype for m in members if m.prototype is not None]))
+
+
+def save_composition(folder: RunFolder, base: Base, composed: Composed, environment: dict[str, Any]) -> None:
+    """Writes one self-contained run: what is attached, and how each part is weighted."""
+    tensors = {}
+    members = []
+    for i, m in enumerate(composed.members):
+        record = {"run": m.run, "task": m.task, "weight": m.weight, "method": {"name": m.method, **to_dict(m.config)}}
+        members.append(record)
+        if m.is_push:
+            tensors |= {f"{i}.{n}": p for n, p in m.tensors.items()}
+    combined = composed.combined(base)
+    static = None
+    if combined is not None:
+        name, config, own = combined
+        static = {"name": name, **to_dict(config)}
+        tensors |= {f"static.{n}": p for n, p in own.items()}
+    router = composed.router
+    if router is not None:
+        tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
     folder.write_json(
         CONFIG,
         {
             "kind": "composition",
-            "how": "router" if composed.routed else "sum",
-            "members": records,
+            "how": composed.how,
+            "members": members,
+            "static": static,
+            "router": None if router is None else type(router).__name__,
             "band_edges": list(BAND_EDGES),
             "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint},
             "environment": environment,
         },
     )
-    if composed.routed:
-        tensors |= {f"{i}.prototype": m.prototype for i, m in enumerate(members) if m.prototype is not None}
     folder.write_tensors(ADAPTER, tensors)
 
 
-def _rebuild(
-    record: dict[str, Any], tensors: dict[str, Tensor], folder: RunFolder, base: Base
-) -> tuple[TrajectoryPush, TrajectoryLoraConfig]:
-    """A push and its config from what a run recorded of it."""
-    settings = {k: v for k, v in record.items() if k != "name"}
-    config = from_dict(TrajectoryLoraConfig, settings, str(folder.path / CONFIG))
-    push = TrajectoryPush(config, base.model.config, None)
-    load_exactly(dict(push.named_parameters()), tensors, folder.path / ADAPTER)
-    return push, config
-
-
-def load_composition(folder: RunFolder, base: Base) -> Composition:
-    """A composition that `save_composition` wrote, on its base."""
-    config = folder.config
+def load_composition(folder: RunFolder, base: Base) -> None:
+    """Attaches a composition that `save_composition` wrote to its base."""
+    config, where = folder.config, folder.path / CONFIG
     if config["base"]["fingerprint"] != base.fingerprint:
         raise TinyldError(f"{folder.path} was made for base {config['base']['fingerprint']}, not {base.fingerprint}")
+    if config["band_edges"] != list(BAND_EDGES):
+        raise TinyldError(f"{where}: its bands end at {config['band_edges']}, this tinyld's at {list(BAND_EDGES)}")
     tensors = folder.read_tensors(ADAPTER)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+    if config["static"] is not None:
+        settings = {k: v for k, v in config["static"].items() if k != "name"}
+        name = config["static"]["name"]
+        if name not in METHODS:
+            raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
+        attach_static(base, (name, from_dict(METHODS[name].Config, settings, str(where)), part("static.")))
     members = []
     for i, record in enumerate(config["members"]):
-        own = {n.removeprefix(f"{i}."): v for n, v in tensors.items() if n.startswith(f"{i}.")}
-        prototype = own.pop("prototype", None)
-        push, method = _rebuild(record["method"], own, folder, base)
-        members.append(Member(record["run"], record["task"], float(record["weight"]), push, method, prototype))
-    return Composition(members, routed=config["how"] == "router")
+        name = record["method"].pop("name")
+        if name == TrajectoryLora.name:
+            method = from_dict(TrajectoryLora.Config, record["method"], str(where))
+            members.append(
+                Member(str(folder.path), record["task"], float(record["weight"]), name, method, part(f"{i}."))
+            )
+    if not members:
+        return
+    router: nn.Module | None = None
+    d = base.model.config.d_model
+    if config["router"] == PrototypeRouter.__name__:
+        router = PrototypeRouter(torch.zeros(len(members), 2, 2 * d))
+    elif config["router"] == TrainedRouter.__name__:
+        router = TrainedRouter(2 * d, len(members))
+    if router is not None:
+        load_exactly(router.state_dict(), part("router."), folder.path / ADAPTER)
+    pushes = [m.push(base) for m in members]
+    composition = Composition(pushes, [m.weight for m in members], router)
+    base.model.push = composition.requires_grad_(False).to(base.model.embedding.weight.device)

@@ -43,6 +43,10 @@ class Evaluation:
     forward_passes: int = 0
     predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # (prompt, gold, decoded)
 
+    def correct(self) -> np.ndarray:
+        """(n,) of 0 or 1: whether the decoded answer is the gold one, in the order of the rows."""
+        return np.array([int(gold == decoded) for _, gold, decoded in self.predictions])
+
     def record(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "predictions" and v is not None}
 

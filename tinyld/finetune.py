@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinyld.adapter import Adapted, method_record, prompt_prototype, sizes
+from tinyld.adapter import Adapted, method_record, sizes
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.evaluate import evaluate
 from tinyld.methods import TrajectoryLora
 from tinyld.progress import Progress
+from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, environment
 from tinyld.train import Objective, autocast, resolve_dtype, train
 

@@ -23,3 +23,14 @@ def macro_f1(gold: np.ndarray, predicted: np.ndarray, num_labels: int) -> float:
         seen = int((gold == label).sum()) + int((predicted == label).sum())
         scores.append(2 * hit / seen if seen else 0.0)
     return float(np.mean(scores))
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray, z: float = 1.959964) -> tuple[float, float, float]:
+    """(mean, low, high) of ours - theirs over the same rows, with the normal 95% interval of paired rows.
+
+    ours, theirs: (n,) of 0 or 1.
+    """
+    difference = ours.astype(float) - theirs.astype(float)
+    mean = float(difference.mean())
+    half = z * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return mean, mean - half, mean + half

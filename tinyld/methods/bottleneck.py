@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +64,20 @@ class Bottleneck(Method):
     def set_enabled(self, enabled: bool) -> None:
         for module in self.modules:
             module.enabled = enabled
+
+    @classmethod
+    def combine(
+        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
+    ) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+        """Bottlenecks side by side: x + sum_i w_i (adapter_i(x) - x), exactly, at every place."""
+        tensors = {}
+        for name in parts[0][1]:
+            own = [t[name] for _, t, _ in parts]
+            weighted = [w * t[name] for _, t, w in parts]
+            if name.endswith("up.weight"):
+                tensors[name] = torch.cat(weighted, dim=1)
+            elif name.endswith("up.bias"):
+                tensors[name] = torch.stack(weighted).sum(0)
+            else:
+                tensors[name] = torch.cat(own, dim=0)
+        return BottleneckConfig(sum(c.rank for c, _, _ in parts)), tensors

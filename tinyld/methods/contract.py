@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -89,6 +90,26 @@ class Method(ABC):
         """A regulariser added to the loss, or None."""
         return None
 
+    @classmethod
+    def combine(
+        cls,
+        parts: Sequence[tuple[Any, Mapping[str, Tensor], float]],
+        base: Mapping[str, Tensor],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """(config, tensors) of one method that stands for the weighted sum of several; UsageError where undefined.
+
+        parts: (config, own tensors, weight) of each; base: the denoiser's own tensors.
+        """
+        raise UsageError(f"{cls.name} adapters add up in the forward pass, not in their tensors")
+
     def merge(self, model: Denoiser) -> None:
         """Folds the method into the base's weights, where that is possible."""
         raise ValueError(f"{self.name} cannot be merged into the base's weights")
+
+
+def task_arithmetic(
+    parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """base + sum_i w_i (theta_i - base), for methods that change the base's own tensors (arXiv 2212.04089)."""
+    names = parts[0][1]
+    return {n: base[n] + sum(w * (tensors[n] - base[n]) for _, tensors, w in parts) for n in names}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyld.config import ModelConfig
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import Method, task_arithmetic
 from tinyld.model import Denoiser
 
 
@@ -27,3 +29,9 @@ class Full(Method):
     @classmethod
     def expected_parameters(cls, config: FullConfig, model_config: ModelConfig) -> int:
         return model_config.num_parameters()
+
+    @classmethod
+    def combine(
+        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
+    ) -> tuple[FullConfig, dict[str, Tensor]]:
+        return FullConfig(), task_arithmetic(parts, base)

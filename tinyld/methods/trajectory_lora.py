@@ -12,7 +12,7 @@ Departures from the paper, each because the evidence asks for it:
     `core` bands have a small matrix each between A and B besides, `smooth-core` ones interpolated in t (after NaRA,
     arXiv 2605.29716);
   - a push may read a learned mix of all frozen depths below it, and rank units may attend: low-rank attention to the
-    prompt, which moves information between positions with no gradient through the base.
+    prompt, with rectified values, which moves information between positions with no gradient through the base.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class PushModule(nn.Module):
         push = (hidden * scale[:, None, :]) @ up.T
         if self.attention is not None and self.attended is not None:
             q, k, v = (x @ self.attention.flatten(0, 1).T).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=noise.prompt_mask[:, None, None, :])
+            mixed = F.scaled_dot_product_attention(q, k, F.relu(v), attn_mask=noise.prompt_mask[:, None, None, :])
             push = push + (mixed.transpose(1, 2).flatten(2) * noise.sigma[:, None, None]) @ self.attended.T
         return push
 

@@ -7,7 +7,7 @@ Both need t, so they cannot be merged into the base.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, check, check_finite
+from tinyld.errors import UsageError
 from tinyld.methods.bands import NUM_BANDS, band_of, band_weights
 from tinyld.methods.contract import Method
 from tinyld.model import LINEARS, Denoiser
@@ -132,6 +133,25 @@ class WeightLora(Method):
         for module in self.modules.values():
             module.enabled = enabled
 
+    @classmethod
+    def combine(
+        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
+    ) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
+        """Ranks side by side, so that B A is the exact weighted sum of the members' scaled products."""
+        first = parts[0][0]
+        if any(c.banded for c, _, _ in parts):
+            raise UsageError("a weight-lora with bands cannot be combined: its update depends on t")
+        if any(c.targets != first.targets for c, _, _ in parts):
+            raise UsageError("weight-lora adapters of different targets cannot be combined")
+        tensors = {}
+        for name in parts[0][1]:
+            if name.endswith("lora_A.weight"):
+                tensors[name] = torch.cat([t[name] for _, t, _ in parts], dim=0)
+            else:
+                tensors[name] = torch.cat([w * c.scale * t[name] for c, t, w in parts], dim=1)
+        rank = sum(c.rank for c, _, _ in parts)
+        return WeightLoraConfig(rank, float(rank), first.targets), tensors
+
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
         if self.config.banded:
@@ -139,3 +159,25 @@ class WeightLora(Method):
         for (i, name), lora in self.modules.items():
             lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
             setattr(model.blocks[i], name, lora.base)
+
+
+@torch.no_grad()
+def truncate(
+    config: WeightLoraConfig, tensors: Mapping[str, Tensor], rank: int
+) -> tuple[WeightLoraConfig, dict[str, Tensor], float]:
+    """(config, tensors, share of the squared norm that is lost) of the nearest update of lower rank (Eckart-Young),
+    by QR of both factors and an SVD of their small product."""
+    check(1 <= rank <= config.rank, f"rank must be from 1 to {config.rank}, got {rank}")
+    kept, found, total = {}, 0.0, 0.0
+    for name in tensors:
+        if not name.endswith("lora_A.weight"):
+            continue
+        other = name.replace("lora_A", "lora_B")
+        q_b, r_b = torch.linalg.qr(config.scale * tensors[other])
+        q_a, r_a = torch.linalg.qr(tensors[name].T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        root = s[:rank].sqrt()
+        kept[name] = root[:, None] * (vh[:rank] @ q_a.T)
+        kept[other] = (q_b @ u[:, :rank]) * root
+        found, total = found + float(s[:rank].square().sum()), total + float(s.square().sum())
+    return WeightLoraConfig(rank, float(rank), config.targets), kept, 1.0 - found / max(total, 1e-30)

@@ -1,0 +1,175 @@
+"""`tinyld eval`, of tasks and of running text."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyld.commands.workspace import default_base, keep_freed_memory, newest_run
+from tinyld.config import SampleConfig
+from tinyld.errors import TinyldError, UsageError
+from tinyld.report import print_table
+from tinyld.runs import MANIFEST, RESULTS, RunFolder, environment
+from tinyld.tasks import Task, load_split, load_task
+
+if TYPE_CHECKING:
+    from tinyld.base import Base
+    from tinyld.data import TaskRows
+    from tinyld.evaluate import Evaluation
+
+
+def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, list[str]]:
+    """The run's denoiser as a Base, and the tasks it was made for (none for a base)."""
+    from tinyld.adapter import find_base, load_adapter
+    from tinyld.base import load_base
+    from tinyld.compose import load_composition
+    from tinyld.train import resolve_device
+
+    where = resolve_device(device)
+    folder = RunFolder.open(path)
+    config = folder.config
+    if config["kind"] == "base":
+        return load_base(path, where), []
+    if config["kind"] == "adapter":
+        adapted = load_adapter(folder, default_base(), base_path, where)
+        return adapted.base, [adapted.task]
+    base = load_base(find_base(config, path, base_path, default_base()), where)
+    load_composition(folder, base)
+    return base, [m["task"] for m in config["members"]]
+
+
+def rows_for(base: Base, task: Task, split: str, data: Path | None) -> TaskRows:
+    """A split's rows; `data` may be a folder or one file of rows."""
+    from tinyld.data import TaskRows
+
+    file = data if data is not None and not data.is_dir() else None
+    examples = load_split(task, split, None if file else data, file)
+    return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
+
+
+def evaluate_run(
+    base: Base, rows: TaskRows, sampling: SampleConfig, draws: int, dtype: str, quiet: bool, limit: int | None = None
+) -> Evaluation:
+    from tinyld.evaluate import evaluate
+    from tinyld.progress import Progress
+    from tinyld.train import autocast, resolve_dtype
+
+    device = base.model.embedding.weight.device
+    n = len(rows) if limit is None else min(limit, len(rows))
+    with Progress(f"eval {rows.task.name}", n, quiet=quiet) as bar, autocast(device, resolve_dtype(dtype, device)):
+        return evaluate(base.model, rows, base.tokenizer, sampling, draws, limit=limit, advance=bar.advance_to)
+
+
+def eval(
+    runs: list[Path],
+    task: str | None,
+    split: str,
+    data: Path | None,
+    base_path: Path | None,
+    sampling: SampleConfig,
+    draws: int,
+    limit: int | None,
+    dtype: str,
+    device: str,
+    predictions: Path | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    keep_freed_memory()
+    runs = runs or [newest_run(("adapter", "composition"))]
+    if predictions is not None and (predictions.is_dir() or not predictions.parent.is_dir()):
+        raise TinyldError(f"{predictions}: cannot be written (not a file in a folder that exists)")
+    records = []
+    lines = ["run\ttask\tprompt\tgold\tanswer"]
+    source = str(data) if data is not None and not data.is_dir() else split
+    for run in runs:
+        base, tasks = load_run(run, base_path, device)
+        if task is not None:
+            tasks = [task]
+        if not tasks:
+            raise UsageError(f"{run} is a base: say which task to evaluate with --task")
+        for name in tasks:
+            rows = rows_for(base, load_task(name), split, data)
+            found = evaluate_run(base, rows, sampling, draws, dtype, quiet, limit)
+            record = {"run": str(run), "split": source, **found.record()}
+            records.append(record)
+            lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
+            if limit is None:  # a part is no result of the run
+                remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()})
+    if predictions is not None:
+        from tinyld.runs import write_atomic
+
+        write_atomic(predictions, ("\n".join(lines) + "\n").encode())
+    if json:
+        print(jsonlib.dumps(records))
+    else:
+        print_evaluations("evaluation", records)
+
+
+def eval_text(
+    runs: list[Path],
+    text: list[Path],
+    base_path: Path | None,
+    draws: int,
+    dtype: str,
+    device: str,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """NLL bound of running text under each run's denoiser (adapters are on), beside what pretraining recorded."""
+    from tinyld.data import TextRows, tokenize_documents
+    from tinyld.evaluate import text_nll
+    from tinyld.progress import Progress
+    from tinyld.tokenizer import find_text_files, read_lines
+    from tinyld.train import autocast, resolve_dtype
+
+    lines = list(read_lines(find_text_files(text)))
+    records = []
+    for run in runs or [default_base()]:
+        base, _ = load_run(run, base_path, device)
+        config, where = base.model.config, base.model.embedding.weight.device
+        rows = TextRows(tokenize_documents(lines, base.tokenizer), config.max_length, base.tokenizer.bos_id)
+        with Progress("eval text", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
+            bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws, advance=bar.advance_to)
+        records.append(
+            {"run": str(run), "rows": bound.n, "tokens": bound.n * rows.width, "nll_bound": bound.mean}
+            | {"nll_stderr": bound.stderr, "draws": draws}
+        )
+    if json:
+        print(jsonlib.dumps(records))
+    else:
+        print_table("NLL bound, nats per token", tuple(records[0]), [tuple(r.values()) for r in records])
+
+
+def one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def remember(run: Path, key: str, record: dict[str, Any]) -> None:
+    """Keeps an evaluation in the run's results.json; a read-only run (the released base, say) is left alone."""
+    folder = RunFolder(run)
+    if not (run / MANIFEST).exists() or run.resolve() == default_base().resolve():
+        return
+    results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
+    results.setdefault("eval", {})[key] = record
+    folder.write_json(RESULTS, results)
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else round(100 * value, 2)
+
+
+def print_evaluations(title: str, records: Sequence[dict[str, Any]]) -> None:
+    """One row an evaluation; rates in percent, NLL in nats per answer token."""
+    columns = ("run", "task", "split", "n", "accuracy %", "95% interval", "scored %", "macro-F1 %", "unreadable %")
+    columns += ("masked_acc %", "NLL bound", "rows/s")
+    rows = []
+    for r in records:
+        interval = f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" if "low" in r else None
+        rates = [percent(r.get(k)) for k in ("scored_accuracy", "macro_f1", "unreadable", "masked_acc")]
+        bound = f"{r['nll_bound']:.4f} ± {r['nll_stderr']:.4f}"
+        decoded = (percent(r.get("accuracy")), interval)
+        rows.append((r["run"], r["task"], r["split"], r["n"], *decoded, *rates, bound, round(r["rows_per_second"])))
+    print_table(title, columns, rows)

@@ -1,0 +1,142 @@
+"""`tinyld finetune`, and the going on with an interrupted run of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyld.commands.workspace import (
+    RUNS,
+    default_base,
+    finish,
+    keep_freed_memory,
+    refuse_inside,
+    say_to_stderr,
+)
+from tinyld.config import DiffusionConfig, TrainConfig, check, from_dict
+from tinyld.errors import TinyldError, UsageError
+from tinyld.runs import CONFIG, RunFolder
+from tinyld.tasks import load_split, load_task
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What a fine-tuning run is asked to do; `resume` rebuilds it from the run's config.json."""
+
+    task: str
+    method: str
+    options: dict[str, Any]  # of the method
+    base: Path
+    data: Path | None
+    limit: int | None
+    diffusion: DiffusionConfig
+    training: TrainConfig
+    cache_gb: float
+
+
+def finetune_job(
+    task: str,
+    method: str,
+    options: dict[str, Any],
+    base: Path | None,
+    data: Path | None,
+    limit: int | None,
+    diffusion: DiffusionConfig,
+    training: dict[str, Any],
+    cache_gb: float = 4.0,
+) -> FinetuneJob:
+    """The job with what was left open filled in: the method's learning rate, 3 epochs, the released base."""
+    from tinyld.methods import METHODS
+
+    if method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+    if training.get("lr") is None:
+        training = {**training, "lr": METHODS[method].default_lr}
+    if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):
+        training = {**training, "epochs": 3.0}
+    check(cache_gb >= 0, f"cache_gb must be at least 0, got {cache_gb}")
+    if task.endswith(".toml"):
+        task = str(Path(task).resolve())
+    config = TrainConfig(**training)
+    return FinetuneJob(task, method, options, base or default_base(), data, limit, diffusion, config, cache_gb)
+
+
+def finetune(job: FinetuneJob, out: Path | None, force: bool, json: bool, quiet: bool) -> Path:
+    """Runs a job in a new folder, which it returns; nothing is written before everything has been read and checked."""
+    keep_freed_memory()
+    name = load_task(job.task).name.replace(":", "-")
+    out = out or RUNS / f"{name}-{job.method}-s{job.training.seed}"
+    RunFolder.check_free(out, force)
+    refuse_inside(out, [job.base])
+    summary = _run_finetune(job, lambda: RunFolder.create(out, force), None, quiet)
+    finish("adapter", {"run": str(out), **summary}, json)
+    return out
+
+
+def _run_finetune(
+    job: FinetuneJob, open_folder: Callable[[], RunFolder], resumed: dict[str, Any] | None, quiet: bool
+) -> dict[str, Any]:
+    """`resumed` is the config.json of the run that goes on, None for a new one."""
+    from tinyld.adapter import attach, check_base
+    from tinyld.base import load_base
+    from tinyld.data import TaskRows, torch_seeded
+    from tinyld.finetune import finetune as run
+    from tinyld.methods import METHODS, make_config
+    from tinyld.train import resolve_device, resolve_dtype
+
+    device = resolve_device(job.training.device)
+    resolve_dtype(job.training.dtype, device)
+    task = load_task(job.task)
+    examples = {
+        "train": load_split(task, "train", job.data, limit=job.limit),
+        "dev": load_split(task, "dev", job.data),
+    }
+    base = load_base(job.base, device)
+    shape = base.model.config
+    if resumed is None:
+        config = make_config(job.method, job.options, shape)
+    else:
+        check_base(resumed, base, open_folder().path)
+        config = from_dict(METHODS[job.method].Config, job.options, str(open_folder().path / CONFIG))
+    train_rows, dev_rows = (TaskRows(rows, task, base.tokenizer, shape.max_length) for rows in examples.values())
+    adapted = attach(base, job.method, config, job.task, torch_seeded(job.training.seed, 0))
+    return run(
+        open_folder(), adapted, train_rows, dev_rows, job.diffusion, job.training, job.cache_gb, job.data, job.limit,
+        resumed is not None, quiet, say_to_stderr(quiet),
+    )  # fmt: skip
+
+
+def resume(out: Path, json: bool, quiet: bool) -> None:
+    """Goes on with an interrupted pretraining or fine-tuning run; all its settings are in its config."""
+    from tinyld.pretrain import pretrain as run
+    from tinyld.pretrain import save_dtype_of
+
+    keep_freed_memory()
+    folder = RunFolder.open(out)
+    config = folder.config
+    if not folder.checkpoints():
+        raise TinyldError(f"nothing to resume in {out}: it is finished, or was stopped before its first checkpoint")
+    where = str(out / CONFIG)
+    diffusion, training = (
+        from_dict(DiffusionConfig, config["diffusion"], where),
+        from_dict(TrainConfig, config["train"], where),
+    )
+    if config["kind"] == "base":
+        shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
+        summary = run(
+            lambda: folder, [Path(p) for p in config["data"]["files"]], [Path(p) for p in config["valid"]], shape,
+            config["model"]["vocab_size"], diffusion, training, save_dtype_of(config), resume=True, quiet=quiet,
+            say=say_to_stderr(quiet),
+        )  # fmt: skip
+        return finish("pretrained base", {"run": str(out), **summary}, json)
+    options = dict(config["method"])
+    name = options.pop("name")
+    data = config["data"]
+    job = FinetuneJob(
+        config["task"], name, options, Path(config["base"]["path"]), data["folder"] and Path(data["folder"]),
+        data["limit"], diffusion, training, config["cache_gb"],
+    )  # fmt: skip
+    summary = _run_finetune(job, lambda: folder, config, quiet)
+    return finish("adapter", {"run": str(out), **summary}, json)

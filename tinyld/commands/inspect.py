@@ -1,0 +1,189 @@
+"""The verbs that read: `sample`, `export`, `info`, `tasks`, `report`; and `compare`, which makes what they read."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyld.commands.evaluate import load_run
+from tinyld.commands.workspace import default_base, finish, say_to_stderr
+from tinyld.config import ModelConfig, SampleConfig, check, from_dict
+from tinyld.errors import TinyldError
+from tinyld.report import print_table
+from tinyld.runs import CONFIG, RESULTS, RunFolder
+from tinyld.tasks import load_split, load_task
+
+
+def sample(
+    run: Path | None,
+    prompt: str,
+    length: int,
+    num: int,
+    base_path: Path | None,
+    sampling: SampleConfig,
+    device: str,
+    json: bool,
+) -> None:
+    """Fills `length` masked tokens at `{answer}`, or after the prompt."""
+    import torch
+
+    from tinyld.sampler import decode
+
+    base, _ = load_run(run or default_base(), base_path, device)
+    tokenizer, config = base.tokenizer, base.model.config
+    before, mark, after = prompt.partition("{answer}")
+    head, tail = tokenizer.encode(before), tokenizer.encode(after)
+    total = len(head) + length + len(tail) + 2
+    check(total <= config.max_length, f"prompt and answer have {total} tokens, the base takes {config.max_length}")
+    row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
+    where = base.model.embedding.weight.device
+    x = torch.tensor([row] * num, device=where)
+    answer = torch.zeros_like(x, dtype=torch.bool)
+    answer[:, 1 + len(head) : 1 + len(head) + length] = True
+    out, passes = decode(
+        base.model, x, answer, torch.ones_like(answer), tokenizer.mask_id, tokenizer.never_written, sampling
+    )
+    texts = [tokenizer.decode(r[answer[0]].tolist()) for r in out]
+    if json:
+        print(jsonlib.dumps({"samples": texts, "forward_passes": passes}))
+    else:
+        for text in texts:
+            print(text)
+
+
+def export(run: Path, out: Path) -> None:
+    """Writes a base as a transformers folder."""
+    from tinyld.base import load_base
+    from tinyld.hf import export_bert
+
+    base = load_base(run)
+    export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
+    print(f"wrote {out}: load it with transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})")
+
+
+def info(path: Path, json: bool) -> None:
+    """What a run is, from its JSON files; every file is checked against the manifest."""
+    folder = RunFolder.open(path)
+    config = folder.config
+    files = folder.files()
+    for name in files:
+        folder.read(name)
+    record: dict[str, Any] = {"run": str(path), "kind": config["kind"]}
+    if config["kind"] == "base":
+        record |= {"parameters": from_dict(ModelConfig, config["model"], str(path / CONFIG)).num_parameters()}
+        record |= {f"model {k}": v for k, v in config["model"].items()}
+        record |= {"text tokens": config["data"]["tokens"]}
+    elif config["kind"] == "adapter":
+        record |= {"task": config["task"], "base": config["base"]["fingerprint"]}
+        record |= {
+            f"method {k}": v if isinstance(v, str | int | float) else str(v) for k, v in config["method"].items()
+        }
+        record |= config["parameters"]
+    else:
+        record |= {f"member {m['task']}": f"{m['run']} x {m['weight']:g}" for m in config["members"]}
+    if RESULTS in files:
+        results = folder.read_json(RESULTS)
+        record |= {
+            k: v
+            for k, v in results.get(config["kind"] == "base" and "pretrain" or "finetune", {}).items()
+            if k not in record
+        }
+        for key, found in results.get("eval", {}).items():
+            if "accuracy" in found:
+                text = f"{100 * found['accuracy']:.1f}% ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+            else:
+                text = f"NLL bound {found['nll_bound']:.3f}"
+            record[f"eval {key}"] = text
+    for name, size in files.items():
+        record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
+    record["command"] = config.get("environment", {}).get("command")
+    finish(config["kind"], record, json)
+
+
+def tasks(json: bool) -> None:
+    from tinyld.tasks import BUNDLED_TASKS, builtin_tasks
+
+    records = [
+        {
+            "task": t.name,
+            "labels": ", ".join(t.labels) or "(text)",
+            "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
+            "template": t.template,
+            "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
+            "needs": "nothing" if t.name in (*BUNDLED_TASKS, "write") else "data or network",
+        }
+        for t in builtin_tasks()
+    ]
+    if json:
+        print(jsonlib.dumps(records))
+    else:
+        print_table("built-in tasks", tuple(records[0]), [tuple(r.values()) for r in records])
+
+
+def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -> None:
+    """A table of many runs; `save` keeps a small JSON of each, from which the same table can be made again."""
+    from tinyld.report import run_record
+
+    paths: list[Path] = []
+    for path in runs:
+        found = sorted(path.glob("*.json")) if path.is_dir() and not (path / CONFIG).exists() else [path]
+        if not found:
+            raise TinyldError(f"no run and no saved result in {path}")
+        paths += found
+    records = [run_record(p) for p in paths]
+    keep_records(records, save)
+    show_results(records, as_markdown, json)
+
+
+def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None:
+    """Writes each run's record to a JSON file of its own."""
+    from tinyld.runs import to_json, write_atomic
+
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for record in records:
+            write_atomic(folder / f"{record['run']}.json", to_json(record))
+
+
+def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool) -> None:
+    from tinyld.report import RESULT_COLUMNS, markdown, result_rows
+
+    rows = result_rows(records)
+    if json:
+        print(jsonlib.dumps([dict(zip(RESULT_COLUMNS, row, strict=True)) for row in rows]))
+    elif as_markdown:
+        print(markdown(RESULT_COLUMNS, rows))
+    else:
+        print_table("results", RESULT_COLUMNS, rows)
+
+
+def compare(
+    tasks: list[str],
+    methods: str,
+    seeds: int,
+    trials: int,
+    flags: list[str],
+    data: Path | None,
+    base: Path | None,
+    budget_minutes: float | None,
+    out: Path,
+    save: Path | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """The grid of `tinyld.compare`, and its table."""
+    from tinyld.compare import Compare, variants
+    from tinyld.methods import METHODS
+
+    for task in tasks:
+        for split in ("train", "dev"):
+            load_split(load_task(task), split, data, limit=1)
+    chosen = variants(methods, {name: method.default_lr for name, method in METHODS.items()})
+    grid = Compare(out, tasks, chosen, seeds, trials, flags, data, base, budget_minutes, quiet, say_to_stderr(False))
+    records = grid.run()
+    keep_records(records, save)
+    show_results(records, False, json)
+    if len(records) < len(tasks) * len(chosen) * seeds:
+        say_to_stderr(False)("the budget of time is used up; the same command goes on where this one stopped")

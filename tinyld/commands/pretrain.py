@@ -1,0 +1,49 @@
+"""`tinyld pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinyld.commands.workspace import finish, keep_freed_memory, refuse_inside, say_to_stderr
+from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
+from tinyld.runs import RunFolder
+from tinyld.tasks import bundled_data_dir
+
+
+def pretrain(
+    out: Path,
+    data: list[Path],
+    valid: list[Path],
+    shape: dict[str, int],
+    vocab_size: int,
+    diffusion: DiffusionConfig,
+    config: TrainConfig,
+    save_dtype: str,
+    init: str | None,
+    trim_vocab: int | None,
+    convert_only: bool,
+    force: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from tinyld.hf import find_encoder
+    from tinyld.pretrain import SAVE_DTYPES, load_start
+    from tinyld.pretrain import pretrain as run
+    from tinyld.tokenizer import find_text_files
+    from tinyld.train import resolve_device, resolve_dtype
+
+    keep_freed_memory()
+    data = data or [bundled_data_dir() / "corpus.txt.gz"]
+    find_text_files([*data, *valid])
+    ModelConfig(vocab_size=vocab_size, **shape)
+    resolve_dtype(config.dtype, resolve_device(config.device))
+    RunFolder.check_free(out, force)
+    encoder = None
+    if init is not None:
+        encoder = load_start(find_encoder(init), shape["max_length"])
+        refuse_inside(out, [find_encoder(init)])
+    summary = run(
+        lambda: RunFolder.create(out, force), data, valid, shape, vocab_size, diffusion, config,
+        SAVE_DTYPES[save_dtype], encoder, trim_vocab, convert_only, quiet=quiet, say=say_to_stderr(quiet),
+    )  # fmt: skip
+    finish("pretrained base", {"run": str(out), **summary}, json)
