@@ -350,6 +350,23 @@ def test_a_search_for_a_new_task_shows_every_adapter_and_keeps_its_weights(
     assert [m["weight"] for m in RunFolder(Path("both")).config["members"]] == ran.json["weights"]
 
 
+def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
+    place: Path, adapters: dict[str, tuple[Path, Ran]]
+) -> None:
+    run, mood = adapters["weight-lora"][0], place / "mood.toml"
+    good("merge", run, "--out", "merged")
+    good("export", run, "--to", "peft", "--out", "lora")
+    expected = good("eval", run, "--json").json[0]["nll_bound"]
+    merged = good("eval", "merged", "--task", mood, "--json").json[0]["nll_bound"]
+    lora = good("eval", "lora", "--base", place / "base", "--task", mood, "--json").json[0]["nll_bound"]
+    assert merged == pytest.approx(expected, rel=1e-3) and lora == pytest.approx(expected, rel=1e-5)
+    assert good("eval", place / "base", "--task", mood, "--json").json[0]["nll_bound"] != pytest.approx(expected)
+    good("compose", run, run, "--out", "twice")
+    good("merge", "twice", "--out", "merged-twice")
+    again = good("eval", "merged-twice", "--task", mood, "--json").json[0]["nll_bound"]
+    assert again == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_trained_router_and_the_worst_drop(pair: tuple[Path, Path]) -> None:
     ran = good("compose", *pair, "--train-router", 3, "--out", "both", "--json")
     assert ran.json["how"] == "router" and len(ran.json["confusion"]) == 2
@@ -597,7 +614,7 @@ ERRORS = [
     ("finetune --resume {place}/mood-full", 1, "nothing to resume in"),
     ("pretrain --resume {place}/base", 1, "nothing to resume in"),
     ("eval --quiet", 1, "no finished run in runs/"),
-    ("eval {place}/base --quiet", 2, "is a base: say which task to evaluate with --task"),
+    ("eval {place}/base --quiet", 2, "was made for no task: say which to evaluate"),
     ("eval nowhere --quiet", 1, "no run in nowhere"),
     (EVAL + "--base {place}/other", 1, "was trained on base"),
     (EVAL + "--base nowhere", 1, "nowhere"),
@@ -630,6 +647,10 @@ ERRORS = [
         2,
         "needs --how router",
     ),
+    ("merge {place}/base --out new", 1, "is a base already"),
+    ("merge {place}/mood-trajectory-lora --out new", 1, "cannot be merged"),
+    ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),
+    ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1 --out new", 2, "--weights needs 2 numbers"),

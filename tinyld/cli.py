@@ -421,14 +421,31 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A base that was begun with --init.")],
+    run: Annotated[Path, typer.Argument(help="hf: a base begun with --init; peft: a weight-lora adapter.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    to: Annotated[Literal["hf"], typer.Option(help="Format: hf is a transformers BertForMaskedLM folder.")] = "hf",
+    to: Annotated[
+        Literal["hf", "peft"],
+        typer.Option(help="Format: a transformers BertForMaskedLM, or a LoRA for peft on our denoiser."),
+    ] = "hf",
 ) -> None:
-    """Write a base for transformers: tinyld export runs/base-minilm --out hf-base"""
+    """Write a base for transformers, or a LoRA for peft: tinyld export runs/base-minilm --out hf-base"""
     from tinyld.commands.inspect import export
 
-    export(run, out)
+    export(run, to, out)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A weight-lora adapter, or a composition of such.")],
+    out: Annotated[Path, typer.Option(help="Base to write.")],
+    base: BasePath = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fold a weight LoRA into its base: tinyld merge runs/sst2-weight-lora-s0 --out runs/merged"""
+    from tinyld.commands.inspect import merge
+
+    merge(run, out, base, force, json)
 
 
 @app.command()

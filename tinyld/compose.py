@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tinyld.base import Base, load_exactly
 from tinyld.config import check, from_dict, to_dict
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, TrajectoryLora, WeightLora
+from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory_lora import TrajectoryPush
 from tinyld.methods.weight_lora import truncate
@@ -147,13 +147,15 @@ class Composed:
             base.model.requires_grad_(False)
 
 
-def attach_static(base: Base, combined: tuple[str, Any, dict[str, Tensor]] | None) -> None:
-    if combined is not None:
-        name, config, tensors = combined
-        method = METHODS[name](config, base.model.config)
-        method.attach(base.model)
-        load_exactly(method.own, tensors, f"the combined {name}")
-        base.model.requires_grad_(False)
+def attach_static(base: Base, combined: tuple[str, Any, dict[str, Tensor]] | None) -> Method | None:
+    if combined is None:
+        return None
+    name, config, tensors = combined
+    method = METHODS[name](config, base.model.config)
+    method.attach(base.model)
+    load_exactly(method.own, tensors, f"the combined {name}")
+    base.model.requires_grad_(False)
+    return method
 
 
 def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
@@ -218,8 +220,8 @@ def save_composition(folder: RunFolder, base: Base, composed: Composed, environm
     folder.write_tensors(ADAPTER, tensors)
 
 
-def load_composition(folder: RunFolder, base: Base) -> None:
-    """Attaches a composition that `save_composition` wrote to its base."""
+def load_composition(folder: RunFolder, base: Base) -> Method | None:
+    """Attaches a composition that `save_composition` wrote to its base; returns the combined part, if there is one."""
     config, where = folder.config, folder.path / CONFIG
     if config["base"]["fingerprint"] != base.fingerprint:
         raise TinyldError(f"{folder.path} was made for base {config['base']['fingerprint']}, not {base.fingerprint}")
@@ -230,12 +232,13 @@ def load_composition(folder: RunFolder, base: Base) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
+    static: Method | None = None
     if config["static"] is not None:
         settings = {k: v for k, v in config["static"].items() if k != "name"}
         name = config["static"]["name"]
         if name not in METHODS:
             raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
-        attach_static(base, (name, from_dict(METHODS[name].Config, settings, str(where)), part("static.")))
+        static = attach_static(base, (name, from_dict(METHODS[name].Config, settings, str(where)), part("static.")))
     members = []
     for i, record in enumerate(config["members"]):
         name = record["method"].pop("name")
@@ -245,7 +248,7 @@ def load_composition(folder: RunFolder, base: Base) -> None:
                 Member(str(folder.path), record["task"], float(record["weight"]), name, method, part(f"{i}."))
             )
     if not members:
-        return
+        return static
     router: nn.Module | None = None
     d = base.model.config.d_model
     if config["router"] == PrototypeRouter.__name__:
@@ -257,3 +260,4 @@ def load_composition(folder: RunFolder, base: Base) -> None:
     pushes = [m.push(base) for m in members]
     composition = Composition(pushes, [m.weight for m in members], router)
     base.model.push = composition.requires_grad_(False).to(base.model.embedding.weight.device)
+    return static

@@ -11,7 +11,7 @@ from tinyld.commands.workspace import default_base, keep_freed_memory, newest_ru
 from tinyld.config import SampleConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.report import print_table
-from tinyld.runs import MANIFEST, RESULTS, RunFolder, environment
+from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tasks import Task, load_split, load_task
 
 if TYPE_CHECKING:
@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 
 
 def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, list[str]]:
-    """The run's denoiser as a Base, and the tasks it was made for (none for a base)."""
+    """The run's denoiser as a Base, and the tasks it was made for (none for a base, or a LoRA in PEFT's layout)."""
     from tinyld.adapter import find_base, load_adapter
     from tinyld.base import load_base
-    from tinyld.compose import load_composition
+    from tinyld.compose import attach_static, load_composition
+    from tinyld.methods import WeightLora
+    from tinyld.peft import is_peft, load_peft
     from tinyld.train import resolve_device
 
     where = resolve_device(device)
+    if is_peft(path):
+        base = load_base(base_path or default_base(), where)
+        attach_static(base, (WeightLora.name, *load_peft(path, base.model.config)))
+        return base, []
     folder = RunFolder.open(path)
     config = folder.config
     if config["kind"] == "base":
@@ -89,7 +95,7 @@ def eval(
         if task is not None:
             tasks = [task]
         if not tasks:
-            raise UsageError(f"{run} is a base: say which task to evaluate with --task")
+            raise UsageError(f"{run} was made for no task: say which to evaluate with --task")
         for name in tasks:
             rows = rows_for(base, load_task(name), split, data)
             found = evaluate_run(base, rows, sampling, draws, dtype, quiet, limit)
@@ -150,7 +156,7 @@ def one_line(text: str) -> str:
 def remember(run: Path, key: str, record: dict[str, Any]) -> None:
     """Keeps an evaluation in the run's results.json; a read-only run (the released base, say) is left alone."""
     folder = RunFolder(run)
-    if not (run / MANIFEST).exists() or run.resolve() == default_base().resolve():
+    if not RunFolder(run).is_run() or run.resolve() == default_base().resolve():
         return
     results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
     results.setdefault("eval", {})[key] = record

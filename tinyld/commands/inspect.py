@@ -1,4 +1,4 @@
-"""The verbs that read: `sample`, `export`, `info`, `tasks`, `report`; and `compare`, which makes what they read."""
+"""The short verbs: `sample`, `export`, `merge`, `info`, `tasks`, `report`, `compare`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.commands.evaluate import load_run
-from tinyld.commands.workspace import default_base, finish, say_to_stderr
+from tinyld.commands.workspace import default_base, finish, refuse_inside, say_to_stderr
 from tinyld.config import ModelConfig, SampleConfig, check, from_dict
 from tinyld.errors import TinyldError
 from tinyld.report import print_table
-from tinyld.runs import CONFIG, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
 from tinyld.tasks import load_split, load_task
 
 
@@ -53,14 +53,62 @@ def sample(
             print(text)
 
 
-def export(run: Path, out: Path) -> None:
-    """Writes a base as a transformers folder."""
+def export(run: Path, to: str, out: Path) -> None:
+    """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
     from tinyld.base import load_base
     from tinyld.hf import export_bert
 
-    base = load_base(run)
-    export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
-    print(f"wrote {out}: load it with transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})")
+    if to == "hf":
+        base = load_base(run)
+        export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
+        print(f"wrote {out}: load it with transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})")
+        return
+    from tinyld.methods import WeightLora
+    from tinyld.peft import export_peft
+
+    folder = RunFolder.open(run)
+    config = folder.config
+    settings = dict(config.get("method", {}))
+    if settings.pop("name", None) != WeightLora.name:
+        raise TinyldError(f"{run} is no weight-lora adapter, the only kind that PEFT has")
+    method = from_dict(WeightLora.Config, settings, str(run / CONFIG))
+    export_peft(method, folder.read_tensors(ADAPTER), config["base"]["fingerprint"], out)
+    print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(denoiser, {str(out)!r})")
+
+
+def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool) -> None:
+    """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
+    import torch
+
+    from tinyld.adapter import find_base, load_adapter
+    from tinyld.base import load_base, save_base
+    from tinyld.compose import load_composition
+
+    folder = RunFolder.open(run)
+    config = folder.config
+    RunFolder.check_free(out, force)
+    refuse_inside(out, [run])
+    if config["kind"] == "base":
+        raise TinyldError(f"{run} is a base already")
+    if config["kind"] == "adapter":
+        adapted = load_adapter(folder, default_base(), base_path)
+        base, method = adapted.base, adapted.method
+    else:
+        base = load_base(find_base(config, run, base_path, default_base()))
+        found = load_composition(folder, base)
+        if found is None or base.model.push is not None:
+            raise TinyldError(f"{run} holds trajectory-lora adapters, which depend on t and cannot be merged")
+        method = found
+    try:
+        method.merge(base.model)
+    except ValueError as error:
+        raise TinyldError(f"{run}: {error}") from None
+    refuse_inside(out, [base.path])
+    target = RunFolder.create(out, force)
+    merged = RunFolder(base.path).config | {"merged": {"run": str(run), "base": base.fingerprint}}
+    target.write_json(CONFIG, merged | {"environment": environment()})
+    save_base(target, base.model, dict(base.model.named_parameters()), base.tokenizer, torch.float32)
+    finish("merged base", {"run": str(out), "parameters": base.model.config.num_parameters()}, json)
 
 
 def info(path: Path, json: bool) -> None:
