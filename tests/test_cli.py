@@ -367,6 +367,33 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
     assert again == pytest.approx(expected, rel=1e-3)
 
 
+OPPOSITE = """
+template = "{label} : {answer}"
+answer_tokens = 4
+rows_from = "mood.toml"
+"""
+
+
+def test_a_composition_reads_a_label_and_writes_its_opposite(
+    place: Path, adapters: dict[str, tuple[Path, Ran]]
+) -> None:
+    (place / "opposite.toml").write_text(OPPOSITE)
+    good("finetune", "--task", place / "opposite.toml", "--base", place / "base", "--steps", 2, "--quiet", *TRAJECTORY,
+         "--out", "writer")  # fmt: skip
+    good("compose", adapters["trajectory-lora"][0], "writer", "--out", "both", "--quiet")
+    asked = ("eval", "both", "--task", place / "mood.toml", "--then", place / "opposite.toml")
+    record = good(*asked, "--judge", adapters["full"][0], "--predictions", "out.tsv", "--json").json
+    lines = [line.split("\t") for line in Path("out.tsv").read_text().splitlines()]
+    assert record["n"] == 3 == len(lines) - 1
+    names = {"sad": "happy", "happy": "sad", "": "happy"}
+    assert all(asked == names[read] for _, _, read, asked, _ in lines[1:])
+    assert record["first_accuracy"] == pytest.approx(sum(g == r for _, g, r, _, _ in lines[1:]) / 3)
+    assert record["low"] <= record["written_as_asked"] <= record["high"] and record["nll_written"] > 0
+    assert "written as asked" in good(*asked, "--judge", adapters["full"][0]).stdout
+    refused = cli(*asked)
+    assert refused.code == 2 and "--then takes one run, --task and --judge" in refused.stderr
+
+
 def test_a_trained_router_and_the_worst_drop(pair: tuple[Path, Path]) -> None:
     ran = good("compose", *pair, "--train-router", 3, "--out", "both", "--json")
     assert ran.json["how"] == "router" and len(ran.json["confusion"]) == 2

@@ -335,6 +335,10 @@ def eval(
         Path | None, typer.Option(help="A file of rows, or a folder with <task>/dev.tsv and so on.")
     ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Running text to measure the NLL bound on.")] = None,
+    then: Annotated[
+        str | None, typer.Option(help="Generation task that writes the opposite of the label decoded for --task.")
+    ] = None,
+    judge: Annotated[Path | None, typer.Option(help="With --then: the run that labels what was written.")] = None,
     base: BasePath = None,
     sampler: Sampler = "low_confidence",
     steps: DenoiseSteps = None,
@@ -350,13 +354,19 @@ def eval(
     quiet: Quiet = False,
 ) -> None:
     """Decode answers and measure them: tinyld eval runs/reviews-trajectory-lora-s0 --split test"""
-    from tinyld.commands.evaluate import eval, eval_text
+    from tinyld.commands.evaluate import eval, eval_chain, eval_text
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
     if text and (task or data or limit or predictions):
         raise UsageError("--text measures running text; it goes without --task, --data, --limit and --predictions")
     if text:
         return eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
+    if then is not None or judge is not None:
+        if then is None or judge is None or task is None or not runs or len(runs) != 1:
+            raise UsageError("--then takes one run, --task and --judge")
+        return eval_chain(
+            runs[0], task, then, judge, split, data, base, sampling, limit, device, predictions, json, quiet
+        )
     eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
 
 

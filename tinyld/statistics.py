@@ -12,7 +12,7 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, square = correct / n, z * z
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside
 
 
 def macro_f1(gold: np.ndarray, predicted: np.ndarray, num_labels: int) -> float:

@@ -501,6 +501,22 @@ def load_split(
     return examples
 
 
+def prompt_for_label(task: Task, label: str) -> Example:
+    """What asks a generation task for a text of `label`; UsageError when its prompt is not the label alone."""
+    fields = [field for _, field, _, _ in string.Formatter().parse(task.template) if field not in (None, "answer")]
+    check(task.is_generation and fields == ["label"], f"task {task.name} does not write from a label alone")
+    check(label in task.label_names, f"task {task.name} knows no label {label!r}; it has {', '.join(task.label_names)}")
+    before, after = _fill(task.template, {"label": label})
+    return Example(before, after, "", None)
+
+
+def example_of_text(task: Task, text: str, label: int) -> Example:
+    """A label task's example of one text; UsageError when it reads more than one."""
+    check(not task.is_generation and len(task.columns) == 1, f"task {task.name} does not label one text")
+    before, after = _fill(task.template, {next(iter(task.columns)): text})
+    return Example(before, after, task.verbalizer[task.labels[label]], label)
+
+
 def _fill(template: str, fields: dict[str, str]) -> tuple[str, str]:
     """The prompt text ahead of and behind {answer}."""
     halves = [""]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld.commands.workspace import default_base, keep_freed_memory, newest_run
 from tinyld.config import SampleConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.report import print_table
+from tinyld.report import print_record, print_table
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tasks import Task, load_split, load_task
 
@@ -46,12 +46,12 @@ def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, lis
     return base, [m["task"] for m in config["members"]]
 
 
-def rows_for(base: Base, task: Task, split: str, data: Path | None) -> TaskRows:
-    """A split's rows; `data` may be a folder or one file of rows."""
+def rows_for(base: Base, task: Task, split: str, data: Path | None, limit: int | None = None) -> TaskRows:
+    """A split's rows, the first `limit` of them; `data` may be a folder or one file of rows."""
     from tinyld.data import TaskRows
 
     file = data if data is not None and not data.is_dir() else None
-    examples = load_split(task, split, None if file else data, file)
+    examples = load_split(task, split, None if file else data, file, limit)
     return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
 
 
@@ -179,3 +179,50 @@ def print_evaluations(title: str, records: Sequence[dict[str, Any]]) -> None:
         decoded = (percent(r.get("accuracy")), interval)
         rows.append((r["run"], r["task"], r["split"], r["n"], *decoded, *rates, bound, round(r["rows_per_second"])))
     print_table(title, columns, rows)
+
+
+def eval_chain(
+    run: Path,
+    task: str,
+    then: str,
+    judge: Path,
+    split: str,
+    data: Path | None,
+    base_path: Path | None,
+    sampling: SampleConfig,
+    limit: int | None,
+    device: str,
+    predictions: Path | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Reads each row's label, writes a text of the other label by `then`, and has `judge` say what was written."""
+    from tinyld.chain import judge_chain, write_opposites
+    from tinyld.progress import Progress
+    from tinyld.runs import write_atomic
+    from tinyld.train import autocast, resolve_dtype
+
+    keep_freed_memory()
+    base, _ = load_run(run, base_path, device)
+    judging, _ = load_run(judge, base_path, device)
+    plain, _ = load_run(base.path, None, device)
+    rows = rows_for(base, load_task(task), split, data, limit)
+    where = base.model.embedding.weight.device
+    with Progress("write", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype("auto", where)):
+        written = write_opposites(base, rows, load_task(then), sampling, bar.advance_to)
+        record = {"run": str(run), "task": task, "then": then, "judge": str(judge), "split": split}
+        record |= judge_chain(written, rows, judging, plain)
+    remember(
+        run, f"{task}+{then}/{split}", {**record, "nll_bound": record["nll_written"], "environment": environment()}
+    )
+    if predictions is not None:
+        labels = rows.task.labels
+        lines = ["prompt\tgold\tread\tasked\ttext"]
+        for w in written:
+            names = [labels[w.gold], labels[w.read] if w.read >= 0 else "", labels[w.asked]]
+            lines.append("\t".join(map(one_line, [w.prompt, *names, w.text])))
+        write_atomic(predictions, ("\n".join(lines) + "\n").encode())
+    if json:
+        print(jsonlib.dumps(record))
+    else:
+        print_record("read, then write the opposite", record)
