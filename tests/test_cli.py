@@ -394,6 +394,21 @@ def test_a_composition_reads_a_label_and_writes_its_opposite(
     assert refused.code == 2 and "--then takes one run, --task and --judge" in refused.stderr
 
 
+def test_automatic_ranks_end_within_the_budget_and_the_spectrum_shows_every_place(place: Path) -> None:
+    out = Path("auto")
+    summary = finetune(place, out, "--ranks", "auto", "--budget", "6%", "--blocks", 2, "--json").json
+    config = RunFolder(out).config
+    assert summary["stored_percent"] <= 6 and len(config["method"]["ranks"]) == 9
+    assert sum(config["started_as"]["ranks"][:1]) * 3 > sum(config["method"]["ranks"][::3])
+    assert config["parameters"]["stored_parameters"] == summary["stored_parameters"]
+    assert good("eval", out, "--json").json[0]["n"] == 3
+    found = good("info", out, "--spectrum", "--json").json
+    assert [len(found["effective_rank"]), len(found["bands"])] == [3, 5]
+    shown = good("info", out, "--spectrum").stdout
+    assert "final state" in shown and "middle off" in shown
+    assert cli("info", place / "mood-full", "--spectrum").code == 2
+
+
 def test_a_trained_router_and_the_worst_drop(pair: tuple[Path, Path]) -> None:
     ran = good("compose", *pair, "--train-router", 3, "--out", "both", "--json")
     assert ran.json["how"] == "router" and len(ran.json["confusion"]) == 2

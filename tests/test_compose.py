@@ -19,6 +19,7 @@ from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.interference import effective_rank, principal_cosines
 from tinyld.methods import METHODS
+from tinyld.methods.bands import NUM_BANDS, band_of
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import Denoiser
 from tinyld.router import (
@@ -31,6 +32,7 @@ from tinyld.router import (
 )
 from tinyld.runs import RunFolder
 from tinyld.search import BOUND, search_weights
+from tinyld.spectrum import band_off, effective_ranks
 from tinyld.statistics import paired_difference
 
 COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast", "separate", "core")
@@ -278,6 +280,25 @@ def test_the_search_never_ends_worse_than_the_best_single_adapter() -> None:
 
     weights, score = search_weights(noise, 2, 30)
     assert weights == [0.0, 1.0] and score == pytest.approx(table[0.0, 1.0] + 0.05 * 0.5)
+
+
+@pytest.mark.parametrize("case", ["best-2", "separate", "fast"])
+def test_with_a_band_off_its_rows_are_the_bases_and_the_others_are_as_they_were(config: ModelConfig, case: str) -> None:
+    member, on = trained_member(config, case)
+    base, noised = base_of(fresh_base(config)), noised_batch(config)
+    plain = logits(base.model, noised)
+    push = base.model.push = member.push(base)
+    for band in range(NUM_BANDS):
+        rows = band_of(noised.t) == band
+        with band_off(push, band):
+            off = logits(base.model, noised)
+        torch.testing.assert_close(off[rows], plain[rows], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(off[~rows], on[~rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(base.model, noised), on, atol=1e-5, rtol=1e-5)
+    ranks = effective_ranks(push)
+    assert len(ranks) == member.config.blocks + 1
+    for row in ranks:
+        assert all(0 <= r <= most + 1e-3 for r, most in zip(row, member.config.ranks, strict=True)), row
 
 
 @pytest.mark.parametrize("n", [1, 4, 9])

@@ -76,13 +76,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mix-1": trajectory(blocks=1, read="mix"),
     "attend-2": trajectory(blocks=2, attend=16),
     "core": trajectory(blocks=1, sharing="core", modules=2),
+    "by-place": trajectory(blocks=1, ranks=(4, 2, 1, 3, 3, 2)),
+    "prune": trajectory(blocks=2, prune=0.5),
     "smooth-core": trajectory(blocks=0, sharing="smooth-core", read="mix", attend=8),
 }
 BANDED = ("weight-lora-bands", "weight-lora-core")
 every_case = pytest.mark.parametrize("case", CASES)
 TRAJECTORY = [k for k, (name, _) in CASES.items() if name == "trajectory-lora"]
 of_trajectory = pytest.mark.parametrize("case", TRAJECTORY)
-BEYOND = ("fast", "mix-1", "attend-2", "core", "smooth-core")  # what the paper's formula does not have
+BEYOND = ("fast", "mix-1", "attend-2", "core", "smooth-core", "by-place")  # what the paper's formula does not have
 of_units = pytest.mark.parametrize("case", [k for k in TRAJECTORY if k not in BEYOND])
 
 
@@ -264,6 +266,8 @@ COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
     "fast": lambda m, c: max(c.ranks) * (32 + 32 + TIME_WIDTH) + 3 + 4 * 32 * c.attend,
     "mix-1": lambda m, c: 2 * (4 * (32 + 32 + TIME_WIDTH) + 2),
     "attend-2": lambda m, c: 3 * (4 * (32 + 32 + TIME_WIDTH) + 4 * 32 * 16),
+    "by-place": lambda m, c: (4 + 3) * (32 + 32 + TIME_WIDTH),
+    "prune": lambda m, c: 3 * 4 * (32 + 32 + TIME_WIDTH),
     "core": lambda m, c: 2 * 2 * (4 * (32 + 32 + TIME_WIDTH) + 3 * 4 * 4),
     "smooth-core": lambda m, c: 4 * (32 + 32 + TIME_WIDTH) + 3 * 4 * 4 + 3 + 4 * 32 * 8,
 }
@@ -373,7 +377,7 @@ WRONG = [
     ("bitfit", {"budget": 0.5}, "bitfit has no rank to fit a budget with"),
     ("trajectory-lora", {"rank": 4}, "--rank is not an option of trajectory-lora"),
     ("trajectory-lora", {"recipe": "worst"}, "recipe must be one of best, fast, paper, got 'worst'"),
-    ("trajectory-lora", {"ranks": (4, 2)}, r"ranks needs 3 values, high noise first, got \(4, 2\)"),
+    ("trajectory-lora", {"ranks": (4, 2)}, r"ranks needs 3 values, high noise first, or as many a place, got \(4, 2\)"),
     ("trajectory-lora", {"ranks": (4, 0, 1)}, "every rank must be at least 1, got 4,0,1"),
     ("trajectory-lora", {"sigma": (1.0,)}, "sigma needs 3 values"),
     ("trajectory-lora", {"modules": 0}, "modules must be at least 1, got 0"),
@@ -383,6 +387,9 @@ WRONG = [
         {"sharing": "shared"},
         "sharing must be one of nested, separate, core, smooth-core, got 'shared'",
     ),
+    ("trajectory-lora", {"blocks": 1, "ranks": (4, 2, 1, 4, 2, 1, 4, 2, 1)}, "ranks needs 3 values"),
+    ("trajectory-lora", {"prune": 1.0}, "prune is a share of the rank units"),
+    ("trajectory-lora", {"prune": 0.5, "sharing": "separate"}, "prune needs nested bands and one module"),
     ("trajectory-lora", {"read": "all"}, "read must be one of state, mix, got 'all'"),
     ("trajectory-lora", {"attend": 12}, "attend must be 0 or a multiple of 8, got 12"),
     ("trajectory-lora", {"conditioning": "shift"}, "conditioning must be one of none, gate, got 'shift'"),
@@ -553,6 +560,69 @@ def test_sigma_scales_the_push_linearly(config: ModelConfig, case: str, factor: 
         one, other = (m.push.start(noised.t, noised.prompt_mask, history)(depth, h) for m in (plain, scaled))
     torch.testing.assert_close(other, factor * one)
     assert one.abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- pruning
+
+
+def pruned(config: ModelConfig, progresses: list[float], prune: float = 0.5) -> tuple[Denoiser, TrajectoryLora]:
+    """A push of 3 places x 8 units whose strengths are known, after updates at the given shares of a run."""
+    settings = TrajectoryLoraConfig(ranks=(8, 4, 1), blocks=2, prune=prune)
+    method = TrajectoryLora(settings, config)
+    model = fresh_base(config)
+    method.attach(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, place in enumerate(method.push.places):  # unit u of place i has strength 10 i + u + 1
+            place.up.copy_(torch.eye(32)[:, :8] * (10.0 * i + torch.arange(1, 9)))
+            place.down.copy_(F.normalize(place.down, dim=1))
+    for progress in progresses:
+        method.after_update(progress)
+    return model, method
+
+
+def living(method: TrajectoryLora) -> list[int]:
+    return [int((place.up.norm(dim=0) > 0).sum()) for place in method.push.places]
+
+
+def test_ranks_shrink_from_the_weakest_unit_and_every_place_keeps_one(config: ModelConfig) -> None:
+    assert living(pruned(config, [0.1])[1]) == [8, 8, 8]
+    assert living(pruned(config, [0.4])[1]) == [2, 8, 8]  # a quarter of 24
+    assert living(pruned(config, [0.6])[1]) == [1, 3, 8]  # half; the strongest of the first place stays
+    assert living(pruned(config, [0.3, 0.4, 0.5, 0.9, 1.0])[1]) == [1, 3, 8]
+    kept = pruned(config, [1.0])[1].push.places[1].up.norm(dim=0).nonzero()[:, 0].tolist()
+    assert kept == [5, 6, 7]
+
+
+def test_dropped_units_stay_dropped_whatever_the_optimizer_does(config: ModelConfig) -> None:
+    model, method = pruned(config, [1.0])
+    for place in method.push.places:
+        place.up.data += 0.01
+    method.after_update(1.0)
+    assert living(method) == [1, 3, 8]
+
+
+def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config: ModelConfig) -> None:
+    model, method = pruned(config, [1.0])
+    noised = noised_batch(config)
+    noised = replace(noised, t=torch.full_like(noised.t, MIDDLES[0]))  # every unit is used
+    before = logits(model, noised)
+    method.finish()
+    torch.testing.assert_close(logits(model, noised), before, atol=1e-5, rtol=1e-5)
+    assert method.config.prune == 0 and method.config.ranks == (1, 1, 1, 3, 1, 1, 8, 4, 1)
+    assert sum(p.numel() for p in method.own.values()) == 12 * (32 + 32 + TIME_WIDTH)
+    assert TrajectoryLora.expected_parameters(method.config, config) == 12 * (32 + 32 + TIME_WIDTH)
+    again = TrajectoryLora(from_dict(TrajectoryLoraConfig, to_dict(method.config), "config.json"), config)
+    other = fresh_base(config)
+    again.attach(other)
+    load_exactly(again.own, method.own, Path("adapter"))
+    assert torch.equal(logits(other, noised), logits(model, noised))
+
+
+def test_automatic_ranks_end_within_the_budget() -> None:
+    base = ModelConfig(8192)
+    settings = make_config("trajectory-lora", {"prune": 0.5}, base)
+    start = TrajectoryLora.expected_parameters(settings, base) / base.num_parameters()
+    assert 0.012 < start <= 0.014
 
 
 # ---------------------------------------------------------------------------------------------- reading, cores

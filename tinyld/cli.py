@@ -245,7 +245,10 @@ def finetune(
     budget: Annotated[
         str | None, typer.Option(help="Largest share of the base that is stored, e.g. 0.7%; sets the rank.")
     ] = None,
-    ranks: Annotated[str | None, typer.Option(help="Rank by band, high noise first: 64,32,8.")] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Rank by band, high noise first: 64,32,8. trajectory-lora: auto starts at twice the budget."),
+    ] = None,
     sigma: Annotated[str | None, typer.Option(help="trajectory-lora: scale by band: 1,0.5,0.25.")] = None,
     modules: Annotated[int | None, typer.Option(help="trajectory-lora: pushes summed at one place.")] = None,
     blocks: Annotated[
@@ -308,7 +311,8 @@ def finetune(
     if resume is not None:
         return go_on(resume, json=json, quiet=quiet)
     options = {
-        "recipe": recipe, "budget": share(budget, "--budget"), "ranks": numbers(ranks, int, "--ranks"),
+        "recipe": recipe, "budget": share(budget, "--budget"),
+        "ranks": None if ranks == "auto" else numbers(ranks, int, "--ranks"), "prune": 0.5 if ranks == "auto" else None,
         "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "sharing": sharing,
         "read": read, "attend": attend,
         "conditioning": conditioning, "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
@@ -459,10 +463,23 @@ def merge(
 
 
 @app.command()
-def info(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
+def info(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="What each noise band of a trajectory-lora does.")
+    ] = False,
+    base: BasePath = None,
+    data: DataFolder = None,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
     """Say what a run is, and check its files: tinyld info runs/reviews-trajectory-lora-s0"""
-    from tinyld.commands.inspect import info
+    from tinyld.commands.inspect import info, info_spectrum
 
+    if spectrum:
+        return info_spectrum(run, base, data, limit, json)
+    if base or data or limit:
+        raise UsageError("--base, --data and --limit go with --spectrum")
     info(run, json)
 
 

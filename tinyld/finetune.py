@@ -100,10 +100,18 @@ def finetune(
         held_out,
         f"{method.name} {train_rows.task.name}",
         penalty=method.penalty if method.penalty() is not None else None,
+        after_update=method.after_update,
         cache=cache,
         resume=resume,
         quiet=quiet,
     )
+    started_as = method.config
+    method.finish()
+    if method.config != started_as:
+        counts = sizes(method, base)
+        changed = {"method": method_record(method), "started_as": to_dict(started_as), "parameters": counts}
+        folder.write_json(CONFIG, folder.config | changed)
+        say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
     folder.write_tensors(ADAPTER, method.own)
     if method.name == TrajectoryLora.name:
         folder.write_tensors(PROTOTYPE, {"prototype": prompt_prototype(base, train_rows)})

@@ -126,8 +126,13 @@ def settings(record: Mapping[str, Any]) -> str:
     """What sets a method's size, in a few words."""
     method = record["method"]
     parts = [f"{name} {method[name]}" for name in ("rank", "blocks") if name in method]
-    if "ranks" in method:
-        parts.append(f"ranks {'/'.join(map(str, method['ranks']))}")
+    parts += [f"attend {method['attend']}"] if method.get("attend") else []
+    parts += [f"{method[name]}" for name in ("sharing", "conditioning") if method.get(name) not in USUAL]
+    ranks = method.get("ranks") or []
+    if len(ranks) > NUM_BANDS:  # place by place: the largest of each
+        parts.append(f"ranks {'-'.join(map(str, ranks[::NUM_BANDS]))}")
+    elif ranks:
+        parts.append(f"ranks {'/'.join(map(str, ranks))}")
     return ", ".join(parts) or "-"
 
 
@@ -137,6 +142,9 @@ def training(record: Mapping[str, Any]) -> str:
     unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
     return f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
 
+
+USUAL = (None, "nested", "none")
+NUM_BANDS = 3  # that a run's ranks are listed by (bands.py would bring torch in)
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

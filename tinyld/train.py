@@ -106,6 +106,7 @@ def train(
     evaluate: Callable[[], dict[str, float]],
     label: str,
     penalty: Callable[[], Tensor] | None = None,
+    after_update: Callable[[float], None] = lambda progress: None,
     cache: Callable[[Batch, Noised], Noised] | None = None,
     body: frozenset[str] = frozenset(),
     resume: bool = False,
@@ -113,8 +114,9 @@ def train(
 ) -> TrainResult:
     """Trains `parameters` in place and leaves them at their last (or EMA) values.
 
-    `penalty` is added to each update's loss (a method's regulariser). `cache` may add kept states to a noised batch.
-    `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact.
+    `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `cache` may add
+    kept states to a noised batch. `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock
+    and so are not bit-exact.
     """
     device = model.embedding.weight.device
     dtype = resolve_dtype(config.dtype, device)
@@ -198,6 +200,7 @@ def train(
             step += 1
             tokens += int(batch.attention_mask.sum())
             seconds += time.perf_counter() - started
+            after_update(progress())
             if ema:
                 decay = min(config.ema, (1 + step) / (10 + step))
                 with torch.no_grad():

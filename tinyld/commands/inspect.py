@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyld.commands.evaluate import load_run
+from tinyld.commands.evaluate import load_run, percent, rows_for
 from tinyld.commands.workspace import default_base, finish, refuse_inside, say_to_stderr
 from tinyld.config import ModelConfig, SampleConfig, check, from_dict
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, UsageError
 from tinyld.report import print_table
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
 from tinyld.tasks import load_split, load_task
@@ -148,6 +148,34 @@ def info(path: Path, json: bool) -> None:
         record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
     record["command"] = config.get("environment", {}).get("command")
     finish(config["kind"], record, json)
+
+
+def info_spectrum(run: Path, base_path: Path | None, data: Path | None, limit: int | None, json: bool) -> None:
+    """What each band of a trajectory adapter holds, and is worth on its task's dev rows."""
+    from tinyld.adapter import load_adapter
+    from tinyld.methods import TrajectoryLora
+    from tinyld.methods.bands import BAND_NAMES
+    from tinyld.spectrum import spectrum
+
+    adapted = load_adapter(RunFolder.open(run), default_base(), base_path)
+    if not isinstance(adapted.method, TrajectoryLora):
+        raise UsageError(f"{run} is {adapted.method.name}; --spectrum looks into trajectory-lora")
+    rows = rows_for(adapted.base, load_task(adapted.task), "dev", data)
+    found = spectrum(adapted.base, adapted.method.push, rows, limit)
+    if json:
+        return print(jsonlib.dumps({"run": str(run), **found}))
+    first = adapted.method.first_depth
+    ranks = [
+        (f"before block {first + i}", *(round(r, 2) for r in row)) for i, row in enumerate(found["effective_rank"])
+    ]
+    ranks[-1] = ("final state", *ranks[-1][1:])
+    print_table("effective rank by noise band", ("place", *BAND_NAMES), ranks)
+    bands = [
+        (b["which"], percent(b["accuracy"]), round(b["nll_bound"], 4), percent(b.get("share_lost")))
+        for b in found["bands"]
+    ]
+    columns = ("", "accuracy %", "NLL bound", "% of the NLL reduction lost")
+    print_table(f"{adapted.task}, {found['n']:,} dev rows", columns, bands)
 
 
 def tasks(json: bool) -> None:

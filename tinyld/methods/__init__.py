@@ -44,4 +44,6 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
             own = ", ".join(f"--{o.replace('_', '-')}" for o in sorted(allowed)) or "no option"
             raise UsageError(f"--{option.replace('_', '-')} is not an option of {name}, which has {own}")
     config = replace(config, **given)
-    return config if budget is None else method.fit_budget(config, model_config, budget)
+    if budget is None:
+        return config
+    return method.fit_budget(config, model_config, budget / (1.0 - getattr(config, "prune", 0.0)))

@@ -86,6 +86,14 @@ class Method(ABC):
         """Turns the method's effect off and on again; full and bitfit change the base itself and refuse."""
         raise ValueError(f"{self.name} changes the base's own weights; reload the base instead")
 
+    def after_update(self, progress: float) -> None:
+        """Called after every optimizer update, with the share of the run that is done."""
+        return None
+
+    def finish(self) -> None:
+        """Called once after training, before the method is saved; `config` and `own` may change."""
+        return None
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None

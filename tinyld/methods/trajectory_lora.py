@@ -17,6 +17,7 @@ Departures from the paper, each because the evidence asks for it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,11 +35,12 @@ SHARINGS = ("nested", "separate", "core", "smooth-core")
 CONDITIONINGS = ("none", "gate")
 READINGS = ("state", "mix")
 HEAD_WIDTH = 8  # of attending units
+PRUNE_FROM, PRUNE_TO = 0.2, 0.6  # of the run: while ranks shrink
 
 
 @dataclass(frozen=True)
 class TrajectoryLoraConfig:
-    ranks: tuple[int, ...] = (64, 32, 8)  # by band, high noise first
+    ranks: tuple[int, ...] = (64, 32, 8)  # by band, high noise first; at each place, or place by place
     sigma: tuple[float, ...] = (1.0, 0.5, 0.25)  # by band, high noise first
     modules: int = 1  # k: pushes summed at one place
     blocks: int = 6  # pushes stand before each of the last `blocks` blocks, and on the final state
@@ -48,12 +50,18 @@ class TrajectoryLoraConfig:
     conditioning: str = "none"
     lambda_rank: float = 0.0  # weight of the nuclear norm of every A_i B_i
     lambda_orth: float = 0.0  # weight of sum over i != j of ||A_i^T A_j||_F^2
+    prune: float = 0.0  # share of the rank units that is dropped while training, the weakest first
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name in ("ranks", "sigma"):
-            values = getattr(self, name)
-            check(len(values) == NUM_BANDS, f"{name} needs {NUM_BANDS} values, high noise first, got {values}")
+        check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
+        check(
+            len(self.ranks) == NUM_BANDS or (self.blocks >= 0 and len(self.ranks) == NUM_BANDS * (self.blocks + 1)),
+            f"ranks needs {NUM_BANDS} values, high noise first, or as many a place, got {self.ranks}",
+        )
+        check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
+        by_unit = self.sharing == "nested" and self.modules == 1
+        check(by_unit or (not self.prune and len(self.ranks) == NUM_BANDS), "prune needs nested bands and one module")
         check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.modules >= 1, f"modules must be at least 1, got {self.modules}")
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
@@ -65,6 +73,12 @@ class TrajectoryLoraConfig:
         check_choice("sharing", self.sharing, SHARINGS)
         check_choice("read", self.read, READINGS)
         check_choice("conditioning", self.conditioning, CONDITIONINGS)
+
+    def at(self, place: int) -> TrajectoryLoraConfig:
+        """The config of one place alone; 0 is the lowest."""
+        if len(self.ranks) == NUM_BANDS:
+            return self
+        return replace(self, blocks=0, ranks=self.ranks[NUM_BANDS * place : NUM_BANDS * (place + 1)])
 
     @property
     def stored_rank(self) -> int:
@@ -117,6 +131,8 @@ class PushModule(nn.Module):
         self.mix = nn.Parameter(torch.zeros(frozen + 1)) if config.read == "mix" else None
         self.attention = random(3, config.attend, width) if config.attend else None  # query, key, value
         self.attended = nn.Parameter(torch.zeros(width, config.attend)) if config.attend else None
+        self.register_buffer("units", config.units(), persistent=False)
+        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
 
     def read(self, h: Tensor, history: Sequence[Tensor]) -> Tensor:
         """The normalised state, or the mix of it and the frozen ones below. (B, L, D)"""
@@ -128,7 +144,8 @@ class PushModule(nn.Module):
 
     def forward(self, h: Tensor, noise: Noise, pooled: Tensor | None, history: Sequence[Tensor]) -> Tensor:
         """The push (B, L, D). h: (B, L, D), pooled: (B, D)."""
-        down, up, gate, scale = self.down, self.up, self.gate, noise.scale
+        down, up, gate = self.down, self.up, self.gate
+        scale = self.units[noise.band] * noise.weight  # (B, units): sigma where the row's band uses a unit, else 0
         if self.core is None and bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
             if len(used) < len(down):
@@ -146,7 +163,8 @@ class PushModule(nn.Module):
         if self.attention is not None and self.attended is not None:
             q, k, v = (x @ self.attention.flatten(0, 1).T).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(q, k, F.relu(v), attn_mask=noise.prompt_mask[:, None, None, :])
-            push = push + (mixed.transpose(1, 2).flatten(2) * noise.sigma[:, None, None]) @ self.attended.T
+            sigma = self.sigma[noise.band] * noise.weight
+            push = push + (mixed.transpose(1, 2).flatten(2) * sigma[:, None, None]) @ self.attended.T
         return push
 
 
@@ -154,8 +172,8 @@ class PushModule(nn.Module):
 class Noise:
     """What the pushes of one forward pass are told, for B rows of L tokens."""
 
-    scale: Tensor  # (B, units): sigma where the row's band uses a unit, else 0
-    sigma: Tensor  # (B,)
+    band: Tensor  # (B,) index of the row's band
+    weight: float  # of the whole push
     bands: Tensor  # (B, NUM_BANDS) weights of the bands' cores
     time: Tensor  # (B, TIME_WIDTH)
     prompt_mask: Tensor  # (B, L) bool
@@ -168,24 +186,16 @@ class TrajectoryPush(nn.Module):
         super().__init__()
         self.first_depth = model_config.num_layers - config.blocks
         self.places = nn.ModuleList(
-            PushModule(config, model_config.d_model, self.first_depth, generator) for _ in range(config.blocks + 1)
+            PushModule(config.at(place), model_config.d_model, self.first_depth, generator)
+            for place in range(config.blocks + 1)
         )
-        self.register_buffer("units", config.units(), persistent=False)
-        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
         self.conditioned = config.conditioning != "none"
         self.reads_depths = config.read == "mix"
         self.smooth = config.sharing == "smooth-core"
         self.weight = 1.0  # 0 turns the push off; a composition sets its coefficient
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        band = band_of(t)
-        noise = Noise(
-            self.units[band] * self.weight,
-            self.sigma[band] * self.weight,
-            band_weights(t, self.smooth),
-            time_embedding(t),
-            prompt_mask,
-        )
+        noise = Noise(band_of(t), self.weight, band_weights(t, self.smooth), time_embedding(t), prompt_mask)
         pooled: Tensor | None = None
 
         def push_at(depth: int, h: Tensor) -> Tensor:
@@ -224,17 +234,21 @@ class TrajectoryLora(Method):
         return self.config.read == "mix"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        self.dropped: Tensor | None = None
         self.push = TrajectoryPush(self.config, self.model_config, generator).to(model.embedding.weight.device)
         model.push = self.push
         return dict(self.push.named_parameters())
 
     @classmethod
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
-        d, rank = model_config.d_model, config.stored_rank
+        d = model_config.d_model
         per_unit = 2 * d + TIME_WIDTH + (d if config.conditioning == "gate" else 0)
-        module = rank * per_unit + (NUM_BANDS * rank * rank if config.has_core else 0)
         mix = model_config.num_layers - config.blocks + 1 if config.read == "mix" else 0
-        return (config.blocks + 1) * (config.modules * module + mix + 4 * d * config.attend)
+        total = (config.blocks + 1) * (mix + 4 * d * config.attend)
+        for place in range(config.blocks + 1):
+            rank = config.at(place).stored_rank
+            total += config.modules * (rank * per_unit + (NUM_BANDS * rank * rank if config.has_core else 0))
+        return total
 
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> TrajectoryLoraConfig:
@@ -247,15 +261,60 @@ class TrajectoryLora(Method):
     def set_enabled(self, enabled: bool) -> None:
         self.push.weight = 1.0 if enabled else 0.0
 
+    @torch.no_grad()
+    def after_update(self, progress: float) -> None:
+        """Drops the weakest rank units of all places, from PRUNE_FROM to PRUNE_TO of the run until `prune` are gone.
+
+        Weak is a small ||a_u|| ||b_u||; dropped units are zero and stay so. No place loses its last unit.
+        """
+        if self.config.prune == 0 or progress < PRUNE_FROM:
+            return
+        place = torch.cat([torch.full((len(p.down),), i) for i, p in enumerate(self.push.places)])
+        strength = torch.cat([p.up.norm(dim=0) * p.down.norm(dim=1) for p in self.push.places]).cpu()
+        gone = self.config.prune * min(1.0, (progress - PRUNE_FROM) / (PRUNE_TO - PRUNE_FROM))
+        target = math.ceil(gone * len(strength) - 1e-9)
+        if self.dropped is None or target > int(self.dropped.sum()):
+            last = torch.zeros_like(strength, dtype=torch.bool)
+            for i in range(len(self.push.places)):
+                last[torch.where(place == i, strength, -1.0).argmax()] = True
+            order = torch.where(last, torch.inf, strength).argsort(stable=True)
+            self.dropped = torch.zeros_like(last)
+            self.dropped[order[: min(target, int((~last).sum()))]] = True
+        for i, p in enumerate(self.push.places):
+            dead = self.dropped[place == i].to(p.down.device)
+            p.up[:, dead], p.down[dead] = 0.0, 0.0
+            if p.gate is not None:
+                p.gate[dead] = 0.0
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Stores the living units only: another config, with ranks place by place."""
+        if self.config.prune == 0:
+            return
+        self.after_update(1.0)  # averaged weights bring dropped units back
+        ranks: list[int] = []
+        for p in self.push.places:
+            alive = p.up.norm(dim=0) * p.down.norm(dim=1) > 0
+            for name, dim in (("up", 1), ("down", 0), ("gate", 0)):
+                parameter = getattr(p, name)
+                if parameter is not None:
+                    index = alive.nonzero()[:, 0]
+                    setattr(p, name, nn.Parameter(parameter.index_select(dim, index), requires_grad=True))
+            ranks += [max(1, int((row > 0).sum())) for row in p.units[:, alive]]
+        self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
+        for i, p in enumerate(self.push.places):
+            p.units = self.config.at(i).units().to(p.units.device)
+        self.own = dict(self.push.named_parameters())
+
     def penalty(self) -> Tensor | None:
         """lambda_rank * sum ||A_i B_i||_* + lambda_orth * sum_{i != j} ||A_i^T A_j||_F^2, over places and modules."""
         config = self.config
         if config.lambda_rank == 0 and config.lambda_orth == 0:
             return None
-        total = torch.zeros((), device=self.push.units.device)
+        total = torch.zeros((), device=self.push.places[0].up.device)
         for place in self.push.places:
-            ups = place.up.split(config.stored_rank, dim=1)
-            downs = place.down.split(config.stored_rank, dim=0)
+            rank = len(place.down) // config.modules
+            ups, downs = place.up.split(rank, dim=1), place.down.split(rank, dim=0)
             if config.lambda_rank:
                 total = total + config.lambda_rank * sum(nuclear_norm(u, d) for u, d in zip(ups, downs, strict=True))
             if config.lambda_orth:
