@@ -123,9 +123,16 @@ def test_out_of_time_it_begins_no_run_and_reports_what_is_whole(tmp_path: Path) 
 
 def test_variants_carry_their_options(tmp_path: Path) -> None:
     (one,) = variants("bitfit:budget=0.7%:rslora", LRS)
-    assert one.flags == ["--method", "bitfit", "--budget", "0.7%", "--rslora"] and one.default_lr == 1e-2
+    assert one.flags == ["--method", "bitfit", "--budget", "0.7%", "--rslora"] and one.lr == 1e-2
+    (moved,) = variants("full:lr=0.2:rank=3", LRS)
+    assert moved.flags == ["--method", "full", "--rank", "3"] and moved.lr == 0.2
+    assert grid(tmp_path, Trainer()).cell("reviews", moved, 0.2, 1).folder.name == "reviews_full-rank=3_lr0.2_s1"
     assert [v.method for v in variants("all", LRS)] == ["full", "bitfit"]
-    for text, message in (("lora", "--methods takes full, bitfit or all, .* got 'lora'"), ("full,full", "names one")):
+    for text, message in (
+        ("lora", "--methods takes full, bitfit or all, .* got 'lora'"),
+        ("full,full", "names one"),
+        ("full:lr=x", "got 'x'"),
+    ):
         with pytest.raises(UsageError, match=message):
             variants(text, LRS)
 

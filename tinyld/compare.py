@@ -28,22 +28,35 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with options of its own: `weight-lora`, or `weight-lora:budget=0.7%` (`:` between several)."""
+    """A method with options of its own: `weight-lora`, or `weight-lora:budget=0.7%` (`:` between several).
+
+    `lr=X` among them moves the grid of learning rates, which is otherwise around the method's default.
+    """
 
     text: str
-    default_lr: float
+    lr: float
 
     @property
     def method(self) -> str:
         return self.text.partition(":")[0]
 
     @property
+    def options(self) -> list[str]:
+        return [option for option in self.text.split(":")[1:] if not option.startswith("lr=")]
+
+    @property
     def flags(self) -> list[str]:
         flags = ["--method", self.method]
-        for option in self.text.split(":")[1:]:
+        for option in self.options:
             name, equals, value = option.partition("=")
             flags += [f"--{name.replace('_', '-')}", *([value] if equals else [])]
         return flags
+
+    @property
+    def name(self) -> str:
+        """As part of a folder's name."""
+        text = ":".join([self.method, *self.options])
+        return "".join(c if c.isalnum() or c in "-.=%" else "-" for c in text)
 
 
 def variants(text: str, default_lrs: dict[str, float]) -> list[Variant]:
@@ -56,7 +69,16 @@ def variants(text: str, default_lrs: dict[str, float]) -> list[Variant]:
                 f"got {name!r}"
             )
     check(len(set(names)) == len(names), f"--methods names one twice: {text!r}")
-    return [Variant(name, default_lrs[name.partition(":")[0]]) for name in names]
+    found = []
+    for name in names:
+        given = [option.removeprefix("lr=") for option in name.split(":")[1:] if option.startswith("lr=")]
+        try:
+            rate = float(given[-1]) if given else default_lrs[name.partition(":")[0]]
+        except ValueError:
+            raise UsageError(f"--methods: lr takes a number, got {given[-1]!r}") from None
+        check(0 < rate < 1, f"--methods: lr must be between 0 and 1, got {rate:g}")
+        found.append(Variant(name, rate))
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,15 +123,14 @@ class Compare:
         check(len(self.tasks) > 0, "compare needs at least one --task")
 
     def cell(self, task: str, variant: Variant, lr: float, seed: int) -> Cell:
-        safe = "".join(c if c.isalnum() or c in "-.=%" else "-" for c in variant.text)
-        folder = self.out / f"{load_task(task).name.replace(':', '-')}_{safe}_lr{lr:g}_s{seed}"
+        folder = self.out / f"{load_task(task).name.replace(':', '-')}_{variant.name}_lr{lr:g}_s{seed}"
         command = ["finetune", "--task", task, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *self.flags]
         command += ["--data", str(self.data)] if self.data else []
         command += ["--base", str(self.base)] if self.base else []
         return Cell(folder, [*command, "--out", str(folder), "--json", *(["--quiet"] if self.quiet else [])])
 
     def rates(self, variant: Variant) -> list[float]:
-        return [float(f"{variant.default_lr * multiple:.3g}") for multiple in GRID[: self.trials]]
+        return [float(f"{variant.lr * multiple:.3g}") for multiple in GRID[: self.trials]]
 
     def total(self) -> int:
         return len(self.tasks) * len(self.methods) * (self.trials + self.seeds - 1)

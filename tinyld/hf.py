@@ -96,6 +96,7 @@ class Encoder:
     config: ModelConfig
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer
+    origin: dict[str, str]  # its folder, and the SHA-256 of its weights
     has_head: bool  # whether a masked-LM head came with it; without one its transform starts as the identity
 
 
@@ -179,7 +180,8 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     tensors["output_bias"] = (
         source.get(family.bias, torch.zeros(words.shape[0])) if has_head else torch.zeros(words.shape[0])
     )
-    return Encoder(config, {n: t.float() for n, t in tensors.items()}, tokenizer, has_head)
+    origin = {"folder": str(folder.resolve()), "sha256": sha256((folder / WEIGHTS).read_bytes())}
+    return Encoder(config, {n: t.float() for n, t in tensors.items()}, tokenizer, origin, has_head)
 
 
 class _Reader:
@@ -256,7 +258,7 @@ def trim_vocabulary(encoder: Encoder, counts: Mapping[int, int], size: int) -> E
         if name in tensors:
             tensors[name] = tensors[name][index].clone()
     config = ModelConfig(**{**vars(encoder.config), "vocab_size": len(kept)})
-    return Encoder(config, tensors, Tokenizer(HFTokenizer.from_str(json.dumps(raw))), encoder.has_head)
+    return Encoder(config, tensors, Tokenizer(HFTokenizer.from_str(json.dumps(raw))), encoder.origin, encoder.has_head)
 
 
 # ------------------------------------------------------------------------------------------------ export

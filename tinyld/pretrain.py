@@ -16,7 +16,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.hf import Encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
-from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder, environment, sha256
+from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, resolve_device, train
 
@@ -34,7 +34,8 @@ def load_start(folder: Path, max_length: int) -> Encoder:
     if not RunFolder(folder).is_run():
         return load_encoder(folder, max_length)
     base = load_base(folder)
-    return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, has_head=True)
+    origin = {"folder": str(folder.resolve()), "sha256": RunFolder(folder).digest(MODEL)}
+    return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, origin, has_head=True)
 
 
 def unigram_nll(stream: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
@@ -122,7 +123,7 @@ def pretrain(
                 "save_dtype": str(save_dtype).removeprefix("torch."),
                 "data": data_facts,
                 "valid": [str(v.resolve()) for v in valid],
-                "warm_start": encoder is not None,
+                "warm_start": encoder and encoder.origin,
                 "environment": environment(),
             },
         )
