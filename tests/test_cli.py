@@ -409,6 +409,16 @@ def test_automatic_ranks_end_within_the_budget_and_the_spectrum_shows_every_plac
     assert cli("info", place / "mood-full", "--spectrum").code == 2
 
 
+@pytest.mark.parametrize("verb", ["eval", "compose"])
+def test_an_adapter_of_other_bands_is_refused(pair: tuple[Path, Path], verb: str) -> None:
+    shutil.copytree(pair[1], "other")
+    folder = RunFolder(Path("other"))
+    folder.write_json(CONFIG, folder.config | {"band_edges": [1.0, 0.5, 0.2, 0.0]})
+    args = ["eval", "other"] if verb == "eval" else ["compose", pair[0], "other", "--out", "new"]
+    ran = cli(*args)
+    assert ran.code == 1 and "its bands end at [1.0, 0.5, 0.2, 0.0]" in ran.stderr and not Path("new").exists()
+
+
 def test_a_trained_router_and_the_worst_drop(pair: tuple[Path, Path]) -> None:
     ran = good("compose", *pair, "--train-router", 3, "--out", "both", "--json")
     assert ran.json["how"] == "router" and len(ran.json["confusion"]) == 2

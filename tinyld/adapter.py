@@ -12,6 +12,7 @@ from tinyld.base import Base, load_base, load_exactly
 from tinyld.config import from_dict, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, Method
+from tinyld.methods.bands import BAND_EDGES
 from tinyld.runs import ADAPTER, CONFIG, RunFolder
 
 
@@ -70,6 +71,7 @@ def load_adapter(
     where = str(folder.path / CONFIG)
     base = load_base(find_base(config, folder.path, base_path, default_base), device)
     check_base(config, base, folder.path)
+    check_bands(config, where)
     settings = dict(config["method"])
     name = settings.pop("name", None)
     if name not in METHODS:
@@ -78,6 +80,13 @@ def load_adapter(
     load_exactly(adapted.method.own, folder.read_tensors(ADAPTER), folder.path / ADAPTER)
     adapted.config = config
     return adapted
+
+
+def check_bands(config: dict[str, Any], where: str) -> None:
+    """TinyldError when a run was made for other timestep bands than this tinyld's."""
+    edges = config.get("band_edges", list(BAND_EDGES))
+    if edges != list(BAND_EDGES):
+        raise TinyldError(f"{where}: its bands end at {edges}, this tinyld's at {list(BAND_EDGES)}")
 
 
 def check_base(config: dict[str, Any], base: Base, run: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyld.adapter import check_bands
 from tinyld.base import Base, load_exactly
 from tinyld.config import check, from_dict, to_dict
 from tinyld.errors import TinyldError, UsageError
@@ -167,6 +168,7 @@ def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
         raise TinyldError(
             f"{folder.path} was trained on base {config['base']['fingerprint']}, the others on {base.fingerprint}"
         )
+    check_bands(config, str(folder.path / CONFIG))
     settings = {k: v for k, v in config["method"].items() if k != "name"}
     name = config["method"]["name"]
     if name not in METHODS:
@@ -225,8 +227,7 @@ def load_composition(folder: RunFolder, base: Base) -> Method | None:
     config, where = folder.config, folder.path / CONFIG
     if config["base"]["fingerprint"] != base.fingerprint:
         raise TinyldError(f"{folder.path} was made for base {config['base']['fingerprint']}, not {base.fingerprint}")
-    if config["band_edges"] != list(BAND_EDGES):
-        raise TinyldError(f"{where}: its bands end at {config['band_edges']}, this tinyld's at {list(BAND_EDGES)}")
+    check_bands(config, str(where))
     tensors = folder.read_tensors(ADAPTER)
 
     def part(prefix: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.evaluate import evaluate
 from tinyld.methods import TrajectoryLora
+from tinyld.methods.bands import BAND_EDGES
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, environment
@@ -47,6 +48,7 @@ def finetune(
                 "task": adapted.task,
                 "method": method_record(method),
                 "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint},
+                "band_edges": list(BAND_EDGES),
                 "diffusion": to_dict(diffusion),
                 "train": to_dict(config),
                 "cache_gb": cache_gb,
