@@ -409,6 +409,17 @@ def test_automatic_ranks_end_within_the_budget_and_the_spectrum_shows_every_plac
     assert cli("info", place / "mood-full", "--spectrum").code == 2
 
 
+def test_an_adapter_on_an_int8_base_is_evaluated_and_composed_on_one(place: Path) -> None:
+    summary = finetune(place, Path("small"), *TRAJECTORY, "--base-dtype", "int8", "--json").json
+    wide = finetune(place, Path("wide"), *TRAJECTORY, "--json").json
+    assert summary["base_bytes"] < wide["base_bytes"] / 1.8
+    found = good("eval", "small", "--json").json[0]["nll_bound"]
+    assert found == pytest.approx(summary["dev_nll_bound"], rel=1e-4)
+    both = good("compose", "small", "small", "--how", "average", "--out", "both", "--json").json["evaluations"]
+    assert both[-1]["nll_bound"] == pytest.approx(found, rel=1e-4)
+    assert good("eval", "both", "--json").json[0]["nll_bound"] == pytest.approx(found, rel=1e-4)
+
+
 @pytest.mark.parametrize("verb", ["eval", "compose"])
 def test_an_adapter_of_other_bands_is_refused(pair: tuple[Path, Path], verb: str) -> None:
     shutil.copytree(pair[1], "other")
@@ -699,6 +710,7 @@ ERRORS = [
         2,
         "needs --how router",
     ),
+    (ON + "--method full --base-dtype int8", 2, "is for frozen weights; full trains them all"),
     ("merge {place}/base --out new", 1, "is a base already"),
     ("merge {place}/mood-trajectory-lora --out new", 1, "cannot be merged"),
     ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),

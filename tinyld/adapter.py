@@ -14,6 +14,7 @@ from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, Method
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.runs import ADAPTER, CONFIG, RunFolder
+from tinyld.shrink import BASE_DTYPES
 
 
 @dataclass
@@ -35,6 +36,7 @@ def sizes(method: Method, base: Base) -> dict[str, Any]:
         "stored_parameters": stored,
         "stored_bytes": sum(p.numel() * p.element_size() for p in method.own.values()),
         "base_parameters": count,
+        "base_bytes": base.bytes,
         "stored_percent": 100 * stored / count,
     }
 
@@ -69,7 +71,8 @@ def load_adapter(
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
     where = str(folder.path / CONFIG)
-    base = load_base(find_base(config, folder.path, base_path, default_base), device)
+    found = find_base(config, folder.path, base_path, default_base)
+    base = load_base(found, device, base_dtype(config, where))
     check_base(config, base, folder.path)
     check_bands(config, where)
     settings = dict(config["method"])
@@ -80,6 +83,14 @@ def load_adapter(
     load_exactly(adapted.method.own, folder.read_tensors(ADAPTER), folder.path / ADAPTER)
     adapted.config = config
     return adapted
+
+
+def base_dtype(config: dict[str, Any], where: str) -> str:
+    """The type that a run's base was kept in when it was trained."""
+    dtype = config["base"].get("dtype", "fp32")
+    if dtype not in BASE_DTYPES:
+        raise TinyldError(f"{where}: base dtype must be one of {', '.join(BASE_DTYPES)}, got {dtype!r}")
+    return str(dtype)
 
 
 def check_bands(config: dict[str, Any], where: str) -> None:

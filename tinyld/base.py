@@ -14,6 +14,7 @@ from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
 from tinyld.runs import CONFIG, MODEL, TOKENIZER, RunFolder, sha256
+from tinyld.shrink import shrink, stored_bytes
 from tinyld.tokenizer import Tokenizer
 
 
@@ -25,6 +26,8 @@ class Base:
     model: Denoiser
     tokenizer: Tokenizer
     fingerprint: str
+    dtype: str = "fp32"  # that its frozen weights are kept in
+    bytes: int = 0  # of its weights in memory
 
 
 def fingerprint(folder: RunFolder) -> str:
@@ -40,8 +43,8 @@ def save_base(
     folder.write_tensors(MODEL, {k: v.to(dtype) for k, v in tensors.items()})
 
 
-def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
-    """A base from its run folder, in fp32; every file is checked against the manifest first."""
+def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
+    """A base from its run folder; every file is checked against the manifest first. dtype: see tinyld.shrink."""
     folder = RunFolder.open(path)
     config = folder.config
     if config["kind"] != "base":
@@ -56,7 +59,8 @@ def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
     tensors = folder.read_tensors(MODEL)
     model = Denoiser(model_config)
     load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
-    return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder))
+    shrink(model, dtype)
+    return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder), dtype, stored_bytes(model))
 
 
 @torch.no_grad()

@@ -298,6 +298,9 @@ def finetune(
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between dev evaluations.")] = 500,
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     cache_gb: Annotated[float, typer.Option(help="Memory for frozen states; 0 keeps none.")] = 4.0,
+    base_dtype: Annotated[
+        Literal["fp32", "bf16", "int8"], typer.Option(help="What the base's frozen matrices are kept in.")
+    ] = "fp32",
     resume: Resume = None,
     out: Out = None,
     force: Force = False,
@@ -326,7 +329,7 @@ def finetune(
         "eval_every": eval_every, "save_minutes": save_minutes,
     }  # fmt: skip
     diffusion = DiffusionConfig(loss=loss, time_sampling="uniform")
-    job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb)
+    job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb, base_dtype)
     finetune(job, out, force, json, quiet)
 
 

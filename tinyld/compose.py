@@ -215,7 +215,7 @@ def save_composition(folder: RunFolder, base: Base, composed: Composed, environm
             "static": static,
             "router": None if router is None else type(router).__name__,
             "band_edges": list(BAND_EDGES),
-            "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint},
+            "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
             "environment": environment,
         },
     )

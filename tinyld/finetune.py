@@ -47,7 +47,7 @@ def finetune(
                 "kind": "adapter",
                 "task": adapted.task,
                 "method": method_record(method),
-                "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint},
+                "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
                 "band_edges": list(BAND_EDGES),
                 "diffusion": to_dict(diffusion),
                 "train": to_dict(config),
@@ -66,7 +66,7 @@ def finetune(
         f"{method.name} on {train_rows.task.name}: {len(train_rows):,} rows; "
         f"trainable {counts['trainable_parameters']:,}, stored {counts['stored_parameters']:,} "
         f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
-        f"base {counts['base_parameters']:,}"
+        f"base {counts['base_parameters']:,} ({base.bytes / 2**20:.1f} MiB as {base.dtype})"
     )
     dtype = resolve_dtype(config.dtype, device)
     started = time.perf_counter()

@@ -51,7 +51,7 @@ def fresh(base: Base) -> Base:
 def compose(
     runs: list[Path], job: ComposeJob, out: Path | None, base_path: Path | None, force: bool, json: bool
 ) -> None:
-    from tinyld.adapter import find_base
+    from tinyld.adapter import base_dtype, find_base
     from tinyld.base import load_base
     from tinyld.compose import HOWS, Composed, prototype_router, read_member, save_composition
     from tinyld.train import resolve_device
@@ -67,7 +67,8 @@ def compose(
     first = folders[0].config
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
-    base = load_base(find_base(first, runs[0], base_path, default_base()), resolve_device(job.device))
+    where = resolve_device(job.device)
+    base = load_base(find_base(first, runs[0], base_path, default_base()), where, base_dtype(first, str(runs[0])))
     members = [read_member(f, base, 1.0) for f in folders]
     how = job.how or ("weights" if weights else default_how(members))
     check_choice("--how", how, HOWS)

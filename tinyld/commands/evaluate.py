@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, list[str]]:
     """The run's denoiser as a Base, and the tasks it was made for (none for a base, or a LoRA in PEFT's layout)."""
-    from tinyld.adapter import find_base, load_adapter
+    from tinyld.adapter import base_dtype, find_base, load_adapter
     from tinyld.base import load_base
     from tinyld.compose import attach_static, load_composition
     from tinyld.methods import WeightLora
@@ -41,7 +41,7 @@ def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, lis
     if config["kind"] == "adapter":
         adapted = load_adapter(folder, default_base(), base_path, where)
         return adapted.base, [adapted.task]
-    base = load_base(find_base(config, path, base_path, default_base()), where)
+    base = load_base(find_base(config, path, base_path, default_base()), where, base_dtype(config, str(path)))
     load_composition(folder, base)
     return base, [m["task"] for m in config["members"]]
 

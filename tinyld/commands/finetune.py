@@ -34,6 +34,7 @@ class FinetuneJob:
     diffusion: DiffusionConfig
     training: TrainConfig
     cache_gb: float
+    base_dtype: str
 
 
 def finetune_job(
@@ -46,9 +47,10 @@ def finetune_job(
     diffusion: DiffusionConfig,
     training: dict[str, Any],
     cache_gb: float = 4.0,
+    base_dtype: str = "fp32",
 ) -> FinetuneJob:
     """The job with what was left open filled in: the method's learning rate, 3 epochs, the released base."""
-    from tinyld.methods import METHODS
+    from tinyld.methods import METHODS, Full
 
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -60,7 +62,10 @@ def finetune_job(
     if task.endswith(".toml"):
         task = str(Path(task).resolve())
     config = TrainConfig(**training)
-    return FinetuneJob(task, method, options, base or default_base(), data, limit, diffusion, config, cache_gb)
+    if base_dtype != "fp32" and method == Full.name:
+        raise UsageError(f"--base-dtype {base_dtype} is for frozen weights; full trains them all")
+    where = base or default_base()
+    return FinetuneJob(task, method, options, where, data, limit, diffusion, config, cache_gb, base_dtype)
 
 
 def finetune(job: FinetuneJob, out: Path | None, force: bool, json: bool, quiet: bool) -> Path:
@@ -93,7 +98,7 @@ def _run_finetune(
         "train": load_split(task, "train", job.data, limit=job.limit),
         "dev": load_split(task, "dev", job.data),
     }
-    base = load_base(job.base, device)
+    base = load_base(job.base, device, job.base_dtype)
     shape = base.model.config
     if resumed is None:
         config = make_config(job.method, job.options, shape)
@@ -136,7 +141,7 @@ def resume(out: Path, json: bool, quiet: bool) -> None:
     data = config["data"]
     job = FinetuneJob(
         config["task"], name, options, Path(config["base"]["path"]), data["folder"] and Path(data["folder"]),
-        data["limit"], diffusion, training, config["cache_gb"],
+        data["limit"], diffusion, training, config["cache_gb"], config["base"].get("dtype", "fp32"),
     )  # fmt: skip
     summary = _run_finetune(job, lambda: folder, config, quiet)
     return finish("adapter", {"run": str(out), **summary}, json)

@@ -80,7 +80,7 @@ def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool)
     """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
     import torch
 
-    from tinyld.adapter import find_base, load_adapter
+    from tinyld.adapter import base_dtype, find_base, load_adapter
     from tinyld.base import load_base, save_base
     from tinyld.compose import load_composition
 
@@ -91,6 +91,8 @@ def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool)
     if config["kind"] == "base":
         raise TinyldError(f"{run} is a base already")
     if config["kind"] == "adapter":
+        if base_dtype(config, str(run)) != "fp32":
+            raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
         adapted = load_adapter(folder, default_base(), base_path)
         base, method = adapted.base, adapted.method
     else:
