@@ -331,11 +331,12 @@ def test_other_methods_are_averaged_and_the_report_says_what_each_task_loses(
          method, *METHODS[method], "--out", "colours")  # fmt: skip
     ran = good("compose", mine, "colours", "--out", "both", "--json")
     assert ran.json["how"] == "average" and ran.json["weights"] == [0.5, 0.5]
-    assert [d["task"] for d in ran.json["drops"]] == [str((place / "mood.toml").resolve()), str(place / "colours.toml")]
+    assert [d["task"] for d in ran.json["drops"]] == ["mood", "colours"]
     assert all(d["low"] <= d["drop"] <= d["high"] for d in ran.json["drops"])
     again = good("eval", "both", "--json").json
     composed = [r for r in ran.json["evaluations"] if r["run"] == "composed"]
     assert [r["nll_bound"] for r in again] == pytest.approx([r["nll_bound"] for r in composed], rel=1e-4)
+    assert "| mood | dev | 3 |" in good("report", "both", mine, "--markdown").stdout
     shown = good("compose", mine, "colours", "--out", "both", "--force").stdout
     assert "points lost against the task's own adapter" in shown and "cost" in shown
 
@@ -690,7 +691,7 @@ ERRORS = [
     ("info nowhere", 1, "no run in nowhere"),
     ("info {place}", 1, "expected config.json, found"),
     ("report nowhere", 1, "nowhere"),
-    ("report {place}/base", 1, "holds a base; report takes adapter runs"),
+    ("report {place}/base", 1, "holds a base; report takes adapters"),
     ("report {place}/text.txt", 1, "text.txt: damaged, not JSON"),
     ("report {place}/mood-full/config.json", 1, "not a result that tinyld report --save wrote"),
     ("report {place}/latin1", 1, "latin1"),

@@ -10,7 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 from tinyld.cli import app
-from tinyld.report import RESULT_COLUMNS, interval, markdown, result_rows, run_record
+from tinyld.report import (
+    COMPOSE_COLUMNS,
+    RESULT_COLUMNS,
+    compose_rows,
+    interval,
+    markdown,
+    result_rows,
+    run_record,
+)
 from tinyld.statistics import wilson
 
 TOP = Path(__file__).parents[1]
@@ -21,6 +29,7 @@ def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
     found = {"accuracy": accuracy, "n": 400, "unreadable": 0.01, "rows_per_second": 100.0}
     return {
         "run": f"{method}-{seed}",
+        "kind": "adapter",
         "method": {"name": method},
         "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr},
         "data": {"rows": 1_000},
@@ -66,6 +75,23 @@ def test_the_readme_results_are_made_from_data_results() -> None:
     records = [run_record(path) for path in sorted((TOP / "data" / "results").glob("*.json"))]
     assert records
     assert markdown(RESULT_COLUMNS, result_rows(records)) in README
+    compositions = compose_rows(records)
+    assert not compositions or markdown(COMPOSE_COLUMNS, compositions) in README
+
+
+def test_a_composition_is_shown_task_by_task() -> None:
+    def evaluation(run: str, accuracy: float) -> dict:
+        return {"task": "mood", "run": run, "split": "dev", "n": 400, "accuracy": accuracy}
+
+    found = {"how": "router", "routing_accuracy": {"mood": 0.995}, "cost": {"speed": 0.9}}
+    found["evaluations"] = [evaluation("base", 0.1), evaluation("own", 0.8), evaluation("composed", 0.79)]
+    found["drops"] = [{"task": "mood", "drop": 0.01, "low": 0.002, "high": 0.018}]
+    members = [{"method": {"name": "trajectory-lora"}}] * 2
+    run = {"run": "both", "kind": "composition", "members": members, "results": {"compose": found}}
+    (row,) = compose_rows([run, record("full", 0, 0.9)])
+    shown = dict(zip(COMPOSE_COLUMNS, row, strict=True))
+    assert shown["points lost"] == "1.00" and shown["95% interval"] == "0.20 to 1.80" and shown["own %"] == "80.0"
+    assert shown["method"] == "trajectory-lora" and shown["routed right %"] == "99.5" and result_rows([run]) == []
 
 
 COMMANDS = [

@@ -55,7 +55,19 @@ def print_record(title: str, record: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ many runs
 
 
-RECORD_KEYS = ("kind", "task", "method", "base", "train", "diffusion", "data", "parameters", "environment")
+RECORD_KEYS = (
+    "how",
+    "members",
+    "kind",
+    "task",
+    "method",
+    "base",
+    "train",
+    "diffusion",
+    "data",
+    "parameters",
+    "environment",
+)
 
 
 def run_record(path: Path) -> dict[str, Any]:
@@ -69,8 +81,8 @@ def run_record(path: Path) -> dict[str, Any]:
         return record
     folder = RunFolder.open(path)
     config = folder.config
-    if config["kind"] != "adapter":
-        raise TinyldError(f"{path} holds a {config['kind']}; report takes adapter runs")
+    if config["kind"] == "base":
+        raise TinyldError(f"{path} holds a base; report takes adapters and compositions")
     kept = {k: config[k] for k in RECORD_KEYS if k in config}
     return {"run": path.name, **kept, "results": folder.read_json(RESULTS)}
 
@@ -90,6 +102,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """
     cells: dict[Cell, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
+        if record["kind"] != "adapter":
+            continue
         evaluations = record["results"].get("eval", {})
         tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
         for key, found in evaluations.items():
@@ -119,6 +133,38 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 round(_mean(f["rows_per_second"] for _, f in runs)),
             )
         )
+    return rows
+
+
+COMPOSE_COLUMNS = ("run", "method", "how", "adapters", "task", "split", "rows", "own %", "composed %", "points lost")
+COMPOSE_COLUMNS += ("95% interval", "routed right %", "speed")
+
+
+def compose_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row for every source task of every composition: its own adapter, the composition, and the paired difference.
+
+    "speed" is the composition's rows/s over the own adapters', all tasks together.
+    """
+    rows = []
+    for record in sorted((r for r in records if r["kind"] == "composition"), key=lambda r: r["run"]):
+        found = record["results"]["compose"]
+        drops = {d["task"]: d for d in found["drops"]}
+        by = {(e["task"], e["run"]): e for e in found["evaluations"]}
+        methods = "+".join(dict.fromkeys(m["method"]["name"] for m in record["members"]))
+        for task, drop in drops.items():
+            own, composed = by[task, "own"], by[task, "composed"]
+            routed = found["routing_accuracy"].get(task)
+            rows.append(
+                (
+                    *(record["run"], methods, found["how"], len(record["members"]), task, own["split"], own["n"]),
+                    f"{100 * own['accuracy']:.1f}",
+                    f"{100 * composed['accuracy']:.1f}",
+                    f"{100 * drop['drop']:.2f}",
+                    f"{100 * drop['low']:.2f} to {100 * drop['high']:.2f}",
+                    None if routed is None else f"{100 * routed:.1f}",
+                    f"{found['cost']['speed']:.2f}",
+                )
+            )
     return rows
 
 

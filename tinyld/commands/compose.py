@@ -153,6 +153,10 @@ class Measure:
             attach(base)
         return evaluate_run(base, self.rows_of[task], SampleConfig(), 4, "auto", self.job.quiet, self.job.limit)
 
+    def name(self, task: str) -> str:
+        """A task's name, also where it is a user's file."""
+        return self.rows_of[task].task.name
+
     def result(self) -> dict[str, Any]:
         from tinyld.compose import Composed
         from tinyld.statistics import paired_difference
@@ -172,7 +176,7 @@ class Measure:
                     speed[label] += found[label].n / found[label].rows_per_second
             if "own" in found and found["own"].accuracy is not None:
                 mean, low, high = paired_difference(found["own"].correct(), found["composed"].correct())
-                drops.append({"task": task, "drop": mean, "low": low, "high": high})
+                drops.append({"task": self.name(task), "drop": mean, "low": low, "high": high})
         cost = {
             "members": len(self.composed.members),
             "parameters": sum(t.numel() for m in self.composed.members for t in m.tensors.values()),
@@ -191,7 +195,7 @@ class Measure:
         for place, member in enumerate(members):
             chosen = router(task_features(self.base, self.rows_of[member.task])).argmax(1)
             confusion.append([float((chosen == j).float().mean()) for j in range(len(members))])
-            accuracy[member.task] = confusion[-1][place]
+            accuracy[self.name(member.task)] = confusion[-1][place]
         return {"routing_accuracy": accuracy, "confusion": confusion}
 
     def interference(self) -> dict[str, Any]:
@@ -200,8 +204,8 @@ class Measure:
         pushes = {m.run: m for m in self.composed.members if m.is_push}
         if len({m.task for m in pushes.values()}) < 2:
             return {"interference": None}
-        by_task = {m.task: m.push(self.base) for m in pushes.values()}
-        rows = {task: self.rows_of[task] for task in by_task}
+        by_task = {self.name(m.task): m.push(self.base) for m in pushes.values()}
+        rows = {self.name(task): rows for task, rows in self.rows_of.items()}
         return {"interference": interference(self.base, by_task, rows, self.base.tokenizer.mask_id)}
 
 

@@ -226,15 +226,22 @@ def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None
 
 
 def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool) -> None:
-    from tinyld.report import RESULT_COLUMNS, markdown, result_rows
+    """The table of the adapters, then that of the compositions, where there are any."""
+    from tinyld.report import COMPOSE_COLUMNS, RESULT_COLUMNS, compose_rows, markdown, result_rows
 
-    rows = result_rows(records)
+    tables = [
+        ("results", RESULT_COLUMNS, result_rows(records)),
+        ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
+    ]
+    tables = [table for table in tables if table[2]] or tables[:1]
     if json:
-        print(jsonlib.dumps([dict(zip(RESULT_COLUMNS, row, strict=True)) for row in rows]))
-    elif as_markdown:
-        print(markdown(RESULT_COLUMNS, rows))
-    else:
-        print_table("results", RESULT_COLUMNS, rows)
+        print(jsonlib.dumps([dict(zip(columns, row, strict=True)) for _, columns, rows in tables for row in rows]))
+        return
+    for title, columns, rows in tables:
+        if as_markdown:
+            print(markdown(columns, rows) + "\n")
+        else:
+            print_table(title, columns, rows)
 
 
 def compare(
