@@ -366,6 +366,42 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
     good("merge", "twice", "--out", "merged-twice")
     again = good("eval", "merged-twice", "--task", mood, "--json").json[0]["nll_bound"]
     assert again == pytest.approx(expected, rel=1e-3)
+    refused = cli("eval", "lora", "--base", place / "other", "--task", mood)
+    assert refused.code == 1 and "lora is for base" in refused.stderr
+
+
+def test_compare_runs_the_grid_in_processes_and_refuses_a_wrong_option_first(place: Path) -> None:
+    asked = ("compare", "--task", place / "mood.toml", "--base", place / "base", "--epochs", 1, "--trials", 1)
+    asked += ("--seeds", 1, "--methods")
+    ran = good(*asked, "bitfit,trajectory-lora:ranks=4/2/1:blocks=1", "--out", "grid", "--save", "kept", "--json")
+    assert [row["method"] for row in ran.json] == ["bitfit", "trajectory-lora"]
+    assert all(row["split"] == "test" and row["trials"] == 1 for row in ran.json)
+    assert good("report", "kept", "--json").json == ran.json and "| bitfit |" in Path("grid/table.md").read_text()
+    refused = cli(*asked, "bitfit,weight-lora:rnk=4", "--out", "new")
+    assert refused.code == 2 and "weight-lora:rnk=4: No such option: --rnk" in refused.stderr
+    assert not Path("new").exists()
+
+
+def test_two_adapters_of_one_task_are_told_apart_by_their_runs(pair: tuple[Path, Path]) -> None:
+    shutil.copytree(pair[1], "again")
+    ran = good("compose", *pair, "again", "--out", "both", "--json").json
+    assert [d["adapter"] for d in ran["drops"]] == ["own", "colours", "again"]
+    assert list(ran["routing_accuracy"]) == ["mood", "colours (colours)", "colours (again)"]
+    assert len(ran["interference"]["pairs"]) == 3
+    assert "colours (again)" in good("compose", *pair, "again", "--out", "both", "--force").stdout
+    Path("sub").mkdir()
+    for name in ("colours.toml", "colours.csv"):
+        shutil.copy(pair[1].parent / name, Path("sub") / name)
+    folder = RunFolder(Path("again"))
+    folder.write_json(CONFIG, folder.config | {"task": str(Path("sub/colours.toml").resolve())})
+    refused = cli("compose", pair[1], "again", "--out", "new")
+    assert refused.code == 2 and "two different tasks are called colours" in refused.stderr
+
+
+def test_adapters_of_one_base_in_two_types_are_not_composed(place: Path, pair: tuple[Path, Path]) -> None:
+    finetune(place, Path("small"), *TRAJECTORY, "--base-dtype", "int8", "--quiet")
+    refused = cli("compose", pair[0], "small", "--out", "new")
+    assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
 OPPOSITE = """
@@ -715,6 +751,7 @@ ERRORS = [
     ("merge {place}/base --out new", 1, "is a base already"),
     ("merge {place}/mood-trajectory-lora --out new", 1, "cannot be merged"),
     ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),
+    ("compose {place}/colours {place}/mood-trajectory-lora --how weights --out new", 2, "weights needs --weights"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),

@@ -36,6 +36,7 @@ class Trainer:
         folder = RunFolder.create(Path(option["--out"]), "--force" in command)
         config: dict[str, Any] = {"kind": "adapter", "task": "reviews", "method": {"name": option["--method"]}}
         config["train"] = {"epochs": 1.0, "batch_size": 32, "lr": lr, "seed": seed}
+        config |= {"base": {"path": "base", "fingerprint": "f"}, "diffusion": {}}
         config |= {"data": {"rows": 10}, "parameters": {"stored_percent": 1.0, "stored_bytes": 4}}
         folder.write_json(CONFIG, config)
         accuracy = 0.9 if lr == self.best_lr else 0.8
@@ -44,11 +45,18 @@ class Trainer:
         folder.write(ADAPTER, b"")
 
 
-def grid(out: Path, trainer: Trainer, **changes: Any) -> Compare:
+def grid(out: Path, trainer: Trainer, tasks: tuple[str, ...] = ("reviews",), **changes: Any) -> Compare:
     options: dict[str, Any] = {"seeds": 3, "trials": 3, "flags": ["--epochs", "1"], "data": None, "base": None}
-    options |= {"budget_minutes": None, "quiet": True, "say": lambda text: None, "launch": trainer}
+    options |= {
+        "fingerprint": "f",
+        "device": "cpu",
+        "budget_minutes": None,
+        "quiet": True,
+        "say": lambda text: None,
+        "launch": trainer,
+    }
     methods = variants("full,bitfit", LRS)
-    return Compare(out, ["reviews"], methods, **(options | changes))
+    return Compare(out, tasks, methods, **(options | changes))
 
 
 def trained(trainer: Trainer) -> list[str]:
@@ -115,6 +123,17 @@ def test_a_cell_that_another_command_made_is_refused_before_anything_runs(tmp_pa
     assert trainer.ran == []
 
 
+def test_a_cell_on_another_base_and_a_cell_of_no_manifest(tmp_path: Path) -> None:
+    compare = grid(tmp_path, Trainer())
+    cell = compare.cell("reviews", compare.methods[0], 1e-3, 0)
+    compare.claim([cell])
+    cell.folder.mkdir()
+    (cell.folder / CONFIG).write_text("{")  # killed between config.json and manifest.json
+    assert len(compare.run()) == 6
+    with pytest.raises(TinyldError, match=r"was made by .*\(base f\), and not by .*\(base g\)"):
+        grid(tmp_path, Trainer(), fingerprint="g").run()
+
+
 def test_out_of_time_it_begins_no_run_and_reports_what_is_whole(tmp_path: Path) -> None:
     trainer = Trainer()
     assert grid(tmp_path, trainer, budget_minutes=0.0).run() == [] and trainer.ran == []
@@ -131,6 +150,8 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
     for text, message in (
         ("lora", "--methods takes full, bitfit or all, .* got 'lora'"),
         ("full,full", "names one"),
+        ("full,full:lr=0.001", "names one"),
+        ("full:epochs=2", "epochs is the same for all methods"),
         ("full:lr=x", "got 'x'"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -139,7 +160,14 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"trials": 0}, "--trials must be from 1 to"), ({"trials": 99}, "--trials must be"), ({"seeds": 0}, "--seeds")],
+    [
+        ({"trials": 0}, "--trials must be from 1 to"),
+        ({"trials": 99}, "--trials must be"),
+        ({"seeds": 0}, "--seeds"),
+        ({"tasks": ("reviews", "reviews")}, "--task names one twice"),
+        ({"tasks": ("write",)}, "task write has no labels"),
+        ({"tasks": ()}, "at least one --task"),
+    ],
 )
 def test_impossible_grids_are_refused(tmp_path: Path, changes: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):

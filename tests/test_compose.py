@@ -312,6 +312,9 @@ def test_principal_cosines_are_those_of_planes_at_a_known_angle() -> None:
     turned = torch.stack([plane[:, 0], 0.6 * torch.eye(5)[:, 1] + 0.8 * torch.eye(5)[:, 3]], dim=1)
     mix = torch.tensor([[2.0, 1.0], [-1.0, 3.0]])  # the same space by another basis
     torch.testing.assert_close(principal_cosines(plane @ mix, turned), torch.tensor([1.0, 0.6]))
+    padded = torch.cat([turned, torch.zeros(5, 2), turned[:, :1]], dim=1)  # columns that add no direction
+    torch.testing.assert_close(principal_cosines(plane, padded), torch.tensor([1.0, 0.6]))
+    assert len(principal_cosines(plane, torch.zeros(5, 2))) == 0
 
 
 def test_a_paired_difference_is_narrower_than_an_unpaired_one() -> None:

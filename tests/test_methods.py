@@ -389,7 +389,9 @@ WRONG = [
     ),
     ("trajectory-lora", {"blocks": 1, "ranks": (4, 2, 1, 4, 2, 1, 4, 2, 1)}, "ranks needs 3 values"),
     ("trajectory-lora", {"prune": 1.0}, "prune is a share of the rank units"),
-    ("trajectory-lora", {"prune": 0.5, "sharing": "separate"}, "prune needs nested bands and one module"),
+    ("trajectory-lora", {"ranks": "auto", "sharing": "separate"}, "need nested bands and one module"),
+    ("weight-lora", {"ranks": "auto"}, "--ranks auto is an option of trajectory-lora, not of weight-lora"),
+    ("weight-lora", {"rank": 4, "budget": 0.1}, "--budget sets the rank; leave --rank or --budget out"),
     ("trajectory-lora", {"read": "all"}, "read must be one of state, mix, got 'all'"),
     ("trajectory-lora", {"attend": 12}, "attend must be 0 or a multiple of 8, got 12"),
     ("trajectory-lora", {"conditioning": "shift"}, "conditioning must be one of none, gate, got 'shift'"),
@@ -590,7 +592,7 @@ def test_ranks_shrink_from_the_weakest_unit_and_every_place_keeps_one(config: Mo
     assert living(pruned(config, [0.6])[1]) == [1, 3, 8]  # half; the strongest of the first place stays
     assert living(pruned(config, [0.3, 0.4, 0.5, 0.9, 1.0])[1]) == [1, 3, 8]
     kept = pruned(config, [1.0])[1].push.places[1].up.norm(dim=0).nonzero()[:, 0].tolist()
-    assert kept == [5, 6, 7]
+    assert kept == [0, 6, 7], "the unit that every band uses stays"
 
 
 def test_dropped_units_stay_dropped_whatever_the_optimizer_does(config: ModelConfig) -> None:
@@ -618,11 +620,37 @@ def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config:
     assert torch.equal(logits(other, noised), logits(model, noised))
 
 
+def test_a_resumed_run_drops_the_units_that_the_first_one_did(config: ModelConfig) -> None:
+    """What is dropped is read off the zeros; momentum that revives a unit does not choose again."""
+    _, first = pruned(config, [0.4])
+    _, again = pruned(config, [])
+    load_exactly(again.own, first.own, Path("checkpoint"))
+    for method in (first, again):
+        for progress in (0.41, 0.6):
+            if method.dropped is not None:  # the optimizer moves what was dropped
+                for place in method.push.places:
+                    place.up.data += 100.0 * torch.eye(32)[:, :8] * (place.up.norm(dim=0) == 0)
+            method.after_update(progress)
+    assert first.dropped.tolist() == again.dropped.tolist() and living(first) == living(again) == [1, 3, 8]
+
+
 def test_automatic_ranks_end_within_the_budget() -> None:
     base = ModelConfig(8192)
-    settings = make_config("trajectory-lora", {"prune": 0.5}, base)
+    settings = make_config("trajectory-lora", {"ranks": "auto"}, base)
     start = TrajectoryLora.expected_parameters(settings, base) / base.num_parameters()
     assert 0.012 < start <= 0.014
+    fast = make_config("trajectory-lora", {"recipe": "fast", "ranks": "auto"}, base)
+    halved = replace(fast, ranks=tuple(r // 2 for r in fast.ranks))
+    assert TrajectoryLora.expected_parameters(halved, base) <= 0.007 * base.num_parameters()
+
+
+def test_a_given_number_of_attending_units_is_kept_by_the_budget() -> None:
+    base = ModelConfig(8192)
+    settings = make_config("trajectory-lora", {"recipe": "fast", "attend": 8}, base)
+    more = replace(settings, ranks=tuple(r + 1 for r in settings.ranks))
+    assert settings.attend == 8 and max(settings.ranks) > 60
+    count = [TrajectoryLora.expected_parameters(c, base) for c in (settings, more)]
+    assert count[0] <= 0.007 * base.num_parameters() < count[1]
 
 
 # ---------------------------------------------------------------------------------------------- reading, cores

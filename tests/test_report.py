@@ -30,6 +30,8 @@ def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
     return {
         "run": f"{method}-{seed}",
         "kind": "adapter",
+        "base": {"path": "/x/base", "fingerprint": "f"},
+        "diffusion": {},
         "method": {"name": method},
         "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr},
         "data": {"rows": 1_000},
@@ -40,7 +42,7 @@ def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
 
 def test_seeds_are_averaged_and_compared_with_full() -> None:
     records = [record("full", 0, 0.9), record("full", 1, 0.8), record("bitfit", 0, 0.68)]
-    rows = {row[1]: dict(zip(RESULT_COLUMNS, row, strict=True)) for row in result_rows(records)}
+    rows = {row[2]: dict(zip(RESULT_COLUMNS, row, strict=True)) for row in result_rows(records)}
     assert rows["full"]["seeds"] == 2 and rows["full"]["accuracy %"] == "85.0"
     assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
 
@@ -49,6 +51,29 @@ def test_only_runs_that_differ_by_their_seed_are_averaged() -> None:
     rows = result_rows([record("full", 0, 0.9), record("full", 0, 0.8, lr=1e-2)])
     assert [row[RESULT_COLUMNS.index("accuracy %")] for row in rows] == ["90.0", "80.0"]
     assert [row[RESULT_COLUMNS.index("% of full")] for row in rows] == ["100.0", "88.9"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": {"name": "full", "alpha": 3.0}},
+        {"base": {"path": "/x/base", "fingerprint": "g"}},
+        {"base": {"path": "/x/base", "fingerprint": "f", "dtype": "int8"}},
+        {"diffusion": {"loss": "elbo"}},
+    ],
+)
+def test_runs_of_other_settings_or_bases_get_a_row_of_their_own(change: dict) -> None:
+    assert len(result_rows([record("full", 0, 0.9), record("full", 1, 0.8) | change])) == 2
+
+
+def test_seeds_whose_ranks_were_found_while_training_are_averaged() -> None:
+    runs = [record("full", seed, 0.9) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        run["started_as"] = {"name": "full", "ranks": [8, 4, 1], "prune": 0.5}
+        run["method"] = {"name": "full", "ranks": [seed + 1] * 6}
+    (row,) = result_rows(runs)
+    assert row[RESULT_COLUMNS.index("seeds")] == 2
+    assert row[RESULT_COLUMNS.index("settings")] == "ranks 8/4/1, prune 0.5"
 
 
 def test_a_run_is_shown_on_test_once_it_has_been_tested() -> None:
@@ -80,12 +105,9 @@ def test_the_readme_results_are_made_from_data_results() -> None:
 
 
 def test_a_composition_is_shown_task_by_task() -> None:
-    def evaluation(run: str, accuracy: float) -> dict:
-        return {"task": "mood", "run": run, "split": "dev", "n": 400, "accuracy": accuracy}
-
     found = {"how": "router", "routing_accuracy": {"mood": 0.995}, "cost": {"speed": 0.9}}
-    found["evaluations"] = [evaluation("base", 0.1), evaluation("own", 0.8), evaluation("composed", 0.79)]
-    found["drops"] = [{"task": "mood", "drop": 0.01, "low": 0.002, "high": 0.018}]
+    drop = {"task": "mood", "split": "dev", "n": 400, "own": 0.8, "composed": 0.79}
+    found["drops"] = [drop | {"drop": 0.01, "low": 0.002, "high": 0.018}]
     members = [{"method": {"name": "trajectory-lora"}}] * 2
     run = {"run": "both", "kind": "composition", "members": members, "results": {"compose": found}}
     (row,) = compose_rows([run, record("full", 0, 0.9)])

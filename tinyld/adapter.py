@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from tinyld.base import Base, load_base, load_exactly
-from tinyld.config import from_dict, to_dict
+from tinyld.config import to_dict
 from tinyld.errors import TinyldError
-from tinyld.methods import METHODS, Method
+from tinyld.methods import METHODS, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.runs import ADAPTER, CONFIG, RunFolder
 from tinyld.shrink import BASE_DTYPES
@@ -75,11 +75,8 @@ def load_adapter(
     base = load_base(found, device, base_dtype(config, where))
     check_base(config, base, folder.path)
     check_bands(config, where)
-    settings = dict(config["method"])
-    name = settings.pop("name", None)
-    if name not in METHODS:
-        raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
-    adapted = attach(base, name, from_dict(METHODS[name].Config, settings, where), config["task"])
+    method, settings = read_config(config["method"], where)
+    adapted = attach(base, method.name, settings, config["task"])
     load_exactly(adapted.method.own, folder.read_tensors(ADAPTER), folder.path / ADAPTER)
     adapted.config = config
     return adapted

@@ -14,7 +14,7 @@ from tinyld.base import Base
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.diffusion import nll_bound
-from tinyld.evaluate import EVAL_BATCH, UNREADABLE, evaluate
+from tinyld.evaluate import EVAL_BATCH, Verbalizers, evaluate
 from tinyld.sampler import decode
 from tinyld.statistics import wilson
 from tinyld.tasks import Task, example_of_text, prompt_for_label
@@ -35,14 +35,14 @@ class Written:
 def write_opposites(
     base: Base, rows: TaskRows, writer: Task, sampling: SampleConfig, advance: Callable[[int], None] = lambda done: None
 ) -> list[Written]:
-    """Each row's label as `base` decodes it, and the text that `base` then writes for the other label.
+    """Each row's label as `base` decodes it, greedily, and the text that `base` then writes for the other label.
 
-    An unreadable first answer is taken for label 0, and counts as read wrongly.
+    `sampling` is how the text is written. An unreadable first answer is taken for label 0, and counts as read wrongly.
     """
     check(len(rows.task.labels) == 2, f"task {rows.task.name} has {len(rows.task.labels)} labels; opposites need two")
     first = evaluate(base.model, rows, base.tokenizer, score=False)
-    answers = [base.tokenizer.decode(base.tokenizer.encode(words)) for words in rows.task.verbalizer.values()]
-    read = [answers.index(a) if a in answers else UNREADABLE for _, _, a in first.predictions]
+    labels = Verbalizers(rows, base.tokenizer)
+    read = [labels.read(answer) for _, _, answer in first.predictions]
     asked = [1 - max(label, 0) for label in read]
     prompts = [prompt_for_label(writer, rows.task.labels[label]) for label in asked]
     slots = TaskRows(prompts, writer, base.tokenizer, base.model.config.max_length)
@@ -63,10 +63,12 @@ def write_opposites(
 
 
 @torch.no_grad()
-def text_rows_nll(base: Base, texts: list[str]) -> float:
-    """Nats per token of short texts under a denoiser, each a row of its own (the bound, 4 draws)."""
+def text_rows_nll(base: Base, texts: list[str]) -> float | None:
+    """Nats per token of short texts under a denoiser, each a row of its own (the bound, 4 draws); None of no token."""
     tokenizer, limit = base.tokenizer, base.model.config.max_length - 2
     ids = [i[:limit] for i in tokenizer.encode_batch(texts) if i]
+    if not ids:
+        return None
     width = max(map(len, ids)) + 2
     x0 = torch.full((len(ids), width), tokenizer.pad_id)
     answer, real = torch.zeros(2, len(ids), width, dtype=torch.bool)
@@ -78,9 +80,11 @@ def text_rows_nll(base: Base, texts: list[str]) -> float:
     return nll_bound(base.model, batches, tokenizer.mask_id, draws=4, counted=True).mean
 
 
-def judge_chain(written: list[Written], rows: TaskRows, judge: Base, plain: Base) -> dict[str, Any]:
+def judge_chain(
+    written: list[Written], rows: TaskRows, judge: Base, plain: Base, real_texts: list[str]
+) -> dict[str, Any]:
     """How often the first label was right, how often `judge` sees what was asked for, and `plain`'s NLL of the texts
-    beside its NLL of the task's own."""
+    beside its NLL of real ones."""
     task, n = rows.task, len(written)
     examples = [example_of_text(task, w.text, w.asked) for w in written]
     seen = evaluate(
@@ -96,5 +100,5 @@ def judge_chain(written: list[Written], rows: TaskRows, judge: Base, plain: Base
         "distinct": len({w.text for w in written}) / n,
         "empty": float(np.mean([not w.text for w in written])),
         "nll_written": text_rows_nll(plain, [w.text for w in written]),
-        "nll_rows": text_rows_nll(plain, [w.prompt for w in written]),
+        "nll_real": text_rows_nll(plain, real_texts),
     }

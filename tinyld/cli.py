@@ -315,7 +315,7 @@ def finetune(
         return go_on(resume, json=json, quiet=quiet)
     options = {
         "recipe": recipe, "budget": share(budget, "--budget"),
-        "ranks": None if ranks == "auto" else numbers(ranks, int, "--ranks"), "prune": 0.5 if ranks == "auto" else None,
+        "ranks": ranks if ranks == "auto" else numbers(ranks, int, "--ranks"),
         "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "sharing": sharing,
         "read": read, "attend": attend,
         "conditioning": conditioning, "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
@@ -364,15 +364,15 @@ def eval(
     from tinyld.commands.evaluate import eval, eval_chain, eval_text
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
-    if text and (task or data or limit or predictions):
-        raise UsageError("--text measures running text; it goes without --task, --data, --limit and --predictions")
+    if text and (task or data or limit or predictions or then or judge):
+        raise UsageError("--text measures running text; it takes --draws, --dtype and --device only")
     if text:
         return eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
     if then is not None or judge is not None:
         if then is None or judge is None or task is None or not runs or len(runs) != 1:
             raise UsageError("--then takes one run, --task and --judge")
         return eval_chain(
-            runs[0], task, then, judge, split, data, base, sampling, limit, device, predictions, json, quiet
+            runs[0], task, then, judge, split, data, base, sampling, limit, dtype, device, predictions, json, quiet
         )
     eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
 
@@ -488,7 +488,10 @@ def info(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated adapter runs, saved results, or folders of them.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Evaluated adapters, compositions, or a folder of saved results."),
+    ],
     save: Annotated[Path | None, typer.Option(help="Keep a small JSON of every run in this folder.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     json: Json = False,
@@ -503,7 +506,10 @@ def report(
 def compare(
     task: Annotated[list[str] | None, typer.Option(help="Task to compare on; may be repeated.")] = None,
     methods: Annotated[
-        str, typer.Option(help="all, or methods with options: full,weight-lora:rank=1,trajectory-lora:blocks=3.")
+        str,
+        typer.Option(
+            help="all, or methods with options: full,weight-lora:rank=1,trajectory-lora:ranks=64/32/8:blocks=3."
+        ),
     ] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="Runs a task and method, at its best learning rate.")] = 3,
     trials: Annotated[int, typer.Option(min=1, help="Learning rates tried a task and method, scored on dev.")] = 3,
@@ -524,9 +530,10 @@ def compare(
     """Tune and run every method alike: tinyld compare --task reviews --seeds 3"""
     from tinyld.commands.inspect import compare
 
-    flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size), "--device", device]
+    flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size)]
     flags += ["--limit", str(limit)] if limit else []
-    compare(task or ["reviews"], methods, seeds, trials, flags, data, base, budget_minutes, out, save, json, quiet)
+    tasks = task or ["reviews"]
+    compare(tasks, methods, seeds, trials, flags, data, base, device, budget_minutes, out, save, json, quiet)
 
 
 @app.command()

@@ -7,6 +7,7 @@ accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -18,17 +19,18 @@ from typing import Any
 from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError
 from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
-from tinyld.runs import ADAPTER, RESULTS, RunFolder, read_json, to_json, write_atomic
+from tinyld.runs import ADAPTER, RESULTS, RunFolder, make_folder, read_json, to_json, write_atomic
 from tinyld.tasks import load_task
 
 GRID = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's default learning rate, in the order they are tried
+SET_HERE = ("task", "method", "seed", "epochs", "batch-size", "limit", "data", "base", "device", "out", "resume")
 TABLE, SUMMARY, COMMANDS = "table.md", "results.json", "commands.json"
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with options of its own: `weight-lora`, or `weight-lora:budget=0.7%` (`:` between several).
+    """A method with options of its own: `weight-lora`, or `trajectory-lora:ranks=64/32/8:blocks=3` (/ for commas).
 
     `lr=X` among them moves the grid of learning rates, which is otherwise around the method's default.
     """
@@ -49,7 +51,7 @@ class Variant:
         flags = ["--method", self.method]
         for option in self.options:
             name, equals, value = option.partition("=")
-            flags += [f"--{name.replace('_', '-')}", *([value] if equals else [])]
+            flags += [f"--{name.replace('_', '-')}", *([value.replace("/", ",")] if equals else [])]
         return flags
 
     @property
@@ -68,7 +70,6 @@ def variants(text: str, default_lrs: dict[str, float]) -> list[Variant]:
                 f"--methods takes {', '.join(default_lrs)} or all, with options as in weight-lora:budget=0.7%; "
                 f"got {name!r}"
             )
-    check(len(set(names)) == len(names), f"--methods names one twice: {text!r}")
     found = []
     for name in names:
         given = [option.removeprefix("lr=") for option in name.split(":")[1:] if option.startswith("lr=")]
@@ -78,6 +79,11 @@ def variants(text: str, default_lrs: dict[str, float]) -> list[Variant]:
             raise UsageError(f"--methods: lr takes a number, got {given[-1]!r}") from None
         check(0 < rate < 1, f"--methods: lr must be between 0 and 1, got {rate:g}")
         found.append(Variant(name, rate))
+        for option in found[-1].options:
+            given = option.partition("=")[0].replace("_", "-")
+            check(given not in SET_HERE, f"--methods: {given} is the same for all methods; give it as --{given}")
+    unique = {variant.name for variant in found}
+    check(len(unique) == len(found), f"--methods names one twice: {text!r}")
     return found
 
 
@@ -110,6 +116,8 @@ class Compare:
     flags: Sequence[str]  # passed to every `tinyld finetune`
     data: Path | None
     base: Path | None
+    fingerprint: str  # of the base, so that its place may hold another one later
+    device: str
     budget_minutes: float | None
     quiet: bool
     say: Say
@@ -121,12 +129,17 @@ class Compare:
         check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
         check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
         check(len(self.tasks) > 0, "compare needs at least one --task")
+        names = [load_task(task).name for task in self.tasks]
+        check(len(set(names)) == len(names), f"--task names one twice: {', '.join(names)}")
+        for task in map(load_task, self.tasks):
+            check(not task.is_generation, f"task {task.name} has no labels; compare goes by accuracy")
 
     def cell(self, task: str, variant: Variant, lr: float, seed: int) -> Cell:
         folder = self.out / f"{load_task(task).name.replace(':', '-')}_{variant.name}_lr{lr:g}_s{seed}"
         command = ["finetune", "--task", task, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *self.flags]
         command += ["--data", str(self.data)] if self.data else []
         command += ["--base", str(self.base)] if self.base else []
+        command += ["--device", self.device]
         return Cell(folder, [*command, "--out", str(folder), "--json", *(["--quiet"] if self.quiet else [])])
 
     def rates(self, variant: Variant) -> list[float]:
@@ -141,7 +154,7 @@ class Compare:
     def run(self) -> list[dict[str, Any]]:
         """Runs what is missing; returns the records of every (task, method) whose seeds are all there."""
         todo = [(t, v) for t in self.tasks for v in self.methods]
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         self.claim([self.cell(t, v, lr, seed) for t, v in todo for lr in self.rates(v) for seed in range(self.seeds)])
         records: list[dict[str, Any]] = []
         left = self.total()
@@ -170,7 +183,8 @@ class Compare:
         path = self.out / COMMANDS
         known = read_json(path) if path.exists() else {}
         for cell in cells:
-            asked = " ".join(["tinyld", *(word for word in cell.command if word not in ("--quiet", "--json"))])
+            words = [word for word in cell.command if word not in ("--quiet", "--json")]
+            asked = f"{' '.join(['tinyld', *words])} (base {self.fingerprint})"
             if cell.folder.exists() and known.get(cell.folder.name) != asked:
                 made_by = known.get(cell.folder.name, "a command that is not known")
                 raise TinyldError(f"{cell.folder} was made by {made_by}, and not by {asked}; choose another --out")
@@ -186,10 +200,13 @@ class Compare:
         eta = f"; about {left * sum(self.spent) / len(self.spent) / 60:.0f} min left" if self.spent else ""
         self.say(f"-- {left} of {self.total()} runs to go{eta}: tinyld {' '.join(cell.command)}")
         began = time.monotonic()
-        if RunFolder(cell.folder).checkpoints():
+        folder = RunFolder(cell.folder)
+        if cell.folder.exists() and not folder.is_run() and not folder.checkpoints():
+            shutil.rmtree(cell.folder)  # ours, and cut short before it had anything
+        if folder.checkpoints():
             self.launch(["finetune", "--resume", str(cell.folder), "--json", *(["--quiet"] if self.quiet else [])])
         else:
-            self.launch([*cell.command, *(["--force"] if RunFolder(cell.folder).is_run() else [])])
+            self.launch([*cell.command, *(["--force"] if folder.is_run() else [])])
         self.spent.append(time.monotonic() - began)
         accuracy, nll = cell.dev()
         self.say(f"   dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {self.spent[-1]:.0f} s")
@@ -203,7 +220,8 @@ class Compare:
             where = ["--data", str(self.data)] if self.data else []
             base = ["--base", str(self.base)] if self.base else []
             quiet = ["--quiet"] if self.quiet else []
-            self.launch(["eval", str(cell.folder), "--split", split, *where, *base, "--json", *quiet])
+            device = ["--device", self.device]
+            self.launch(["eval", str(cell.folder), "--split", split, *where, *base, *device, "--json", *quiet])
         return run_record(cell.folder)
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyld.adapter import check_bands
+from tinyld.adapter import base_dtype, check_bands
 from tinyld.base import Base, load_exactly
-from tinyld.config import check, from_dict, to_dict
+from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora
+from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_config
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory_lora import TrajectoryPush
 from tinyld.methods.weight_lora import truncate
@@ -131,7 +132,7 @@ class Composed:
         if not static:
             return None
         method = METHODS[static[0].method]
-        own = {n: p.detach() for n, p in base.model.named_parameters()}
+        own = {n: p.detach().cpu() for n, p in base.model.named_parameters()}
         parts = [(m.config, m.tensors, m.weight) for m in static]
         config, tensors = method.combine(parts, own)
         if self.rank is not None:
@@ -148,13 +149,16 @@ class Composed:
             base.model.requires_grad_(False)
 
 
-def attach_static(base: Base, combined: tuple[str, Any, dict[str, Tensor]] | None) -> Method | None:
+def attach_static(
+    base: Base, combined: tuple[str, Any, dict[str, Tensor]] | None, path: Path | str = "combined adapters"
+) -> Method | None:
+    """Puts one adapter of any method on a base; `path` is for the error."""
     if combined is None:
         return None
     name, config, tensors = combined
     method = METHODS[name](config, base.model.config)
     method.attach(base.model)
-    load_exactly(method.own, tensors, f"the combined {name}")
+    load_exactly(method.own, tensors, path)
     base.model.requires_grad_(False)
     return method
 
@@ -169,15 +173,15 @@ def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
             f"{folder.path} was trained on base {config['base']['fingerprint']}, the others on {base.fingerprint}"
         )
     check_bands(config, str(folder.path / CONFIG))
-    settings = {k: v for k, v in config["method"].items() if k != "name"}
-    name = config["method"]["name"]
-    if name not in METHODS:
-        raise TinyldError(f"{folder.path / CONFIG}: unknown method {name!r}; known: {', '.join(METHODS)}")
-    method = from_dict(METHODS[name].Config, settings, str(folder.path / CONFIG))
+    dtype = base_dtype(config, str(folder.path / CONFIG))
+    if dtype != base.dtype:
+        raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
+    method, settings = read_config(config["method"], str(folder.path / CONFIG))
     prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
     if prototype is not None and prototype.shape != (2, 2 * base.model.config.d_model):
-        raise TinyldError(f"{folder.path / PROTOTYPE}: of an older tinyld or another base; fine-tune again")
-    return Member(str(folder.path), config["task"], weight, name, method, folder.read_tensors(ADAPTER), prototype)
+        prototype = None  # of an older tinyld
+    tensors = folder.read_tensors(ADAPTER)
+    return Member(str(folder.path), config["task"], weight, method.name, settings, tensors, prototype)
 
 
 def prototype_router(members: Sequence[Member]) -> PrototypeRouter:
@@ -234,20 +238,17 @@ def load_composition(folder: RunFolder, base: Base) -> Method | None:
         return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
     static: Method | None = None
+    if "static" not in config:
+        raise TinyldError(f"{where}: of an older tinyld; compose its members again")
     if config["static"] is not None:
-        settings = {k: v for k, v in config["static"].items() if k != "name"}
-        name = config["static"]["name"]
-        if name not in METHODS:
-            raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
-        static = attach_static(base, (name, from_dict(METHODS[name].Config, settings, str(where)), part("static.")))
+        method, settings = read_config(config["static"], str(where))
+        static = attach_static(base, (method.name, settings, part("static.")), folder.path / ADAPTER)
     members = []
     for i, record in enumerate(config["members"]):
-        name = record["method"].pop("name")
-        if name == TrajectoryLora.name:
-            method = from_dict(TrajectoryLora.Config, record["method"], str(where))
-            members.append(
-                Member(str(folder.path), record["task"], float(record["weight"]), name, method, part(f"{i}."))
-            )
+        method, settings = read_config(record["method"], str(where))
+        if method is TrajectoryLora:
+            weight = float(record["weight"])
+            members.append(Member(str(folder.path), record["task"], weight, method.name, settings, part(f"{i}.")))
     if not members:
         return static
     router: nn.Module | None = None

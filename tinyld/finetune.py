@@ -107,16 +107,20 @@ def finetune(
         resume=resume,
         quiet=quiet,
     )
-    started_as = method.config
+    started_as, metrics = method_record(method), result.metrics
     method.finish()
-    if method.config != started_as:
+    changed = method_record(method) != started_as
+    if changed:  # what was measured last is not what is stored
         counts = sizes(method, base)
-        changed = {"method": method_record(method), "started_as": to_dict(started_as), "parameters": counts}
-        folder.write_json(CONFIG, folder.config | changed)
+        with autocast(device, dtype):
+            metrics = held_out()
         say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
     folder.write_tensors(ADAPTER, method.own)
     if method.name == TrajectoryLora.name:
         folder.write_tensors(PROTOTYPE, {"prototype": prompt_prototype(base, train_rows)})
+    if changed:
+        now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
+        folder.write_json(CONFIG, folder.config | now)
     summary = {
         "task": train_rows.task.name,
         "method": method.name,
@@ -126,7 +130,7 @@ def finetune(
         "cache_seconds": round(cache_seconds, 2),
         "peak_memory_mb": result.peak_memory_mb,
         **counts,
-        **result.metrics,
+        **metrics,
     }
     folder.write_json(RESULTS, {"finetune": summary})
     folder.remove_checkpoints()

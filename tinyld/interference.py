@@ -22,14 +22,15 @@ ROWS = 64  # of each task
 def answer_states(base: Base, rows: TaskRows, push: Any, t: float, mask_id: int) -> Tensor:
     """(N, D) final states at the masked answers of a task's first rows, the push told noise level t."""
     batch = rows.take(np.arange(min(ROWS, len(rows))))
-    xt = torch.where(batch.answer_mask, mask_id, batch.x0)
+    device = base.model.embedding.weight.device
+    x0, answer, real = (part.to(device) for part in (batch.x0, batch.answer_mask, batch.attention_mask))
+    xt = torch.where(answer, mask_id, x0)
     kept, base.model.push = base.model.push, push
     try:
-        times = torch.full((len(xt),), t)
-        h = base.model.states(xt, times, batch.attention_mask, batch.attention_mask & ~batch.answer_mask)
+        h = base.model.states(xt, torch.full((len(xt),), t, device=device), real, real & ~answer)
     finally:
         base.model.push = kept
-    return h[batch.answer_mask]
+    return h[answer]
 
 
 def effective_rank(singular_values: Tensor) -> float:
@@ -48,9 +49,18 @@ def push_rank(push: TrajectoryPush) -> float:
 
 
 def principal_cosines(one: Tensor, other: Tensor) -> Tensor:
-    """Cosines of the principal angles between two column spaces, largest first (Bjorck and Golub 1973). (D, r) each."""
-    q_one, q_other = (torch.linalg.qr(m)[0] for m in (one, other))
+    """Cosines of the principal angles between two column spaces, largest first (Bjorck and Golub 1973). (D, r) each.
+
+    Columns that are zero or hang on others span nothing; a space of nothing has no angles.
+    """
+    q_one, q_other = (column_space(m) for m in (one, other))
     return torch.linalg.svdvals(q_one.T @ q_other).clamp(max=1.0)
+
+
+def column_space(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the columns: (D, r) -> (D, rank)."""
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, s > 1e-5 * s.max().clamp(min=1e-12)]
 
 
 @torch.no_grad()
@@ -71,7 +81,8 @@ def interference(base: Base, pushes: dict[str, TrajectoryPush], rows: dict[str, 
         last = base.model.config.num_layers
         for depth in range(max(p.first_depth for p in (pushes[one], pushes[other])), last + 1):
             ups = [pushes[p].places[depth - pushes[p].first_depth].up for p in (one, other)]
-            angles.append(float(principal_cosines(*ups).mean()))
-        record["principal_cosine"] = float(np.mean(angles))
+            found = principal_cosines(*ups)
+            angles += [float(found.mean())] if len(found) else []
+        record["principal_cosine"] = float(np.mean(angles)) if angles else None
         pairs.append(record)
     return {"pairs": pairs, "effective_rank": {name: push_rank(push) for name, push in pushes.items()}}

@@ -16,9 +16,10 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import WeightLora
 from tinyld.methods.weight_lora import WeightLoraConfig
 from tinyld.model import LINEARS
-from tinyld.runs import parse_tensors, read_json, to_json, write_atomic
+from tinyld.runs import make_folder, parse_tensors, read_json, to_json, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+BASE = "tinyld base "
 
 # Settings of PEFT that change what an adapter computes and that ours has no counterpart of: only these values load.
 PLAIN: dict[str, Any] = {
@@ -47,10 +48,10 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
         raise UsageError("PEFT has no timestep bands; export a weight-lora without --ranks and --core")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TinyldError(f"{out} exists and is not empty: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     settings = PLAIN | {
         "task_type": None,
-        "base_model_name_or_path": f"tinyld base {fingerprint}",
+        "base_model_name_or_path": BASE + fingerprint,
         "target_modules": list(config.targets),
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -62,8 +63,13 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
     write_atomic(out / CONFIG, to_json(settings))
 
 
-def load_peft(folder: Path, model_config: ModelConfig) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
-    """(config, tensors) of a LoRA that PEFT trained on our denoiser; TinyldError for any other."""
+def load_peft(
+    folder: Path, model_config: ModelConfig, fingerprint: str | None = None
+) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
+    """(config, tensors) of a LoRA that PEFT trained on our denoiser; TinyldError for any other.
+
+    A folder that `export_peft` wrote names its base, which must then be the one of `fingerprint`.
+    """
     where = folder / CONFIG
     raw = read_json(where)
     if not isinstance(raw, dict):
@@ -71,8 +77,15 @@ def load_peft(folder: Path, model_config: ModelConfig) -> tuple[WeightLoraConfig
     for key, value in PLAIN.items():
         if raw.get(key, value) not in (value, None) and not (value is None and raw.get(key) in ([], {})):
             raise TinyldError(f"{where}: {key} must be {value!r} to be a plain LoRA, got {raw[key]!r}")
+    if raw.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise TinyldError(f"{where}: init_lora_weights {raw['init_lora_weights']!r} changes the base's own weights")
+    named = str(raw.get("base_model_name_or_path"))
+    if fingerprint is not None and named.startswith(BASE) and named != BASE + fingerprint:
+        raise TinyldError(
+            f"{folder} is for base {named.removeprefix(BASE)}, not {fingerprint}; give its own with --base"
+        )
     targets, rank, alpha = raw.get("target_modules"), raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(targets, list) or not set(targets) <= set(LINEARS):
+    if not isinstance(targets, list) or not all(isinstance(t, str) and t in LINEARS for t in targets):
         raise TinyldError(f"{where}: target_modules must be a list of {', '.join(LINEARS)}, got {targets!r}")
     if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
         raise TinyldError(f"{where}: r must be a whole number and lora_alpha a number, got {rank!r} and {alpha!r}")

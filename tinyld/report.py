@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,19 +58,8 @@ def print_record(title: str, record: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ many runs
 
 
-RECORD_KEYS = (
-    "how",
-    "members",
-    "kind",
-    "task",
-    "method",
-    "base",
-    "train",
-    "diffusion",
-    "data",
-    "parameters",
-    "environment",
-)
+RECORD_KEYS = ("kind", "task", "method", "started_as", "base", "train", "diffusion", "data", "parameters", "how")
+RECORD_KEYS += ("members", "environment")
 
 
 def run_record(path: Path) -> dict[str, Any]:
@@ -78,7 +68,8 @@ def run_record(path: Path) -> dict[str, Any]:
 
     if path.is_file():
         record = read_json(path)
-        if not isinstance(record, dict) or "results" not in record or "run" not in record:
+        shape = {"run": str, "kind": str, "results": dict}
+        if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in shape.items()):
             raise TinyldError(f"{path}: not a result that tinyld report --save wrote")
         return record
     folder = RunFolder.open(path)
@@ -89,14 +80,14 @@ def run_record(path: Path) -> dict[str, Any]:
     return {"run": path.name, **kept, "results": folder.read_json(RESULTS)}
 
 
-RESULT_COLUMNS = ("task", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
+RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
 RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "stored %", "bytes", "train s", "peak MB", "rows/s")
 
-Cell = tuple[str, str, str, str, str]  # task, split, method, settings, training
+Cell = tuple[str, str, str, str]  # task, split, method, and all else that sets runs apart but their seed
 
 
 def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row a (task, method, settings, training), seeds averaged, on test where a run was evaluated there, else on dev.
+    """A row for all runs that differ by their seed alone, on test where a run was evaluated there, else on dev.
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
     seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning on the same
@@ -111,19 +102,21 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         for key, found in evaluations.items():
             task, _, split = key.partition("/")
             if "accuracy" in found and not (split == "dev" and task in tested):
-                cell = (task, split, record["method"]["name"], settings(record), training(record))
+                cell = (task, split, record["method"]["name"], identity(record))
                 cells.setdefault(cell, []).append((record, found))
     means = {cell: _mean(f["accuracy"] for _, f in runs) for cell, runs in cells.items()}
     rows = []
     for cell, runs in sorted(cells.items()):
-        task, split, method, chosen, how = cell
+        task, split, method, _ = cell
+        first = runs[0][0]
         whole = max((m for c, m in means.items() if c[:3] == (task, split, "full")), default=0.0)
         n = runs[0][1]["n"]
         low, high = interval([f["accuracy"] for _, f in runs], n)
-        sizes, trials = runs[0][0]["parameters"], runs[0][0].get("trials")
+        sizes, trials = first["parameters"], first.get("trials")
+        about = (task, Path(first["base"]["path"]).name, method, settings(first), training(first))
         rows.append(
             (
-                *(task, method, chosen, how, len(trials) if trials else 1, len(runs), split, n),
+                *(*about, len(trials) if trials else 1, len(runs), split, n),
                 f"{100 * means[cell]:.1f}",
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 f"{100 * means[cell] / whole:.1f}" if whole else None,
@@ -149,18 +142,18 @@ def compose_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """
     rows = []
     for record in sorted((r for r in records if r["kind"] == "composition"), key=lambda r: r["run"]):
-        found = record["results"]["compose"]
-        drops = {d["task"]: d for d in found["drops"]}
-        by = {(e["task"], e["run"]): e for e in found["evaluations"]}
+        found = record["results"].get("compose")
+        if found is None:
+            raise TinyldError(f"{record['run']}: a composition that was never measured; compose its members again")
         methods = "+".join(dict.fromkeys(m["method"]["name"] for m in record["members"]))
-        for task, drop in drops.items():
-            own, composed = by[task, "own"], by[task, "composed"]
+        for drop in found["drops"]:
+            task = drop["task"]
             routed = found["routing_accuracy"].get(task)
             rows.append(
                 (
-                    *(record["run"], methods, found["how"], len(record["members"]), task, own["split"], own["n"]),
-                    f"{100 * own['accuracy']:.1f}",
-                    f"{100 * composed['accuracy']:.1f}",
+                    *(record["run"], methods, found["how"], len(record["members"]), task, drop["split"], drop["n"]),
+                    f"{100 * drop['own']:.1f}",
+                    f"{100 * drop['composed']:.1f}",
                     f"{100 * drop['drop']:.2f}",
                     f"{100 * drop['low']:.2f} to {100 * drop['high']:.2f}",
                     None if routed is None else f"{100 * routed:.1f}",
@@ -170,18 +163,34 @@ def compose_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def identity(record: Mapping[str, Any]) -> str:
+    """Everything that runs of one row must share: method, base, data, noise and training, the seed left out."""
+    train = {k: v for k, v in record["train"].items() if k not in ("seed", "eval_every", "save_minutes", "keep")}
+    base = {k: record["base"].get(k) for k in ("fingerprint", "dtype")}
+    method = record.get("started_as") or record["method"]
+    parts = [method, base, train, record["diffusion"], record["data"].get("rows"), record["data"].get("limit")]
+    return settings(record) + json.dumps(parts, sort_keys=True)
+
+
+# Options that need no words: every other value is shown.
+USUAL: dict[str, Any] = {
+    "alpha": 16.0, "rslora": False, "core": False, "targets": ["query", "key", "value", "out", "up", "down"],
+    "sigma": [1.0, 0.5, 0.25], "modules": 1, "sharing": "nested", "read": "state", "attend": 0,
+    "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0, "ranks": [],
+}  # fmt: skip
+
+
 def settings(record: Mapping[str, Any]) -> str:
-    """What sets a method's size, in a few words."""
-    method = record["method"]
-    parts = [f"{name} {method[name]}" for name in ("rank", "blocks") if name in method]
-    parts += [f"attend {method['attend']}"] if method.get("attend") else []
-    parts += [f"{method[name]}" for name in ("sharing", "conditioning") if method.get(name) not in USUAL]
-    ranks = method.get("ranks") or []
-    if len(ranks) > NUM_BANDS:  # place by place: the largest of each
-        parts.append(f"ranks {'-'.join(map(str, ranks[::NUM_BANDS]))}")
-    elif ranks:
-        parts.append(f"ranks {'/'.join(map(str, ranks))}")
-    return ", ".join(parts) or "-"
+    """A method's options in a few words, as the run began."""
+    method = record.get("started_as") or record["method"]
+    parts = []
+    for name, value in method.items():
+        if name == "name" or (name in USUAL and value == USUAL[name]):
+            continue
+        shown = "/".join(map(str, value)) if isinstance(value, list) else value
+        parts.append(name if value is True else f"{name.replace('_', ' ')} {shown}")
+    dtype = record["base"].get("dtype", "fp32")
+    return ", ".join(parts + ([] if dtype == "fp32" else [f"base in {dtype}"])) or "-"
 
 
 def training(record: Mapping[str, Any]) -> str:
@@ -190,9 +199,6 @@ def training(record: Mapping[str, Any]) -> str:
     unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
     return f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
 
-
-USUAL = (None, "nested", "none")
-NUM_BANDS = 3  # that a run's ranks are listed by (bands.py would bring torch in)
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -61,6 +61,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TinyldError(f"{path}: cannot be made ({error.strerror})") from None
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -120,10 +127,7 @@ class RunFolder:
         cls.check_free(path, force)
         if cls(path).is_run():
             shutil.rmtree(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TinyldError(f"{path}: cannot be made ({error.strerror})") from None
+        make_folder(path)
         return cls(path)
 
     @classmethod

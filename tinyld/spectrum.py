@@ -22,9 +22,11 @@ def effective_ranks(push: TrajectoryPush) -> list[list[float]]:
     found = []
     for place in push.places:
         row = []
-        for units in place.units:
-            used = units != 0
-            row.append(effective_rank(torch.linalg.svdvals(place.up[:, used] @ place.down[used])))
+        for band, units in enumerate(place.units):
+            down = place.down
+            if place.core is not None:
+                down = torch.block_diag(*place.core[band]).T @ down
+            row.append(effective_rank(torch.linalg.svdvals((place.up * units.abs()) @ down)))
         found.append(row)
     return found
 
@@ -59,7 +61,8 @@ def spectrum(base: Base, push: TrajectoryPush, rows: TaskRows, limit: int | None
     for band, name in enumerate(BAND_NAMES):
         with band_off(push, band):
             found = measured()
-        share = (found.nll_bound - whole.nll_bound) / (plain.nll_bound - whole.nll_bound)
+        reduction = plain.nll_bound - whole.nll_bound
+        share = (found.nll_bound - whole.nll_bound) / reduction if reduction else None
         record["bands"].append(
             {"which": f"{name} off", "accuracy": found.accuracy, "nll_bound": found.nll_bound, "share_lost": share}
         )

@@ -61,8 +61,11 @@ def compose(
     weights = job.weights
     if weights is not None and job.how not in (None, "weights"):
         raise UsageError(f"--weights is a way of its own; leave --how {job.how} or --weights out")
+    check(job.how != "weights" or weights is not None, "--how weights needs --weights")
     check(weights is None or len(weights) == len(runs), f"--weights needs {len(runs)} numbers, one an adapter")
     check((job.how == "search") == (job.task is not None), "--how search and --task NEW go together")
+    if job.task is not None and job.task.endswith(".toml"):
+        job = replace(job, task=str(Path(job.task).resolve()))
     folders = [RunFolder.open(r) for r in runs]
     first = folders[0].config
     if "base" not in first:
@@ -77,8 +80,9 @@ def compose(
         weights = [1.0 / len(members)] * len(members)
     composed = Composed(members, how, rank=job.rank).with_weights(weights or [1.0] * len(members))
     composed.combined(base)  # refuses what cannot be combined before anything is read or written
-    tasks = [load_task(name).name.replace(":", "-") for name in dict.fromkeys(m.task for m in members)]
-    out = out or RUNS / f"compose-{'-'.join(tasks)}"
+    tasks = [load_task(name).name for name in dict.fromkeys(m.task for m in members)]
+    check(len(set(tasks)) == len(tasks), f"two different tasks are called {tasks[0]}; rename one's file")
+    out = out or RUNS / f"compose-{'-'.join(tasks).replace(':', '-')}"
     RunFolder.check_free(out, force)
     refuse_inside(out, [base.path, *runs])
     rows_of = {name: rows_for(base, load_task(name), job.split, job.data) for name in [m.task for m in members]}
@@ -87,10 +91,10 @@ def compose(
         composed = composed.with_weights(searched(base, composed, job))
     if how == "router":
         composed.router = prototype_router(members) if job.train_router is None else trained(base, members, job)
-    folder = RunFolder.create(out, force)
+    measured = Measure(base, composed, rows_of, job).result()
+    result = {"how": how, "weights": composed.weights, "norm_lost": composed.lost, **measured}
+    folder = RunFolder.create(out, force)  # last, so that --force removes nothing before there is something better
     save_composition(folder, base, composed, environment())
-    measure = Measure(base, composed, rows_of, job)
-    result = {"how": how, "weights": composed.weights, "norm_lost": composed.lost, **measure.result()}
     result["cost"] |= {"bytes": folder.files()[ADAPTER]}
     folder.write_json(RESULTS, {"compose": result})
     if json:
@@ -157,6 +161,11 @@ class Measure:
         """A task's name, also where it is a user's file."""
         return self.rows_of[task].task.name
 
+    def label(self, member: Member) -> str:
+        """The member's task, with its run where the task has several."""
+        alone = sum(m.task == member.task for m in self.composed.members) == 1
+        return self.name(member.task) + ("" if alone else f" ({Path(member.run).name})")
+
     def result(self) -> dict[str, Any]:
         from tinyld.compose import Composed
         from tinyld.statistics import paired_difference
@@ -165,18 +174,26 @@ class Measure:
         speed: dict[str, float] = {"own": 0.0, "composed": 0.0}  # seconds in all
         for task in self.rows_of:
             found = {"base": self.evaluated(task, None)}
+            own = sum(m.task == task for m in self.composed.members)
             for member in self.composed.members:
-                label = "own" if member.task == task else Path(member.run).name
-                if member.task == task or self.job.task == task:  # a new task has no own adapter: show every one
+                if member.task == task or self.job.task == task:  # for a new task every adapter is shown
+                    label = "own" if member.task == task and own == 1 else Path(member.run).name
                     found[label] = self.evaluated(task, Composed([replace(member, weight=1.0)], "sum").attach)
-            found["composed"] = self.evaluated(task, self.composed.attach)
+            composed = self.evaluated(task, self.composed.attach)
+            for label, alone in found.items():
+                if label == "base" or not own:
+                    continue
+                speed["own"] += alone.n / alone.rows_per_second
+                speed["composed"] += composed.n / composed.rows_per_second
+                if alone.accuracy is not None and composed.accuracy is not None:
+                    mean, low, high = paired_difference(alone.correct(), composed.correct())
+                    drops.append(
+                        {"task": self.name(task), "adapter": label, "split": self.job.split, "n": alone.n}
+                        | {"own": alone.accuracy, "composed": composed.accuracy}
+                        | {"drop": mean, "low": low, "high": high}
+                    )
+            found["composed"] = composed
             records += [{"run": label, "split": self.job.split, **e.record()} for label, e in found.items()]
-            if "own" in found:
-                for label in speed:
-                    speed[label] += found[label].n / found[label].rows_per_second
-            if "own" in found and found["own"].accuracy is not None:
-                mean, low, high = paired_difference(found["own"].correct(), found["composed"].correct())
-                drops.append({"task": self.name(task), "drop": mean, "low": low, "high": high})
         cost = {
             "members": len(self.composed.members),
             "parameters": sum(t.numel() for m in self.composed.members for t in m.tensors.values()),
@@ -193,20 +210,20 @@ class Measure:
             return {"routing_accuracy": {}, "confusion": []}
         confusion, accuracy = [], {}
         for place, member in enumerate(members):
-            chosen = router(task_features(self.base, self.rows_of[member.task])).argmax(1)
+            chosen = router(task_features(self.base, self.rows_of[member.task], self.job.limit)).argmax(1)
             confusion.append([float((chosen == j).float().mean()) for j in range(len(members))])
-            accuracy[self.name(member.task)] = confusion[-1][place]
+            accuracy[self.label(member)] = confusion[-1][place]
         return {"routing_accuracy": accuracy, "confusion": confusion}
 
     def interference(self) -> dict[str, Any]:
         from tinyld.interference import interference
 
-        pushes = {m.run: m for m in self.composed.members if m.is_push}
-        if len({m.task for m in pushes.values()}) < 2:
+        members = [m for m in self.composed.members if m.is_push]
+        pushes = {self.label(m): m.push(self.base) for m in members}
+        if len(pushes) < 2:
             return {"interference": None}
-        by_task = {self.name(m.task): m.push(self.base) for m in pushes.values()}
-        rows = {self.name(task): rows for task, rows in self.rows_of.items()}
-        return {"interference": interference(self.base, by_task, rows, self.base.tokenizer.mask_id)}
+        rows = {self.label(m): self.rows_of[m.task] for m in members}
+        return {"interference": interference(self.base, pushes, rows, self.base.tokenizer.mask_id)}
 
 
 def show(out: Path, result: dict[str, Any]) -> None:
@@ -214,10 +231,12 @@ def show(out: Path, result: dict[str, Any]) -> None:
     print_evaluations(f"{out}: {result['how']}, weights {coefficients}", result["evaluations"])
     if result["drops"]:
         rows = [
-            (d["task"], f"{100 * d['drop']:.2f}", f"{100 * d['low']:.2f} to {100 * d['high']:.2f}")
+            (d["task"], d["adapter"], f"{100 * d['drop']:.2f}", f"{100 * d['low']:.2f} to {100 * d['high']:.2f}")
             for d in result["drops"]
         ]
-        print_table("points lost against the task's own adapter, same rows", ("task", "drop", "95% interval"), rows)
+        print_table(
+            "points lost against the task's own adapter, same rows", ("task", "against", "drop", "95% interval"), rows
+        )
     if result["confusion"]:
         names = list(result["routing_accuracy"])
         rows = [(n, *(f"{100 * s:.1f}" for s in r)) for n, r in zip(names, result["confusion"], strict=True)]
@@ -225,7 +244,9 @@ def show(out: Path, result: dict[str, Any]) -> None:
     if result["interference"]:
         pairs = result["interference"]["pairs"]
         columns = tuple(pairs[0])
-        rows = [(" / ".join(p["pair"]), *(round(p[c], 3) for c in columns[1:])) for p in pairs]
+        rows = [
+            (" / ".join(p["pair"]), *(p[c] if p[c] is None else round(p[c], 3) for c in columns[1:])) for p in pairs
+        ]
         print_table("interference", tuple(c.replace("_", " ") for c in columns), rows)
         ranks = {f"effective rank {n}": round(r, 2) for n, r in result["interference"]["effective_rank"].items()}
         print_record("each adapter", ranks)

@@ -32,7 +32,7 @@ def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, lis
     where = resolve_device(device)
     if is_peft(path):
         base = load_base(base_path or default_base(), where)
-        attach_static(base, (WeightLora.name, *load_peft(path, base.model.config)))
+        attach_static(base, (WeightLora.name, *load_peft(path, base.model.config, base.fingerprint)), path)
         return base, []
     folder = RunFolder.open(path)
     config = folder.config
@@ -85,8 +85,7 @@ def eval(
 ) -> None:
     keep_freed_memory()
     runs = runs or [newest_run(("adapter", "composition"))]
-    if predictions is not None and (predictions.is_dir() or not predictions.parent.is_dir()):
-        raise TinyldError(f"{predictions}: cannot be written (not a file in a folder that exists)")
+    check_predictions(predictions)
     records = []
     lines = ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else split
@@ -149,6 +148,11 @@ def eval_text(
         print_table("NLL bound, nats per token", tuple(records[0]), [tuple(r.values()) for r in records])
 
 
+def check_predictions(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")
+
+
 def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -191,6 +195,7 @@ def eval_chain(
     base_path: Path | None,
     sampling: SampleConfig,
     limit: int | None,
+    dtype: str,
     device: str,
     predictions: Path | None,
     json: bool,
@@ -203,18 +208,22 @@ def eval_chain(
     from tinyld.train import autocast, resolve_dtype
 
     keep_freed_memory()
+    check_predictions(predictions)
     base, _ = load_run(run, base_path, device)
     judging, _ = load_run(judge, base_path, device)
     plain, _ = load_run(base.path, None, device)
     rows = rows_for(base, load_task(task), split, data, limit)
+    writer = load_task(then)
+    real_texts = [e.answer for e in load_split(writer, split, data if data is None or data.is_dir() else None)]
     where = base.model.embedding.weight.device
-    with Progress("write", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype("auto", where)):
-        written = write_opposites(base, rows, load_task(then), sampling, bar.advance_to)
-        record = {"run": str(run), "task": task, "then": then, "judge": str(judge), "split": split}
-        record |= judge_chain(written, rows, judging, plain)
-    remember(
-        run, f"{task}+{then}/{split}", {**record, "nll_bound": record["nll_written"], "environment": environment()}
-    )
+    with Progress("write", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
+        written = write_opposites(base, rows, writer, sampling, bar.advance_to)
+        source = str(data) if data is not None and not data.is_dir() else split
+        record = {"run": str(run), "task": rows.task.name, "then": writer.name, "judge": str(judge), "split": source}
+        record |= judge_chain(written, rows, judging, plain, real_texts[: len(rows)])
+    if limit is None:
+        kept = {**record, "nll_bound": record["nll_written"], "environment": environment()}
+        remember(run, f"{rows.task.name}+{writer.name}/{source}", kept)
     if predictions is not None:
         labels = rows.task.labels
         lines = ["prompt\tgold\tread\tasked\ttext"]

@@ -136,7 +136,7 @@ def resume(out: Path, json: bool, quiet: bool) -> None:
             say=say_to_stderr(quiet),
         )  # fmt: skip
         return finish("pretrained base", {"run": str(out), **summary}, json)
-    options = dict(config["method"])
+    options = dict(config.get("started_as", config["method"]))
     name = options.pop("name")
     data = config["data"]
     job = FinetuneJob(

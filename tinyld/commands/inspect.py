@@ -63,6 +63,7 @@ def export(run: Path, to: str, out: Path) -> None:
         export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
         print(f"wrote {out}: load it with transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})")
         return
+    from tinyld.adapter import base_dtype
     from tinyld.methods import WeightLora
     from tinyld.peft import export_peft
 
@@ -71,6 +72,8 @@ def export(run: Path, to: str, out: Path) -> None:
     settings = dict(config.get("method", {}))
     if settings.pop("name", None) != WeightLora.name:
         raise TinyldError(f"{run} is no weight-lora adapter, the only kind that PEFT has")
+    if base_dtype(config, str(run)) != "fp32":
+        raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}, which peft does not have")
     method = from_dict(WeightLora.Config, settings, str(run / CONFIG))
     export_peft(method, folder.read_tensors(ADAPTER), config["base"]["fingerprint"], out)
     print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(denoiser, {str(out)!r})")
@@ -90,9 +93,9 @@ def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool)
     refuse_inside(out, [run])
     if config["kind"] == "base":
         raise TinyldError(f"{run} is a base already")
+    if base_dtype(config, str(run)) != "fp32":
+        raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
     if config["kind"] == "adapter":
-        if base_dtype(config, str(run)) != "fp32":
-            raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
         adapted = load_adapter(folder, default_base(), base_path)
         base, method = adapted.base, adapted.method
     else:
@@ -144,7 +147,7 @@ def info(path: Path, json: bool) -> None:
             if "accuracy" in found:
                 text = f"{100 * found['accuracy']:.1f}% ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
             else:
-                text = f"NLL bound {found['nll_bound']:.3f}"
+                text = "-" if found["nll_bound"] is None else f"NLL bound {found['nll_bound']:.3f}"
             record[f"eval {key}"] = text
     for name, size in files.items():
         record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
@@ -217,10 +220,14 @@ def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -
 
 def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None:
     """Writes each run's record to a JSON file of its own."""
-    from tinyld.runs import to_json, write_atomic
+    from tinyld.runs import make_folder, to_json, write_atomic
 
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        names = [record["run"] for record in records]
+        for name in names:
+            if Path(name).name != name or names.count(name) > 1:
+                raise TinyldError(f"cannot keep run {name!r}: names must be plain and different")
+        make_folder(folder)
         for record in records:
             write_atomic(folder / f"{record['run']}.json", to_json(record))
 
@@ -252,6 +259,7 @@ def compare(
     flags: list[str],
     data: Path | None,
     base: Path | None,
+    device: str,
     budget_minutes: float | None,
     out: Path,
     save: Path | None,
@@ -259,14 +267,28 @@ def compare(
     quiet: bool,
 ) -> None:
     """The grid of `tinyld.compare`, and its table."""
+    import typer
+
+    from tinyld.base import fingerprint
+    from tinyld.cli import app
     from tinyld.compare import Compare, variants
     from tinyld.methods import METHODS
 
-    for task in tasks:
-        for split in ("train", "dev"):
-            load_split(load_task(task), split, data, limit=1)
+    for task in map(load_task, tasks):
+        for split in ("train", "dev", *(["test"] if "test" in task.splits else [])):
+            load_split(task, split, data, limit=1)
     chosen = variants(methods, {name: method.default_lr for name, method in METHODS.items()})
-    grid = Compare(out, tasks, chosen, seeds, trials, flags, data, base, budget_minutes, quiet, say_to_stderr(False))
+    finetune = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
+    for variant in chosen:  # a wrong option is found now, not when its turn comes
+        try:
+            finetune.make_context("compare", [*variant.flags])
+        except typer.BadParameter.__base__ as error:  # click's UsageError, whichever click typer has
+            raise UsageError(f"--methods {variant.text}: {error.format_message()}") from None
+    folder = RunFolder.open(base or default_base())
+    say = say_to_stderr(quiet)
+    grid = Compare(
+        out, tasks, chosen, seeds, trials, flags, data, base, fingerprint(folder), device, budget_minutes, quiet, say
+    )
     records = grid.run()
     keep_records(records, save)
     show_results(records, False, json)

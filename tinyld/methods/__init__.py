@@ -6,16 +6,26 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from tinyld.config import ModelConfig, check_choice
-from tinyld.errors import UsageError
+from tinyld.config import ModelConfig, check, check_choice, from_dict
+from tinyld.errors import TinyldError, UsageError
 from tinyld.methods.bitfit import BitFit
 from tinyld.methods.bottleneck import Bottleneck
 from tinyld.methods.contract import Method
 from tinyld.methods.full import Full
-from tinyld.methods.trajectory_lora import RECIPES, TrajectoryLora
+from tinyld.methods.trajectory_lora import RECIPES, TrajectoryLora, before_pruning
 from tinyld.methods.weight_lora import WeightLora
 
+AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottleneck, BitFit, TrajectoryLora)}
+
+
+def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
+    """(method, config) from what a run recorded of its method; `where` names the file in the error."""
+    name = record.get("name") if isinstance(record, Mapping) else None
+    if name not in METHODS:
+        raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
+    settings = {k: v for k, v in record.items() if k != "name"}
+    return METHODS[name], from_dict(METHODS[name].Config, settings, where)
 
 
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
@@ -28,6 +38,11 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     method = METHODS[name]
     given = {k: v for k, v in options.items() if v is not None}
     recipe, budget = given.pop("recipe", None), given.pop("budget", None)
+    check(budget is None or "rank" not in given, "--budget sets the rank; leave --rank or --budget out")
+    if given.get("ranks") == AUTO:
+        check(method is TrajectoryLora, f"--ranks auto is an option of trajectory-lora, not of {name}")
+        del given["ranks"]
+        given["prune"] = PRUNED
     config: Any = method.Config()
     if method is TrajectoryLora:
         recipe = recipe or next(iter(RECIPES))
@@ -41,9 +56,10 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     allowed = {f.name for f in fields(config)}
     for option in given:
         if option not in allowed:
-            own = ", ".join(f"--{o.replace('_', '-')}" for o in sorted(allowed)) or "no option"
+            own = ", ".join(f"--{o.replace('_', '-')}" for o in sorted(allowed - {"prune"})) or "no option"
             raise UsageError(f"--{option.replace('_', '-')} is not an option of {name}, which has {own}")
     config = replace(config, **given)
     if budget is None:
         return config
-    return method.fit_budget(config, model_config, budget / (1.0 - getattr(config, "prune", 0.0)))
+    config = method.fit_budget(config, model_config, budget, fixed={k: given[k] for k in ("attend",) if k in given})
+    return before_pruning(config) if getattr(config, "prune", 0.0) else config

@@ -69,18 +69,25 @@ class Method(ABC):
         return replace(config, rank=rank)
 
     @classmethod
-    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float) -> Any:
-        """The config with the largest rank whose parameters are at most `budget`, a share of the base's."""
+    def fit_budget(
+        cls, config: Any, model_config: ModelConfig, budget: float, fixed: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The config with the largest rank whose parameters are at most `budget`, a share of the base's. `fixed`
+        fields keep their values whatever the rank."""
+
+        def at(rank: int) -> Any:
+            return replace(cls.with_rank(config, rank), **(fixed or {}))
+
         limit = budget * model_config.num_parameters()
         rank = 0
-        while cls.expected_parameters(cls.with_rank(config, rank + 1), model_config) <= limit:
+        while cls.expected_parameters(at(rank + 1), model_config) <= limit:
             rank += 1
         if rank == 0:
-            least = cls.expected_parameters(cls.with_rank(config, 1), model_config)
+            least = cls.expected_parameters(at(1), model_config)
             raise UsageError(
                 f"budget {budget:.2%} is too small for {cls.name}: rank 1 stores {least:,} parameters of {limit:,.0f}"
             )
-        return cls.with_rank(config, rank)
+        return at(rank)
 
     def set_enabled(self, enabled: bool) -> None:
         """Turns the method's effect off and on again; full and bitfit change the base itself and refuse."""

@@ -61,7 +61,8 @@ class TrajectoryLoraConfig:
         )
         check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
         by_unit = self.sharing == "nested" and self.modules == 1
-        check(by_unit or (not self.prune and len(self.ranks) == NUM_BANDS), "prune needs nested bands and one module")
+        one_by_one = self.prune > 0 or len(self.ranks) > NUM_BANDS
+        check(by_unit or not one_by_one, "ranks auto, or place by place, need nested bands and one module")
         check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.modules >= 1, f"modules must be at least 1, got {self.modules}")
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
@@ -111,6 +112,11 @@ RECIPES: dict[str, tuple[TrajectoryLoraConfig, float | None]] = {
         None,
     ),
 }
+
+
+def before_pruning(config: TrajectoryLoraConfig) -> TrajectoryLoraConfig:
+    """The config to begin with so that, once `prune` of the units are gone, no more are left than `config` has."""
+    return replace(config, ranks=tuple(int(r / (1.0 - config.prune)) for r in config.ranks))
 
 
 class PushModule(nn.Module):
@@ -265,7 +271,8 @@ class TrajectoryLora(Method):
     def after_update(self, progress: float) -> None:
         """Drops the weakest rank units of all places, from PRUNE_FROM to PRUNE_TO of the run until `prune` are gone.
 
-        Weak is a small ||a_u|| ||b_u||; dropped units are zero and stay so. No place loses its last unit.
+        Weak is a small ||a_u|| ||b_u||; dropped units are zero and stay so, which is also how a resumed run knows
+        them. Every place keeps the strongest of the units that all its bands use.
         """
         if self.config.prune == 0 or progress < PRUNE_FROM:
             return
@@ -273,10 +280,15 @@ class TrajectoryLora(Method):
         strength = torch.cat([p.up.norm(dim=0) * p.down.norm(dim=1) for p in self.push.places]).cpu()
         gone = self.config.prune * min(1.0, (progress - PRUNE_FROM) / (PRUNE_TO - PRUNE_FROM))
         target = math.ceil(gone * len(strength) - 1e-9)
-        if self.dropped is None or target > int(self.dropped.sum()):
-            last = torch.zeros_like(strength, dtype=torch.bool)
-            for i in range(len(self.push.places)):
-                last[torch.where(place == i, strength, -1.0).argmax()] = True
+        if self.dropped is None:
+            self.dropped = strength == 0
+        if target > int(self.dropped.sum()):
+            last = torch.zeros_like(self.dropped)
+            for i, p in enumerate(self.push.places):
+                shared = torch.where(place == i, strength, -1.0)
+                shared[int((place < i).sum()) + int((p.units != 0).all(0).sum()) :] = -1.0
+                last[shared.argmax()] = True
+            strength[self.dropped] = -1.0
             order = torch.where(last, torch.inf, strength).argsort(stable=True)
             self.dropped = torch.zeros_like(last)
             self.dropped[order[: min(target, int((~last).sum()))]] = True
@@ -300,7 +312,7 @@ class TrajectoryLora(Method):
                 if parameter is not None:
                     index = alive.nonzero()[:, 0]
                     setattr(p, name, nn.Parameter(parameter.index_select(dim, index), requires_grad=True))
-            ranks += [max(1, int((row > 0).sum())) for row in p.units[:, alive]]
+            ranks += [int((row != 0).sum()) for row in p.units[:, alive]]
         self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
         for i, p in enumerate(self.push.places):
             p.units = self.config.at(i).units().to(p.units.device)
