@@ -568,8 +568,37 @@ def test_an_interrupted_finetune_resumes_to_the_same_adapter(
     resumed = good("finetune", "--resume", "cut", "--json").json
     assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
     assert resumed["steps"] == 7 and not (Path("cut") / "checkpoints").exists()
-    again = cli("finetune", "--resume", "cut")
-    assert again.code == 1 and "nothing to resume in cut" in again.stderr
+    again = good("finetune", "--resume", "cut", "--json")
+    assert "cut is finished already" in again.stderr
+    assert again.json["steps"] == 7 and again.json["dev_accuracy"] == resumed["dev_accuracy"]
+
+
+def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = place / "again.toml"
+    task.write_text((place / "mood.toml").read_text().replace("train.csv", "again.csv"))
+    rows = (place / "train.csv").read_text()
+    (place / "again.csv").write_text(rows)
+    args = ["finetune", "--base", place / "base", "--task", task, "--method", "bitfit", "--steps", 7,
+            "--batch-size", 4, "--save-minutes", "1e-9"]  # fmt: skip
+    interrupt(monkeypatch, 5, *args, "--out", "cut")
+    (place / "again.csv").write_text(rows.replace("rain", "sky"))
+    assert_refused(cli("finetune", "--resume", "cut"), 1, "data was ")
+    monkeypatch.setattr("tinyld.runs.platform.machine", lambda: "abacus")  # not one of what decides the bits
+    (place / "again.csv").write_text(rows)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert_refused(cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; --allow-changed")
+    assert good("finetune", "--resume", "cut", "--allow-changed", "--json").json["steps"] == 7
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "adapters",
+            "--steps", 7, "--batch-size", 4]  # fmt: skip
+    good(*args, "--out", "whole", "--quiet")
+    interrupt(monkeypatch, 5, *args, "--out", "cut")
+    assert not RunFolder(Path("cut")).checkpoints()
+    good("finetune", "--resume", "cut", "--quiet")
+    assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
 
 
 def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -711,8 +740,7 @@ ERRORS = [
     ("finetune --task {place}/mood.toml --base nowhere --steps 1 --quiet --out new", 1, "no run in nowhere"),
     ("finetune --task {place}/mood.toml --base {place}/mood-full --steps 1 --quiet --out new", 1, "not a base"),
     ("finetune --resume nowhere", 1, "no run in nowhere: expected config.json, found no such folder"),
-    ("finetune --resume {place}/mood-full", 1, "nothing to resume in"),
-    ("pretrain --resume {place}/base", 1, "nothing to resume in"),
+    ("finetune --resume {place}/mood-full --from-step 3", 1, "is finished already"),
     ("eval --quiet", 1, "no finished run in runs/"),
     ("eval {place}/base --quiet", 2, "was made for no task: say which to evaluate"),
     ("eval nowhere --quiet", 1, "no run in nowhere"),

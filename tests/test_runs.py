@@ -445,5 +445,16 @@ def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
         folder.load_checkpoint()
     assert str(path) in str(raised.value)
     folder.remove_checkpoints()
-    with pytest.raises(TinyldError, match="nothing to resume"):
+    assert folder.load_checkpoint() is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.save_checkpoint(1, {"w": torch.ones(50)}, {}, 2)
+    path = folder.save_checkpoint(2, {"w": torch.zeros(50)}, {}, 2) / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TinyldError, match="--from-step 1$"):
         folder.load_checkpoint()
+    assert folder.load_checkpoint(1)[1]["step"] == 1
+    with pytest.raises(TinyldError, match="no checkpoint at step 7 .*; there are 1, 2"):
+        folder.load_checkpoint(7)

@@ -50,8 +50,8 @@ def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32
     if config["kind"] != "base":
         raise TinyldError(f"{path} is an adapter, not a base; its base is {config.get('base', {}).get('path')}")
     model_config = from_dict(ModelConfig, config["model"], str(path / CONFIG))
-    tokenizer = Tokenizer.load(path / TOKENIZER)
     folder.read(TOKENIZER)
+    tokenizer = Tokenizer.load(path / TOKENIZER)
     if tokenizer.vocab_size != model_config.vocab_size:
         raise TinyldError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"

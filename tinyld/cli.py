@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from tinyld import __version__
 from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, SampleConfig, TrainConfig
 from tinyld.errors import TinyldError, UsageError
+from tinyld.interrupt import raise_at_signals
 from tinyld.runs import RunFolder
 
 
@@ -63,6 +64,12 @@ Ema = Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.
 SaveMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
 
 Resume = Annotated[Path | None, typer.Option(help="Run folder to go on with; needs no other option.")]
+
+FromStep = Annotated[int | None, typer.Option(help="With --resume: from this checkpoint instead of the newest.")]
+
+AllowChanged = Annotated[
+    bool, typer.Option("--allow-changed", help="With --resume: go on though data, torch or threads differ.")
+]
 
 
 def version(value: bool) -> None:
@@ -133,6 +140,8 @@ def pretrain(
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     save_dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the stored weights.")] = "fp32",
     resume: Resume = None,
+    from_step: FromStep = None,
+    allow_changed: AllowChanged = False,
     out: Out = None,
     force: Force = False,
     json: Json = False,
@@ -143,7 +152,7 @@ def pretrain(
     from tinyld.commands.pretrain import pretrain
 
     if resume is not None:
-        return go_on(resume, json=json, quiet=quiet)
+        return go_on(resume, from_step, allow_changed, json=json, quiet=quiet)
     if steps is None and tokens is None and minutes is None:
         minutes = 10.0
     convert_only = init is not None and minutes == 0
@@ -302,6 +311,8 @@ def finetune(
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the base's frozen matrices are kept in.")
     ] = "fp32",
     resume: Resume = None,
+    from_step: FromStep = None,
+    allow_changed: AllowChanged = False,
     out: Out = None,
     force: Force = False,
     json: Json = False,
@@ -312,7 +323,7 @@ def finetune(
     from tinyld.commands.finetune import resume as go_on
 
     if resume is not None:
-        return go_on(resume, json=json, quiet=quiet)
+        return go_on(resume, from_step, allow_changed, json=json, quiet=quiet)
     options = {
         "recipe": recipe, "budget": share(budget, "--budget"),
         "ranks": ranks if ranks == "auto" else numbers(ranks, int, "--ranks"),
@@ -559,4 +570,9 @@ def demo(
 
 
 def main() -> None:
-    app()
+    try:
+        raise_at_signals()
+        app()
+    except TinyldError as error:  # a signal before or after a verb's own work
+        print(f"tinyld: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -130,6 +131,11 @@ class TaskRows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def digest(self) -> str:
+        """SHA-256 of all rows as the denoiser sees them."""
+        parts = [self.lengths, self.starts, np.array(self.slot), *self.ids]
+        return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return -(-len(self.ids) // batch_size)

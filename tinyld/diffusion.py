@@ -6,7 +6,7 @@ t is in [0, 1]: 0 is clean, 1 fully masked. `keep_prob(t)` is the papers' alpha_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -93,12 +93,16 @@ class Noised:
     cached: Tensor | None = None  # (B, L, K, D) states of the frozen lower blocks, where they were kept
 
     def split(self, parts: int) -> list[Noised]:
-        """Micro-batches of about equal numbers of rows, on the same noise."""
-        if parts == 1:
-            return [self]
+        """At most `parts` micro-batches of about equal numbers of rows, on the same noise."""
+        return [self] if parts == 1 else self._rows(torch.arange(len(self.t)).chunk(parts))
+
+    def shares(self, processes: int) -> list[Noised]:
+        """One part for each process; rows go round, so that every one gets some."""
+        return self._rows([torch.arange(i, len(self.t), processes) for i in range(processes)])
+
+    def _rows(self, chosen: Sequence[Tensor]) -> list[Noised]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        rows = torch.arange(len(self.t)).chunk(parts)
-        return [Noised(**{k: None if v is None else v[r] for k, v in values.items()}) for r in rows]
+        return [Noised(**{k: None if v is None else v[r] for k, v in values.items()}) for r in chosen]
 
     def to(self, device: torch.device) -> Noised:
         if device.type == "cpu":

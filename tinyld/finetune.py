@@ -10,12 +10,13 @@ from tinyld.adapter import Adapted, method_record, sizes
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
+from tinyld.distributed import Processes
 from tinyld.evaluate import evaluate
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, environment
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, check_unchanged, environment
 from tinyld.train import Objective, autocast, resolve_dtype, train
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
@@ -32,6 +33,9 @@ def finetune(
     data: Path | None,
     limit: int | None = None,
     resume: bool = False,
+    from_step: int | None = None,
+    allow_changed: bool = False,
+    processes: Processes | None = None,
     quiet: bool = False,
     say: Any = print,
 ) -> dict[str, Any]:
@@ -40,7 +44,9 @@ def finetune(
     model, tokenizer = base.model, base.tokenizer
     device = model.embedding.weight.device
     counts = sizes(method, base)
-    if not resume:
+    if resume:
+        check_unchanged(folder.path, folder.config, train_rows.digest(), allow_changed)
+    else:
         folder.write_json(
             CONFIG,
             {
@@ -57,6 +63,7 @@ def finetune(
                     "limit": limit,
                     "rows": len(train_rows),
                     "truncated": train_rows.truncated,
+                    "sha256": train_rows.digest(),
                 },
                 "parameters": counts,
                 "environment": environment(),
@@ -105,6 +112,8 @@ def finetune(
         after_update=method.after_update,
         cache=cache,
         resume=resume,
+        from_step=from_step,
+        processes=processes,
         quiet=quiet,
     )
     started_as, metrics = method_record(method), result.metrics
@@ -132,6 +141,7 @@ def finetune(
         **counts,
         **metrics,
     }
+    folder.close_log()
     folder.write_json(RESULTS, {"finetune": summary})
     folder.remove_checkpoints()
     return summary

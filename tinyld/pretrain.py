@@ -12,11 +12,12 @@ import torch
 from tinyld.base import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TextRows, tokenize_documents, torch_seeded
+from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.hf import Encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
-from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder, environment, sha256
+from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, resolve_device, train
 
@@ -63,6 +64,9 @@ def pretrain(
     trim_vocab: int | None = None,
     convert_only: bool = False,
     resume: bool = False,
+    from_step: int | None = None,
+    allow_changed: bool = False,
+    processes: Processes | None = None,
     quiet: bool = False,
     say: Any = print,
 ) -> dict[str, Any]:
@@ -108,8 +112,7 @@ def pretrain(
         "unigram_nll": unigram,
     }
     if resume:
-        if folder.config["data"]["sha256"] != data_facts["sha256"]:
-            raise TinyldError(f"cannot resume {folder.path}: the text differs from what the run began with")
+        check_unchanged(folder.path, folder.config, data_facts["sha256"], allow_changed)
     else:
         folder = open_folder()
         folder.write(TOKENIZER, tokenizer.to_json().encode())
@@ -127,55 +130,61 @@ def pretrain(
                 "environment": environment(),
             },
         )
-    model = Denoiser(model_config, torch_seeded(config.seed, 0))
-    if encoder is not None:
-        load_exactly(dict(model.named_parameters()), encoder.tensors, folder.path)
-    model.to(device)
-    say(
-        f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
-        f"a unigram model has {unigram:.3f} nats/token on the held-out text"
-    )
-
-    def evaluate() -> dict[str, float]:
-        bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
-        return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
-
-    objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
-    parameters = dict(model.named_parameters())
-    if convert_only:
-        model.eval()
-        result = TrainResult(0, 0, 0.0, 0.0, evaluate())
-    else:
-        warm = folder.config["warm_start"]
-        body = (
-            frozenset(n for n in parameters if not n.startswith(("head_transform", "output_bias")))
-            if warm
-            else frozenset()
+    with folder.locked():
+        model = Denoiser(model_config, torch_seeded(config.seed, 0))
+        if encoder is not None:
+            load_exactly(dict(model.named_parameters()), encoder.tensors, folder.path)
+        model.to(device)
+        say(
+            f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
+            f"a unigram model has {unigram:.3f} nats/token on the held-out text"
         )
-        result = train(
-            model,
-            parameters,
-            rows,
-            objective,
-            config,
-            folder,
-            evaluate,
-            "pretrain",
-            body=body,
-            resume=resume,
-            quiet=quiet,
-        )
-    save_base(folder, model, parameters, tokenizer, save_dtype)
-    summary = {
-        "parameters": model_config.num_parameters(),
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-        "peak_memory_mb": result.peak_memory_mb,
-        "unigram_nll": unigram,
-        **result.metrics,
-    }
-    folder.write_json(RESULTS, {"pretrain": summary})
-    folder.remove_checkpoints()
-    return summary
+
+        def evaluate() -> dict[str, float]:
+            bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
+            return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
+
+        objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
+        parameters = dict(model.named_parameters())
+        if convert_only:
+            model.eval()
+            result = TrainResult(0, 0, 0.0, 0.0, evaluate())
+        else:
+            warm = folder.config["warm_start"] if resume else encoder
+            if resume and warm and not folder.checkpoints():
+                raise TinyldError(f"{folder.path} was stopped before its first checkpoint; start it again with --force")
+            body = (
+                frozenset(n for n in parameters if not n.startswith(("head_transform", "output_bias")))
+                if warm
+                else frozenset()
+            )
+            result = train(
+                model,
+                parameters,
+                rows,
+                objective,
+                config,
+                folder,
+                evaluate,
+                "pretrain",
+                body=body,
+                resume=resume,
+                from_step=from_step,
+                processes=processes,
+                quiet=quiet,
+            )
+            folder.close_log()
+        save_base(folder, model, parameters, tokenizer, save_dtype)
+        summary = {
+            "parameters": model_config.num_parameters(),
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+            "peak_memory_mb": result.peak_memory_mb,
+            "unigram_nll": unigram,
+            **result.metrics,
+        }
+        folder.write_json(RESULTS, {"pretrain": summary})
+        folder.remove_checkpoints()
+        return summary

@@ -10,6 +10,7 @@ A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a l
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +47,16 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise TinyldError(f"{path}: cannot be written ({error.strerror or error})") from None
-    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file or a folder's names on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -107,16 +109,22 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 class RunFolder:
-    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run."""
+    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run.
+
+    A file and its line in the manifest cannot change in one step, so the manifest first names the new content as
+    pending, then the file takes its name, then the manifest is settled: wherever the process dies, the file on the
+    disk is one that the manifest knows.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: int | None = None
 
     @staticmethod
     def check_free(path: Path, force: bool = False) -> None:
         """TinyldError unless `path` is new or empty, or holds a run that `force` may replace."""
         is_run = RunFolder(path).is_run()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (force and is_run):
+        if path.exists() and (not path.is_dir() or not _holds_nothing(path)) and not (force and is_run):
             go_on = f"go on with it by --resume {path}, " if RunFolder(path).checkpoints() else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
@@ -125,10 +133,12 @@ class RunFolder:
     def create(cls, path: Path, force: bool = False) -> RunFolder:
         """A new, empty run folder where `check_free` allows one."""
         cls.check_free(path, force)
-        if cls(path).is_run():
-            shutil.rmtree(path)
+        folder = cls(path)
+        if folder.is_run():
+            with folder.locked():
+                shutil.rmtree(path)
         make_folder(path)
-        return cls(path)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -141,6 +151,31 @@ class RunFolder:
         """Whether this looks like one of ours: both a config and a manifest."""
         return (self.path / CONFIG).is_file() and (self.path / MANIFEST).is_file()
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it this process alone writes here; TinyldError at once when another one does.
+
+        The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
+        """
+        if self._lock is not None:  # already ours
+            yield
+            return
+        try:
+            self._lock = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+            if isinstance(error, BlockingIOError):
+                raise TinyldError(f"{self.path}: another process is writing in this run; wait for it") from None
+            raise TinyldError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            os.close(self._lock)
+            self._lock = None
+
     @property
     def config(self) -> dict[str, Any]:
         config = json.loads(self.read(CONFIG))
@@ -150,10 +185,15 @@ class RunFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file and its SHA-256 into the manifest."""
-        write_atomic(self.path / name, content)
-        manifest = self._manifest()
-        manifest["files"][name] = {"sha256": sha256(content), "bytes": len(content)}
-        write_atomic(self.path / MANIFEST, to_json(manifest))
+        entry = {"sha256": sha256(content), "bytes": len(content)}
+        with self.locked():
+            manifest = self._manifest()
+            manifest["pending"] = {name: entry}
+            write_atomic(self.path / MANIFEST, to_json(manifest))
+            write_atomic(self.path / name, content)
+            manifest["files"][name] = entry
+            del manifest["pending"]
+            write_atomic(self.path / MANIFEST, to_json(manifest))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, to_json(value))
@@ -173,7 +213,7 @@ class RunFolder:
             raise TinyldError(f"no {name} in {self.path}: found {found or 'nothing'}") from None
         except OSError as error:
             raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
-        if self._entry(name)["sha256"] != sha256(content):
+        if sha256(content) not in [entry["sha256"] for entry in self._entries(name)]:
             raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
         return content
 
@@ -185,32 +225,37 @@ class RunFolder:
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file, from the manifest."""
-        return str(self._entry(name)["sha256"])
+        entries = self._entries(name)
+        return str(entries[0]["sha256"]) if len(entries) == 1 else sha256(self.read(name))
 
     def files(self) -> dict[str, int]:
         """Every file of the manifest with its size in bytes."""
-        return {name: int(self._entry(name)["bytes"]) for name in self._manifest()["files"]}
+        return {name: int(self._entries(name)[0]["bytes"]) for name in self._manifest()["files"]}
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        entry = self._manifest()["files"].get(name)
-        if entry is None:
+    def _entries(self, name: str) -> list[dict[str, Any]]:
+        """What the manifest knows of a file: one entry, or two when its writer died between file and manifest."""
+        manifest = self._manifest()
+        entries = [m[name] for m in (manifest["files"], manifest.get("pending", {})) if name in m]
+        if not entries:
             raise TinyldError(f"{self.path / name}: not listed in {MANIFEST}; it was not written by tinyld")
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("sha256"), str)
-            or not isinstance(entry.get("bytes"), int)
-        ):
-            raise TinyldError(f"{self.path / MANIFEST}: damaged, the entry for {name!r} has no sha256 and bytes")
+        for entry in entries:
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("sha256"), str)
+                or not isinstance(entry.get("bytes"), int)
+            ):
+                raise TinyldError(f"{self.path / MANIFEST}: damaged, the entry for {name!r} has no sha256 and bytes")
         if Path(name).name != name:
             raise TinyldError(f"{self.path / MANIFEST}: the name {name!r} leaves the run folder")
-        return entry
+        return entries
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
         if not path.exists():
             return {"files": {}}
         manifest = read_json(path)
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        parts = [manifest.get("files"), manifest.get("pending", {})] if isinstance(manifest, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
             raise TinyldError(f"{path}: damaged, expected an object with 'files'")
         return manifest
 
@@ -218,14 +263,30 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        path = self.path / METRICS
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TinyldError(f"{path}: cannot be written ({error.strerror})") from None
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The log's records; a last line without its end, which a killed writer leaves, is not one."""
         path = self.path / METRICS
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        try:
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")
+            records = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise TinyldError(f"{path}: damaged or unreadable ({str(error)[:80]})") from None
+        if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in records):
+            raise TinyldError(f"{path}: damaged, a line has no step")
+        return records
+
+    def close_log(self) -> None:
+        """Puts the finished log into the manifest."""
+        self.write(METRICS, (self.path / METRICS).read_bytes())
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes again."""
@@ -237,35 +298,111 @@ class RunFolder:
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
         """Writes `checkpoints/<step>` whole, then removes all but the newest `keep`."""
         folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
         final, partial = folder / f"{step:08d}", folder / f".{step:08d}.tmp"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        inner = RunFolder(partial)
-        inner.write_tensors("state.safetensors", tensors)
-        inner.write_json("state.json", {"step": step, **state})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        sync_folder(folder)
+        try:
+            if (self.path / METRICS).exists():
+                sync(self.path / METRICS)
+            folder.mkdir(exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            inner = RunFolder(partial)
+            inner.write_tensors("state.safetensors", tensors)
+            inner.write_json("state.json", {"step": step, **state})
+            if final.exists():  # a run that passes here again has a damaged one
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            sync(folder)
+        except (OSError, TinyldError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = str(error) if isinstance(error, TinyldError) else f"{final}: cannot be written ({error.strerror})"
+            raise TinyldError(f"{reason}; {self.last_good()}") from None
         for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def last_good(self) -> str:
+        """For an error: what can be gone on with."""
+        found = self.checkpoints()
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
         folder = self.path / "checkpoints"
         return sorted(p for p in folder.glob("[0-9]*") if p.is_dir()) if folder.is_dir() else []
 
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, state) of the newest checkpoint."""
-        found = self.checkpoints()
+    def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
+        found = {int(p.name): p for p in self.checkpoints()}
+        if step is not None and step not in found:
+            steps = ", ".join(map(str, found)) or "none"
+            raise TinyldError(f"no checkpoint at step {step} in {self.path}; there are {steps}")
         if not found:
-            raise TinyldError(f"nothing to resume in {self.path}: it has no checkpoint")
-        inner = RunFolder(found[-1])
-        return inner.read_tensors("state.safetensors"), inner.read_json("state.json")
+            return None
+        chosen = max(found) if step is None else step
+        inner = RunFolder(found[chosen])
+        try:
+            return inner.read_tensors("state.safetensors"), inner.read_json("state.json")
+        except TinyldError as error:
+            older = [s for s in found if s < chosen]
+            way_out = f"go on from an older one with --from-step {older[-1]}" if older else "there is no older one"
+            raise TinyldError(f"{error}; {way_out}") from None
 
     def remove_checkpoints(self) -> None:
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Removes what a killed writer left half-written."""
+        for path in [*self.path.glob(".*.tmp"), *(self.path / "checkpoints").glob(".*.tmp")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class Spectator(RunFolder):
+    """A run folder that another process of the same run writes: reading works, writing does nothing."""
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+    def write(self, name: str, content: bytes) -> None:
+        pass
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    def log(self, record: dict[str, Any]) -> None:
+        pass
+
+    def close_log(self) -> None:
+        pass
+
+    def rewind_metrics(self, step: int) -> None:
+        pass
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+        return self.path
+
+    def remove_checkpoints(self) -> None:
+        pass
+
+    def remove_leftovers(self) -> None:
+        pass
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a folder is empty, or holds only what a writer that was killed before its config leaves."""
+    names = {p.name for p in path.iterdir()}
+    ours = {MANIFEST, *([TOKENIZER] if MANIFEST in names else [])}
+    return all(n in ours or (n.startswith(".") and n.endswith(".tmp")) for n in names)
+
+
+def check_unchanged(path: Path, config: Mapping[str, Any], data_sha256: str, allow: bool) -> None:
+    """TinyldError unless a run goes on with the data, torch and threads it began with: else its bits would differ."""
+    then, now = config["environment"], environment()
+    pairs = [(name, then[name], now[name]) for name in ("torch", "threads", "processes", "device")]
+    pairs.append(("data", config["data"]["sha256"][:12], data_sha256[:12]))
+    changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
+    if changed and not allow:
+        raise TinyldError(f"{path} began otherwise: {changed}; --allow-changed goes on all the same")
 
 
 def environment() -> dict[str, Any]:
@@ -277,6 +414,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": " ".join(["tinyld", *sys.argv[1:]]),

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.data import Batch, Source, torch_seeded
 from tinyld.diffusion import Noised, noise_batch, token_nll
+from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError
+from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer, lr_factor
 from tinyld.progress import Progress
@@ -43,13 +45,16 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype; `auto` is bf16 where the hardware multiplies it, else fp16 on a GPU, fp32 on a processor."""
+    """The autocast dtype; `auto` is bf16 where the hardware is fast at it, else fp16 on a GPU, fp32 on a processor.
+
+    A processor is with AMX alone: AVX-512's bf16 was measured to be half as fast as fp32.
+    """
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-            name = "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+            name = "bf16" if capabilities.get("amx_bf16") else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -110,9 +115,14 @@ def train(
     cache: Callable[[Batch, Noised], Noised] | None = None,
     body: frozenset[str] = frozenset(),
     resume: bool = False,
+    from_step: int | None = None,
+    processes: Processes | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Trains `parameters` in place and leaves them at their last (or EMA) values.
+
+    With `resume` it goes on from the newest checkpoint, or that of `from_step`; a run that was stopped before it had
+    one begins again. SIGTERM and SIGINT end the step, save and raise Interrupted.
 
     `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `cache` may add
     kept states to a noised batch. `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock
@@ -120,13 +130,18 @@ def train(
     """
     device = model.embedding.weight.device
     dtype = resolve_dtype(config.dtype, device)
+    processes = processes or Processes()
     optimizer = Optimizer(parameters, config, body)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if config.ema else {}
     step, tokens, seconds, resumed = 0, 0, 0.0, False
     log_sum, log_count = 0.0, 0  # of the loss, since the last log line
+    found = folder.load_checkpoint(from_step) if resume else None
     if resume:
-        tensors, state = folder.load_checkpoint()
+        folder.remove_leftovers()
+        folder.rewind_metrics(found[1]["step"] if found else -1)
+    if found is not None:
+        tensors, state = found
         step, tokens, seconds, resumed = state["step"], state["tokens"], state["seconds"], True
         log_sum, log_count = state["log_sum"], state["log_count"]
         with torch.no_grad():
@@ -137,7 +152,6 @@ def train(
         optimizer.load_state(tensors)
         if "scaler" in state and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        folder.rewind_metrics(step)
 
     steps = total_steps(config, source)
 
@@ -163,12 +177,21 @@ def train(
 
     metrics: dict[str, Any] = {}
     saved = time.monotonic()
-    if not resumed:
-        metrics = held_out()
-        folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **metrics})
-    model.train()
-    with Progress(label, 1.0, quiet=quiet) as bar:
+    with StopSignals() as stop, Progress(label, 1.0, quiet=quiet) as bar:
+
+        def stop_if(told: int, is_saved: bool = False) -> None:
+            if told:
+                if not is_saved:
+                    checkpoint()
+                raise Interrupted(told, f"step {step} is saved; go on with --resume {folder.path}")
+
+        if not resumed:
+            metrics = held_out()
+            folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **metrics})
+        model.train()
+        told = stop.received if processes.size == 1 else 0  # by a signal; several processes obey process 0's
         while progress() < 1.0:
+            stop_if(told)
             started = time.perf_counter()
             optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay), progress())
             batch = source.batch(step, config.batch_size, config.seed)
@@ -177,22 +200,22 @@ def train(
                 noised = cache(batch, noised)
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
-            for micro in noised.split(config.accumulate):
+            for micro in processes.share(noised).split(config.accumulate):
                 with autocast(device, dtype):
                     nll, row = token_nll(model, micro.to(device))
                     part = (nll * micro.weight.to(device)[row]).sum() / normaliser
                 scaler.scale(part).backward()
                 loss += part.detach()
+            processes.sum_gradients(parameters.values())
             if penalty is not None:
                 scaler.scale(penalty()).backward()
             for part_optimizer in optimizer.parts:
                 scaler.unscale_(part_optimizer)
             norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip or math.inf)
-            if not math.isfinite(float(norm)) and not scaler.is_enabled():
-                kept = folder.checkpoints()
-                last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
+            if not math.isfinite(float(loss)) or not (math.isfinite(float(norm)) or scaler.is_enabled()):
                 raise TinyldError(
-                    f"the gradient at step {step} is not finite (loss {float(loss):.4g}); {last}; lower --lr"
+                    f"the loss ({float(loss):.4g}) or gradient at step {step} is not finite; "
+                    f"{folder.last_good()}; lower --lr"
                 )
             for part_optimizer in optimizer.parts:
                 scaler.step(part_optimizer)
@@ -200,6 +223,10 @@ def train(
             step += 1
             tokens += int(batch.attention_mask.sum())
             seconds += time.perf_counter() - started
+            if processes.size > 1:  # the clock is process 0's, too
+                mine = [seconds, float(stop.received)] if processes.rank == 0 else [0.0, 0.0]
+                total, seconds, signum = processes.sum([float(loss), *mine])
+                loss, told = torch.tensor(total), int(signum)
             after_update(progress())
             if ema:
                 decay = min(config.ema, (1 + step) / (10 + step))
@@ -226,7 +253,9 @@ def train(
             if not done and time.monotonic() - saved > 60 * config.save_minutes:
                 checkpoint()
                 saved = time.monotonic()
+            told = stop.received if processes.size == 1 else told
         checkpoint()
+        stop_if(told, is_saved=True)
     metrics = metrics or held_out()  # empty when a run is resumed after its last step
     with torch.no_grad():
         for name, average in ema.items():

@@ -16,8 +16,9 @@ from tinyld.commands.workspace import (
     say_to_stderr,
 )
 from tinyld.config import DiffusionConfig, TrainConfig, check, from_dict
+from tinyld.distributed import Processes, is_writer
 from tinyld.errors import TinyldError, UsageError
-from tinyld.runs import CONFIG, RunFolder
+from tinyld.runs import CONFIG, RESULTS, RunFolder
 from tinyld.tasks import load_split, load_task
 
 
@@ -73,15 +74,22 @@ def finetune(job: FinetuneJob, out: Path | None, force: bool, json: bool, quiet:
     keep_freed_memory()
     name = load_task(job.task).name.replace(":", "-")
     out = out or RUNS / f"{name}-{job.method}-s{job.training.seed}"
-    RunFolder.check_free(out, force)
+    if is_writer():
+        RunFolder.check_free(out, force)
     refuse_inside(out, [job.base])
-    summary = _run_finetune(job, lambda: RunFolder.create(out, force), None, quiet)
+    summary = _run_finetune(job, out, lambda: RunFolder.create(out, force), None, quiet)
     finish("adapter", {"run": str(out), **summary}, json)
     return out
 
 
 def _run_finetune(
-    job: FinetuneJob, open_folder: Callable[[], RunFolder], resumed: dict[str, Any] | None, quiet: bool
+    job: FinetuneJob,
+    out: Path,
+    open_folder: Callable[[], RunFolder],
+    resumed: dict[str, Any] | None,
+    quiet: bool,
+    from_step: int | None = None,
+    allow_changed: bool = False,
 ) -> dict[str, Any]:
     """`resumed` is the config.json of the run that goes on, None for a new one."""
     from tinyld.adapter import attach, check_base
@@ -93,6 +101,8 @@ def _run_finetune(
 
     device = resolve_device(job.training.device)
     resolve_dtype(job.training.dtype, device)
+    processes = Processes.join(device)
+    quiet = quiet or not is_writer()
     task = load_task(job.task)
     examples = {
         "train": load_split(task, "train", job.data, limit=job.limit),
@@ -103,26 +113,37 @@ def _run_finetune(
     if resumed is None:
         config = make_config(job.method, job.options, shape)
     else:
-        check_base(resumed, base, open_folder().path)
-        config = from_dict(METHODS[job.method].Config, job.options, str(open_folder().path / CONFIG))
+        check_base(resumed, base, out)
+        config = from_dict(METHODS[job.method].Config, job.options, str(out / CONFIG))
     train_rows, dev_rows = (TaskRows(rows, task, base.tokenizer, shape.max_length) for rows in examples.values())
     adapted = attach(base, job.method, config, job.task, torch_seeded(job.training.seed, 0))
-    return run(
-        open_folder(), adapted, train_rows, dev_rows, job.diffusion, job.training, job.cache_gb, job.data, job.limit,
-        resumed is not None, quiet, say_to_stderr(quiet),
-    )  # fmt: skip
+    folder = processes.open_run(out, open_folder)
+    with folder.locked():
+        return run(
+            folder, adapted, train_rows, dev_rows, job.diffusion, job.training, job.cache_gb, job.data, job.limit,
+            resumed is not None, from_step, allow_changed, processes, quiet, say_to_stderr(quiet),
+        )  # fmt: skip
 
 
-def resume(out: Path, json: bool, quiet: bool) -> None:
+def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, quiet: bool) -> None:
     """Goes on with an interrupted pretraining or fine-tuning run; all its settings are in its config."""
     from tinyld.pretrain import pretrain as run
     from tinyld.pretrain import save_dtype_of
+    from tinyld.train import resolve_device
 
     keep_freed_memory()
     folder = RunFolder.open(out)
     config = folder.config
-    if not folder.checkpoints():
-        raise TinyldError(f"nothing to resume in {out}: it is finished, or was stopped before its first checkpoint")
+    if config["kind"] == "composition":
+        raise UsageError(f"{out} is a composition; there is nothing in it to train")
+    title, verb = ("pretrained base", "pretrain") if config["kind"] == "base" else ("adapter", "finetune")
+    results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
+    if verb in results:
+        if from_step is not None:
+            raise TinyldError(f"{out} is finished already; --from-step {from_step} has no checkpoint to go on from")
+        say_to_stderr(quiet)(f"{out} is finished already")
+        folder.remove_checkpoints()
+        return finish(title, {"run": str(out), **results[verb]}, json)
     where = str(out / CONFIG)
     diffusion, training = (
         from_dict(DiffusionConfig, config["diffusion"], where),
@@ -130,12 +151,15 @@ def resume(out: Path, json: bool, quiet: bool) -> None:
     )
     if config["kind"] == "base":
         shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
+        processes = Processes.join(resolve_device(training.device))
+        quiet = quiet or not is_writer()
         summary = run(
-            lambda: folder, [Path(p) for p in config["data"]["files"]], [Path(p) for p in config["valid"]], shape,
-            config["model"]["vocab_size"], diffusion, training, save_dtype_of(config), resume=True, quiet=quiet,
-            say=say_to_stderr(quiet),
+            lambda: processes.open_run(out, lambda: folder), [Path(p) for p in config["data"]["files"]],
+            [Path(p) for p in config["valid"]], shape, config["model"]["vocab_size"], diffusion, training,
+            save_dtype_of(config), resume=True, from_step=from_step, allow_changed=allow_changed, processes=processes,
+            quiet=quiet, say=say_to_stderr(quiet),
         )  # fmt: skip
-        return finish("pretrained base", {"run": str(out), **summary}, json)
+        return finish(title, {"run": str(out), **summary}, json)
     options = dict(config.get("started_as", config["method"]))
     name = options.pop("name")
     data = config["data"]
@@ -143,5 +167,5 @@ def resume(out: Path, json: bool, quiet: bool) -> None:
         config["task"], name, options, Path(config["base"]["path"]), data["folder"] and Path(data["folder"]),
         data["limit"], diffusion, training, config["cache_gb"], config["base"].get("dtype", "fp32"),
     )  # fmt: skip
-    summary = _run_finetune(job, lambda: folder, config, quiet)
-    return finish("adapter", {"run": str(out), **summary}, json)
+    summary = _run_finetune(job, out, lambda: folder, config, quiet, from_step, allow_changed)
+    return finish(title, {"run": str(out), **summary}, json)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tinyld.commands.workspace import finish, keep_freed_memory, refuse_inside, say_to_stderr
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
+from tinyld.distributed import Processes, is_writer
 from tinyld.runs import RunFolder
 from tinyld.tasks import bundled_data_dir
 
@@ -33,17 +34,22 @@ def pretrain(
     from tinyld.train import resolve_device, resolve_dtype
 
     keep_freed_memory()
+    quiet = quiet or not is_writer()
     data = data or [bundled_data_dir() / "corpus.txt.gz"]
     find_text_files([*data, *valid])
     ModelConfig(vocab_size=vocab_size, **shape)
-    resolve_dtype(config.dtype, resolve_device(config.device))
-    RunFolder.check_free(out, force)
+    device = resolve_device(config.device)
+    resolve_dtype(config.dtype, device)
+    if is_writer():
+        RunFolder.check_free(out, force)
     encoder = None
     if init is not None:
         encoder = load_start(find_encoder(init), shape["max_length"])
         refuse_inside(out, [find_encoder(init)])
+    processes = Processes.join(device)
     summary = run(
-        lambda: RunFolder.create(out, force), data, valid, shape, vocab_size, diffusion, config,
-        SAVE_DTYPES[save_dtype], encoder, trim_vocab, convert_only, quiet=quiet, say=say_to_stderr(quiet),
+        lambda: processes.open_run(out, lambda: RunFolder.create(out, force)), data, valid, shape, vocab_size,
+        diffusion, config, SAVE_DTYPES[save_dtype], encoder, trim_vocab, convert_only, processes=processes,
+        quiet=quiet, say=say_to_stderr(quiet),
     )  # fmt: skip
     finish("pretrained base", {"run": str(out), **summary}, json)

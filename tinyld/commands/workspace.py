@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyld.distributed import is_writer
 from tinyld.errors import TinyldError
 from tinyld.report import print_record
 from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
@@ -48,6 +49,8 @@ def newest_run(kinds: Sequence[str]) -> Path:
 
 
 def finish(title: str, summary: dict[str, Any], json: bool) -> None:
+    if not is_writer():
+        return
     if json:
         print(jsonlib.dumps(summary))
     else:

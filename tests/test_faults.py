@@ -1,0 +1,449 @@
+"""Faults, counted: kills, signals, damaged files, full disks, dead processes. Run with: pytest -m faults
+
+TINYLD_FAULTS is the share of the full counts (CI runs a tenth); TINYLD_FAULTS_OUT a JSON file for the counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyld.adapter import load_adapter
+from tinyld.base import load_base
+from tinyld.errors import TinyldError
+from tinyld.methods import METHODS
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, TOKENIZER, RunFolder
+from tinyld.tasks import load_split, load_task
+
+pytestmark = pytest.mark.faults
+
+SHARE = float(os.environ.get("TINYLD_FAULTS", "1"))
+LIMIT_S = 60  # a child that takes longer hangs
+JOBS = ["pretrain", *METHODS]
+STEPS = 10
+COUNTS: dict[str, Any] = {}
+
+
+def times(full: int) -> int:
+    return max(1, round(full * SHARE))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counts_are_kept() -> Iterator[None]:
+    yield
+    if "TINYLD_FAULTS_OUT" in os.environ:
+        Path(os.environ["TINYLD_FAULTS_OUT"]).write_text(json.dumps(COUNTS, indent=2) + "\n")
+    print(json.dumps(COUNTS, indent=2))
+
+
+# ------------------------------------------------------------------------------------------------ children
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["tinyld.commands.finetune", "tinyld.finetune", "tinyld.pretrain", "tinyld.cli"])
+
+
+def child(arguments: list[str], log: str, die_at: int) -> None:
+    """`tinyld ARGUMENTS` in this process, its output in `log`; it kills itself in its `die_at`-th fsync, if any."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    if die_at:
+        calls, fsync = 0, os.fsync
+
+        def dies(descriptor: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(descriptor)
+
+        os.fsync = dies
+    sys.argv = ["tinyld", *arguments]
+    from tinyld.cli import main
+
+    main()
+
+
+class World:
+    """A folder with a tiny base, a task, a text, and what each job gives when nothing interrupts it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        rng = random.Random(0)
+        words = "the film plot was is not great terrible good bad dull bright it and but very music".split()
+        lines = [" ".join(rng.choice(words) for _ in range(rng.randrange(4, 12))) for _ in range(300)]
+        (path / "text").mkdir()
+        (path / "text" / "lines.txt").write_text("\n".join(lines) + "\n")
+        for split, rows in (("train", lines[:80]), ("dev", lines[80:100])):
+            table = "".join(f"{line}\t{'good' if 'good' in line else 'bad'}\n" for line in rows)
+            (path / f"{split}.tsv").write_text("text\tlabel\n" + table)
+        (path / "mood.toml").write_text(
+            'template = "{text} it was {answer} ."\n[verbalizer]\nbad = "terrible"\ngood = "great"\n'
+            '[data]\ntrain = "train.tsv"\ndev = "dev.tsv"\n'
+        )
+        self.finish("base", self.arguments("pretrain", path / "base"))
+        self.expected = {}
+        for job in JOBS:
+            started = time.monotonic()
+            self.finish(job, self.arguments(job, path / f"whole-{job}"))
+            self.expected[job] = (self.facts(path / f"whole-{job}"), time.monotonic() - started)
+
+    def arguments(self, job: str, out: Path) -> list[str]:
+        budget = ["--steps", str(STEPS), "--batch-size", "8", "--eval-every", "4", "--save-minutes", "0"]
+        common = [*budget, "--dtype", "fp32", "--out", str(out)]
+        if job == "pretrain":
+            shape = ["--preset", "nano", "--vocab-size", "128", "--max-length", "32"]
+            return ["pretrain", "--data", str(self.path / "text"), *shape, *common]
+        task = ["--task", str(self.path / "mood.toml"), "--base", str(self.path / "base")]
+        return ["finetune", "--method", job, *task, *common]
+
+    def start(self, arguments: list[str], die_at: int = 0) -> Any:
+        process = forks.Process(target=child, args=(arguments, str(self.path / "log"), die_at))
+        process.start()
+        return process
+
+    def end(self, process: Any) -> int:
+        """Its exit code; negative is the signal that killed it."""
+        process.join(LIMIT_S)
+        hangs = process.is_alive()
+        process.kill()
+        process.join()
+        assert not hangs, self.said()
+        return process.exitcode
+
+    def finish(self, name: str, arguments: list[str]) -> None:
+        code = self.end(self.start(arguments))
+        assert code == 0, f"{name}: {self.said()}"
+
+    def said(self) -> str:
+        return (self.path / "log").read_text(errors="replace")
+
+    def go_on(self, job: str, out: Path) -> list[str]:
+        """The command that a user would give: the first one again until there is a run, then --resume."""
+        if not (out / CONFIG).exists():
+            return self.arguments(job, out)
+        return ["pretrain" if job == "pretrain" else "finetune", "--resume", str(out)]
+
+    def facts(self, run: Path) -> tuple[str, list[dict[str, Any]]]:
+        """The digest of a finished run's weights, and its log without the clock."""
+        folder = RunFolder(run)
+        weights = ADAPTER if (run / ADAPTER).exists() else MODEL
+        folder.read(weights)
+        log = [{k: v for k, v in r.items() if k != "seconds"} for r in folder.metrics()]
+        return folder.digest(weights), log
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+# ------------------------------------------------------------------------------------------------ kills, signals
+
+
+@pytest.mark.parametrize("where", ["anywhere", "in a save"])
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(where: str, world: World) -> None:
+    wanted = times(60 if where == "anywhere" else 42)
+    kills, runs, per_job = 0, 0, Counter()
+    rng = random.Random(where)
+    while kills < wanted:
+        job = JOBS[runs % len(JOBS)]
+        expected, seconds = world.expected[job]
+        out = world.path / f"killed-{where.replace(' ', '-')}-{runs}"
+        for _ in range(8):  # kills of one run at most
+            die_at = rng.randrange(1, 60) if where == "in a save" else 0
+            process = world.start(world.go_on(job, out), die_at)
+            if not die_at:
+                process.join(rng.uniform(0, 1.1 * seconds))
+                process.kill()
+            code = world.end(process)
+            assert code in (0, -signal.SIGKILL), world.said()
+            if code == 0:
+                break
+            kills, per_job[job] = kills + 1, per_job[job] + 1
+        world.finish(job, world.go_on(job, out))
+        assert world.facts(out) == expected
+        assert not list(out.rglob("*.tmp"))
+        runs += 1
+        shutil.rmtree(out)
+    COUNTS[f"SIGKILL {where}"] = {"faults": kills, "runs": runs, "runs equal to the uninterrupted one": runs}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_gives_its_code(signum: signal.Signals, world: World) -> None:
+    wanted = times(25)
+    rng = random.Random(int(signum))
+    sent, saved, runs = 0, 0, 0
+    while sent < wanted:
+        job = JOBS[runs % len(JOBS)]
+        expected, seconds = world.expected[job]
+        out = world.path / f"stopped-{signum}-{runs}"
+        process = world.start(world.go_on(job, out))
+        process.join(rng.uniform(0.1, 1) * seconds)
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signum)
+        code = world.end(process)
+        said = world.said()
+        if code != 0:
+            sent += 1
+            assert code in (128 + signum, -signum), said  # the system's own before main() has begun
+            assert "Traceback" not in said
+            if "is saved" in said:
+                step = int(said.split("step ")[-1].split(" is saved")[0])
+                assert [int(p.name) for p in RunFolder(out).checkpoints()][-1] == step
+                assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
+                saved += 1
+        world.finish(job, world.go_on(job, out))
+        assert world.facts(out) == expected
+        runs += 1
+        shutil.rmtree(out)
+    assert saved or sent < 10
+    COUNTS[signum.name] = {"faults": sent, "saved at the step": saved, "runs equal to the uninterrupted one": runs}
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+
+
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """The content truncated, extended, with bits flipped, a part zeroed, or two parts swapped; never the same."""
+    while True:
+        kind = rng.randrange(5)
+        a, b = sorted(rng.randrange(len(content)) for _ in range(2))
+        if kind == 0:
+            found = content[:a]
+        elif kind == 1:
+            found = content + rng.randbytes(rng.randrange(1, 200))
+        elif kind == 2:
+            flipped = bytearray(content)
+            for _ in range(rng.choice([1, 1, 8])):
+                flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            found = bytes(flipped)
+        elif kind == 3:
+            found = content[:a] + bytes(b - a) + content[b:]
+        else:
+            found = content[b:] + content[a:b] + content[:a]
+        if found != content:
+            return found
+
+
+LOADS = {
+    "base": (MODEL, load_base),
+    "tokenizer": (TOKENIZER, load_base),
+    "config": (CONFIG, load_base),
+    "manifest": (MANIFEST, load_base),
+    "adapter": (ADAPTER, lambda run: load_adapter(RunFolder.open(run), run)),
+}
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_a_damaged_run_file_is_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
+    name, load = LOADS[kind]
+    source = world.path / ("whole-adapters" if kind == "adapter" else "base")
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    content = (run / name).read_bytes()
+    rng = random.Random(kind)
+    refused = harmless = 0
+    for _ in range(times(1000)):
+        (run / name).write_bytes(damage(content, rng))
+        try:
+            load(run)
+        except TinyldError as error:
+            assert "\n" not in str(error) and str(run) in str(error), str(error)
+            refused += 1
+        else:  # only a manifest can lose something that does not matter here: white space, another file's entry
+            assert kind == "manifest"
+            harmless += 1
+    COUNTS[f"damaged {kind}"] = {"faults": times(1000), "refused by name": refused, "no harm done": harmless}
+
+
+def read_plainly(content: bytes, kind: str) -> list[tuple[str, str]] | None:
+    """(text, label) of every row by the simplest reading, or None when there is none."""
+    try:
+        text = content.decode("utf-8-sig")
+        if kind == "jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        return [(str(r["text"]), str(r["label"])) for r in rows]
+    except (ValueError, KeyError, TypeError, csv.Error):
+        return None
+
+
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "task file"])
+def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
+    for name in ("train.tsv", "dev.tsv", "mood.toml"):
+        shutil.copy(world.path / name, tmp_path / name)
+    path = tmp_path / {"tsv": "train.tsv", "jsonl": "train.jsonl", "task file": "mood.toml"}[kind]
+    if kind == "jsonl":
+        rows = read_plainly((tmp_path / "train.tsv").read_bytes(), "tsv") or []
+        path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+        task = (tmp_path / "mood.toml").read_text()
+        (tmp_path / "mood.toml").write_text(task.replace("train.tsv", "train.jsonl"))
+    content = path.read_bytes()
+    rng = random.Random(kind)
+    refused = read = 0
+    for _ in range(times(1000)):
+        damaged = damage(content, rng)
+        path.write_bytes(damaged)
+        started = time.monotonic()
+        try:
+            task = load_task(str(tmp_path / "mood.toml"))
+            examples = load_split(task, "train", None)
+        except TinyldError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), repr(str(error))
+            refused += 1
+        else:
+            read += 1
+            if kind != "task file":
+                plain = read_plainly(damaged, kind)
+                assert plain is not None and len(plain) == len(examples)
+                names = list(task.verbalizer)
+                assert [names[e.label] for e in examples] == [label for _, label in plain]
+        assert time.monotonic() - started < 5
+    COUNTS[f"damaged {kind}"] = {"faults": times(1000), "refused by name": refused, "read as it stands": read}
+
+
+# ------------------------------------------------------------------------------------------------ disks, writers
+
+
+def mounted(path: Path, options: str) -> None:
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("this user may not mount a small file system")
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only", "gone"])
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world: World, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    mounted(disk, "size=8m")
+    try:
+        job, out = "adapters", disk / "run"
+        arguments = world.arguments(job, out)
+        arguments[arguments.index("--steps") + 1] = "4000"
+        process = world.start(arguments)
+        deadline = time.monotonic() + LIMIT_S
+        while not RunFolder(out).checkpoints() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if fault == "full":
+            with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        elif fault == "read-only":
+            os.kill(process.pid, signal.SIGSTOP)
+            while subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
+                os.kill(process.pid, signal.SIGCONT)  # something was open for writing: try a little later
+                time.sleep(0.003)
+                os.kill(process.pid, signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGCONT)
+        else:
+            os.rename(out, disk / "moved")
+        code = world.end(process)
+        said = world.said().strip().splitlines()
+        assert code == 1 and said[-1].startswith("tinyld: ") and str(disk) in said[-1], said
+        assert not any("Traceback" in line for line in said)
+        left = RunFolder(disk / "moved" if fault == "gone" else out)
+        assert left.load_checkpoint() is not None
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    COUNTS[f"disk {fault}"] = {"faults": 1, "one line, last checkpoint loads": 1}
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(world: World) -> None:
+    out = world.path / "two-writers"
+    first = world.start(world.arguments("full", out))
+    refusals = 0
+    while first.is_alive() and not RunFolder(out).checkpoints():
+        time.sleep(0.01)
+    while first.is_alive() and refusals < 3:
+        second = forks.Process(target=child, args=(world.go_on("full", out), str(world.path / "log2"), 0))
+        second.start()
+        second.join(LIMIT_S)
+        said = (world.path / "log2").read_text()
+        if second.exitcode == 1:
+            assert "another process is writing" in said
+            refusals += 1
+    assert world.end(first) == 0
+    assert world.facts(out) == world.expected["full"][0] and refusals
+    COUNTS["two writers"] = {"faults": refusals, "second refused, first unharmed": refusals}
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def torchrun(world: World, arguments: list[str]) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    return subprocess.Popen(
+        [*launcher, "-m", "tinyld", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("job", ["pretrain", "trajectory-lora"])
+def test_two_processes_have_the_loss_curve_of_one(job: str, world: World) -> None:
+    out = world.path / f"two-{job}"
+    process = torchrun(world, world.arguments(job, out))
+    said, _ = process.communicate(timeout=2 * LIMIT_S)
+    assert process.returncode == 0, said
+    alone = [r["loss"] for r in world.expected[job][0][1] if "loss" in r]
+    both = [r["loss"] for r in RunFolder(out).metrics() if "loss" in r]
+    # sums of the same fp32 numbers in another order, over a few updates
+    assert both == pytest.approx(alone, rel=1e-4) and len(both) == len(alone)
+    COUNTS[f"two processes, {job}"] = {
+        "largest difference of loss": max(abs(a - b) for a, b in zip(alone, both, strict=True))
+    }
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(world: World) -> None:
+    out = world.path / "killed-rank"
+    arguments = world.arguments("full", out)
+    arguments[arguments.index("--steps") + 1] = "2000"
+    process = torchrun(world, arguments)
+    deadline = time.monotonic() + 2 * LIMIT_S
+    while not RunFolder(out).checkpoints() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=2 * LIMIT_S)
+    assert process.returncode == 1, said
+    assert RunFolder(out).load_checkpoint() is not None
+    COUNTS["killed process of two"] = {"faults": 1, "others ended, last checkpoint loads": 1}
+
+
+# ------------------------------------------------------------------------------------------------ the price
+
+
+def test_saving_costs_little_at_the_default_interval(tmp_path: Path) -> None:
+    """The seconds of a checkpoint of the preset small with AdamW's state, as a share of the default interval."""
+    from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, TrainConfig
+    from tinyld.model import Denoiser
+
+    model = Denoiser(ModelConfig(vocab_size=VOCAB_SIZES["small"], **PRESETS["small"]))
+    tensors = {f"{kind}.{n}": p.clone() for n, p in model.named_parameters() for kind in ("model", "m", "v")}
+    folder = RunFolder.create(tmp_path / "run")
+    seconds = []
+    for step in range(3):
+        started = time.perf_counter()
+        folder.save_checkpoint(step, tensors, {}, keep=2)
+        seconds.append(time.perf_counter() - started)
+    percent = 100 * max(seconds) / (60 * TrainConfig(steps=1).save_minutes)
+    assert percent < 2
+    COUNTS["checkpoint of 7M parameters"] = {"seconds": round(max(seconds), 2), "% of training": round(percent, 2)}

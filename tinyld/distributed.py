@@ -1,0 +1,92 @@
+"""Several processes at one run: `torchrun --nproc-per-node=N -m tinyld pretrain|finetune ...`, on torch.distributed.
+
+Batches and noise are functions of (seed, step), so every process draws the whole batch and takes its share of the rows;
+gradients are summed and every process makes the same update. Process 0 alone writes. No torch at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from tinyld.errors import TinyldError, UsageError
+from tinyld.runs import RunFolder, Spectator
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tinyld.diffusion import Noised
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Processes:
+    """This process among those of its run; alone where torchrun did not start it."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def join(cls, device: torch.device) -> Processes:
+        """Meets the others that torchrun started: gloo on processors, NCCL on GPUs."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        import torch
+
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def open_run(self, path: os.PathLike[str], open_folder: Callable[[], RunFolder]) -> RunFolder:
+        """The run's folder: process 0 makes or opens it, the others look on."""
+        folder = open_folder() if self.rank == 0 else Spectator(path)
+        self.sum([0.0])  # nobody reads before it is there
+        return folder
+
+    def share(self, noised: Noised) -> Noised:
+        """This process's rows of a batch."""
+        if self.size == 1:
+            return noised
+        if len(noised.t) < self.size:
+            raise UsageError(f"a batch of {len(noised.t)} rows cannot be shared by {self.size} processes")
+        return noised.shares(self.size)[self.rank]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all processes."""
+        if self.size == 1:
+            return values
+        import torch
+
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        self._reduce(total)
+        return total.tolist()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leaves in every process the sum of all processes' gradients."""
+        if self.size == 1:
+            return
+        import torch
+
+        parameters = list(parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        self._reduce(flat)
+        for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
+            parameter.grad = part.view_as(grad).clone()
+
+    def _reduce(self, tensor: torch.Tensor) -> None:
+        import torch
+
+        try:
+            torch.distributed.all_reduce(tensor)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0][:100]
+            raise TinyldError(f"another process of this run is gone ({line}); go on with --resume") from None

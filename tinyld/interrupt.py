@@ -1,0 +1,55 @@
+"""Stopping at a signal: SIGTERM and SIGINT let the step end and the state be saved; a second one exits at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from tinyld.errors import TinyldError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(TinyldError):
+    """A run was stopped by a signal; the exit code is 128 plus its number, as shells have it."""
+
+    def __init__(self, signum: int, message: str = "nothing was lost that had been saved"):
+        super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """Within it the first signal is only noted in `received`. In another thread than the main one it does nothing."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = signum
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+
+def raise_at_signals() -> None:
+    """Outside of training a signal is an error like any other: one line and its exit code."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    for signum in SIGNALS:
+        signal.signal(signum, interrupt)
