@@ -313,6 +313,79 @@ def test_a_config_that_says_something_else_is_refused(change: dict[str, Any], pa
     assert part in refusal(base)
 
 
+@pytest.mark.parametrize(
+    ("run", "change"),
+    [
+        ("base", {"model": {"vocab_size": 160, "d_model": 2**20, "num_layers": 9_999, "d_ff": 2**20}}),
+        ("adapter", {"method": {"name": "adapters", "rank": 10**12}}),
+        ("adapter", {"method": {"name": "weight-lora", "rank": 10**12}}),
+        ("adapter", {"method": {"name": "trajectory-lora", "ranks": [10**12, 8, 1]}}),
+    ],
+)
+def test_a_config_that_asks_for_more_than_its_file_holds_is_refused_before_memory_is_taken(
+    run: str, change: dict[str, Any], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / run)
+    tokens = Tokenizer.load(base / TOKENIZER).vocab_size
+    if run == "base":
+        change["model"]["vocab_size"] = tokens
+    folder.write_json(CONFIG, folder.config | change)
+    assert re.search(r"holds [\d,]+ values, but config.json asks for [\d,]+$", refusal(tmp_path / run))
+
+
+def test_weights_of_another_type_are_refused(base: Path) -> None:
+    folder = RunFolder(base)
+    tensors = folder.read_tensors(MODEL)
+    folder.write_tensors(MODEL, {n: t.long() for n, t in tensors.items()})
+    assert "wrong type: torch.int64, expected floats" in refusal(base)
+
+
+@pytest.mark.parametrize("dies_at", range(1, 4))
+def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(
+    dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write("a.json", b"old")
+    calls, replace = 0, os.replace
+
+    def dies(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == dies_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write("a.json", b"new")
+    content = folder.read("a.json")
+    assert content == (b"old" if dies_at < 3 else b"new") and folder.digest("a.json") == sha256(content)
+    folder.write("a.json", b"newest")
+    assert folder.read("a.json") == b"newest" and folder.files() == {"a.json": 6}
+
+
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path / "run")
+    with first.locked():
+        first.write("a.json", b"1")
+        with pytest.raises(TinyldError, match="another process is writing in this run"):
+            RunFolder(tmp_path / "run").write("a.json", b"2")
+    RunFolder(tmp_path / "run").write("a.json", b"3")
+    assert first.read("a.json") == b"3"
+
+
+def test_a_folder_with_only_what_a_killed_writer_leaves_is_taken(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folder = RunFolder.create(run)
+    folder.write(TOKENIZER, b"{}")
+    (run / ".config.json.7.tmp").write_bytes(b"{")
+    RunFolder.check_free(run)
+    (run / MANIFEST).unlink()  # then the tokenizer is somebody else's
+    with pytest.raises(TinyldError, match="not empty"):
+        RunFolder.check_free(run)
+
+
 def test_an_unknown_method_is_refused(adapter: Path) -> None:
     folder = RunFolder(adapter)
     folder.write_json(CONFIG, folder.config | {"method": {"name": "prefix"}})

@@ -297,6 +297,32 @@ def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, name: st
     assert not list(tmp_path.rglob("*.tsv")) and not list(tmp_path.rglob("*.part"))
 
 
+# ---------------------------------------------------------------------------------------------- hostile rows
+
+
+def test_terminal_escapes_in_a_row_reach_neither_the_text_nor_an_error(tmp_path: Path) -> None:
+    rows_file(tmp_path, "mood.csv", "text,label\n\x1b[2Jthe\x07 rain\x00 fell,sad\n")
+    (example,) = load_split(user_task(tmp_path), "train")
+    assert example.before.isprintable() and "rain" in example.before
+    rows_file(tmp_path, "mood.csv", "text,label\nthe rain,\x1b[31mglad\n")
+    with pytest.raises(TinyldError) as raised:
+        load_split(user_task(tmp_path), "train")
+    assert str(raised.value).isprintable()
+
+
+def test_a_row_of_ten_megabytes_is_read_and_a_million_columns_are_refused_in_a_line(tmp_path: Path) -> None:
+    rows_file(tmp_path, "mood.csv", "text,label\n" + "rain " * 2_000_000 + ",sad\n")
+    assert len(load_split(user_task(tmp_path), "train")) == 1
+    rows_file(tmp_path, "mood.csv", "text,label\nrain" + ",sad" * 1_000_000 + "\n")
+    with pytest.raises(TinyldError) as raised:
+        load_split(user_task(tmp_path), "train")
+    assert len(str(raised.value)) < 1_000 and "1000001 columns" in str(raised.value)
+    rows_file(tmp_path, "mood.csv", ",".join(f"c{i}" for i in range(1_000_000)) + "\n")
+    with pytest.raises(TinyldError) as raised:
+        load_split(user_task(tmp_path), "train")
+    assert len(str(raised.value)) < 1_000
+
+
 # ---------------------------------------------------------------------------------------------- the built-in tasks
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tinyld.base import Base, load_base, load_exactly
+from tinyld.base import Base, check_amount, load_base, load_exactly
 from tinyld.config import to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, Method, read_config
@@ -76,8 +76,10 @@ def load_adapter(
     check_base(config, base, folder.path)
     check_bands(config, where)
     method, settings = read_config(config["method"], where)
+    tensors = folder.read_tensors(ADAPTER)
+    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
     adapted = attach(base, method.name, settings, config["task"])
-    load_exactly(adapted.method.own, folder.read_tensors(ADAPTER), folder.path / ADAPTER)
+    load_exactly(adapted.method.own, tensors, folder.path / ADAPTER)
     adapted.config = config
     return adapted
 

@@ -57,10 +57,18 @@ def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
         )
     tensors = folder.read_tensors(MODEL)
+    check_amount(model_config.num_parameters(), tensors, path / MODEL)
     model = Denoiser(model_config)
     load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
     shrink(model, dtype)
     return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder), dtype, stored_bytes(model))
+
+
+def check_amount(asked: int, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """TinyldError when a config asks for far more values than its file holds: nothing is allocated for those."""
+    held = sum(t.numel() for t in tensors.values())
+    if asked > 2 * held:
+        raise TinyldError(f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}")
 
 
 @torch.no_grad()
@@ -76,5 +84,7 @@ def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
             raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
+        if not tensors[name].is_floating_point():
+            raise TinyldError(f"{path}: tensor {name!r} has the wrong type: {tensors[name].dtype}, expected floats")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

@@ -26,6 +26,14 @@ class Group(TyperGroup):
         except TinyldError as error:
             print(f"tinyld: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
+        except (
+            MemoryError,
+            RuntimeError,
+        ) as error:  # torch says so in its own words, and on a GPU by a class of its own
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            print("tinyld: out of memory; lower --batch-size, --max-length or the rank", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
@@ -62,6 +70,8 @@ Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")]
 Ema = Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")]
 
 SaveMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
+
+Keep = Annotated[int, typer.Option(min=1, help="Checkpoints kept while training.")]
 
 Resume = Annotated[Path | None, typer.Option(help="Run folder to go on with; needs no other option.")]
 
@@ -138,6 +148,7 @@ def pretrain(
     device: Device = "auto",
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 500,
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
+    keep: Keep = DEFAULT_TRAIN["keep"],
     save_dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the stored weights.")] = "fp32",
     resume: Resume = None,
     from_step: FromStep = None,
@@ -179,7 +190,7 @@ def pretrain(
         body_lr=(0.1 if fresh_head else 1.0) if body_lr is None else body_lr,
         body_start=(0.1 if fresh_head else 0.0) if body_start is None else body_start,
         optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema, seed=seed,
-        dtype=dtype, device=device, eval_every=eval_every, save_minutes=save_minutes,
+        dtype=dtype, device=device, eval_every=eval_every, save_minutes=save_minutes, keep=keep,
     )  # fmt: skip
     return pretrain(
         out=out or Path("runs") / f"base-{preset}-s{seed}",
@@ -306,6 +317,7 @@ def finetune(
     device: Device = "auto",
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between dev evaluations.")] = 500,
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
+    keep: Keep = DEFAULT_TRAIN["keep"],
     cache_gb: Annotated[float, typer.Option(help="Memory for frozen states; 0 keeps none.")] = 4.0,
     base_dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the base's frozen matrices are kept in.")
@@ -337,7 +349,7 @@ def finetune(
         "epochs": epochs, "steps": steps, "tokens": tokens, "minutes": minutes, "batch_size": batch_size,
         "accumulate": accumulate, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "warmup": warmup,
         "decay": decay, "clip": clip, "ema": ema, "seed": seed, "dtype": dtype, "device": device,
-        "eval_every": eval_every, "save_minutes": save_minutes,
+        "eval_every": eval_every, "save_minutes": save_minutes, "keep": keep,
     }  # fmt: skip
     diffusion = DiffusionConfig(loss=loss, time_sampling="uniform")
     job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb, base_dtype)

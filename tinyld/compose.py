@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.adapter import base_dtype, check_bands
-from tinyld.base import Base, load_exactly
+from tinyld.base import Base, check_amount, load_exactly
 from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_config
@@ -181,6 +181,7 @@ def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
     if prototype is not None and prototype.shape != (2, 2 * base.model.config.d_model):
         prototype = None  # of an older tinyld
     tensors = folder.read_tensors(ADAPTER)
+    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
     return Member(str(folder.path), config["task"], weight, method.name, settings, tensors, prototype)
 
 

@@ -162,9 +162,10 @@ def remember(run: Path, key: str, record: dict[str, Any]) -> None:
     folder = RunFolder(run)
     if not RunFolder(run).is_run() or run.resolve() == default_base().resolve():
         return
-    results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
-    results.setdefault("eval", {})[key] = record
-    folder.write_json(RESULTS, results)
+    with folder.locked():
+        results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
+        results.setdefault("eval", {})[key] = record
+        folder.write_json(RESULTS, results)
 
 
 def percent(value: float | None) -> float | None:
