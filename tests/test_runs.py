@@ -361,8 +361,10 @@ def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(
             folder.write("a.json", b"new")
     content = folder.read("a.json")
     assert content == (b"old" if dies_at < 3 else b"new") and folder.digest("a.json") == sha256(content)
+    folder.write("b.json", b"another")
+    assert folder.read("a.json") == content and folder.digest("a.json") == sha256(content)
     folder.write("a.json", b"newest")
-    assert folder.read("a.json") == b"newest" and folder.files() == {"a.json": 6}
+    assert folder.read("a.json") == b"newest" and folder.files() == {"a.json": 6, "b.json": 7}
 
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class Task:
     rows_name: str  # folder name of the rows: the task's own, or that of the task it borrows rows from
     source: download.Source | None  # official download
     builtin: bool
+    path: Path  # of the file it was read from
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -196,6 +197,7 @@ def _build(path: Path, rows_from: str | None = None) -> Task:
             rows_name=name,
             source=_source(file.download, path) if file.download else None,
             builtin=builtin,
+            path=path,
         )
         if file.rows_from is not None:
             lender = rows_from or file.rows_from
@@ -321,9 +323,10 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
                     download.check_cached(found)
                 return found
     if split not in task.splits:
-        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
+        where = f"task {task.name}" if task.builtin else str(task.path)
+        raise TinyldError(f"{where} has no {split} split; it has {', '.join(task.splits)}")
     if not task.builtin:
-        raise TinyldError(f"task {task.name} names no file for {split}; add it to its [data] table or pass --data DIR")
+        raise TinyldError(f"{task.path}: names no file for {split}; add it to the [data] table or pass --data DIR")
     target = cache / name / f"{split}.tsv"
     way_out = (
         f"put the file ({', '.join(_needed_columns(task))} columns) at {target} or at DIR/{name}/{split}.tsv "
