@@ -18,6 +18,7 @@ from tinyld.report import (
     markdown,
     result_rows,
     run_record,
+    seconds_to,
 )
 from tinyld.statistics import wilson
 
@@ -83,6 +84,15 @@ def test_a_run_is_shown_on_test_once_it_has_been_tested() -> None:
     assert dict(zip(RESULT_COLUMNS, row, strict=True))["split"] == "test"
 
 
+def test_the_seconds_to_nearly_the_best_are_read_off_the_curve_with_the_cache() -> None:
+    run = record("full", 0, 0.9) | {"curve": [[0.0, 0.5], [10.0, 0.8], [20.0, 0.87], [30.0, 0.9], [40.0, 0.89]]}
+    run["results"]["finetune"]["cache_seconds"] = 3.0
+    assert seconds_to(0.95, run) == 23.0 and seconds_to(0.5, run) == 3.0
+    assert seconds_to(0.95, record("full", 0, 0.9)) is None
+    (row,) = result_rows([run])
+    assert dict(zip(RESULT_COLUMNS, row, strict=True))["s to 95%"] == 23
+
+
 def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
     assert interval([0.8], 100) == wilson(80, 100)
     low, high = interval([0.7, 0.9], 10_000)
@@ -102,6 +112,10 @@ def test_the_readme_results_are_made_from_data_results() -> None:
     assert markdown(RESULT_COLUMNS, result_rows(records)) in README
     compositions = compose_rows(records)
     assert not compositions or markdown(COMPOSE_COLUMNS, compositions) in README
+
+
+def test_the_readme_counts_of_faults_are_those_that_were_counted() -> None:
+    assert (TOP / "data" / "results" / "faults.md").read_text(encoding="utf-8") in README
 
 
 def test_a_composition_is_shown_task_by_task() -> None:

@@ -230,7 +230,7 @@ def test_write_takes_only_label_tasks_with_one_text(name: str) -> None:
 
 
 def test_splits_a_user_task_lacks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(TinyldError, match="task mood has no test split; it has train, dev"):
+    with pytest.raises(TinyldError, match="mood.toml has no test split; it has train, dev"):
         load_split(user_task(tmp_path), "test")
     with pytest.raises(TinyldError, match=r"mood.csv: no such file"):
         load_split(user_task(tmp_path), "train")

@@ -553,10 +553,11 @@ def compare(
     """Tune and run every method alike: tinyld compare --task reviews --seeds 3"""
     from tinyld.commands.inspect import compare
 
-    flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size)]
-    flags += ["--limit", str(limit)] if limit else []
     tasks = task or ["reviews"]
-    compare(tasks, methods, seeds, trials, flags, data, base, device, budget_minutes, out, save, json, quiet)
+    compare(
+        tasks, methods, seeds, trials, epochs, batch_size, limit, data, base, device, budget_minutes, out, save, json,
+        quiet,
+    )  # fmt: skip
 
 
 @app.command()

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ class Compare:
     budget_minutes: float | None
     quiet: bool
     say: Say
+    eval_every: Mapping[str, int] = field(default_factory=dict)  # steps between dev evaluations, by task
     launch: Callable[[list[str]], None] = field(default_factory=lambda: in_a_process)
     started: float = field(default_factory=time.monotonic)
     spent: list[float] = field(default_factory=list)  # seconds of each cell run here
@@ -137,6 +138,7 @@ class Compare:
     def cell(self, task: str, variant: Variant, lr: float, seed: int) -> Cell:
         folder = self.out / f"{load_task(task).name.replace(':', '-')}_{variant.name}_lr{lr:g}_s{seed}"
         command = ["finetune", "--task", task, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *self.flags]
+        command += ["--eval-every", str(self.eval_every[task])] if task in self.eval_every else []
         command += ["--data", str(self.data)] if self.data else []
         command += ["--base", str(self.base)] if self.base else []
         command += ["--device", self.device]

@@ -77,11 +77,21 @@ def run_record(path: Path) -> dict[str, Any]:
     if config["kind"] == "base":
         raise TinyldError(f"{path} holds a base; report takes adapters and compositions")
     kept = {k: config[k] for k in RECORD_KEYS if k in config}
-    return {"run": path.name, **kept, "results": folder.read_json(RESULTS)}
+    curve = [[round(r["seconds"], 2), r["dev_accuracy"]] for r in folder.metrics() if "dev_accuracy" in r]
+    return {"run": path.name, **kept, **({"curve": curve} if curve else {}), "results": folder.read_json(RESULTS)}
+
+
+def seconds_to(share: float, record: Mapping[str, Any]) -> float | None:
+    """Seconds of training, the cache's included, until dev accuracy first was `share` of its own best."""
+    curve = record.get("curve", [])
+    best = max((accuracy for _, accuracy in curve), default=0.0)
+    first = next((seconds for seconds, accuracy in curve if best > 0 and accuracy >= share * best), None)
+    return None if first is None else first + record["results"]["finetune"].get("cache_seconds", 0.0)
 
 
 RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
-RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "stored %", "bytes", "train s", "peak MB", "rows/s")
+RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "stored %", "bytes", "times smaller", "train s")
+RESULT_COLUMNS += ("s to 95%", "peak MB", "rows/s")
 
 Cell = tuple[str, str, str, str]  # task, split, method, and all else that sets runs apart but their seed
 
@@ -91,7 +101,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
     seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning on the same
-    rows; "trials" are the learning rates that were tried on dev.
+    rows; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first was 95% of its
+    own best (of ten points a run under `tinyld compare`).
     """
     cells: dict[Cell, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
@@ -113,6 +124,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         n = runs[0][1]["n"]
         low, high = interval([f["accuracy"] for _, f in runs], n)
         sizes, trials = first["parameters"], first.get("trials")
+        reached = [s for s in (seconds_to(0.95, r) for r, _ in runs) if s is not None]
         about = (task, Path(first["base"]["path"]).name, method, settings(first), training(first))
         rows.append(
             (
@@ -123,7 +135,9 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 f"{100 * _mean(f['unreadable'] for _, f in runs):.1f}",
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
+                f"{100 / sizes['stored_percent']:.0f}",
                 round(_mean(r["results"]["finetune"]["seconds"] for r, _ in runs)),
+                round(_mean(reached)) if reached else None,
                 round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in runs)),
                 round(_mean(f["rows_per_second"] for _, f in runs)),
             )

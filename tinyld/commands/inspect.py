@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.report import print_table
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
 from tinyld.tasks import load_split, load_task
+
+CURVE_POINTS = 10  # dev evaluations while a run of the grid trains
 
 
 def sample(
@@ -256,7 +259,9 @@ def compare(
     methods: str,
     seeds: int,
     trials: int,
-    flags: list[str],
+    epochs: float,
+    batch_size: int,
+    limit: int | None,
     data: Path | None,
     base: Path | None,
     device: str,
@@ -274,9 +279,13 @@ def compare(
     from tinyld.compare import Compare, variants
     from tinyld.methods import METHODS
 
-    for task in map(load_task, tasks):
-        for split in ("train", "dev", *(["test"] if "test" in task.splits else [])):
+    eval_every = {}
+    for name in tasks:
+        task = load_task(name)
+        for split in ("dev", *(["test"] if "test" in task.splits else [])):
             load_split(task, split, data, limit=1)
+        steps = epochs * -(-len(load_split(task, "train", data, limit=limit)) // batch_size)
+        eval_every[name] = max(1, math.ceil(steps / CURVE_POINTS))
     chosen = variants(methods, {name: method.default_lr for name, method in METHODS.items()})
     finetune = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
     for variant in chosen:  # a wrong option is found now, not when its turn comes
@@ -285,10 +294,11 @@ def compare(
         except typer.BadParameter.__base__ as error:  # click's UsageError, whichever click typer has
             raise UsageError(f"--methods {variant.text}: {error.format_message()}") from None
     folder = RunFolder.open(base or default_base())
-    say = say_to_stderr(quiet)
+    flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size), *(["--limit", str(limit)] if limit else [])]
     grid = Compare(
-        out, tasks, chosen, seeds, trials, flags, data, base, fingerprint(folder), device, budget_minutes, quiet, say
-    )
+        out, tasks, chosen, seeds, trials, flags, data, base, fingerprint(folder), device, budget_minutes, quiet,
+        say_to_stderr(quiet), eval_every,
+    )  # fmt: skip
     records = grid.run()
     keep_records(records, save)
     show_results(records, False, json)
