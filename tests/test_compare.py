@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tinyld.compare import SUMMARY, TABLE, Compare, variants
 from tinyld.errors import TinyldError, UsageError
+from tinyld.report import RESULT_COLUMNS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
 LRS = {"full": 1e-3, "bitfit": 1e-2}
@@ -172,3 +174,18 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
 def test_impossible_grids_are_refused(tmp_path: Path, changes: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         grid(tmp_path, Trainer(), **changes)
+
+
+def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tinyld.page import page
+
+    records = grid(tmp_path, Trainer()).run()
+    for record in records:
+        record["curve"] = [[0.0, 0.5], [1.0, record["results"]["eval"]["reviews/test"]["accuracy"]]]
+    records[0]["data"]["rows"] = 5
+    text = page(records, "tinyld compare --task <reviews>")
+    assert text.count("<svg") == 4 and "&lt;reviews&gt;" in text
+    assert all(column in text for column in RESULT_COLUMNS)
+    assert not re.search(r"(src|href)=.https?:", text) and "<script" not in text
+    assert (tmp_path / "page.html").exists()

@@ -18,13 +18,14 @@ from typing import Any
 
 from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError
+from tinyld.page import can_plot, page
 from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
 from tinyld.runs import ADAPTER, RESULTS, RunFolder, make_folder, read_json, to_json, write_atomic
 from tinyld.tasks import load_task
 
 GRID = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's default learning rate, in the order they are tried
 SET_HERE = ("task", "method", "seed", "epochs", "batch-size", "limit", "data", "base", "device", "out", "resume")
-TABLE, SUMMARY, COMMANDS = "table.md", "results.json", "commands.json"
+TABLE, SUMMARY, COMMANDS, PAGE = "table.md", "results.json", "commands.json", "page.html"
 Say = Callable[[str], None]
 
 
@@ -229,6 +230,8 @@ class Compare:
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         write_atomic(self.out / SUMMARY, to_json(list(records)))
         write_atomic(self.out / TABLE, (markdown(RESULT_COLUMNS, result_rows(records)) + "\n").encode())
+        if can_plot():
+            write_atomic(self.out / PAGE, page(records, " ".join(["tinyld", *sys.argv[1:]])).encode())
 
 
 def in_a_process(command: list[str]) -> None:

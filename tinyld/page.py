@@ -1,0 +1,105 @@
+"""The page of a comparison: its table and plots in one HTML file. matplotlib comes with the extra `plots`."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tinyld.report import RESULT_COLUMNS, interval, result_rows, settings, show
+
+Record = Mapping[str, Any]
+Series = dict[str, list[tuple[float, float, float, float]]]  # name -> points (x, accuracy, low, high), in percent
+
+STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 12px; display: block; overflow-x: auto }
+th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
+figure { display: inline-block; margin: 1em 1em 0 0 } svg { max-width: 100%; height: auto }"""
+
+
+def can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def name_of(record: Record) -> str:
+    """A method with its options, as a legend has it."""
+    about = settings(record)
+    return record["method"]["name"] + ("" if about == "-" else f" ({about})")
+
+
+def tested(record: Record) -> Mapping[str, Any] | None:
+    """The record's evaluation with an accuracy: on test where there is one, else on dev."""
+    found = record["results"].get("eval", {})
+    keys = sorted((k for k in found if "accuracy" in found[k]), key=lambda k: k.endswith("/dev"))
+    return found[keys[0]] if keys else None
+
+
+def points(records: Sequence[Record], x: Callable[[Record], float]) -> Series:
+    """A point for all seeds of a method at one `x`, with the interval of the results table."""
+    groups: dict[tuple[str, float], list[Record]] = {}
+    for record in records:
+        if tested(record) is not None:
+            groups.setdefault((name_of(record), x(record)), []).append(record)
+    series: Series = {}
+    for (name, place), runs in sorted(groups.items()):
+        found = [tested(r) or {} for r in runs]
+        accuracies = [f["accuracy"] for f in found]
+        low, high = interval(accuracies, found[0]["n"])
+        mean = sum(accuracies) / len(accuracies)
+        series.setdefault(name, []).append((place, 100 * mean, 100 * low, 100 * high))
+    return series
+
+
+def curves(records: Sequence[Record]) -> Series:
+    """Dev accuracy against seconds of training, one run a method: the first seed's."""
+    series: Series = {}
+    for record in records:
+        wait = record["results"]["finetune"].get("cache_seconds", 0.0)
+        line = [(wait + s, 100 * a, 100 * a, 100 * a) for s, a in record.get("curve", [])]
+        if line:
+            series.setdefault(name_of(record), line)
+    return series
+
+
+def drawn(title: str, x_label: str, series: Series, log: bool, lines: bool) -> str:
+    """One plot as an SVG element."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, found in series.items():
+        x, y, low, high = zip(*found, strict=True)
+        errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        shown = None if lines and low == high else errors
+        axes.errorbar(x, y, yerr=shown, fmt="o-" if lines else "o", markersize=4, capsize=2, label=name)
+    axes.set(title=title, xlabel=x_label, ylabel="decoded accuracy %", xscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return f"<figure>{svg[svg.index('<svg') :]}</figure>"
+
+
+def page(records: Sequence[Record], command: str) -> str:
+    """The whole page: a self-contained HTML document."""
+    table = [f"<tr>{''.join(f'<th>{html.escape(c)}</th>' for c in RESULT_COLUMNS)}</tr>"]
+    for row in result_rows(records):  # type: ignore[arg-type]
+        table.append(f"<tr>{''.join(f'<td>{html.escape(show(value))}</td>' for value in row)}</tr>")
+    body = [f"<h1>tinyld compare</h1><p><code>{html.escape(command)}</code></p><table>{''.join(table)}</table>"]
+    for task in dict.fromkeys(r["task"] for r in records):
+        mine = [r for r in records if r["task"] == task]
+        body.append(f"<h2>{html.escape(task)}</h2>")
+        size = points(mine, lambda r: r["parameters"]["stored_percent"])
+        seconds = points(mine, lambda r: round(r["results"]["finetune"]["seconds"]))
+        body.append(drawn("Accuracy against stored size", "stored, % of the base", size, log=True, lines=False))
+        body.append(drawn("Accuracy against training time", "seconds", seconds, log=True, lines=False))
+        if learned := curves(mine):
+            body.append(drawn("Learning curves (dev)", "seconds of training", learned, log=False, lines=True))
+        if len({r["data"]["rows"] for r in mine}) > 1:
+            rows = points(mine, lambda r: r["data"]["rows"])
+            body.append(drawn("Data efficiency", "training rows", rows, log=True, lines=True))
+    head = f"<meta charset='utf-8'><title>tinyld compare</title><style>{STYLE}</style>"
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>\n"
