@@ -198,7 +198,12 @@ def test_a_signal_ends_the_step_saves_and_gives_its_code(signum: signal.Signals,
         expected, seconds = world.expected[job]
         out = world.path / f"stopped-{signum}-{runs}"
         process = world.start(world.go_on(job, out))
-        process.join(rng.uniform(0.1, 1) * seconds)
+        if sent % 3:  # two in three from the first step on, the rest at any time
+            while process.is_alive() and not RunFolder(out).checkpoints():
+                time.sleep(0.005)
+            process.join(rng.uniform(0, 0.3) * seconds)
+        else:
+            process.join(rng.uniform(0.1, 1) * seconds)
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signum)
         code = world.end(process)
