@@ -561,6 +561,21 @@ def compare(
 
 
 @app.command()
+def bench(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only comparisons that have this word, e.g. pretraining; may be repeated.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Times that each side runs.")] = 3,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed side by side with transformers and peft: tinyld bench"""
+    from tinyld.commands.bench import bench
+
+    bench(only or [], turns, json, quiet)
+
+
+@app.command()
 def tasks(json: Json = False) -> None:
     """List the built-in tasks."""
     from tinyld.commands.inspect import tasks

@@ -1,0 +1,398 @@
+"""Speed side by side: what tinyld does against the same work in a plain loop with transformers or peft.
+
+Every measurement is a process of its own (its peak memory is then its own), ours and the peer's in turns, several
+times; a ratio is the median over the turns. Absolute seconds say little about another machine: the rate of its largest
+matrix product, measured in the same run, stands beside them. transformers and peft come with the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyld.errors import TinyldError
+
+PROMPT, LENGTH, BATCH = 24, 256, 32  # tokens of a task row's prompt, of a pretraining row; rows a batch
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our measurement against a peer's, and the ratio that it should reach."""
+
+    what: str
+    ours: str
+    peer: str
+    bar: float  # of peer seconds / our seconds for the same work
+
+
+COMPARISONS = (
+    Comparison("pretraining, tokens/s, against BertForMaskedLM", "pretrain", "pretrain-bert", 1.5),
+    Comparison("trajectory-lora fast, 3 epochs, against peft LoRA r=8", "fast", "peft-lora", 5.0),
+    Comparison("trajectory-lora best, the same", "best", "peft-lora", 1.0),
+    Comparison("weight-lora r=8, step, against peft LoRA r=8", "weight-lora", "peft-lora", 0.8),
+    Comparison("weight-lora r=8, step, against our own full", "weight-lora", "full", 1.0),
+    Comparison("adapters, step, against our own full", "adapters", "full", 1.0),
+    Comparison("bitfit, step, against our own full", "bitfit", "full", 1.0),
+    Comparison("eval, one-token answers, against a plain loop", "eval", "eval-plain", 5.0),
+    Comparison("decoding 32 tokens, threshold, against a plain loop", "write", "write-plain", 3.0),
+    Comparison("composing 4 adapters, rows/s, against one", "compose-4", "compose-1", 0.8),
+)
+
+
+def needs_peers(name: str) -> bool:
+    return name in ("pretrain-bert", "peft-lora")
+
+
+def has_peers() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
+
+
+# ------------------------------------------------------------------------------------------------ the parent
+
+
+def compare(comparison: Comparison, turns: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs both sides in turns and returns the row of the table."""
+    ours, peers = [], []
+    for turn in range(turns):
+        for name, found in ((comparison.ours, ours), (comparison.peer, peers)):
+            say(f"-- {comparison.what}: {name}, turn {turn + 1} of {turns}")
+            found.append(in_a_process(name))
+    ratios = sorted(p["seconds"] / o["seconds"] for o, p in zip(ours, peers, strict=True))
+    return {
+        "what": comparison.what,
+        "ratio": round(statistics.median(ratios), 2),
+        "lowest": round(ratios[0], 2),
+        "highest": round(ratios[-1], 2),
+        "bar": comparison.bar,
+        "met": statistics.median(ratios) >= comparison.bar,
+        "our seconds": round(statistics.median(o["seconds"] for o in ours), 2),
+        "peer seconds": round(statistics.median(p["seconds"] for p in peers), 2),
+        "our peak MB": round(max(o["peak_mb"] for o in ours)),
+        "peer peak MB": round(max(p["peak_mb"] for p in peers)),
+        **{k: v for k, v in ours[-1].items() if k not in ("seconds", "peak_mb")},
+    }
+
+
+def in_a_process(name: str) -> dict[str, Any]:
+    code = f"from tinyld.bench import measure; measure({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise TinyldError(f"bench {name} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_up(turns: int) -> list[dict[str, Any]]:
+    """Seconds of the light verbs over those of an empty Python."""
+
+    def seconds(command: list[str]) -> float:
+        def once() -> float:
+            started = time.perf_counter()
+            subprocess.run(command, capture_output=True, check=True)
+            return time.perf_counter() - started
+
+        return min(once() for _ in range(2 * turns))
+
+    empty = seconds([sys.executable, "-c", "pass"])
+    rows = []
+    for arguments in (["--help"], ["info", str(released_base())]):
+        more = seconds([sys.executable, "-m", "tinyld", *arguments]) - empty
+        what = f"tinyld {arguments[0]}, seconds over an empty python"
+        rows.append({"what": what, "ratio": round(more, 3), "bar": 0.25, "met": more <= 0.25})
+    return rows
+
+
+def released_base() -> Path:
+    from tinyld.commands.workspace import default_base
+
+    return default_base()
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def measure(name: str) -> None:
+    """Runs one measurement in this process and prints it as JSON."""
+    from tinyld.commands.workspace import keep_freed_memory
+
+    keep_freed_memory()
+    found = MEASUREMENTS[name]()
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+def ceiling() -> dict[str, Any]:
+    """FLOP/s of a large matrix product, in the arithmetic that `auto` takes here."""
+    import torch
+
+    from tinyld.train import resolve_dtype
+
+    dtype = resolve_dtype("auto", torch.device("cpu"))
+    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
+    rates = []
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        rates.append(2 * 2048**3 / (time.perf_counter() - started))
+    return {"seconds": 1.0, "flops": max(rates), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def pretrain_rows() -> Any:
+    """Token rows of the preset small, random: their cost is that of text."""
+    import numpy as np
+
+    from tinyld.config import VOCAB_SIZES
+    from tinyld.data import TextRows
+
+    stream = np.random.default_rng(0).integers(5, VOCAB_SIZES["small"], 400_000)
+    return TextRows(stream.astype(np.int32), LENGTH, bos_id=2)
+
+
+STEPS = 12
+
+
+def run_pretrain() -> dict[str, Any]:
+    import torch
+
+    from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig
+    from tinyld.model import Denoiser
+    from tinyld.runs import RunFolder
+    from tinyld.train import Objective, train
+
+    config = ModelConfig(vocab_size=VOCAB_SIZES["small"], **PRESETS["small"])
+    model = Denoiser(config, torch.Generator().manual_seed(0))
+    objective = Objective(DiffusionConfig(), mask_id=3, counted=False, seed=0)
+    training = TrainConfig(steps=STEPS, batch_size=BATCH, optimizer="adamw", eval_every=10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = pretrain_rows()
+        result = train(
+            model, dict(model.named_parameters()), rows, objective, training, RunFolder(Path(folder)), dict,
+            "bench", quiet=True,
+        )  # fmt: skip
+    inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2)
+    attention = 4 * config.num_layers * config.d_model * LENGTH  # 2 products of 2 D L a token and block
+    masked = 0.5  # of the tokens, on average: the vocabulary head runs on those alone
+    flops = 3 * (2 * inside + attention + masked * 2 * config.d_model * config.vocab_size)
+    return {"seconds": result.seconds, "model_flops_per_s": flops * result.tokens / result.seconds}
+
+
+def bert() -> Any:
+    """A BertForMaskedLM of the preset small's size."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from tinyld.config import PRESETS, VOCAB_SIZES
+
+    small = PRESETS["small"]
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCAB_SIZES["small"],
+            hidden_size=small["d_model"],
+            num_hidden_layers=small["num_layers"],
+            num_attention_heads=small["num_heads"],
+            intermediate_size=small["d_ff"],
+            max_position_embeddings=LENGTH,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+    )
+
+
+def plain_loop(model: Any, batches: list[Any]) -> float:
+    """Seconds of one pass of the loop that a transformers user writes: logits everywhere, loss where labels are."""
+    import torch
+
+    from tinyld.train import autocast, resolve_dtype
+
+    device = torch.device("cpu")
+    dtype = resolve_dtype("auto", device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    model.train()
+    started = time.perf_counter()
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, dtype):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return time.perf_counter() - started
+
+
+def run_pretrain_bert() -> dict[str, Any]:
+    import torch
+
+    rows = pretrain_rows()
+    batches = []
+    for step in range(STEPS):
+        x0 = rows.batch(step, BATCH, 0).x0
+        masked = torch.rand(x0.shape) < torch.rand(len(x0), 1)
+        batches.append({"input_ids": torch.where(masked, 3, x0), "labels": torch.where(masked, x0, -100)})
+    return {"seconds": plain_loop(bert(), batches)}
+
+
+def task_rows(base: Any, name: str = "reviews", split: str = "train") -> Any:
+    from tinyld.data import TaskRows
+    from tinyld.tasks import load_split, load_task
+
+    task = load_task(name)
+    return TaskRows(load_split(task, split), task, base.tokenizer, base.model.config.max_length)
+
+
+EPOCHS = 3
+
+
+def run_method(method: str, **options: Any) -> dict[str, Any]:
+    """Fine-tuning on `reviews` from start to end, the cache included."""
+    import torch
+
+    from tinyld.adapter import attach
+    from tinyld.base import load_base
+    from tinyld.config import DiffusionConfig, TrainConfig
+    from tinyld.finetune import finetune
+    from tinyld.methods import METHODS, make_config
+    from tinyld.runs import RunFolder
+
+    base = load_base(released_base())
+    rows = task_rows(base)
+    config = make_config(method, options, base.model.config)
+    adapted = attach(base, method, config, "reviews", torch.Generator().manual_seed(0))
+    training = TrainConfig(epochs=EPOCHS, batch_size=BATCH, lr=METHODS[method].default_lr, eval_every=10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        dev = task_rows(base, split="dev")
+        found = finetune(
+            RunFolder(Path(folder)), adapted, rows, dev, DiffusionConfig(time_sampling="uniform"), training, 4.0, None,
+            quiet=True, say=lambda text: None,
+        )  # fmt: skip
+    return {"seconds": found["seconds"]}
+
+
+def run_peft_lora() -> dict[str, Any]:
+    """The same rows, in the same batches, through peft LoRA r=8 on the attention and MLP matrices of a BERT."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tinyld.base import load_base
+
+    base = load_base(released_base())
+    rows = task_rows(base)
+    batches = []
+    for step in range(EPOCHS * rows.steps_per_epoch(BATCH)):
+        batch = rows.batch(step, BATCH, 0)
+        labels = torch.where(batch.answer_mask, batch.x0, -100)
+        x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0)
+        batches.append({"input_ids": x, "attention_mask": batch.attention_mask.long(), "labels": labels})
+    model = get_peft_model(bert(), LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"]))
+    return {"seconds": plain_loop(model, batches)}
+
+
+def adapted_base(count: int = 1) -> tuple[Any, Any]:
+    """(base, rows) with `count` trajectory adapters at work, and a router where there are several."""
+    import torch
+
+    from tinyld.adapter import attach
+    from tinyld.base import load_base
+    from tinyld.compose import Composed, Member, prototype_router
+    from tinyld.methods import make_config
+    from tinyld.router import prompt_prototype
+
+    base = load_base(released_base())
+    rows = task_rows(base)
+    config = make_config("trajectory-lora", {}, base.model.config)
+    fresh = attach(load_base(released_base()), "trajectory-lora", config, "reviews")
+    members = []
+    for i in range(count):
+        generator = torch.Generator().manual_seed(i)
+        tensors = {n: 0.01 * torch.randn(p.shape, generator=generator) for n, p in fresh.method.own.items()}
+        prototype = prompt_prototype(base, rows) + i
+        members.append(Member(f"m{i}", "reviews", 1.0, "trajectory-lora", config, tensors, prototype))
+    composed = Composed(members, "router" if count > 1 else "sum")
+    if count > 1:
+        composed.router = prototype_router(members)
+    composed.attach(base)
+    return base, rows
+
+
+def timed_eval(base: Any, rows: Any, **sampling: Any) -> dict[str, Any]:
+    from tinyld.config import SampleConfig
+    from tinyld.evaluate import evaluate
+
+    evaluate(base.model, rows, base.tokenizer, SampleConfig(**sampling), limit=64, score=False)
+    found = evaluate(base.model, rows, base.tokenizer, SampleConfig(**sampling), limit=ROWS, score=False)
+    return {"seconds": found.n / found.rows_per_second}
+
+
+ROWS = 1_024
+
+
+def run_compose(count: int) -> dict[str, Any]:
+    return timed_eval(*adapted_base(count))
+
+
+def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
+    """A LLaDA-style loop: a step a token, the vocabulary at every position, the whole batch to the end."""
+    import numpy as np
+    import torch
+
+    from tinyld.base import load_base
+    from tinyld.evaluate import EVAL_BATCH
+
+    base = load_base(released_base())
+    rows = task_rows(base, task)
+    started = time.perf_counter()
+    with torch.no_grad():
+        for start in range(0, rows_read, EVAL_BATCH):
+            batch = rows.take(np.arange(start, start + EVAL_BATCH))
+            x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0)
+            for step in range(rows.slot):
+                masked = x == base.tokenizer.mask_id
+                everywhere = torch.ones_like(masked)
+                logits = base.model(
+                    x, torch.ones(len(x)), batch.attention_mask, batch.attention_mask & ~batch.answer_mask,
+                    where=everywhere,
+                ).view(*x.shape, -1)  # fmt: skip
+                confidence, token = logits.softmax(-1).max(-1)
+                confidence = torch.where(masked, confidence, -torch.inf)
+                count = torch.ceil(masked.sum(1) / (rows.slot - step)).to(torch.int64)
+                rank = confidence.argsort(dim=1, descending=True).argsort(1)
+                x = torch.where(masked & (rank < count[:, None]), token, x)
+    return {"seconds": time.perf_counter() - started}
+
+
+def run_eval(task: str, rows_read: int, **sampling: Any) -> dict[str, Any]:
+    from tinyld.base import load_base
+    from tinyld.config import SampleConfig
+    from tinyld.evaluate import evaluate
+
+    base = load_base(released_base())
+    rows = task_rows(base, task)
+    found = evaluate(base.model, rows, base.tokenizer, SampleConfig(**sampling), limit=rows_read, score=False)
+    return {"seconds": found.n / found.rows_per_second, "forward_passes": found.forward_passes}
+
+
+MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "ceiling": ceiling,
+    "pretrain": run_pretrain,
+    "pretrain-bert": run_pretrain_bert,
+    "fast": lambda: run_method("trajectory-lora", recipe="fast"),
+    "best": lambda: run_method("trajectory-lora", recipe="best"),
+    "weight-lora": lambda: run_method("weight-lora", rank=8),
+    "adapters": lambda: run_method("adapters"),
+    "bitfit": lambda: run_method("bitfit"),
+    "full": lambda: run_method("full"),
+    "peft-lora": run_peft_lora,
+    "eval": lambda: run_eval("reviews", ROWS),
+    "eval-plain": lambda: run_plain_eval("reviews", ROWS),
+    "write": lambda: run_eval("write", 128, sampler="threshold"),
+    "write-plain": lambda: run_plain_eval("write", 128),
+    "compose-4": lambda: run_compose(4),
+    "compose-1": lambda: run_compose(1),
+}

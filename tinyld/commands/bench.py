@@ -1,0 +1,42 @@
+"""`tinyld bench`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+
+from tinyld.bench import COMPARISONS, compare, has_peers, in_a_process, needs_peers, start_up
+from tinyld.commands.workspace import say_to_stderr
+from tinyld.errors import UsageError
+from tinyld.report import print_table
+
+COLUMNS = ("what", "ratio", "lowest", "highest", "bar", "met", "our seconds", "peer seconds", "our peak MB")
+COLUMNS += ("peer peak MB",)
+
+
+def bench(only: list[str], turns: int, json: bool, quiet: bool) -> None:
+    """Every comparison whose name has one of the words `only`; all of them when there is none."""
+    chosen = [c for c in COMPARISONS if not only or any(word in c.what for word in only)]
+    starts = not only or any("tinyld" in word or "start" in word for word in only)
+    if not chosen and not starts:
+        raise UsageError(f"--only {' '.join(only)}: no comparison has such a word; there are: "
+                         + "; ".join(c.what for c in COMPARISONS))  # fmt: skip
+    say = say_to_stderr(quiet)
+    top = in_a_process("ceiling")
+    rows = []
+    for comparison in chosen:
+        if needs_peers(comparison.peer) and not has_peers():
+            say(f"-- {comparison.what}: left out, as transformers and peft are not installed (pip install '.[bench]')")
+            continue
+        row = compare(comparison, turns, say)
+        if "model_flops_per_s" in row:
+            row["% of the ceiling"] = round(100 * row["model_flops_per_s"] / top["flops"], 1)
+        rows.append(row)
+    rows += start_up(turns) if starts else []
+    if json:
+        return print(jsonlib.dumps({"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "rows": rows}))
+    rate = f"largest matrix product: {top['flops'] / 1e9:,.0f} GFLOP/s in {top['dtype']}"
+    print_table(f"speed, as a ratio of the peer's time to ours ({rate})", COLUMNS,
+                [tuple(row.get(c) for c in COLUMNS) for row in rows])  # fmt: skip
+    for row in rows:
+        if "% of the ceiling" in row:
+            print(f"{row['what']}: our model FLOPs are {row['% of the ceiling']}% of that rate")
