@@ -113,6 +113,9 @@ def pretrain(
         typer.Option(help="Start from a tinyld base, a Hugging Face folder of a BERT-family encoder, or minilm."),
     ] = None,
     trim_vocab: Annotated[int | None, typer.Option(min=64, help="With --init: keep this many pieces.")] = None,
+    keep_init: Annotated[
+        float, typer.Option(help="With --init: share of its weights in what is written; 0.5 averages start and end.")
+    ] = 0.0,
     body_lr: Annotated[
         float | None, typer.Option(help="With --init: share of --lr for all but the head; 0.1, or 1 for a tinyld base.")
     ] = None,
@@ -171,6 +174,8 @@ def pretrain(
         steps, minutes = 1, None
     if init is None and trim_vocab is not None:
         raise UsageError("--trim-vocab needs --init; without it the tokenizer is trained at --vocab-size")
+    if keep_init and (init is None or not 0 < keep_init < 1):
+        raise UsageError(f"--keep-init is a share between 0 and 1, and needs --init; got {keep_init:g}")
     if init is not None and (vocab_size or d_model or num_layers or num_heads or d_ff):
         raise UsageError("--init brings its own sizes; only --max-length and --trim-vocab may change them")
     own = init is not None and RunFolder(Path(init)).is_run()
@@ -203,6 +208,7 @@ def pretrain(
         save_dtype=save_dtype,
         init=init,
         trim_vocab=trim_vocab,
+        keep_init=keep_init,
         convert_only=convert_only,
         force=force,
         json=json,

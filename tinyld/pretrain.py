@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from tinyld.base import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
@@ -21,6 +23,7 @@ from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder, check_unch
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, resolve_device, train
 
+INITIAL = "initial.safetensors"  # the weights that a run with keep_init began with, until it is finished
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,6 +40,13 @@ def load_start(folder: Path, max_length: int) -> Encoder:
     base = load_base(folder)
     origin = {"folder": str(folder.resolve()), "sha256": RunFolder(folder).digest(MODEL)}
     return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, origin, has_head=True)
+
+
+@torch.no_grad()
+def average(parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Tensor], share: float) -> None:
+    """Moves the parameters `share` of the way back to their initial values."""
+    for name, parameter in parameters.items():
+        parameter.lerp_(initial[name].to(parameter), share)
 
 
 def unigram_nll(stream: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
@@ -62,6 +72,7 @@ def pretrain(
     save_dtype: torch.dtype,
     encoder: Encoder | None = None,
     trim_vocab: int | None = None,
+    keep_init: float = 0.0,
     convert_only: bool = False,
     resume: bool = False,
     from_step: int | None = None,
@@ -73,8 +84,9 @@ def pretrain(
     """Trains a base and returns its summary.
 
     `encoder` is what to start from, whose tokenizer may be trimmed to `trim_vocab` pieces; with `convert_only` it is
-    written as it is, untrained. `open_folder` is called once the text is known to be good, and gives the new folder, or
-    with `resume` the old one.
+    written as it is, untrained. What is written is `keep_init` of its weights and the rest of the trained ones: an
+    average in weight space keeps much of both (WiSE-FT, arXiv 2109.01903). `open_folder` is called once the text is
+    known to be good, and gives the new folder, or with `resume` the old one.
     """
     device = resolve_device(config.device)
     files = find_text_files(data)
@@ -127,6 +139,7 @@ def pretrain(
                 "data": data_facts,
                 "valid": [str(v.resolve()) for v in valid],
                 "warm_start": encoder and encoder.origin,
+                "keep_init": keep_init,
                 "environment": environment(),
             },
         )
@@ -158,6 +171,8 @@ def pretrain(
                 if warm
                 else frozenset()
             )
+            if keep_init and not resume:
+                folder.write_tensors(INITIAL, parameters)
             result = train(
                 model,
                 parameters,
@@ -173,6 +188,9 @@ def pretrain(
                 processes=processes,
                 quiet=quiet,
             )
+            if keep_init:
+                average(parameters, folder.read_tensors(INITIAL), keep_init)
+                result = replace(result, metrics=evaluate())
             folder.close_log()
         save_base(folder, model, parameters, tokenizer, save_dtype)
         summary = {
@@ -186,5 +204,6 @@ def pretrain(
             **result.metrics,
         }
         folder.write_json(RESULTS, {"pretrain": summary})
+        folder.remove(INITIAL)
         folder.remove_checkpoints()
         return summary

@@ -202,6 +202,14 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, to_json(value))
 
+    def remove(self, name: str) -> None:
+        """Removes a file and its line in the manifest, where they are there."""
+        with self.locked():
+            (self.path / name).unlink(missing_ok=True)
+            manifest = self._manifest()
+            if manifest["files"].pop(name, None):
+                write_atomic(self.path / MANIFEST, to_json(manifest))
+
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
 
@@ -371,6 +379,9 @@ class Spectator(RunFolder):
         pass
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    def remove(self, name: str) -> None:
         pass
 
     def log(self, record: dict[str, Any]) -> None:

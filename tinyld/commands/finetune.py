@@ -156,7 +156,8 @@ def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, qu
         summary = run(
             lambda: processes.open_run(out, lambda: folder), [Path(p) for p in config["data"]["files"]],
             [Path(p) for p in config["valid"]], shape, config["model"]["vocab_size"], diffusion, training,
-            save_dtype_of(config), resume=True, from_step=from_step, allow_changed=allow_changed, processes=processes,
+            save_dtype_of(config), keep_init=config.get("keep_init", 0.0),
+            resume=True, from_step=from_step, allow_changed=allow_changed, processes=processes,
             quiet=quiet, say=say_to_stderr(quiet),
         )  # fmt: skip
         return finish(title, {"run": str(out), **summary}, json)

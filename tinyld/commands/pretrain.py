@@ -22,6 +22,7 @@ def pretrain(
     save_dtype: str,
     init: str | None,
     trim_vocab: int | None,
+    keep_init: float,
     convert_only: bool,
     force: bool,
     json: bool,
@@ -49,7 +50,7 @@ def pretrain(
     processes = Processes.join(device)
     summary = run(
         lambda: processes.open_run(out, lambda: RunFolder.create(out, force)), data, valid, shape, vocab_size,
-        diffusion, config, SAVE_DTYPES[save_dtype], encoder, trim_vocab, convert_only, processes=processes,
-        quiet=quiet, say=say_to_stderr(quiet),
+        diffusion, config, SAVE_DTYPES[save_dtype], encoder, trim_vocab, keep_init, convert_only,
+        processes=processes, quiet=quiet, say=say_to_stderr(quiet),
     )  # fmt: skip
     finish("pretrained base", {"run": str(out), **summary}, json)
