@@ -176,6 +176,16 @@ def test_impossible_grids_are_refused(tmp_path: Path, changes: dict[str, int], m
         grid(tmp_path, Trainer(), **changes)
 
 
+def test_every_number_of_rows_is_tuned_and_run_for_itself(tmp_path: Path) -> None:
+    trainer = Trainer()
+    compare = grid(tmp_path, trainer, limits=(50, None), eval_every={("reviews", 50): 7}, seeds=1, trials=1)
+    assert len(compare.run()) == compare.total() == 4
+    assert [n for n in trained(trainer) if "_full_" in n] == ["reviews_full_lr0.001_n50_s0", "reviews_full_lr0.001_s0"]
+    first, last = (c for c in trainer.ran if c[0] == "finetune" and "full" in c)
+    assert first[first.index("--limit") + 1] == "50" and first[first.index("--eval-every") + 1] == "7"
+    assert "--limit" not in last and "--eval-every" not in last
+
+
 def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tinyld.page import page

@@ -543,8 +543,11 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs a task and method, at its best learning rate.")] = 3,
     trials: Annotated[int, typer.Option(min=1, help="Learning rates tried a task and method, scored on dev.")] = 3,
     epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer updates, instead of --epochs.")] = None,
     batch_size: BatchSize = DEFAULT_TRAIN["batch_size"],
-    limit: Limit = None,
+    limit: Annotated[
+        list[int] | None, typer.Option(min=1, help="Train on this many rows; repeat it for data efficiency.")
+    ] = None,
     data: DataFolder = None,
     base: BasePath = None,
     device: Device = "auto",
@@ -561,8 +564,8 @@ def compare(
 
     tasks = task or ["reviews"]
     compare(
-        tasks, methods, seeds, trials, epochs, batch_size, limit, data, base, device, budget_minutes, out, save, json,
-        quiet,
+        tasks, methods, seeds, trials, epochs, steps, batch_size, list(limit or [None]), data, base, device,
+        budget_minutes, out, save, json, quiet,
     )  # fmt: skip
 
 

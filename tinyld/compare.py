@@ -122,7 +122,8 @@ class Compare:
     budget_minutes: float | None
     quiet: bool
     say: Say
-    eval_every: Mapping[str, int] = field(default_factory=dict)  # steps between dev evaluations, by task
+    limits: Sequence[int | None] = (None,)  # training rows that each method gets; None is all
+    eval_every: Mapping[tuple[str, int | None], int] = field(default_factory=dict)  # steps, by task and limit
     launch: Callable[[list[str]], None] = field(default_factory=lambda: in_a_process)
     started: float = field(default_factory=time.monotonic)
     spent: list[float] = field(default_factory=list)  # seconds of each cell run here
@@ -136,10 +137,13 @@ class Compare:
         for task in map(load_task, self.tasks):
             check(not task.is_generation, f"task {task.name} has no labels; compare goes by accuracy")
 
-    def cell(self, task: str, variant: Variant, lr: float, seed: int) -> Cell:
-        folder = self.out / f"{load_task(task).name.replace(':', '-')}_{variant.name}_lr{lr:g}_s{seed}"
+    def cell(self, task: str, variant: Variant, lr: float, seed: int, limit: int | None = None) -> Cell:
+        rows = f"_n{limit}" if limit else ""
+        folder = self.out / f"{load_task(task).name.replace(':', '-')}_{variant.name}_lr{lr:g}{rows}_s{seed}"
         command = ["finetune", "--task", task, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *self.flags]
-        command += ["--eval-every", str(self.eval_every[task])] if task in self.eval_every else []
+        command += ["--limit", str(limit)] if limit else []
+        every = self.eval_every.get((task, limit))
+        command += ["--eval-every", str(every)] if every else []
         command += ["--data", str(self.data)] if self.data else []
         command += ["--base", str(self.base)] if self.base else []
         command += ["--device", self.device]
@@ -149,28 +153,28 @@ class Compare:
         return [float(f"{variant.lr * multiple:.3g}") for multiple in GRID[: self.trials]]
 
     def total(self) -> int:
-        return len(self.tasks) * len(self.methods) * (self.trials + self.seeds - 1)
+        return len(self.tasks) * len(self.limits) * len(self.methods) * (self.trials + self.seeds - 1)
 
     def out_of_time(self) -> bool:
         return self.budget_minutes is not None and time.monotonic() - self.started > 60 * self.budget_minutes
 
     def run(self) -> list[dict[str, Any]]:
-        """Runs what is missing; returns the records of every (task, method) whose seeds are all there."""
-        todo = [(t, v) for t in self.tasks for v in self.methods]
+        """Runs what is missing; returns the records of every (task, rows, method) whose seeds are all there."""
+        todo = [(t, n, v) for t in self.tasks for n in self.limits for v in self.methods]
+        seeds = range(self.seeds)
         make_folder(self.out)
-        self.claim([self.cell(t, v, lr, seed) for t, v in todo for lr in self.rates(v) for seed in range(self.seeds)])
+        self.claim([self.cell(t, v, lr, seed, n) for t, n, v in todo for lr in self.rates(v) for seed in seeds])
         records: list[dict[str, Any]] = []
         left = self.total()
-        for task, variant in todo:
-            cells = [self.cell(task, variant, lr, 0) for lr in self.rates(variant)]
+        for task, limit, variant in todo:
+            cells = [self.cell(task, variant, lr, 0, limit) for lr in self.rates(variant)]
             done = all([self.finish(c, left - i) for i, c in enumerate(cells)])
             left -= len(cells)
-            seeds = self.seeds - 1
             if done:
                 best = max(range(len(cells)), key=lambda i: cells[i].dev())
-                chosen = [self.cell(task, variant, self.rates(variant)[best], s) for s in range(self.seeds)]
+                chosen = [self.cell(task, variant, self.rates(variant)[best], s, limit) for s in seeds]
                 done = all([self.finish(c, left - i) for i, c in enumerate(chosen[1:])])
-            left -= seeds
+            left -= self.seeds - 1
             if not done:
                 continue
             trials = [

@@ -260,8 +260,9 @@ def compare(
     seeds: int,
     trials: int,
     epochs: float,
+    steps: int | None,
     batch_size: int,
-    limit: int | None,
+    limits: list[int | None],
     data: Path | None,
     base: Path | None,
     device: str,
@@ -284,8 +285,11 @@ def compare(
         task = load_task(name)
         for split in ("dev", *(["test"] if "test" in task.splits else [])):
             load_split(task, split, data, limit=1)
-        steps = epochs * -(-len(load_split(task, "train", data, limit=limit)) // batch_size)
-        eval_every[name] = max(1, math.ceil(steps / CURVE_POINTS))
+        rows = len(load_split(task, "train", data))
+        for limit in limits:
+            check(limit is None or limit <= rows, f"--limit {limit}: {name} has {rows:,} training rows")
+            updates = steps or epochs * -(-(limit or rows) // batch_size)
+            eval_every[name, limit] = max(1, math.ceil(updates / CURVE_POINTS))
     chosen = variants(methods, {name: method.default_lr for name, method in METHODS.items()})
     finetune = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
     for variant in chosen:  # a wrong option is found now, not when its turn comes
@@ -294,13 +298,14 @@ def compare(
         except typer.BadParameter.__base__ as error:  # click's UsageError, whichever click typer has
             raise UsageError(f"--methods {variant.text}: {error.format_message()}") from None
     folder = RunFolder.open(base or default_base())
-    flags = ["--epochs", f"{epochs:g}", "--batch-size", str(batch_size), *(["--limit", str(limit)] if limit else [])]
+    budget = ["--epochs", f"{epochs:g}"] if steps is None else ["--steps", str(steps)]
+    flags = [*budget, "--batch-size", str(batch_size)]
     grid = Compare(
         out, tasks, chosen, seeds, trials, flags, data, base, fingerprint(folder), device, budget_minutes, quiet,
-        say_to_stderr(quiet), eval_every,
+        say_to_stderr(quiet), limits, eval_every,
     )  # fmt: skip
     records = grid.run()
     keep_records(records, save)
     show_results(records, False, json)
-    if len(records) < len(tasks) * len(chosen) * seeds:
+    if len(records) < len(tasks) * len(limits) * len(chosen) * seeds:
         say_to_stderr(False)("the budget of time is used up; the same command goes on where this one stopped")
