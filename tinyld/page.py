@@ -74,6 +74,7 @@ def drawn(title: str, x_label: str, series: Series, log: bool, lines: bool) -> s
         errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         shown = None if lines and low == high else errors
         axes.errorbar(x, y, yerr=shown, fmt="o-" if lines else "o", markersize=4, capsize=2, label=name)
+    log = log and all(x > 0 for found in series.values() for x, *_ in found)
     axes.set(title=title, xlabel=x_label, ylabel="decoded accuracy %", xscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
