@@ -591,6 +591,28 @@ def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monke
     assert good("finetune", "--resume", "cut", "--allow-changed", "--json").json["steps"] == 7
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "adapters",
+            "--steps", 9, "--batch-size", 4, "--save-minutes", "1e-9", "--keep", 3]  # fmt: skip
+    good(*args, "--out", "whole", "--quiet")
+    interrupt(monkeypatch, 6, *args, "--out", "cut")
+    assert [int(p.name) for p in RunFolder(Path("cut")).checkpoints()] == [4, 5, 6]
+    damaged = RunFolder(Path("cut")).checkpoints()[-1] / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert_refused(cli("finetune", "--resume", "cut", "--quiet"), 1, "go on from an older one with --from-step 5")
+    steps = []
+    remove = RunFolder.remove_checkpoints
+    monkeypatch.setattr(
+        RunFolder, "remove_checkpoints",
+        lambda self, after=-1: [remove(self, after), steps.append([int(p.name) for p in self.checkpoints()])],
+    )  # fmt: skip
+    good("finetune", "--resume", "cut", "--from-step", 4, "--quiet")
+    assert steps == [[4], []]
+    assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
+
+
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "adapters",
             "--steps", 7, "--batch-size", 4]  # fmt: skip

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tinyld.compare import SUMMARY, TABLE, Compare, variants
+from tinyld.compare import SUMMARY, TABLE, Compare, in_a_process, variants
 from tinyld.errors import TinyldError, UsageError
+from tinyld.interrupt import Interrupted
 from tinyld.report import RESULT_COLUMNS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
@@ -199,3 +200,25 @@ def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Pat
     assert all(column in text for column in RESULT_COLUMNS)
     assert not re.search(r"(src|href)=.https?:", text) and "<script" not in text
     assert (tmp_path / "page.html").exists()
+
+
+def test_a_signal_is_handed_on_to_the_process_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: Any):
+            told.append("started")
+
+        def wait(self) -> int:
+            if told[-1] == "started":
+                raise Interrupted(15)
+            told.append("waited for")
+            return 143
+
+        def terminate(self) -> None:
+            told.append("told")
+
+    monkeypatch.setattr("tinyld.compare.subprocess.Popen", Process)
+    with pytest.raises(Interrupted):
+        in_a_process(["finetune"])
+    assert told == ["started", "told", "waited for"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
 from tinyld.data import Batch, TaskRows, torch_seeded
+from tinyld.diffusion import token_nll
+from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
+from tinyld.interrupt import Interrupted as Stopped
 from tinyld.methods import METHODS, make_config
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser
@@ -539,3 +543,45 @@ def test_half_precision_on_a_processor_is_a_usage_error() -> None:
 def test_a_setting_out_of_range_is_a_usage_error(wrong: dict[str, Any], part: str) -> None:
     with pytest.raises(UsageError, match=part):
         TrainConfig(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------ signals, processes
+
+
+def test_a_signal_ends_the_step_saves_it_and_a_second_one_at_once_is_the_same(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    class Signals(Breaks):
+        def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+            if step == self.at:
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+            return self.source.batch(step, batch_size, seed)
+
+    method = attached(base, "adapters")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM: step 4 is saved; go on with --resume") as raised:
+        run(base, method.own, Signals(rows, 3), tokenizer, settings(), tmp_path / "run")
+    assert raised.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert [p.name for p in RunFolder(tmp_path / "run").checkpoints()] == ["00000004"]
+
+
+def test_the_gradients_of_all_processes_add_up_to_those_of_one(
+    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer
+) -> None:
+    batch = rows.batch(0, 5, 0)
+    noised, normaliser = Objective(DiffusionConfig(), tokenizer.mask_id, counted=True, seed=0).noise(batch, 0)
+
+    def gradient(parts: list[Any]) -> Tensor:
+        base.zero_grad()
+        for part in parts:
+            nll, row = token_nll(base, part)
+            ((nll * part.weight[row]).sum() / normaliser).backward()
+        return base.embedding.weight.grad.clone()
+
+    base.requires_grad_(True)
+    alone = gradient([noised])
+    for size in (2, 3, 7):  # of seven, two have no row
+        shares = [Processes(rank, size).share(noised, accumulate=2) for rank in range(size)]
+        assert sum(len(p.t) for share in shares for p in share) == 5
+        torch.testing.assert_close(gradient([p for share in shares for p in share]), alone, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 from tinyld import __version__
 from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, SampleConfig, TrainConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interrupt import raise_at_signals
+from tinyld.interrupt import Interrupted, raise_at_signals
 from tinyld.runs import RunFolder
 
 
@@ -23,14 +24,11 @@ class Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except TinyldError as error:
+        except (TinyldError, Interrupted) as error:
             print(f"tinyld: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
-        except (
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch says so in its own words, and on a GPU by a class of its own
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
             print("tinyld: out of memory; lower --batch-size, --max-length or the rank", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -610,6 +608,6 @@ def main() -> None:
     try:
         raise_at_signals()
         app()
-    except TinyldError as error:  # a signal before or after a verb's own work
+    except Interrupted as error:  # before or after a verb's own work
         print(f"tinyld: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -18,13 +18,15 @@ from typing import Any
 
 from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError
+from tinyld.interrupt import Interrupted
 from tinyld.page import can_plot, page
 from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
 from tinyld.runs import ADAPTER, RESULTS, RunFolder, make_folder, read_json, to_json, write_atomic
 from tinyld.tasks import load_task
 
 GRID = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's default learning rate, in the order they are tried
-SET_HERE = ("task", "method", "seed", "epochs", "batch-size", "limit", "data", "base", "device", "out", "resume")
+SET_HERE = ("task", "method", "seed", "epochs", "steps", "tokens", "minutes", "batch-size", "limit", "eval-every")
+SET_HERE += ("data", "base", "device", "out", "resume")
 TABLE, SUMMARY, COMMANDS, PAGE = "table.md", "results.json", "commands.json", "page.html"
 Say = Callable[[str], None]
 
@@ -132,6 +134,7 @@ class Compare:
         check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
         check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
         check(len(self.tasks) > 0, "compare needs at least one --task")
+        check(len(set(self.limits)) == len(self.limits), "--limit names a number of rows twice")
         names = [load_task(task).name for task in self.tasks]
         check(len(set(names)) == len(names), f"--task names one twice: {', '.join(names)}")
         for task in map(load_task, self.tasks):
@@ -239,7 +242,16 @@ class Compare:
 
 
 def in_a_process(command: list[str]) -> None:
-    """Runs tinyld in a process of its own, so that its memory and its failure are its own."""
-    done = subprocess.run([sys.executable, "-m", "tinyld", *command], stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
+    """Runs tinyld in a process of its own, so that its memory and its failure are its own.
+
+    A signal is handed on, and waited for: the process ends its step and saves.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "tinyld", *command], stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except Interrupted:
+        process.terminate()
+        process.wait()
+        raise
+    if code:
         raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")

@@ -98,7 +98,7 @@ class Noised:
 
     def shares(self, processes: int) -> list[Noised]:
         """One part for each process; rows go round, so that every one gets some."""
-        return self._rows([torch.arange(i, len(self.t), processes) for i in range(processes)])
+        return self._rows([torch.arange(len(self.t))[i::processes] for i in range(processes)])
 
     def _rows(self, chosen: Sequence[Tensor]) -> list[Noised]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from tinyld.errors import TinyldError, UsageError
-from tinyld.runs import RunFolder, Spectator
+from tinyld.errors import TinyldError
+from tinyld.runs import RunFolder, Spectator, under_torchrun
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def is_writer() -> bool:
     """Whether this is the process that writes: the only one, or torchrun's first."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 class Processes:
@@ -34,7 +34,7 @@ class Processes:
     @classmethod
     def join(cls, device: torch.device) -> Processes:
         """Meets the others that torchrun started: gloo on processors, NCCL on GPUs."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not under_torchrun():
             return cls()
         import torch
 
@@ -47,16 +47,18 @@ class Processes:
     def open_run(self, path: os.PathLike[str], open_folder: Callable[[], RunFolder]) -> RunFolder:
         """The run's folder: process 0 makes or opens it, the others look on."""
         folder = open_folder() if self.rank == 0 else Spectator(path)
-        self.sum([0.0])  # nobody reads before it is there
+        self.meet()  # nobody reads before it is there
         return folder
 
-    def share(self, noised: Noised) -> Noised:
-        """This process's rows of a batch."""
+    def meet(self) -> None:
+        """Waits until all processes are here."""
+        self.sum([0.0])
+
+    def share(self, noised: Noised, accumulate: int) -> list[Noised]:
+        """This process's rows of a batch, in micro-batches; none where there are fewer rows than processes."""
         if self.size == 1:
-            return noised
-        if len(noised.t) < self.size:
-            raise UsageError(f"a batch of {len(noised.t)} rows cannot be shared by {self.size} processes")
-        return noised.shares(self.size)[self.rank]
+            return noised.split(accumulate)
+        return noised.shares(self.size)[self.rank].split(accumulate) if self.rank < len(noised.t) else []
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""
@@ -88,5 +90,7 @@ class Processes:
         try:
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
+            if "memory" in str(error):
+                raise
             line = str(error).splitlines()[0][:100]
             raise TinyldError(f"another process of this run is gone ({line}); go on with --resume") from None

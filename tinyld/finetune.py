@@ -10,7 +10,7 @@ from tinyld.adapter import Adapted, method_record, sizes
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
-from tinyld.distributed import Processes
+from tinyld.distributed import Processes, is_writer
 from tinyld.evaluate import evaluate
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.bands import BAND_EDGES
@@ -127,7 +127,7 @@ def finetune(
     folder.write_tensors(ADAPTER, method.own)
     if method.name == TrajectoryLora.name:
         folder.write_tensors(PROTOTYPE, {"prototype": prompt_prototype(base, train_rows)})
-    if changed:
+    if changed and is_writer():
         now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
         folder.write_json(CONFIG, folder.config | now)
     summary = {

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tinyld.report import RESULT_COLUMNS, interval, result_rows, settings, show
+from tinyld.report import RESULT_COLUMNS, identity, interval, result_rows, settings, show
 
 Record = Mapping[str, Any]
 Series = dict[str, list[tuple[float, float, float, float]]]  # name -> points (x, accuracy, low, high), in percent
@@ -37,19 +37,19 @@ def tested(record: Record) -> Mapping[str, Any] | None:
 
 
 def points(records: Sequence[Record], x: Callable[[Record], float]) -> Series:
-    """A point for all seeds of a method at one `x`, with the interval of the results table."""
-    groups: dict[tuple[str, float], list[Record]] = {}
+    """A point for all seeds of a row of the results table, with its interval; `x` is averaged."""
+    groups: dict[str, list[Record]] = {}
     for record in records:
         if tested(record) is not None:
-            groups.setdefault((name_of(record), x(record)), []).append(record)
+            groups.setdefault(identity(record), []).append(record)
     series: Series = {}
-    for (name, place), runs in sorted(groups.items()):
+    for runs in groups.values():
         found = [tested(r) or {} for r in runs]
         accuracies = [f["accuracy"] for f in found]
         low, high = interval(accuracies, found[0]["n"])
-        mean = sum(accuracies) / len(accuracies)
-        series.setdefault(name, []).append((place, 100 * mean, 100 * low, 100 * high))
-    return series
+        mean, place = sum(accuracies) / len(runs), sum(x(r) for r in runs) / len(runs)
+        series.setdefault(name_of(runs[0]), []).append((place, 100 * mean, 100 * low, 100 * high))
+    return {name: sorted(found) for name, found in series.items()}
 
 
 def curves(records: Sequence[Record]) -> Series:
@@ -93,11 +93,12 @@ def page(records: Sequence[Record], command: str) -> str:
     for task in dict.fromkeys(r["task"] for r in records):
         mine = [r for r in records if r["task"] == task]
         body.append(f"<h2>{html.escape(task)}</h2>")
-        size = points(mine, lambda r: r["parameters"]["stored_percent"])
-        seconds = points(mine, lambda r: round(r["results"]["finetune"]["seconds"]))
+        most = [r for r in mine if r["data"]["rows"] == max(m["data"]["rows"] for m in mine)]
+        size = points(most, lambda r: r["parameters"]["stored_percent"])
+        seconds = points(most, lambda r: r["results"]["finetune"]["seconds"])
         body.append(drawn("Accuracy against stored size", "stored, % of the base", size, log=True, lines=False))
         body.append(drawn("Accuracy against training time", "seconds", seconds, log=True, lines=False))
-        if learned := curves(mine):
+        if learned := curves(most):
             body.append(drawn("Learning curves (dev)", "seconds of training", learned, log=False, lines=True))
         if len({r["data"]["rows"] for r in mine}) > 1:
             rows = points(mine, lambda r: r["data"]["rows"])

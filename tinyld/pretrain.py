@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from tinyld.base import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TextRows, tokenize_documents, torch_seeded
-from tinyld.distributed import Processes
+from tinyld.distributed import Processes, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.hf import Encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
-from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment, sha256
+from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment, sha256
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
-from tinyld.train import Objective, TrainResult, resolve_device, train
+from tinyld.train import Objective, TrainResult, autocast, resolve_device, resolve_dtype, train
 
-INITIAL = "initial.safetensors"  # the weights that a run with keep_init began with, until it is finished
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -143,67 +142,67 @@ def pretrain(
                 "environment": environment(),
             },
         )
-    with folder.locked():
-        model = Denoiser(model_config, torch_seeded(config.seed, 0))
-        if encoder is not None:
-            load_exactly(dict(model.named_parameters()), encoder.tensors, folder.path)
-        model.to(device)
-        say(
-            f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
-            f"a unigram model has {unigram:.3f} nats/token on the held-out text"
+    model = Denoiser(model_config, torch_seeded(config.seed, 0))
+    if encoder is not None:
+        load_exactly(dict(model.named_parameters()), encoder.tensors, folder.path)
+    model.to(device)
+    say(
+        f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
+        f"a unigram model has {unigram:.3f} nats/token on the held-out text"
+    )
+
+    def evaluate() -> dict[str, float]:
+        bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
+        return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
+
+    objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
+    parameters = dict(model.named_parameters())
+    if convert_only:
+        model.eval()
+        result = TrainResult(0, 0, 0.0, 0.0, evaluate())
+    else:
+        warm = folder.config["warm_start"] if resume else encoder
+        if resume and warm and not folder.checkpoints():
+            raise TinyldError(f"{folder.path} was stopped before its first checkpoint; start it again with --force")
+        body = (
+            frozenset(n for n in parameters if not n.startswith(("head_transform", "output_bias")))
+            if warm
+            else frozenset()
         )
-
-        def evaluate() -> dict[str, float]:
-            bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
-            return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
-
-        objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
-        parameters = dict(model.named_parameters())
-        if convert_only:
-            model.eval()
-            result = TrainResult(0, 0, 0.0, 0.0, evaluate())
-        else:
-            warm = folder.config["warm_start"] if resume else encoder
-            if resume and warm and not folder.checkpoints():
-                raise TinyldError(f"{folder.path} was stopped before its first checkpoint; start it again with --force")
-            body = (
-                frozenset(n for n in parameters if not n.startswith(("head_transform", "output_bias")))
-                if warm
-                else frozenset()
-            )
-            if keep_init and not resume:
-                folder.write_tensors(INITIAL, parameters)
-            result = train(
-                model,
-                parameters,
-                rows,
-                objective,
-                config,
-                folder,
-                evaluate,
-                "pretrain",
-                body=body,
-                resume=resume,
-                from_step=from_step,
-                processes=processes,
-                quiet=quiet,
-            )
-            if keep_init:
-                average(parameters, folder.read_tensors(INITIAL), keep_init)
+        if keep_init and not resume:
+            folder.write_tensors(INITIAL, parameters)
+        result = train(
+            model,
+            parameters,
+            rows,
+            objective,
+            config,
+            folder,
+            evaluate,
+            "pretrain",
+            body=body,
+            resume=resume,
+            from_step=from_step,
+            processes=processes,
+            quiet=quiet,
+        )
+        if keep_init and is_writer():
+            average(parameters, folder.read_tensors(INITIAL), keep_init)
+            with autocast(device, resolve_dtype(config.dtype, device)):
                 result = replace(result, metrics=evaluate())
-            folder.close_log()
-        save_base(folder, model, parameters, tokenizer, save_dtype)
-        summary = {
-            "parameters": model_config.num_parameters(),
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-            "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-            "peak_memory_mb": result.peak_memory_mb,
-            "unigram_nll": unigram,
-            **result.metrics,
-        }
-        folder.write_json(RESULTS, {"pretrain": summary})
-        folder.remove(INITIAL)
-        folder.remove_checkpoints()
-        return summary
+        folder.close_log()
+    save_base(folder, model, parameters, tokenizer, save_dtype)
+    summary = {
+        "parameters": model_config.num_parameters(),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+        "peak_memory_mb": result.peak_memory_mb,
+        "unigram_nll": unigram,
+        **result.metrics,
+    }
+    folder.write_json(RESULTS, {"pretrain": summary})
+    folder.remove(INITIAL)
+    folder.remove_checkpoints()
+    return summary

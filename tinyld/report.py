@@ -100,7 +100,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """A row for all runs that differ by their seed alone, on test where a run was evaluated there, else on dev.
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
-    seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning on the same
+    seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning on as many
     rows; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first was 95% of its
     own best (of ten points a run under `tinyld compare`).
     """
@@ -120,7 +120,9 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     for cell, runs in sorted(cells.items()):
         task, split, method, _ = cell
         first = runs[0][0]
-        whole = max((m for c, m in means.items() if c[:3] == (task, split, "full")), default=0.0)
+        data = first["data"]["rows"]
+        full = [c for c in cells if c[:3] == (task, split, "full") and cells[c][0][0]["data"]["rows"] == data]
+        whole = max((means[c] for c in full), default=0.0)
         n = runs[0][1]["n"]
         low, high = interval([f["accuracy"] for _, f in runs], n)
         sizes, trials = first["parameters"], first.get("trials")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.json", "results.json"
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
+INITIAL = "initial.safetensors"  # what pretraining with --keep-init began with, until it is finished
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
 
 
@@ -49,9 +50,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
+        raise TinyldError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise TinyldError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def sync(path: Path) -> None:
@@ -68,6 +70,13 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TinyldError(f"{path}: cannot be made ({error.strerror})") from None
+
+
+def remove_tree(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise TinyldError(f"{path}: cannot be removed ({error.strerror})") from None
 
 
 def to_json(value: Any) -> bytes:
@@ -136,7 +145,7 @@ class RunFolder:
         folder = cls(path)
         if folder.is_run():
             with folder.locked():
-                shutil.rmtree(path)
+                remove_tree(path)
         make_folder(path)
         return folder
 
@@ -163,6 +172,8 @@ class RunFolder:
         try:
             self._lock = os.open(self.path, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._lock).st_ino != os.stat(self.path).st_ino:  # replaced by --force meanwhile
+                raise BlockingIOError
         except OSError as error:
             if self._lock is not None:
                 os.close(self._lock)
@@ -203,19 +214,20 @@ class RunFolder:
         self.write(name, to_json(value))
 
     def remove(self, name: str) -> None:
-        """Removes a file and its line in the manifest, where they are there."""
+        """Removes a file's line in the manifest and the file, where they are there."""
         with self.locked():
-            (self.path / name).unlink(missing_ok=True)
             manifest = self._manifest()
             if manifest["files"].pop(name, None):
                 write_atomic(self.path / MANIFEST, to_json(manifest))
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
 
         self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, retry: bool = True) -> bytes:
         """A file's bytes, checked against the manifest."""
         path = self.path / name
         try:
@@ -226,6 +238,9 @@ class RunFolder:
         except OSError as error:
             raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
         if sha256(content) not in [entry["sha256"] for entry in self._entries(name)]:
+            if retry:  # a writer may have been between the two
+                time.sleep(0.05)
+                return self.read(name, retry=False)
             raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
         return content
 
@@ -320,10 +335,12 @@ class RunFolder:
             inner = RunFolder(partial)
             inner.write_tensors("state.safetensors", tensors)
             inner.write_json("state.json", {"step": step, **state})
-            if final.exists():  # a run that passes here again has a damaged one
-                shutil.rmtree(final)
+            replaced = folder / f".{step:08d}.old.tmp"
+            if final.exists():
+                os.replace(final, replaced)
             os.replace(partial, final)
             sync(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, TinyldError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = str(error) if isinstance(error, TinyldError) else f"{final}: cannot be written ({error.strerror})"
@@ -340,7 +357,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
         folder = self.path / "checkpoints"
-        return sorted(p for p in folder.glob("[0-9]*") if p.is_dir()) if folder.is_dir() else []
+        return sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
 
     def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
@@ -359,13 +376,21 @@ class RunFolder:
             way_out = f"go on from an older one with --from-step {older[-1]}" if older else "there is no older one"
             raise TinyldError(f"{error}; {way_out}") from None
 
-    def remove_checkpoints(self) -> None:
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+    def remove_checkpoints(self, after: int = -1) -> None:
+        """Removes the checkpoints of steps after `after`; all of them by default."""
+        for path in self.checkpoints():
+            if int(path.name) > after:
+                shutil.rmtree(path, ignore_errors=True)
+        if after < 0:
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def remove_leftovers(self) -> None:
         """Removes what a killed writer left half-written."""
         for path in [*self.path.glob(".*.tmp"), *(self.path / "checkpoints").glob(".*.tmp")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                remove_tree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class Spectator(RunFolder):
@@ -396,7 +421,7 @@ class Spectator(RunFolder):
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
         return self.path
 
-    def remove_checkpoints(self) -> None:
+    def remove_checkpoints(self, after: int = -1) -> None:
         pass
 
     def remove_leftovers(self) -> None:
@@ -413,11 +438,15 @@ def _holds_nothing(path: Path) -> bool:
 def check_unchanged(path: Path, config: Mapping[str, Any], data_sha256: str, allow: bool) -> None:
     """TinyldError unless a run goes on with the data, torch and threads it began with: else its bits would differ."""
     then, now = config["environment"], environment()
-    pairs = [(name, then[name], now[name]) for name in ("torch", "threads", "processes", "device")]
-    pairs.append(("data", config["data"]["sha256"][:12], data_sha256[:12]))
+    pairs = [(name, then.get(name), now[name]) for name in ("torch", "threads", "processes", "device")]
+    pairs.append(("data", str(config["data"].get("sha256"))[:12], data_sha256[:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
         raise TinyldError(f"{path} began otherwise: {changed}; --allow-changed goes on all the same")
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def environment() -> dict[str, Any]:
@@ -429,7 +458,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": " ".join(["tinyld", *sys.argv[1:]]),

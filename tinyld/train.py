@@ -137,9 +137,12 @@ def train(
     step, tokens, seconds, resumed = 0, 0, 0.0, False
     log_sum, log_count = 0.0, 0  # of the loss, since the last log line
     found = folder.load_checkpoint(from_step) if resume else None
+    saved_step = found[1]["step"] if found else -1  # what the newest checkpoint holds
     if resume:
+        processes.meet()  # before process 0 removes what another may still read
         folder.remove_leftovers()
-        folder.rewind_metrics(found[1]["step"] if found else -1)
+        folder.remove_checkpoints(after=max(saved_step, 0))
+        folder.rewind_metrics(saved_step)
     if found is not None:
         tensors, state = found
         step, tokens, seconds, resumed = state["step"], state["tokens"], state["seconds"], True
@@ -163,10 +166,14 @@ def train(
         return seconds / (60 * config.minutes)  # type: ignore[operator]
 
     def checkpoint() -> None:
+        nonlocal saved_step
+        if step == saved_step:
+            return
         tensors = {f"model.{n}": p for n, p in parameters.items()} | {f"ema.{n}": a for n, a in ema.items()}
         state = {"tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
         state |= {"log_sum": log_sum, "log_count": log_count}
         folder.save_checkpoint(step, tensors | optimizer.state(), state, config.keep)
+        saved_step = step
 
     def held_out() -> dict[str, float]:
         model.eval()
@@ -200,7 +207,7 @@ def train(
                 noised = cache(batch, noised)
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
-            for micro in processes.share(noised).split(config.accumulate):
+            for micro in processes.share(noised, config.accumulate):
                 with autocast(device, dtype):
                     nll, row = token_nll(model, micro.to(device))
                     part = (nll * micro.weight.to(device)[row]).sum() / normaliser
@@ -255,7 +262,7 @@ def train(
                 saved = time.monotonic()
             told = stop.received if processes.size == 1 else told
         checkpoint()
-        stop_if(told, is_saved=True)
+        stop_if(stop.received if processes.size == 1 else told, is_saved=True)
     metrics = metrics or held_out()  # empty when a run is resumed after its last step
     with torch.no_grad():
         for name, average in ema.items():

@@ -31,12 +31,15 @@ def bench(only: list[str], turns: int, json: bool, quiet: bool) -> None:
         if "model_flops_per_s" in row:
             row["% of the ceiling"] = round(100 * row["model_flops_per_s"] / top["flops"], 1)
         rows.append(row)
-    rows += start_up(turns) if starts else []
+    started = start_up(turns) if starts else []
     if json:
-        return print(jsonlib.dumps({"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "rows": rows}))
+        facts = {"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "rows": rows, "start": started}
+        return print(jsonlib.dumps(facts))
     rate = f"largest matrix product: {top['flops'] / 1e9:,.0f} GFLOP/s in {top['dtype']}"
     print_table(f"speed, as a ratio of the peer's time to ours ({rate})", COLUMNS,
                 [tuple(row.get(c) for c in COLUMNS) for row in rows])  # fmt: skip
     for row in rows:
         if "% of the ceiling" in row:
             print(f"{row['what']}: our model FLOPs are {row['% of the ceiling']}% of that rate")
+    if started:
+        print_table("start", tuple(started[0]), [tuple(row.values()) for row in started])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tinyld.commands.workspace import (
 from tinyld.config import DiffusionConfig, TrainConfig, check, from_dict
 from tinyld.distributed import Processes, is_writer
 from tinyld.errors import TinyldError, UsageError
-from tinyld.runs import CONFIG, RESULTS, RunFolder
+from tinyld.runs import CONFIG, INITIAL, RESULTS, RunFolder
 from tinyld.tasks import load_split, load_task
 
 
@@ -127,13 +128,20 @@ def _run_finetune(
 
 def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, quiet: bool) -> None:
     """Goes on with an interrupted pretraining or fine-tuning run; all its settings are in its config."""
+    keep_freed_memory()
+    folder = RunFolder.open(out)
+    with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
+        title, summary = _go_on(folder, from_step, allow_changed, quiet or not is_writer())
+    finish(title, {"run": str(out), **summary}, json)
+
+
+def _go_on(folder: RunFolder, from_step: int | None, allow_changed: bool, quiet: bool) -> tuple[str, dict[str, Any]]:
+    """(what it is, its summary) of the run in `folder`, once it is finished."""
     from tinyld.pretrain import pretrain as run
     from tinyld.pretrain import save_dtype_of
     from tinyld.train import resolve_device
 
-    keep_freed_memory()
-    folder = RunFolder.open(out)
-    config = folder.config
+    out, config = folder.path, folder.config
     if config["kind"] == "composition":
         raise UsageError(f"{out} is a composition; there is nothing in it to train")
     title, verb = ("pretrained base", "pretrain") if config["kind"] == "base" else ("adapter", "finetune")
@@ -142,8 +150,11 @@ def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, qu
         if from_step is not None:
             raise TinyldError(f"{out} is finished already; --from-step {from_step} has no checkpoint to go on from")
         say_to_stderr(quiet)(f"{out} is finished already")
-        folder.remove_checkpoints()
-        return finish(title, {"run": str(out), **results[verb]}, json)
+        if is_writer():  # it may have been killed while it tidied up
+            folder.remove(INITIAL)
+            folder.remove_checkpoints()
+            folder.remove_leftovers()
+        return title, results[verb]
     where = str(out / CONFIG)
     diffusion, training = (
         from_dict(DiffusionConfig, config["diffusion"], where),
@@ -152,15 +163,13 @@ def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, qu
     if config["kind"] == "base":
         shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
         processes = Processes.join(resolve_device(training.device))
-        quiet = quiet or not is_writer()
-        summary = run(
+        return title, run(
             lambda: processes.open_run(out, lambda: folder), [Path(p) for p in config["data"]["files"]],
             [Path(p) for p in config["valid"]], shape, config["model"]["vocab_size"], diffusion, training,
             save_dtype_of(config), keep_init=config.get("keep_init", 0.0),
             resume=True, from_step=from_step, allow_changed=allow_changed, processes=processes,
             quiet=quiet, say=say_to_stderr(quiet),
         )  # fmt: skip
-        return finish(title, {"run": str(out), **summary}, json)
     options = dict(config.get("started_as", config["method"]))
     name = options.pop("name")
     data = config["data"]
@@ -168,5 +177,4 @@ def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, qu
         config["task"], name, options, Path(config["base"]["path"]), data["folder"] and Path(data["folder"]),
         data["limit"], diffusion, training, config["cache_gb"], config["base"].get("dtype", "fp32"),
     )  # fmt: skip
-    summary = _run_finetune(job, out, lambda: folder, config, quiet, from_step, allow_changed)
-    return finish(title, {"run": str(out), **summary}, json)
+    return title, _run_finetune(job, out, lambda: folder, config, quiet, from_step, allow_changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from tinyld.commands.workspace import finish, keep_freed_memory, refuse_inside, say_to_stderr
@@ -48,9 +49,15 @@ def pretrain(
         encoder = load_start(find_encoder(init), shape["max_length"])
         refuse_inside(out, [find_encoder(init)])
     processes = Processes.join(device)
-    summary = run(
-        lambda: processes.open_run(out, lambda: RunFolder.create(out, force)), data, valid, shape, vocab_size,
-        diffusion, config, SAVE_DTYPES[save_dtype], encoder, trim_vocab, keep_init, convert_only,
-        processes=processes, quiet=quiet, say=say_to_stderr(quiet),
-    )  # fmt: skip
+    with ExitStack() as stack:
+
+        def open_folder() -> RunFolder:
+            folder = processes.open_run(out, lambda: RunFolder.create(out, force))
+            stack.enter_context(folder.locked())
+            return folder
+
+        summary = run(
+            open_folder, data, valid, shape, vocab_size, diffusion, config, SAVE_DTYPES[save_dtype], encoder,
+            trim_vocab, keep_init, convert_only, processes=processes, quiet=quiet, say=say_to_stderr(quiet),
+        )  # fmt: skip
     finish("pretrained base", {"run": str(out), **summary}, json)
