@@ -11,14 +11,19 @@ from typer.testing import CliRunner
 
 from tinyld.cli import app
 from tinyld.report import (
+    CHAIN_COLUMNS,
     COMPOSE_COLUMNS,
+    NEW_TASK_COLUMNS,
     RESULT_COLUMNS,
+    chain_rows,
     compose_rows,
     interval,
     markdown,
+    new_task_rows,
     result_rows,
     run_record,
     seconds_to,
+    tables,
 )
 from tinyld.statistics import wilson
 
@@ -109,9 +114,8 @@ def test_a_table_is_valid_markdown() -> None:
 def test_the_readme_results_are_made_from_data_results() -> None:
     records = [run_record(path) for path in sorted((TOP / "data" / "results").glob("*.json"))]
     assert records
-    assert markdown(RESULT_COLUMNS, result_rows(records)) in README
-    compositions = compose_rows(records)
-    assert not compositions or markdown(COMPOSE_COLUMNS, compositions) in README
+    for title, columns, rows in tables(records):
+        assert markdown(columns, rows) in README, title
 
 
 def test_the_readme_counts_of_faults_are_those_that_were_counted() -> None:
@@ -124,9 +128,20 @@ def test_a_composition_is_shown_task_by_task() -> None:
     found["drops"] = [drop | {"drop": 0.01, "low": 0.002, "high": 0.018}]
     members = [{"method": {"name": "trajectory-lora"}}] * 2
     run = {"run": "both", "kind": "composition", "members": members, "results": {"compose": found}}
+    counts = {"split": "dev", "n": 90, "accuracy": 0.6, "low": 0.5, "high": 0.7, "unreadable": 0.1}
+    found["evaluations"] = [counts | {"run": "own", "task": "mood"}, counts | {"run": "x/composed", "task": "new"}]
+    chain = {"task": "mood", "then": "write", "split": "dev", "n": 9, "first_accuracy": 0.8, "written_as_asked": 0.7}
+    chain |= {"low": 0.4, "high": 0.9, "distinct": 1.0, "nll_written": 4.0, "nll_real": 4.5}
+    run["results"]["eval"] = {"mood+write/dev": chain}
     (row,) = compose_rows([run, record("full", 0, 0.9)])
     shown = dict(zip(COMPOSE_COLUMNS, row, strict=True))
     assert shown["points lost"] == "1.00" and shown["95% interval"] == "0.20 to 1.80" and shown["own %"] == "80.0"
+    (row,) = new_task_rows([run])
+    new = dict(zip(NEW_TASK_COLUMNS, row, strict=True))
+    assert new["new task"] == "new" and new["answered by"] == "composed" and new["accuracy %"] == "60.0"
+    (row,) = chain_rows([run])
+    assert dict(zip(CHAIN_COLUMNS, row, strict=True))["written as asked %"] == "70.0"
+    assert [title for title, *_ in tables([run])] == ["compositions", "new tasks", "read, then write the opposite"]
     assert shown["method"] == "trajectory-lora" and shown["routed right %"] == "99.5" and result_rows([run]) == []
 
 

@@ -157,10 +157,8 @@ def compose_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     "speed" is the composition's rows/s over the own adapters', all tasks together.
     """
     rows = []
-    for record in sorted((r for r in records if r["kind"] == "composition"), key=lambda r: r["run"]):
-        found = record["results"].get("compose")
-        if found is None:
-            raise TinyldError(f"{record['run']}: a composition that was never measured; compose its members again")
+    for record in _compositions(records):
+        found = record["results"]["compose"]
         methods = "+".join(dict.fromkeys(m["method"]["name"] for m in record["members"]))
         for drop in found["drops"]:
             task = drop["task"]
@@ -177,6 +175,67 @@ def compose_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 )
             )
     return rows
+
+
+def _compositions(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = sorted((r for r in records if r["kind"] == "composition"), key=lambda r: r["run"])
+    for record in found:
+        if "compose" not in record["results"]:
+            raise TinyldError(f"{record['run']}: a composition that was never measured; compose its members again")
+    return found
+
+
+NEW_TASK_COLUMNS = ("run", "how", "new task", "split", "rows", "answered by", "accuracy %", "95% interval")
+NEW_TASK_COLUMNS += ("unreadable %",)
+
+
+def new_task_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row for everything that answered a task that is no adapter's own (`--how search`): base, adapters, composed."""
+    return [
+        (
+            *(record["run"], record["results"]["compose"]["how"], found["task"], found["split"], found["n"]),
+            Path(found["run"]).name,
+            f"{100 * found['accuracy']:.1f}",
+            f"{100 * found['low']:.1f} to {100 * found['high']:.1f}",
+            f"{100 * found['unreadable']:.1f}",
+        )
+        for record in _compositions(records)
+        for found in record["results"]["compose"]["evaluations"]
+        if found["task"] not in [drop["task"] for drop in record["results"]["compose"]["drops"]]
+    ]
+
+
+CHAIN_COLUMNS = ("run", "reads", "then writes", "split", "rows", "read right %", "written as asked %", "95% interval")
+CHAIN_COLUMNS += ("distinct %", "NLL written", "NLL of real text")
+
+
+def chain_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row for every `tinyld eval --then`: a label read and a text of the other label written, by one run."""
+    return [
+        (
+            *(record["run"], found["task"], found["then"], found["split"], found["n"]),
+            f"{100 * found['first_accuracy']:.1f}",
+            f"{100 * found['written_as_asked']:.1f}",
+            f"{100 * found['low']:.1f} to {100 * found['high']:.1f}",
+            f"{100 * found['distinct']:.1f}",
+            found["nll_written"],
+            found["nll_real"],
+        )
+        for record in sorted(records, key=lambda r: r["run"])
+        for found in record["results"].get("eval", {}).values()
+        if "written_as_asked" in found
+    ]
+
+
+def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none."""
+    found = [
+        ("results", RESULT_COLUMNS, result_rows(records)),
+        ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
+        ("new tasks", NEW_TASK_COLUMNS, new_task_rows(records)),
+        ("read, then write the opposite", CHAIN_COLUMNS, chain_rows(records)),
+    ]
+    return [table for table in found if table[2]] or found[:1]
 
 
 def identity(record: Mapping[str, Any]) -> str:

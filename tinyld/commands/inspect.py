@@ -236,18 +236,14 @@ def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None
 
 
 def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool) -> None:
-    """The table of the adapters, then that of the compositions, where there are any."""
-    from tinyld.report import COMPOSE_COLUMNS, RESULT_COLUMNS, compose_rows, markdown, result_rows
+    """The table of the adapters, then those of the compositions, where there are any."""
+    from tinyld.report import markdown, tables
 
-    tables = [
-        ("results", RESULT_COLUMNS, result_rows(records)),
-        ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
-    ]
-    tables = [table for table in tables if table[2]] or tables[:1]
+    found = tables(records)
     if json:
-        print(jsonlib.dumps([dict(zip(columns, row, strict=True)) for _, columns, rows in tables for row in rows]))
+        print(jsonlib.dumps([dict(zip(columns, row, strict=True)) for _, columns, rows in found for row in rows]))
         return
-    for title, columns, rows in tables:
+    for title, columns, rows in found:
         if as_markdown:
             print(markdown(columns, rows) + "\n")
         else:
