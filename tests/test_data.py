@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyld.data import TaskRows, TextRows, seeded, slot_width, tokenize_documents, torch_seeded
+from tinyld.data import TaskRows, TextRows, seeded, slot_width, torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.tasks import Example, Task, load_split, load_task
 from tinyld.tokenizer import Tokenizer
@@ -229,14 +229,6 @@ def test_too_little_text_for_two_rows_is_refused(tokens: int, enough: bool) -> N
         return
     with pytest.raises(TinyldError, match=f"too little text: {tokens} tokens; rows of 8 tokens need at least 14"):
         TextRows(stream, 8, bos_id=2)
-
-
-def test_documents_become_one_stream_with_an_eos_after_each(tokenizer: Tokenizer) -> None:
-    stream = tokenize_documents(["the film", "a plot ."], tokenizer)
-    eos = tokenizer.eos_id
-    assert stream.tolist() == [*tokenizer.encode("the film"), eos, *tokenizer.encode("a plot ."), eos]
-    assert stream.dtype == np.uint16
-    assert len(tokenize_documents([], tokenizer)) == 0
 
 
 def test_a_seed_key_decides_its_stream_alone() -> None:

@@ -18,7 +18,7 @@ from tinyld.base import load_base
 from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.data import TextRows
 from tinyld.errors import TinyldError
-from tinyld.pretrain import INITIAL, load_start, pretrain, save_dtype_of, split_held_out, unigram_nll
+from tinyld.pretrain import INITIAL, load_start, pretrain, save_dtype_of, unigram_nll
 from tinyld.runs import MODEL, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer
 
@@ -185,16 +185,6 @@ def test_too_little_text_is_refused(n: int, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_which_documents_are_held_out_depends_on_their_text_alone() -> None:
-    lines = [f"document number {i}" for i in range(2000)]
-    kept, held = split_held_out(lines, 0.1)
-    assert sorted(kept + held) == sorted(lines) and 130 < len(held) < 270
-    random.Random(0).shuffle(lines)
-    assert sorted(split_held_out(lines[:1000], 0.1)[1]) == sorted(set(held) & set(lines[:1000]))
-    assert split_held_out(lines, 0.0) == (lines, []) and split_held_out(lines, 1.0) == ([], lines)
-
-
 def test_the_unigram_bound_is_the_add_one_cross_entropy() -> None:
-    stream, held_out = np.array([0, 0, 0, 1], np.uint16), np.array([0, 1, 2], np.uint16)
-    # counts 3, 1, 0 and one each: 4/7, 2/7, 1/7
-    assert unigram_nll(stream, held_out, 3) == pytest.approx(-(math.log(4 / 7) + math.log(2 / 7) + math.log(1 / 7)) / 3)
+    counts, held_out = np.array([3, 1, 0]), np.array([1, 1, 1])  # and one each: 4/7, 2/7, 1/7
+    assert unigram_nll(counts, held_out) == pytest.approx(-(math.log(4 / 7) + math.log(2 / 7) + math.log(1 / 7)) / 3)

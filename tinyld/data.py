@@ -49,22 +49,13 @@ def torch_seeded(*key: int) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------- pretraining text
 
 
-def tokenize_documents(lines: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """One stream of ids, an [EOS] after every document; uint16 where the vocabulary fits, else uint32."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
-    parts = []
-    for start in range(0, len(lines), 20_000):
-        for ids in tokenizer.encode_batch(lines[start : start + 20_000]):
-            parts.append(np.array([*ids, tokenizer.eos_id], dtype=dtype))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
-
-
 class TextRows:
     """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch."""
 
     def __init__(self, stream: np.ndarray, length: int, bos_id: int):
         self.stream, self.width, self.bos_id = stream, length - 1, bos_id
         self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
+        self._order: tuple[tuple[int, int], np.ndarray, int] | None = None
         if self.num_rows < 1:
             raise TinyldError(
                 f"too little text: {len(stream)} tokens; rows of {length} tokens need at least {2 * self.width}"
@@ -78,9 +69,11 @@ class TextRows:
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         epoch, place = divmod(step, self.steps_per_epoch(batch_size))
-        rng = seeded(seed, 1, epoch)
-        offset = int(rng.integers(self.width)) if epoch else 0
-        order = rng.permutation(self.num_rows)
+        if self._order is None or self._order[0] != (epoch, seed):
+            rng = seeded(seed, 1, epoch)
+            offset = int(rng.integers(self.width)) if epoch else 0
+            self._order = ((epoch, seed), rng.permutation(self.num_rows), offset)
+        _, order, offset = self._order
         return self.take(order[place * batch_size : (place + 1) * batch_size], offset)
 
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from tinyld.base import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
-from tinyld.data import TextRows, tokenize_documents, torch_seeded
+from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
+from tinyld.data import TextRows, torch_seeded
 from tinyld.distributed import Processes, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.hf import Encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
-from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment, sha256
+from tinyld.progress import Progress
+from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, autocast, resolve_device, resolve_dtype, train
 
@@ -48,16 +50,10 @@ def average(parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Tensor
         parameter.lerp_(initial[name].to(parameter), share)
 
 
-def unigram_nll(stream: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
-    """Nats per token of `held_out` under add-one unigram counts of `stream`: what knowing no context gives."""
-    counts = np.bincount(stream, minlength=vocab_size) + 1.0
-    return float(-np.log(counts / counts.sum())[held_out].mean())
-
-
-def split_held_out(lines: list[str], share: float = 0.01) -> tuple[list[str], list[str]]:
-    """(training, held-out) documents; which ones are held out depends on their text alone."""
-    held = [int(sha256(line.encode())[:8], 16) / 2**32 < share for line in lines]
-    return [x for x, h in zip(lines, held, strict=True) if not h], [x for x, h in zip(lines, held, strict=True) if h]
+def unigram_nll(counts: np.ndarray, held_out: np.ndarray) -> float:
+    """Nats per token of held-out text under add-one unigram counts: what knowing no context gives. Both (V,) counts."""
+    logp = np.log((counts + 1.0) / (counts + 1.0).sum())
+    return float(-(held_out * logp).sum() / held_out.sum())
 
 
 def pretrain(
@@ -89,37 +85,42 @@ def pretrain(
     """
     device = resolve_device(config.device)
     files = find_text_files(data)
-    lines = list(read_lines(files))
-    if valid:
-        held_out_lines = list(read_lines(find_text_files(valid)))
-    else:
-        lines, held_out_lines = split_held_out(lines)
-    if not lines or not held_out_lines:
-        raise TinyldError(f"too little text in {', '.join(map(str, data))}: {len(lines)} documents")
+    valid_files = find_text_files(valid) if valid else files
+    training, held = (None, None) if valid else (False, True)  # which part of its files each of the two is
+
+    def read(which: str, tokenizer: Tokenizer) -> Corpus:
+        paths, part = (files, training) if which == "text" else (valid_files, held)
+        with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
+            corpus = read_corpus(paths, tokenizer, part, bar.advance_to)
+        if not corpus.documents:
+            raise TinyldError(f"too little {which} in {', '.join(map(str, paths))}: no document")
+        return corpus
+
     if resume:
         folder = open_folder()
         tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         model_config = from_dict(ModelConfig, folder.config["model"], str(folder.path / CONFIG))
     elif encoder is not None:
         if trim_vocab is not None:
-            used = np.bincount(tokenize_documents(lines, encoder.tokenizer), minlength=encoder.config.vocab_size)
+            used = read("text", encoder.tokenizer).counts
             encoder = trim_vocabulary(encoder, dict(enumerate(used.tolist())), trim_vocab)
         tokenizer, model_config = encoder.tokenizer, encoder.config
     else:
-        say(f"training a tokenizer of {vocab_size:,} pieces on {len(lines):,} documents")
-        tokenizer = Tokenizer.train(lines, vocab_size)
+        say(f"training a tokenizer of {vocab_size:,} pieces on {', '.join(map(str, data))}")
+        lines = sample(files, read_lines(files))
+        tokenizer = Tokenizer.train(lines if valid else held_out_part(lines, held_out=False), vocab_size)
         model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **model_shape)
-    stream = tokenize_documents(lines, tokenizer)
-    held_out = tokenize_documents(held_out_lines, tokenizer)
-    rows = TextRows(stream, model_config.max_length, tokenizer.bos_id)
-    held_out_rows = TextRows(held_out, min(model_config.max_length, max(2, len(held_out) // 2)), tokenizer.bos_id)
-    unigram = unigram_nll(stream, held_out, tokenizer.vocab_size)
+    text, held_out = read("text", tokenizer), read("held-out text", tokenizer)
+    rows = TextRows(text.stream, model_config.max_length, tokenizer.bos_id)
+    held_out_length = min(model_config.max_length, max(2, len(held_out.stream) // 2))
+    held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)
+    unigram = unigram_nll(text.counts, held_out.counts)
     data_facts = {
         "files": [str(f.resolve()) for f in files],
-        "documents": len(lines),
-        "tokens": len(stream),
-        "sha256": sha256(stream.tobytes()),
-        "held_out_tokens": len(held_out),
+        "documents": text.documents,
+        "tokens": len(text.stream),
+        "sha256": text.sha256,
+        "held_out_tokens": len(held_out.stream),
         "unigram_nll": unigram,
     }
     if resume:
@@ -147,7 +148,7 @@ def pretrain(
         load_exactly(dict(model.named_parameters()), encoder.tensors, folder.path)
     model.to(device)
     say(
-        f"{model_config.num_parameters():,} parameters, {len(stream):,} tokens of text; "
+        f"{model_config.num_parameters():,} parameters, {len(text.stream):,} tokens of text; "
         f"a unigram model has {unigram:.3f} nats/token on the held-out text"
     )
 

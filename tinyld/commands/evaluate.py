@@ -124,18 +124,19 @@ def eval_text(
     quiet: bool,
 ) -> None:
     """NLL bound of running text under each run's denoiser (adapters are on), beside what pretraining recorded."""
-    from tinyld.data import TextRows, tokenize_documents
+    from tinyld.corpus import tokenize
+    from tinyld.data import TextRows
     from tinyld.evaluate import text_nll
     from tinyld.progress import Progress
     from tinyld.tokenizer import find_text_files, read_lines
     from tinyld.train import autocast, resolve_dtype
 
-    lines = list(read_lines(find_text_files(text)))
+    files = find_text_files(text)
     records = []
     for run in runs or [default_base()]:
         base, _ = load_run(run, base_path, device)
         config, where = base.model.config, base.model.embedding.weight.device
-        rows = TextRows(tokenize_documents(lines, base.tokenizer), config.max_length, base.tokenizer.bos_id)
+        rows = TextRows(tokenize(read_lines(files), base.tokenizer).stream, config.max_length, base.tokenizer.bos_id)
         with Progress("eval text", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
             bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws, advance=bar.advance_to)
         records.append(

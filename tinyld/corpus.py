@@ -1,0 +1,110 @@
+"""Text files -> one stream of ids in a memory-mapped file: a text of any size takes the same memory. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinyld.errors import TinyldError
+from tinyld.tokenizer import Tokenizer, read_lines
+
+CHARACTERS = 4_000_000  # tokenised at once, on all cores
+SAMPLE = 128_000_000  # characters that a tokenizer is trained on, at most (about), spread through the text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents as ids, an [EOS] after each."""
+
+    stream: np.ndarray  # (tokens,) uint16 where the vocabulary fits, else uint32
+    counts: np.ndarray  # (V,) int64: how often each id is in the stream
+    documents: int
+    sha256: str  # of the stream's bytes
+
+
+def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None] = lambda done: None) -> Corpus:
+    """Tokenises documents into a temporary file (in $TMPDIR) that vanishes with the process; `advance` gets characters.
+
+    Raises TinyldError when that file cannot be written.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
+    counts, digest = np.zeros(tokenizer.vocab_size, np.int64), hashlib.sha256()
+    documents = characters = tokens = 0
+    try:
+        with tempfile.TemporaryFile(prefix="tinyld-tokens-") as file:
+            for chunk in in_chunks(lines):
+                ids = [i for document in tokenizer.encode_batch(chunk) for i in (*document, tokenizer.eos_id)]
+                part = np.array(ids, dtype=dtype)
+                file.write(part.tobytes())
+                digest.update(part)
+                counts += np.bincount(part, minlength=len(counts))
+                documents, tokens = documents + len(chunk), tokens + len(part)
+                characters += sum(map(len, chunk)) + len(chunk)
+                advance(characters)
+            file.flush()
+            stream = np.memmap(file, dtype, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype)
+    except OSError as error:
+        raise TinyldError(
+            f"the tokens of the text cannot be kept in {tempfile.gettempdir()} ({error.strerror}); "
+            "set TMPDIR to a folder with room for them"
+        ) from None
+    return Corpus(stream, counts, documents, digest.hexdigest())
+
+
+def in_chunks(lines: Iterable[str], characters: int = CHARACTERS) -> Iterator[list[str]]:
+    """Documents in lists of about `characters`, so that a few long ones weigh like many short ones."""
+    chunk: list[str] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line)
+        if size >= characters:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def place(line: str) -> float:
+    """A number in [0, 1) that depends on a document's text alone."""
+    return int(hashlib.sha256(line.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def held_out_part(lines: Iterable[str], held_out: bool, share: float = 0.01) -> Iterator[str]:
+    """The `share` of the documents that is held out, or the rest; which ones depends on their text alone."""
+    return (line for line in lines if (place(line) < share) == held_out)
+
+
+def sample(files: Sequence[Path], lines: Iterable[str]) -> Iterator[str]:
+    """All documents of small files, and of large ones a share of about SAMPLE characters, chosen by the text alone."""
+    share = SAMPLE / max(text_bytes(files), 1)
+    return (line for line in lines if share >= 1 or place(f"sample {line}") < share)
+
+
+def text_bytes(files: Sequence[Path]) -> int:
+    """About how many bytes of text the files hold (of a compressed one, what its last four bytes say)."""
+    total = 0
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                if path.suffix == ".gz" and size >= 4:
+                    file.seek(-4, 2)
+                    size = int.from_bytes(file.read(4), "little")
+        except OSError as error:
+            raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
+        total += size
+    return total
+
+
+def read_corpus(
+    files: Sequence[Path], tokenizer: Tokenizer, held_out: bool | None, advance: Callable[[int], None]
+) -> Corpus:
+    """The files' documents as ids: all of them when `held_out` is None, else the held-out ones, or the rest."""
+    lines = read_lines(files)
+    return tokenize(lines if held_out is None else held_out_part(lines, held_out), tokenizer, advance)
