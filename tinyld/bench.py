@@ -80,12 +80,13 @@ def compare(comparison: Comparison, turns: int, say: Callable[[str], None]) -> d
         "peer seconds": round(statistics.median(p["seconds"] for p in peers), 2),
         "our peak MB": round(max(o["peak_mb"] for o in ours)),
         "peer peak MB": round(max(p["peak_mb"] for p in peers)),
-        **{k: v for k, v in ours[-1].items() if k not in ("seconds", "peak_mb")},
+        **{k: v for k, v in (peers[-1] | ours[-1]).items() if k not in ("seconds", "peak_mb")},
     }
 
 
-def in_a_process(name: str) -> dict[str, Any]:
-    code = f"from tinyld.bench import measure; measure({name!r})"
+def in_a_process(name: str, module: str = "bench") -> dict[str, Any]:
+    """Runs one of the module's MEASUREMENTS in a process of its own."""
+    code = f"from tinyld import bench, {module}; bench.measure({module}.MEASUREMENTS[{name!r}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise TinyldError(f"bench {name} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
@@ -121,12 +122,12 @@ def released_base() -> Path:
 # ------------------------------------------------------------------------------------------------ measurements
 
 
-def measure(name: str) -> None:
+def measure(run: Callable[[], dict[str, Any]]) -> None:
     """Runs one measurement in this process and prints it as JSON."""
     from tinyld.commands.workspace import keep_freed_memory
 
     keep_freed_memory()
-    found = MEASUREMENTS[name]()
+    found = run()
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(found))
 
@@ -147,21 +148,23 @@ def ceiling() -> dict[str, Any]:
     return {"seconds": 1.0, "flops": max(rates), "dtype": str(dtype).removeprefix("torch.")}
 
 
-def pretrain_rows() -> Any:
-    """Token rows of the preset small, random: their cost is that of text."""
+def pretrain_rows(preset: str = "small", length: int = LENGTH) -> Any:
+    """Token rows for a preset, random: their cost is that of text."""
     import numpy as np
 
     from tinyld.config import VOCAB_SIZES
     from tinyld.data import TextRows
 
-    stream = np.random.default_rng(0).integers(5, VOCAB_SIZES["small"], 400_000)
-    return TextRows(stream.astype(np.int32), LENGTH, bos_id=2)
+    stream = np.random.default_rng(0).integers(5, VOCAB_SIZES[preset], 400_000)
+    return TextRows(stream.astype(np.int32), length, bos_id=2)
 
 
 STEPS = 12
 
 
-def run_pretrain() -> dict[str, Any]:
+def run_pretrain(
+    preset: str = "small", length: int = LENGTH, batch_size: int = BATCH, steps: int = STEPS
+) -> dict[str, Any]:
     import torch
 
     from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig
@@ -169,21 +172,22 @@ def run_pretrain() -> dict[str, Any]:
     from tinyld.runs import RunFolder
     from tinyld.train import Objective, train
 
-    config = ModelConfig(vocab_size=VOCAB_SIZES["small"], **PRESETS["small"])
+    config = ModelConfig(vocab_size=VOCAB_SIZES[preset], **PRESETS[preset] | {"max_length": length})
     model = Denoiser(config, torch.Generator().manual_seed(0))
     objective = Objective(DiffusionConfig(), mask_id=3, counted=False, seed=0)
-    training = TrainConfig(steps=STEPS, batch_size=BATCH, optimizer="adamw", eval_every=10**6)
+    training = TrainConfig(steps=steps, batch_size=batch_size, optimizer="adamw", eval_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
-        rows = pretrain_rows()
+        rows = pretrain_rows(preset, length)
         result = train(
             model, dict(model.named_parameters()), rows, objective, training, RunFolder(Path(folder)), dict,
             "bench", quiet=True,
         )  # fmt: skip
     inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2)
-    attention = 4 * config.num_layers * config.d_model * LENGTH  # 2 products of 2 D L a token and block
+    attention = 4 * config.num_layers * config.d_model * length  # 2 products of 2 D L a token and block
     masked = 0.5  # of the tokens, on average: the vocabulary head runs on those alone
+    rate = result.tokens / result.seconds
     flops = 3 * (2 * inside + attention + masked * 2 * config.d_model * config.vocab_size)
-    return {"seconds": result.seconds, "model_flops_per_s": flops * result.tokens / result.seconds}
+    return {"seconds": result.seconds, "tokens/s": rate, "model_flops_per_s": flops * rate}
 
 
 def bert() -> Any:
@@ -240,18 +244,18 @@ def run_pretrain_bert() -> dict[str, Any]:
     return {"seconds": plain_loop(bert(), batches)}
 
 
-def task_rows(base: Any, name: str = "reviews", split: str = "train") -> Any:
+def task_rows(base: Any, name: str = "reviews", split: str = "train", limit: int | None = None) -> Any:
     from tinyld.data import TaskRows
     from tinyld.tasks import load_split, load_task
 
     task = load_task(name)
-    return TaskRows(load_split(task, split), task, base.tokenizer, base.model.config.max_length)
+    return TaskRows(load_split(task, split, limit=limit), task, base.tokenizer, base.model.config.max_length)
 
 
 EPOCHS = 3
 
 
-def run_method(method: str, **options: Any) -> dict[str, Any]:
+def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **options: Any) -> dict[str, Any]:
     """Fine-tuning on `reviews` from start to end, the cache included."""
     import torch
 
@@ -263,10 +267,10 @@ def run_method(method: str, **options: Any) -> dict[str, Any]:
     from tinyld.runs import RunFolder
 
     base = load_base(released_base())
-    rows = task_rows(base)
+    rows = task_rows(base, limit=limit)
     config = make_config(method, options, base.model.config)
     adapted = attach(base, method, config, "reviews", torch.Generator().manual_seed(0))
-    training = TrainConfig(epochs=EPOCHS, batch_size=BATCH, lr=METHODS[method].default_lr, eval_every=10**6)
+    training = TrainConfig(epochs=epochs, batch_size=BATCH, lr=METHODS[method].default_lr, eval_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
         dev = task_rows(base, split="dev")
         found = finetune(
@@ -337,6 +341,7 @@ def timed_eval(base: Any, rows: Any, rows_read: int, **sampling: Any) -> dict[st
     """Seconds of decoding alone; the rows stand in order of their lengths, which is part of what we gain."""
     import torch
 
+    from tinyld.chain import text_rows_nll
     from tinyld.config import SampleConfig
     from tinyld.evaluate import evaluate
     from tinyld.train import autocast, resolve_dtype
@@ -345,7 +350,9 @@ def timed_eval(base: Any, rows: Any, rows_read: int, **sampling: Any) -> dict[st
     with autocast(device, resolve_dtype("auto", device)):
         for limit in (64, rows_read):  # the first to warm up
             found = evaluate(base.model, rows, base.tokenizer, SampleConfig(**sampling), limit=limit, score=False)
-    return {"seconds": found.n / found.rows_per_second, "forward_passes": found.forward_passes}
+    texts = [answer for _, _, answer in found.predictions]
+    written = {"our nll": text_rows_nll(base, texts)} if rows.slot > 1 else {}
+    return {"seconds": found.n / found.rows_per_second, "forward_passes": found.forward_passes, **written}
 
 
 ROWS = 1_024
@@ -361,13 +368,14 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
     import torch
 
     from tinyld.base import load_base
+    from tinyld.chain import text_rows_nll
     from tinyld.evaluate import EVAL_BATCH
     from tinyld.train import autocast, resolve_dtype
 
     base = load_base(released_base())
     rows = task_rows(base, task)
     device = torch.device("cpu")
-    seconds = 0.0
+    seconds, texts = 0.0, []
     with torch.no_grad(), autocast(device, resolve_dtype("auto", device)):
         for start in range(0, rows_read, EVAL_BATCH):
             batch = rows.take(np.arange(start, start + EVAL_BATCH))
@@ -385,7 +393,8 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
                 rank = confidence.argsort(dim=1, descending=True).argsort(1)
                 x = torch.where(masked & (rank < count[:, None]), token, x)
             seconds += time.perf_counter() - started
-    return {"seconds": seconds}
+            texts += [base.tokenizer.decode(ids) for ids in x[batch.answer_mask].view(len(x), rows.slot).tolist()]
+    return {"seconds": seconds} | ({"peer nll": text_rows_nll(base, texts)} if rows.slot > 1 else {})
 
 
 def run_eval(task: str, rows_read: int, **sampling: Any) -> dict[str, Any]:

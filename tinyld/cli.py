@@ -573,12 +573,17 @@ def bench(
         list[str] | None, typer.Option(help="Only comparisons that have this word, e.g. pretraining; may be repeated.")
     ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Times that each side runs.")] = 3,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="How cost grows with model, length, batch, rows and text instead.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure speed side by side with transformers and peft: tinyld bench"""
-    from tinyld.commands.bench import bench
+    from tinyld.commands.bench import bench, grow
 
+    if growth:
+        return grow(only or [], json, quiet)
     bench(only or [], turns, json, quiet)
 
 

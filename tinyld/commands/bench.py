@@ -11,6 +11,28 @@ from tinyld.report import print_table
 
 COLUMNS = ("what", "ratio", "lowest", "highest", "bar", "met", "our seconds", "peer seconds", "our peak MB")
 COLUMNS += ("peer peak MB",)
+GROWTH_COLUMNS = ("work", "size", "seconds", "rate or memory", "peak MB")
+
+
+def grow(only: list[str], json: bool, quiet: bool) -> None:
+    """Every point of growth whose work has one of the words `only`; all of them when there is none."""
+    from tinyld.growth import POINTS
+
+    chosen = [point for point in POINTS if not only or any(word in point.work for word in only)]
+    if not chosen:
+        works = dict.fromkeys(point.work for point in POINTS)
+        raise UsageError(f"--only {' '.join(only)}: no work has such a word; there are: {'; '.join(works)}")
+    say = say_to_stderr(quiet)
+    rows = []
+    for i, point in enumerate(chosen):
+        say(f"-- {i + 1} of {len(chosen)}: {point.name}")
+        found = in_a_process(point.name, "growth")
+        unit = next((unit for unit in ("tokens/s", "rows/s", "MB/s") if unit in found), None)
+        rate = f"{found[unit]:,.0f} {unit}" if unit else f"{found['cache MB']:,.0f} MB kept"
+        rows.append((point.work, point.size, round(found["seconds"], 2), rate, round(found["peak_mb"])))
+    if json:
+        return print(jsonlib.dumps([dict(zip(GROWTH_COLUMNS, row, strict=True)) for row in rows]))
+    print_table("how cost grows with the work", GROWTH_COLUMNS, rows)
 
 
 def bench(only: list[str], turns: int, json: bool, quiet: bool) -> None:
