@@ -46,7 +46,7 @@ def test_growth_is_a_row_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[0]["rate or memory"] == "5 MB/s" and rows[0]["peak MB"] == 300
     assert len(GROWTH) == len({point.name for point in POINTS})
     ran = CliRunner().invoke(app, ["bench", "--growth", "--only", "tea"])
-    assert ran.exit_code == 2 and "no work has such a word; there are: pretraining, " in ran.stderr
+    assert ran.exit_code == 2 and "no work has such a word; there are: pretraining; " in ran.stderr
 
 
 def test_a_word_that_no_comparison_has_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

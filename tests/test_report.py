@@ -118,8 +118,9 @@ def test_the_readme_results_are_made_from_data_results() -> None:
         assert markdown(columns, rows) in README, title
 
 
-def test_the_readme_counts_of_faults_are_those_that_were_counted() -> None:
-    assert (TOP / "data" / "results" / "faults.md").read_text(encoding="utf-8") in README
+@pytest.mark.parametrize("path", sorted((TOP / "data" / "results").glob("*.md")), ids=lambda path: path.name)
+def test_the_readme_shows_what_was_counted_and_timed(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").strip() in README
 
 
 def test_a_composition_is_shown_task_by_task() -> None:

@@ -576,6 +576,7 @@ def bench(
     growth: Annotated[
         bool, typer.Option("--growth", help="How cost grows with model, length, batch, rows and text instead.")
     ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -583,8 +584,8 @@ def bench(
     from tinyld.commands.bench import bench, grow
 
     if growth:
-        return grow(only or [], json, quiet)
-    bench(only or [], turns, json, quiet)
+        return grow(only or [], markdown, json, quiet)
+    bench(only or [], turns, markdown, json, quiet)
 
 
 @app.command()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
+from typing import Any
 
 from tinyld.bench import COMPARISONS, compare, has_peers, in_a_process, needs_peers, start_up
 from tinyld.commands.workspace import say_to_stderr
 from tinyld.errors import UsageError
-from tinyld.report import print_table
+from tinyld.report import markdown, print_table
 
 COLUMNS = ("what", "ratio", "lowest", "highest", "bar", "met", "our seconds", "peer seconds", "our peak MB")
 COLUMNS += ("peer peak MB",)
 GROWTH_COLUMNS = ("work", "size", "seconds", "rate or memory", "peak MB")
 
 
-def grow(only: list[str], json: bool, quiet: bool) -> None:
+def grow(only: list[str], as_markdown: bool, json: bool, quiet: bool) -> None:
     """Every point of growth whose work has one of the words `only`; all of them when there is none."""
     from tinyld.growth import POINTS
 
@@ -32,10 +34,10 @@ def grow(only: list[str], json: bool, quiet: bool) -> None:
         rows.append((point.work, point.size, round(found["seconds"], 2), rate, round(found["peak_mb"])))
     if json:
         return print(jsonlib.dumps([dict(zip(GROWTH_COLUMNS, row, strict=True)) for row in rows]))
-    print_table("how cost grows with the work", GROWTH_COLUMNS, rows)
+    show_table("how cost grows with the work", GROWTH_COLUMNS, rows, as_markdown)
 
 
-def bench(only: list[str], turns: int, json: bool, quiet: bool) -> None:
+def bench(only: list[str], turns: int, as_markdown: bool, json: bool, quiet: bool) -> None:
     """Every comparison whose name has one of the words `only`; all of them when there is none."""
     chosen = [c for c in COMPARISONS if not only or any(word in c.what for word in only)]
     starts = not only or any("tinyld" in word or "start" in word for word in only)
@@ -58,10 +60,19 @@ def bench(only: list[str], turns: int, json: bool, quiet: bool) -> None:
         facts = {"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "rows": rows, "start": started}
         return print(jsonlib.dumps(facts))
     rate = f"largest matrix product: {top['flops'] / 1e9:,.0f} GFLOP/s in {top['dtype']}"
-    print_table(f"speed, as a ratio of the peer's time to ours ({rate})", COLUMNS,
-                [tuple(row.get(c) for c in COLUMNS) for row in rows])  # fmt: skip
+    title = f"speed, as a ratio of the peer's time to ours ({rate})"
+    show_table(title, COLUMNS, [tuple(row.get(c) for c in COLUMNS) for row in rows], as_markdown)
     for row in rows:
         if "% of the ceiling" in row:
             print(f"{row['what']}: our model FLOPs are {row['% of the ceiling']}% of that rate")
+        if "our nll" in row:
+            print(f"{row['what']}: NLL of what was written {row['our nll']:.3f}, by the peer {row['peer nll']:.3f}")
     if started:
-        print_table("start", tuple(started[0]), [tuple(row.values()) for row in started])
+        show_table("start", tuple(started[0]), [tuple(row.values()) for row in started], as_markdown)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], as_markdown: bool) -> None:
+    if as_markdown:
+        print(f"{title}:\n\n{markdown(columns, rows)}\n")
+    else:
+        print_table(title, columns, rows)
