@@ -323,6 +323,9 @@ def finetune(
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     keep: Keep = DEFAULT_TRAIN["keep"],
     cache_gb: Annotated[float, typer.Option(help="Memory for frozen states; 0 keeps none.")] = 4.0,
+    mask_draws: Annotated[
+        int, typer.Option(help="Longer answers: fixed masks a row, so that states can be kept; 0 draws anew.")
+    ] = 0,
     base_dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the base's frozen matrices are kept in.")
     ] = "fp32",
@@ -355,7 +358,7 @@ def finetune(
         "decay": decay, "clip": clip, "ema": ema, "seed": seed, "dtype": dtype, "device": device,
         "eval_every": eval_every, "save_minutes": save_minutes, "keep": keep,
     }  # fmt: skip
-    diffusion = DiffusionConfig(loss=loss, time_sampling="uniform")
+    diffusion = DiffusionConfig(loss=loss, time_sampling="uniform", mask_draws=mask_draws)
     job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb, base_dtype)
     finetune(job, out, force, json, quiet)
 

@@ -165,11 +165,13 @@ class DiffusionConfig:
     schedule: str = "linear"  # t -> keep_prob
     loss: str = "uniform"  # uniform: plain cross-entropy; elbo: weighted by -keep_prob'(t) / mask_ratio(t)
     time_sampling: str = "bell"  # uniform on (0, 1], or Beta(2, 2), which spends less on the two easy ends
+    mask_draws: int = 0  # fine-tuning: fixed noisings of a row, so that frozen states can be kept; 0 draws anew
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("loss", self.loss, LOSSES)
         check_choice("time_sampling", self.time_sampling, TIME_SAMPLINGS)
+        check(0 <= self.mask_draws <= 1000, f"mask_draws must be from 0 to 1000, got {self.mask_draws}")
         check(
             not (self.loss == "elbo" and self.time_sampling == "bell"),
             "loss elbo is a bound only under time_sampling uniform, got bell",

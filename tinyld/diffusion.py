@@ -43,12 +43,13 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def sample_t(n: int, generator: torch.Generator, sampling: str = "uniform") -> Tensor:
-    """(n,) times in [T_MIN, 1], stratified: one draw from each n-th of the distribution, in random order.
-
-    `bell` is Beta(2, 2), by its closed-form quantile function.
-    """
+    """(n,) times in [T_MIN, 1], stratified: one draw from each n-th of the distribution, in random order."""
     u = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1.0
-    u = u[torch.randperm(n, generator=generator)]
+    return time_at(u[torch.randperm(n, generator=generator)], sampling)
+
+
+def time_at(u: Tensor, sampling: str) -> Tensor:
+    """The time below which a share u of the draws falls; `bell` is Beta(2, 2), by its closed-form quantile function."""
     if sampling == "bell":
         u = 0.5 - torch.sin(torch.asin(1.0 - 2.0 * u) / 3.0)
     return T_MIN + (1.0 - T_MIN) * u
@@ -133,6 +134,20 @@ def noise_batch(
     else:
         xt, is_masked = add_noise(x0, t, answer_mask, mask_id, schedule, generator)
         weight = schedule.weight(t)
+    return as_noised(x0, xt, is_masked, t, weight, answer_mask, attention_mask, config)
+
+
+def as_noised(
+    x0: Tensor,
+    xt: Tensor,
+    is_masked: Tensor,
+    t: Tensor,
+    weight: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor,
+    config: DiffusionConfig,
+) -> tuple[Noised, float]:
+    """(noised batch, normaliser) of tokens that were masked, by the loss that the config names."""
     if config.loss == "uniform":
         weight, normaliser = torch.ones_like(t), float(is_masked.sum())
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.adapter import Adapted, method_record, sizes
-from tinyld.cache import StateCache, why_not_cached
+from tinyld.cache import FixedMasks, StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.distributed import Processes, is_writer
@@ -17,7 +17,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, check_unchanged, environment
-from tinyld.train import Objective, autocast, resolve_dtype, train
+from tinyld.train import Noising, Objective, autocast, resolve_dtype, train
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
 
@@ -77,20 +77,18 @@ def finetune(
     )
     dtype = resolve_dtype(config.dtype, device)
     started = time.perf_counter()
-    cache = None
     depths = method.first_depth + 1 if method.reads_depths else 1
-    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb, depths)
-    if reason is None:
-        with Progress("cache", len(train_rows), quiet=quiet) as bar:
-            cache = StateCache(
-                model,
-                train_rows,
-                method.first_depth,
-                tokenizer.mask_id,
-                lambda: autocast(device, dtype),
-                bar.advance_to,
+    draws = 1 if train_rows.slot == 1 else diffusion.mask_draws
+    objective: Noising = Objective(diffusion, tokenizer.mask_id, counted=True, seed=config.seed)
+    if draws:
+        objective = FixedMasks(train_rows, diffusion, tokenizer.mask_id, config.seed, config.batch_size, draws)
+    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb, depths, draws)
+    if reason is None and isinstance(objective, FixedMasks):
+        with Progress("cache", draws * len(train_rows), quiet=quiet) as bar:
+            objective = StateCache(
+                model, objective, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
                 method.reads_depths,
-            )
+            )  # fmt: skip
     elif method.first_depth > 0:
         say(f"frozen states are not cached: {reason}")
     cache_seconds = time.perf_counter() - started
@@ -103,14 +101,13 @@ def finetune(
         model,
         method.own,
         train_rows,
-        Objective(diffusion, tokenizer.mask_id, counted=True, seed=config.seed),
+        objective,
         config,
         folder,
         held_out,
         f"{method.name} {train_rows.task.name}",
         penalty=method.penalty if method.penalty() is not None else None,
         after_update=method.after_update,
-        cache=cache,
         resume=resume,
         from_step=from_step,
         processes=processes,

@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+class Noising(Protocol):
+    """How a batch becomes one that is scored: a function of (seed, step) alone, so that a resumed run sees the same."""
+
+    def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
+        """(noised batch, normaliser of its summed loss)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
-    """How a batch becomes a loss."""
+    """Noise drawn anew at every step."""
 
     diffusion: DiffusionConfig
     mask_id: int
@@ -77,7 +85,6 @@ class Objective:
     seed: int
 
     def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
-        """The noise is a function of (seed, step): every method sees the same, and so does a resumed run."""
         generator = torch_seeded(self.seed, 2, step)
         return noise_batch(
             batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.diffusion, generator, self.counted
@@ -108,14 +115,13 @@ def train(
     model: Denoiser,
     parameters: Mapping[str, nn.Parameter],
     source: Source,
-    objective: Objective,
+    objective: Noising,
     config: TrainConfig,
     folder: RunFolder,
     evaluate: Callable[[], dict[str, float]],
     label: str,
     penalty: Callable[[], Tensor] | None = None,
     after_update: Callable[[float], None] = lambda progress: None,
-    cache: Callable[[Batch, Noised], Noised] | None = None,
     body: frozenset[str] = frozenset(),
     resume: bool = False,
     from_step: int | None = None,
@@ -127,9 +133,8 @@ def train(
     With `resume` it goes on from the newest checkpoint, or that of `from_step`; a run that was stopped before it had
     one begins again. SIGTERM and SIGINT end the step, save and raise Interrupted.
 
-    `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `cache` may add
-    kept states to a noised batch. `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock
-    and so are not bit-exact.
+    `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `evaluate` returns
+    held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact.
     """
     device = model.embedding.weight.device
     dtype = resolve_dtype(config.dtype, device)
@@ -206,8 +211,6 @@ def train(
             optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay), progress())
             batch = source.batch(step, config.batch_size, config.seed)
             noised, normaliser = objective.noise(batch, step)
-            if cache is not None:
-                noised = cache(batch, noised)
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             for micro in processes.share(noised, config.accumulate):
