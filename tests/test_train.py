@@ -27,7 +27,7 @@ from tinyld.optim import lr_factor
 from tinyld.runs import RunFolder
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
-from tinyld.train import Objective, TrainResult, resolve_device, resolve_dtype, train
+from tinyld.train import Objective, TrainResult, compile_blocks, resolve_device, resolve_dtype, train
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -585,3 +585,39 @@ def test_the_gradients_of_all_processes_add_up_to_those_of_one(
         shares = [Processes(rank, size).share(noised, accumulate=2) for rank in range(size)]
         assert sum(len(p.t) for share in shares for p in share) == 5
         torch.testing.assert_close(gradient([p for share in shares for p in share]), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "weight-lora", "trajectory-lora"])
+def test_recomputed_activations_train_the_same_weights(
+    config: ModelConfig, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path, method: str
+) -> None:
+    found, calls = {}, {}
+    for recompute in (False, True):
+        model = Denoiser(config, torch.Generator().manual_seed(0))
+        own = attached(model, method).own
+        count: list[int] = []
+        model.blocks[1].register_forward_pre_hook(lambda *_: count.append(1))  # noqa: B023
+        run(model, own, rows, tokenizer, settings(recompute=recompute), tmp_path / f"run-{recompute}")
+        found[recompute], calls[recompute] = snapshot(own), len(count)
+    assert all(torch.equal(found[True][name], tensor) for name, tensor in found[False].items())
+    assert calls[False] == 8 and calls[True] == 16
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at it
+def test_compiled_blocks_compute_the_same_and_those_that_cannot_be_stay(
+    base: Denoiser, rows: TaskRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = rows.batch(0, 5, 0)
+    expected = base.states(batch.x0, attention_mask=batch.attention_mask)
+
+    def breaks(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    off = torch.autocast("cpu", enabled=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", breaks)
+        assert compile_blocks(base, off) == "no C++ compiler"
+    assert torch.equal(base.states(batch.x0, attention_mask=batch.attention_mask), expected)
+    assert compile_blocks(base, off, backend="eager") is None
+    assert all(block._compiled_call_impl is not None for block in base.blocks)
+    torch.testing.assert_close(base.states(batch.x0, attention_mask=batch.attention_mask), expected)

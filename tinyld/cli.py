@@ -67,6 +67,10 @@ Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")]
 
 Ema = Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")]
 
+Recompute = Annotated[
+    bool, typer.Option("--recompute", help="Activation checkpointing: less memory, a forward pass more.")
+]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile for the blocks, where it works.")]
 SaveMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
 
 Keep = Annotated[int, typer.Option(min=1, help="Checkpoints kept while training.")]
@@ -147,6 +151,8 @@ def pretrain(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    recompute: Recompute = False,
+    compile: Compile = False,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 500,
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     keep: Keep = DEFAULT_TRAIN["keep"],
@@ -193,7 +199,8 @@ def pretrain(
         body_lr=(0.1 if fresh_head else 1.0) if body_lr is None else body_lr,
         body_start=(0.1 if fresh_head else 0.0) if body_start is None else body_start,
         optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema, seed=seed,
-        dtype=dtype, device=device, eval_every=eval_every, save_minutes=save_minutes, keep=keep,
+        dtype=dtype, device=device, recompute=recompute, compile=compile, eval_every=eval_every,
+        save_minutes=save_minutes, keep=keep,
     )  # fmt: skip
     return pretrain(
         out=out or Path("runs") / f"base-{preset}-s{seed}",
@@ -319,6 +326,8 @@ def finetune(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    recompute: Recompute = False,
+    compile: Compile = False,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between dev evaluations.")] = 500,
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     keep: Keep = DEFAULT_TRAIN["keep"],
@@ -356,7 +365,8 @@ def finetune(
         "epochs": epochs, "steps": steps, "tokens": tokens, "minutes": minutes, "batch_size": batch_size,
         "accumulate": accumulate, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "warmup": warmup,
         "decay": decay, "clip": clip, "ema": ema, "seed": seed, "dtype": dtype, "device": device,
-        "eval_every": eval_every, "save_minutes": save_minutes, "keep": keep,
+        "recompute": recompute, "compile": compile, "eval_every": eval_every, "save_minutes": save_minutes,
+        "keep": keep,
     }  # fmt: skip
     diffusion = DiffusionConfig(loss=loss, time_sampling="uniform", mask_draws=mask_draws)
     job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb, base_dtype)

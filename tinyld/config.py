@@ -205,6 +205,8 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"  # auto: bf16 where the processor or GPU has it in hardware
     device: str = "auto"
+    recompute: bool = False  # activation checkpointing: blocks run again in the backward pass, for less memory
+    compile: bool = False  # torch.compile for the blocks, where it works
     eval_every: int = 500  # steps between held-out evaluations
     save_minutes: float = 5.0  # wall-clock minutes between checkpoints
     keep: int = 2  # checkpoints kept

@@ -109,7 +109,9 @@ class Noised:
         if device.type == "cpu":
             return self
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Noised(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+        return Noised(
+            **{k: None if v is None else v.pin_memory().to(device, non_blocking=True) for k, v in values.items()}
+        )
 
 
 def noise_batch(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyld.config import ModelConfig
 
@@ -154,6 +155,7 @@ class Denoiser(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
         self.clock: Callable[[Tensor], None] | None = None
+        self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -198,7 +200,11 @@ class Denoiser(nn.Module):
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
-            h = self.blocks[depth](h, angles, key_mask)
+            block = self.blocks[depth]
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, angles, key_mask, use_reentrant=False)
+            else:
+                h = block(h, angles, key_mask)
         return h
 
     def states(

@@ -238,9 +238,12 @@ def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...]
     return [table for table in found if table[2]] or found[:1]
 
 
+NOT_SHOWN = ("seed", "eval_every", "save_minutes", "keep", "recompute")  # of training: they change no result
+
+
 def identity(record: Mapping[str, Any]) -> str:
     """Everything that runs of one row must share: method, base, data, noise and training, the seed left out."""
-    train = {k: v for k, v in record["train"].items() if k not in ("seed", "eval_every", "save_minutes", "keep")}
+    train = {k: v for k, v in record["train"].items() if k not in NOT_SHOWN}
     base = {k: record["base"].get(k) for k in ("fingerprint", "dtype")}
     method = record.get("started_as") or record["method"]
     parts = [method, base, train, record["diffusion"], record["data"].get("rows"), record["data"].get("limit")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,6 +103,23 @@ class TrainResult:
     metrics: dict[str, Any]
 
 
+def compile_blocks(model: Denoiser, autocast: torch.autocast, backend: str = "inductor") -> str | None:
+    """Compiles every block in place, for any batch and length; else leaves them as they are and returns the reason."""
+    try:
+        for block in model.blocks:
+            block.compile(backend=backend, dynamic=True)
+        d, device = model.config.d_model, model.embedding.weight.device
+        with autocast, torch.enable_grad():
+            model.run_blocks(torch.zeros(2, 8, d, device=device, requires_grad=True), None, 0, 1).sum().backward()
+    except Exception as error:  # whatever a compiler that is missing or fails raises
+        for block in model.blocks:
+            block._compiled_call_impl = None
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    finally:
+        model.zero_grad(set_to_none=True)
+    return None
+
+
 def total_steps(config: TrainConfig, source: Source) -> int | None:
     """Steps of the run when the budget says so before it starts, else None."""
     if config.steps is not None:
@@ -140,6 +158,11 @@ def train(
     dtype = resolve_dtype(config.dtype, device)
     processes = processes or Processes()
     optimizer = Optimizer(parameters, config, body)
+    model.recompute = config.recompute
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    if config.compile and (reason := compile_blocks(model, autocast(device, dtype))) and not quiet:
+        print(f"the blocks are not compiled: {reason}", file=sys.stderr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if config.ema else {}
     step, tokens, seconds, resumed = 0, 0, 0.0, False
