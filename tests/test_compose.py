@@ -187,10 +187,13 @@ def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) 
     changed[1, 10] = 5  # nor padding
     torch.testing.assert_close(prompt_features(model.embed(changed), prompt_mask), features)
     far = x.clone()
-    far[0, 6 - NEAR - 1] = 7
-    moved = (prompt_features(model.embed(far), prompt_mask) - features)[0].abs()
     d = config.d_model
-    assert moved[:d].max() > 1e-3 and moved[d:].max() == 0, "the second half reads near the answer only"
+    for place, part in ((6 + NEAR[0] - 1, None), (4, 1), (5, 2), (7, 3), (8, 4)):
+        far[0] = torch.where(torch.arange(12) == place, x[0] % 90 + 10, x[0])
+        moved = (prompt_features(model.embed(far), prompt_mask) - features)[0].abs().view(5, d).amax(1)
+        assert (moved > 1e-3).nonzero().flatten().tolist() == ([0] if part is None else [0, part])
+    alone = prompt_features(model.embed(x[:, 6:]), prompt_mask[:, 6:])
+    assert (alone[:, d : 3 * d] == 0).all() and (alone[:, 3 * d :] == features[:, 3 * d :]).all(), "nothing before"
 
 
 def test_the_nearest_prototype_is_in_units_of_the_mean_variance() -> None:

@@ -25,7 +25,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory_lora import TrajectoryPush
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import PushAt
-from tinyld.router import PrototypeRouter, TrainedRouter, prompt_features
+from tinyld.router import WIDTHS, PrototypeRouter, TrainedRouter, prompt_features
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
 HOWS = ("sum", "average", "weights", "router", "search")
@@ -41,7 +41,7 @@ class Member:
     method: str
     config: Any
     tensors: dict[str, Tensor]
-    prototype: Tensor | None = None  # (2, 2 D), see router.prompt_prototype
+    prototype: Tensor | None = None  # (2, 5 D), see router.prompt_prototype
 
     @property
     def is_push(self) -> bool:
@@ -178,7 +178,7 @@ def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
         raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
     method, settings = read_config(config["method"], str(folder.path / CONFIG))
     prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
-    if prototype is not None and prototype.shape != (2, 2 * base.model.config.d_model):
+    if prototype is not None and prototype.shape != (2, WIDTHS * base.model.config.d_model):
         prototype = None  # of an older tinyld
     tensors = folder.read_tensors(ADAPTER)
     check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
@@ -255,9 +255,9 @@ def load_composition(folder: RunFolder, base: Base) -> Method | None:
     router: nn.Module | None = None
     d = base.model.config.d_model
     if config["router"] == PrototypeRouter.__name__:
-        router = PrototypeRouter(torch.zeros(len(members), 2, 2 * d))
+        router = PrototypeRouter(torch.zeros(len(members), 2, WIDTHS * d))
     elif config["router"] == TrainedRouter.__name__:
-        router = TrainedRouter(2 * d, len(members))
+        router = TrainedRouter(WIDTHS * d, len(members))
     if router is not None:
         load_exactly(router.state_dict(), part("router."), folder.path / ADAPTER)
     pushes = [m.push(base) for m in members]

@@ -201,7 +201,7 @@ def new_task_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         )
         for record in _compositions(records)
         for found in record["results"]["compose"]["evaluations"]
-        if found["task"] not in [drop["task"] for drop in record["results"]["compose"]["drops"]]
+        if "accuracy" in found and found["task"] not in [drop["task"] for drop in record["results"]["compose"]["drops"]]
     ]
 
 

@@ -1,7 +1,7 @@
 """Which adapter a prompt belongs to: nearest prototype, which needs no training, or a small trained network.
 
-Both read the same features of the instruction alone: the base's token embeddings, normalised and averaged over the
-whole prompt and over the few tokens around the answer, where a task's template stands.
+Both read the same features of the instruction alone: the base's token embeddings, normalised, averaged over the whole
+prompt and one by one for the few tokens next to the answer, where a task's template stands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tinyld.config import check
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.methods.trajectory_lora import pool
 
-NEAR = 4  # tokens on each side of the answer
+NEAR = (-2, -1, 1, 2)  # places before the answer's first token and after its last
+WIDTHS = 1 + len(NEAR)  # of the base's width, in a prompt's features
 PROTOTYPE_ROWS = 1_000
 HIDDEN = 512  # of the trained router, as in LoRA-Diffusion
 
@@ -30,15 +31,24 @@ def answer_slot(prompt_mask: Tensor) -> Tensor:
 
 
 def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-    """(B, 2 D) of token embeddings (B, L, D): means over the prompt, and over its tokens near the answer."""
-    slot = answer_slot(prompt_mask).float()[:, None, :]
-    near = F.max_pool1d(slot, 2 * NEAR + 1, stride=1, padding=NEAR)[:, 0] > 0
-    return torch.cat([pool(embedded, prompt_mask), pool(embedded, prompt_mask & near)], dim=1).float()
+    """(B, 5 D) of token embeddings (B, L, D): their mean over the prompt, and those of the tokens next to the answer.
+
+    What stands next to the answer is the task's template, the same in every row; apart from the rest, it tells tasks
+    apart whose texts are alike, or longer than those that a prototype was made from. A token that is missing is zero.
+    """
+    slot, length = answer_slot(prompt_mask).int(), prompt_mask.shape[1]
+    first = slot.argmax(1)
+    last = first + slot.sum(1) - 1
+    parts = [pool(embedded, prompt_mask)]
+    for offset in NEAR:
+        place = (first if offset < 0 else last) + offset
+        parts.append(pool(embedded, prompt_mask & (torch.arange(length, device=place.device) == place[:, None])))
+    return torch.cat(parts, dim=1).float()
 
 
 @torch.no_grad()
 def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tensor:
-    """(rows, 2 D) prompt features of a task's first `limit` rows."""
+    """(rows, 5 D) prompt features of a task's first `limit` rows."""
     device = base.model.embedding.weight.device
     n = len(rows) if limit is None else min(limit, len(rows))
     found = []
@@ -50,7 +60,7 @@ def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tenso
 
 
 def prompt_prototype(base: Base, rows: TaskRows) -> Tensor:
-    """(2, 2 D): mean and variance of a task's prompt features. Each adapter keeps its own."""
+    """(2, 5 D): mean and variance of a task's prompt features. Each adapter keeps its own."""
     features = task_features(base, rows, PROTOTYPE_ROWS).cpu()
     return torch.stack([features.mean(0), features.var(0, correction=0)])
 
@@ -60,12 +70,12 @@ class PrototypeRouter(nn.Module):
     linear discriminant with a diagonal covariance)."""
 
     def __init__(self, prototypes: Tensor):
-        """prototypes: (k, 2, 2 D)"""
+        """prototypes: (k, 2, 5 D)"""
         super().__init__()
         self.register_buffer("prototypes", prototypes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, k) weights, one-hot. features: (B, 2 D)."""
+        """(B, k) weights, one-hot. features: (B, 5 D)."""
         mean, variance = self.prototypes[:, 0], self.prototypes[:, 1].mean(0)
         scale = (variance + 0.01).rsqrt()
         nearest = torch.cdist(features * scale, mean * scale).argmin(1)
@@ -87,12 +97,12 @@ class TrainedRouter(nn.Module):
         return F.linear(hidden, self.out, self.out_bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, k) weights that add up to 1. features: (B, 2 D)."""
+        """(B, k) weights that add up to 1. features: (B, 5 D)."""
         return self.logits(features).softmax(1)
 
 
 def train_router(features: Sequence[Tensor], seed: int = 0, epochs: int = 20) -> TrainedRouter:
-    """A router that tells the tasks apart by their prompt features, (rows, 2 D) a task; AdamW, batches of 64."""
+    """A router that tells the tasks apart by their prompt features, (rows, 5 D) a task; AdamW, batches of 64."""
     check(len(features) >= 2, f"a router needs at least two tasks, got {len(features)}")
     x = torch.cat(list(features)).cpu()
     y = torch.cat([torch.full((len(f),), i) for i, f in enumerate(features)])
