@@ -93,7 +93,7 @@ def pretrain(
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
             corpus = read_corpus(paths, tokenizer, part, bar.advance_to)
         if not corpus.documents:
-            raise TinyldError(f"too little {which} in {', '.join(map(str, paths))}: no document")
+            raise TinyldError(f"too little text in {', '.join(map(str, paths))}: no document to be {which}")
         return corpus
 
     if resume:
