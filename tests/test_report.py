@@ -72,6 +72,14 @@ def test_runs_of_other_settings_or_bases_get_a_row_of_their_own(change: dict) ->
     assert len(result_rows([record("full", 0, 0.9), record("full", 1, 0.8) | change])) == 2
 
 
+def test_a_run_from_before_an_option_existed_joins_those_that_left_it_alone() -> None:
+    later = record("full", 1, 0.8) | {"diffusion": {"mask_draws": 0}}
+    later["train"] |= {"compile": False, "recompute": True}
+    assert len(result_rows([record("full", 0, 0.9), later])) == 1
+    later["diffusion"]["mask_draws"] = 4
+    assert len(result_rows([record("full", 0, 0.9), later])) == 2
+
+
 def test_seeds_whose_ranks_were_found_while_training_are_averaged() -> None:
     runs = [record("full", seed, 0.9) for seed in (0, 1)]
     for seed, run in enumerate(runs):

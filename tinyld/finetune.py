@@ -79,14 +79,15 @@ def finetune(
     started = time.perf_counter()
     depths = method.first_depth + 1 if method.reads_depths else 1
     draws = 1 if train_rows.slot == 1 else diffusion.mask_draws
-    objective: Noising = Objective(diffusion, tokenizer.mask_id, counted=True, seed=config.seed)
-    if draws:
-        objective = FixedMasks(train_rows, diffusion, tokenizer.mask_id, config.seed, config.batch_size, draws)
     reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb, depths, draws)
-    if reason is None and isinstance(objective, FixedMasks):
+    objective: Noising = Objective(diffusion, tokenizer.mask_id, counted=True, seed=config.seed)
+    if reason is None or diffusion.mask_draws:  # a one-token answer has one mask, drawn anew or not
+        masks = FixedMasks(train_rows, diffusion, tokenizer.mask_id, config.seed, config.batch_size, draws)
+        objective = masks
+    if reason is None:
         with Progress("cache", draws * len(train_rows), quiet=quiet) as bar:
             objective = StateCache(
-                model, objective, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
+                model, masks, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
                 method.reads_depths,
             )  # fmt: skip
     elif method.first_depth > 0:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.errors import TinyldError
 
 
@@ -238,15 +240,21 @@ def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...]
     return [table for table in found if table[2]] or found[:1]
 
 
+def defaults(kind: type) -> dict[str, Any]:
+    """What a run says that was made before `kind` had all of its fields."""
+    return {f.name: f.default for f in fields(kind)}
+
+
 NOT_SHOWN = ("seed", "eval_every", "save_minutes", "keep", "recompute")  # of training: they change no result
 
 
 def identity(record: Mapping[str, Any]) -> str:
     """Everything that runs of one row must share: method, base, data, noise and training, the seed left out."""
-    train = {k: v for k, v in record["train"].items() if k not in NOT_SHOWN}
+    train = {k: v for k, v in (defaults(TrainConfig) | record["train"]).items() if k not in NOT_SHOWN}
+    diffusion = defaults(DiffusionConfig) | record["diffusion"]
     base = {k: record["base"].get(k) for k in ("fingerprint", "dtype")}
     method = record.get("started_as") or record["method"]
-    parts = [method, base, train, record["diffusion"], record["data"].get("rows"), record["data"].get("limit")]
+    parts = [method, base, train, diffusion, record["data"].get("rows"), record["data"].get("limit")]
     return settings(record) + json.dumps(parts, sort_keys=True)
 
 
