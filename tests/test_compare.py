@@ -196,10 +196,14 @@ def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Pat
         record["curve"] = [[0.0, 0.5], [1.0, record["results"]["eval"]["reviews/test"]["accuracy"]]]
     records[0]["data"]["rows"] = 5
     text = page(records, "tinyld compare --task <reviews>")
-    assert text.count("<svg") == 4 and "&lt;reviews&gt;" in text
+    assert text.count("<svg") == 4 and "&lt;reviews&gt;" in text and "denoising step" not in text
     assert all(column in text for column in RESULT_COLUMNS)
     assert not re.search(r"(src|href)=.https?:", text) and "<script" not in text
     assert (tmp_path / "page.html").exists()
+    for record in records:  # answers of several tokens
+        record["results"]["eval"]["reviews/test"]["masked_acc_by_noise"] = [[0.5, 0.25], [1.0, 0.125]]
+    text = page(records, "tinyld compare")
+    assert text.count("<svg") == 5 and "denoising step and band" in text
 
 
 def test_a_signal_is_handed_on_to_the_process_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:

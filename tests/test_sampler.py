@@ -16,6 +16,7 @@ from tinyld.sampler import decode
 from tinyld.tokenizer import Tokenizer
 
 MASK = 4
+EOS = 3
 FORBIDDEN = [0, 1, 2, 4]
 
 
@@ -280,3 +281,26 @@ BAD = [
 def test_a_setting_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SampleConfig(**values)
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold"])
+@pytest.mark.parametrize(("eos_id", "written"), [(None, [6, EOS, EOS, EOS, EOS]), (EOS, [6, 6, 6, EOS, EOS])])
+def test_the_end_of_an_answer_waits_for_its_beginning(
+    tokenizer: Tokenizer, sampler: str, eos_id: int | None, written: list[int]
+) -> None:
+    """A denoiser surer of [EOS] everywhere than of the word that goes on: greedily, the text would end at once."""
+    x, answer_mask, attention_mask = rows(tokenizer, [5])
+    start = int(answer_mask[0].nonzero()[0])
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = torch.zeros(*x.shape, 8)
+        logits[..., EOS] = 3.0
+        for place in range(start, start + 3):
+            goes_on = (x[:, place - 1] != MASK) & (x[:, place - 1] != EOS)
+            logits[:, place, 6] = torch.where(goes_on, 3.5, 0.0)
+        return logits[where]
+
+    config = SampleConfig(sampler=sampler, threshold=0.8)
+    out, passes = decode(denoiser, x, answer_mask, attention_mask, MASK, FORBIDDEN, config, eos_id=eos_id)
+    assert out[answer_mask].tolist() == written
+    assert passes == (5 if sampler == "low_confidence" else 4 if eos_id else 2)

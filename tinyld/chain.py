@@ -53,7 +53,17 @@ def write_opposites(
         batch = slots.take(chunk)
         x, answer, real = (part.to(device) for part in (batch.x0, batch.answer_mask, batch.attention_mask))
         tokenizer = base.tokenizer
-        out, _ = decode(base.model, x, answer, real, tokenizer.mask_id, tokenizer.never_written, sampling, generator)
+        out, _ = decode(
+            base.model,
+            x,
+            answer,
+            real,
+            tokenizer.mask_id,
+            tokenizer.never_written,
+            sampling,
+            generator,
+            tokenizer.eos_id,
+        )
         texts += [tokenizer.decode(ids) for ids in out[answer].view(len(chunk), slots.slot).tolist()]
         advance(len(texts))
     return [

@@ -21,6 +21,7 @@ from tinyld.statistics import macro_f1, wilson
 from tinyld.tokenizer import Tokenizer
 
 EVAL_BATCH = 64
+NOISE_LEVELS = 8  # equal parts of (0, 1], the masked share of an answer
 UNREADABLE = -1
 
 
@@ -37,6 +38,7 @@ class Evaluation:
     macro_f1: float | None = None
     unreadable: float | None = None
     masked_acc: float = 0.0  # token accuracy at masked positions: never a task accuracy
+    masked_acc_by_noise: list[tuple[float, float]] | None = None  # (masked share up to, masked_acc), of longer answers
     nll_bound: float = 0.0
     nll_stderr: float = 0.0
     rows_per_second: float = 0.0
@@ -90,7 +92,8 @@ def evaluate(
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
     nll_sum, tokens = torch.zeros(n), torch.zeros(n)
-    hits = masked = passes = 0
+    hits, masked = np.zeros((2, NOISE_LEVELS))  # of masked tokens, by noise level
+    passes = 0
     seconds, done = 0.0, 0
     generator = torch.Generator(device).manual_seed(sampling.seed)
     for chunk in np.array_split(order, math.ceil(n / EVAL_BATCH)):
@@ -106,6 +109,7 @@ def evaluate(
             tokenizer.never_written,
             sampling,
             generator,
+            tokenizer.eos_id,
         )
         passes += used
         answers = out[answer_mask].view(len(chunk), rows.slot).tolist()
@@ -120,7 +124,8 @@ def evaluate(
         if score:
             nll, count, hit, seen, labels = _score(model, batch, rows, tokenizer, verbalizers, draws, seed)
             nll_sum[chunk], tokens[chunk] = nll, count
-            hits, masked = hits + hit, masked + seen
+            hits += hit
+            masked += seen
             if labels is not None:
                 scored[chunk] = labels
         done += len(chunk)
@@ -128,7 +133,13 @@ def evaluate(
     result = Evaluation(rows.task.name, n, rows_per_second=n / seconds, forward_passes=passes, predictions=texts)
     if score:
         bound: Estimate = ratio_estimate(nll_sum, tokens)
-        result.nll_bound, result.nll_stderr, result.masked_acc = bound.mean, bound.stderr, hits / max(masked, 1)
+        result.nll_bound, result.nll_stderr = bound.mean, bound.stderr
+        result.masked_acc = float(hits.sum() / max(masked.sum(), 1))
+        if rows.slot > 1:
+            shares = np.arange(1, NOISE_LEVELS + 1) / NOISE_LEVELS
+            met = masked > 0
+            accuracies = hits[met] / masked[met]
+            result.masked_acc_by_noise = list(zip(shares[met].tolist(), accuracies.tolist(), strict=True))
     if labelled:
         gold = rows.labels[:n]
         correct = int((predicted == gold).sum())
@@ -180,8 +191,8 @@ def _score(
     verbalizers: Verbalizers | None,
     draws: int,
     seed: int,
-) -> tuple[Tensor, Tensor, int, int, np.ndarray | None]:
-    """(nll sum, answer tokens) by row, (hits, masked tokens) of the batch, and each row's most likely label."""
+) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray | None]:
+    """(nll sum, answer tokens) by row, (hits, masked tokens) by noise level, and each row's most likely label."""
     device = model.embedding.weight.device
     size = len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
@@ -189,7 +200,7 @@ def _score(
     generator = torch_seeded(seed, 3, int(batch.rows[0]))
     total = torch.zeros(size)
     label_nll = torch.zeros(size, 0 if verbalizers is None else len(verbalizers.ids))
-    hits = masked = 0
+    hits, masked = np.zeros((2, NOISE_LEVELS))
     for _ in range(draws):
         noised, _ = noise_batch(
             batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, elbo, generator, counted=True
@@ -200,8 +211,9 @@ def _score(
 
         gold, logp = _masked_logp(model, noised, noised.xt, noised.x0)
         total += torch.zeros(size).index_add_(0, row.cpu(), (-gold * noised.weight[row]).cpu())
-        hits += int((logp.argmax(-1) == noised.x0[where]).sum())
-        masked += len(gold)
+        level = (torch.ceil(noised.t[row] * NOISE_LEVELS - 1e-6).long() - 1).cpu().numpy()
+        masked += np.bincount(level, minlength=NOISE_LEVELS)
+        hits += np.bincount(level, (logp.argmax(-1) == noised.x0[where]).cpu().numpy(), NOISE_LEVELS)
         if verbalizers is None:
             continue
         for label, ids in enumerate(verbalizers.ids.to(device)):

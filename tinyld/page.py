@@ -6,6 +6,7 @@ import html
 import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from tinyld.report import RESULT_COLUMNS, identity, interval, result_rows, settings, show
@@ -63,8 +64,26 @@ def curves(records: Sequence[Record]) -> Series:
     return series
 
 
-def drawn(title: str, x_label: str, series: Series, log: bool, lines: bool) -> str:
-    """One plot as an SVG element."""
+def by_noise(records: Sequence[Record]) -> Series:
+    """Token accuracy at masked positions along the reverse process, from all masked to little; the first seed's."""
+    series: Series = {}
+    for record in records:
+        levels = (tested(record) or {}).get("masked_acc_by_noise", [])
+        if len(levels) > 1:
+            series.setdefault(name_of(record), [(100 * share, *[100 * a] * 3) for share, a in levels])
+    return series
+
+
+def drawn(
+    title: str,
+    x_label: str,
+    series: Series,
+    log: bool,
+    lines: bool,
+    y_label: str = "decoded accuracy %",
+    bands: bool = False,
+) -> str:
+    """One plot as an SVG element. `bands`: x is a noise level in percent, drawn from high to low over the bands."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -75,7 +94,13 @@ def drawn(title: str, x_label: str, series: Series, log: bool, lines: bool) -> s
         shown = None if lines and low == high else errors
         axes.errorbar(x, y, yerr=shown, fmt="o-" if lines else "o", markersize=4, capsize=2, label=name)
     log = log and all(x > 0 for found in series.values() for x, *_ in found)
-    axes.set(title=title, xlabel=x_label, ylabel="decoded accuracy %", xscale="log" if log else "linear")
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log else "linear")
+    if bands:
+        from tinyld.methods.bands import BAND_EDGES, BAND_NAMES
+
+        axes.invert_xaxis()
+        for name, (hi, lo), shade in zip(BAND_NAMES, pairwise(BAND_EDGES), ("0.8", "0.88", "0.96"), strict=True):
+            axes.axvspan(100 * hi, 100 * lo, color=shade, zorder=0, label=f"band: {name} noise")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     text = io.StringIO()
@@ -100,6 +125,10 @@ def page(records: Sequence[Record], command: str) -> str:
         body.append(drawn("Accuracy against training time", "seconds", seconds, log=True, lines=False))
         if learned := curves(most):
             body.append(drawn("Learning curves (dev)", "seconds of training", learned, log=False, lines=True))
+        if steps := by_noise(most):
+            told = {"y_label": "masked tokens right, %", "bands": True}
+            label = "answer tokens still masked, up to %"
+            body.append(drawn("Accuracy by denoising step and band", label, steps, log=False, lines=True, **told))
         if len({r["data"]["rows"] for r in mine}) > 1:
             rows = points(mine, lambda r: r["data"]["rows"])
             body.append(drawn("Data efficiency", "training rows", rows, log=True, lines=True))

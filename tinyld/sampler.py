@@ -21,12 +21,16 @@ def decode(
     forbidden: list[int],
     config: SampleConfig,
     generator: torch.Generator | None = None,
+    eos_id: int | None = None,
 ) -> tuple[Tensor, int]:
     """(ids, forward passes): x with its answer slots decoded from all [MASK].
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. The denoiser is told each row's share
     of answer tokens that are still masked as t; rows that are done leave the batch, and the vocabulary head runs on
     masked positions only.
+
+    Where the most confident tokens come first, `eos_id` comes after all others of its row: it is the likeliest token
+    of most places of a long slot, and by its confidence alone a text would be ended before it is begun.
     """
     device = x.device
     generator = generator or torch.Generator(device).manual_seed(config.seed)
@@ -56,6 +60,10 @@ def decode(
         token, confidence = _draw(logits, config.temperature, generator)
         grid_token = x[rows].masked_scatter(where, token)
         grid_confidence = torch.full(where.shape, -torch.inf, device=device).masked_scatter(where, confidence)
+        if eos_id is not None:
+            ends = where & (grid_token == eos_id)
+            waits = ends & (where & ~ends).any(1, keepdim=True)
+            grid_confidence = grid_confidence - waits.float()
         last = step == steps - 1
         if config.sampler == "ancestral":
             now, then = (torch.tensor(1.0 - (step + i) / steps, device=device) for i in (0, 1))

@@ -46,7 +46,14 @@ def sample(
     answer = torch.zeros_like(x, dtype=torch.bool)
     answer[:, 1 + len(head) : 1 + len(head) + length] = True
     out, passes = decode(
-        base.model, x, answer, torch.ones_like(answer), tokenizer.mask_id, tokenizer.never_written, sampling
+        base.model,
+        x,
+        answer,
+        torch.ones_like(answer),
+        tokenizer.mask_id,
+        tokenizer.never_written,
+        sampling,
+        eos_id=tokenizer.eos_id,
     )
     texts = [tokenizer.decode(r[answer[0]].tolist()) for r in out]
     if json:
