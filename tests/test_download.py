@@ -197,7 +197,10 @@ def test_an_archive_bomb_is_refused_before_it_is_unpacked(
         read_members(archive, ".*")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>sorry</html>", zip_of({"a": "b"})[:40], tar_of({"a": "b"})[:20]])
+NO_ARCHIVES = [b"", b"<html>sorry</html>", zip_of({"a": "b"})[:40], tar_of({"a": "b"})[:20]]
+
+
+@pytest.mark.parametrize("content", NO_ARCHIVES, ids=["empty", "html", "cut zip", "cut tar"])
 def test_what_is_no_archive_is_named_as_such(tmp_path: Path, content: bytes) -> None:
     archive = tmp_path / "a.zip"
     archive.write_bytes(content)

@@ -359,7 +359,7 @@ def test_bundled_tasks_need_no_network_and_no_files(name: str, split: str) -> No
     assert {e.label for e in examples} == ({None} if task.is_generation else set(range(len(task.labels))))
 
 
-@pytest.mark.parametrize("name", LABEL_TASKS)
+@pytest.mark.parametrize("name", [name for name in LABEL_TASKS if name not in ("reviews", "topics")])
 def test_real_data_matches_the_labels_and_counts(name: str) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip("no such data set in shared/data")
