@@ -51,9 +51,10 @@ class Progress:
         elif not self.quiet and time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             elapsed = self.last - self.started
-            eta = elapsed * (self.total - done) / max(done - self.begun, 1e-9)
+            made = done - self.begun
+            eta = f"{elapsed * (self.total - done) / made:.0f}s" if made > 0 else "-"
             share = 100 * min(done / self.total, 1.0)
-            print(f"{self.label} {share:.0f}% {rate} eta {eta:.0f}s {self.note}".rstrip(), file=sys.stderr, flush=True)
+            print(f"{self.label} {share:.0f}% {rate} eta {eta} {self.note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
