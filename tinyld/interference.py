@@ -44,7 +44,7 @@ def effective_rank(singular_values: Tensor) -> float:
 
 def push_rank(push: TrajectoryPush) -> float:
     """Mean over places of the effective rank of A B."""
-    ranks = [effective_rank(torch.linalg.svdvals(place.up @ place.down)) for place in push.places]
+    ranks = [effective_rank(torch.linalg.svdvals(place.gained_up @ place.down)) for place in push.places]
     return float(np.mean(ranks))
 
 

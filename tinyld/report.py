@@ -253,7 +253,7 @@ def identity(record: Mapping[str, Any]) -> str:
     train = {k: v for k, v in (defaults(TrainConfig) | record["train"]).items() if k not in NOT_SHOWN}
     diffusion = defaults(DiffusionConfig) | record["diffusion"]
     base = {k: record["base"].get(k) for k in ("fingerprint", "dtype")}
-    method = record.get("started_as") or record["method"]
+    method = {k: v for k, v in (record.get("started_as") or record["method"]).items() if USUAL.get(k) != v}
     parts = [method, base, train, diffusion, record["data"].get("rows"), record["data"].get("limit")]
     return settings(record) + json.dumps(parts, sort_keys=True)
 
@@ -261,8 +261,8 @@ def identity(record: Mapping[str, Any]) -> str:
 # Options that need no words: every other value is shown.
 USUAL: dict[str, Any] = {
     "alpha": 16.0, "rslora": False, "core": False, "targets": ["query", "key", "value", "out", "up", "down"],
-    "sigma": [1.0, 0.5, 0.25], "modules": 1, "sharing": "nested", "read": "state", "attend": 0,
-    "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0, "ranks": [],
+    "sigma": [1.0, 0.5, 0.25], "modules": 1, "tied": False, "activation": "relu", "sharing": "nested", "read": "state",
+    "attend": 0, "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0, "ranks": [],
 }  # fmt: skip
 
 

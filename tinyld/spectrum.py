@@ -26,7 +26,7 @@ def effective_ranks(push: TrajectoryPush) -> list[list[float]]:
             down = place.down
             if place.core is not None:
                 down = torch.block_diag(*place.core[band]).T @ down
-            row.append(effective_rank(torch.linalg.svdvals((place.up * units.abs()) @ down)))
+            row.append(effective_rank(torch.linalg.svdvals((place.gained_up * units.abs()) @ down)))
         found.append(row)
     return found
 

@@ -43,6 +43,7 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
         check(method is TrajectoryLora, f"--ranks auto is an option of trajectory-lora, not of {name}")
         del given["ranks"]
         given["prune"] = PRUNED
+        given.setdefault("tied", False)  # ranks are found place by place
     config: Any = method.Config()
     if method is TrajectoryLora:
         recipe = recipe or next(iter(RECIPES))

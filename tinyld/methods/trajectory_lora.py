@@ -11,6 +11,8 @@ Departures from the paper, each because the evidence asks for it:
   - `nested` bands share one A and B, of which a band uses the first r(t) directions: they store the largest rank only;
     `core` bands have a small matrix each between A and B besides, `smooth-core` ones interpolated in t (after NaRA,
     arXiv 2605.29716);
+  - `tied` places share one A and B, of a rank that no place could afford alone, and weigh its units each for itself;
+  - without an `activation` a push is a plain low-rank matrix: no unit is lost where it does not fire;
   - a push may read a learned mix of all frozen depths below it, and rank units may attend: low-rank attention to the
     prompt, with rectified values, which moves information between positions with no gradient through the base.
 """
@@ -34,6 +36,7 @@ from tinyld.model import Denoiser, PushAt
 SHARINGS = ("nested", "separate", "core", "smooth-core")
 CONDITIONINGS = ("none", "gate")
 READINGS = ("state", "mix")
+ACTIVATIONS = ("relu", "none")
 HEAD_WIDTH = 8  # of attending units
 PRUNE_FROM, PRUNE_TO = 0.2, 0.6  # of the run: while ranks shrink
 
@@ -44,6 +47,8 @@ class TrajectoryLoraConfig:
     sigma: tuple[float, ...] = (1.0, 0.5, 0.25)  # by band, high noise first
     modules: int = 1  # k: pushes summed at one place
     blocks: int = 6  # pushes stand before each of the last `blocks` blocks, and on the final state
+    tied: bool = False  # all places share A and B, and have a gain of their own for each unit
+    activation: str = "relu"  # of the rank units; none: the push is linear
     sharing: str = "nested"
     read: str = "state"  # state: the one at the push's place; mix: a learned mix of it and all frozen ones below
     attend: int = 0  # rank units that attend to the prompt, a multiple of HEAD_WIDTH
@@ -60,9 +65,9 @@ class TrajectoryLoraConfig:
             f"ranks needs {NUM_BANDS} values, high noise first, or as many a place, got {self.ranks}",
         )
         check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
-        by_unit = self.sharing == "nested" and self.modules == 1
+        by_unit = self.sharing == "nested" and self.modules == 1 and not self.tied
         one_by_one = self.prune > 0 or len(self.ranks) > NUM_BANDS
-        check(by_unit or not one_by_one, "ranks auto, or place by place, need nested bands and one module")
+        check(by_unit or not one_by_one, "ranks auto, or place by place, need nested bands, one module, no tied places")
         check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.modules >= 1, f"modules must be at least 1, got {self.modules}")
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
@@ -71,6 +76,7 @@ class TrajectoryLoraConfig:
             self.attend >= 0 and self.attend % HEAD_WIDTH == 0,
             f"attend must be 0 or a multiple of {HEAD_WIDTH}, got {self.attend}",
         )
+        check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("sharing", self.sharing, SHARINGS)
         check_choice("read", self.read, READINGS)
         check_choice("conditioning", self.conditioning, CONDITIONINGS)
@@ -122,7 +128,14 @@ def before_pruning(config: TrajectoryLoraConfig) -> TrajectoryLoraConfig:
 class PushModule(nn.Module):
     """All k modules of one place, their rank units side by side."""
 
-    def __init__(self, config: TrajectoryLoraConfig, width: int, frozen: int, generator: torch.Generator | None):
+    def __init__(
+        self,
+        config: TrajectoryLoraConfig,
+        width: int,
+        frozen: int,
+        generator: torch.Generator | None,
+        tied_to: PushModule | None = None,
+    ):
         """`frozen` is how many depths below this place the base alone has run."""
         super().__init__()
 
@@ -130,8 +143,10 @@ class PushModule(nn.Module):
             return nn.Parameter(torch.empty(shape).normal_(0.0, width**-0.5, generator=generator))
 
         modules, rank = config.modules, config.stored_rank
-        self.down = random(modules * rank, width + TIME_WIDTH)
-        self.up = nn.Parameter(torch.zeros(width, modules * rank))
+        self.is_linear = config.activation == "none"
+        self.down = tied_to.down if tied_to else random(modules * rank, width + TIME_WIDTH)
+        self.up = tied_to.up if tied_to else nn.Parameter(torch.zeros(width, modules * rank))
+        self.gain = nn.Parameter(torch.ones(modules * rank)) if config.tied else None
         self.gate = nn.Parameter(torch.zeros(modules * rank, width)) if config.conditioning == "gate" else None
         self.core = nn.Parameter(torch.eye(rank).repeat(NUM_BANDS, modules, 1, 1)) if config.has_core else None
         self.mix = nn.Parameter(torch.zeros(frozen + 1)) if config.read == "mix" else None
@@ -139,6 +154,11 @@ class PushModule(nn.Module):
         self.attended = nn.Parameter(torch.zeros(width, config.attend)) if config.attend else None
         self.register_buffer("units", config.units(), persistent=False)
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
+
+    @property
+    def gained_up(self) -> Tensor:
+        """The up-projection as this place has it. (D, units)"""
+        return self.up if self.gain is None else self.up * self.gain
 
     def read(self, h: Tensor, history: Sequence[Tensor]) -> Tensor:
         """The normalised state, or the mix of it and the frozen ones below. (B, L, D)"""
@@ -150,7 +170,7 @@ class PushModule(nn.Module):
 
     def forward(self, h: Tensor, noise: Noise, pooled: Tensor | None, history: Sequence[Tensor]) -> Tensor:
         """The push (B, L, D). h: (B, L, D), pooled: (B, D)."""
-        down, up, gate = self.down, self.up, self.gate
+        down, up, gate = self.down, self.gained_up, self.gate
         scale = self.units[noise.band] * noise.weight  # (B, units): sigma where the row's band uses a unit, else 0
         if self.core is None and bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
@@ -159,7 +179,8 @@ class PushModule(nn.Module):
                 gate = None if gate is None else gate[used]
         width = h.shape[-1]
         x = self.read(h, history)
-        hidden = F.relu(x @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :])
+        hidden = x @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :]
+        hidden = hidden if self.is_linear else F.relu(hidden)
         if self.core is not None:
             core = torch.einsum("bn,nkij->bkij", noise.bands, self.core)
             hidden = torch.einsum("blki,bkij->blkj", hidden.unflatten(-1, self.core.shape[1:3]), core).flatten(2)
@@ -191,10 +212,11 @@ class TrajectoryPush(nn.Module):
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
         super().__init__()
         self.first_depth = model_config.num_layers - config.blocks
-        self.places = nn.ModuleList(
-            PushModule(config.at(place), model_config.d_model, self.first_depth, generator)
-            for place in range(config.blocks + 1)
-        )
+        places: list[PushModule] = []
+        for place in range(config.blocks + 1):
+            tied_to = places[0] if config.tied and places else None
+            places.append(PushModule(config.at(place), model_config.d_model, self.first_depth, generator, tied_to))
+        self.places = nn.ModuleList(places)
         self.conditioned = config.conditioning != "none"
         self.reads_depths = config.read == "mix"
         self.smooth = config.sharing == "smooth-core"
@@ -248,11 +270,13 @@ class TrajectoryLora(Method):
     @classmethod
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
         d = model_config.d_model
-        per_unit = 2 * d + TIME_WIDTH + (d if config.conditioning == "gate" else 0)
+        shared = 2 * d + TIME_WIDTH  # of a unit's A and B
+        own = (d if config.conditioning == "gate" else 0) + (1 if config.tied else 0)
         mix = model_config.num_layers - config.blocks + 1 if config.read == "mix" else 0
         total = (config.blocks + 1) * (mix + 4 * d * config.attend)
         for place in range(config.blocks + 1):
             rank = config.at(place).stored_rank
+            per_unit = own + (0 if config.tied and place else shared)
             total += config.modules * (rank * per_unit + (NUM_BANDS * rank * rank if config.has_core else 0))
         return total
 
@@ -324,7 +348,7 @@ class TrajectoryLora(Method):
         if config.lambda_rank == 0 and config.lambda_orth == 0:
             return None
         total = torch.zeros((), device=self.push.places[0].up.device)
-        for place in self.push.places:
+        for place in self.push.places[:1] if config.tied else self.push.places:
             rank = len(place.down) // config.modules
             ups, downs = place.up.split(rank, dim=1), place.down.split(rank, dim=0)
             if config.lambda_rank:
