@@ -109,7 +109,7 @@ class TrajectoryLoraConfig:
 # name -> (config, budget as a share of the base): ours, the 8:4:1 proportion within 0.7% (`best` the most accurate,
 # `fast` with nothing of the base in the gradient), and the paper's literal setting.
 RECIPES: dict[str, tuple[TrajectoryLoraConfig, float | None]] = {
-    "best": (TrajectoryLoraConfig(), 0.007),
+    "best": (TrajectoryLoraConfig(activation="none"), 0.007),
     "fast": (TrajectoryLoraConfig(blocks=0, read="mix", attend=64), 0.007),
     "paper": (
         TrajectoryLoraConfig(
