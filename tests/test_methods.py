@@ -206,11 +206,19 @@ def test_gradient_reaches_every_own_parameter_after_one_update(config: ModelConf
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> None:
+    encoder = replace(config, norm_first=False)
+    for method in METHODS.values():
+        before, after = method.usual_lr(config), method.usual_lr(encoder)
+        assert before == method.default_lr
+        assert after < before if method.name in ("full", "trajectory-lora") else after == before
+
+
 @every_case
 def test_three_updates_lower_the_loss_they_follow(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config, 0)
     method = attach(model, case)
-    optimizer = Optimizer(method.own, TrainConfig(steps=3, lr=method.default_lr))
+    optimizer = Optimizer(method.own, TrainConfig(steps=3, lr=method.usual_lr(config)))
     losses = []
     for _ in range(4):
         optimizer.zero_grad()

@@ -53,6 +53,17 @@ def test_seeds_are_averaged_and_compared_with_full() -> None:
     assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
 
 
+def test_each_base_has_a_full_of_its_own_to_be_compared_with() -> None:
+    other = {"base": {"path": "/x/encoder", "fingerprint": "g"}}
+    stronger = [record("full", 0, 0.9) | other, record("bitfit", 0, 0.81) | other]
+    rows = result_rows([record("full", 0, 0.8), record("bitfit", 0, 0.6), *stronger])
+    share = {row[1:3]: row[RESULT_COLUMNS.index("% of full")] for row in rows}
+    assert share == {
+        ("base", "full"): "100.0", ("base", "bitfit"): "75.0",
+        ("encoder", "full"): "100.0", ("encoder", "bitfit"): "90.0",
+    }  # fmt: skip
+
+
 def test_only_runs_that_differ_by_their_seed_are_averaged() -> None:
     rows = result_rows([record("full", 0, 0.9), record("full", 0, 0.8, lr=1e-2)])
     assert [row[RESULT_COLUMNS.index("accuracy %")] for row in rows] == ["90.0", "80.0"]

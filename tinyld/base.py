@@ -43,13 +43,18 @@ def save_base(
     folder.write_tensors(MODEL, {k: v.to(dtype) for k, v in tensors.items()})
 
 
+def read_model_config(folder: RunFolder) -> ModelConfig:
+    """What a base says of its denoiser; TinyldError when the run is an adapter."""
+    config = folder.config
+    if config["kind"] != "base":
+        raise TinyldError(f"{folder.path} is an adapter, not a base; its base is {config.get('base', {}).get('path')}")
+    return from_dict(ModelConfig, config["model"], str(folder.path / CONFIG))
+
+
 def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
     """A base from its run folder; every file is checked against the manifest first. dtype: see tinyld.shrink."""
     folder = RunFolder.open(path)
-    config = folder.config
-    if config["kind"] != "base":
-        raise TinyldError(f"{path} is an adapter, not a base; its base is {config.get('base', {}).get('path')}")
-    model_config = from_dict(ModelConfig, config["model"], str(path / CONFIG))
+    model_config = read_model_config(folder)
     folder.read(TOKENIZER)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     if tokenizer.vocab_size != model_config.vocab_size:

@@ -102,9 +102,9 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """A row for all runs that differ by their seed alone, on test where a run was evaluated there, else on dev.
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
-    seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning on as many
-    rows; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first was 95% of its
-    own best (of ten points a run under `tinyld compare`).
+    seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning of the same
+    base on as many rows; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
+    was 95% of its own best (of ten points a run under `tinyld compare`).
     """
     cells: dict[Cell, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
@@ -122,8 +122,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     for cell, runs in sorted(cells.items()):
         task, split, method, _ = cell
         first = runs[0][0]
-        data = first["data"]["rows"]
-        full = [c for c in cells if c[:3] == (task, split, "full") and cells[c][0][0]["data"]["rows"] == data]
+        alike = _base_and_rows(first)
+        full = [c for c in cells if c[:3] == (task, split, "full") and _base_and_rows(cells[c][0][0]) == alike]
         whole = max((means[c] for c in full), default=0.0)
         n = runs[0][1]["n"]
         low, high = interval([f["accuracy"] for _, f in runs], n)
@@ -147,6 +147,10 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
             )
         )
     return rows
+
+
+def _base_and_rows(record: Mapping[str, Any]) -> tuple[Any, int]:
+    return record["base"].get("fingerprint"), record["data"]["rows"]
 
 
 COMPOSE_COLUMNS = ("run", "method", "how", "adapters", "task", "split", "rows", "own %", "composed %", "points lost")

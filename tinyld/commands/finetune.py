@@ -52,12 +52,14 @@ def finetune_job(
     base_dtype: str = "fp32",
 ) -> FinetuneJob:
     """The job with what was left open filled in: the method's learning rate, 3 epochs, the released base."""
+    from tinyld.base import read_model_config
     from tinyld.methods import METHODS, Full
 
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+    where = base or default_base()
     if training.get("lr") is None:
-        training = {**training, "lr": METHODS[method].default_lr}
+        training = {**training, "lr": METHODS[method].usual_lr(read_model_config(RunFolder.open(where)))}
     if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):
         training = {**training, "epochs": 3.0}
     check(cache_gb >= 0, f"cache_gb must be at least 0, got {cache_gb}")
@@ -66,7 +68,6 @@ def finetune_job(
     config = TrainConfig(**training)
     if base_dtype != "fp32" and method == Full.name:
         raise UsageError(f"--base-dtype {base_dtype} is for frozen weights; full trains them all")
-    where = base or default_base()
     return FinetuneJob(task, method, options, where, data, limit, diffusion, config, cache_gb, base_dtype)
 
 

@@ -278,7 +278,7 @@ def compare(
     """The grid of `tinyld.compare`, and its table."""
     import typer
 
-    from tinyld.base import fingerprint
+    from tinyld.base import fingerprint, read_model_config
     from tinyld.cli import app
     from tinyld.compare import Compare, variants
     from tinyld.methods import METHODS
@@ -293,14 +293,15 @@ def compare(
             check(limit is None or limit <= rows, f"--limit {limit}: {name} has {rows:,} training rows")
             updates = steps or epochs * -(-(limit or rows) // batch_size)
             eval_every[name, limit] = max(1, math.ceil(updates / CURVE_POINTS))
-    chosen = variants(methods, {name: method.default_lr for name, method in METHODS.items()})
+    folder = RunFolder.open(base or default_base())
+    model_config = read_model_config(folder)
+    chosen = variants(methods, {name: method.usual_lr(model_config) for name, method in METHODS.items()})
     finetune = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
     for variant in chosen:  # a wrong option is found now, not when its turn comes
         try:
             finetune.make_context("compare", [*variant.flags])
         except typer.BadParameter.__base__ as error:  # click's UsageError, whichever click typer has
             raise UsageError(f"--methods {variant.text}: {error.format_message()}") from None
-    folder = RunFolder.open(base or default_base())
     budget = ["--epochs", f"{epochs:g}"] if steps is None else ["--steps", str(steps)]
     flags = [*budget, "--batch-size", str(batch_size)]
     grid = Compare(

@@ -19,18 +19,25 @@ class Method(ABC):
     """An adaptation method, made from its config and the base's model config.
 
     A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
-    method's options, and the learning rate `default_lr` that the tuning grid is centred on.
+    method's options, and the learning rate `default_lr` that the tuning grid is centred on; `post_norm_lr` takes its
+    place on an encoder that normalises after each sublayer, where the states are small and the same rate is too much.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     default_lr: ClassVar[float]
+    post_norm_lr: ClassVar[float | None] = None
     summary: ClassVar[str]
     can_disable: ClassVar[bool] = True
 
     def __init__(self, config: Any, model_config: ModelConfig):
         self.config, self.model_config = config, model_config
         self.own: dict[str, nn.Parameter] = {}
+
+    @classmethod
+    def usual_lr(cls, model_config: ModelConfig) -> float:
+        """The learning rate where none is given."""
+        return cls.default_lr if model_config.norm_first or cls.post_norm_lr is None else cls.post_norm_lr
 
     @property
     def first_depth(self) -> int:

@@ -243,7 +243,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 class TrajectoryLora(Method):
-    name, Config, default_lr = "trajectory-lora", TrajectoryLoraConfig, 5e-3
+    name, Config, default_lr, post_norm_lr = "trajectory-lora", TrajectoryLoraConfig, 5e-3, 2e-3
     summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
