@@ -364,7 +364,7 @@ def run_compose(count: int) -> dict[str, Any]:
 
 
 def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
-    """A LLaDA-style loop: a step a token, the vocabulary at every position, the whole batch to the end."""
+    """A LLaDA-style loop: a step a token, the vocabulary at every position, the whole batch to the end; [EOS] last."""
     import numpy as np
     import torch
 
@@ -389,7 +389,7 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
                     where=torch.ones_like(masked),
                 ).float().view(*x.shape, -1)  # fmt: skip
                 confidence, token = logits.softmax(-1).max(-1)
-                confidence = torch.where(masked, confidence, -torch.inf)
+                confidence = torch.where(masked, confidence - (token == base.tokenizer.eos_id).float(), -torch.inf)
                 count = torch.ceil(masked.sum(1) / (rows.slot - step)).to(torch.int64)
                 rank = confidence.argsort(dim=1, descending=True).argsort(1)
                 x = torch.where(masked & (rank < count[:, None]), token, x)
