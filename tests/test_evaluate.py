@@ -198,7 +198,7 @@ def test_half_an_answer_is_unreadable_and_masked_acc_is_another_number(tokenizer
     assert found.masked_acc == pytest.approx(2 / 3, abs=0.03)
     shares, accuracies = zip(*found.masked_acc_by_noise, strict=True)
     assert shares == (3 / 8, 6 / 8, 1.0) and accuracies[2] == 2 / 3  # one, two and three of three tokens masked
-    assert accuracies == pytest.approx([2 / 3] * 3, abs=0.04)
+    assert accuracies == pytest.approx([2 / 3] * 3, abs=4 * (2 / 9 / 500) ** 0.5)  # some 500 draws of one token
     assert "masked_acc" in found.record() and found.record()["accuracy"] == 0.0
 
 

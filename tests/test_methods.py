@@ -283,7 +283,7 @@ COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
     "best-0": lambda m, c: 1 * 4 * (32 + 32 + TIME_WIDTH),
     "best-1": lambda m, c: 2 * 4 * (32 + 32 + TIME_WIDTH),
     "best-2": lambda m, c: 3 * 4 * (32 + 32 + TIME_WIDTH),
-    "best-budget": lambda m, c: 2 * max(c.ranks) * (32 + 32 + TIME_WIDTH),
+    "best-budget": lambda m, c: max(c.ranks) * (32 + 32 + TIME_WIDTH + 2),  # two tied places
     "paper": lambda m, c: 2 * (4 + 2 + 1) * (32 + 32 + TIME_WIDTH + 32),
     "paper-blocks": lambda m, c: 3 * 2 * (3 + 3 + 3) * (32 + 32 + TIME_WIDTH + 32),
     "separate": lambda m, c: 2 * (4 + 2 + 1) * (32 + 32 + TIME_WIDTH),

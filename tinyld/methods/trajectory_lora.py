@@ -109,7 +109,7 @@ class TrajectoryLoraConfig:
 # name -> (config, budget as a share of the base): ours, the 8:4:1 proportion within 0.7% (`best` the most accurate,
 # `fast` with nothing of the base in the gradient), and the paper's literal setting.
 RECIPES: dict[str, tuple[TrajectoryLoraConfig, float | None]] = {
-    "best": (TrajectoryLoraConfig(activation="none"), 0.007),
+    "best": (TrajectoryLoraConfig(tied=True), 0.007),
     "fast": (TrajectoryLoraConfig(blocks=0, read="mix", attend=64), 0.007),
     "paper": (
         TrajectoryLoraConfig(
@@ -243,7 +243,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 class TrajectoryLora(Method):
-    name, Config, default_lr, post_norm_lr = "trajectory-lora", TrajectoryLoraConfig, 5e-3, 2e-3
+    name, Config, default_lr, post_norm_lr = "trajectory-lora", TrajectoryLoraConfig, 5e-3, 1e-3
     summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
