@@ -40,6 +40,8 @@ COMPARISONS = (
     Comparison("trajectory-lora fast, 3 epochs, against peft LoRA r=8", "fast", "peft-lora", 5.0),
     Comparison("trajectory-lora best, the same", "best", "peft-lora", 1.0),
     Comparison("weight-lora r=8, step, against peft LoRA r=8", "weight-lora", "peft-lora", 0.8),
+    Comparison("full, step, against BertForMaskedLM", "full", "bert-full", 0.8),
+    Comparison("bitfit, step, against BertForMaskedLM, biases only", "bitfit", "bert-bitfit", 0.8),
     Comparison("weight-lora r=8, step, against our own full", "weight-lora", "full", 1.0),
     Comparison("adapters, step, against our own full", "adapters", "full", 1.0),
     Comparison("bitfit, step, against our own full", "bitfit", "full", 1.0),
@@ -50,7 +52,7 @@ COMPARISONS = (
 
 
 def needs_peers(name: str) -> bool:
-    return name in ("pretrain-bert", "peft-lora")
+    return name in ("pretrain-bert", "peft-lora", "bert-full", "bert-bitfit")
 
 
 def has_peers() -> bool:
@@ -281,8 +283,9 @@ def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **op
     return {"seconds": found["seconds"]}
 
 
-def run_peft_lora() -> dict[str, Any]:
-    """The same rows, in the same batches, through peft LoRA r=8 on the attention and MLP matrices of a BERT."""
+def run_bert(trained: str) -> dict[str, Any]:
+    """The same rows, in the same batches, through a BERT: `all` of it trains, its `biases`, or a `lora` of peft, r=8 on
+    the attention and MLP matrices."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -296,8 +299,13 @@ def run_peft_lora() -> dict[str, Any]:
         labels = torch.where(batch.answer_mask, batch.x0, -100)
         x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0)
         batches.append({"input_ids": x, "attention_mask": batch.attention_mask.long(), "labels": labels})
-    targets = r".*encoder\..*\.(query|key|value|dense)"  # our six matrices of a block, not the head's
-    model = get_peft_model(bert(), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    model: Any = bert()
+    if trained == "lora":
+        targets = r".*encoder\..*\.(query|key|value|dense)"  # our six matrices of a block, not the head's
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    if trained == "biases":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
     return {"seconds": plain_loop(model, batches)}
 
 
@@ -415,7 +423,9 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "adapters": lambda: run_method("adapters"),
     "bitfit": lambda: run_method("bitfit"),
     "full": lambda: run_method("full"),
-    "peft-lora": run_peft_lora,
+    "peft-lora": lambda: run_bert("lora"),
+    "bert-full": lambda: run_bert("all"),
+    "bert-bitfit": lambda: run_bert("biases"),
     "eval": lambda: run_eval("reviews", ROWS),
     "eval-plain": lambda: run_plain_eval("reviews", ROWS),
     "write": lambda: run_eval("write", 128, sampler="threshold"),
