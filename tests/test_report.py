@@ -53,6 +53,15 @@ def test_seeds_are_averaged_and_compared_with_full() -> None:
     assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
 
 
+def test_runs_with_fewer_threads_are_not_timed() -> None:
+    records = [record("full", seed, 0.8) | {"environment": {"threads": 2 - seed}} for seed in range(2)]
+    slow = records[1]["results"]
+    slow["finetune"] = {"seconds": 30.0, "peak_memory_mb": 500.0}
+    slow["eval"]["mood/dev"]["rows_per_second"] = 20.0
+    (row,) = (dict(zip(RESULT_COLUMNS, row, strict=True)) for row in result_rows(records))
+    assert (row["seeds"], row["train s"], row["peak MB"], row["rows/s"]) == (2, 10, 100, 100)
+
+
 def test_each_base_has_a_full_of_its_own_to_be_compared_with() -> None:
     other = {"base": {"path": "/x/encoder", "fingerprint": "g"}}
     stronger = [record("full", 0, 0.9) | other, record("bitfit", 0, 0.81) | other]

@@ -104,7 +104,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
     seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning of the same
     base on as many rows; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
-    was 95% of its own best (of ten points a run under `tinyld compare`).
+    was 95% of its own best (of ten points a run under `tinyld compare`). Where runs had unlike numbers of threads,
+    those with the most are timed.
     """
     cells: dict[Cell, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
@@ -128,7 +129,9 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         n = runs[0][1]["n"]
         low, high = interval([f["accuracy"] for _, f in runs], n)
         sizes, trials = first["parameters"], first.get("trials")
-        reached = [s for s in (seconds_to(0.95, r) for r, _ in runs) if s is not None]
+        threads = [r.get("environment", {}).get("threads", 0) for r, _ in runs]
+        timed = [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
+        reached = [s for s in (seconds_to(0.95, r) for r, _ in timed) if s is not None]
         about = (task, Path(first["base"]["path"]).name, method, settings(first), training(first))
         rows.append(
             (
@@ -140,10 +143,10 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
                 f"{100 / sizes['stored_percent']:.0f}",
-                round(_mean(r["results"]["finetune"]["seconds"] for r, _ in runs)),
+                round(_mean(r["results"]["finetune"]["seconds"] for r, _ in timed)),
                 round(_mean(reached)) if reached else None,
-                round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in runs)),
-                round(_mean(f["rows_per_second"] for _, f in runs)),
+                round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
+                round(_mean(f["rows_per_second"] for _, f in timed)),
             )
         )
     return rows
