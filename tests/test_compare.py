@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyld.compare import SUMMARY, TABLE, Compare, in_a_process, variants
+from tinyld.compare import SUMMARY, TABLE, Compare, Launcher, variants
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interrupt import Interrupted
+from tinyld.interrupt import SIGNALS, Interrupted, raise_at_signals
 from tinyld.report import RESULT_COLUMNS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
@@ -25,7 +30,10 @@ class Trainer:
         self.best_lr = best_lr
         self.ran: list[list[str]] = []
 
-    def __call__(self, command: list[str]) -> None:
+    def stop(self) -> None:
+        self.stopped = True
+
+    def run(self, command: list[str], jobs: int = 1) -> None:
         self.ran.append(command)
         option = {command[i]: command[i + 1] for i in range(1, len(command) - 1) if command[i].startswith("--")}
         if command[0] == "eval":
@@ -56,7 +64,7 @@ def grid(out: Path, trainer: Trainer, tasks: tuple[str, ...] = ("reviews",), **c
         "budget_minutes": None,
         "quiet": True,
         "say": lambda text: None,
-        "launch": trainer,
+        "launcher": trainer,
     }
     methods = variants("full,bitfit", LRS)
     return Compare(out, tasks, methods, **(options | changes))
@@ -102,7 +110,7 @@ def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_p
     class Stop(Exception):
         pass
 
-    def launch(command: list[str]) -> None:
+    def launch(command: list[str], jobs: int) -> None:
         ran.append(command)
         if len(ran) == 2:
             raise Stop
@@ -111,11 +119,11 @@ def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_p
         RunFolder(first.folder).write(ADAPTER, b"")
 
     ran: list[list[str]] = []
-    compare.launch = launch
+    compare.launcher.run = launch
     with pytest.raises(Stop):
         compare.run()
     assert ran[0][:3] == ["finetune", "--resume", str(first.folder)]
-    assert ran[1][-1] == "--force" and str(second.folder) in ran[1]
+    assert "--force" in ran[1] and str(second.folder) in ran[1]
 
 
 def test_a_cell_that_another_command_made_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -206,23 +214,106 @@ def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Pat
     assert text.count("<svg") == 5 and "denoising step and band" in text
 
 
-def test_a_signal_is_handed_on_to_the_process_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+def test_methods_are_trained_side_by_side_and_end_in_the_same_table(tmp_path: Path) -> None:
+    class Meeting(Trainer):
+        """Full's first run ends when BitFit's first one has begun."""
 
-    class Process:
-        def __init__(self, command: list[str], **options: Any):
-            told.append("started")
+        def run(self, command: list[str], jobs: int = 1) -> None:
+            assert jobs == 2 and "--quiet" in command
+            if len(self.ran) < 2:
+                both.wait(10)
+            super().run(command, jobs)
 
-        def wait(self) -> int:
-            if told[-1] == "started":
-                raise Interrupted(15)
-            told.append("waited for")
-            return 143
+    both = threading.Barrier(2)
+    records = grid(tmp_path / "two", Meeting(), jobs=2).run()
+    alone = grid(tmp_path / "one", Trainer()).run()
+    assert [r["run"] for r in records] == [r["run"] for r in alone]
+    assert (tmp_path / "two" / TABLE).read_text() == (tmp_path / "one" / TABLE).read_text()
 
-        def terminate(self) -> None:
-            told.append("told")
 
+def test_when_one_fails_the_others_are_stopped_and_no_more_begin(tmp_path: Path) -> None:
+    class Failing(Trainer):
+        """Bitfit fails while full trains."""
+
+        told = threading.Event()
+
+        def stop(self) -> None:
+            self.told.set()
+
+        def run(self, command: list[str], jobs: int = 1) -> None:
+            if "bitfit" in command:
+                raise TinyldError("no")
+            assert self.told.wait(10)
+            super().run(command, jobs)
+
+    trainer = Failing()
+    with pytest.raises(TinyldError, match="^no$"):
+        grid(tmp_path, trainer, jobs=2).run()
+    assert len(trainer.ran) == 1, "full's first rate ended, its second never began"
+
+
+class Process:
+    """Stands in for subprocess.Popen: ends once it is told to, or after its time."""
+
+    seconds = 10.0
+    started: list[Process] = []
+
+    def __init__(self, command: list[str], env: dict[str, str], **options: Any):
+        self.told, self.threads = threading.Event(), env.get("OMP_NUM_THREADS")
+        self.started.append(self)
+
+    def wait(self) -> int:
+        return 143 if self.told.wait(self.seconds) else 0
+
+    def terminate(self) -> None:
+        self.told.set()
+
+
+def test_a_stop_is_handed_on_to_every_process_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinyld.compare.subprocess.Popen", Process)
-    with pytest.raises(Interrupted):
-        in_a_process(["finetune"])
-    assert told == ["started", "told", "waited for"]
+    monkeypatch.setattr(Process, "started", [])
+    launcher = Launcher()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(launcher.run, ["finetune"], 2) for _ in range(2)]
+        while len(launcher.running) < 2:
+            time.sleep(0.001)
+        launcher.stop()
+        for run in [*runs, pool.submit(launcher.run, ["eval"], 2)]:  # nor may one begin after it
+            with pytest.raises(TinyldError, match="failed; finished runs are kept"):
+                run.result(5)
+    assert all(p.told.is_set() for p in Process.started) and len(Process.started) == 3 and not launcher.running
+
+
+@pytest.mark.parametrize(("cores", "jobs", "threads"), [(8, 2, "4"), (8, 1, None), (2, 4, "1")])
+def test_runs_side_by_side_share_the_threads(
+    monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int, threads: str | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("tinyld.compare.os.cpu_count", lambda: cores)
+    monkeypatch.setattr("tinyld.compare.subprocess.Popen", Process)
+    monkeypatch.setattr(Process, "started", [])
+    monkeypatch.setattr(Process, "seconds", 0.0)
+    Launcher().run(["eval"], jobs)
+    assert [p.threads for p in Process.started] == [threads]
+
+
+def test_a_signal_stops_the_grid(tmp_path: Path) -> None:
+    class Interrupting(Trainer):
+        told = threading.Event()
+
+        def stop(self) -> None:
+            self.told.set()
+
+        def run(self, command: list[str], jobs: int = 1) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.told.wait(10)
+            raise TinyldError("it was stopped")
+
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    raise_at_signals()
+    try:
+        with pytest.raises(Interrupted):
+            grid(tmp_path, Interrupting()).run()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

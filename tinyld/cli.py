@@ -569,6 +569,7 @@ def compare(
     base: BasePath = None,
     device: Device = "auto",
     budget_minutes: Annotated[float | None, typer.Option(help="Begin no run after this long.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, which share the processor's threads.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished in it is not run again.")] = Path(
         "runs/compare"
     ),
@@ -582,7 +583,7 @@ def compare(
     tasks = task or ["reviews"]
     compare(
         tasks, methods, seeds, trials, epochs, steps, batch_size, list(limit or [None]), data, base, device,
-        budget_minutes, out, save, json, quiet,
+        budget_minutes, jobs, out, save, json, quiet,
     )  # fmt: skip
 
 

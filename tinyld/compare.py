@@ -2,16 +2,20 @@
 
 A cell is `OUT/<task>_<variant>_lr<rate>_s<seed>`. What is finished is read, what was interrupted goes on, so that the
 same command again does only what is missing. Tuning: seed 0 at every rate of the grid, the best on dev by decoded
-accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once, by the chosen runs. No torch here.
+accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once, by the chosen runs. With several
+`jobs`, as many methods are trained side by side, each with its share of the threads. No torch here.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,11 +130,15 @@ class Compare:
     say: Say
     limits: Sequence[int | None] = (None,)  # training rows that each method gets; None is all
     eval_every: Mapping[tuple[str, int | None], int] = field(default_factory=dict)  # steps, by task and limit
-    launch: Callable[[list[str]], None] = field(default_factory=lambda: in_a_process)
+    jobs: int = 1
+    launcher: Launcher = field(default_factory=lambda: Launcher())
     started: float = field(default_factory=time.monotonic)
     spent: list[float] = field(default_factory=list)  # seconds of each cell run here
+    met: int = 0  # cells that were run here or found finished
+    error: BaseException | None = None  # why no more runs begin
 
     def __post_init__(self) -> None:
+        self.lock = threading.Lock()
         check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
         check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
         check(len(self.tasks) > 0, "compare needs at least one --task")
@@ -150,7 +158,7 @@ class Compare:
         command += ["--data", str(self.data)] if self.data else []
         command += ["--base", str(self.base)] if self.base else []
         command += ["--device", self.device]
-        return Cell(folder, [*command, "--out", str(folder), "--json", *(["--quiet"] if self.quiet else [])])
+        return Cell(folder, [*command, "--out", str(folder), "--json"])
 
     def rates(self, variant: Variant) -> list[float]:
         return [float(f"{variant.lr * multiple:.3g}") for multiple in GRID[: self.trials]]
@@ -164,36 +172,44 @@ class Compare:
     def run(self) -> list[dict[str, Any]]:
         """Runs what is missing; returns the records of every (task, rows, method) whose seeds are all there."""
         todo = [(t, n, v) for t in self.tasks for n in self.limits for v in self.methods]
-        seeds = range(self.seeds)
         make_folder(self.out)
+        seeds = range(self.seeds)
         self.claim([self.cell(t, v, lr, seed, n) for t, n, v in todo for lr in self.rates(v) for seed in seeds])
-        records: list[dict[str, Any]] = []
-        left = self.total()
-        for task, limit, variant in todo:
-            cells = [self.cell(task, variant, lr, 0, limit) for lr in self.rates(variant)]
-            done = all([self.finish(c, left - i) for i, c in enumerate(cells)])
-            left -= len(cells)
-            if done:
-                best = max(range(len(cells)), key=lambda i: cells[i].dev())
-                chosen = [self.cell(task, variant, self.rates(variant)[best], s, limit) for s in seeds]
-                done = all([self.finish(c, left - i) for i, c in enumerate(chosen[1:])])
-            left -= self.seeds - 1
-            if not done:
-                continue
-            trials = [
-                {"lr": lr, "dev_accuracy": c.dev()[0], "dev_nll_bound": -c.dev()[1]}
-                for lr, c in zip(self.rates(variant), cells, strict=True)
-            ]
-            records += [self.evaluated(task, c) | {"trials": trials} for c in chosen]
-            self.write(records)
-        return records
+        found: dict[int, list[dict[str, Any]]] = {}
+        with ThreadPoolExecutor(self.jobs) as pool:
+            pending = {pool.submit(self.tuned, *what): i for i, what in enumerate(todo)}
+            try:
+                for future in as_completed(pending):
+                    found[pending[future]] = future.result()
+                    self.write([record for i in sorted(found) for record in found[i]])
+            except BaseException as error:  # the others save and end
+                self.error = error if isinstance(error, Interrupted) else self.error or error
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.launcher.stop()
+                raise self.error from None
+        return [record for i in sorted(found) for record in found[i]]
+
+    def tuned(self, task: str, limit: int | None, variant: Variant) -> list[dict[str, Any]]:
+        """The records of all seeds at the best rate; none when the budget of time is used up."""
+        cells = [self.cell(task, variant, lr, 0, limit) for lr in self.rates(variant)]
+        if not all([self.finish(cell) for cell in cells]):
+            return []
+        best = max(range(len(cells)), key=lambda i: cells[i].dev())
+        chosen = [self.cell(task, variant, self.rates(variant)[best], seed, limit) for seed in range(self.seeds)]
+        if not all([self.finish(cell) for cell in chosen[1:]]):
+            return []
+        trials = [
+            {"lr": lr, "dev_accuracy": c.dev()[0], "dev_nll_bound": -c.dev()[1]}
+            for lr, c in zip(self.rates(variant), cells, strict=True)
+        ]
+        return [self.evaluated(task, c) | {"trials": trials} for c in chosen]
 
     def claim(self, cells: Sequence[Cell]) -> None:
         """Writes down what makes each cell; TinyldError when one was made otherwise, as it must not pass for this."""
         path = self.out / COMMANDS
         known = read_json(path) if path.exists() else {}
         for cell in cells:
-            words = [word for word in cell.command if word not in ("--quiet", "--json")]
+            words = [word for word in cell.command if word != "--json"]
             asked = f"{' '.join(['tinyld', *words])} (base {self.fingerprint})"
             if cell.folder.exists() and known.get(cell.folder.name) != asked:
                 made_by = known.get(cell.folder.name, "a command that is not known")
@@ -201,26 +217,40 @@ class Compare:
             known[cell.folder.name] = asked
         write_atomic(path, to_json(known))
 
-    def finish(self, cell: Cell, left: int) -> bool:
+    def finish(self, cell: Cell) -> bool:
         """Runs a cell unless it is finished; False when the budget of time is used up."""
+        if not cell.finished and self.out_of_time():
+            return False
+        with self.lock:
+            left = self.total() - self.met
+            self.met += 1
         if cell.finished:
             return True
-        if self.out_of_time():
-            return False
-        eta = f"; about {left * sum(self.spent) / len(self.spent) / 60:.0f} min left" if self.spent else ""
+        minutes = left * sum(self.spent) / max(1, len(self.spent)) / min(self.jobs, left) / 60
+        eta = f"; about {minutes:.0f} min left" if self.spent else ""
         self.say(f"-- {left} of {self.total()} runs to go{eta}: tinyld {' '.join(cell.command)}")
         began = time.monotonic()
         folder = RunFolder(cell.folder)
         if cell.folder.exists() and not folder.is_run() and not folder.checkpoints():
             shutil.rmtree(cell.folder)  # ours, and cut short before it had anything
         if folder.checkpoints():
-            self.launch(["finetune", "--resume", str(cell.folder), "--json", *(["--quiet"] if self.quiet else [])])
+            self.launch(["finetune", "--resume", str(cell.folder), "--json"])
         else:
             self.launch([*cell.command, *(["--force"] if folder.is_run() else [])])
         self.spent.append(time.monotonic() - began)
         accuracy, nll = cell.dev()
-        self.say(f"   dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {self.spent[-1]:.0f} s")
+        self.say(f"   {cell.folder.name}: dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {self.spent[-1]:.0f} s")
         return True
+
+    def launch(self, command: list[str]) -> None:
+        """Runs tinyld unless the grid is ending; bars of progress are shown where only one process has them."""
+        if self.error is not None:
+            raise TinyldError("another run of the grid failed")
+        try:
+            self.launcher.run([*command, *(["--quiet"] if self.quiet or self.jobs > 1 else [])], self.jobs)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
 
     def evaluated(self, task: str, cell: Cell) -> dict[str, Any]:
         """The cell's record with its evaluation on test, or on dev where the task has no test rows."""
@@ -229,9 +259,8 @@ class Compare:
         if f"{loaded.name}/{split}" not in RunFolder(cell.folder).read_json(RESULTS).get("eval", {}):
             where = ["--data", str(self.data)] if self.data else []
             base = ["--base", str(self.base)] if self.base else []
-            quiet = ["--quiet"] if self.quiet else []
             device = ["--device", self.device]
-            self.launch(["eval", str(cell.folder), "--split", split, *where, *base, *device, "--json", *quiet])
+            self.launch(["eval", str(cell.folder), "--split", split, *where, *base, *device, "--json"])
         return run_record(cell.folder)
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
@@ -241,17 +270,30 @@ class Compare:
             write_atomic(self.out / PAGE, page(records, " ".join(["tinyld", *sys.argv[1:]])).encode())
 
 
-def in_a_process(command: list[str]) -> None:
-    """Runs tinyld in a process of its own, so that its memory and its failure are its own.
+class Launcher:
+    """Runs tinyld in processes of their own, so that their memory and their failures are their own."""
 
-    A signal is handed on, and waited for: the process ends its step and saves.
-    """
-    process = subprocess.Popen([sys.executable, "-m", "tinyld", *command], stdout=subprocess.DEVNULL)
-    try:
-        code = process.wait()
-    except Interrupted:
-        process.terminate()
-        process.wait()
-        raise
-    if code:
-        raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def run(self, command: list[str], jobs: int = 1) -> None:
+        """Runs one process to its end, one of `jobs` that share the threads; TinyldError when it fails."""
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+        words = [sys.executable, "-m", "tinyld", *command]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | threads)
+        self.running.add(process)
+        if self.stopped:
+            process.terminate()
+        try:
+            code = process.wait()
+        finally:
+            self.running.discard(process)
+        if code:
+            raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")
+
+    def stop(self) -> None:
+        """Hands a stop on to all of them: they end their step and save."""
+        self.stopped = True
+        for process in tuple(self.running):
+            process.terminate()

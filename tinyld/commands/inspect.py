@@ -270,6 +270,7 @@ def compare(
     base: Path | None,
     device: str,
     budget_minutes: float | None,
+    jobs: int,
     out: Path,
     save: Path | None,
     json: bool,
@@ -306,7 +307,7 @@ def compare(
     flags = [*budget, "--batch-size", str(batch_size)]
     grid = Compare(
         out, tasks, chosen, seeds, trials, flags, data, base, fingerprint(folder), device, budget_minutes, quiet,
-        say_to_stderr(quiet), limits, eval_every,
+        say_to_stderr(quiet), limits, eval_every, jobs,
     )  # fmt: skip
     records = grid.run()
     keep_records(records, save)
