@@ -404,6 +404,17 @@ def test_adapters_of_one_base_in_two_types_are_not_composed(place: Path, pair: t
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
+def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+    run = adapters["trajectory-lora"][0]
+    own, kept = good("eval", run, "--json").json[0], (run / RESULTS).read_bytes()
+    small = good("eval", run, "--base-dtype", "int8", "--json").json[0]
+    assert small["nll_bound"] != own["nll_bound"]
+    assert small["nll_bound"] == pytest.approx(own["nll_bound"], rel=0.05), "127 levels a row"
+    assert (run / RESULTS).read_bytes() == kept, "it is no result of the run's own base"
+    refused = cli("eval", adapters["full"][0], "--base-dtype", "int8")
+    assert refused.code == 2 and "is for frozen weights; full trains them all" in refused.stderr
+
+
 OPPOSITE = """
 template = "{label} : {answer}"
 answer_tokens = 4

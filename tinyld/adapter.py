@@ -10,8 +10,8 @@ import torch
 
 from tinyld.base import Base, check_amount, load_base, load_exactly
 from tinyld.config import to_dict
-from tinyld.errors import TinyldError
-from tinyld.methods import METHODS, Method, read_config
+from tinyld.errors import TinyldError, UsageError
+from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.runs import ADAPTER, CONFIG, RunFolder
 from tinyld.shrink import BASE_DTYPES
@@ -64,18 +64,24 @@ def find_base(config: dict[str, Any], run: Path, override: Path | None, default:
 
 
 def load_adapter(
-    folder: RunFolder, default_base: Path, base_path: Path | None = None, device: torch.device | str = "cpu"
+    folder: RunFolder,
+    default_base: Path,
+    base_path: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
 ) -> Adapted:
-    """An adapter on its base; refuses a base with another fingerprint."""
+    """An adapter on its base, kept in `dtype` or else as in training; refuses a base with another fingerprint."""
     config = folder.config
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
     where = str(folder.path / CONFIG)
     found = find_base(config, folder.path, base_path, default_base)
-    base = load_base(found, device, base_dtype(config, where))
+    method, settings = read_config(config["method"], where)
+    dtype = base_dtype(config, where) if dtype is None else dtype
+    check_frozen(method.name, dtype)
+    base = load_base(found, device, dtype)
     check_base(config, base, folder.path)
     check_bands(config, where)
-    method, settings = read_config(config["method"], where)
     tensors = folder.read_tensors(ADAPTER)
     check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
     adapted = attach(base, method.name, settings, config["task"])
@@ -90,6 +96,12 @@ def base_dtype(config: dict[str, Any], where: str) -> str:
     if dtype not in BASE_DTYPES:
         raise TinyldError(f"{where}: base dtype must be one of {', '.join(BASE_DTYPES)}, got {dtype!r}")
     return str(dtype)
+
+
+def check_frozen(method: str, dtype: str) -> None:
+    """UsageError when a method's own weights would be what `dtype` makes smaller."""
+    if dtype != "fp32" and method == Full.name:
+        raise UsageError(f"--base-dtype {dtype} is for frozen weights; full trains them all")
 
 
 def check_bands(config: dict[str, Any], where: str) -> None:

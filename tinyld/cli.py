@@ -393,6 +393,10 @@ def eval(
     ] = None,
     judge: Annotated[Path | None, typer.Option(help="With --then: the run that labels what was written.")] = None,
     base: BasePath = None,
+    base_dtype: Annotated[
+        Literal["fp32", "bf16", "int8"] | None,
+        typer.Option(help="What the base's frozen matrices are kept in; default: as when it was trained."),
+    ] = None,
     sampler: Sampler = "low_confidence",
     steps: DenoiseSteps = None,
     temperature: Temperature = 0.0,
@@ -410,17 +414,21 @@ def eval(
     from tinyld.commands.evaluate import eval, eval_chain, eval_text
 
     sampling = SampleConfig(sampler, steps, temperature, threshold, seed=seed)
-    if text and (task or data or limit or predictions or then or judge):
+    if text and (task or data or limit or predictions or then or judge or base_dtype):
         raise UsageError("--text measures running text; it takes --draws, --dtype and --device only")
     if text:
         return eval_text(runs or [], text, base, draws, dtype, device, json, quiet)
     if then is not None or judge is not None:
+        if base_dtype is not None:
+            raise UsageError("--base-dtype measures answers to a task; --then has none")
         if then is None or judge is None or task is None or not runs or len(runs) != 1:
             raise UsageError("--then takes one run, --task and --judge")
         return eval_chain(
             runs[0], task, then, judge, split, data, base, sampling, limit, dtype, device, predictions, json, quiet
         )
-    eval(runs or [], task, split, data, base, sampling, draws, limit, dtype, device, predictions, json, quiet)
+    eval(
+        runs or [], task, split, data, base, base_dtype, sampling, draws, limit, dtype, device, predictions, json, quiet
+    )
 
 
 @app.command()

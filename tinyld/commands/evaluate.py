@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from tinyld.evaluate import Evaluation
 
 
-def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, list[str]]:
-    """The run's denoiser as a Base, and the tasks it was made for (none for a base, or a LoRA in PEFT's layout)."""
+def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None = None) -> tuple[Base, list[str]]:
+    """The run's denoiser as a Base, and the tasks it was made for (none for a base, or a LoRA in PEFT's layout).
+
+    The base's frozen matrices are kept in `dtype`, or else as when the run was made.
+    """
     from tinyld.adapter import base_dtype, find_base, load_adapter
     from tinyld.base import load_base
     from tinyld.compose import attach_static, load_composition
@@ -31,17 +34,18 @@ def load_run(path: Path, base_path: Path | None, device: str) -> tuple[Base, lis
 
     where = resolve_device(device)
     if is_peft(path):
-        base = load_base(base_path or default_base(), where)
+        base = load_base(base_path or default_base(), where, dtype or "fp32")
         attach_static(base, (WeightLora.name, *load_peft(path, base.model.config, base.fingerprint)), path)
         return base, []
     folder = RunFolder.open(path)
     config = folder.config
     if config["kind"] == "base":
-        return load_base(path, where), []
+        return load_base(path, where, dtype or "fp32"), []
     if config["kind"] == "adapter":
-        adapted = load_adapter(folder, default_base(), base_path, where)
+        adapted = load_adapter(folder, default_base(), base_path, where, dtype)
         return adapted.base, [adapted.task]
-    base = load_base(find_base(config, path, base_path, default_base()), where, base_dtype(config, str(path)))
+    kept_in = base_dtype(config, str(path)) if dtype is None else dtype
+    base = load_base(find_base(config, path, base_path, default_base()), where, kept_in)
     load_composition(folder, base)
     return base, [m["task"] for m in config["members"]]
 
@@ -74,6 +78,7 @@ def eval(
     split: str,
     data: Path | None,
     base_path: Path | None,
+    base_dtype: str | None,
     sampling: SampleConfig,
     draws: int,
     limit: int | None,
@@ -90,7 +95,7 @@ def eval(
     lines = ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else split
     for run in runs:
-        base, tasks = load_run(run, base_path, device)
+        base, tasks = load_run(run, base_path, device, base_dtype)
         if task is not None:
             tasks = [task]
         if not tasks:
@@ -101,7 +106,7 @@ def eval(
             record = {"run": str(run), "split": source, **found.record()}
             records.append(record)
             lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
-            if limit is None:  # a part is no result of the run
+            if limit is None and base_dtype is None:  # a part, or another base than its own, is no result of the run
                 remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()})
     if predictions is not None:
         from tinyld.runs import write_atomic

@@ -52,8 +52,9 @@ def finetune_job(
     base_dtype: str = "fp32",
 ) -> FinetuneJob:
     """The job with what was left open filled in: the method's learning rate, 3 epochs, the released base."""
+    from tinyld.adapter import check_frozen
     from tinyld.base import read_model_config
-    from tinyld.methods import METHODS, Full
+    from tinyld.methods import METHODS
 
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -66,8 +67,7 @@ def finetune_job(
     if task.endswith(".toml"):
         task = str(Path(task).resolve())
     config = TrainConfig(**training)
-    if base_dtype != "fp32" and method == Full.name:
-        raise UsageError(f"--base-dtype {base_dtype} is for frozen weights; full trains them all")
+    check_frozen(method, base_dtype)
     return FinetuneJob(task, method, options, where, data, limit, diffusion, config, cache_gb, base_dtype)
 
 
