@@ -85,6 +85,18 @@ def test_equal_adapters_average_to_themselves_and_order_does_not_matter(config: 
     assert not torch.allclose(found, alone, atol=1e-3)
 
 
+def test_adapters_that_push_at_unlike_places_add_up(config: ModelConfig) -> None:
+    """Where only one has a place, only that one pushes: with the other's up-projections at zero it is alone."""
+    (within, alone), (plain, other) = trained_member(config, "tied-within"), trained_member(config, "best-2", 1)
+    silent = [
+        replace(m, tensors={n: p * 0 if n.endswith("up") else p for n, p in m.tensors.items()}) for m in (within, plain)
+    ]
+    found = composed_logits(config, (within, 1.0), (silent[1], 1.0))
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    found = composed_logits(config, (plain, 1.0), (silent[0], 1.0))
+    torch.testing.assert_close(found, other, atol=1e-5, rtol=1e-5)
+
+
 @each
 def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path: Path, case: str) -> None:
     members = [replace(trained_member(config, case, seed)[0], weight=0.5 + seed) for seed in (0, 1)]

@@ -76,6 +76,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper-blocks": ("trajectory-lora", {"recipe": "paper", "ranks": (3, 3, 3), "blocks": 2}),
     "separate": trajectory(sharing="separate", blocks=1),
     "nested-gate-modules": trajectory(conditioning="gate", modules=2, blocks=2, lambda_rank=0.01, lambda_orth=0.01),
+    "within": trajectory(blocks=2, within=True),
+    "tied-within": trajectory(blocks=1, tied=True, within=True, activation="none"),
     "tied": trajectory(blocks=2, tied=True),
     "tied-gate-modules": trajectory(blocks=1, tied=True, conditioning="gate", modules=2, lambda_orth=0.01),
     "tied-separate-linear": trajectory(blocks=1, tied=True, sharing="separate", activation="none"),
@@ -291,6 +293,8 @@ COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
     "fast": lambda m, c: max(c.ranks) * (32 + 32 + TIME_WIDTH) + 3 + 4 * 32 * c.attend,
     "mix-1": lambda m, c: 2 * (4 * (32 + 32 + TIME_WIDTH) + 2),
     "attend-2": lambda m, c: 3 * (4 * (32 + 32 + TIME_WIDTH) + 4 * 32 * 16),
+    "within": lambda m, c: 5 * 4 * (32 + 32 + TIME_WIDTH),  # before and within two blocks, and the final state
+    "tied-within": lambda m, c: 4 * (32 + 32 + TIME_WIDTH) + 3 * 4,
     "tied": lambda m, c: 4 * (32 + 32 + TIME_WIDTH) + 3 * 4,
     "tied-gate-modules": lambda m, c: 2 * 4 * (32 + 32 + TIME_WIDTH) + 2 * 2 * 4 * (32 + 1),
     "tied-separate-linear": lambda m, c: (4 + 2 + 1) * (32 + 32 + TIME_WIDTH + 2),
@@ -511,7 +515,7 @@ def test_only_the_units_of_the_bands_in_the_batch_get_gradient(
     h, prompt_mask = torch.randn(6, 30, 32, generator=generator), torch.ones(6, 30, dtype=torch.bool)
     times = torch.tensor([MIDDLES[bands[i % len(bands)]] for i in range(6)])
     push_at = method.push.start(times, prompt_mask)
-    for depth in range(method.first_depth, config.num_layers + 1):
+    for depth in method.push.depths:
         push_at(depth, h).square().sum().backward()
     units = method.config.modules * method.config.stored_rank
     expected = sorted({u for band in bands for u in used_units(method.config, band)})
@@ -541,11 +545,11 @@ def test_a_push_is_the_papers_formula_row_by_row(config: ModelConfig, case: str)
     prompt = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
     start = method.push.start(t, prompt)
-    for place in range(settings.blocks + 1):
+    for place, depth in enumerate(method.push.depths):
         names = {n: 0 if settings.tied and n in ("up", "down") else place for n in ("up", "down", "gate", "gain")}
         own = {n: method.own[f"places.{at}.{n}"].detach() for n, at in names.items() if _has(method, at, n)}
         with torch.no_grad():
-            found = start(method.first_depth + place, h)
+            found = start(depth, h)
         for row, band in enumerate((2, 0, 1)):
             normal = (h[row] - h[row].mean(-1, keepdim=True)) / (
                 h[row].var(-1, keepdim=True, correction=0) + 1e-5

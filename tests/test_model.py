@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,37 +205,71 @@ def test_nll_stays_finite_where_the_target_is_all_but_impossible(lively: Denoise
 class RecordingPush:
     """A push that adds its own depth, scaled by t, and writes down where it was asked."""
 
-    def __init__(self, first_depth: int, reads_depths: bool = False):
+    def __init__(self, first_depth: int, reads_depths: bool = False, pushes_within: bool = False):
         self.first_depth = first_depth
-        self.reads_depths = reads_depths
-        self.seen: list[int] = []
+        self.reads_depths, self.pushes_within = reads_depths, pushes_within
+        self.seen: list[float] = []
 
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> Callable[[int, Tensor], Tensor]:
-        def push_at(depth: int, h: Tensor) -> Tensor:
+    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> Callable[[float, Tensor], Tensor]:
+        def push_at(depth: float, h: Tensor) -> Tensor:
             self.seen.append(depth)
             if self.reads_depths:
-                assert len(history) == depth + 1 and history[-1] is h
+                assert len(history) == int(depth) + 1 and (history[-1] is h) == (depth == int(depth))
                 return sum(history)
             return torch.ones_like(h) * (depth + 1) * t[:, None, None] + prompt_mask[..., None]
 
         return push_at
 
 
+@pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("reads_depths", [False, True])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
-def test_a_cached_continuation_equals_the_uncached_pass(lively: Denoiser, first_depth: int, reads_depths: bool) -> None:
+def test_a_cached_continuation_equals_the_uncached_pass(
+    lively: Denoiser, first_depth: int, reads_depths: bool, within: bool
+) -> None:
     x = random_ids(lively, 3, 9)
     mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 6])[:, None]
     t, prompt = torch.tensor([0.2, 0.5, 1.0]), mask & (torch.arange(9)[None, :] < 2)
     below: list[Tensor] = []
     kept = lively.run_blocks(lively.embed(x), mask, 0, first_depth, history=below)
     kept = torch.stack([*below, kept] if reads_depths else [kept], dim=2)
-    lively.push = RecordingPush(first_depth, reads_depths)
+    lively.push = RecordingPush(first_depth, reads_depths, within)
     uncached = lively.states(x, t, mask, prompt)
-    assert lively.push.seen == list(range(first_depth, 3)), "before every block from first_depth, and at the end"
+    halves = range(2 * first_depth, 5, 1 if within else 2)
+    assert lively.push.seen == [i / 2 for i in halves], "at every depth from first_depth to the end"
     other_ids = torch.zeros_like(x)  # shows that nothing below first_depth runs again
     cached = lively.states(other_ids, t, mask, prompt, cached=kept)
     assert torch.equal(cached, uncached)
+
+
+class PushWithin:
+    """Adds a constant between attention and MLP of the last block, and nothing elsewhere."""
+
+    first_depth, reads_depths, pushes_within = 1, False, True
+
+    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> Callable[[float, Tensor], Tensor]:
+        return lambda depth, h: torch.full_like(h, 3.0 if depth == 1.5 else 0.0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_push_within_a_block_is_what_the_mlp_reads_and_the_stream_keeps(
+    config: ModelConfig, norm_first: bool, recompute: bool
+) -> None:
+    model = Denoiser(replace(config, norm_first=norm_first), torch.Generator().manual_seed(0)).eval()
+    model.recompute = recompute
+    x, block = random_ids(model, 2, 7), model.blocks[1]
+    ones = torch.ones_like(x, dtype=torch.bool)
+    h = model.run_blocks(model.embed(x), None, 0, 1)
+    angles = (model.cos[:7], model.sin[:7])
+    if norm_first:
+        h = h + block.attend(block.attention_norm(h), angles, None) + 3.0
+        h = h + block.down(F.gelu(block.up(block.mlp_norm(h))))
+    else:
+        h = block.attention_norm(h + block.attend(h, angles, None)) + 3.0
+        h = block.mlp_norm(h + block.down(F.gelu(block.up(h))))
+    model.push = PushWithin()
+    torch.testing.assert_close(model.states(x, torch.ones(2), ones, ones), h, atol=1e-5, rtol=1e-5)
 
 
 def test_a_push_that_is_told_neither_t_nor_prompt_is_refused(lively: Denoiser) -> None:

@@ -285,6 +285,12 @@ def finetune(
     blocks: Annotated[
         int | None, typer.Option(help="trajectory-lora: last blocks that are pushed; 0: final state.")
     ] = None,
+    within: Annotated[
+        bool | None,
+        typer.Option(
+            "--within/--no-within", help="trajectory-lora: push between attention and MLP of those blocks too."
+        ),
+    ] = None,
     tied: Annotated[
         bool | None, typer.Option("--tied/--no-tied", help="trajectory-lora: all places share their rank units.")
     ] = None,
@@ -361,8 +367,8 @@ def finetune(
     options = {
         "recipe": recipe, "budget": share(budget, "--budget"),
         "ranks": ranks if ranks == "auto" else numbers(ranks, int, "--ranks"),
-        "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "tied": tied,
-        "activation": activation, "sharing": sharing, "read": read, "attend": attend,
+        "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "within": within,
+        "tied": tied, "activation": activation, "sharing": sharing, "read": read, "attend": attend,
         "conditioning": conditioning, "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
         "alpha": alpha, "targets": None if targets is None else tuple(targets.split(",")), "rslora": rslora,
         "core": core,

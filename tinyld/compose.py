@@ -70,6 +70,10 @@ class Composition(nn.Module):
         return 0 if self.router is not None else min(p.first_depth for p in self.pushes)
 
     @property
+    def pushes_within(self) -> bool:
+        return any(p.pushes_within for p in self.pushes)
+
+    @property
     def reads_depths(self) -> bool:
         return any(p.reads_depths for p in self.pushes)
 
@@ -81,16 +85,16 @@ class Composition(nn.Module):
         return self.router(prompt_features(embedded, prompt_mask)) * fixed
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        parts = [(p.first_depth, p.start(t, prompt_mask, history)) for p in self.pushes]
+        parts = [(p, p.start(t, prompt_mask, history)) for p in self.pushes]
         shares: Tensor | None = None
 
-        def push_at(depth: int, h: Tensor) -> Tensor:
+        def push_at(depth: float, h: Tensor) -> Tensor:
             nonlocal shares
             if shares is None:
                 shares = self.route(h, prompt_mask)
             total = torch.zeros_like(h)
-            for j, (first, delta) in enumerate(parts):
-                if depth >= first and bool((shares[:, j] != 0).any()):
+            for j, (push, delta) in enumerate(parts):
+                if depth in push.depths and bool((shares[:, j] != 0).any()):
                     total = total + shares[:, j, None, None].to(h.dtype) * delta(depth, h)
             return total
 

@@ -80,7 +80,7 @@ def interference(base: Base, pushes: dict[str, TrajectoryPush], rows: dict[str, 
         angles = []
         last = base.model.config.num_layers
         for depth in range(max(p.first_depth for p in (pushes[one], pushes[other])), last + 1):
-            ups = [pushes[p].places[depth - pushes[p].first_depth].up for p in (one, other)]
+            ups = [pushes[p].place_at(depth).up for p in (one, other)]
             found = principal_cosines(*ups)
             angles += [float(found.mean())] if len(found) else []
         record["principal_cosine"] = float(np.mean(angles)) if angles else None

@@ -4,12 +4,14 @@ It knows nothing of schedules, tasks or methods. Methods meet it at four seams:
   - `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
   - every Linear of a block, which is *called* (so it can be wrapped), and every bias;
   - `Denoiser.clock`, which is told t before every forward pass;
-  - `Denoiser.push`, which may change the residual stream before any block and after the last one.
+  - `Denoiser.push`, which may change the residual stream before any block, within it (between attention and MLP) and
+    after the last one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +23,9 @@ from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
-PushAt = Callable[[int, Tensor], Tensor]  # (depth, h) -> what is added to h, both (B, L, D)
+PushAt = Callable[
+    [float, Tensor], Tensor
+]  # (depth, h) -> what is added to h, both (B, L, D); d + 1/2 is within block d
 
 
 class Push(Protocol):
@@ -33,6 +37,11 @@ class Push(Protocol):
         ...
 
     @property
+    def pushes_within(self) -> bool:
+        """Whether it is called within blocks as well, after the attention."""
+        ...
+
+    @property
     def reads_depths(self) -> bool:
         """Whether it reads the states below as well, so that the pass must keep them."""
         ...
@@ -40,8 +49,9 @@ class Push(Protocol):
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
         """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers.
 
+        With `pushes_within`, the depths go up by halves: d + 1/2 lies between attention and MLP of block d.
         With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has the states before blocks
-        0 to d, the last of them h.
+        0 to d, for a whole d the last of them h.
         """
         ...
 
@@ -122,11 +132,20 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def forward(self, h: Tensor, angles: Angles | None, key_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        angles: Angles | None,
+        key_mask: Tensor | None,
+        push: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """`push` (B, L, D) -> (B, L, D) is added to the states between attention and MLP."""
         if self.norm_first:
             h = h + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask))
+            h = h if push is None else h + push(h)
             return h + self.after_mlp(self.down(F.gelu(self.up(self.mlp_norm(h)))))
         h = self.attention_norm(h + self.after_attention(self.attend(h, angles, key_mask)))
+        h = h if push is None else h + push(h)
         return self.mlp_norm(h + self.after_mlp(self.down(F.gelu(self.up(h)))))
 
 
@@ -186,11 +205,12 @@ class Denoiser(nn.Module):
         stop: int,
         push_at: PushAt | None = None,
         history: list[Tensor] | None = None,
+        within: bool = False,
     ) -> Tensor:
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
         attention_mask: (B, L) bool, or None when no position is padding. The states before each block that runs are
-        appended to `history`.
+        appended to `history`. `within`: push_at is called within the blocks as well.
         """
         length, dtype = h.shape[1], compute_dtype(h)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
@@ -200,11 +220,12 @@ class Denoiser(nn.Module):
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
+            push = partial(push_at, depth + 0.5) if push_at is not None and within else None
             block = self.blocks[depth]
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, angles, key_mask, use_reentrant=False)
+                h = checkpoint(block, h, angles, key_mask, push, use_reentrant=False)
             else:
-                h = block(h, angles, key_mask)
+                h = block(h, angles, key_mask, push)
         return h
 
     def states(
@@ -238,7 +259,7 @@ class Denoiser(nn.Module):
             if history is not None:
                 history += below
         push_at = self.push.start(t, prompt_mask, history if history is not None else ())
-        h = self.run_blocks(h, attention_mask, first, last, push_at, history)
+        h = self.run_blocks(h, attention_mask, first, last, push_at, history, self.push.pushes_within)
         if history is not None:
             history.append(h)
         return h + push_at(last, h)

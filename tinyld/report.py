@@ -268,8 +268,9 @@ def identity(record: Mapping[str, Any]) -> str:
 # Options that need no words: every other value is shown.
 USUAL: dict[str, Any] = {
     "alpha": 16.0, "rslora": False, "core": False, "targets": ["query", "key", "value", "out", "up", "down"],
-    "sigma": [1.0, 0.5, 0.25], "modules": 1, "tied": False, "activation": "relu", "sharing": "nested", "read": "state",
-    "attend": 0, "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0, "ranks": [],
+    "sigma": [1.0, 0.5, 0.25], "modules": 1, "within": False, "tied": False, "activation": "relu", "sharing": "nested",
+    "read": "state", "attend": 0, "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0,
+    "ranks": [],
 }  # fmt: skip
 
 

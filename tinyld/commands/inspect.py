@@ -179,11 +179,10 @@ def info_spectrum(run: Path, base_path: Path | None, data: Path | None, limit: i
     found = spectrum(adapted.base, adapted.method.push, rows, limit)
     if json:
         return print(jsonlib.dumps({"run": str(run), **found}))
-    first = adapted.method.first_depth
     ranks = [
-        (f"before block {first + i}", *(round(r, 2) for r in row)) for i, row in enumerate(found["effective_rank"])
+        (where, *(round(r, 2) for r in row))
+        for where, row in zip(adapted.method.push.place_names(), found["effective_rank"], strict=True)
     ]
-    ranks[-1] = ("final state", *ranks[-1][1:])
     print_table("effective rank by noise band", ("place", *BAND_NAMES), ranks)
     bands = [
         (b["which"], percent(b["accuracy"]), round(b["nll_bound"], 4), percent(b.get("share_lost")))

@@ -3,8 +3,9 @@
     h <- h + sigma(t) * sum_i A_i(c) ReLU(B_i [h; Emb(t)])          (LoRA-Diffusion, eq. for x_{t-1})
 
 Departures from the paper, each because the evidence asks for it:
-  - a push may stand before each of the last `blocks` blocks and on the final state, not on the final state only: inside
-    the blocks, frozen attention carries it between positions (`blocks = 0` is the paper's place);
+  - a push may stand before each of the last `blocks` blocks, `within` them too (between attention and MLP), and on the
+    final state, not on the final state only: frozen attention carries it between positions (`blocks = 0` is the
+    paper's place);
   - up-projections start at zero, so a fresh adapter changes nothing;
   - c is the frozen base's own states, mean-pooled over the prompt, and conditions the up-projection as a gate on its
     columns, A_i(c) = W_A diag(1 + W_c c): no separate encoder, no unconstrained shift;
@@ -47,6 +48,7 @@ class TrajectoryLoraConfig:
     sigma: tuple[float, ...] = (1.0, 0.5, 0.25)  # by band, high noise first
     modules: int = 1  # k: pushes summed at one place
     blocks: int = 6  # pushes stand before each of the last `blocks` blocks, and on the final state
+    within: bool = False  # and between attention and MLP of each of them
     tied: bool = False  # all places share A and B, and have a gain of their own for each unit
     activation: str = "relu"  # of the rank units; none: the push is linear
     sharing: str = "nested"
@@ -61,7 +63,7 @@ class TrajectoryLoraConfig:
         check_finite(self)
         check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
         check(
-            len(self.ranks) == NUM_BANDS or (self.blocks >= 0 and len(self.ranks) == NUM_BANDS * (self.blocks + 1)),
+            len(self.ranks) == NUM_BANDS or (self.blocks >= 0 and len(self.ranks) == NUM_BANDS * self.num_places),
             f"ranks needs {NUM_BANDS} values, high noise first, or as many a place, got {self.ranks}",
         )
         check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
@@ -81,11 +83,15 @@ class TrajectoryLoraConfig:
         check_choice("read", self.read, READINGS)
         check_choice("conditioning", self.conditioning, CONDITIONINGS)
 
+    @property
+    def num_places(self) -> int:
+        return self.blocks * (2 if self.within else 1) + 1
+
     def at(self, place: int) -> TrajectoryLoraConfig:
         """The config of one place alone; 0 is the lowest."""
         if len(self.ranks) == NUM_BANDS:
             return self
-        return replace(self, blocks=0, ranks=self.ranks[NUM_BANDS * place : NUM_BANDS * (place + 1)])
+        return replace(self, blocks=0, within=False, ranks=self.ranks[NUM_BANDS * place : NUM_BANDS * (place + 1)])
 
     @property
     def stored_rank(self) -> int:
@@ -207,30 +213,42 @@ class Noise:
 
 
 class TrajectoryPush(nn.Module):
-    """Hangs on `Denoiser.push`: one PushModule for every depth from `first_depth` to num_layers."""
+    """Hangs on `Denoiser.push`: one PushModule for every depth from `first_depth` to num_layers, or every half one."""
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
         super().__init__()
         self.first_depth = model_config.num_layers - config.blocks
+        step = 0.5 if config.within else 1.0
+        self.depths = [self.first_depth + step * place for place in range(config.num_places)]
         places: list[PushModule] = []
-        for place in range(config.blocks + 1):
+        for place in range(config.num_places):
             tied_to = places[0] if config.tied and places else None
             places.append(PushModule(config.at(place), model_config.d_model, self.first_depth, generator, tied_to))
         self.places = nn.ModuleList(places)
+        self.pushes_within = config.within
         self.conditioned = config.conditioning != "none"
         self.reads_depths = config.read == "mix"
         self.smooth = config.sharing == "smooth-core"
         self.weight = 1.0  # 0 turns the push off; a composition sets its coefficient
 
+    def place_at(self, depth: float) -> PushModule:
+        """The place before block `depth`; d + 1/2 is within block d."""
+        return self.places[self.depths.index(depth)]
+
+    def place_names(self) -> list[str]:
+        """Where each place is, in words."""
+        names = [f"{'before' if depth.is_integer() else 'within'} block {int(depth)}" for depth in self.depths]
+        return [*names[:-1], "final state"]
+
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         noise = Noise(band_of(t), self.weight, band_weights(t, self.smooth), time_embedding(t), prompt_mask)
         pooled: Tensor | None = None
 
-        def push_at(depth: int, h: Tensor) -> Tensor:
+        def push_at(depth: float, h: Tensor) -> Tensor:
             nonlocal pooled
             if self.conditioned and pooled is None:  # the states before this adapter's first push
                 pooled = pool(h, prompt_mask)
-            return self.places[depth - self.first_depth](h, noise, pooled, history)
+            return self.place_at(depth)(h, noise, pooled, history)
 
         return push_at
 
@@ -273,8 +291,8 @@ class TrajectoryLora(Method):
         shared = 2 * d + TIME_WIDTH  # of a unit's A and B
         own = (d if config.conditioning == "gate" else 0) + (1 if config.tied else 0)
         mix = model_config.num_layers - config.blocks + 1 if config.read == "mix" else 0
-        total = (config.blocks + 1) * (mix + 4 * d * config.attend)
-        for place in range(config.blocks + 1):
+        total = config.num_places * (mix + 4 * d * config.attend)
+        for place in range(config.num_places):
             rank = config.at(place).stored_rank
             per_unit = own + (0 if config.tied and place else shared)
             total += config.modules * (rank * per_unit + (NUM_BANDS * rank * rank if config.has_core else 0))
