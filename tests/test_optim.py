@@ -15,6 +15,7 @@ from tinyld.optim import Optimizer, lr_factor
 def parameters(seed: int) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"embedding.weight": (7, 4), "blocks.0.up.weight": (6, 4), "blocks.0.up.bias": (6,), "bias": (3,)}
+    shapes |= {"places.0.down": (5, 4), "places.0.attention": (3, 2, 4)}
     return {n: nn.Parameter(torch.randn(*s, generator=generator)) for n, s in shapes.items()}
 
 
@@ -90,7 +91,7 @@ def test_a_state_is_named_after_its_parameters_and_is_a_copy(name: str) -> None:
     assert {k.removeprefix("optim.").rpartition(".")[0] for k in state} == set(params)
 
 
-def test_muon_takes_the_matrices_inside_blocks_and_no_others() -> None:
+def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> None:
     params = parameters(0)
     optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))
     taken = {
@@ -100,7 +101,7 @@ def test_muon_takes_the_matrices_inside_blocks_and_no_others() -> None:
         for group in part.param_groups
         for p in group["params"]
     }
-    assert taken == {"blocks.0.up.weight"}
+    assert taken == {"blocks.0.up.weight", "places.0.down"}, "no embedding, no vector, no stack of matrices"
     assert sum(len(g["params"]) for part in optimizer.parts for g in part.param_groups) == len(params)
 
 
@@ -123,7 +124,7 @@ def test_weight_decay_shrinks_matrices_only(name: str) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for key, parameter in params.items():
-        factor = 0.95 if parameter.dim() == 2 else 1.0
+        factor = 0.95 if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[key] * factor)
 
 

@@ -13,7 +13,7 @@ from tinyld.config import TrainConfig
 
 
 class Optimizer:
-    """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and AdamW on the rest.
+    """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
 
     Muon (torch.optim.Muon, Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. Biases, norms and
     one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder.
@@ -27,7 +27,7 @@ class Optimizer:
         for is_body in (False, True):
             mine = {n: p for n, p in parameters.items() if (n in body) == is_body}
             matrices = {n: p for n, p in mine.items() if p.dim() >= 2}
-            inside = {n: p for n, p in matrices.items() if config.optimizer == "muon" and n.startswith("blocks.")}
+            inside = {n: p for n, p in matrices.items() if config.optimizer == "muon" and is_inside(n, p)}
             outside = [p for n, p in matrices.items() if n not in inside]
             vectors = [p for p in mine.values() if p.dim() < 2]
             muon.append({"params": list(inside.values()), "weight_decay": config.weight_decay, "body": is_body})
@@ -75,6 +75,11 @@ class Optimizer:
                             k: v.clone() if k == "step" else v.to(parameter.device, copy=True)
                             for k, v in values.items()
                         }
+
+
+def is_inside(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix between the embedding and the head, the base's own or an adapter's."""
+    return parameter.dim() == 2 and name.startswith(("blocks.", "places."))
 
 
 def lr_factor(progress: float, warmup: float, decay: str) -> float:
