@@ -404,6 +404,17 @@ def test_adapters_of_one_base_in_two_types_are_not_composed(place: Path, pair: t
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
+def test_a_run_has_the_methods_own_rate_and_optimizer_unless_it_is_told(place: Path) -> None:
+    def trained(*options: object) -> tuple[float, str]:
+        finetune(place, Path("run"), *options, "--quiet", "--force")
+        train = RunFolder(Path("run")).config["train"]
+        return train["lr"], train["optimizer"]
+
+    assert trained(*TRAJECTORY) == (5e-3, "muon")
+    assert trained("--method", "full") == (5e-4, "adamw")
+    assert trained(*TRAJECTORY, "--optimizer", "adamw", "--lr", "1e-3") == (1e-3, "adamw")
+
+
 def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
     run = adapters["trajectory-lora"][0]
     own, kept = good("eval", run, "--json").json[0], (run / RESULTS).read_bytes()

@@ -220,7 +220,8 @@ def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> 
 def test_three_updates_lower_the_loss_they_follow(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config, 0)
     method = attach(model, case)
-    optimizer = Optimizer(method.own, TrainConfig(steps=3, lr=method.usual_lr(config)))
+    usual = TrainConfig(steps=3, lr=method.usual_lr(config), optimizer=method.default_optimizer)
+    optimizer = Optimizer(method.own, usual)
     losses = []
     for _ in range(4):
         optimizer.zero_grad()

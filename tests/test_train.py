@@ -152,6 +152,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
 
 RESUMED = [
     ("full", {"optimizer": "muon"}),
+    ("trajectory-lora", {"optimizer": "muon"}),
     ("full", {"ema": 0.9}),
     ("full", {"accumulate": 2, "decay": "cosine", "clip": 0.0}),
     ("weight-lora", {}),

@@ -273,7 +273,8 @@ def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **op
     config = make_config(method, options, base.model.config)
     adapted = attach(base, method, config, "reviews", torch.Generator().manual_seed(0))
     lr = METHODS[method].usual_lr(base.model.config)
-    training = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr, eval_every=10**6)
+    optimizer = METHODS[method].default_optimizer
+    training = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr, optimizer=optimizer, eval_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
         dev = task_rows(base, split="dev")
         found = finetune(

@@ -325,8 +325,9 @@ def finetune(
     accumulate: Accumulate = 1,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's.")] = None,
     optimizer: Annotated[
-        Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices inside blocks.")
-    ] = "adamw",
+        Literal["adamw", "muon"] | None,
+        typer.Option(help="muon: Muon for matrices inside blocks and of pushes; default: the method's."),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = DEFAULT_TRAIN["weight_decay"],
     warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = DEFAULT_TRAIN["warmup"],
     decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",

@@ -291,7 +291,9 @@ def training(record: Mapping[str, Any]) -> str:
     """Rows, budget, batch size and learning rate of a run, in a few words."""
     config = record["train"]
     unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
-    return f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
+    muon = "Muon " if config.get("optimizer") == "muon" else ""
+    rows = f"{record['data']['rows']:,} rows"
+    return f"{rows}, {config[unit]:g} {unit} of {config['batch_size']}, {muon}lr {config['lr']:g}"
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.

@@ -51,7 +51,7 @@ def finetune_job(
     cache_gb: float = 4.0,
     base_dtype: str = "fp32",
 ) -> FinetuneJob:
-    """The job with what was left open filled in: the method's learning rate, 3 epochs, the released base."""
+    """The job with what was left open filled in: the method's learning rate and optimizer, 3 epochs, the base."""
     from tinyld.adapter import check_frozen
     from tinyld.base import read_model_config
     from tinyld.methods import METHODS
@@ -61,6 +61,8 @@ def finetune_job(
     where = base or default_base()
     if training.get("lr") is None:
         training = {**training, "lr": METHODS[method].usual_lr(read_model_config(RunFolder.open(where)))}
+    if training.get("optimizer") is None:
+        training = {**training, "optimizer": METHODS[method].default_optimizer}
     if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):
         training = {**training, "epochs": 3.0}
     check(cache_gb >= 0, f"cache_gb must be at least 0, got {cache_gb}")

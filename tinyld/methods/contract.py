@@ -21,12 +21,14 @@ class Method(ABC):
     A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
     method's options, and the learning rate `default_lr` that the tuning grid is centred on; `post_norm_lr` takes its
     place on an encoder that normalises after each sublayer, where the states are small and the same rate is too much.
+    `default_optimizer` is the better one of OPTIMIZERS on dev.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     default_lr: ClassVar[float]
     post_norm_lr: ClassVar[float | None] = None
+    default_optimizer: ClassVar[str] = "adamw"
     summary: ClassVar[str]
     can_disable: ClassVar[bool] = True
 
