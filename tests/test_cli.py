@@ -410,7 +410,7 @@ def test_a_run_has_the_methods_own_rate_and_optimizer_unless_it_is_told(place: P
         train = RunFolder(Path("run")).config["train"]
         return train["lr"], train["optimizer"]
 
-    assert trained(*TRAJECTORY) == (5e-3, "muon")
+    assert trained(*TRAJECTORY) == (3e-3, "muon")
     assert trained("--method", "full") == (5e-4, "adamw")
     assert trained(*TRAJECTORY, "--optimizer", "adamw", "--lr", "1e-3") == (1e-3, "adamw")
 
@@ -422,8 +422,11 @@ def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters
     assert small["nll_bound"] != own["nll_bound"]
     assert small["nll_bound"] == pytest.approx(own["nll_bound"], rel=0.05), "127 levels a row"
     assert (run / RESULTS).read_bytes() == kept, "it is no result of the run's own base"
-    refused = cli("eval", adapters["full"][0], "--base-dtype", "int8")
-    assert refused.code == 2 and "is for frozen weights; full trains them all" in refused.stderr
+    both = (adapters["full"][0],) * 2
+    good("compose", *both, "--how", "average", "--out", "average", "--quiet")
+    for whole in (both[0], "average"):
+        refused = cli("eval", whole, "--base-dtype", "int8")
+        assert refused.code == 2 and "is for frozen weights; full trains them all" in refused.stderr
 
 
 OPPOSITE = """

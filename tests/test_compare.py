@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tinyld.compare import SUMMARY, TABLE, Compare, Launcher, variants
+from tinyld.compare import SUMMARY, TABLE, Compare, Launcher, threads_each, variants
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interrupt import SIGNALS, Interrupted, raise_at_signals
+from tinyld.interrupt import Interrupted
 from tinyld.report import RESULT_COLUMNS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
-LRS = {"full": 1e-3, "bitfit": 1e-2}
+USUAL = {"full": (1e-3, "adamw"), "bitfit": (1e-2, "adamw")}
 
 
 class Trainer:
@@ -33,7 +33,7 @@ class Trainer:
     def stop(self) -> None:
         self.stopped = True
 
-    def run(self, command: list[str], jobs: int = 1) -> None:
+    def run(self, command: list[str], threads: int | None = None) -> None:
         self.ran.append(command)
         option = {command[i]: command[i + 1] for i in range(1, len(command) - 1) if command[i].startswith("--")}
         if command[0] == "eval":
@@ -66,7 +66,7 @@ def grid(out: Path, trainer: Trainer, tasks: tuple[str, ...] = ("reviews",), **c
         "say": lambda text: None,
         "launcher": trainer,
     }
-    methods = variants("full,bitfit", LRS)
+    methods = variants("full,bitfit", USUAL)
     return Compare(out, tasks, methods, **(options | changes))
 
 
@@ -104,13 +104,14 @@ def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_p
     compare = grid(tmp_path, Trainer())
     first, second = (compare.cell("reviews", compare.methods[0], lr, 0) for lr in (1e-3, 5e-4))
     compare.claim([first, second])
+    RunFolder.create(first.folder).write_json(CONFIG, {"kind": "adapter", "environment": {"threads": 2}})
     (first.folder / "checkpoints" / "00000010").mkdir(parents=True)
     RunFolder.create(second.folder).write_json(CONFIG, {"kind": "adapter"})
 
     class Stop(Exception):
         pass
 
-    def launch(command: list[str], jobs: int) -> None:
+    def launch(command: list[str], threads: int | None) -> None:
         ran.append(command)
         if len(ran) == 2:
             raise Stop
@@ -152,12 +153,12 @@ def test_out_of_time_it_begins_no_run_and_reports_what_is_whole(tmp_path: Path) 
 
 
 def test_variants_carry_their_options(tmp_path: Path) -> None:
-    (one,) = variants("bitfit:budget=0.7%:rslora", LRS)
+    (one,) = variants("bitfit:budget=0.7%:rslora", USUAL)
     assert one.flags == ["--method", "bitfit", "--budget", "0.7%", "--rslora"] and one.lr == 1e-2
-    (moved,) = variants("full:lr=0.2:rank=3", LRS)
+    (moved,) = variants("full:lr=0.2:rank=3", USUAL)
     assert moved.flags == ["--method", "full", "--rank", "3"] and moved.lr == 0.2
     assert grid(tmp_path, Trainer()).cell("reviews", moved, 0.2, 1).folder.name == "reviews_full-rank=3_lr0.2_s1"
-    assert [v.method for v in variants("all", LRS)] == ["full", "bitfit"]
+    assert [v.method for v in variants("all", USUAL)] == ["full", "bitfit"]
     for text, message in (
         ("lora", "--methods takes full, bitfit or all, .* got 'lora'"),
         ("full,full", "names one"),
@@ -166,7 +167,7 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
         ("full:lr=x", "got 'x'"),
     ):
         with pytest.raises(UsageError, match=message):
-            variants(text, LRS)
+            variants(text, USUAL)
 
 
 @pytest.mark.parametrize(
@@ -216,40 +217,65 @@ def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Pat
 
 def test_methods_are_trained_side_by_side_and_end_in_the_same_table(tmp_path: Path) -> None:
     class Meeting(Trainer):
-        """Full's first run ends when BitFit's first one has begun."""
+        """The first run of either method ends when the other's has begun."""
 
-        def run(self, command: list[str], jobs: int = 1) -> None:
-            assert jobs == 2 and "--quiet" in command
-            if len(self.ran) < 2:
+        def run(self, command: list[str], threads: int | None = None) -> None:
+            assert threads == threads_each(2) and "--quiet" in command
+            method = command[command.index("--method") + 1] if "--method" in command else ""
+            if method and method not in self.met:
+                self.met.add(method)
                 both.wait(10)
-            super().run(command, jobs)
+            super().run(command, threads)
 
     both = threading.Barrier(2)
-    records = grid(tmp_path / "two", Meeting(), jobs=2).run()
+    meeting = Meeting()
+    meeting.met = set()
+    records = grid(tmp_path / "two", meeting, jobs=2).run()
     alone = grid(tmp_path / "one", Trainer()).run()
     assert [r["run"] for r in records] == [r["run"] for r in alone]
     assert (tmp_path / "two" / TABLE).read_text() == (tmp_path / "one" / TABLE).read_text()
+    assert grid(tmp_path, Trainer(), jobs=9).jobs == 2, "no more than there are methods, or threads would idle"
 
 
 def test_when_one_fails_the_others_are_stopped_and_no_more_begin(tmp_path: Path) -> None:
     class Failing(Trainer):
         """Bitfit fails while full trains."""
 
-        told = threading.Event()
+        trains, told = threading.Event(), threading.Event()
 
         def stop(self) -> None:
             self.told.set()
 
-        def run(self, command: list[str], jobs: int = 1) -> None:
+        def run(self, command: list[str], threads: int | None = None) -> None:
             if "bitfit" in command:
+                assert self.trains.wait(10)
                 raise TinyldError("no")
+            self.trains.set()
             assert self.told.wait(10)
-            super().run(command, jobs)
+            super().run(command, threads)
 
     trainer = Failing()
     with pytest.raises(TinyldError, match="^no$"):
         grid(tmp_path, trainer, jobs=2).run()
     assert len(trainer.ran) == 1, "full's first rate ended, its second never began"
+
+
+def test_what_was_interrupted_goes_on_with_the_threads_it_began_with(tmp_path: Path) -> None:
+    class Counting(Trainer):
+        def run(self, command: list[str], threads: int | None = None) -> None:
+            if "--resume" not in command:
+                assert threads is None
+                return super().run(command, threads)
+            assert threads == 3
+            super().run(first.command)
+
+    compare = grid(tmp_path, Counting(), seeds=1)
+    first = compare.cell("reviews", compare.methods[0], 1e-3, 0)
+    compare.claim([first])
+    RunFolder.create(first.folder).write_json(CONFIG, {"kind": "adapter", "environment": {"threads": 3}})
+    (first.folder / "checkpoints" / "00000010").mkdir(parents=True)
+    first.command.append("--force")
+    assert len(compare.run()) == 2 and first.command in compare.launcher.ran
 
 
 class Process:
@@ -274,46 +300,54 @@ def test_a_stop_is_handed_on_to_every_process_that_trains(monkeypatch: pytest.Mo
     monkeypatch.setattr(Process, "started", [])
     launcher = Launcher()
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(launcher.run, ["finetune"], 2) for _ in range(2)]
+        runs = [pool.submit(launcher.run, ["finetune"]) for _ in range(2)]
         while len(launcher.running) < 2:
             time.sleep(0.001)
         launcher.stop()
-        for run in [*runs, pool.submit(launcher.run, ["eval"], 2)]:  # nor may one begin after it
+        for run in [*runs, pool.submit(launcher.run, ["eval"])]:  # nor may one begin after it
             with pytest.raises(TinyldError, match="failed; finished runs are kept"):
                 run.result(5)
     assert all(p.told.is_set() for p in Process.started) and len(Process.started) == 3 and not launcher.running
 
 
-@pytest.mark.parametrize(("cores", "jobs", "threads"), [(8, 2, "4"), (8, 1, None), (2, 4, "1")])
-def test_runs_side_by_side_share_the_threads(
-    monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int, threads: str | None
+@pytest.mark.parametrize(("given", "jobs", "threads"), [(None, 2, 4), (None, 9, 1), ("6", 2, 3), ("1", 2, 1)])
+def test_methods_side_by_side_share_the_threads(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, jobs: int, threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("tinyld.compare.os.cpu_count", lambda: cores)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr("tinyld.compare.os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert threads_each(jobs) == threads
     monkeypatch.setattr("tinyld.compare.subprocess.Popen", Process)
     monkeypatch.setattr(Process, "started", [])
     monkeypatch.setattr(Process, "seconds", 0.0)
-    Launcher().run(["eval"], jobs)
-    assert [p.threads for p in Process.started] == [threads]
+    for count in (threads, None):
+        Launcher().run(["eval"], count)
+    assert [p.threads for p in Process.started] == [str(threads), given]
 
 
-def test_a_signal_stops_the_grid(tmp_path: Path) -> None:
+def test_a_signal_stops_the_grid_and_what_trains(tmp_path: Path) -> None:
     class Interrupting(Trainer):
         told = threading.Event()
 
         def stop(self) -> None:
             self.told.set()
 
-        def run(self, command: list[str], jobs: int = 1) -> None:
+        def run(self, command: list[str], threads: int | None = None) -> None:
+            self.ran.append(command)
             os.kill(os.getpid(), signal.SIGTERM)
             assert self.told.wait(10)
             raise TinyldError("it was stopped")
 
-    before = {s: signal.getsignal(s) for s in SIGNALS}
-    raise_at_signals()
-    try:
-        with pytest.raises(Interrupted):
-            grid(tmp_path, Interrupting()).run()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    trainer = Interrupting()
+    with pytest.raises(Interrupted) as stopped:
+        grid(tmp_path, trainer).run()
+    assert stopped.value.exit_code == 143 and trainer.told.is_set() and len(trainer.ran) == 1
+
+
+def test_the_methods_optimizer_is_part_of_what_made_a_cell() -> None:
+    full, bitfit, adamw = variants("full,bitfit,bitfit:optimizer=adamw", USUAL | {"bitfit": (1e-2, "muon")})
+    assert "--optimizer" not in full.flags
+    assert bitfit.flags == ["--method", "bitfit", "--optimizer", "muon"]
+    assert adamw.flags == ["--method", "bitfit", "--optimizer", "adamw"]

@@ -15,14 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interrupt import Interrupted
+from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.page import can_plot, page
 from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
 from tinyld.runs import ADAPTER, RESULTS, RunFolder, make_folder, read_json, to_json, write_atomic
@@ -44,6 +44,7 @@ class Variant:
 
     text: str
     lr: float
+    optimizer: str = "adamw"  # where the options name none
 
     @property
     def method(self) -> str:
@@ -59,6 +60,8 @@ class Variant:
         for option in self.options:
             name, equals, value = option.partition("=")
             flags += [f"--{name.replace('_', '-')}", *([value.replace("/", ",")] if equals else [])]
+        if self.optimizer != "adamw" and "--optimizer" not in flags:
+            flags += ["--optimizer", self.optimizer]
         return flags
 
     @property
@@ -68,24 +71,25 @@ class Variant:
         return "".join(c if c.isalnum() or c in "-.=%" else "-" for c in text)
 
 
-def variants(text: str, default_lrs: dict[str, float]) -> list[Variant]:
-    """`all`, or variants with commas between them; `default_lrs` names the known methods."""
-    names = list(default_lrs) if text == "all" else text.split(",")
+def variants(text: str, defaults: Mapping[str, tuple[float, str]]) -> list[Variant]:
+    """`all`, or variants with commas between them; `defaults` has the rate and optimizer of every known method."""
+    names = list(defaults) if text == "all" else text.split(",")
     for name in names:
-        if name.partition(":")[0] not in default_lrs:
+        if name.partition(":")[0] not in defaults:
             raise UsageError(
-                f"--methods takes {', '.join(default_lrs)} or all, with options as in weight-lora:budget=0.7%; "
+                f"--methods takes {', '.join(defaults)} or all, with options as in weight-lora:budget=0.7%; "
                 f"got {name!r}"
             )
     found = []
     for name in names:
         given = [option.removeprefix("lr=") for option in name.split(":")[1:] if option.startswith("lr=")]
+        usual, optimizer = defaults[name.partition(":")[0]]
         try:
-            rate = float(given[-1]) if given else default_lrs[name.partition(":")[0]]
+            rate = float(given[-1]) if given else usual
         except ValueError:
             raise UsageError(f"--methods: lr takes a number, got {given[-1]!r}") from None
         check(0 < rate < 1, f"--methods: lr must be between 0 and 1, got {rate:g}")
-        found.append(Variant(name, rate))
+        found.append(Variant(name, rate, optimizer))
         for option in found[-1].options:
             given = option.partition("=")[0].replace("_", "-")
             check(given not in SET_HERE, f"--methods: {given} is the same for all methods; give it as --{given}")
@@ -139,6 +143,8 @@ class Compare:
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
+        self.found: dict[int, list[dict[str, Any]]] = {}  # records of what is done, by its place in the grid
+        self.jobs = min(self.jobs, len(self.tasks) * len(self.limits) * len(self.methods))
         check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
         check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
         check(len(self.tasks) > 0, "compare needs at least one --task")
@@ -175,19 +181,33 @@ class Compare:
         make_folder(self.out)
         seeds = range(self.seeds)
         self.claim([self.cell(t, v, lr, seed, n) for t, n, v in todo for lr in self.rates(v) for seed in seeds])
-        found: dict[int, list[dict[str, Any]]] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            pending = {pool.submit(self.tuned, *what): i for i, what in enumerate(todo)}
-            try:
-                for future in as_completed(pending):
-                    found[pending[future]] = future.result()
-                    self.write([record for i in sorted(found) for record in found[i]])
-            except BaseException as error:  # the others save and end
-                self.error = error if isinstance(error, Interrupted) else self.error or error
+        with StopSignals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            pending = {pool.submit(self.row, i, *what) for i, what in enumerate(todo)}
+            while pending and self.error is None:
+                _, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                if stop.received:
+                    self.error = Interrupted(stop.received)
+            if self.error is not None:  # the others save and end
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.launcher.stop()
-                raise self.error from None
-        return [record for i in sorted(found) for record in found[i]]
+        if self.error is not None:
+            raise self.error
+        return self.records()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of all that is done so far, in the order of the grid."""
+        return [record for i in sorted(self.found) for record in self.found[i]]
+
+    def row(self, i: int, task: str, limit: int | None, variant: Variant) -> None:
+        """Finds the records of one task, number of rows and method, and writes down all that is done."""
+        try:
+            records = self.tuned(task, limit, variant)
+            if records:
+                with self.lock:
+                    self.found[i] = records
+                    self.write(self.records())
+        except BaseException as error:
+            self.error = self.error or error
 
     def tuned(self, task: str, limit: int | None, variant: Variant) -> list[dict[str, Any]]:
         """The records of all seeds at the best rate; none when the budget of time is used up."""
@@ -233,8 +253,9 @@ class Compare:
         folder = RunFolder(cell.folder)
         if cell.folder.exists() and not folder.is_run() and not folder.checkpoints():
             shutil.rmtree(cell.folder)  # ours, and cut short before it had anything
-        if folder.checkpoints():
-            self.launch(["finetune", "--resume", str(cell.folder), "--json"])
+        if folder.checkpoints():  # with the threads that it began with, as other ones are refused
+            threads = folder.config.get("environment", {}).get("threads")
+            self.launch(["finetune", "--resume", str(cell.folder), "--json"], threads)
         else:
             self.launch([*cell.command, *(["--force"] if folder.is_run() else [])])
         self.spent.append(time.monotonic() - began)
@@ -242,15 +263,12 @@ class Compare:
         self.say(f"   {cell.folder.name}: dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {self.spent[-1]:.0f} s")
         return True
 
-    def launch(self, command: list[str]) -> None:
+    def launch(self, command: list[str], threads: int | None = None) -> None:
         """Runs tinyld unless the grid is ending; bars of progress are shown where only one process has them."""
         if self.error is not None:
             raise TinyldError("another run of the grid failed")
-        try:
-            self.launcher.run([*command, *(["--quiet"] if self.quiet or self.jobs > 1 else [])], self.jobs)
-        except BaseException as error:
-            self.error = self.error or error
-            raise
+        quiet = ["--quiet"] if self.quiet or self.jobs > 1 else []
+        self.launcher.run([*command, *quiet], threads or (threads_each(self.jobs) if self.jobs > 1 else None))
 
     def evaluated(self, task: str, cell: Cell) -> dict[str, Any]:
         """The cell's record with its evaluation on test, or on dev where the task has no test rows."""
@@ -270,6 +288,12 @@ class Compare:
             write_atomic(self.out / PAGE, page(records, " ".join(["tinyld", *sys.argv[1:]])).encode())
 
 
+def threads_each(jobs: int) -> int:
+    """Every job's share of the threads that this process may use."""
+    may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, int(os.environ.get("OMP_NUM_THREADS") or may_use or 1) // jobs)
+
+
 class Launcher:
     """Runs tinyld in processes of their own, so that their memory and their failures are their own."""
 
@@ -277,11 +301,11 @@ class Launcher:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
 
-    def run(self, command: list[str], jobs: int = 1) -> None:
-        """Runs one process to its end, one of `jobs` that share the threads; TinyldError when it fails."""
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    def run(self, command: list[str], threads: int | None = None) -> None:
+        """Runs one process to its end, with that many threads or all; TinyldError when it fails."""
+        limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         words = [sys.executable, "-m", "tinyld", *command]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | threads)
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | limit)
         self.running.add(process)
         if self.stopped:
             process.terminate()

@@ -196,7 +196,7 @@ class TrainConfig:
     lr: float = 1e-3
     body_lr: float = 1.0  # share of lr that a warm-started encoder's own tensors train at
     body_start: float = 0.0  # share of the budget during which they stay frozen
-    optimizer: str = "adamw"  # muon: Muon for the matrices inside blocks, AdamW for the rest
+    optimizer: str = "adamw"  # muon: for the matrices inside blocks and of pushes, AdamW for the rest
     weight_decay: float = 0.01
     warmup: float = 0.05  # fraction of the budget
     decay: str = "linear"

@@ -78,8 +78,7 @@ def interference(base: Base, pushes: dict[str, TrajectoryPush], rows: dict[str, 
                 cosines.append(F.cosine_similarity(*deltas, dim=-1))
             record[f"cosine_{band}"] = float(torch.cat(cosines).mean())
         angles = []
-        last = base.model.config.num_layers
-        for depth in range(max(p.first_depth for p in (pushes[one], pushes[other])), last + 1):
+        for depth in sorted(set(pushes[one].depths) & set(pushes[other].depths)):
             ups = [pushes[p].place_at(depth).up for p in (one, other)]
             found = principal_cosines(*ups)
             angles += [float(found.mean())] if len(found) else []

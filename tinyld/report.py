@@ -275,7 +275,7 @@ USUAL: dict[str, Any] = {
 
 
 def settings(record: Mapping[str, Any]) -> str:
-    """A method's options in a few words, as the run began."""
+    """A method's options, as the run began, and what its base is kept in and its optimizer is, in a few words."""
     method = record.get("started_as") or record["method"]
     parts = []
     for name, value in method.items():
@@ -284,16 +284,15 @@ def settings(record: Mapping[str, Any]) -> str:
         shown = "/".join(map(str, value)) if isinstance(value, list) else value
         parts.append(name if value is True else f"{name.replace('_', ' ')} {shown}")
     dtype = record["base"].get("dtype", "fp32")
-    return ", ".join(parts + ([] if dtype == "fp32" else [f"base in {dtype}"])) or "-"
+    parts += [] if dtype == "fp32" else [f"base in {dtype}"]
+    return ", ".join(parts + (["Muon"] if record.get("train", {}).get("optimizer") == "muon" else [])) or "-"
 
 
 def training(record: Mapping[str, Any]) -> str:
     """Rows, budget, batch size and learning rate of a run, in a few words."""
     config = record["train"]
     unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
-    muon = "Muon " if config.get("optimizer") == "muon" else ""
-    rows = f"{record['data']['rows']:,} rows"
-    return f"{rows}, {config[unit]:g} {unit} of {config['batch_size']}, {muon}lr {config['lr']:g}"
+    return f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.

@@ -105,6 +105,8 @@ class TrainResult:
 
 def compile_blocks(model: Denoiser, autocast: torch.autocast, backend: str = "inductor") -> str | None:
     """Compiles every block in place, for any batch and length; else leaves them as they are and returns the reason."""
+    if model.push is not None and model.push.pushes_within:
+        return "there are pushes within the blocks"
     try:
         for block in model.blocks:
             block.compile(backend=backend, dynamic=True)

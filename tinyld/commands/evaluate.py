@@ -25,7 +25,7 @@ def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None 
 
     The base's frozen matrices are kept in `dtype`, or else as when the run was made.
     """
-    from tinyld.adapter import base_dtype, find_base, load_adapter
+    from tinyld.adapter import base_dtype, check_frozen, find_base, load_adapter
     from tinyld.base import load_base
     from tinyld.compose import attach_static, load_composition
     from tinyld.methods import WeightLora
@@ -45,6 +45,7 @@ def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None 
         adapted = load_adapter(folder, default_base(), base_path, where, dtype)
         return adapted.base, [adapted.task]
     kept_in = base_dtype(config, str(path)) if dtype is None else dtype
+    check_frozen((config.get("static") or {}).get("name", ""), kept_in)
     base = load_base(find_base(config, path, base_path, default_base()), where, kept_in)
     load_composition(folder, base)
     return base, [m["task"] for m in config["members"]]

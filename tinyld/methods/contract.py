@@ -21,7 +21,7 @@ class Method(ABC):
     A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
     method's options, and the learning rate `default_lr` that the tuning grid is centred on; `post_norm_lr` takes its
     place on an encoder that normalises after each sublayer, where the states are small and the same rate is too much.
-    `default_optimizer` is the better one of OPTIMIZERS on dev.
+    `default_optimizer`, one of OPTIMIZERS, is the optimizer where none is given.
     """
 
     name: ClassVar[str]

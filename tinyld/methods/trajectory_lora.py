@@ -73,6 +73,7 @@ class TrajectoryLoraConfig:
         check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.modules >= 1, f"modules must be at least 1, got {self.modules}")
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
+        check(self.blocks > 0 or not self.within, "within needs blocks to push in, got blocks 0")
         check(min(self.lambda_rank, self.lambda_orth) >= 0, "lambda_rank and lambda_orth must be at least 0")
         check(
             self.attend >= 0 and self.attend % HEAD_WIDTH == 0,
@@ -261,7 +262,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 class TrajectoryLora(Method):
-    name, Config, default_lr, post_norm_lr = "trajectory-lora", TrajectoryLoraConfig, 5e-3, 1e-3
+    name, Config, default_lr, post_norm_lr = "trajectory-lora", TrajectoryLoraConfig, 3e-3, 2e-3
     default_optimizer = "muon"
     summary = "a low-rank push on the states, with rank by noise level"
 
