@@ -55,6 +55,7 @@ def bench(only: list[str], turns: int, as_markdown: bool, json: bool, quiet: boo
         if "model_flops_per_s" in row:
             row["% of the ceiling"] = round(100 * row["model_flops_per_s"] / top["flops"], 1)
         rows.append(row)
+        say(f"   ratio {row['ratio']} ({row['lowest']} to {row['highest']}), bar {row['bar']}")
     started = start_up(turns) if starts else []
     if json:
         facts = {"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "rows": rows, "start": started}
