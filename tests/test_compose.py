@@ -14,12 +14,14 @@ from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
 from tinyld.base import Base
+from tinyld.bench import InTurn
 from tinyld.compose import Composed, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.interference import effective_rank, principal_cosines
 from tinyld.methods import METHODS
 from tinyld.methods.bands import NUM_BANDS, band_of
+from tinyld.methods.trajectory_lora import PushModule
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import Denoiser
 from tinyld.router import (
@@ -252,6 +254,32 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(config: ModelConfi
     with torch.no_grad():
         repeated = again.model(x, t, answer_or_prompt(prompt_mask), prompt_mask)
     assert torch.equal(repeated, found)
+
+
+@pytest.mark.parametrize("case", ["best-1", "fast"])
+def test_every_adapter_runs_on_its_own_rows_only(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    rows: list[int] = []
+    forward = PushModule.forward
+
+    def counted(push: PushModule, h: Tensor, *args: Any) -> Tensor:
+        rows.append(len(h))
+        return forward(push, h, *args)
+
+    monkeypatch.setattr(PushModule, "forward", counted)
+    members = [trained_member(config, case, seed)[0] for seed in (0, 1)]
+    composed = Composed(members, "router", InTurn(2))
+    base, noised = base_of(fresh_base(config)), noised_batch(config)
+    composed.attach(base)
+    rows.clear()
+    together = logits(base.model, noised)
+    assert set(rows) == {3}, "three of the six rows are each one's"
+    for row, part in enumerate(noised.split(6)):
+        length = int(noised.attention_mask[row].sum())
+        alone = base_of(fresh_base(config))
+        Composed([members[row % 2]], "sum").attach(alone)
+        torch.testing.assert_close(together[row, :length], logits(alone.model, part)[0, :length], atol=1e-4, rtol=1e-4)
 
 
 def answer_or_prompt(prompt_mask: Tensor) -> Tensor:

@@ -85,20 +85,56 @@ class Composition(nn.Module):
         return self.router(prompt_features(embedded, prompt_mask)) * fixed
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        parts = [(p, p.start(t, prompt_mask, history)) for p in self.pushes]
-        shares: Tensor | None = None
+        parts: list[Part] | None = None
 
         def push_at(depth: float, h: Tensor) -> Tensor:
-            nonlocal shares
-            if shares is None:
-                shares = self.route(h, prompt_mask)
+            nonlocal parts
+            if parts is None:
+                parts = self.parts(self.route(h, prompt_mask), t, prompt_mask, history)
             total = torch.zeros_like(h)
-            for j, (push, delta) in enumerate(parts):
-                if depth in push.depths and bool((shares[:, j] != 0).any()):
-                    total = total + shares[:, j, None, None].to(h.dtype) * delta(depth, h)
+            for part in parts:
+                if depth in part.depths:
+                    some = len(part.rows) < len(h)
+                    push = part.share.to(h.dtype) * part.push_at(depth, h[part.rows] if some else h).to(h.dtype)
+                    total = total.index_add(0, part.rows, push) if some else total + push
             return total
 
         return push_at
+
+    def parts(self, shares: Tensor, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> list[Part]:
+        """Every member's push on the rows that have a share of it. shares: (B, k)."""
+        found = []
+        for push, share in zip(self.pushes, shares.T, strict=True):
+            rows = share.nonzero()[:, 0]
+            if len(rows):
+                push_at = push.start(t[rows], prompt_mask[rows], RowsOf(history, rows))
+                found.append(Part(push.depths, rows, share[rows, None, None], push_at))
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One member's push in one forward pass, on the rows that have a share of it."""
+
+    depths: list[float]
+    rows: Tensor  # (b,)
+    share: Tensor  # (b, 1, 1)
+    push_at: PushAt
+
+
+class RowsOf(Sequence[Tensor]):
+    """Some rows of every state in a history, which may still grow."""
+
+    def __init__(self, history: Sequence[Tensor], rows: Tensor):
+        self.history, self.rows = history, rows
+
+    def __len__(self) -> int:
+        return len(self.history)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [state[self.rows] for state in self.history[index]]
+        return self.history[index][self.rows]
 
 
 @dataclass

@@ -32,6 +32,7 @@ def grow(only: list[str], as_markdown: bool, json: bool, quiet: bool) -> None:
         unit = next((unit for unit in ("tokens/s", "rows/s", "MB/s") if unit in found), None)
         rate = f"{found[unit]:,.0f} {unit}" if unit else f"{found['cache MB']:,.0f} MB kept"
         rows.append((point.work, point.size, round(found["seconds"], 2), rate, round(found["peak_mb"])))
+        say(f"   {found['seconds']:.2f} s, {rate}")
     if json:
         return print(jsonlib.dumps([dict(zip(GROWTH_COLUMNS, row, strict=True)) for row in rows]))
     show_table("how cost grows with the work", GROWTH_COLUMNS, rows, as_markdown)
