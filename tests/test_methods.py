@@ -211,8 +211,9 @@ def test_gradient_reaches_every_own_parameter_after_one_update(config: ModelConf
 def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> None:
     encoder = replace(config, norm_first=False)
     for method in METHODS.values():
-        before, after = method.usual_lr(config), method.usual_lr(encoder)
-        assert before == method.default_lr
+        (before, _), (after, optimizer) = method.usual(config), method.usual(encoder)
+        assert (before, "muon" if method.name == "trajectory-lora" else "adamw") == method.usual(config)
+        assert optimizer == "adamw"
         assert after < before if method.name in ("full", "trajectory-lora") else after == before
 
 
@@ -220,8 +221,8 @@ def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> 
 def test_three_updates_lower_the_loss_they_follow(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config, 0)
     method = attach(model, case)
-    usual = TrainConfig(steps=3, lr=method.usual_lr(config), optimizer=method.default_optimizer)
-    optimizer = Optimizer(method.own, usual)
+    lr, name = method.usual(config)
+    optimizer = Optimizer(method.own, TrainConfig(steps=3, lr=lr, optimizer=name))
     losses = []
     for _ in range(4):
         optimizer.zero_grad()

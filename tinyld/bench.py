@@ -272,8 +272,7 @@ def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **op
     rows = task_rows(base, limit=limit)
     config = make_config(method, options, base.model.config)
     adapted = attach(base, method, config, "reviews", torch.Generator().manual_seed(0))
-    lr = METHODS[method].usual_lr(base.model.config)
-    optimizer = METHODS[method].default_optimizer
+    lr, optimizer = METHODS[method].usual(base.model.config)
     training = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr, optimizer=optimizer, eval_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
         dev = task_rows(base, split="dev")

@@ -59,10 +59,9 @@ def finetune_job(
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     where = base or default_base()
-    if training.get("lr") is None:
-        training = {**training, "lr": METHODS[method].usual_lr(read_model_config(RunFolder.open(where)))}
-    if training.get("optimizer") is None:
-        training = {**training, "optimizer": METHODS[method].default_optimizer}
+    lr, optimizer = METHODS[method].usual(read_model_config(RunFolder.open(where)))
+    usual = {"lr": lr, "optimizer": optimizer}
+    training = training | {name: value for name, value in usual.items() if training.get(name) is None}
     if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):
         training = {**training, "epochs": 3.0}
     check(cache_gb >= 0, f"cache_gb must be at least 0, got {cache_gb}")

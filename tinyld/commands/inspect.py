@@ -295,7 +295,7 @@ def compare(
             eval_every[name, limit] = max(1, math.ceil(updates / CURVE_POINTS))
     folder = RunFolder.open(base or default_base())
     model_config = read_model_config(folder)
-    chosen = variants(methods, {n: (m.usual_lr(model_config), m.default_optimizer) for n, m in METHODS.items()})
+    chosen = variants(methods, {name: method.usual(model_config) for name, method in METHODS.items()})
     finetune = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
     for variant in chosen:  # a wrong option is found now, not when its turn comes
         try:

@@ -20,7 +20,7 @@ class BitFitConfig:
 
 
 class BitFit(Method):
-    name, Config, default_lr, can_disable = "bitfit", BitFitConfig, 5e-3, False
+    name, Config, default, can_disable = "bitfit", BitFitConfig, (5e-3, "adamw"), False
     summary = "every bias of the base"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:

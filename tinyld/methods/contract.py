@@ -19,16 +19,15 @@ class Method(ABC):
     """An adaptation method, made from its config and the base's model config.
 
     A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
-    method's options, and the learning rate `default_lr` that the tuning grid is centred on; `post_norm_lr` takes its
-    place on an encoder that normalises after each sublayer, where the states are small and the same rate is too much.
-    `default_optimizer`, one of OPTIMIZERS, is the optimizer where none is given.
+    method's options, and in `default` the learning rate that the tuning grid is centred on and the optimizer;
+    `post_norm` takes its place on an encoder that normalises after each sublayer, where the states are small and the
+    same rate is too much.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    default_lr: ClassVar[float]
-    post_norm_lr: ClassVar[float | None] = None
-    default_optimizer: ClassVar[str] = "adamw"
+    default: ClassVar[tuple[float, str]]
+    post_norm: ClassVar[tuple[float, str] | None] = None
     summary: ClassVar[str]
     can_disable: ClassVar[bool] = True
 
@@ -37,9 +36,9 @@ class Method(ABC):
         self.own: dict[str, nn.Parameter] = {}
 
     @classmethod
-    def usual_lr(cls, model_config: ModelConfig) -> float:
-        """The learning rate where none is given."""
-        return cls.default_lr if model_config.norm_first or cls.post_norm_lr is None else cls.post_norm_lr
+    def usual(cls, model_config: ModelConfig) -> tuple[float, str]:
+        """The learning rate and the optimizer where none are given."""
+        return cls.default if model_config.norm_first or cls.post_norm is None else cls.post_norm
 
     @property
     def first_depth(self) -> int:

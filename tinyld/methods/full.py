@@ -20,7 +20,8 @@ class FullConfig:
 
 
 class Full(Method):
-    name, Config, default_lr, post_norm_lr, can_disable = "full", FullConfig, 5e-4, 2e-4, False
+    name, Config, can_disable = "full", FullConfig, False
+    default, post_norm = (5e-4, "adamw"), (2e-4, "adamw")
     summary = "every weight of the base"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:

@@ -262,8 +262,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 class TrajectoryLora(Method):
-    name, Config, default_lr, post_norm_lr = "trajectory-lora", TrajectoryLoraConfig, 3e-3, 2e-3
-    default_optimizer = "muon"
+    name, Config, default, post_norm = "trajectory-lora", TrajectoryLoraConfig, (3e-3, "muon"), (1e-3, "adamw")
     summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):

@@ -98,7 +98,7 @@ class BandClock(nn.Module):
 
 
 class WeightLora(Method):
-    name, Config, default_lr = "weight-lora", WeightLoraConfig, 2e-3
+    name, Config, default = "weight-lora", WeightLoraConfig, (2e-3, "adamw")
     summary = "a low-rank update of the attention and MLP matrices"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
