@@ -23,9 +23,8 @@ from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
-PushAt = Callable[
-    [float, Tensor], Tensor
-]  # (depth, h) -> what is added to h, both (B, L, D); d + 1/2 is within block d
+# (depth, h) -> what is added to h, both (B, L, D); depth d is before block d, d + 1/2 within it
+PushAt = Callable[[float, Tensor], Tensor]
 
 
 class Push(Protocol):
