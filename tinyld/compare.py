@@ -258,9 +258,10 @@ class Compare:
             self.launch(["finetune", "--resume", str(cell.folder), "--json"], threads)
         else:
             self.launch([*cell.command, *(["--force"] if folder.is_run() else [])])
-        self.spent.append(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.spent.append(seconds)
         accuracy, nll = cell.dev()
-        self.say(f"   {cell.folder.name}: dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {self.spent[-1]:.0f} s")
+        self.say(f"   {cell.folder.name}: dev {100 * accuracy:.1f}%, NLL bound {-nll:.4f}, {seconds:.0f} s")
         return True
 
     def launch(self, command: list[str], threads: int | None = None) -> None:
