@@ -57,8 +57,10 @@ class Fake:
     def parameters(self) -> Iterator[Tensor]:
         return iter([torch.zeros(1)])
 
-    def states(self, xt: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, cached: Tensor | None) -> Tensor:
-        return self.cost(xt == MASK)[..., None]
+    def states(
+        self, xt: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, cached: Tensor | None, where: Tensor
+    ) -> Tensor:
+        return self.cost(xt == MASK)[where][..., None]
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         return h[:, 0]

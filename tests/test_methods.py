@@ -251,6 +251,18 @@ def test_disabling_gives_back_the_base_and_enabling_the_adapter(config: ModelCon
 
 
 @every_case
+@torch.no_grad()
+def test_logits_at_few_places_are_those_of_the_whole_pass(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    method = attach(model, case)
+    with torch.enable_grad():
+        train(model, method)
+    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
+    told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
+    torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
+
+
+@every_case
 def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -885,6 +897,16 @@ def test_the_order_of_members_does_not_matter(config: ModelConfig, seed: int) ->
     composed = compose(config, *parts)
     assert composed.push.first_depth == 0
     torch.testing.assert_close(logits(composed, noised), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compositions_logits_at_few_places_are_those_of_the_whole_pass(config: ModelConfig) -> None:
+    noised = noised_batch(config)
+    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
+    told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
+    for parts in (MIXED, MIXED[:1], [("paper", 1.0), ("tied", 0.5)], [("within", 1.0), ("best-1", 1.0)]):
+        model = compose(config, *[(lively_push(config, case, seed=i), weight) for i, (case, weight) in enumerate(parts)])
+        with torch.no_grad():
+            torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
 
 
 def test_pushes_on_the_final_state_add_up(config: ModelConfig) -> None:

@@ -117,6 +117,34 @@ def test_the_head_at_chosen_places_equals_the_full_logits_there(lively: Denoiser
     torch.testing.assert_close(lively(x, where=where), lively(x)[where])
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("pushed", [False, True])
+@pytest.mark.parametrize("asked", [(0, 0, 0), (1, 0, 2), (1, 1, 1), (4, 1, 3), (5, 9, 0)])
+@pytest.mark.parametrize("family", [{}, {"norm_first": False}, {"rotary": False}])
+def test_states_at_few_places_are_those_of_the_whole_pass_and_so_are_the_gradients(
+    config: ModelConfig, family: dict[str, bool], asked: tuple[int, ...], pushed: bool, recompute: bool
+) -> None:
+    model = Denoiser(replace(config, **family), torch.Generator().manual_seed(0)).eval()
+    model.recompute, model.push = recompute, PushWithin() if pushed else None
+    x, seen = random_ids(model, 3, 10), []
+    mask = torch.arange(10)[None, :] < torch.tensor([7, 10, 9])[:, None]
+    order = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)).masked_fill(~mask, 2.0).argsort(1).argsort(1)
+    where = order < torch.tensor(asked)[:, None]
+    where &= mask
+    model.blocks[1].up.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    found = []
+    for narrow in (True, False):
+        model.zero_grad()
+        given = {"attention_mask": mask, "t": torch.ones(3), "prompt_mask": mask & ~where}
+        h = model.states(x, **given, where=where) if narrow else model.states(x, **given)[where]
+        h.square().sum().backward()
+        found.append([h, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert seen[0] == (max(asked) if 0 < max(asked) <= 5 else 10) and seen[-1] == 10, "tokens through the last MLP"
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_one_attention_block_equals_attention_written_out(lively: Denoiser) -> None:
     """softmax(QK^T / sqrt(d)) V with complex-number rotations, head by head, against the fused kernel."""
     block, heads, width = lively.blocks[0], 2, 16
@@ -207,7 +235,7 @@ class RecordingPush:
 
     def __init__(self, first_depth: int, reads_depths: bool = False, pushes_within: bool = False):
         self.first_depth = first_depth
-        self.reads_depths, self.pushes_within = reads_depths, pushes_within
+        self.reads_depths, self.pushes_within, self.reads_others = reads_depths, pushes_within, reads_depths
         self.seen: list[float] = []
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> Callable[[float, Tensor], Tensor]:
@@ -245,7 +273,7 @@ def test_a_cached_continuation_equals_the_uncached_pass(
 class PushWithin:
     """Adds a constant between attention and MLP of the last block, and nothing elsewhere."""
 
-    first_depth, reads_depths, pushes_within = 1, False, True
+    first_depth, reads_depths, pushes_within, reads_others = 1, False, True, False
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> Callable[[float, Tensor], Tensor]:
         return lambda depth, h: torch.full_like(h, 3.0 if depth == 1.5 else 0.0)

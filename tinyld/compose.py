@@ -77,6 +77,10 @@ class Composition(nn.Module):
     def reads_depths(self) -> bool:
         return any(p.reads_depths for p in self.pushes)
 
+    @property
+    def reads_others(self) -> bool:
+        return any(p.reads_others for p in self.pushes)
+
     def route(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
         """(B, k) weights of the members. embedded: (B, L, D) token embeddings."""
         fixed = torch.tensor(self.weights, device=embedded.device)

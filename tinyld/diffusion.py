@@ -161,9 +161,10 @@ def as_noised(
 
 def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
     """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,)."""
-    h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached)
-    nll = denoiser.nll(h[noised.is_masked], noised.x0[noised.is_masked])
-    return nll, noised.is_masked.nonzero()[:, 0]
+    where = noised.is_masked
+    h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached, where)
+    nll = denoiser.nll(h, noised.x0[where])
+    return nll, where.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class Push(Protocol):
         """Whether it reads the states below as well, so that the pass must keep them."""
         ...
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether, in or after the last block, it reads other positions than the one that it pushes."""
+        ...
+
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
         """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers.
 
@@ -68,6 +73,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions applied to x: (B, H, L, head width)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, L, D) at places (B, M) -> (B, M, D)."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def places_first(where: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(places, asked), both (B, M): the positions that `where` (B, L) bool asks for, from left to right, and which of
+    them are so; a row with fewer has others as well. None where M is 0, or more than half of L: all are as cheap."""
+    most = int(where.sum(1).max())
+    if not 0 < 2 * most <= where.shape[1]:
+        return None
+    places = where.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return places, where.gather(1, places)
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
@@ -121,13 +141,19 @@ class Block(nn.Module):
         self.after_attention: nn.Module = nn.Identity()
         self.after_mlp: nn.Module = nn.Identity()
 
-    def attend(self, h: Tensor, angles: Angles | None, key_mask: Tensor | None) -> Tensor:
+    def attend(
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, D), or (B, M, D) for the queries of `places` (B, M) alone."""
+
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, head width)
 
-        q, k, v = heads(self.query(h)), heads(self.key(h)), heads(self.value(h))
+        asking = h if places is None else take(h, places)
+        q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            cos, sin = angles if places is None else (angle[places][:, None] for angle in angles)
+            q, k = rotate(q, cos, sin), rotate(k, *angles)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -137,13 +163,18 @@ class Block(nn.Module):
         angles: Angles | None,
         key_mask: Tensor | None,
         push: Callable[[Tensor], Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """`push` (B, L, D) -> (B, L, D) is added to the states between attention and MLP."""
+        """`push` (B, L, D) -> (B, L, D) is added to the states between attention and MLP.
+
+        With `places` (B, M) only their states are computed, (B, M, D): the others give keys and values.
+        """
+        here = h if places is None else take(h, places)
         if self.norm_first:
-            h = h + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask))
+            h = here + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask, places))
             h = h if push is None else h + push(h)
             return h + self.after_mlp(self.down(F.gelu(self.up(self.mlp_norm(h)))))
-        h = self.attention_norm(h + self.after_attention(self.attend(h, angles, key_mask)))
+        h = self.attention_norm(here + self.after_attention(self.attend(h, angles, key_mask, places)))
         h = h if push is None else h + push(h)
         return self.mlp_norm(h + self.after_mlp(self.down(F.gelu(self.up(h)))))
 
@@ -205,11 +236,13 @@ class Denoiser(nn.Module):
         push_at: PushAt | None = None,
         history: list[Tensor] | None = None,
         within: bool = False,
+        places: Tensor | None = None,
     ) -> Tensor:
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
         attention_mask: (B, L) bool, or None when no position is padding. The states before each block that runs are
-        appended to `history`. `within`: push_at is called within the blocks as well.
+        appended to `history`. `within`: push_at is called within the blocks as well. `places` (B, M): those that are
+        wanted of the last block that runs, (B, M, D).
         """
         length, dtype = h.shape[1], compute_dtype(h)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
@@ -220,11 +253,11 @@ class Denoiser(nn.Module):
             if push_at is not None:
                 h = h + push_at(depth, h)
             push = partial(push_at, depth + 0.5) if push_at is not None and within else None
-            block = self.blocks[depth]
+            block, asked = self.blocks[depth], places if depth == stop - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, angles, key_mask, push, use_reentrant=False)
+                h = checkpoint(block, h, angles, key_mask, push, asked, use_reentrant=False)
             else:
-                h = block(h, angles, key_mask, push)
+                h = block(h, angles, key_mask, push, asked)
         return h
 
     def states(
@@ -234,8 +267,10 @@ class Denoiser(nn.Module):
         attention_mask: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         cached: Tensor | None = None,
+        where: Tensor | None = None,
     ) -> Tensor:
-        """Final states (B, L, D), before the final norm and the head's transform.
+        """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
+        its N positions, (N, D), row by row: where they are few, the last block computes no others.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing below block
         `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, before all blocks up
@@ -245,8 +280,16 @@ class Denoiser(nn.Module):
             if t is None:
                 raise ValueError("a denoiser with a clock needs t")
             self.clock(t)
+        found = None if where is None else places_first(where)
+        if self.push is not None and (self.push.first_depth == self.config.num_layers or self.push.reads_others):
+            found = None
+        places, asked = (None, where) if found is None else found
+
+        def chosen(h: Tensor) -> Tensor:
+            return h if asked is None else h[asked]
+
         if self.push is None:
-            return self.run_blocks(self.embed(xt), attention_mask, 0, self.config.num_layers)
+            return chosen(self.run_blocks(self.embed(xt), attention_mask, 0, self.config.num_layers, places=places))
         if t is None or prompt_mask is None:
             raise ValueError("a denoiser with a push needs t and prompt_mask")
         first, last = self.push.first_depth, self.config.num_layers
@@ -258,10 +301,10 @@ class Denoiser(nn.Module):
             if history is not None:
                 history += below
         push_at = self.push.start(t, prompt_mask, history if history is not None else ())
-        h = self.run_blocks(h, attention_mask, first, last, push_at, history, self.push.pushes_within)
+        h = self.run_blocks(h, attention_mask, first, last, push_at, history, self.push.pushes_within, places)
         if history is not None:
             history.append(h)
-        return h + push_at(last, h)
+        return chosen(h + push_at(last, h))
 
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
@@ -285,5 +328,4 @@ class Denoiser(nn.Module):
         cached: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), where alone the head then runs."""
-        h = self.states(xt, t, attention_mask, prompt_mask, cached)
-        return self.head(h if where is None else h[where])
+        return self.head(self.states(xt, t, attention_mask, prompt_mask, cached, where))

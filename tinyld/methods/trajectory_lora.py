@@ -229,6 +229,7 @@ class TrajectoryPush(nn.Module):
         self.pushes_within = config.within
         self.conditioned = config.conditioning != "none"
         self.reads_depths = config.read == "mix"
+        self.reads_others = self.reads_depths or config.attend > 0 or (self.conditioned and config.blocks == 0)
         self.smooth = config.sharing == "smooth-core"
         self.weight = 1.0  # 0 turns the push off; a composition sets its coefficient
 
