@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tinyld.attention import attention
 from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
@@ -149,12 +150,13 @@ class Block(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, head width)
 
+        h = h.to(compute_dtype(h))  # once, not in each of the products
         asking = h if places is None else take(h, places)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
         if angles is not None:
             cos, sin = angles if places is None else (angle[places][:, None] for angle in angles)
             q, k = rotate(q, cos, sin), rotate(k, *angles)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        mixed = attention(q, k, v, key_mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def forward(
@@ -246,7 +248,6 @@ class Denoiser(nn.Module):
         """
         length, dtype = h.shape[1], compute_dtype(h)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
-        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         for depth in range(start, stop):
             if history is not None:
                 history.append(h)
@@ -255,9 +256,9 @@ class Denoiser(nn.Module):
             push = partial(push_at, depth + 0.5) if push_at is not None and within else None
             block, asked = self.blocks[depth], places if depth == stop - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, angles, key_mask, push, asked, use_reentrant=False)
+                h = checkpoint(block, h, angles, attention_mask, push, asked, use_reentrant=False)
             else:
-                h = block(h, angles, key_mask, push, asked)
+                h = block(h, angles, attention_mask, push, asked)
         return h
 
     def states(

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyld.attention import attention
 from tinyld.config import ModelConfig, check, check_choice, check_finite
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, band_of, band_weights, time_embedding
 from tinyld.methods.contract import Method
@@ -196,7 +197,7 @@ class PushModule(nn.Module):
         push = (hidden * scale[:, None, :]) @ up.T
         if self.attention is not None and self.attended is not None:
             q, k, v = (x @ self.attention.flatten(0, 1).T).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, F.relu(v), attn_mask=noise.prompt_mask[:, None, None, :])
+            mixed = attention(q, k, F.relu(v), noise.prompt_mask)
             sigma = self.sigma[noise.band] * noise.weight
             push = push + (mixed.transpose(1, 2).flatten(2) * sigma[:, None, None]) @ self.attended.T
         return push
