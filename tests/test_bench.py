@@ -22,14 +22,13 @@ def test_every_comparison_has_both_its_measurements() -> None:
 
 def test_a_ratio_is_the_median_of_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"ours": iter([1.0, 2.0, 1.0]), "peer": iter([3.0, 3.0, 5.0])}
-    monkeypatch.setattr(
-        bench, "in_a_process", lambda name: {"seconds": next(seconds[name]), "peak_mb": 7.0, "model_flops_per_s": 1.0}
-    )
-    row = bench.compare(Comparison("it", "ours", "peer", 2.5), 3, lambda text: None)
+    found = {"peak_mb": 7.0, "model_flops_per_s": 1.0}
+    monkeypatch.setattr(bench, "in_a_process", lambda name, task: found | {"seconds": next(seconds[name])})
+    row = bench.compare(Comparison("it", "ours", "peer", 2.5), "reviews", 3, lambda text: None)
     assert (row["ratio"], row["lowest"], row["highest"], row["met"]) == (3.0, 1.5, 5.0, True)
     assert (row["our seconds"], row["peer seconds"], row["model_flops_per_s"]) == (1.0, 3.0, 1.0)
     seconds = {"ours": iter([1.0]), "peer": iter([2.4])}
-    assert not bench.compare(Comparison("it", "ours", "peer", 2.5), 1, lambda text: None)["met"]
+    assert not bench.compare(Comparison("it", "ours", "peer", 2.5), "reviews", 1, lambda text: None)["met"]
 
 
 def test_a_measurement_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +51,7 @@ def test_growth_is_a_row_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_word_that_no_comparison_has_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = CliRunner().invoke(app, ["bench", "--only", "tea"])
     assert ran.exit_code == 2 and "no comparison has such a word" in ran.stderr
+    ran = CliRunner().invoke(app, ["bench", "--task", "write"])
+    assert ran.exit_code == 2 and "task write has no labels" in ran.stderr
+    ran = CliRunner().invoke(app, ["bench", "--task", "tea"])
+    assert ran.exit_code == 1 and "no task 'tea'" in ran.stderr

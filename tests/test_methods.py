@@ -904,7 +904,8 @@ def test_a_compositions_logits_at_few_places_are_those_of_the_whole_pass(config:
     first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
     told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
     for parts in (MIXED, MIXED[:1], [("paper", 1.0), ("tied", 0.5)], [("within", 1.0), ("best-1", 1.0)]):
-        model = compose(config, *[(lively_push(config, case, seed=i), weight) for i, (case, weight) in enumerate(parts)])
+        pushes = [(lively_push(config, case, seed=i), weight) for i, (case, weight) in enumerate(parts)]
+        model = compose(config, *pushes)
         with torch.no_grad():
             torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
 

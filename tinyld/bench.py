@@ -2,7 +2,8 @@
 
 Every measurement is a process of its own (its peak memory is then its own), ours and the peer's in turns, several
 times; a ratio is the median over the turns. Absolute seconds say little about another machine: the rate of its largest
-matrix product, measured in the same run, stands beside them. transformers and peft come with the extra `bench`.
+matrix product, measured in the same run, stands beside them. transformers and peft come with the extra `bench`. Methods
+are timed on the first rows of one task, answers of one token are decoded for those rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from tinyld.errors import TinyldError
 
 LENGTH, BATCH = 256, 32  # tokens of a pretraining row; rows a batch
+TASK_ROWS = 2_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Comparison:
 
 COMPARISONS = (
     Comparison("pretraining, tokens/s, against BertForMaskedLM", "pretrain", "pretrain-bert", 1.5),
+    Comparison("the same, once --compile has compiled it", "pretrain-compiled", "pretrain-bert", 1.5),
     Comparison("trajectory-lora fast, 3 epochs, against peft LoRA r=8", "fast", "peft-lora", 5.0),
     Comparison("trajectory-lora best, the same", "best", "peft-lora", 1.0),
     Comparison("weight-lora r=8, step, against peft LoRA r=8", "weight-lora", "peft-lora", 0.8),
@@ -62,14 +65,14 @@ def has_peers() -> bool:
 # ------------------------------------------------------------------------------------------------ the parent
 
 
-def compare(comparison: Comparison, turns: int, say: Callable[[str], None]) -> dict[str, Any]:
+def compare(comparison: Comparison, task: str, turns: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs both sides in turns and returns the row of the table."""
     ours, peers = [], []
     for turn in range(turns):
         sides = ((comparison.ours, ours), (comparison.peer, peers))
         for name, found in sides if turn % 2 == 0 else sides[::-1]:
             say(f"-- {comparison.what}: {name}, turn {turn + 1} of {turns}")
-            found.append(in_a_process(name))
+            found.append(in_a_process(name, task=task))
     ratios = sorted(p["seconds"] / o["seconds"] for o, p in zip(ours, peers, strict=True))
     return {
         "what": comparison.what,
@@ -86,9 +89,9 @@ def compare(comparison: Comparison, turns: int, say: Callable[[str], None]) -> d
     }
 
 
-def in_a_process(name: str, module: str = "bench") -> dict[str, Any]:
+def in_a_process(name: str, module: str = "bench", **options: str) -> dict[str, Any]:
     """Runs one of the module's MEASUREMENTS in a process of its own."""
-    code = f"from tinyld import bench, {module}; bench.measure({module}.MEASUREMENTS[{name!r}])"
+    code = f"from tinyld import bench, {module}; bench.measure({module}.MEASUREMENTS[{name!r}], **{options!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise TinyldError(f"bench {name} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
@@ -124,12 +127,12 @@ def released_base() -> Path:
 # ------------------------------------------------------------------------------------------------ measurements
 
 
-def measure(run: Callable[[], dict[str, Any]]) -> None:
+def measure(run: Callable[..., dict[str, Any]], **options: str) -> None:
     """Runs one measurement in this process and prints it as JSON."""
     from tinyld.commands.workspace import keep_freed_memory
 
     keep_freed_memory()
-    found = run()
+    found = run(**options)
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(found))
 
@@ -162,11 +165,13 @@ def pretrain_rows(preset: str = "small", length: int = LENGTH) -> Any:
 
 
 STEPS = 12
+WARM_UP = 6  # steps that --compile is given to compile
 
 
 def run_pretrain(
-    preset: str = "small", length: int = LENGTH, batch_size: int = BATCH, steps: int = STEPS
+    preset: str = "small", length: int = LENGTH, batch_size: int = BATCH, steps: int = STEPS, compile: bool = False
 ) -> dict[str, Any]:
+    """Seconds of that many steps; with `compile`, of those after the WARM_UP."""
     import torch
 
     from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig
@@ -177,19 +182,23 @@ def run_pretrain(
     config = ModelConfig(vocab_size=VOCAB_SIZES[preset], **PRESETS[preset] | {"max_length": length})
     model = Denoiser(config, torch.Generator().manual_seed(0))
     objective = Objective(DiffusionConfig(), mask_id=3, counted=False, seed=0)
-    training = TrainConfig(steps=steps, batch_size=batch_size, optimizer="adamw", eval_every=10**6)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = pretrain_rows(preset, length)
+    warm_up = WARM_UP if compile else 0
+    training = TrainConfig(
+        steps=warm_up + steps, batch_size=batch_size, optimizer="adamw", eval_every=warm_up or 10**6, compile=compile
+    )
+    with tempfile.TemporaryDirectory() as path:
+        rows, folder = pretrain_rows(preset, length), RunFolder(Path(path))
         result = train(
-            model, dict(model.named_parameters()), rows, objective, training, RunFolder(Path(folder)), dict,
-            "bench", quiet=True,
-        )  # fmt: skip
+            model, dict(model.named_parameters()), rows, objective, training, folder, dict, "bench", quiet=True
+        )
+        before = next((r for r in folder.metrics() if r["step"] == warm_up), {"seconds": 0.0, "tokens": 0})
+    seconds, tokens = result.seconds - before["seconds"], result.tokens - before["tokens"]
     inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2)
     attention = 4 * config.num_layers * config.d_model * length  # 2 products of 2 D L a token and block
     masked = 0.5  # of the tokens, on average: the vocabulary head runs on those alone
-    rate = result.tokens / result.seconds
+    rate = tokens / seconds
     flops = 3 * (2 * inside + attention + masked * 2 * config.d_model * config.vocab_size)
-    return {"seconds": result.seconds, "tokens/s": rate, "model_flops_per_s": flops * rate}
+    return {"seconds": seconds, "tokens/s": rate, "model_flops_per_s": flops * rate}
 
 
 def bert() -> Any:
@@ -246,7 +255,7 @@ def run_pretrain_bert() -> dict[str, Any]:
     return {"seconds": plain_loop(bert(), batches)}
 
 
-def task_rows(base: Any, name: str = "reviews", split: str = "train", limit: int | None = None) -> Any:
+def task_rows(base: Any, name: str, split: str = "train", limit: int | None = TASK_ROWS) -> Any:
     from tinyld.data import TaskRows
     from tinyld.tasks import load_split, load_task
 
@@ -257,8 +266,10 @@ def task_rows(base: Any, name: str = "reviews", split: str = "train", limit: int
 EPOCHS = 3
 
 
-def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **options: Any) -> dict[str, Any]:
-    """Fine-tuning on `reviews` from start to end, the cache included."""
+def run_method(
+    task: str, method: str, limit: int = TASK_ROWS, epochs: int = EPOCHS, **options: Any
+) -> dict[str, Any]:
+    """Fine-tuning from start to end, the cache included."""
     import torch
 
     from tinyld.adapter import attach
@@ -269,13 +280,13 @@ def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **op
     from tinyld.runs import RunFolder
 
     base = load_base(released_base())
-    rows = task_rows(base, limit=limit)
+    rows = task_rows(base, task, limit=limit)
     config = make_config(method, options, base.model.config)
-    adapted = attach(base, method, config, "reviews", torch.Generator().manual_seed(0))
+    adapted = attach(base, method, config, task, torch.Generator().manual_seed(0))
     lr, optimizer = METHODS[method].usual(base.model.config)
     training = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr, optimizer=optimizer, eval_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
-        dev = task_rows(base, split="dev")
+        dev = task_rows(base, task, "dev", limit=None)
         found = finetune(
             RunFolder(Path(folder)), adapted, rows, dev, DiffusionConfig(time_sampling="uniform"), training, 4.0, None,
             quiet=True, say=lambda text: None,
@@ -283,7 +294,7 @@ def run_method(method: str, limit: int | None = None, epochs: int = EPOCHS, **op
     return {"seconds": found["seconds"]}
 
 
-def run_bert(trained: str) -> dict[str, Any]:
+def run_bert(task: str, trained: str) -> dict[str, Any]:
     """The same rows, in the same batches, through a BERT: `all` of it trains, its `biases`, or a `lora` of peft, r=8 on
     the attention and MLP matrices."""
     import torch
@@ -292,7 +303,7 @@ def run_bert(trained: str) -> dict[str, Any]:
     from tinyld.base import load_base
 
     base = load_base(released_base())
-    rows = task_rows(base)
+    rows = task_rows(base, task)
     batches = []
     for step in range(EPOCHS * rows.steps_per_epoch(BATCH)):
         batch = rows.batch(step, BATCH, 0)
@@ -321,7 +332,7 @@ class InTurn:
         return torch.eye(self.count)[torch.arange(len(features)) % self.count]
 
 
-def adapted_base(count: int = 1) -> tuple[Any, Any]:
+def adapted_base(task: str, count: int) -> tuple[Any, Any]:
     """(base, rows) with `count` trajectory adapters at work; of several, each gets an equal share of every batch."""
     import torch
 
@@ -331,14 +342,14 @@ def adapted_base(count: int = 1) -> tuple[Any, Any]:
     from tinyld.methods import make_config
 
     base = load_base(released_base())
-    rows = task_rows(base)
+    rows = task_rows(base, task)
     config = make_config("trajectory-lora", {}, base.model.config)
-    fresh = attach(load_base(released_base()), "trajectory-lora", config, "reviews")
+    fresh = attach(load_base(released_base()), "trajectory-lora", config, task)
     members = []
     for i in range(count):
         generator = torch.Generator().manual_seed(i)
         tensors = {n: 0.01 * torch.randn(p.shape, generator=generator) for n, p in fresh.method.own.items()}
-        members.append(Member(f"m{i}", "reviews", 1.0, "trajectory-lora", config, tensors, None))
+        members.append(Member(f"m{i}", task, 1.0, "trajectory-lora", config, tensors, None))
     composed = Composed(members, "router" if count > 1 else "sum")
     if count > 1:
         composed.router = InTurn(count)
@@ -367,8 +378,8 @@ def timed_eval(base: Any, rows: Any, rows_read: int, **sampling: Any) -> dict[st
 ROWS = 1_024
 
 
-def run_compose(count: int) -> dict[str, Any]:
-    return timed_eval(*adapted_base(count), ROWS)
+def run_compose(task: str, count: int) -> dict[str, Any]:
+    return timed_eval(*adapted_base(task, count), ROWS)
 
 
 def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
@@ -413,23 +424,24 @@ def run_eval(task: str, rows_read: int, **sampling: Any) -> dict[str, Any]:
     return timed_eval(base, task_rows(base, task), rows_read, **sampling)
 
 
-MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "ceiling": ceiling,
-    "pretrain": run_pretrain,
-    "pretrain-bert": run_pretrain_bert,
-    "fast": lambda: run_method("trajectory-lora", recipe="fast"),
-    "best": lambda: run_method("trajectory-lora", recipe="best"),
-    "weight-lora": lambda: run_method("weight-lora", rank=8),
-    "adapters": lambda: run_method("adapters"),
-    "bitfit": lambda: run_method("bitfit"),
-    "full": lambda: run_method("full"),
-    "peft-lora": lambda: run_bert("lora"),
-    "bert-full": lambda: run_bert("all"),
-    "bert-bitfit": lambda: run_bert("biases"),
-    "eval": lambda: run_eval("reviews", ROWS),
-    "eval-plain": lambda: run_plain_eval("reviews", ROWS),
-    "write": lambda: run_eval("write", 128, sampler="threshold"),
-    "write-plain": lambda: run_plain_eval("write", 128),
-    "compose-4": lambda: run_compose(4),
-    "compose-1": lambda: run_compose(1),
+MEASUREMENTS: dict[str, Callable[[str], dict[str, Any]]] = {  # each is told the task
+    "ceiling": lambda task: ceiling(),
+    "pretrain": lambda task: run_pretrain(),
+    "pretrain-compiled": lambda task: run_pretrain(compile=True),
+    "pretrain-bert": lambda task: run_pretrain_bert(),
+    "fast": lambda task: run_method(task, "trajectory-lora", recipe="fast"),
+    "best": lambda task: run_method(task, "trajectory-lora", recipe="best"),
+    "weight-lora": lambda task: run_method(task, "weight-lora", rank=8),
+    "adapters": lambda task: run_method(task, "adapters"),
+    "bitfit": lambda task: run_method(task, "bitfit"),
+    "full": lambda task: run_method(task, "full"),
+    "peft-lora": lambda task: run_bert(task, "lora"),
+    "bert-full": lambda task: run_bert(task, "all"),
+    "bert-bitfit": lambda task: run_bert(task, "biases"),
+    "eval": lambda task: run_eval(task, ROWS),
+    "eval-plain": lambda task: run_plain_eval(task, ROWS),
+    "write": lambda task: run_eval("write", 128, sampler="threshold"),
+    "write-plain": lambda task: run_plain_eval("write", 128),
+    "compose-4": lambda task: run_compose(task, 4),
+    "compose-1": lambda task: run_compose(task, 1),
 }

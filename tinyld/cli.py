@@ -607,6 +607,7 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="Only comparisons that have this word, e.g. pretraining; may be repeated.")
     ] = None,
+    task: Annotated[str, typer.Option(help="Task of labels, on whose first 2,000 rows methods are timed.")] = "reviews",
     turns: Annotated[int, typer.Option(min=1, help="Times that each side runs.")] = 3,
     growth: Annotated[
         bool, typer.Option("--growth", help="How cost grows with model, length, batch, rows and text instead.")
@@ -620,7 +621,7 @@ def bench(
 
     if growth:
         return grow(only or [], markdown, json, quiet)
-    bench(only or [], turns, markdown, json, quiet)
+    bench(only or [], task, turns, markdown, json, quiet)
 
 
 @app.command()

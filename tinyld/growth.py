@@ -44,10 +44,10 @@ def cached(rows_read: int) -> dict[str, Any]:
     from tinyld.base import load_base
 
     base = load_base(released_base())
-    rows = task_rows(base, limit=rows_read)
+    rows = task_rows(base, "reviews", limit=rows_read)
     config = base.model.config
     size = int(rows.lengths.sum()) * (config.num_layers + 1) * config.d_model * 2 / 2**20
-    return run_method("trajectory-lora", limit=rows_read, epochs=1, recipe="fast") | {"cache MB": size}
+    return run_method("reviews", "trajectory-lora", limit=rows_read, epochs=1, recipe="fast") | {"cache MB": size}
 
 
 def pretrain_on(megabytes: int) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from tinyld.bench import COMPARISONS, compare, has_peers, in_a_process, needs_peers, start_up
 from tinyld.commands.workspace import say_to_stderr
+from tinyld.config import check
 from tinyld.errors import UsageError
 from tinyld.report import markdown, print_table
+from tinyld.tasks import load_split, load_task
 
 COLUMNS = ("what", "ratio", "lowest", "highest", "bar", "met", "our seconds", "peer seconds", "our peak MB")
 COLUMNS += ("peer peak MB",)
@@ -38,31 +40,33 @@ def grow(only: list[str], as_markdown: bool, json: bool, quiet: bool) -> None:
     show_table("how cost grows with the work", GROWTH_COLUMNS, rows, as_markdown)
 
 
-def bench(only: list[str], turns: int, as_markdown: bool, json: bool, quiet: bool) -> None:
+def bench(only: list[str], task: str, turns: int, as_markdown: bool, json: bool, quiet: bool) -> None:
     """Every comparison whose name has one of the words `only`; all of them when there is none."""
     chosen = [c for c in COMPARISONS if not only or any(word in c.what for word in only)]
     starts = not only or any("tinyld" in word or "start" in word for word in only)
     if not chosen and not starts:
         raise UsageError(f"--only {' '.join(only)}: no comparison has such a word; there are: "
                          + "; ".join(c.what for c in COMPARISONS))  # fmt: skip
+    check(not load_task(task).is_generation, f"task {task} has no labels; bench times answers of one token")
+    load_split(load_task(task), "train", limit=1)
     say = say_to_stderr(quiet)
-    top = in_a_process("ceiling")
+    top = in_a_process("ceiling", task=task)
     rows = []
     for comparison in chosen:
         if needs_peers(comparison.peer) and not has_peers():
             say(f"-- {comparison.what}: left out, as transformers and peft are not installed (pip install '.[bench]')")
             continue
-        row = compare(comparison, turns, say)
+        row = compare(comparison, task, turns, say)
         if "model_flops_per_s" in row:
             row["% of the ceiling"] = round(100 * row["model_flops_per_s"] / top["flops"], 1)
         rows.append(row)
         say(f"   ratio {row['ratio']} ({row['lowest']} to {row['highest']}), bar {row['bar']}")
     started = start_up(turns) if starts else []
     if json:
-        facts = {"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "rows": rows, "start": started}
-        return print(jsonlib.dumps(facts))
+        facts = {"ceiling_flops_per_s": top["flops"], "dtype": top["dtype"], "task": task}
+        return print(jsonlib.dumps(facts | {"rows": rows, "start": started}))
     rate = f"largest matrix product: {top['flops'] / 1e9:,.0f} GFLOP/s in {top['dtype']}"
-    title = f"speed, as a ratio of the peer's time to ours ({rate})"
+    title = f"speed, as a ratio of the peer's time to ours, with rows of {task} ({rate})"
     show_table(title, COLUMNS, [tuple(row.get(c) for c in COLUMNS) for row in rows], as_markdown)
     for row in rows:
         if "% of the ceiling" in row:
