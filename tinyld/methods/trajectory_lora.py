@@ -173,8 +173,12 @@ class PushModule(nn.Module):
         width = h.shape[-1:]
         if self.mix is None:
             return F.layer_norm(h, width)
-        depths = torch.stack([*history[: len(self.mix) - 1], h], dim=2)  # (B, L, depths, D)
-        return (F.layer_norm(depths, width) * self.mix.softmax(0)[:, None].to(h.dtype)).sum(2)
+        shares = self.mix.softmax(0).to(h.dtype)
+        depths = [*history[: len(self.mix) - 1], h]
+        mixed = torch.zeros_like(h)
+        for state, share in zip(depths, shares, strict=True):
+            mixed = mixed + F.layer_norm(state, width) * share
+        return mixed
 
     def forward(self, h: Tensor, noise: Noise, pooled: Tensor | None, history: Sequence[Tensor]) -> Tensor:
         """The push (B, L, D). h: (B, L, D), pooled: (B, D)."""
