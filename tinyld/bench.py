@@ -266,9 +266,7 @@ def task_rows(base: Any, name: str, split: str = "train", limit: int | None = TA
 EPOCHS = 3
 
 
-def run_method(
-    task: str, method: str, limit: int = TASK_ROWS, epochs: int = EPOCHS, **options: Any
-) -> dict[str, Any]:
+def run_method(task: str, method: str, limit: int = TASK_ROWS, epochs: int = EPOCHS, **options: Any) -> dict[str, Any]:
     """Fine-tuning from start to end, the cache included."""
     import torch
 

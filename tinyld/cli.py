@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")  # typer's pydantic looks for some at every start: 10 ms
 
 import typer
 from typer.core import TyperGroup

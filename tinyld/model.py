@@ -142,9 +142,7 @@ class Block(nn.Module):
         self.after_attention: nn.Module = nn.Identity()
         self.after_mlp: nn.Module = nn.Identity()
 
-    def attend(
-        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, places: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, places: Tensor | None = None) -> Tensor:
         """(B, L, D), or (B, M, D) for the queries of `places` (B, M) alone."""
 
         def heads(x: Tensor) -> Tensor:
