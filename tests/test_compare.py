@@ -17,7 +17,7 @@ import pytest
 from tinyld.compare import SUMMARY, TABLE, Compare, Launcher, threads_each, variants
 from tinyld.errors import TinyldError, UsageError
 from tinyld.interrupt import Interrupted
-from tinyld.report import RESULT_COLUMNS
+from tinyld.report import RESULT_COLUMNS, result_rows
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
 USUAL = {"full": (1e-3, "adamw"), "bitfit": (1e-2, "adamw")}
@@ -39,19 +39,21 @@ class Trainer:
         if command[0] == "eval":
             folder = RunFolder(Path(command[1]))
             results = folder.read_json(RESULTS)
-            results["eval"] = {
-                f"reviews/{option['--split']}": {"accuracy": 0.5, "n": 500, "unreadable": 0.0, "rows_per_second": 9.0}
-            }
+            found = {"n": 500, "rows_per_second": 9.0, "nll_bound": 0.7, "nll_stderr": 0.1}
+            if folder.config["task"] == "reviews":
+                found |= {"accuracy": 0.5, "unreadable": 0.0}
+            results["eval"] = {f"{folder.config['task']}/{option['--split']}": found}
             return folder.write_json(RESULTS, results)
         lr, seed = float(option["--lr"]), int(option["--seed"])
         folder = RunFolder.create(Path(option["--out"]), "--force" in command)
-        config: dict[str, Any] = {"kind": "adapter", "task": "reviews", "method": {"name": option["--method"]}}
+        config: dict[str, Any] = {"kind": "adapter", "task": option["--task"], "method": {"name": option["--method"]}}
         config["train"] = {"epochs": 1.0, "batch_size": 32, "lr": lr, "seed": seed}
         config |= {"base": {"path": "base", "fingerprint": "f"}, "diffusion": {}}
         config |= {"data": {"rows": 10}, "parameters": {"stored_percent": 1.0, "stored_bytes": 4}}
         folder.write_json(CONFIG, config)
         accuracy = 0.9 if lr == self.best_lr else 0.8
-        found = {"dev_accuracy": accuracy, "dev_nll_bound": 0.5, "seconds": 1.0, "peak_memory_mb": 1.0}
+        found = {"dev_nll_bound": 1.4 - accuracy, "seconds": 1.0, "peak_memory_mb": 1.0}
+        found |= {"dev_accuracy": accuracy} if option["--task"] == "reviews" else {}
         folder.write_json(RESULTS, {"finetune": found})
         folder.write(ADAPTER, b"")
 
@@ -92,6 +94,15 @@ def test_every_rate_is_tried_once_and_the_best_on_dev_gets_the_other_seeds(tmp_p
     assert len(evaluated) == 6 and all("test" in c for c in evaluated), "only what was chosen meets the test rows"
     assert json.loads((tmp_path / SUMMARY).read_text()) == records
     assert (tmp_path / TABLE).read_text().count("| reviews |") == 2
+
+
+def test_a_generation_task_goes_by_its_nats_and_has_no_accuracy(tmp_path: Path) -> None:
+    said: list[str] = []
+    records = grid(tmp_path, Trainer(best_lr=2e-3), ("write",), say=said.append).run()
+    assert [r["train"]["lr"] for r in records[:3]] == [2e-3] * 3
+    row = dict(zip(RESULT_COLUMNS, result_rows(records)[0], strict=True))
+    assert row["nats"] == "0.700 ± 0.196" and row["accuracy %"] is row["% of full"] is row["unreadable %"] is None
+    assert any("write_full_lr0.002_s2: dev NLL bound 0.5000" in line for line in said)
 
 
 def test_the_same_command_again_runs_nothing(tmp_path: Path) -> None:
@@ -177,7 +188,6 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
         ({"trials": 99}, "--trials must be"),
         ({"seeds": 0}, "--seeds"),
         ({"tasks": ("reviews", "reviews")}, "--task names one twice"),
-        ({"tasks": ("write",)}, "task write has no labels"),
         ({"tasks": ()}, "at least one --task"),
     ],
 )

@@ -33,6 +33,7 @@ README = (TOP / "README.md").read_text(encoding="utf-8")
 
 def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
     found = {"accuracy": accuracy, "n": 400, "unreadable": 0.01, "rows_per_second": 100.0}
+    found |= {"nll_bound": 0.5, "nll_stderr": 0.1}
     return {
         "run": f"{method}-{seed}",
         "kind": "adapter",
@@ -119,7 +120,8 @@ def test_seeds_whose_ranks_were_found_while_training_are_averaged() -> None:
 
 def test_a_run_is_shown_on_test_once_it_has_been_tested() -> None:
     run = record("bitfit", 0, 0.68)
-    run["results"]["eval"]["mood/test"] = {"accuracy": 0.6, "n": 300, "unreadable": 0.0, "rows_per_second": 9.0}
+    dev = run["results"]["eval"]["mood/dev"]
+    run["results"]["eval"]["mood/test"] = dev | {"accuracy": 0.6, "n": 300}
     (row,) = result_rows([run])
     assert dict(zip(RESULT_COLUMNS, row, strict=True))["split"] == "test"
 

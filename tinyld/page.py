@@ -31,9 +31,9 @@ def name_of(record: Record) -> str:
 
 
 def tested(record: Record) -> Mapping[str, Any] | None:
-    """The record's evaluation with an accuracy: on test where there is one, else on dev."""
+    """The record's evaluation: on test where there is one, else on dev."""
     found = record["results"].get("eval", {})
-    keys = sorted((k for k in found if "accuracy" in found[k]), key=lambda k: k.endswith("/dev"))
+    keys = sorted((k for k in found if "rows_per_second" in found[k]), key=lambda k: k.endswith("/dev"))
     return found[keys[0]] if keys else None
 
 
@@ -41,7 +41,7 @@ def points(records: Sequence[Record], x: Callable[[Record], float]) -> Series:
     """A point for all seeds of a row of the results table, with its interval; `x` is averaged."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        if tested(record) is not None:
+        if "accuracy" in (tested(record) or {}):
             groups.setdefault(identity(record), []).append(record)
     series: Series = {}
     for runs in groups.values():
@@ -121,8 +121,9 @@ def page(records: Sequence[Record], command: str) -> str:
         most = [r for r in mine if r["data"]["rows"] == max(m["data"]["rows"] for m in mine)]
         size = points(most, lambda r: r["parameters"]["stored_percent"])
         seconds = points(most, lambda r: r["results"]["finetune"]["seconds"])
-        body.append(drawn("Accuracy against stored size", "stored, % of the base", size, log=True, lines=False))
-        body.append(drawn("Accuracy against training time", "seconds", seconds, log=True, lines=False))
+        if size:
+            body.append(drawn("Accuracy against stored size", "stored, % of the base", size, log=True, lines=False))
+            body.append(drawn("Accuracy against training time", "seconds", seconds, log=True, lines=False))
         if learned := curves(most):
             body.append(drawn("Learning curves (dev)", "seconds of training", learned, log=False, lines=True))
         if steps := by_noise(most):

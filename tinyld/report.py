@@ -92,8 +92,8 @@ def seconds_to(share: float, record: Mapping[str, Any]) -> float | None:
 
 
 RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
-RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "stored %", "bytes", "times smaller", "train s")
-RESULT_COLUMNS += ("s to 95%", "peak MB", "rows/s")
+RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "nats", "stored %", "bytes", "times smaller")
+RESULT_COLUMNS += ("train s", "s to 95%", "peak MB", "rows/s")
 
 Cell = tuple[str, str, str, str]  # task, split, method, and all else that sets runs apart but their seed
 
@@ -103,7 +103,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
     The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
     seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning of the same
-    base on as many rows; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
+    base on as many rows; "nats" is the NLL bound of an answer token with its 95% interval, which is all that a
+    generation task has; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
     was 95% of its own best (of ten points a run under `tinyld compare`). Where runs had unlike numbers of threads,
     those with the most are timed.
     """
@@ -115,19 +116,27 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
         for key, found in evaluations.items():
             task, _, split = key.partition("/")
-            if "accuracy" in found and not (split == "dev" and task in tested):
+            if "rows_per_second" in found and not (split == "dev" and task in tested):
                 cell = (task, split, record["method"]["name"], identity(record))
                 cells.setdefault(cell, []).append((record, found))
-    means = {cell: _mean(f["accuracy"] for _, f in runs) for cell, runs in cells.items()}
+    means = {cell: _mean(f["accuracy"] for _, f in runs) for cell, runs in cells.items() if "accuracy" in runs[0][1]}
     rows = []
     for cell, runs in sorted(cells.items()):
         task, split, method, _ = cell
         first = runs[0][0]
         alike = _base_and_rows(first)
-        full = [c for c in cells if c[:3] == (task, split, "full") and _base_and_rows(cells[c][0][0]) == alike]
+        full = [c for c in means if c[:3] == (task, split, "full") and _base_and_rows(cells[c][0][0]) == alike]
         whole = max((means[c] for c in full), default=0.0)
         n = runs[0][1]["n"]
-        low, high = interval([f["accuracy"] for _, f in runs], n)
+        accuracy: tuple[str | None, ...] = (None, None, None, None)
+        if mean := means.get(cell):
+            low, high = interval([f["accuracy"] for _, f in runs], n)
+            accuracy = (
+                f"{100 * mean:.1f}",
+                f"{100 * low:.1f} to {100 * high:.1f}",
+                f"{100 * mean / whole:.1f}" if whole else None,
+                f"{100 * _mean(f['unreadable'] for _, f in runs):.1f}",
+            )
         sizes, trials = first["parameters"], first.get("trials")
         threads = [r.get("environment", {}).get("threads", 0) for r, _ in runs]
         timed = [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
@@ -136,10 +145,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         rows.append(
             (
                 *(*about, len(trials) if trials else 1, len(runs), split, n),
-                f"{100 * means[cell]:.1f}",
-                f"{100 * low:.1f} to {100 * high:.1f}",
-                f"{100 * means[cell] / whole:.1f}" if whole else None,
-                f"{100 * _mean(f['unreadable'] for _, f in runs):.1f}",
+                *accuracy,
+                nats([f["nll_bound"] for _, f in runs], _mean(f["nll_stderr"] for _, f in runs)),
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
                 f"{100 / sizes['stored_percent']:.0f}",
@@ -303,14 +310,23 @@ def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
     """95% interval of an accuracy over seeds and rows (see `result_rows`)."""
     from tinyld.statistics import wilson
 
-    mean = _mean(accuracies)
+    mean, half = _mean(accuracies), over_seeds(accuracies)
     low, high = wilson(mean * n, n)
-    seeds = len(accuracies)
-    if seeds > 1:
-        spread = (sum((a - mean) ** 2 for a in accuracies) / (seeds - 1)) ** 0.5
-        half = T_95[min(seeds - 1, len(T_95)) - 1] * spread / seeds**0.5
-        low, high = min(low, mean - half), max(high, mean + half)
-    return max(low, 0.0), min(high, 1.0)
+    return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
+
+
+def nats(bounds: Sequence[float], stderr: float) -> str:
+    """Mean NLL bound over seeds and the half of its 95% interval: the wider of that over rows and that over seeds."""
+    return f"{_mean(bounds):.3f} ± {max(1.96 * stderr, over_seeds(bounds)):.3f}"
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over seeds, by Student's t; 0 for one seed, which says nothing of it."""
+    seeds, mean = len(values), _mean(values)
+    if seeds == 1:
+        return 0.0
+    spread = (sum((v - mean) ** 2 for v in values) / (seeds - 1)) ** 0.5
+    return T_95[min(seeds - 1, len(T_95)) - 1] * spread / seeds**0.5
 
 
 def _mean(values: Iterable[float]) -> float:
