@@ -129,7 +129,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         whole = max((means[c] for c in full), default=0.0)
         n = runs[0][1]["n"]
         accuracy: tuple[str | None, ...] = (None, None, None, None)
-        if mean := means.get(cell):
+        if cell in means:
+            mean = means[cell]
             low, high = interval([f["accuracy"] for _, f in runs], n)
             accuracy = (
                 f"{100 * mean:.1f}",
