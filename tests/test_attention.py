@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld import attention as module
-from tinyld.attention import ShortAttention, attention
+from tinyld.attention import attention, short_attention
 
 
 def random_heads(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -22,7 +24,7 @@ def some_keys(rows: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("queries", "at_a_time"), [(7, 2**21), (7, 1), (3, 60), (1, 2**21)])
+@pytest.mark.parametrize(("queries", "at_a_time"), [(7, 2**21), (7, 1), (3, 60), (1, 2**21), (0, 2**21)])
 def test_values_and_gradients_are_those_of_torchs_own_in_float64(
     queries: int, at_a_time: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,10 +32,12 @@ def test_values_and_gradients_are_those_of_torchs_own_in_float64(
     q, k, v = random_heads(3, 2, queries, 4), random_heads(3, 2, 7, 4, seed=1), random_heads(3, 2, 7, 4, seed=2)
     keys = some_keys(3, 7) if masked else None
     bias = torch.where(keys, 0.0, module.HIDDEN).double().repeat_interleave(2, 0)[:, None] if masked else None
-    scaled = (q / 2.0).flatten(0, 1)
-    found = ShortAttention.apply(scaled, k.flatten(0, 1), v.flatten(0, 1), bias).unflatten(0, (3, 2))
+    heads = (q / 2.0).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias
+    found = short_attention(*heads, True)[0].unflatten(0, (3, 2))
     expected = F.scaled_dot_product_attention(q, k, v, None if keys is None else keys[:, None, None, :])
     torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert torch.equal(short_attention(*heads, False)[0], found.flatten(0, 1)), "where nothing is kept"
     upstream = random_heads(3, 2, queries, 4, seed=3).detach()
     for one, other in zip(
         torch.autograd.grad(found, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
@@ -43,29 +47,70 @@ def test_values_and_gradients_are_those_of_torchs_own_in_float64(
 
 def test_gradients_are_the_slopes_of_the_values() -> None:
     q, k, v = (random_heads(2, 3, 2, seed=seed) for seed in range(3))
-    assert torch.autograd.gradcheck(lambda *heads: ShortAttention.apply(*heads, None), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *heads: short_attention(*heads, None, True)[0], (q, k, v))
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("under_autocast", [False, True])
-def test_in_bf16_it_is_as_near_to_exact_attention_as_bf16_allows(masked: bool, under_autocast: bool) -> None:
-    """Scores, weights and values are rounded to 8 bits: 2**-7 of values of size 1, twice over."""
-    exact = [random_heads(4, 2, 9, 8, seed=seed) for seed in range(3)]
-    keys = some_keys(4, 9) if masked else None
-    rounded = [x.detach().bfloat16().requires_grad_(True) for x in exact]
-    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
-        found = attention(*rounded, keys)
-    assert found.dtype == torch.bfloat16 and "ShortAttention" in str(found.grad_fn.next_functions)
-    expected = F.scaled_dot_product_attention(*exact, None if keys is None else keys[:, None, None, :])
-    torch.testing.assert_close(found.double(), expected, atol=0.03, rtol=0.03)
-    found.float().square().sum().backward()
-    expected.square().sum().backward()
-    for one, other in zip(rounded, exact, strict=True):
-        torch.testing.assert_close(one.grad.double(), other.grad, atol=0.1, rtol=0.1)
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (3.0, 1.0), (0.0, 3.0), (3.0, 3.0)])
+def test_in_bf16_it_is_about_as_exact_as_torchs_own(
+    offset: float, scale: float, under_autocast: bool, masked: bool
+) -> None:
+    """Keys and values may have a mean, scores be large. Rounding the scores and weights to 8 bits costs at most five
+    times torch's error, which keeps them in fp32; seen are 3.1 times."""
+    heads = [random_heads(4, 2, 32, 16, seed=seed).detach() for seed in range(3)]
+    heads[0] *= scale
+    for x, seed in zip(heads[1:], (4, 5), strict=True):
+        x += offset * random_heads(1, 2, 1, 16, seed=seed).detach()
+    keys = some_keys(4, 32) if masked else None
+    upstream = random_heads(4, 2, 32, 16, seed=3).detach().bfloat16()
+    errors = []
+    exact = [x.bfloat16().double().requires_grad_(True) for x in heads]
+    mask = None if keys is None else keys[:, None, None, :]
+    value = F.scaled_dot_product_attention(*exact, mask)
+    slopes = torch.autograd.grad(value, exact, upstream.double())
+    for function, told in ((attention, keys), (F.scaled_dot_product_attention, mask)):
+        rounded = [x.bfloat16().requires_grad_(True) for x in heads]
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+            found = function(*rounded, told)
+        assert found.dtype == torch.bfloat16
+        grads = torch.autograd.grad(found, rounded, upstream)
+        errors.append([error(a, b.detach()) for a, b in zip((found, *grads), (value, *slopes), strict=True)])
+    for ours, torchs in zip(*errors, strict=True):
+        assert 0 < ours <= 5 * torchs
+    assert errors[0] != errors[1], "not torch's own"
 
 
-@pytest.mark.parametrize(("length", "dtype"), [(module.LONGEST + 1, torch.bfloat16), (9, torch.float32)])
-def test_long_rows_and_other_types_are_left_to_torch(length: int, dtype: torch.dtype) -> None:
-    q, k, v = (random_heads(1, 1, length, 2, seed=seed, dtype=dtype) for seed in range(3))
-    keys = some_keys(1, length)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_scores_and_other_types_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", 2 * 9 * 9 - (dtype == torch.bfloat16))
+    q, k, v = (random_heads(1, 2, 9, 2, seed=seed, dtype=dtype) for seed in range(3))
+    keys = some_keys(1, 9)
     assert torch.equal(attention(q, k, v, keys), F.scaled_dot_product_attention(q, k, v, keys[:, None, None, :]))
+
+
+def test_torchs_compiler_takes_it_whole_whatever_its_shape() -> None:
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attention, backend=count, dynamic=True, fullgraph=True)
+    for rows, length in ((2, 5), (3, 7), (4, 9), (5, 11), (6, 13)):
+        q, k, v = (random_heads(rows, 2, length, 4, seed=seed, dtype=torch.bfloat16) for seed in range(3))
+        found = compiled(q, k, v)
+        assert torch.equal(found, attention(q, k, v))
+        found.float().sum().backward()
+        assert q.grad is not None
+    assert len(graphs) <= 2
+
+
+def test_an_operator_that_torch_may_trust() -> None:
+    q, k, v = (random_heads(3, 4, 2, seed=seed) for seed in range(3))
+    bias = torch.zeros(3, 1, 4, dtype=torch.float64)
+    torch.library.opcheck(short_attention, (q, k, v, bias, True))

@@ -526,7 +526,14 @@ def write_evaluation(run: Path, out: Path, accuracy: float) -> Path:
     """A copy of a run with one evaluation of that accuracy."""
     shutil.copytree(run, out)
     folder = RunFolder(out)
-    found = {"accuracy": accuracy, "n": 100, "rows_per_second": 9.0, "unreadable": 0.0, "nll_bound": 0.5, "nll_stderr": 0.1}
+    found = {
+        "accuracy": accuracy,
+        "n": 100,
+        "rows_per_second": 9.0,
+        "unreadable": 0.0,
+        "nll_bound": 0.5,
+        "nll_stderr": 0.1,
+    }
     folder.write_json(RESULTS, folder.read_json(RESULTS) | {"eval": {"mood/test": found}})
     return out
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST = 512  # beyond it the weights, which the backward pass reads, take more memory than they are worth
+MOST = 2**25  # scores of a batch: its backward pass reads as many weights, 64 MB
 AT_A_TIME = 2**21  # scores
 HIDDEN = -1e4  # added to the score of a key that must not be read: its weight is then 0
 
@@ -22,47 +22,84 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
 
     A row needs at least one key that it may read.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > LONGEST:
+    batch, heads, queries, width = q.shape
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or batch * heads * queries * k.shape[2] > MOST:
         return F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None, :])
     bias = None
     if key_mask is not None:
-        bias = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill_(~key_mask, HIDDEN)
-        bias = bias.repeat_interleave(q.shape[1], dim=0)[:, None, :]  # (B H, 1, L)
-    q = q * q.shape[-1] ** -0.5
-    mixed = ShortAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias)
-    return mixed.unflatten(0, (-1, v.shape[1]))
+        bias = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill(~key_mask, HIDDEN)
+        bias = bias.repeat_interleave(heads, dim=0)[:, None, :]  # (B H, 1, L)
+    q, k, v = (q * width**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    # One vector taken from all keys shifts a query's scores alike, one taken from all values is given back: without
+    # their means both are small, and lose less to bf16.
+    k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    mixed, _ = short_attention(q, k, v - offset, bias, needs_grad)
+    return (mixed + offset).unflatten(0, (batch, heads))
 
 
-class ShortAttention(torch.autograd.Function):
-    """softmax(q k^T + bias) v for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L) or None -> (N, M, W)."""
+@torch.library.custom_op("tinyld::short_attention", mutates_args=())
+def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """(softmax(q k^T + bias) v, the weights) for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L).
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        weights = q.new_empty(len(q), q.shape[1], k.shape[1])
-        mixed = torch.empty_like(q)
-        for some in heads_at_a_time(weights):
-            scores = weights[some]
-            torch.bmm(q[some], k[some].mT, out=scores)
-            if bias is not None:
-                scores += bias[some]
-            torch.softmax(scores, -1, out=scores)
-            torch.bmm(scores, v[some], out=mixed[some])
-        ctx.save_for_backward(q, k, v, weights, mixed)
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, mixed = ctx.saved_tensors
-        along = (grad * mixed).sum(-1, keepdim=True)  # sum_j of weight_j * d loss / d weight_j, (N, M, 1)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for some in heads_at_a_time(weights):
-            torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
-            grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
-            torch.bmm(grad_scores, k[some], out=grad_q[some])
-            torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
-        return grad_q, grad_k, grad_v, None
+    The weights (N, M, L) are there for the backward pass, and with `keep` alone. An operator of its own, so that
+    `--compile` takes it whole, whatever its shape.
+    """
+    mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+    weights = q.new_empty(q.shape[0] if keep else 0, q.shape[1], k.shape[1])
+    step = heads_at_a_time(q, k)
+    room = None if keep else q.new_empty(min(step, len(q)), q.shape[1], k.shape[1])
+    for start in range(0, len(q), step):
+        some = slice(start, start + step)
+        scores = weights[some] if room is None else room[: len(q[some])]
+        torch.bmm(q[some], k[some].mT, out=scores)
+        if bias is not None:
+            scores += bias[some]
+        torch.softmax(scores, -1, out=scores)
+        torch.bmm(scores, v[some], out=mixed[some])
+    return mixed, weights
 
 
-def heads_at_a_time(weights: Tensor) -> list[slice]:
-    step = max(1, AT_A_TIME // max(1, weights[0].numel()))
-    return [slice(start, start + step) for start in range(0, len(weights), step)]
+@torch.library.custom_op("tinyld::short_attention_backward", mutates_args=())
+def short_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of `mixed`, all in the shapes of `short_attention`."""
+    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    along = (grad * mixed).sum(-1, keepdim=True)  # sum over keys of weight * its gradient: (N, M, 1)
+    step = heads_at_a_time(q, k)
+    for start in range(0, len(q), step):
+        some = slice(start, start + step)
+        torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
+        grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
+        torch.bmm(grad_scores, k[some], out=grad_q[some])
+        torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
+    return grad_q, grad_k, grad_v
+
+
+def heads_at_a_time(q: Tensor, k: Tensor) -> int:
+    return max(1, AT_A_TIME // max(1, q.shape[1] * k.shape[1]))
+
+
+@short_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[0] if keep else 0, q.shape[1], k.shape[1])
+
+
+@short_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the weights have none, and zeros in their place would be many
+    ctx.save_for_backward(*inputs[:3], *output)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    return *short_attention_backward(grad, *ctx.saved_tensors), None, None
+
+
+short_attention.register_autograd(_backward, setup_context=_remember)

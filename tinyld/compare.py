@@ -259,7 +259,8 @@ class Compare:
         seconds = time.monotonic() - began
         self.spent.append(seconds)
         accuracy, nll = cell.dev()
-        right = f"{100 * accuracy:.1f}%, " if accuracy else ""
+        labelled = "dev_accuracy" in RunFolder(cell.folder).read_json(RESULTS)["finetune"]
+        right = f"{100 * accuracy:.1f}%, " if labelled else ""
         self.say(f"   {cell.folder.name}: dev {right}NLL bound {-nll:.4f}, {seconds:.0f} s")
         return True
 

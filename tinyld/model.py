@@ -24,7 +24,8 @@ from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
-# (depth, h) -> what is added to h, both (B, L, D); depth d is before block d, d + 1/2 within it
+# (depth, h) -> what is added to h, both (B, L, D), or (B, M, D) in and after a last block that computes M places of a
+# row alone; depth d is before block d, d + 1/2 within it
 PushAt = Callable[[float, Tensor], Tensor]
 
 
@@ -48,7 +49,8 @@ class Push(Protocol):
 
     @property
     def reads_others(self) -> bool:
-        """Whether, in or after the last block, it reads other positions than the one that it pushes."""
+        """Whether, in or after the last block, it reads other positions than the one that it pushes; then, or where it
+        reads depths, it is always given all of them."""
         ...
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
@@ -84,7 +86,7 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 def places_first(where: Tensor) -> tuple[Tensor, Tensor] | None:
     """(places, asked), both (B, M): the positions that `where` (B, L) bool asks for, from left to right, and which of
     them are so; a row with fewer has others as well. None where M is 0, or more than half of L: all are as cheap."""
-    most = int(where.sum(1).max())
+    most = int(where.sum(1).max()) if len(where) else 0
     if not 0 < 2 * most <= where.shape[1]:
         return None
     places = where.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -167,7 +169,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """`push` (B, L, D) -> (B, L, D) is added to the states between attention and MLP.
 
-        With `places` (B, M) only their states are computed, (B, M, D): the others give keys and values.
+        With `places` (B, M) only their states are computed and pushed, (B, M, D): the others give keys and values.
         """
         here = h if places is None else take(h, places)
         if self.norm_first:
@@ -279,8 +281,8 @@ class Denoiser(nn.Module):
             if t is None:
                 raise ValueError("a denoiser with a clock needs t")
             self.clock(t)
-        found = None if where is None else places_first(where)
-        if self.push is not None and (self.push.first_depth == self.config.num_layers or self.push.reads_others):
+        push, found = self.push, None if where is None else places_first(where)
+        if push is not None and (push.first_depth == self.config.num_layers or push.reads_depths or push.reads_others):
             found = None
         places, asked = (None, where) if found is None else found
 

@@ -181,7 +181,7 @@ class PushModule(nn.Module):
         return mixed
 
     def forward(self, h: Tensor, noise: Noise, pooled: Tensor | None, history: Sequence[Tensor]) -> Tensor:
-        """The push (B, L, D). h: (B, L, D), pooled: (B, D)."""
+        """The push (B, L, D). h: (B, L, D), pooled: (B, D); without `attend`, L may be some places of a row."""
         down, up, gate = self.down, self.gained_up, self.gate
         scale = self.units[noise.band] * noise.weight  # (B, units): sigma where the row's band uses a unit, else 0
         if self.core is None and bool((scale == scale[:1]).all()):  # one band: the others' units need not run
@@ -234,7 +234,7 @@ class TrajectoryPush(nn.Module):
         self.pushes_within = config.within
         self.conditioned = config.conditioning != "none"
         self.reads_depths = config.read == "mix"
-        self.reads_others = self.reads_depths or config.attend > 0 or (self.conditioned and config.blocks == 0)
+        self.reads_others = config.attend > 0 or (self.conditioned and config.blocks == 0)
         self.smooth = config.sharing == "smooth-core"
         self.weight = 1.0  # 0 turns the push off; a composition sets its coefficient
 
