@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld import attention as module
-from tinyld.attention import attention, short_attention
+from tinyld.attention import attention, mix_values, short_attention
 
 
 def random_heads(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -37,7 +39,7 @@ def test_values_and_gradients_are_those_of_torchs_own_in_float64(
     expected = F.scaled_dot_product_attention(q, k, v, None if keys is None else keys[:, None, None, :])
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        assert torch.equal(short_attention(*heads, False)[0], found.flatten(0, 1)), "where nothing is kept"
+        assert torch.equal(mix_values(*heads, False)[0], found.flatten(0, 1)), "where nothing is kept"
     upstream = random_heads(3, 2, queries, 4, seed=3).detach()
     for one, other in zip(
         torch.autograd.grad(found, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
@@ -108,6 +110,18 @@ def test_torchs_compiler_takes_it_whole_whatever_its_shape() -> None:
         found.float().sum().backward()
         assert q.grad is not None
     assert len(graphs) <= 2
+
+
+def test_decoding_does_not_load_torchs_compiler() -> None:
+    code = """
+import sys, torch
+from tinyld.attention import attention
+with torch.no_grad():
+    attention(*torch.randn(3, 2, 2, 8, 4, dtype=torch.bfloat16))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_an_operator_that_torch_may_trust() -> None:

@@ -34,16 +34,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
     # their means both are small, and lose less to bf16.
     k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    mixed, _ = short_attention(q, k, v - offset, bias, needs_grad)
+    # an operator needs torch's compiler, which takes a second to load: decoding alone does without
+    mix = short_attention if needs_grad or torch.compiler.is_compiling() else mix_values
+    mixed, _ = mix(q, k, v - offset, bias, needs_grad)
     return (mixed + offset).unflatten(0, (batch, heads))
 
 
-@torch.library.custom_op("tinyld::short_attention", mutates_args=())
-def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+def mix_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     """(softmax(q k^T + bias) v, the weights) for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L).
 
-    The weights (N, M, L) are there for the backward pass, and with `keep` alone. An operator of its own, so that
-    `--compile` takes it whole, whatever its shape.
+    The weights (N, M, L) are there for the backward pass, and with `keep` alone.
     """
     mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
     weights = q.new_empty(q.shape[0] if keep else 0, q.shape[1], k.shape[1])
@@ -58,6 +58,10 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: 
         torch.softmax(scores, -1, out=scores)
         torch.bmm(scores, v[some], out=mixed[some])
     return mixed, weights
+
+
+# An operator of its own, so that `--compile` takes it whole, whatever its shape.
+short_attention = torch.library.custom_op("tinyld::short_attention", mix_values, mutates_args=())
 
 
 @torch.library.custom_op("tinyld::short_attention_backward", mutates_args=())
