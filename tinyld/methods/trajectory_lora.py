@@ -13,7 +13,7 @@ Departures from the paper, each because the evidence asks for it:
     `core` bands have a small matrix each between A and B besides, `smooth-core` ones interpolated in t (after NaRA,
     arXiv 2605.29716);
   - `tied` places share one A and B, of a rank that no place could afford alone, and weigh its units each for itself;
-  - without an `activation`, as in `best`, a push is a plain low-rank matrix: no unit is lost where it does not fire;
+  - without an `activation` a push is a plain low-rank matrix: no unit is lost where it does not fire;
   - a push may read a learned mix of all frozen depths below it, and rank units may attend: low-rank attention to the
     prompt, with rectified values, which moves information between positions with no gradient through the base.
 """
@@ -117,7 +117,7 @@ class TrajectoryLoraConfig:
 # name -> (config, budget as a share of the base): ours, the 8:4:1 proportion within 0.7% (`best` the most accurate,
 # `fast` with nothing of the base in the gradient), and the paper's literal setting.
 RECIPES: dict[str, tuple[TrajectoryLoraConfig, float | None]] = {
-    "best": (TrajectoryLoraConfig(tied=True, activation="none"), 0.007),
+    "best": (TrajectoryLoraConfig(tied=True), 0.007),
     "fast": (TrajectoryLoraConfig(blocks=0, read="mix", attend=64), 0.007),
     "paper": (
         TrajectoryLoraConfig(
