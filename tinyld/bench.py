@@ -399,8 +399,9 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
     device = torch.device("cpu")
     seconds, texts = 0.0, []
     with torch.no_grad(), autocast(device, resolve_dtype("auto", device)):
-        for chunk in np.array_split(np.arange(min(rows_read, len(rows))), -(-min(rows_read, len(rows)) // EVAL_BATCH)):
-            batch = rows.take(chunk)
+        n = min(rows_read, len(rows))
+        for start in range(0, n, EVAL_BATCH):
+            batch = rows.take(np.arange(start, min(start + EVAL_BATCH, n)))
             started = time.perf_counter()
             x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0)
             for step in range(rows.slot):

@@ -258,10 +258,9 @@ class Compare:
             self.launch([*cell.command, *(["--force"] if folder.is_run() else [])])
         seconds = time.monotonic() - began
         self.spent.append(seconds)
-        accuracy, nll = cell.dev()
-        labelled = "dev_accuracy" in RunFolder(cell.folder).read_json(RESULTS)["finetune"]
-        right = f"{100 * accuracy:.1f}%, " if labelled else ""
-        self.say(f"   {cell.folder.name}: dev {right}NLL bound {-nll:.4f}, {seconds:.0f} s")
+        found = folder.read_json(RESULTS)["finetune"]
+        right = f"{100 * found['dev_accuracy']:.1f}%, " if "dev_accuracy" in found else ""
+        self.say(f"   {cell.folder.name}: dev {right}NLL bound {found['dev_nll_bound']:.4f}, {seconds:.0f} s")
         return True
 
     def launch(self, command: list[str], threads: int | None = None) -> None:

@@ -281,10 +281,12 @@ class Denoiser(nn.Module):
             if t is None:
                 raise ValueError("a denoiser with a clock needs t")
             self.clock(t)
-        push, found = self.push, None if where is None else places_first(where)
-        if push is not None and (push.first_depth == self.config.num_layers or push.reads_depths or push.reads_others):
-            found = None
-        places, asked = (None, where) if found is None else found
+        push = self.push
+        reads_all = push is not None and (
+            push.first_depth == self.config.num_layers or push.reads_depths or push.reads_others
+        )
+        found = None if where is None or reads_all else places_first(where)
+        places, asked = found or (None, where)
 
         def chosen(h: Tensor) -> Tensor:
             return h if asked is None else h[asked]
