@@ -20,7 +20,10 @@ from tinyld.interrupt import Interrupted
 from tinyld.report import RESULT_COLUMNS, result_rows
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
-USUAL = {"full": (1e-3, "adamw"), "bitfit": (1e-2, "adamw")}
+USUAL = {
+    "full": lambda optimizer: (1e-3 if optimizer is None else 4e-3, optimizer or "adamw"),
+    "bitfit": lambda optimizer: (1e-2, optimizer or "adamw"),
+}
 
 
 class Trainer:
@@ -357,7 +360,10 @@ def test_a_signal_stops_the_grid_and_what_trains(tmp_path: Path) -> None:
 
 
 def test_the_methods_optimizer_is_part_of_what_made_a_cell() -> None:
-    full, bitfit, adamw = variants("full,bitfit,bitfit:optimizer=adamw", USUAL | {"bitfit": (1e-2, "muon")})
+    by_muon = USUAL | {"bitfit": lambda optimizer: (1e-2, optimizer or "muon")}
+    full, bitfit, adamw = variants("full,bitfit,bitfit:optimizer=adamw", by_muon)
     assert "--optimizer" not in full.flags
     assert bitfit.flags == ["--method", "bitfit", "--optimizer", "muon"]
     assert adamw.flags == ["--method", "bitfit", "--optimizer", "adamw"]
+    (muon,) = variants("full:optimizer=muon", USUAL)
+    assert muon.lr == 4e-3, "the grid is around the method's usual rate for that optimizer"

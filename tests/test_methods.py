@@ -215,6 +215,9 @@ def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> 
         assert (before, "muon" if method.name == "trajectory-lora" else "adamw") == method.usual(config)
         assert optimizer == "adamw"
         assert after < before if method.name in ("full", "trajectory-lora") else after == before
+        assert method.usual(config, "muon") == (method.rates.get("muon", before), "muon")
+    full = METHODS["full"]
+    assert full.usual(config, "muon")[0] > full.usual(config)[0]
 
 
 @every_case

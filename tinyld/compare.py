@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 class Variant:
     """A method with options of its own: `weight-lora`, or `trajectory-lora:ranks=64/32/8:blocks=3` (/ for commas).
 
-    `lr=X` among them moves the grid of learning rates, which is otherwise around the method's default.
+    `lr=X` among them moves the grid of learning rates, which is otherwise around the method's usual one.
     """
 
     text: str
@@ -71,28 +71,30 @@ class Variant:
         return "".join(c if c.isalnum() or c in "-.=%" else "-" for c in text)
 
 
-def variants(text: str, defaults: Mapping[str, tuple[float, str]]) -> list[Variant]:
-    """`all`, or variants with commas between them; `defaults` has the rate and optimizer of every known method."""
-    names = list(defaults) if text == "all" else text.split(",")
+def variants(text: str, usual: Mapping[str, Callable[[str | None], tuple[float, str]]]) -> list[Variant]:
+    """`all`, or variants with commas between them; `usual` has every known method's rate and optimizer, asked with one
+    or with none."""
+    names = list(usual) if text == "all" else text.split(",")
     for name in names:
-        if name.partition(":")[0] not in defaults:
+        if name.partition(":")[0] not in usual:
             raise UsageError(
-                f"--methods takes {', '.join(defaults)} or all, with options as in weight-lora:budget=0.7%; "
+                f"--methods takes {', '.join(usual)} or all, with options as in weight-lora:budget=0.7%; "
                 f"got {name!r}"
             )
     found = []
     for name in names:
-        given = [option.removeprefix("lr=") for option in name.split(":")[1:] if option.startswith("lr=")]
-        usual, optimizer = defaults[name.partition(":")[0]]
+        method, *options = name.split(":")
+        given = {key: value for key, _, value in (option.partition("=") for option in options)}
+        rate, optimizer = usual[method](given.get("optimizer"))
         try:
-            rate = float(given[-1]) if given else usual
+            rate = float(given.get("lr", rate))
         except ValueError:
-            raise UsageError(f"--methods: lr takes a number, got {given[-1]!r}") from None
+            raise UsageError(f"--methods: lr takes a number, got {given['lr']!r}") from None
         check(0 < rate < 1, f"--methods: lr must be between 0 and 1, got {rate:g}")
         found.append(Variant(name, rate, optimizer))
         for option in found[-1].options:
-            given = option.partition("=")[0].replace("_", "-")
-            check(given not in SET_HERE, f"--methods: {given} is the same for all methods; give it as --{given}")
+            key = option.partition("=")[0].replace("_", "-")
+            check(key not in SET_HERE, f"--methods: {key} is the same for all methods; give it as --{key}")
     unique = {variant.name for variant in found}
     check(len(unique) == len(found), f"--methods names one twice: {text!r}")
     return found

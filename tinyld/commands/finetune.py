@@ -59,7 +59,7 @@ def finetune_job(
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     where = base or default_base()
-    lr, optimizer = METHODS[method].usual(read_model_config(RunFolder.open(where)))
+    lr, optimizer = METHODS[method].usual(read_model_config(RunFolder.open(where)), training.get("optimizer"))
     usual = {"lr": lr, "optimizer": optimizer}
     training = training | {name: value for name, value in usual.items() if training.get(name) is None}
     if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):

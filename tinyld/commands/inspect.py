@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,7 @@ def compare(
             eval_every[name, limit] = max(1, math.ceil(updates / CURVE_POINTS))
     folder = RunFolder.open(base or default_base())
     model_config = read_model_config(folder)
-    chosen = variants(methods, {name: method.usual(model_config) for name, method in METHODS.items()})
+    chosen = variants(methods, {name: partial(method.usual, model_config) for name, method in METHODS.items()})
     finetune = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
     for variant in chosen:  # a wrong option is found now, not when its turn comes
         try:

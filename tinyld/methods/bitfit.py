@@ -20,7 +20,7 @@ class BitFitConfig:
 
 
 class BitFit(Method):
-    name, Config, default, can_disable = "bitfit", BitFitConfig, (5e-3, "adamw"), False
+    name, Config, rates, can_disable = "bitfit", BitFitConfig, {"adamw": 5e-3}, False
     summary = "every bias of the base"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:

@@ -40,7 +40,7 @@ class BottleneckAdapter(nn.Module):
 
 
 class Bottleneck(Method):
-    name, Config, default = "adapters", BottleneckConfig, (2e-3, "adamw")
+    name, Config, rates = "adapters", BottleneckConfig, {"adamw": 2e-3}
     summary = "a bottleneck MLP after attention and after the MLP of every block"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:

@@ -19,15 +19,15 @@ class Method(ABC):
     """An adaptation method, made from its config and the base's model config.
 
     A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
-    method's options, and in `default` the learning rate that the tuning grid is centred on and the optimizer;
-    `post_norm` takes its place on an encoder that normalises after each sublayer, where the states are small and the
-    same rate is too much.
+    method's options, and in `rates` the learning rate that the tuning grid is centred on for an optimizer, its usual
+    optimizer first; `post_norm` takes its place on an encoder that normalises after each sublayer, where the states are
+    small and the same rate is too much.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    default: ClassVar[tuple[float, str]]
-    post_norm: ClassVar[tuple[float, str] | None] = None
+    rates: ClassVar[dict[str, float]]
+    post_norm: ClassVar[dict[str, float] | None] = None
     summary: ClassVar[str]
     can_disable: ClassVar[bool] = True
 
@@ -36,9 +36,11 @@ class Method(ABC):
         self.own: dict[str, nn.Parameter] = {}
 
     @classmethod
-    def usual(cls, model_config: ModelConfig) -> tuple[float, str]:
-        """The learning rate and the optimizer where none are given."""
-        return cls.default if model_config.norm_first or cls.post_norm is None else cls.post_norm
+    def usual(cls, model_config: ModelConfig, optimizer: str | None = None) -> tuple[float, str]:
+        """The learning rate where none is given, and the optimizer; of one that the method has no rate for, AdamW's."""
+        rates = cls.rates if model_config.norm_first or cls.post_norm is None else cls.post_norm
+        optimizer = optimizer or next(iter(rates))
+        return rates.get(optimizer, rates["adamw"]), optimizer
 
     @property
     def first_depth(self) -> int:

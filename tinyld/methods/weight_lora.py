@@ -98,7 +98,7 @@ class BandClock(nn.Module):
 
 
 class WeightLora(Method):
-    name, Config, default = "weight-lora", WeightLoraConfig, (2e-3, "adamw")
+    name, Config, rates = "weight-lora", WeightLoraConfig, {"adamw": 2e-3, "muon": 5e-3}
     summary = "a low-rank update of the attention and MLP matrices"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
