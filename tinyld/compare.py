@@ -78,8 +78,7 @@ def variants(text: str, usual: Mapping[str, Callable[[str | None], tuple[float, 
     for name in names:
         if name.partition(":")[0] not in usual:
             raise UsageError(
-                f"--methods takes {', '.join(usual)} or all, with options as in weight-lora:budget=0.7%; "
-                f"got {name!r}"
+                f"--methods takes {', '.join(usual)} or all, with options as in weight-lora:budget=0.7%; got {name!r}"
             )
     found = []
     for name in names:
