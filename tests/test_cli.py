@@ -283,11 +283,15 @@ def test_rows_may_come_from_a_file_and_predictions_go_to_one(adapters: dict[str,
 
 
 def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair: tuple[Path, Path]) -> None:
-    found = good("eval", place / "base", pair[0], "--text", place / "text.txt", "--json").json
-    assert [r["run"] for r in found] == [str(place / "base"), str(pair[0])]
-    assert all(0 < r["nll_bound"] < 7 and r["tokens"] > 1000 for r in found)
-    assert found[0]["nll_bound"] != found[1]["nll_bound"]
+    shutil.copytree(pair[0], "mine")
+    below, on = good("eval", place / "base", "mine", "--text", place / "text.txt", "--json").json
+    assert [below["run"], on["run"]] == [str(place / "base"), "mine"]
+    assert all(0 < r["nll_bound"] < 7 and r["tokens"] > 1000 for r in (below, on))
+    assert on["base_nll_bound"] == below["nll_bound"] != on["nll_bound"], "the base alone, under the same masks"
+    assert "base_nll_bound" not in below
     assert "NLL bound" in good("eval", place / "base", "--text", place / "text.txt").stdout
+    shown = good("report", "mine", "--markdown").stdout
+    assert f"| {on['nll_bound'] - below['nll_bound']:.3f} |" in shown and "| text.txt |" in shown
 
 
 def test_rows_are_routed_to_their_own_adapter_and_the_run_keeps_the_router(pair: tuple[Path, Path]) -> None:

@@ -244,6 +244,35 @@ def chain_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
+TEXT_COLUMNS = ("text", "tokens", "task", "base", "method", "settings", "training", "seeds", "nats of the base alone")
+TEXT_COLUMNS += ("nats with it on", "forgotten")
+
+
+def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row for all runs that differ by their seed alone and were measured on running text (`tinyld eval --text`).
+
+    Both bounds are in nats a token with their 95% interval; "forgotten" is their difference, of the same masks.
+    """
+    cells: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for record in records:
+        for text, found in record["results"].get("text", {}).items() if record["kind"] == "adapter" else ():
+            cells.setdefault((text, record["task"] + identity(record)), []).append((record, found))
+    rows = []
+    for (text, _), runs in sorted(cells.items()):
+        first, seen = runs[0]
+        on, alone = ([found[key] for _, found in runs] for key in ("nll_bound", "base_nll_bound"))
+        rows.append(
+            (
+                *(text, seen["tokens"], first["task"], Path(first["base"]["path"]).name),
+                *(first["method"]["name"], settings(first), training(first), len(runs)),
+                nats(alone, seen["base_nll_stderr"]),
+                nats(on, _mean(found["nll_stderr"] for _, found in runs)),
+                f"{_mean(on) - _mean(alone):.3f}",
+            )
+        )
+    return rows
+
+
 def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
     """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none."""
     found = [
@@ -251,6 +280,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...]
         ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
         ("new tasks", NEW_TASK_COLUMNS, new_task_rows(records)),
         ("read, then write the opposite", CHAIN_COLUMNS, chain_rows(records)),
+        ("forgetting", TEXT_COLUMNS, text_rows(records)),
     ]
     return [table for table in found if table[2]] or found[:1]
 

@@ -129,7 +129,10 @@ def eval_text(
     json: bool,
     quiet: bool,
 ) -> None:
-    """NLL bound of running text under each run's denoiser (adapters are on), beside what pretraining recorded."""
+    """NLL bound of running text under each run's denoiser, and for adapters, which are on, under their base alone.
+
+    All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
+    """
     from tinyld.corpus import tokenize
     from tinyld.data import TextRows
     from tinyld.evaluate import text_nll
@@ -138,21 +141,42 @@ def eval_text(
     from tinyld.train import autocast, resolve_dtype
 
     files = find_text_files(text)
-    records = []
-    for run in runs or [default_base()]:
+
+    def measure(run: Path) -> dict[str, Any]:
         base, _ = load_run(run, base_path, device)
         config, where = base.model.config, base.model.embedding.weight.device
         rows = TextRows(tokenize(read_lines(files), base.tokenizer).stream, config.max_length, base.tokenizer.bos_id)
         with Progress("eval text", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
             bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws, advance=bar.advance_to)
-        records.append(
-            {"run": str(run), "rows": bound.n, "tokens": bound.n * rows.width, "nll_bound": bound.mean}
-            | {"nll_stderr": bound.stderr, "draws": draws}
-        )
+        found = {"run": str(run), "rows": bound.n, "tokens": bound.n * rows.width, "draws": draws}
+        return found | {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
+
+    records, alone = [], {}
+    for run in runs or [default_base()]:
+        record, below = measure(run), base_below(run, base_path)
+        if below is not None:
+            if below not in alone:
+                alone[below] = measure(below)
+            record |= {f"base_{key}": alone[below][key] for key in ("nll_bound", "nll_stderr")}
+            kept = {**record, "environment": environment()}
+            remember(run, ", ".join(path.name for path in text), kept, "text")
+        records.append(record)
     if json:
         print(jsonlib.dumps(records))
     else:
-        print_table("NLL bound, nats per token", tuple(records[0]), [tuple(r.values()) for r in records])
+        columns = tuple(max(records, key=len))
+        print_table("NLL bound, nats per token", columns, [tuple(map(r.get, columns)) for r in records])
+
+
+def base_below(run: Path, base_path: Path | None) -> Path | None:
+    """The base that an adapter or a composition stands on; None for a base."""
+    from tinyld.adapter import find_base
+    from tinyld.peft import is_peft
+
+    if is_peft(run):
+        return base_path or default_base()
+    config = RunFolder.open(run).config
+    return None if config["kind"] == "base" else find_base(config, run, base_path, default_base())
 
 
 def check_predictions(path: Path | None) -> None:
@@ -164,14 +188,14 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def remember(run: Path, key: str, record: dict[str, Any]) -> None:
+def remember(run: Path, key: str, record: dict[str, Any], kind: str = "eval") -> None:
     """Keeps an evaluation in the run's results.json; a read-only run (the released base, say) is left alone."""
     folder = RunFolder(run)
     if not RunFolder(run).is_run() or run.resolve() == default_base().resolve():
         return
     with folder.locked():
         results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
-        results.setdefault("eval", {})[key] = record
+        results.setdefault(kind, {})[key] = record
         folder.write_json(RESULTS, results)
 
 
