@@ -160,10 +160,19 @@ def test_every_table_of_data_results_is_made_from_its_runs(folder: Path) -> None
 
 
 def test_every_table_of_results_in_the_readme_is_one_of_data_results() -> None:
-    known = [table for folder in FOLDERS for table in (folder / "table.md").read_text().split("\n\n")]
-    shown = re.findall(r"^\| (?:task|run) \|.*\n(?:\|.*\n)+", README, re.MULTILINE)
+    records = [[run_record(path) for path in sorted(folder.glob("*.json"))] for folder in FOLDERS]
+    known = [markdown(columns, rows) for runs in records for _, columns, rows in tables(runs, brief=True)]
+    shown = re.findall(r"^\| (?:task|run|text) \|.*\n(?:\|.*\n)+", README, re.MULTILINE)
     assert len(shown) >= 4 and all(table.strip() in known for table in shown)
-    assert all(table.strip() in README for table in known), "and every one of them is there"
+    assert all(table in README for table in known), "and every one of them is there"
+
+
+def test_a_brief_table_has_the_same_rows_with_fewer_columns() -> None:
+    runs = [record("full", 0, 0.9), record("bitfit", 0, 0.8)]
+    (_, columns, rows), (_, short, brief) = tables(runs)[0], tables(runs, brief=True)[0]
+    assert set(short) < set(columns) and {"seeds", "rows", "accuracy %", "95% interval", "stored %"} < set(short)
+    whole = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [dict(zip(short, row, strict=True)) for row in brief] == [{c: row[c] for c in short} for row in whole]
 
 
 @pytest.mark.parametrize("path", sorted((TOP / "data" / "results").glob("*.md")), ids=lambda path: path.name)

@@ -557,13 +557,14 @@ def report(
         typer.Argument(help="Evaluated adapters, compositions, or a folder of saved results."),
     ],
     save: Annotated[Path | None, typer.Option(help="Keep a small JSON of every run in this folder.")] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="Leave out bytes, memory, speed and other columns.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     json: Json = False,
 ) -> None:
     """Make the results table of many runs: tinyld report runs/sst2-*"""
     from tinyld.commands.inspect import report
 
-    report(runs, save, markdown, json)
+    report(runs, save, brief, markdown, json)
 
 
 @app.command()

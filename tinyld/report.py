@@ -95,6 +95,8 @@ RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "s
 RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "nats", "stored %", "bytes", "times smaller")
 RESULT_COLUMNS += ("train s", "s to 95%", "peak MB", "rows/s")
 
+NOT_BRIEF = ("trials", "unreadable %", "bytes", "times smaller", "s to 95%", "peak MB", "rows/s")
+
 Cell = tuple[str, str, str, str]  # task, split, method, and all else that sets runs apart but their seed
 
 
@@ -273,8 +275,13 @@ def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-    """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none."""
+def tables(
+    records: Sequence[dict[str, Any]], brief: bool = False
+) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none.
+
+    `brief` leaves out of that one what a first look can do without.
+    """
     found = [
         ("results", RESULT_COLUMNS, result_rows(records)),
         ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
@@ -282,6 +289,11 @@ def tables(records: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[str, ...]
         ("read, then write the opposite", CHAIN_COLUMNS, chain_rows(records)),
         ("forgetting", TEXT_COLUMNS, text_rows(records)),
     ]
+    if brief:
+        kept = [i for i, column in enumerate(RESULT_COLUMNS) if column not in NOT_BRIEF]
+        title, *whole = found[0]
+        columns, *rows = (tuple(row[i] for i in kept) for row in (whole[0], *whole[1]))
+        found[0] = (title, columns, rows)
     return [table for table in found if table[2]] or found[:1]
 
 

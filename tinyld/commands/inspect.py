@@ -213,7 +213,7 @@ def tasks(json: bool) -> None:
         print_table("built-in tasks", tuple(records[0]), [tuple(r.values()) for r in records])
 
 
-def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -> None:
+def report(runs: list[Path], save: Path | None, brief: bool, as_markdown: bool, json: bool) -> None:
     """A table of many runs; `save` keeps a small JSON of each, from which the same table can be made again."""
     from tinyld.report import run_record
 
@@ -225,7 +225,7 @@ def report(runs: list[Path], save: Path | None, as_markdown: bool, json: bool) -
         paths += found
     records = [run_record(p) for p in paths]
     keep_records(records, save)
-    show_results(records, as_markdown, json)
+    show_results(records, as_markdown, json, brief)
 
 
 def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None:
@@ -242,11 +242,11 @@ def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None
             write_atomic(folder / f"{record['run']}.json", to_json(record))
 
 
-def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool) -> None:
+def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool, brief: bool = False) -> None:
     """The table of the adapters, then those of the compositions, where there are any."""
     from tinyld.report import markdown, tables
 
-    found = tables(records)
+    found = tables(records, brief)
     if json:
         print(jsonlib.dumps([dict(zip(columns, row, strict=True)) for _, columns, rows in found for row in rows]))
         return
