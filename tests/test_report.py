@@ -61,6 +61,14 @@ def test_the_settings_say_what_the_optimizer_was_where_it_is_not_adamw() -> None
     assert sorted(shown) == ["-", "Muon"]
 
 
+def test_what_sets_the_training_of_two_rows_apart_is_shown() -> None:
+    plain = record("full", 0, 0.8)
+    averaged = plain | {"train": plain["train"] | {"ema": 0.998}}
+    fixed = plain | {"diffusion": {"mask_draws": 8}}
+    shown = {row[RESULT_COLUMNS.index("training")].partition("lr ")[2] for row in result_rows([plain, averaged, fixed])}
+    assert shown == {"0.001", "0.001, ema 0.998", "0.001, mask draws 8"}
+
+
 def test_runs_with_fewer_threads_are_not_timed() -> None:
     records = [record("full", seed, 0.8) | {"environment": {"threads": 2 - seed}} for seed in range(2)]
     slow = records[1]["results"]

@@ -339,10 +339,18 @@ def settings(record: Mapping[str, Any]) -> str:
 
 
 def training(record: Mapping[str, Any]) -> str:
-    """Rows, budget, batch size and learning rate of a run, in a few words."""
+    """Rows, budget, batch size and learning rate of a run, and what else of it is not as it usually is."""
     config = record["train"]
     unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
-    return f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
+    shown = f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
+    usual = defaults(TrainConfig) | defaults(DiffusionConfig) | {"time_sampling": "uniform"}
+    given = config | record["diffusion"]
+    others = [f"{k.replace('_', ' ')} {given[k]}" for k in SHOWN if given.get(k, usual[k]) != usual[k]]
+    return ", ".join([shown, *others])
+
+
+SHOWN = ("accumulate", "weight_decay", "warmup", "decay", "clip", "ema", "schedule", "loss", "time_sampling")
+SHOWN += ("mask_draws",)
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
