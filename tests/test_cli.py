@@ -288,10 +288,28 @@ def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair:
     assert [below["run"], on["run"]] == [str(place / "base"), "mine"]
     assert all(0 < r["nll_bound"] < 7 and r["tokens"] > 1000 for r in (below, on))
     assert on["base_nll_bound"] == below["nll_bound"] != on["nll_bound"], "the base alone, under the same masks"
-    assert "base_nll_bound" not in below
+    assert on["forgotten"] == pytest.approx(on["nll_bound"] - below["nll_bound"], abs=1e-5)
+    assert 0 < on["forgotten_stderr"] < on["nll_stderr"] + below["nll_stderr"], "of pairs"
+    assert "forgotten" not in below
     assert "NLL bound" in good("eval", place / "base", "--text", place / "text.txt").stdout
     shown = good("report", "mine", "--markdown").stdout
-    assert f"| {on['nll_bound'] - below['nll_bound']:.3f} |" in shown and "| text.txt |" in shown
+    assert f"| {on['forgotten']:.3f} ± {1.96 * on['forgotten_stderr']:.3f} |" in shown and "| text.txt |" in shown
+
+
+def test_an_adapter_on_a_smaller_base_is_compared_with_that_base(place: Path) -> None:
+    finetune(place, Path("small"), "--method", "bitfit", "--steps", 1, "--base-dtype", "int8")
+    (on,) = good("eval", "small", "--text", place / "text.txt", "--json").json
+    (fp32,) = good("eval", place / "base", "--text", place / "text.txt", "--json").json
+    assert on["base_nll_bound"] != fp32["nll_bound"]
+
+
+def test_what_cannot_be_kept_is_shown_all_the_same(place: Path, pair: tuple[Path, Path]) -> None:
+    shutil.copytree(pair[0], "mine")
+    Path("mine/results.json").write_text("{")
+    for asked in (("--text", place / "text.txt"), ("--split", "dev")):
+        ran = cli("eval", "mine", *asked, "--json")
+        assert ran.code == 1 and "results.json" in ran.stderr
+        assert ran.json[0]["nll_bound"] > 0
 
 
 def test_rows_are_routed_to_their_own_adapter_and_the_run_keeps_the_router(pair: tuple[Path, Path]) -> None:
@@ -458,6 +476,8 @@ def test_a_composition_reads_a_label_and_writes_its_opposite(
     assert "written as asked" in good(*asked, "--judge", adapters["full"][0]).stdout
     refused = cli(*asked)
     assert refused.code == 2 and "--then takes one run, --task and --judge" in refused.stderr
+    refused = cli("eval", adapters["full"][0], *asked[2:], "--judge", adapters["full"][0])
+    assert refused.code == 2 and "was not made for it, but for" in refused.stderr
 
 
 def test_automatic_ranks_end_within_the_budget_and_the_spectrum_shows_every_place(place: Path) -> None:

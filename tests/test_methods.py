@@ -215,9 +215,11 @@ def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> 
         assert (before, "muon" if method.name == "trajectory-lora" else "adamw") == method.usual(config)
         assert optimizer == "adamw"
         assert after < before if method.name in ("full", "trajectory-lora") else after == before
-        assert method.usual(config, "muon") == (method.rates.get("muon", before), "muon")
-    full = METHODS["full"]
-    assert full.usual(config, "muon")[0] > full.usual(config)[0]
+        assert method.usual(config, "muon")[1] == "muon"
+    full, adapters = METHODS["full"], METHODS["adapters"]
+    for base in (config, encoder):
+        assert full.usual(base, "muon")[0] == 2 * full.usual(base, "adamw")[0]
+        assert adapters.usual(base, "muon")[0] == adapters.usual(base, "adamw")[0], "it has none of its own for Muon"
 
 
 @every_case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from tinyld.cli import app
+from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.report import (
     CHAIN_COLUMNS,
     COMPOSE_COLUMNS,
     NEW_TASK_COLUMNS,
+    NOT_SHOWN,
     RESULT_COLUMNS,
+    TEXT_COLUMNS,
     chain_rows,
     compose_rows,
     interval,
@@ -24,6 +28,7 @@ from tinyld.report import (
     run_record,
     seconds_to,
     tables,
+    text_rows,
 )
 from tinyld.statistics import wilson
 
@@ -38,8 +43,9 @@ def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
         "run": f"{method}-{seed}",
         "kind": "adapter",
         "base": {"path": "/x/base", "fingerprint": "f"},
-        "diffusion": {},
+        "diffusion": {"time_sampling": "uniform"},
         "method": {"name": method},
+        "task": "mood",
         "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr},
         "data": {"rows": 1_000},
         "parameters": {"stored_percent": 0.5, "stored_bytes": 4_000},
@@ -61,12 +67,36 @@ def test_the_settings_say_what_the_optimizer_was_where_it_is_not_adamw() -> None
     assert sorted(shown) == ["-", "Muon"]
 
 
+OTHERWISE = {
+    **{"accumulate": 2, "weight_decay": 0.1, "warmup": 0.1, "decay": "cosine", "clip": 0.5, "ema": 0.998},
+    **{"body_lr": 0.1, "body_start": 0.1, "dtype": "fp32", "device": "cuda", "compile": True},
+}
+NOISED = {"schedule": "cosine", "loss": "elbo", "time_sampling": "bell", "mask_draws": 8}
+
+
 def test_what_sets_the_training_of_two_rows_apart_is_shown() -> None:
     plain = record("full", 0, 0.8)
-    averaged = plain | {"train": plain["train"] | {"ema": 0.998}}
-    fixed = plain | {"diffusion": {"mask_draws": 8}}
-    shown = {row[RESULT_COLUMNS.index("training")].partition("lr ")[2] for row in result_rows([plain, averaged, fixed])}
-    assert shown == {"0.001", "0.001, ema 0.998", "0.001, mask draws 8"}
+    runs = [plain, *(plain | {"train": plain["train"] | {name: value}} for name, value in OTHERWISE.items())]
+    runs += [plain | {"diffusion": plain["diffusion"] | {name: value}} for name, value in NOISED.items()]
+    column = RESULT_COLUMNS.index("training")
+    shown = {row[column].partition("lr ")[2] for row in result_rows(runs)}
+    assert len(shown) == len(runs) and {"0.001", "0.001, ema 0.998", "0.001, compile", "0.001, mask draws 8"} < shown
+    budget = {"steps", "tokens", "minutes", "epochs", "batch_size", "lr", "optimizer"}
+    fields = {f.name for kind in (TrainConfig, DiffusionConfig) for f in dataclasses.fields(kind)}
+    assert fields == set(OTHERWISE) | set(NOISED) | budget | set(NOT_SHOWN), "every option is one of these"
+
+
+def test_what_was_forgotten_is_a_mean_over_seeds_of_the_same_text() -> None:
+    found = {"tokens": 100, "draws": 2, "base_nll_bound": 4.0, "base_nll_stderr": 0.1, "nll_stderr": 0.2}
+    runs = []
+    for seed, forgotten in enumerate((1.0, 2.0)):
+        text = found | {"nll_bound": 4 + forgotten, "forgotten": forgotten, "forgotten_stderr": 0.01}
+        run = record("full", seed, 0.9)
+        runs.append(run | {"results": run["results"] | {"text": {"a.txt": text, f"{seed}.txt": text}}})
+    composed = runs[0] | {"kind": "composition"}
+    rows = [dict(zip(TEXT_COLUMNS, row, strict=True)) for row in text_rows([*runs, composed])]
+    assert [(row["text"], row["seeds"]) for row in rows] == [("0.txt", 1), ("1.txt", 1), ("a.txt", 2)]
+    assert rows[0]["forgotten"] == "1.000 ± 0.020" and rows[2]["forgotten"].startswith("1.500 ± 6.35")
 
 
 def test_runs_with_fewer_threads_are_not_timed() -> None:
@@ -109,7 +139,8 @@ def test_runs_of_other_settings_or_bases_get_a_row_of_their_own(change: dict) ->
 
 
 def test_a_run_from_before_an_option_existed_joins_those_that_left_it_alone() -> None:
-    later = record("full", 1, 0.8) | {"diffusion": {"mask_draws": 0}}
+    later = record("full", 1, 0.8)
+    later["diffusion"] |= {"mask_draws": 0}
     later["train"] |= {"compile": False, "recompute": True}
     assert len(result_rows([record("full", 0, 0.9), later])) == 1
     later["diffusion"]["mask_draws"] = 4
@@ -180,6 +211,7 @@ def test_a_brief_table_has_the_same_rows_with_fewer_columns() -> None:
     (_, columns, rows), (_, short, brief) = tables(runs)[0], tables(runs, brief=True)[0]
     assert set(short) < set(columns) and {"seeds", "rows", "accuracy %", "95% interval", "stored %"} < set(short)
     whole = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert tables(runs, brief=True)[1:] == tables(runs)[1:]
     assert [dict(zip(short, row, strict=True)) for row in brief] == [{c: row[c] for c in short} for row in whole]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -169,11 +169,17 @@ def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error, over n rows."""
+    """A mean with its standard error, over n rows: what each added up, and over how much."""
 
     mean: float
     stderr: float
     n: int
+    numerator: Tensor = field(repr=False, compare=False)  # (n,)
+    denominator: Tensor = field(repr=False, compare=False)  # (n,)
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference of two means over the same rows, paired, so that what they share does not count as chance."""
+        return ratio_estimate(self.numerator - other.numerator, self.denominator)
 
 
 def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
@@ -182,7 +188,7 @@ def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
     mean = numerator.sum() / denominator.sum()
     residual = numerator - mean * denominator
     stderr = (residual.square().sum() / max(n - 1, 1) * n).sqrt() / denominator.sum()
-    return Estimate(float(mean), float(stderr), n)
+    return Estimate(float(mean), float(stderr), n, numerator, denominator)
 
 
 @torch.no_grad()

@@ -253,25 +253,27 @@ TEXT_COLUMNS += ("nats with it on", "forgotten")
 def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """A row for all runs that differ by their seed alone and were measured on running text (`tinyld eval --text`).
 
-    Both bounds are in nats a token with their 95% interval; "forgotten" is their difference, of the same masks.
+    All are in nats a token with their 95% interval; "forgotten" is the difference of the two bounds, which read the
+    same rows under the same masks, with the interval of pairs.
     """
-    cells: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    cells: dict[tuple[str, int, int, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
         for text, found in record["results"].get("text", {}).items() if record["kind"] == "adapter" else ():
-            cells.setdefault((text, record["task"] + identity(record)), []).append((record, found))
+            cell = (text, found["tokens"], found["draws"], record["task"] + identity(record))
+            cells.setdefault(cell, []).append((record, found))
     rows = []
-    for (text, _), runs in sorted(cells.items()):
-        first, seen = runs[0]
-        on, alone = ([found[key] for _, found in runs] for key in ("nll_bound", "base_nll_bound"))
-        rows.append(
-            (
-                *(text, seen["tokens"], first["task"], Path(first["base"]["path"]).name),
-                *(first["method"]["name"], settings(first), training(first), len(runs)),
-                nats(alone, seen["base_nll_stderr"]),
-                nats(on, _mean(found["nll_stderr"] for _, found in runs)),
-                f"{_mean(on) - _mean(alone):.3f}",
+    for (text, tokens, *_), runs in sorted(cells.items()):
+        first = runs[0][0]
+        about = (text, tokens, first["task"], Path(first["base"]["path"]).name, first["method"]["name"])
+        bounds = [
+            nats([found[mean] for _, found in runs], _mean(found[stderr] for _, found in runs))
+            for mean, stderr in (
+                ("base_nll_bound", "base_nll_stderr"),
+                ("nll_bound", "nll_stderr"),
+                ("forgotten", "forgotten_stderr"),
             )
-        )
+        ]
+        rows.append((*about, settings(first), training(first), len(runs), *bounds))
     return rows
 
 
@@ -280,7 +282,7 @@ def tables(
 ) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
     """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none.
 
-    `brief` leaves out of that one what a first look can do without.
+    `brief` leaves out of that one the columns that a first look can do without.
     """
     found = [
         ("results", RESULT_COLUMNS, result_rows(records)),
@@ -290,11 +292,16 @@ def tables(
         ("forgetting", TEXT_COLUMNS, text_rows(records)),
     ]
     if brief:
-        kept = [i for i, column in enumerate(RESULT_COLUMNS) if column not in NOT_BRIEF]
-        title, *whole = found[0]
-        columns, *rows = (tuple(row[i] for i in kept) for row in (whole[0], *whole[1]))
-        found[0] = (title, columns, rows)
+        found[0] = ("results", *without(NOT_BRIEF, RESULT_COLUMNS, found[0][2]))
     return [table for table in found if table[2]] or found[:1]
+
+
+def without(
+    left_out: Sequence[str], columns: tuple[str, ...], rows: list[tuple[Any, ...]]
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """The table without some of its columns."""
+    kept = [i for i, column in enumerate(columns) if column not in left_out]
+    return tuple(columns[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -345,12 +352,9 @@ def training(record: Mapping[str, Any]) -> str:
     shown = f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
     usual = defaults(TrainConfig) | defaults(DiffusionConfig) | {"time_sampling": "uniform"}
     given = config | record["diffusion"]
-    others = [f"{k.replace('_', ' ')} {given[k]}" for k in SHOWN if given.get(k, usual[k]) != usual[k]]
-    return ", ".join([shown, *others])
-
-
-SHOWN = ("accumulate", "weight_decay", "warmup", "decay", "clip", "ema", "schedule", "loss", "time_sampling")
-SHOWN += ("mask_draws",)
+    told = (*NOT_SHOWN, "epochs", "steps", "tokens", "minutes", "batch_size", "lr", "optimizer")
+    others = [k for k in usual if k not in told and given.get(k, usual[k]) != usual[k]]
+    return ", ".join([shown, *(k.replace("_", " ") + ("" if given[k] is True else f" {given[k]}") for k in others)])
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.

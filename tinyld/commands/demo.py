@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinyld.commands.compose import ComposeJob, compose
-from tinyld.commands.evaluate import evaluate_run, load_run, print_evaluations, remember, rows_for
+from tinyld.commands.evaluate import evaluate_run, load_run, print_evaluations, raise_first, remember, rows_for
 from tinyld.commands.finetune import finetune, finetune_job
 from tinyld.commands.workspace import say_to_stderr
 from tinyld.config import DiffusionConfig, SampleConfig
@@ -32,7 +32,7 @@ def demo(out: Path, limit: int | None, epochs: float, force: bool, quiet: bool) 
         rows = rows_for(base, load_task(name), "test", None)
         found = evaluate_run(base, rows, SampleConfig(), 4, "auto", quiet)
         records.append({"run": str(runs[-1]), "split": "test", **found.record()})
-        remember(runs[-1], f"{name}/test", records[-1])
+        raise_first([remember(runs[-1], f"{name}/test", records[-1])])
     print_evaluations("each adapter on its own task", records)
     say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --out {out / 'composed'}")
     job = ComposeJob(None, None, None, None, None, 0, "test", None, None, None, 0, "auto", quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json as jsonlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tinyld.tasks import Task, load_split, load_task
 if TYPE_CHECKING:
     from tinyld.base import Base
     from tinyld.data import TaskRows
+    from tinyld.diffusion import Estimate
     from tinyld.evaluate import Evaluation
 
 
@@ -92,7 +94,7 @@ def eval(
     keep_freed_memory()
     runs = runs or [newest_run(("adapter", "composition"))]
     check_predictions(predictions)
-    records = []
+    records, unkept = [], []
     lines = ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else split
     for run in runs:
@@ -108,7 +110,7 @@ def eval(
             records.append(record)
             lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
             if limit is None and base_dtype is None:  # a part, or another base than its own, is no result of the run
-                remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()})
+                unkept.append(remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()}))
     if predictions is not None:
         from tinyld.runs import write_atomic
 
@@ -117,6 +119,7 @@ def eval(
         print(jsonlib.dumps(records))
     else:
         print_evaluations("evaluation", records)
+    raise_first(unkept)
 
 
 def eval_text(
@@ -142,41 +145,48 @@ def eval_text(
 
     files = find_text_files(text)
 
-    def measure(run: Path) -> dict[str, Any]:
-        base, _ = load_run(run, base_path, device)
+    @functools.cache
+    def measure(run: Path, kept_in: str | None) -> tuple[Estimate, int]:
+        base, _ = load_run(run, base_path, device, kept_in)
         config, where = base.model.config, base.model.embedding.weight.device
         rows = TextRows(tokenize(read_lines(files), base.tokenizer).stream, config.max_length, base.tokenizer.bos_id)
         with Progress("eval text", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
             bound = text_nll(base.model, rows, base.tokenizer.mask_id, draws, advance=bar.advance_to)
-        found = {"run": str(run), "rows": bound.n, "tokens": bound.n * rows.width, "draws": draws}
-        return found | {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
+        return bound, bound.n * rows.width
 
-    records, alone = [], {}
+    records, unkept = [], []
     for run in runs or [default_base()]:
-        record, below = measure(run), base_below(run, base_path)
+        below = base_below(run, base_path)
+        bound, tokens = measure(run.resolve(), None if below else "fp32")
+        record = {"run": str(run), "rows": bound.n, "tokens": tokens, "draws": draws}
+        record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if below is not None:
-            if below not in alone:
-                alone[below] = measure(below)
-            record |= {f"base_{key}": alone[below][key] for key in ("nll_bound", "nll_stderr")}
+            alone, _ = measure(*below)
+            forgotten = bound.minus(alone)
+            record |= {"base_nll_bound": alone.mean, "base_nll_stderr": alone.stderr}
+            record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
             kept = {**record, "environment": environment()}
-            remember(run, ", ".join(path.name for path in text), kept, "text")
+            unkept.append(remember(run, ", ".join(path.resolve().name for path in text), kept, "text"))
         records.append(record)
     if json:
         print(jsonlib.dumps(records))
     else:
         columns = tuple(max(records, key=len))
         print_table("NLL bound, nats per token", columns, [tuple(map(r.get, columns)) for r in records])
+    raise_first(unkept)
 
 
-def base_below(run: Path, base_path: Path | None) -> Path | None:
-    """The base that an adapter or a composition stands on; None for a base."""
-    from tinyld.adapter import find_base
+def base_below(run: Path, base_path: Path | None) -> tuple[Path, str] | None:
+    """The base that an adapter or a composition stands on, and the type that it is kept in there; None for a base."""
+    from tinyld.adapter import base_dtype, find_base
     from tinyld.peft import is_peft
 
     if is_peft(run):
-        return base_path or default_base()
+        return (base_path or default_base()).resolve(), "fp32"
     config = RunFolder.open(run).config
-    return None if config["kind"] == "base" else find_base(config, run, base_path, default_base())
+    if config["kind"] == "base":
+        return None
+    return find_base(config, run, base_path, default_base()).resolve(), base_dtype(config, str(run))
 
 
 def check_predictions(path: Path | None) -> None:
@@ -188,15 +198,25 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def remember(run: Path, key: str, record: dict[str, Any], kind: str = "eval") -> None:
-    """Keeps an evaluation in the run's results.json; a read-only run (the released base, say) is left alone."""
+def remember(run: Path, key: str, record: dict[str, Any], kind: str = "eval") -> TinyldError | None:
+    """Keeps an evaluation in the run's results.json, or returns why not; the released base is left alone."""
     folder = RunFolder(run)
-    if not RunFolder(run).is_run() or run.resolve() == default_base().resolve():
-        return
-    with folder.locked():
-        results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
-        results.setdefault(kind, {})[key] = record
-        folder.write_json(RESULTS, results)
+    if not folder.is_run() or run.resolve() == default_base().resolve():
+        return None
+    try:
+        with folder.locked():
+            results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
+            results.setdefault(kind, {})[key] = record
+            folder.write_json(RESULTS, results)
+    except TinyldError as error:
+        return error
+    return None
+
+
+def raise_first(errors: Sequence[TinyldError | None]) -> None:
+    """What could not be kept ends the command in an error, but only once everything measured has been shown."""
+    for error in filter(None, errors):
+        raise error
 
 
 def percent(value: float | None) -> float | None:
@@ -241,7 +261,9 @@ def eval_chain(
 
     keep_freed_memory()
     check_predictions(predictions)
-    base, _ = load_run(run, base_path, device)
+    base, tasks = load_run(run, base_path, device)
+    if load_task(then).name not in [load_task(name).name for name in tasks]:
+        raise UsageError(f"--then {then}: {run} was not made for it, but for {', '.join(tasks) or 'no task'}")
     judging, _ = load_run(judge, base_path, device)
     plain, _ = load_run(base.path, None, device)
     rows = rows_for(base, load_task(task), split, data, limit)
@@ -253,9 +275,10 @@ def eval_chain(
         source = str(data) if data is not None and not data.is_dir() else split
         record = {"run": str(run), "task": rows.task.name, "then": writer.name, "judge": str(judge), "split": source}
         record |= judge_chain(written, rows, judging, plain, real_texts[: len(rows)])
+    unkept = []
     if limit is None:
         kept = {**record, "nll_bound": record["nll_written"], "environment": environment()}
-        remember(run, f"{rows.task.name}+{writer.name}/{source}", kept)
+        unkept.append(remember(run, f"{rows.task.name}+{writer.name}/{source}", kept))
     if predictions is not None:
         labels = rows.task.labels
         lines = ["prompt\tgold\tread\tasked\ttext"]
@@ -267,3 +290,4 @@ def eval_chain(
         print(jsonlib.dumps(record))
     else:
         print_record("read, then write the opposite", record)
+    raise_first(unkept)

@@ -21,7 +21,7 @@ class FullConfig:
 
 class Full(Method):
     name, Config, can_disable = "full", FullConfig, False
-    rates, post_norm = {"adamw": 5e-4, "muon": 1e-3}, {"adamw": 2e-4}
+    rates, post_norm = {"adamw": 5e-4, "muon": 1e-3}, {"adamw": 2e-4, "muon": 4e-4}
     summary = "every weight of the base"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
