@@ -281,3 +281,5 @@ def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenize
     assert not {"accuracy", "low", "high", "unreadable", "macro_f1", "scored_accuracy"} & set(record)
     assert record["nll_bound"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.1)  # an untrained denoiser
     assert record["n"] == 4
+    scored = evaluate(model, rows, tokenizer, answer=False)
+    assert scored.forward_passes == 0 and scored.record()["nll_bound"] == record["nll_bound"], "nothing is written"

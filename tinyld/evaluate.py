@@ -76,13 +76,15 @@ def evaluate(
     seed: int = 0,
     limit: int | None = None,
     score: bool = True,
+    answer: bool = True,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Decodes every row's answer and, separately, scores it.
 
     `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). `limit` reads the
-    first rows only. With `score` off only decoding runs.
+    first rows only. With `score` off only decoding runs; with `answer` off, for a generation task, only scoring.
     """
+    assert answer or rows.task.is_generation
     sampling = sampling or SampleConfig()
     n = len(rows) if limit is None else min(limit, len(rows))
     device = model.embedding.weight.device
@@ -98,29 +100,30 @@ def evaluate(
     generator = torch.Generator(device).manual_seed(sampling.seed)
     for chunk in np.array_split(order, math.ceil(n / EVAL_BATCH)):
         batch = rows.take(chunk)
-        started = time.perf_counter()
-        x0, answer_mask = batch.x0.to(device), batch.answer_mask.to(device)
-        out, used = decode(
-            model,
-            x0,
-            answer_mask,
-            batch.attention_mask.to(device),
-            tokenizer.mask_id,
-            tokenizer.never_written,
-            sampling,
-            generator,
-            tokenizer.eos_id,
-        )
-        passes += used
-        answers = out[answer_mask].view(len(chunk), rows.slot).tolist()
-        decoded = [tokenizer.decode(a) for a in answers]
-        seconds += time.perf_counter() - started
-        for row, text in zip(chunk, decoded, strict=True):
-            if verbalizers is not None:
-                predicted[row] = verbalizers.read(text)
-            start = rows.starts[row]
-            gold = rows.ids[row][start : start + rows.slot].tolist()
-            texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), tokenizer.decode(gold), text)
+        if answer:
+            started = time.perf_counter()
+            x0, answer_mask = batch.x0.to(device), batch.answer_mask.to(device)
+            out, used = decode(
+                model,
+                x0,
+                answer_mask,
+                batch.attention_mask.to(device),
+                tokenizer.mask_id,
+                tokenizer.never_written,
+                sampling,
+                generator,
+                tokenizer.eos_id,
+            )
+            passes += used
+            answers = out[answer_mask].view(len(chunk), rows.slot).tolist()
+            decoded = [tokenizer.decode(a) for a in answers]
+            seconds += time.perf_counter() - started
+            for row, text in zip(chunk, decoded, strict=True):
+                if verbalizers is not None:
+                    predicted[row] = verbalizers.read(text)
+                start = rows.starts[row]
+                gold = rows.ids[row][start : start + rows.slot].tolist()
+                texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), tokenizer.decode(gold), text)
         if score:
             nll, count, hit, seen, labels = _score(model, batch, rows, tokenizer, verbalizers, draws, seed)
             nll_sum[chunk], tokens[chunk] = nll, count
@@ -130,7 +133,9 @@ def evaluate(
                 scored[chunk] = labels
         done += len(chunk)
         advance(done)
-    result = Evaluation(rows.task.name, n, rows_per_second=n / seconds, forward_passes=passes, predictions=texts)
+    result = Evaluation(
+        rows.task.name, n, rows_per_second=n / seconds if answer else 0.0, forward_passes=passes, predictions=texts
+    )
     if score:
         bound: Estimate = ratio_estimate(nll_sum, tokens)
         result.nll_bound, result.nll_stderr = bound.mean, bound.stderr
