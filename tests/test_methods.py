@@ -39,6 +39,7 @@ from tinyld.methods.bands import (
 from tinyld.methods.contract import Method
 from tinyld.methods.trajectory_lora import (
     HEAD_WIDTH,
+    RECIPES,
     TrajectoryLora,
     TrajectoryLoraConfig,
     nuclear_norm,
@@ -387,7 +388,8 @@ def test_a_budget_gives_the_largest_rank_that_fits(
     budget = random.Random(seed).uniform(0.08, 0.6)
     settings = make_config(name, {**options, "budget": budget}, config)
     method, limit = METHODS[name], budget * config.num_parameters()
-    unfitted = make_config(name, ({"ranks": (64, 32, 8)} if name == TrajectoryLora.name else {}) | options, config)
+    ranks = {"ranks": RECIPES[options.get("recipe", "best")][0].ranks} if name == TrajectoryLora.name else {}
+    unfitted = make_config(name, ranks | options, config)
     rank = settings.rank if hasattr(settings, "rank") else max(settings.ranks)
     assert settings == method.with_rank(unfitted, rank)
     assert method.expected_parameters(settings, config) <= limit
