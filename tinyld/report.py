@@ -348,11 +348,12 @@ def settings(record: Mapping[str, Any]) -> str:
 def training(record: Mapping[str, Any]) -> str:
     """Rows, budget, batch size and learning rate of a run, and what else of it is not as it usually is."""
     config = record["train"]
-    unit = next(name for name in ("epochs", "steps", "tokens", "minutes") if config[name] is not None)
+    budgets = ("epochs", "steps", "tokens", "minutes")
+    unit = next(name for name in budgets if config[name] is not None)
     shown = f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
     usual = defaults(TrainConfig) | defaults(DiffusionConfig) | {"time_sampling": "uniform"}
     given = config | record["diffusion"]
-    told = (*NOT_SHOWN, "epochs", "steps", "tokens", "minutes", "batch_size", "lr", "optimizer")
+    told = (*NOT_SHOWN, *budgets, "batch_size", "lr", "optimizer")
     others = [k for k in usual if k not in told and given.get(k, usual[k]) != usual[k]]
     return ", ".join([shown, *(k.replace("_", " ") + ("" if given[k] is True else f" {given[k]}") for k in others)])
 

@@ -262,12 +262,12 @@ def eval_chain(
     keep_freed_memory()
     check_predictions(predictions)
     base, tasks = load_run(run, base_path, device)
-    if load_task(then).name not in [load_task(name).name for name in tasks]:
+    writer = load_task(then)
+    if writer.name not in [load_task(name).name for name in tasks]:
         raise UsageError(f"--then {then}: {run} was not made for it, but for {', '.join(tasks) or 'no task'}")
     judging, _ = load_run(judge, base_path, device)
     plain, _ = load_run(base.path, None, device)
     rows = rows_for(base, load_task(task), split, data, limit)
-    writer = load_task(then)
     real_texts = [e.answer for e in load_split(writer, split, data if data is None or data.is_dir() else None)]
     where = base.model.embedding.weight.device
     with Progress("write", len(rows), quiet=quiet) as bar, autocast(where, resolve_dtype(dtype, where)):
