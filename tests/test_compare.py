@@ -367,3 +367,24 @@ def test_the_methods_optimizer_is_part_of_what_made_a_cell() -> None:
     assert adamw.flags == ["--method", "bitfit", "--optimizer", "adamw"]
     (muon,) = variants("full:optimizer=muon", USUAL)
     assert muon.lr == 4e-3, "the grid is around the method's usual rate for that optimizer"
+
+
+def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tinyld.page import fronts
+
+    def at(task: str, base: str, method: str, rows: int, accuracy: float) -> dict:
+        found = {"accuracy": accuracy, "n": 400, "rows_per_second": 1.0}
+        known = {"method": {"name": method}, "base": {"path": f"/x/{base}"}, "data": {"rows": rows}, "task": task}
+        results = {"finetune": {"seconds": 9.0}, "eval": {f"{task}/dev": found}}
+        config = {"train": {"optimizer": "adamw"}, "diffusion": {}, "parameters": {"stored_percent": 0.5}}
+        return known | config | {"kind": "adapter", "results": results}
+
+    records = [at("mood", base, "full", 50, 0.8) for base in ("small", "encoder")]
+    assert set(fronts(records)) == {"size.svg", "time.svg"}, "one number of rows is no curve"
+    found = fronts([*records, at("kind", "small", "bitfit", 50, 0.7), at("mood", "small", "full", 500, 0.9)])
+    assert set(found) == {"size.svg", "time.svg", "rows.svg"}
+    for panel in ("mood (small)", "mood (encoder)", "kind (small)"):
+        assert panel in found["size.svg"] and panel in found["time.svg"]
+    assert "kind (small)" not in found["rows.svg"] and all(name in found["time.svg"] for name in ("full", "bitfit"))
+    assert found == fronts([*records, at("kind", "small", "bitfit", 50, 0.7), at("mood", "small", "full", 500, 0.9)])

@@ -27,8 +27,8 @@ from tinyld.adapter import load_adapter
 from tinyld.base import load_base
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
-from tinyld.report import markdown
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, TOKENIZER, RunFolder
+from tinyld.tables import markdown
 from tinyld.tasks import load_split, load_task
 
 pytestmark = pytest.mark.faults

@@ -12,28 +12,27 @@ from typer.testing import CliRunner
 
 from tinyld.cli import app
 from tinyld.config import DiffusionConfig, TrainConfig
+from tinyld.records import NOT_SHOWN, run_record, seconds_to
 from tinyld.report import (
     CHAIN_COLUMNS,
     COMPOSE_COLUMNS,
     NEW_TASK_COLUMNS,
-    NOT_SHOWN,
     RESULT_COLUMNS,
     TEXT_COLUMNS,
     chain_rows,
     compose_rows,
-    interval,
-    markdown,
+    method_rows,
     new_task_rows,
     result_rows,
-    run_record,
-    seconds_to,
     tables,
     text_rows,
 )
-from tinyld.statistics import wilson
+from tinyld.statistics import interval, wilson
+from tinyld.tables import markdown
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
+RESULTS = (TOP / "data" / "results" / "README.md").read_text(encoding="utf-8")
 
 
 def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
@@ -97,6 +96,39 @@ def test_what_was_forgotten_is_a_mean_over_seeds_of_the_same_text() -> None:
     rows = [dict(zip(TEXT_COLUMNS, row, strict=True)) for row in text_rows([*runs, composed])]
     assert [(row["text"], row["seeds"]) for row in rows] == [("0.txt", 1), ("1.txt", 1), ("a.txt", 2)]
     assert rows[0]["forgotten"] == "1.000 ± 0.020" and rows[2]["forgotten"].startswith("1.500 ± 6.35")
+
+
+def on(task: str, run: dict, rows: int = 1_000, bound: float = 0.5) -> dict:
+    """The run as one on another task."""
+    found = run["results"]["eval"]["mood/dev"]
+    finetune = run["results"]["finetune"] | {"dev_nll_bound": bound}
+    return run | {
+        "task": task,
+        "data": {"rows": rows},
+        "results": {"finetune": finetune, "eval": {f"{task}/dev": found}},
+    }
+
+
+def test_a_method_has_one_row_for_all_tasks_with_its_mean_over_them() -> None:
+    assert method_rows([on("mood", record("full", 0, 0.9))]) == ((), [])
+    runs = [on("mood", record("full", 0, 0.9)), on("kind", record("full", 0, 0.7, lr=2e-3))]
+    runs += [on("mood", record("bitfit", seed, accuracy)) for seed, accuracy in enumerate((0.8, 0.9))]
+    runs += [on("kind", record("bitfit", 0, 0.5)), on("mood", record("adapters", 0, 0.6))]
+    columns, rows = method_rows(runs)
+    adapters, bitfit, full = (dict(zip(columns, row, strict=True)) for row in rows)
+    assert (full["mood %"], full["kind %"], full["% of full"], full["train s"]) == ("90.0", "70.0", "100.0", 20)
+    assert (bitfit["mood %"], bitfit["kind %"], bitfit["% of full"]) == ("85.0", "50.0", "84.4")
+    assert adapters["kind %"] is adapters["mean %"] is adapters["train s"] is None, "not measured there"
+    low, high = (interval(found, 400) for found in ([0.8, 0.9], [0.5]))
+    half = ((low[1] - low[0]) ** 2 + (high[1] - high[0]) ** 2) ** 0.5 / 4
+    assert bitfit["mean %"] == f"67.5 ± {100 * half:.1f}"
+
+
+def test_a_method_counts_on_a_task_with_the_most_rows_and_then_the_better_dev_bound() -> None:
+    runs = [on("mood", record("full", 0, 0.9)), on("kind", record("full", 0, 0.6), rows=500)]
+    runs += [on("kind", record("full", 0, 0.7), bound=0.4), on("kind", record("full", 0, 0.8, lr=2e-3), bound=0.6)]
+    columns, (row,) = method_rows(runs)
+    assert dict(zip(columns, row, strict=True))["kind %"] == "70.0"
 
 
 def test_runs_with_fewer_threads_are_not_timed() -> None:
@@ -198,12 +230,12 @@ def test_every_table_of_data_results_is_made_from_its_runs(folder: Path) -> None
     ]
 
 
-def test_every_table_of_results_in_the_readme_is_one_of_data_results() -> None:
+def test_every_table_of_results_in_the_readmes_is_one_of_data_results() -> None:
     records = [[run_record(path) for path in sorted(folder.glob("*.json"))] for folder in FOLDERS]
     known = [markdown(columns, rows) for runs in records for _, columns, rows in tables(runs, brief=True)]
-    shown = re.findall(r"^\| (?:task|run|text) \|.*\n(?:\|.*\n)+", README, re.MULTILINE)
+    shown = re.findall(r"^\| (?:task|run|text|base) \|.*\n(?:\|.*\n)+", README + RESULTS, re.MULTILINE)
     assert len(shown) >= 4 and all(table.strip() in known for table in shown)
-    assert all(table in README for table in known), "and every one of them is there"
+    assert all(table in RESULTS for table in known), "and every one of them is there"
 
 
 def test_a_brief_table_has_the_same_rows_with_fewer_columns() -> None:
@@ -215,7 +247,11 @@ def test_a_brief_table_has_the_same_rows_with_fewer_columns() -> None:
     assert [dict(zip(short, row, strict=True)) for row in brief] == [{c: row[c] for c in short} for row in whole]
 
 
-@pytest.mark.parametrize("path", sorted((TOP / "data" / "results").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(set((TOP / "data" / "results").glob("*.md")) - {TOP / "data" / "results" / "README.md"}),
+    ids=lambda path: path.name,
+)
 def test_the_readme_shows_what_was_counted_and_timed(path: Path) -> None:
     assert path.read_text(encoding="utf-8").strip() in README
 
@@ -245,12 +281,12 @@ def test_a_composition_is_shown_task_by_task() -> None:
 
 COMMANDS = [
     shlex.split(line.removeprefix(".venv/bin/"), comments=True)
-    for line in re.findall(r"(?:^|`|&& )((?:\.venv/bin/)?tinyld [a-z].*?)(?:$|`)", README, flags=re.MULTILINE)
+    for line in re.findall(r"(?:^|`|&& )((?:\.venv/bin/)?tinyld [a-z].*?)(?:$|`)", README + RESULTS, flags=re.MULTILINE)
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_and_option_of_the_readme_exists(command: list[str]) -> None:
+def test_every_command_and_option_of_the_readmes_exists(command: list[str]) -> None:
     verb = command[1]
     shown = CliRunner().invoke(app, [verb, "--help"], terminal_width=200)
     assert shown.exit_code == 0

@@ -557,6 +557,10 @@ def report(
         typer.Argument(help="Evaluated adapters, compositions, or a folder of saved results."),
     ],
     save: Annotated[Path | None, typer.Option(help="Keep a small JSON of every run in this folder.")] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Draw accuracy against size, time and rows in this folder; needs the extra `plots`."),
+    ] = None,
     brief: Annotated[bool, typer.Option("--brief", help="Leave out bytes, memory, speed and other columns.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     json: Json = False,
@@ -564,7 +568,7 @@ def report(
     """Make the results table of many runs: tinyld report runs/sst2-*"""
     from tinyld.commands.inspect import report
 
-    report(runs, save, brief, markdown, json)
+    report(runs, save, plots, brief, markdown, json)
 
 
 @app.command()
@@ -589,6 +593,7 @@ def compare(
     device: Device = "auto",
     budget_minutes: Annotated[float | None, typer.Option(help="Begin no run after this long.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Methods trained side by side, which share the threads.")] = 1,
+    curve_points: Annotated[int, typer.Option(min=1, help="Dev evaluations while a run trains.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished in it is not run again.")] = Path(
         "runs/compare"
     ),
@@ -602,7 +607,7 @@ def compare(
     tasks = task or ["reviews"]
     compare(
         tasks, methods, seeds, trials, epochs, steps, batch_size, list(limit or [None]), data, base, device,
-        budget_minutes, jobs, out, save, json, quiet,
+        budget_minutes, jobs, curve_points, out, save, json, quiet,
     )  # fmt: skip
 
 

@@ -24,8 +24,10 @@ from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.page import can_plot, page
-from tinyld.report import RESULT_COLUMNS, markdown, result_rows, run_record
+from tinyld.records import run_record
+from tinyld.report import RESULT_COLUMNS, result_rows
 from tinyld.runs import ADAPTER, RESULTS, RunFolder, make_folder, read_json, to_json, write_atomic
+from tinyld.tables import markdown
 from tinyld.tasks import load_task
 
 GRID = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's default learning rate, in the order they are tried

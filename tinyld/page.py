@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tinyld.report import RESULT_COLUMNS, identity, interval, result_rows, settings, show
+from tinyld.records import identity, settings
+from tinyld.report import RESULT_COLUMNS, result_rows
+from tinyld.statistics import interval
+from tinyld.tables import show
 
 Record = Mapping[str, Any]
 Series = dict[str, list[tuple[float, float, float, float]]]  # name -> points (x, accuracy, low, high), in percent
@@ -74,6 +77,32 @@ def by_noise(records: Sequence[Record]) -> Series:
     return series
 
 
+def draw(
+    axes: Any, x_label: str, series: Series, log: bool, lines: bool, colours: Mapping[str, str] | None = None
+) -> None:
+    """The points of every series with their intervals."""
+    for name, found in series.items():
+        x, y, low, high = zip(*found, strict=True)
+        errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        shown = None if lines and low == high else errors
+        style = {"fmt": "o-" if lines else "o", "markersize": 4, "capsize": 2, "color": (colours or {}).get(name)}
+        axes.errorbar(x, y, yerr=shown, label=name, **style)
+    log = log and all(x > 0 for found in series.values() for x, *_ in found)
+    axes.set(xlabel=x_label, xscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+
+
+def as_svg(figure: Any) -> str:
+    """The figure as an SVG element whose text is text."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tinyld"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
 def drawn(
     title: str,
     x_label: str,
@@ -83,30 +112,66 @@ def drawn(
     y_label: str = "decoded accuracy %",
     bands: bool = False,
 ) -> str:
-    """One plot as an SVG element. `bands`: x is a noise level in percent, drawn from high to low over the bands."""
+    """One plot as an element. `bands`: x is a noise level in percent, drawn from high to low over the bands."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for name, found in series.items():
-        x, y, low, high = zip(*found, strict=True)
-        errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-        shown = None if lines and low == high else errors
-        axes.errorbar(x, y, yerr=shown, fmt="o-" if lines else "o", markersize=4, capsize=2, label=name)
-    log = log and all(x > 0 for found in series.values() for x, *_ in found)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log else "linear")
+    draw(axes, x_label, series, log, lines)
+    axes.set(title=title, ylabel=y_label)
     if bands:
         from tinyld.methods.bands import BAND_EDGES, BAND_NAMES
 
         axes.invert_xaxis()
         for name, (hi, lo), shade in zip(BAND_NAMES, pairwise(BAND_EDGES), ("0.8", "0.88", "0.96"), strict=True):
             axes.axvspan(100 * hi, 100 * lo, color=shade, zorder=0, label=f"band: {name} noise")
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}</figure>"
+    return f"<figure>{as_svg(figure)}</figure>"
+
+
+FRONTS: dict[str, tuple[str, Callable[[Record], float]]] = {
+    "size": ("stored, % of the base", lambda r: r["parameters"]["stored_percent"]),
+    "time": ("seconds of training", lambda r: r["results"]["finetune"]["seconds"]),
+    "rows": ("training rows", lambda r: r["data"]["rows"]),
+}
+
+
+def fronts(records: Sequence[Record]) -> dict[str, str]:
+    """Accuracy against stored size, training time and training rows as SVG files, a panel a base and task.
+
+    Where runs of one task had unlike numbers of rows, the first two are of those with the most, and there is a third.
+    """
+    from matplotlib.figure import Figure
+
+    found = {}
+    panels: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if "accuracy" in (tested(record) or {}):
+            panels.setdefault((record["base"]["path"].rpartition("/")[2], record["task"]), []).append(record)
+    for name, (x_label, x) in FRONTS.items():
+        shown: dict[tuple[str, str], Series] = {}
+        for key, mine in panels.items():
+            counts = {r["data"]["rows"] for r in mine}
+            if name != "rows":
+                shown[key] = points([r for r in mine if r["data"]["rows"] == max(counts)], x)
+            elif len(counts) > 1:
+                shown[key] = points(mine, x)
+        if not shown:
+            continue
+        names = sorted({method for series in shown.values() for method in series})
+        colours = {method: f"C{n % 10}" if n < 10 else f"{0.2 + 0.1 * (n % 7):.1f}" for n, method in enumerate(names)}
+        columns = min(len(shown), 2)
+        lines = -(-len(shown) // columns)
+        figure = Figure(figsize=(6.0 * columns, 3.6 * lines + 0.25 * len(names)), layout="constrained")
+        labels: dict[str, Any] = {}
+        for i, ((base, task), series) in enumerate(sorted(shown.items())):
+            axes = figure.add_subplot(lines, columns, i + 1)
+            draw(axes, x_label, series, log=True, lines=name == "rows", colours=colours)
+            axes.set(title=f"{task} ({base})", ylabel="decoded accuracy %")
+            labels |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend([labels[n] for n in names], names, loc="outside lower center", fontsize=8)
+        found[f"{name}.svg"] = as_svg(figure) + "\n"
+    return found
 
 
 def page(records: Sequence[Record], command: str) -> str:

@@ -1,95 +1,14 @@
-"""Results as tables on stdout, from the same dictionaries that are written as JSON. The only way a table is made."""
+"""The rows of every table of results, from the records of many runs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.errors import TinyldError
-
-
-def show(value: Any) -> str:
-    """A number or text as a table shows it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value)
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; numbers right-aligned."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns))
-    for i, column in enumerate(columns):
-        numeric = any(isinstance(row[i], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(show(value)) for value in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    # printed by itself: a table breaks its own title to its width
-    console.print(escape(title), style="bold", highlight=False, soft_wrap=True)
-    console.print(table)
-
-
-def escape(text: str) -> str:
-    """Text without control characters or rich markup, safe to print whatever file it came from."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup("".join(c if c.isprintable() else "?" for c in text))
-
-
-def print_record(title: str, record: Mapping[str, Any]) -> None:
-    """One record, a line a field."""
-    print_table(title, ("", ""), [(name.replace("_", " "), show(value)) for name, value in record.items()])
-
-
-# ------------------------------------------------------------------------------------------------ many runs
-
-
-RECORD_KEYS = ("kind", "task", "method", "started_as", "base", "train", "diffusion", "data", "parameters", "how")
-RECORD_KEYS += ("members", "environment")
-
-
-def run_record(path: Path) -> dict[str, Any]:
-    """All that a table needs of one run: from its folder, or from a JSON file that `tinyld report --save` wrote."""
-    from tinyld.runs import RESULTS, RunFolder, read_json
-
-    if path.is_file():
-        record = read_json(path)
-        shape = {"run": str, "kind": str, "results": dict}
-        if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in shape.items()):
-            raise TinyldError(f"{path}: not a result that tinyld report --save wrote")
-        return record
-    folder = RunFolder.open(path)
-    config = folder.config
-    if config["kind"] == "base":
-        raise TinyldError(f"{path} holds a base; report takes adapters and compositions")
-    kept = {k: config[k] for k in RECORD_KEYS if k in config}
-    curve = [[round(r["seconds"], 2), r["dev_accuracy"]] for r in folder.metrics() if "dev_accuracy" in r]
-    return {"run": path.name, **kept, **({"curve": curve} if curve else {}), "results": folder.read_json(RESULTS)}
-
-
-def seconds_to(share: float, record: Mapping[str, Any]) -> float | None:
-    """Seconds of training, the cache's included, until dev accuracy first was `share` of its own best."""
-    curve = record.get("curve", [])
-    best = max((accuracy for _, accuracy in curve), default=0.0)
-    first = next((seconds for seconds, accuracy in curve if best > 0 and accuracy >= share * best), None)
-    return None if first is None else first + record["results"]["finetune"].get("cache_seconds", 0.0)
-
+from tinyld.records import identity, options, seconds_to, settings, training
+from tinyld.statistics import interval, mean_of, nats
 
 RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
 RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "nats", "stored %", "bytes", "times smaller")
@@ -98,6 +17,8 @@ RESULT_COLUMNS += ("train s", "s to 95%", "peak MB", "rows/s")
 NOT_BRIEF = ("trials", "unreadable %", "bytes", "times smaller", "s to 95%", "peak MB", "rows/s")
 
 Cell = tuple[str, str, str, str]  # task, split, method, and all else that sets runs apart but their seed
+
+Runs = list[tuple[dict[str, Any], dict[str, Any]]]  # (record, one of its evaluations)
 
 
 def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -110,18 +31,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     was 95% of its own best (of ten points a run under `tinyld compare`). Where runs had unlike numbers of threads,
     those with the most are timed.
     """
-    cells: dict[Cell, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for record in records:
-        if record["kind"] != "adapter":
-            continue
-        evaluations = record["results"].get("eval", {})
-        tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
-        for key, found in evaluations.items():
-            task, _, split = key.partition("/")
-            if "rows_per_second" in found and not (split == "dev" and task in tested):
-                cell = (task, split, record["method"]["name"], identity(record))
-                cells.setdefault(cell, []).append((record, found))
-    means = {cell: _mean(f["accuracy"] for _, f in runs) for cell, runs in cells.items() if "accuracy" in runs[0][1]}
+    cells = evaluated(records)
+    means = accuracies(cells)
     rows = []
     for cell, runs in sorted(cells.items()):
         task, split, method, _ = cell
@@ -138,28 +49,116 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 f"{100 * mean:.1f}",
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 f"{100 * mean / whole:.1f}" if whole else None,
-                f"{100 * _mean(f['unreadable'] for _, f in runs):.1f}",
+                f"{100 * mean_of(f['unreadable'] for _, f in runs):.1f}",
             )
         sizes, trials = first["parameters"], first.get("trials")
-        threads = [r.get("environment", {}).get("threads", 0) for r, _ in runs]
-        timed = [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
+        timed = _timed(runs)
         reached = [s for s in (seconds_to(0.95, r) for r, _ in timed) if s is not None]
         about = (task, Path(first["base"]["path"]).name, method, settings(first), training(first))
         rows.append(
             (
                 *(*about, len(trials) if trials else 1, len(runs), split, n),
                 *accuracy,
-                nats([f["nll_bound"] for _, f in runs], _mean(f["nll_stderr"] for _, f in runs)),
+                nats([f["nll_bound"] for _, f in runs], mean_of(f["nll_stderr"] for _, f in runs)),
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
                 f"{100 / sizes['stored_percent']:.0f}",
-                round(_mean(r["results"]["finetune"]["seconds"] for r, _ in timed)),
-                round(_mean(reached)) if reached else None,
-                round(_mean(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
-                round(_mean(f["rows_per_second"] for _, f in timed)),
+                round(_seconds(runs)),
+                round(mean_of(reached)) if reached else None,
+                round(mean_of(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
+                round(mean_of(f["rows_per_second"] for _, f in timed)),
             )
         )
     return rows
+
+
+def evaluated(records: Sequence[dict[str, Any]]) -> dict[Cell, Runs]:
+    """The runs of every cell of the results, each with its evaluation."""
+    cells: dict[Cell, Runs] = {}
+    for record in records:
+        if record["kind"] != "adapter":
+            continue
+        evaluations = record["results"].get("eval", {})
+        tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
+        for key, found in evaluations.items():
+            task, _, split = key.partition("/")
+            if "rows_per_second" in found and not (split == "dev" and task in tested):
+                cell = (task, split, record["method"]["name"], identity(record))
+                cells.setdefault(cell, []).append((record, found))
+    return cells
+
+
+def accuracies(cells: Mapping[Cell, Runs]) -> dict[Cell, float]:
+    """Mean accuracy of the cells whose task has one."""
+    return {cell: mean_of(f["accuracy"] for _, f in runs) for cell, runs in cells.items() if "accuracy" in runs[0][1]}
+
+
+def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """(columns, rows): a row a method and base, with its accuracy on every task, where there are several tasks.
+
+    Of a method's rows on one task the one with the most training rows counts, then the one with the better dev bound.
+    The interval of the mean takes the tasks' errors as independent. "% of full" is of the means over tasks, against the
+    best full fine-tuning of each task on as many rows; "train s" is of all tasks together.
+    """
+    cells = evaluated(records)
+    means = accuracies(cells)
+    tasks = list(dict.fromkeys(sorted(cell[0] for cell in means)))
+    if len(tasks) < 2:
+        return (), []
+    found: dict[tuple[str, str, str], dict[str, Cell]] = {}
+    for cell in means:
+        runs = cells[cell]
+        first = runs[0][0]
+        key = (Path(first["base"]["path"]).name, first["method"]["name"], ", ".join(options(first)) or "-")
+        mine = found.setdefault(key, {})
+        if cell[0] not in mine or _weight(runs) > _weight(cells[mine[cell[0]]]):
+            mine[cell[0]] = cell
+
+    def half(of: Iterable[Cell]) -> float:
+        """Of the 95% interval of a mean over tasks."""
+        ends = [interval([f["accuracy"] for _, f in cells[c]], cells[c][0][1]["n"]) for c in of]
+        return sum(((high - low) / 2) ** 2 for low, high in ends) ** 0.5 / len(ends)
+
+    def best_full(cell: Cell) -> float:
+        alike = _base_and_rows(cells[cell][0][0])
+        full = [c for c in means if c[:3] == (*cell[:2], "full") and _base_and_rows(cells[c][0][0]) == alike]
+        return max((means[c] for c in full), default=0.0)
+
+    rows = []
+    for (base, method, about), mine in sorted(found.items()):
+        whole = len(mine) == len(tasks)
+        mean = mean_of(means[cell] for cell in mine.values()) if whole else None
+        full = [best_full(cell) for cell in mine.values()]
+        sizes = cells[next(iter(mine.values()))][0][0]["parameters"]
+        rows.append(
+            (
+                *(base, method, about),
+                *(f"{100 * means[mine[task]]:.1f}" if task in mine else None for task in tasks),
+                None if mean is None else f"{100 * mean:.1f} ± {100 * half(mine.values()):.1f}",
+                None if mean is None or not all(full) else f"{100 * mean / mean_of(full):.1f}",
+                f"{sizes['stored_percent']:.2f}",
+                round(sum(_seconds(cells[cell]) for cell in mine.values())) if whole else None,
+            )
+        )
+    return ("base", "method", "settings", *(f"{task} %" for task in tasks), *METHOD_COLUMNS), rows
+
+
+METHOD_COLUMNS = ("mean %", "% of full", "stored %", "train s")
+
+
+def _weight(runs: Runs) -> tuple[int, float]:
+    """What a cell counts in a choice between a method's cells of one task."""
+    return runs[0][0]["data"]["rows"], -mean_of(r["results"]["finetune"]["dev_nll_bound"] for r, _ in runs)
+
+
+def _timed(runs: Runs) -> Runs:
+    """Those with the most threads."""
+    threads = [r.get("environment", {}).get("threads", 0) for r, _ in runs]
+    return [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
+
+
+def _seconds(runs: Runs) -> float:
+    return mean_of(r["results"]["finetune"]["seconds"] for r, _ in _timed(runs))
 
 
 def _base_and_rows(record: Mapping[str, Any]) -> tuple[Any, int]:
@@ -266,7 +265,7 @@ def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         first = runs[0][0]
         about = (text, tokens, first["task"], Path(first["base"]["path"]).name, first["method"]["name"])
         bounds = [
-            nats([found[mean] for _, found in runs], _mean(found[stderr] for _, found in runs))
+            nats([found[mean] for _, found in runs], mean_of(found[stderr] for _, found in runs))
             for mean, stderr in (
                 ("base_nll_bound", "base_nll_stderr"),
                 ("nll_bound", "nll_stderr"),
@@ -286,6 +285,7 @@ def tables(
     """
     found = [
         ("results", RESULT_COLUMNS, result_rows(records)),
+        ("methods", *method_rows(records)),
         ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
         ("new tasks", NEW_TASK_COLUMNS, new_task_rows(records)),
         ("read, then write the opposite", CHAIN_COLUMNS, chain_rows(records)),
@@ -302,96 +302,3 @@ def without(
     """The table without some of its columns."""
     kept = [i for i, column in enumerate(columns) if column not in left_out]
     return tuple(columns[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
-
-
-def defaults(kind: type) -> dict[str, Any]:
-    """What a run says that was made before `kind` had all of its fields."""
-    return {f.name: f.default for f in fields(kind)}
-
-
-NOT_SHOWN = ("seed", "eval_every", "save_minutes", "keep", "recompute")  # of training: they change no result
-
-
-def identity(record: Mapping[str, Any]) -> str:
-    """Everything that runs of one row must share: method, base, data, noise and training, the seed left out."""
-    train = {k: v for k, v in (defaults(TrainConfig) | record["train"]).items() if k not in NOT_SHOWN}
-    diffusion = defaults(DiffusionConfig) | record["diffusion"]
-    base = {k: record["base"].get(k) for k in ("fingerprint", "dtype")}
-    method = {k: v for k, v in (record.get("started_as") or record["method"]).items() if USUAL.get(k) != v}
-    parts = [method, base, train, diffusion, record["data"].get("rows"), record["data"].get("limit")]
-    return settings(record) + json.dumps(parts, sort_keys=True)
-
-
-# Options that need no words: every other value is shown.
-USUAL: dict[str, Any] = {
-    "alpha": 16.0, "rslora": False, "core": False, "targets": ["query", "key", "value", "out", "up", "down"],
-    "sigma": [1.0, 0.5, 0.25], "modules": 1, "within": False, "tied": False, "activation": "relu", "sharing": "nested",
-    "read": "state", "attend": 0, "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0,
-    "ranks": [],
-}  # fmt: skip
-
-
-def settings(record: Mapping[str, Any]) -> str:
-    """A method's options, as the run began, and what its base is kept in and its optimizer is, in a few words."""
-    method = record.get("started_as") or record["method"]
-    parts = []
-    for name, value in method.items():
-        if name == "name" or (name in USUAL and value == USUAL[name]):
-            continue
-        shown = "/".join(map(str, value)) if isinstance(value, list) else value
-        parts.append(name if value is True else f"{name.replace('_', ' ')} {shown}")
-    dtype = record["base"].get("dtype", "fp32")
-    parts += [] if dtype == "fp32" else [f"base in {dtype}"]
-    return ", ".join(parts + (["Muon"] if record.get("train", {}).get("optimizer") == "muon" else [])) or "-"
-
-
-def training(record: Mapping[str, Any]) -> str:
-    """Rows, budget, batch size and learning rate of a run, and what else of it is not as it usually is."""
-    config = record["train"]
-    budgets = ("epochs", "steps", "tokens", "minutes")
-    unit = next(name for name in budgets if config[name] is not None)
-    shown = f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
-    usual = defaults(TrainConfig) | defaults(DiffusionConfig) | {"time_sampling": "uniform"}
-    given = config | record["diffusion"]
-    told = (*NOT_SHOWN, *budgets, "batch_size", "lr", "optimizer")
-    others = [k for k in usual if k not in told and given.get(k, usual[k]) != usual[k]]
-    return ", ".join([shown, *(k.replace("_", " ") + ("" if given[k] is True else f" {given[k]}") for k in others)])
-
-
-# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
-    """95% interval of an accuracy over seeds and rows (see `result_rows`)."""
-    from tinyld.statistics import wilson
-
-    mean, half = _mean(accuracies), over_seeds(accuracies)
-    low, high = wilson(mean * n, n)
-    return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
-
-
-def nats(bounds: Sequence[float], stderr: float) -> str:
-    """Mean NLL bound over seeds and the half of its 95% interval: the wider of that over rows and that over seeds."""
-    return f"{_mean(bounds):.3f} ± {max(1.96 * stderr, over_seeds(bounds)):.3f}"
-
-
-def over_seeds(values: Sequence[float]) -> float:
-    """Half of the 95% interval of a mean over seeds, by Student's t; 0 for one seed, which says nothing of it."""
-    seeds, mean = len(values), _mean(values)
-    if seeds == 1:
-        return 0.0
-    spread = (sum((v - mean) ** 2 for v in values) / (seeds - 1)) ** 0.5
-    return T_95[min(seeds - 1, len(T_95)) - 1] * spread / seeds**0.5
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The table as Markdown."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(show(v).replace("|", "\\|") for v in row) + " |" for row in rows]
-    return "\n".join(lines)

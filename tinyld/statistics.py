@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -34,3 +35,33 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, z: float = 1.959964)
     mean = float(difference.mean())
     half = z * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
     return mean, mean - half, mean + half
+
+
+# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
+    """95% interval of an accuracy over seeds and rows (see `report.result_rows`)."""
+    mean, half = mean_of(accuracies), over_seeds(accuracies)
+    low, high = wilson(mean * n, n)
+    return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
+
+
+def nats(bounds: Sequence[float], stderr: float) -> str:
+    """Mean NLL bound over seeds and the half of its 95% interval: the wider of that over rows and that over seeds."""
+    return f"{mean_of(bounds):.3f} ± {max(1.96 * stderr, over_seeds(bounds)):.3f}"
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over seeds, by Student's t; 0 for one seed, which says nothing of it."""
+    seeds, mean = len(values), mean_of(values)
+    if seeds == 1:
+        return 0.0
+    spread = (sum((v - mean) ** 2 for v in values) / (seeds - 1)) ** 0.5
+    return T_95[min(seeds - 1, len(T_95)) - 1] * spread / seeds**0.5
+
+
+def mean_of(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

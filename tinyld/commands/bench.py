@@ -10,7 +10,7 @@ from tinyld.bench import COMPARISONS, compare, has_peers, in_a_process, needs_pe
 from tinyld.commands.workspace import say_to_stderr
 from tinyld.config import check
 from tinyld.errors import UsageError
-from tinyld.report import markdown, print_table
+from tinyld.tables import markdown, print_table
 from tinyld.tasks import load_split, load_task
 
 COLUMNS = ("what", "ratio", "lowest", "highest", "bar", "met", "our seconds", "peer seconds", "our peak MB")

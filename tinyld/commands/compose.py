@@ -13,8 +13,8 @@ from tinyld.commands.evaluate import evaluate_run, print_evaluations, rows_for
 from tinyld.commands.workspace import RUNS, default_base, keep_freed_memory, refuse_inside
 from tinyld.config import SampleConfig, check, check_choice
 from tinyld.errors import TinyldError, UsageError
-from tinyld.report import print_record, print_table
 from tinyld.runs import ADAPTER, RESULTS, RunFolder, environment
+from tinyld.tables import print_record, print_table
 from tinyld.tasks import load_task
 
 if TYPE_CHECKING:

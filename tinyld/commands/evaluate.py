@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tinyld.commands.workspace import default_base, keep_freed_memory, newest_run
 from tinyld.config import SampleConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.report import print_record, print_table
 from tinyld.runs import RESULTS, RunFolder, environment
+from tinyld.tables import print_record, print_table
 from tinyld.tasks import Task, load_split, load_task
 
 if TYPE_CHECKING:

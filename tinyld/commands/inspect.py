@@ -13,11 +13,9 @@ from tinyld.commands.evaluate import load_run, percent, rows_for
 from tinyld.commands.workspace import default_base, finish, refuse_inside, say_to_stderr
 from tinyld.config import ModelConfig, SampleConfig, check, from_dict
 from tinyld.errors import TinyldError, UsageError
-from tinyld.report import print_table
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
+from tinyld.tables import print_table
 from tinyld.tasks import load_split, load_task
-
-CURVE_POINTS = 10  # dev evaluations while a run of the grid trains
 
 
 def sample(
@@ -213,9 +211,14 @@ def tasks(json: bool) -> None:
         print_table("built-in tasks", tuple(records[0]), [tuple(r.values()) for r in records])
 
 
-def report(runs: list[Path], save: Path | None, brief: bool, as_markdown: bool, json: bool) -> None:
+def report(runs: list[Path], save: Path | None, plots: Path | None, brief: bool, as_markdown: bool, json: bool) -> None:
     """A table of many runs; `save` keeps a small JSON of each, from which the same table can be made again."""
-    from tinyld.report import run_record
+    from tinyld.page import can_plot, fronts
+    from tinyld.records import run_record
+    from tinyld.runs import make_folder, write_atomic
+
+    if plots is not None and not can_plot():
+        raise UsageError("--plots needs matplotlib: pip install 'tinyld[plots]'")
 
     paths: list[Path] = []
     for path in runs:
@@ -225,6 +228,10 @@ def report(runs: list[Path], save: Path | None, brief: bool, as_markdown: bool, 
         paths += found
     records = [run_record(p) for p in paths]
     keep_records(records, save)
+    if plots is not None:
+        make_folder(plots)
+        for name, svg in fronts(records).items():
+            write_atomic(plots / name, svg.encode())
     show_results(records, as_markdown, json, brief)
 
 
@@ -244,7 +251,8 @@ def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None
 
 def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool, brief: bool = False) -> None:
     """The table of the adapters, then those of the compositions, where there are any."""
-    from tinyld.report import markdown, tables
+    from tinyld.report import tables
+    from tinyld.tables import markdown
 
     found = tables(records, brief)
     if json:
@@ -271,6 +279,7 @@ def compare(
     device: str,
     budget_minutes: float | None,
     jobs: int,
+    curve_points: int,
     out: Path,
     save: Path | None,
     json: bool,
@@ -293,7 +302,7 @@ def compare(
         for limit in limits:
             check(limit is None or limit <= rows, f"--limit {limit}: {name} has {rows:,} training rows")
             updates = steps or epochs * -(-(limit or rows) // batch_size)
-            eval_every[name, limit] = max(1, math.ceil(updates / CURVE_POINTS))
+            eval_every[name, limit] = max(1, math.ceil(updates / curve_points))
     folder = RunFolder.open(base or default_base())
     model_config = read_model_config(folder)
     chosen = variants(methods, {name: partial(method.usual, model_config) for name, method in METHODS.items()})

@@ -11,8 +11,8 @@ from typing import Any
 
 from tinyld.distributed import is_writer
 from tinyld.errors import TinyldError
-from tinyld.report import print_record
 from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
+from tinyld.tables import print_record
 from tinyld.tasks import bundled_data_dir
 
 RUNS = Path("runs")
