@@ -280,8 +280,9 @@ class Compare:
         if f"{loaded.name}/{split}" not in RunFolder(cell.folder).read_json(RESULTS).get("eval", {}):
             where = ["--data", str(self.data)] if self.data else []
             base = ["--base", str(self.base)] if self.base else []
+            once = ["--steps", "1"] if loaded.is_generation else []  # what is written has no accuracy: its nats count
             device = ["--device", self.device]
-            self.launch(["eval", str(cell.folder), "--split", split, *where, *base, *device, "--json"])
+            self.launch(["eval", str(cell.folder), "--split", split, *once, *where, *base, *device, "--json"])
         return run_record(cell.folder)
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
