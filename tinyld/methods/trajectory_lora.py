@@ -271,7 +271,7 @@ def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
 class TrajectoryLora(Method):
     name, Config = "trajectory-lora", TrajectoryLoraConfig
-    rates, post_norm = {"muon": 3e-3, "adamw": 5e-3}, {"adamw": 1e-3, "muon": 2e-3}
+    rates, post_norm = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
     summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
