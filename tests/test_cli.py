@@ -575,6 +575,21 @@ def test_report_averages_seeds_and_compares_with_full(adapters: dict[str, tuple[
     assert good("report", "kept", "--json").json == good("report", *sorted(Path("kept").iterdir()), "--json").json
     assert {json.dumps(row) for row in good("report", "kept", "--json").json} == {json.dumps(row) for row in ran.json}
     assert "| bitfit |" in good("report", *runs, "--markdown").stdout and "bitfit" in good("report", *runs).stdout
+    assert {row["table"] for row in ran.json} == {"results"}
+
+
+def test_report_draws_the_fronts_where_it_can(
+    adapters: dict[str, tuple[Path, Ran]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    run = write_evaluation(adapters["bitfit"][0], Path("bitfit-0"), 0.5)
+    good("report", run, "--plots", "drawn")
+    assert sorted(path.name for path in Path("drawn").iterdir()) == ["size.svg", "time.svg"]
+    refused = cli("report", adapters["bitfit"][0], "--plots", "none")
+    assert refused.code == 1 and "none of these runs" in refused.stderr
+    monkeypatch.setattr("tinyld.page.can_plot", lambda: False)
+    refused = cli("report", run, "--plots", "none")
+    assert refused.code == 2 and "pip install" in refused.stderr and not Path("none").exists()
 
 
 def test_report_takes_a_full_run_that_got_nothing_right(adapters: dict[str, tuple[Path, Ran]]) -> None:

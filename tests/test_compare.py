@@ -21,8 +21,8 @@ from tinyld.report import RESULT_COLUMNS, result_rows
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 
 USUAL = {
-    "full": lambda optimizer: (1e-3 if optimizer is None else 4e-3, optimizer or "adamw"),
-    "bitfit": lambda optimizer: (1e-2, optimizer or "adamw"),
+    "full": lambda optimizer, recipe: (1e-3 if optimizer is None else 4e-3, optimizer or "adamw"),
+    "bitfit": lambda optimizer, recipe: (2e-2 if recipe else 1e-2, optimizer or "adamw"),
 }
 
 
@@ -55,7 +55,7 @@ class Trainer:
         config |= {"data": {"rows": 10}, "parameters": {"stored_percent": 1.0, "stored_bytes": 4}}
         folder.write_json(CONFIG, config)
         accuracy = 0.9 if lr == self.best_lr else 0.8
-        found = {"dev_nll_bound": 1.4 - accuracy, "seconds": 1.0, "peak_memory_mb": 1.0}
+        found = {"task": option["--task"], "dev_nll_bound": 1.4 - accuracy, "seconds": 1.0, "peak_memory_mb": 1.0}
         found |= {"dev_accuracy": accuracy} if option["--task"] == "reviews" else {}
         folder.write_json(RESULTS, {"finetune": found})
         folder.write(ADAPTER, b"")
@@ -106,6 +106,13 @@ def test_a_generation_task_goes_by_its_nats_and_has_no_accuracy(tmp_path: Path) 
     row = dict(zip(RESULT_COLUMNS, result_rows(records)[0], strict=True))
     assert row["nats"] == "0.700 ± 0.196" and row["accuracy %"] is row["% of full"] is row["unreadable %"] is None
     assert any("write_full_lr0.002_s2: dev NLL bound 0.5000" in line for line in said)
+
+
+def test_only_texts_are_written_in_one_pass(tmp_path: Path) -> None:
+    trainer = Trainer()
+    grid(tmp_path, trainer, ("write", "reviews")).run()
+    asked = {Path(c[1]).name.partition("_")[0]: "--steps" in c for c in trainer.ran if c[0] == "eval"}
+    assert asked == {"write": True, "reviews": False}
 
 
 def test_the_same_command_again_runs_nothing(tmp_path: Path) -> None:
@@ -360,13 +367,15 @@ def test_a_signal_stops_the_grid_and_what_trains(tmp_path: Path) -> None:
 
 
 def test_the_methods_optimizer_is_part_of_what_made_a_cell() -> None:
-    by_muon = USUAL | {"bitfit": lambda optimizer: (1e-2, optimizer or "muon")}
+    by_muon = USUAL | {"bitfit": lambda optimizer, recipe: (1e-2, optimizer or "muon")}
     full, bitfit, adamw = variants("full,bitfit,bitfit:optimizer=adamw", by_muon)
     assert "--optimizer" not in full.flags
     assert bitfit.flags == ["--method", "bitfit", "--optimizer", "muon"]
     assert adamw.flags == ["--method", "bitfit", "--optimizer", "adamw"]
     (muon,) = variants("full:optimizer=muon", USUAL)
     assert muon.lr == 4e-3, "the grid is around the method's usual rate for that optimizer"
+    (quick,) = variants("bitfit:recipe=fast", USUAL)
+    assert quick.lr == 2e-2, "and for that recipe"
 
 
 def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name(tmp_path: Path) -> None:
@@ -375,8 +384,9 @@ def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name(tm
 
     def at(task: str, base: str, method: str, rows: int, accuracy: float) -> dict:
         found = {"accuracy": accuracy, "n": 400, "rows_per_second": 1.0}
-        known = {"method": {"name": method}, "base": {"path": f"/x/{base}"}, "data": {"rows": rows}, "task": task}
-        results = {"finetune": {"seconds": 9.0}, "eval": {f"{task}/dev": found}}
+        known = {"method": {"name": method}, "base": {"path": f"/x/{base}", "fingerprint": base}, "task": task}
+        known["data"] = {"rows": rows}
+        results = {"finetune": {"seconds": 9.0, "task": task}, "eval": {f"{task}/dev": found}}
         config = {"train": {"optimizer": "adamw"}, "diffusion": {}, "parameters": {"stored_percent": 0.5}}
         return known | config | {"kind": "adapter", "results": results}
 
@@ -387,4 +397,9 @@ def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name(tm
     for panel in ("mood (small)", "mood (encoder)", "kind (small)"):
         assert panel in found["size.svg"] and panel in found["time.svg"]
     assert "kind (small)" not in found["rows.svg"] and all(name in found["time.svg"] for name in ("full", "bitfit"))
+    foreign = at("mood", "small", "full", 50, 0.8)
+    foreign["results"]["eval"]["kind/test"] = foreign["results"]["eval"]["mood/dev"]
+    assert "kind (small)" not in fronts([foreign])["size.svg"], "a run counts on its own task"
+    both = {"run": "both", "kind": "composition", "results": {"eval": foreign["results"]["eval"]}}
+    assert set(fronts([*records, both])) == {"size.svg", "time.svg"}
     assert found == fronts([*records, at("kind", "small", "bitfit", 50, 0.7), at("mood", "small", "full", 500, 0.9)])

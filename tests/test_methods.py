@@ -214,9 +214,15 @@ def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> 
     for method in METHODS.values():
         (before, _), (after, optimizer) = method.usual(config), method.usual(encoder)
         assert (before, "muon" if method.name == "trajectory-lora" else "adamw") == method.usual(config)
-        assert optimizer == "adamw"
+        assert method.usual(config)[1] == optimizer
         assert after < before if method.name in ("full", "trajectory-lora") else after == before
         assert method.usual(config, "muon")[1] == "muon"
+        if method.name != "trajectory-lora":
+            assert method.usual(config, recipe="fast") == method.usual(config)
+    for base in (config, encoder):  # a single push has less of a hold
+        for optimizer in ("adamw", "muon"):
+            ours = METHODS["trajectory-lora"]
+            assert ours.usual(base, optimizer, "fast")[0] >= 2 * ours.usual(base, optimizer)[0]
     full, adapters = METHODS["full"], METHODS["adapters"]
     for base in (config, encoder):
         assert full.usual(base, "muon")[0] == 2 * full.usual(base, "adamw")[0]

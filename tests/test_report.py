@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tinyld.cli import app
 from tinyld.config import DiffusionConfig, TrainConfig
-from tinyld.records import NOT_SHOWN, run_record, seconds_to
+from tinyld.records import NOT_SHOWN, run_record, seconds_to, settings
 from tinyld.report import (
     CHAIN_COLUMNS,
     COMPOSE_COLUMNS,
@@ -48,7 +48,10 @@ def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
         "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr},
         "data": {"rows": 1_000},
         "parameters": {"stored_percent": 0.5, "stored_bytes": 4_000},
-        "results": {"finetune": {"seconds": 10.0, "peak_memory_mb": 100.0}, "eval": {"mood/dev": found}},
+        "results": {
+            "finetune": {"task": "mood", "seconds": 10.0, "peak_memory_mb": 100.0},
+            "eval": {"mood/dev": found},
+        },
     }
 
 
@@ -101,7 +104,7 @@ def test_what_was_forgotten_is_a_mean_over_seeds_of_the_same_text() -> None:
 def on(task: str, run: dict, rows: int = 1_000, bound: float = 0.5) -> dict:
     """The run as one on another task."""
     found = run["results"]["eval"]["mood/dev"]
-    finetune = run["results"]["finetune"] | {"dev_nll_bound": bound}
+    finetune = run["results"]["finetune"] | {"task": task, "dev_nll_bound": bound}
     return run | {
         "task": task,
         "data": {"rows": rows},
@@ -129,6 +132,29 @@ def test_a_method_counts_on_a_task_with_the_most_rows_and_then_the_better_dev_bo
     runs += [on("kind", record("full", 0, 0.7), bound=0.4), on("kind", record("full", 0, 0.8, lr=2e-3), bound=0.6)]
     columns, (row,) = method_rows(runs)
     assert dict(zip(columns, row, strict=True))["kind %"] == "70.0"
+
+
+def test_a_method_counts_on_its_own_task_on_one_split_and_base_by_base() -> None:
+    runs = [on("mood", record("full", 0, 0.9)), on("kind", record("full", 0, 0.6))]
+    foreign = on("mood", record("full", 1, 0.9), rows=9_000)
+    foreign["results"]["eval"]["kind/dev"] = foreign["results"]["eval"]["mood/dev"]
+    columns, (row,) = method_rows([*runs, foreign])
+    assert dict(zip(columns, row, strict=True))["kind %"] == "60.0"
+    tested = on("kind", record("bitfit", 0, 0.5))
+    tested["results"]["eval"] = {"kind/test": tested["results"]["eval"]["kind/dev"]}
+    columns, (_, full) = method_rows([*runs, tested])
+    assert dict(zip(columns, full, strict=True))["kind %"] is None, "its dev rows are not the others' test rows"
+    namesake = [run | {"base": {"path": "/y/base", "fingerprint": "g"}} for run in runs]
+    assert len(method_rows([*runs, *namesake])[1]) == 2
+
+
+def test_bands_that_share_one_rank_are_shown_by_one_number() -> None:
+    run = record("trajectory-lora", 0, 0.9)
+    shown = []
+    for ranks, sigma in (([9, 9, 9], [1.0, 1.0, 1.0]), ([9, 4, 1], [1.0, 0.5, 0.25])):
+        run["method"] |= {"ranks": ranks, "sigma": sigma}
+        shown.append(settings(run))
+    assert shown == ["ranks 9", "ranks 9/4/1, sigma 1.0/0.5/0.25"]
 
 
 def test_runs_with_fewer_threads_are_not_timed() -> None:

@@ -285,7 +285,7 @@ def run_method(task: str, method: str, limit: int = TASK_ROWS, epochs: int = EPO
     rows = task_rows(base, task, limit=limit)
     config = make_config(method, options, base.model.config)
     adapted = attach(base, method, config, task, torch.Generator().manual_seed(0))
-    lr, optimizer = METHODS[method].usual(base.model.config)
+    lr, optimizer = METHODS[method].usual(base.model.config, recipe=options.get("recipe"))
     training = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr, optimizer=optimizer, eval_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
         dev = task_rows(base, task, "dev", limit=None)

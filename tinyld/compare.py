@@ -73,9 +73,11 @@ class Variant:
         return "".join(c if c.isalnum() or c in "-.=%" else "-" for c in text)
 
 
-def variants(text: str, usual: Mapping[str, Callable[[str | None], tuple[float, str]]]) -> list[Variant]:
-    """`all`, or variants with commas between them; `usual` has every known method's rate and optimizer, asked with one
-    or with none."""
+Usual = Callable[[str | None, str | None], tuple[float, str]]  # (optimizer, recipe), where given -> (rate, optimizer)
+
+
+def variants(text: str, usual: Mapping[str, Usual]) -> list[Variant]:
+    """`all`, or variants with commas between them; `usual` has every known method's rate and optimizer."""
     names = list(usual) if text == "all" else text.split(",")
     for name in names:
         if name.partition(":")[0] not in usual:
@@ -86,7 +88,7 @@ def variants(text: str, usual: Mapping[str, Callable[[str | None], tuple[float, 
     for name in names:
         method, *options = name.split(":")
         given = {key: value for key, _, value in (option.partition("=") for option in options)}
-        rate, optimizer = usual[method](given.get("optimizer"))
+        rate, optimizer = usual[method](given.get("optimizer"), given.get("recipe"))
         try:
             rate = float(given.get("lr", rate))
         except ValueError:

@@ -183,6 +183,9 @@ DECAYS = ("cosine", "linear", "none")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
+BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop, for pretraining and fine-tuning alike. Exactly one budget is set, or `epochs`."""
@@ -212,7 +215,7 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self) -> None:
-        budgets = [n for n in ("steps", "tokens", "minutes", "epochs") if getattr(self, n) is not None]
+        budgets = [n for n in BUDGETS if getattr(self, n) is not None]
         check(len(budgets) == 1, f"give one budget of steps, tokens, minutes, epochs; got {budgets or 'none'}")
         check(getattr(self, budgets[0]) > 0, f"{budgets[0]} must be above 0, got {getattr(self, budgets[0])}")
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")

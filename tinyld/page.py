@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tinyld.records import identity, settings
-from tinyld.report import RESULT_COLUMNS, result_rows
-from tinyld.statistics import interval
+from tinyld.records import settings
+from tinyld.report import RESULT_COLUMNS, Cell, Runs, evaluated, own_cells, result_rows, seconds
+from tinyld.statistics import interval, mean_of
 from tinyld.tables import show
 
 Record = Mapping[str, Any]
@@ -33,27 +34,23 @@ def name_of(record: Record) -> str:
     return record["method"]["name"] + ("" if about == "-" else f" ({about})")
 
 
-def tested(record: Record) -> Mapping[str, Any] | None:
-    """The record's evaluation: on test where there is one, else on dev."""
-    found = record["results"].get("eval", {})
-    keys = sorted((k for k in found if "rows_per_second" in found[k]), key=lambda k: k.endswith("/dev"))
-    return found[keys[0]] if keys else None
-
-
-def points(records: Sequence[Record], x: Callable[[Record], float]) -> Series:
-    """A point for all seeds of a row of the results table, with its interval; `x` is averaged."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if "accuracy" in (tested(record) or {}):
-            groups.setdefault(identity(record), []).append(record)
+def points(cells: Mapping[Cell, Runs], x: Callable[[Runs], float]) -> Series:
+    """A point for all seeds of a row of the results table, with its interval; they share their place on the x axis."""
     series: Series = {}
-    for runs in groups.values():
-        found = [tested(r) or {} for r in runs]
-        accuracies = [f["accuracy"] for f in found]
-        low, high = interval(accuracies, found[0]["n"])
-        mean, place = sum(accuracies) / len(runs), sum(x(r) for r in runs) / len(runs)
-        series.setdefault(name_of(runs[0]), []).append((place, 100 * mean, 100 * low, 100 * high))
+    for runs in cells.values():
+        found = [f["accuracy"] for _, f in runs]
+        low, high = interval(found, runs[0][1]["n"])
+        series.setdefault(name_of(runs[0][0]), []).append((x(runs), 100 * mean_of(found), 100 * low, 100 * high))
     return {name: sorted(found) for name, found in series.items()}
+
+
+def num_rows(runs: Runs) -> int:
+    return runs[0][0]["data"]["rows"]
+
+
+def with_most_rows(cells: Mapping[Cell, Runs]) -> dict[Cell, Runs]:
+    most = max((num_rows(runs) for runs in cells.values()), default=0)
+    return {cell: runs for cell, runs in cells.items() if num_rows(runs) == most}
 
 
 def curves(records: Sequence[Record]) -> Series:
@@ -67,11 +64,12 @@ def curves(records: Sequence[Record]) -> Series:
     return series
 
 
-def by_noise(records: Sequence[Record]) -> Series:
+def by_noise(cells: Mapping[Cell, Runs]) -> Series:
     """Token accuracy at masked positions along the reverse process, from all masked to little; the first seed's."""
     series: Series = {}
-    for record in records:
-        levels = (tested(record) or {}).get("masked_acc_by_noise", [])
+    for runs in cells.values():
+        record, found = runs[0]
+        levels = found.get("masked_acc_by_noise", [])
         if len(levels) > 1:
             series.setdefault(name_of(record), [(100 * share, *[100 * a] * 3) for share, a in levels])
     return series
@@ -129,74 +127,79 @@ def drawn(
     return f"<figure>{as_svg(figure)}</figure>"
 
 
-FRONTS: dict[str, tuple[str, Callable[[Record], float]]] = {
-    "size": ("stored, % of the base", lambda r: r["parameters"]["stored_percent"]),
-    "time": ("seconds of training", lambda r: r["results"]["finetune"]["seconds"]),
-    "rows": ("training rows", lambda r: r["data"]["rows"]),
+# file name -> title, label of the x axis, and place of a row of the results table on it
+FRONTS: dict[str, tuple[str, str, Callable[[Runs], float]]] = {
+    "size": (
+        "Accuracy against stored size",
+        "stored, % of the base",
+        lambda runs: runs[0][0]["parameters"]["stored_percent"],
+    ),
+    "time": ("Accuracy against training time", "seconds of training", seconds),
+    "rows": ("Data efficiency", "training rows", num_rows),
 }
 
 
-def fronts(records: Sequence[Record]) -> dict[str, str]:
+def fronts(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Accuracy against stored size, training time and training rows as SVG files, a panel a base and task.
 
     Where runs of one task had unlike numbers of rows, the first two are of those with the most, and there is a third.
     """
     from matplotlib.figure import Figure
 
+    panels: dict[tuple[str, str, str], dict[Cell, Runs]] = {}
+    for cell, runs in own_cells(evaluated(records)).items():
+        base = runs[0][0]["base"]
+        panels.setdefault((cell[0], base["path"].rpartition("/")[2], str(base.get("fingerprint"))), {})[cell] = runs
+    names = sorted({name_of(runs[0][0]) for cells in panels.values() for runs in cells.values()})
+    colours = {method: f"C{n % 10}" if n < 10 else f"{0.2 + 0.1 * (n % 7):.1f}" for n, method in enumerate(names)}
     found = {}
-    panels: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        if "accuracy" in (tested(record) or {}):
-            panels.setdefault((record["base"]["path"].rpartition("/")[2], record["task"]), []).append(record)
-    for name, (x_label, x) in FRONTS.items():
-        shown: dict[tuple[str, str], Series] = {}
-        for key, mine in panels.items():
-            counts = {r["data"]["rows"] for r in mine}
-            if name != "rows":
-                shown[key] = points([r for r in mine if r["data"]["rows"] == max(counts)], x)
-            elif len(counts) > 1:
-                shown[key] = points(mine, x)
+    for name, (title, x_label, x) in FRONTS.items():
+        by_rows = name == "rows"
+        shown = {
+            key: points(cells if by_rows else with_most_rows(cells), x)
+            for key, cells in sorted(panels.items())
+            if not by_rows or len({num_rows(runs) for runs in cells.values()}) > 1
+        }
         if not shown:
             continue
-        names = sorted({method for series in shown.values() for method in series})
-        colours = {method: f"C{n % 10}" if n < 10 else f"{0.2 + 0.1 * (n % 7):.1f}" for n, method in enumerate(names)}
         columns = min(len(shown), 2)
         lines = -(-len(shown) // columns)
-        figure = Figure(figsize=(6.0 * columns, 3.6 * lines + 0.25 * len(names)), layout="constrained")
+        figure = Figure(figsize=(6.0 * columns, 3.6 * lines + 0.22 * len(names)), layout="constrained")
         labels: dict[str, Any] = {}
-        for i, ((base, task), series) in enumerate(sorted(shown.items())):
+        for i, ((task, base, _), series) in enumerate(shown.items()):
             axes = figure.add_subplot(lines, columns, i + 1)
-            draw(axes, x_label, series, log=True, lines=name == "rows", colours=colours)
+            draw(axes, x_label, series, log=True, lines=by_rows, colours=colours)
             axes.set(title=f"{task} ({base})", ylabel="decoded accuracy %")
             labels |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        figure.legend([labels[n] for n in names], names, loc="outside lower center", fontsize=8)
+        figure.suptitle(title)
+        told = [n for n in names if n in labels]
+        legend = [textwrap.fill(n, 60 * columns) for n in told]
+        figure.legend([labels[n] for n in told], legend, loc="outside lower center", fontsize=8)
         found[f"{name}.svg"] = as_svg(figure) + "\n"
     return found
 
 
-def page(records: Sequence[Record], command: str) -> str:
+def page(records: Sequence[dict[str, Any]], command: str) -> str:
     """The whole page: a self-contained HTML document."""
     table = [f"<tr>{''.join(f'<th>{html.escape(c)}</th>' for c in RESULT_COLUMNS)}</tr>"]
-    for row in result_rows(records):  # type: ignore[arg-type]
+    for row in result_rows(records):
         table.append(f"<tr>{''.join(f'<td>{html.escape(show(value))}</td>' for value in row)}</tr>")
     body = [f"<h1>tinyld compare</h1><p><code>{html.escape(command)}</code></p><table>{''.join(table)}</table>"]
     for task in dict.fromkeys(r["task"] for r in records):
         mine = [r for r in records if r["task"] == task]
+        cells = evaluated(mine)
+        own = own_cells(cells)
         body.append(f"<h2>{html.escape(task)}</h2>")
         most = [r for r in mine if r["data"]["rows"] == max(m["data"]["rows"] for m in mine)]
-        size = points(most, lambda r: r["parameters"]["stored_percent"])
-        seconds = points(most, lambda r: r["results"]["finetune"]["seconds"])
-        if size:
-            body.append(drawn("Accuracy against stored size", "stored, % of the base", size, log=True, lines=False))
-            body.append(drawn("Accuracy against training time", "seconds", seconds, log=True, lines=False))
+        for name, (title, x_label, x) in FRONTS.items():
+            series = points(own if name == "rows" else with_most_rows(own), x)
+            if series and (name != "rows" or len({num_rows(runs) for runs in own.values()}) > 1):
+                body.append(drawn(title, x_label, series, log=True, lines=name == "rows"))
         if learned := curves(most):
             body.append(drawn("Learning curves (dev)", "seconds of training", learned, log=False, lines=True))
-        if steps := by_noise(most):
+        if steps := by_noise(with_most_rows(cells)):
             told = {"y_label": "masked tokens right, %", "bands": True}
             label = "answer tokens still masked, up to %"
             body.append(drawn("Accuracy by denoising step and band", label, steps, log=False, lines=True, **told))
-        if len({r["data"]["rows"] for r in mine}) > 1:
-            rows = points(mine, lambda r: r["data"]["rows"])
-            body.append(drawn("Data efficiency", "training rows", rows, log=True, lines=True))
     head = f"<meta charset='utf-8'><title>tinyld compare</title><style>{STYLE}</style>"
     return f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>\n"

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import DiffusionConfig, TrainConfig
+from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig
 from tinyld.errors import TinyldError
 
 RECORD_KEYS = ("kind", "task", "method", "started_as", "base", "train", "diffusion", "data", "parameters", "how")
@@ -44,12 +44,11 @@ def seconds_to(share: float, record: Mapping[str, Any]) -> float | None:
 
 NOT_SHOWN = ("seed", "eval_every", "save_minutes", "keep", "recompute")  # of training: they change no result
 
-BUDGETS = ("epochs", "steps", "tokens", "minutes")
 
 # Options that need no words: every other value is shown.
 USUAL: dict[str, Any] = {
     "alpha": 16.0, "rslora": False, "core": False, "targets": ["query", "key", "value", "out", "up", "down"],
-    "sigma": [1.0, 0.5, 0.25], "modules": 1, "within": False, "tied": False, "activation": "relu", "sharing": "nested",
+    "sigma": [1.0, 1.0, 1.0], "modules": 1, "within": False, "tied": False, "activation": "relu", "sharing": "nested",
     "read": "state", "attend": 0, "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0,
     "ranks": [],
 }  # fmt: skip
@@ -72,7 +71,8 @@ def settings(record: Mapping[str, Any]) -> str:
     for name, value in method.items():
         if name == "name" or (name in USUAL and value == USUAL[name]):
             continue
-        shown = "/".join(map(str, value)) if isinstance(value, list) else value
+        alike = isinstance(value, list) and len(set(value)) == 1 < len(value)  # bands that share one rank
+        shown = value[0] if alike else "/".join(map(str, value)) if isinstance(value, list) else value
         parts.append(name if value is True else f"{name.replace('_', ' ')} {shown}")
     dtype = record["base"].get("dtype", "fp32")
     parts += [] if dtype == "fp32" else [f"base in {dtype}"]
@@ -82,7 +82,7 @@ def settings(record: Mapping[str, Any]) -> str:
 def training(record: Mapping[str, Any]) -> str:
     """Rows, budget, batch size and learning rate of a run, and what else of it is not as it usually is."""
     config = record["train"]
-    unit = next(name for name in BUDGETS if config[name] is not None)
+    unit = next(name for name in BUDGETS if config.get(name) is not None)
     shown = f"{record['data']['rows']:,} rows, {config[unit]:g} {unit} of {config['batch_size']}, lr {config['lr']:g}"
     return ", ".join([shown, *unusual(record)])
 

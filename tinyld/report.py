@@ -28,8 +28,9 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning of the same
     base on as many rows; "nats" is the NLL bound of an answer token with its 95% interval, which is all that a
     generation task has; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
-    was 95% of its own best (of ten points a run under `tinyld compare`). Where runs had unlike numbers of threads,
-    those with the most are timed.
+    was 95% of its own best (of the `--curve-points` of a run under `tinyld compare`). Where runs had unlike numbers of
+    threads, those with the most are timed. Rows/s are of decoding, and of texts not given, as `compare` writes these in
+    one pass.
     """
     cells = evaluated(records)
     means = accuracies(cells)
@@ -37,9 +38,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     for cell, runs in sorted(cells.items()):
         task, split, method, _ = cell
         first = runs[0][0]
-        alike = _base_and_rows(first)
-        full = [c for c in means if c[:3] == (task, split, "full") and _base_and_rows(cells[c][0][0]) == alike]
-        whole = max((means[c] for c in full), default=0.0)
+        whole = best_full(cell, cells, means)
         n = runs[0][1]["n"]
         accuracy: tuple[str | None, ...] = (None, None, None, None)
         if cell in means:
@@ -54,7 +53,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         sizes, trials = first["parameters"], first.get("trials")
         timed = _timed(runs)
         reached = [s for s in (seconds_to(0.95, r) for r, _ in timed) if s is not None]
-        about = (task, Path(first["base"]["path"]).name, method, settings(first), training(first))
+        about = (task, _base_name(first), method, settings(first), training(first))
         rows.append(
             (
                 *(*about, len(trials) if trials else 1, len(runs), split, n),
@@ -63,10 +62,10 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 f"{sizes['stored_percent']:.2f}",
                 sizes["stored_bytes"],
                 f"{100 / sizes['stored_percent']:.0f}",
-                round(_seconds(runs)),
+                round(seconds(runs)),
                 round(mean_of(reached)) if reached else None,
                 round(mean_of(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
-                round(mean_of(f["rows_per_second"] for _, f in timed)),
+                round(mean_of(f["rows_per_second"] for _, f in timed)) if cell in means else None,
             )
         )
     return rows
@@ -93,6 +92,24 @@ def accuracies(cells: Mapping[Cell, Runs]) -> dict[Cell, float]:
     return {cell: mean_of(f["accuracy"] for _, f in runs) for cell, runs in cells.items() if "accuracy" in runs[0][1]}
 
 
+def own_cells(cells: Mapping[Cell, Runs]) -> dict[Cell, Runs]:
+    """The cells with an accuracy on the task that their runs were trained on; on its test rows where any were read."""
+    own = {cell: runs for cell, runs in cells.items() if runs[0][0]["results"]["finetune"]["task"] == cell[0]}
+    own = {cell: own[cell] for cell in accuracies(own)}
+    tested = {cell[0] for cell in own if cell[1] == "test"}
+    return {cell: runs for cell, runs in own.items() if cell[1] == "test" or cell[0] not in tested}
+
+
+def best_full(cell: Cell, cells: Mapping[Cell, Runs], means: Mapping[Cell, float]) -> float:
+    """The best accuracy of full fine-tuning of the same base, on the same split and as many rows; 0 without any."""
+    alike = _base_and_rows(cells[cell][0][0])
+    full = [c for c in means if c[:3] == (*cell[:2], "full") and _base_and_rows(cells[c][0][0]) == alike]
+    return max((means[c] for c in full), default=0.0)
+
+
+METHOD_COLUMNS = ("mean %", "% of full", "stored %", "train s")
+
+
 def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """(columns, rows): a row a method and base, with its accuracy on every task, where there are several tasks.
 
@@ -100,17 +117,16 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
     The interval of the mean takes the tasks' errors as independent. "% of full" is of the means over tasks, against the
     best full fine-tuning of each task on as many rows; "train s" is of all tasks together.
     """
-    cells = evaluated(records)
+    cells = own_cells(evaluated(records))
     means = accuracies(cells)
-    tasks = list(dict.fromkeys(sorted(cell[0] for cell in means)))
+    tasks = sorted({cell[0] for cell in cells})
     if len(tasks) < 2:
         return (), []
-    found: dict[tuple[str, str, str], dict[str, Cell]] = {}
-    for cell in means:
-        runs = cells[cell]
+    found: dict[tuple[str, str, str, str], dict[str, Cell]] = {}
+    for cell, runs in cells.items():
         first = runs[0][0]
-        key = (Path(first["base"]["path"]).name, first["method"]["name"], ", ".join(options(first)) or "-")
-        mine = found.setdefault(key, {})
+        about = (first["method"]["name"], ", ".join(options(first)) or "-")
+        mine = found.setdefault((_base_name(first), *about, str(first["base"].get("fingerprint"))), {})
         if cell[0] not in mine or _weight(runs) > _weight(cells[mine[cell[0]]]):
             mine[cell[0]] = cell
 
@@ -119,16 +135,11 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
         ends = [interval([f["accuracy"] for _, f in cells[c]], cells[c][0][1]["n"]) for c in of]
         return sum(((high - low) / 2) ** 2 for low, high in ends) ** 0.5 / len(ends)
 
-    def best_full(cell: Cell) -> float:
-        alike = _base_and_rows(cells[cell][0][0])
-        full = [c for c in means if c[:3] == (*cell[:2], "full") and _base_and_rows(cells[c][0][0]) == alike]
-        return max((means[c] for c in full), default=0.0)
-
     rows = []
-    for (base, method, about), mine in sorted(found.items()):
+    for (base, method, about, _), mine in sorted(found.items()):
         whole = len(mine) == len(tasks)
         mean = mean_of(means[cell] for cell in mine.values()) if whole else None
-        full = [best_full(cell) for cell in mine.values()]
+        full = [best_full(cell, cells, means) for cell in mine.values()]
         sizes = cells[next(iter(mine.values()))][0][0]["parameters"]
         rows.append(
             (
@@ -137,13 +148,15 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
                 None if mean is None else f"{100 * mean:.1f} ± {100 * half(mine.values()):.1f}",
                 None if mean is None or not all(full) else f"{100 * mean / mean_of(full):.1f}",
                 f"{sizes['stored_percent']:.2f}",
-                round(sum(_seconds(cells[cell]) for cell in mine.values())) if whole else None,
+                round(sum(seconds(cells[cell]) for cell in mine.values())) if whole else None,
             )
         )
     return ("base", "method", "settings", *(f"{task} %" for task in tasks), *METHOD_COLUMNS), rows
 
 
-METHOD_COLUMNS = ("mean %", "% of full", "stored %", "train s")
+def seconds(runs: Runs) -> float:
+    """Of training, over the runs with the most threads."""
+    return mean_of(r["results"]["finetune"]["seconds"] for r, _ in _timed(runs))
 
 
 def _weight(runs: Runs) -> tuple[int, float]:
@@ -157,8 +170,8 @@ def _timed(runs: Runs) -> Runs:
     return [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
 
 
-def _seconds(runs: Runs) -> float:
-    return mean_of(r["results"]["finetune"]["seconds"] for r, _ in _timed(runs))
+def _base_name(record: Mapping[str, Any]) -> str:
+    return Path(record["base"]["path"]).name
 
 
 def _base_and_rows(record: Mapping[str, Any]) -> tuple[Any, int]:

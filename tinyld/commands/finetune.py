@@ -16,7 +16,7 @@ from tinyld.commands.workspace import (
     refuse_inside,
     say_to_stderr,
 )
-from tinyld.config import DiffusionConfig, TrainConfig, check, from_dict
+from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, check, from_dict
 from tinyld.distributed import Processes, is_writer
 from tinyld.errors import TinyldError, UsageError
 from tinyld.runs import CONFIG, INITIAL, RESULTS, RunFolder
@@ -59,10 +59,11 @@ def finetune_job(
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     where = base or default_base()
-    lr, optimizer = METHODS[method].usual(read_model_config(RunFolder.open(where)), training.get("optimizer"))
+    shape = read_model_config(RunFolder.open(where))
+    lr, optimizer = METHODS[method].usual(shape, training.get("optimizer"), options.get("recipe"))
     usual = {"lr": lr, "optimizer": optimizer}
     training = training | {name: value for name, value in usual.items() if training.get(name) is None}
-    if all(training.get(budget) is None for budget in ("steps", "tokens", "minutes", "epochs")):
+    if all(training.get(budget) is None for budget in BUDGETS):
         training = {**training, "epochs": 3.0}
     check(cache_gb >= 0, f"cache_gb must be at least 0, got {cache_gb}")
     if task.endswith(".toml"):

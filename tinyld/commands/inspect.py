@@ -218,7 +218,7 @@ def report(runs: list[Path], save: Path | None, plots: Path | None, brief: bool,
     from tinyld.runs import make_folder, write_atomic
 
     if plots is not None and not can_plot():
-        raise UsageError("--plots needs matplotlib: pip install 'tinyld[plots]'")
+        raise UsageError("--plots draws with matplotlib, which is not installed: pip install '.[plots]' here")
 
     paths: list[Path] = []
     for path in runs:
@@ -229,8 +229,11 @@ def report(runs: list[Path], save: Path | None, plots: Path | None, brief: bool,
     records = [run_record(p) for p in paths]
     keep_records(records, save)
     if plots is not None:
+        drawn = fronts(records)
+        if not drawn:
+            raise TinyldError("--plots: none of these runs has an accuracy; evaluate one with tinyld eval RUN")
         make_folder(plots)
-        for name, svg in fronts(records).items():
+        for name, svg in drawn.items():
             write_atomic(plots / name, svg.encode())
     show_results(records, as_markdown, json, brief)
 
@@ -256,7 +259,8 @@ def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: boo
 
     found = tables(records, brief)
     if json:
-        print(jsonlib.dumps([dict(zip(columns, row, strict=True)) for _, columns, rows in found for row in rows]))
+        rows_of = [{"table": title, **dict(zip(c, row, strict=True))} for title, c, rows in found for row in rows]
+        print(jsonlib.dumps(rows_of))
         return
     for title, columns, rows in found:
         if as_markdown:

@@ -36,11 +36,18 @@ class Method(ABC):
         self.own: dict[str, nn.Parameter] = {}
 
     @classmethod
-    def usual(cls, model_config: ModelConfig, optimizer: str | None = None) -> tuple[float, str]:
+    def usual(
+        cls, model_config: ModelConfig, optimizer: str | None = None, recipe: str | None = None
+    ) -> tuple[float, str]:
         """The learning rate where none is given, and the optimizer; of one that the method has no rate for, AdamW's."""
-        rates = cls.rates if model_config.norm_first or cls.post_norm is None else cls.post_norm
+        rates = cls.usual_rates(model_config, recipe)
         optimizer = optimizer or next(iter(rates))
         return rates.get(optimizer, rates["adamw"]), optimizer
+
+    @classmethod
+    def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
+        """The rate of every optimizer that the method has one for, its usual optimizer first."""
+        return cls.rates if model_config.norm_first or cls.post_norm is None else cls.post_norm
 
     @property
     def first_depth(self) -> int:
