@@ -87,6 +87,11 @@ def draw(
         axes.errorbar(x, y, yerr=shown, label=name, **style)
     log = log and all(x > 0 for found in series.values() for x, *_ in found)
     axes.set(xlabel=x_label, xscale="log" if log else "linear")
+    if log:
+        from matplotlib.ticker import LogFormatter
+
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
     axes.grid(alpha=0.3)
 
 
