@@ -395,7 +395,10 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
 def test_compare_runs_the_grid_in_processes_and_refuses_a_wrong_option_first(place: Path) -> None:
     asked = ("compare", "--task", place / "mood.toml", "--base", place / "base", "--epochs", 1, "--trials", 1)
     asked += ("--seeds", 1, "--methods")
-    ran = good(*asked, "bitfit,trajectory-lora:ranks=4/2/1:blocks=1", "--out", "grid", "--save", "kept", "--json")
+    methods = "bitfit,trajectory-lora:ranks=4/2/1:blocks=1"
+    ran = good(*asked, methods, "--curve-points", 1, "--out", "grid", "--save", "kept", "--json")
+    for record in (json.loads(path.read_text()) for path in Path("kept").iterdir()):
+        assert record["train"]["eval_every"] == record["results"]["finetune"]["steps"], "one point, at the end"
     assert [row["method"] for row in ran.json] == ["bitfit", "trajectory-lora"]
     assert all(row["split"] == "test" and row["trials"] == 1 for row in ran.json)
     assert good("report", "kept", "--json").json == ran.json and "| bitfit |" in Path("grid/table.md").read_text()
@@ -433,6 +436,7 @@ def test_a_run_has_the_methods_own_rate_and_optimizer_unless_it_is_told(place: P
         return train["lr"], train["optimizer"]
 
     assert trained(*TRAJECTORY) == (3e-3, "muon")
+    assert trained("--method", "trajectory-lora", "--recipe", "fast", "--ranks", "4,4,4") == (6e-3, "muon")
     assert trained("--method", "full") == (5e-4, "adamw")
     assert trained(*TRAJECTORY, "--optimizer", "adamw", "--lr", "1e-3") == (1e-3, "adamw")
 

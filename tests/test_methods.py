@@ -416,7 +416,11 @@ def test_the_best_recipe_stores_its_share_of_a_real_base() -> None:
         stored = TrajectoryLora.expected_parameters(settings, base) / base.num_parameters()
         one_more = (settings.blocks + 1) * (2 * base.d_model + TIME_WIDTH) / base.num_parameters()
         assert stored <= most < stored + one_more
-    assert make_config("trajectory-lora", {"recipe": "paper"}, base).ranks == (64, 32, 8)
+    for recipe in ("best", "fast"):
+        flat = make_config("trajectory-lora", {"recipe": recipe}, base)
+        assert len(set(flat.ranks)) == 1 and flat.sigma == (1.0, 1.0, 1.0), "which writes better"
+    paper = make_config("trajectory-lora", {"recipe": "paper"}, base)
+    assert paper.ranks == (64, 32, 8) and paper.sigma == (1.0, 0.5, 0.25)
     assert make_config("trajectory-lora", {"ranks": (5, 4, 3)}, base).ranks == (5, 4, 3)
 
 
