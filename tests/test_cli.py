@@ -589,7 +589,8 @@ def test_report_draws_the_fronts_where_it_can(
     run = write_evaluation(adapters["bitfit"][0], Path("bitfit-0"), 0.5)
     good("report", run, "--plots", "drawn")
     assert sorted(path.name for path in Path("drawn").iterdir()) == ["size.svg", "time.svg"]
-    refused = cli("report", adapters["bitfit"][0], "--plots", "none")
+    Path("bare.json").write_text(json.dumps({"run": "bare", "kind": "adapter", "results": {}}))
+    refused = cli("report", "bare.json", "--plots", "none")
     assert refused.code == 1 and "none of these runs" in refused.stderr
     monkeypatch.setattr("tinyld.page.can_plot", lambda: False)
     refused = cli("report", run, "--plots", "none")
