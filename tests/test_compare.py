@@ -378,7 +378,7 @@ def test_the_methods_optimizer_is_part_of_what_made_a_cell() -> None:
     assert quick.lr == 2e-2, "and for that recipe"
 
 
-def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name(tmp_path: Path) -> None:
+def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name() -> None:
     pytest.importorskip("matplotlib")
     from tinyld.page import fronts
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from tinyld.records import settings
-from tinyld.report import RESULT_COLUMNS, Cell, Runs, evaluated, own_cells, result_rows, seconds
+from tinyld.report import RESULT_COLUMNS, Cell, Runs, base_name, evaluated, own_cells, result_rows, seconds
 from tinyld.statistics import interval, mean_of
 from tinyld.tables import show
 
@@ -53,10 +53,11 @@ def with_most_rows(cells: Mapping[Cell, Runs]) -> dict[Cell, Runs]:
     return {cell: runs for cell, runs in cells.items() if num_rows(runs) == most}
 
 
-def curves(records: Sequence[Record]) -> Series:
+def curves(cells: Mapping[Cell, Runs]) -> Series:
     """Dev accuracy against seconds of training, one run a method: the first seed's."""
     series: Series = {}
-    for record in records:
+    for runs in cells.values():
+        record, _ = runs[0]
         wait = record["results"]["finetune"].get("cache_seconds", 0.0)
         line = [(wait + s, 100 * a, 100 * a, 100 * a) for s, a in record.get("curve", [])]
         if line:
@@ -144,6 +145,14 @@ FRONTS: dict[str, tuple[str, str, Callable[[Runs], float]]] = {
 }
 
 
+def front(name: str, cells: Mapping[Cell, Runs]) -> Series:
+    """The points of one of FRONTS: of the cells with the most training rows, or along them where they are unlike."""
+    _, _, x = FRONTS[name]
+    if name != "rows":
+        return points(with_most_rows(cells), x)
+    return points(cells, x) if len({num_rows(runs) for runs in cells.values()}) > 1 else {}
+
+
 def fronts(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Accuracy against stored size, training time and training rows as SVG files, a panel a base and task.
 
@@ -153,18 +162,13 @@ def fronts(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
     panels: dict[tuple[str, str, str], dict[Cell, Runs]] = {}
     for cell, runs in own_cells(evaluated(records)).items():
-        base = runs[0][0]["base"]
-        panels.setdefault((cell[0], base["path"].rpartition("/")[2], str(base.get("fingerprint"))), {})[cell] = runs
+        record = runs[0][0]
+        panels.setdefault((cell[0], base_name(record), str(record["base"].get("fingerprint"))), {})[cell] = runs
     names = sorted({name_of(runs[0][0]) for cells in panels.values() for runs in cells.values()})
     colours = {method: f"C{n % 10}" if n < 10 else f"{0.2 + 0.1 * (n % 7):.1f}" for n, method in enumerate(names)}
     found = {}
-    for name, (title, x_label, x) in FRONTS.items():
-        by_rows = name == "rows"
-        shown = {
-            key: points(cells if by_rows else with_most_rows(cells), x)
-            for key, cells in sorted(panels.items())
-            if not by_rows or len({num_rows(runs) for runs in cells.values()}) > 1
-        }
+    for name, (title, x_label, _) in FRONTS.items():
+        shown = {key: series for key, cells in sorted(panels.items()) if (series := front(name, cells))}
         if not shown:
             continue
         columns = min(len(shown), 2)
@@ -173,7 +177,7 @@ def fronts(records: Sequence[dict[str, Any]]) -> dict[str, str]:
         labels: dict[str, Any] = {}
         for i, ((task, base, _), series) in enumerate(shown.items()):
             axes = figure.add_subplot(lines, columns, i + 1)
-            draw(axes, x_label, series, log=True, lines=by_rows, colours=colours)
+            draw(axes, x_label, series, log=True, lines=name == "rows", colours=colours)
             axes.set(title=f"{task} ({base})", ylabel="decoded accuracy %")
             labels |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         figure.suptitle(title)
@@ -191,18 +195,15 @@ def page(records: Sequence[dict[str, Any]], command: str) -> str:
         table.append(f"<tr>{''.join(f'<td>{html.escape(show(value))}</td>' for value in row)}</tr>")
     body = [f"<h1>tinyld compare</h1><p><code>{html.escape(command)}</code></p><table>{''.join(table)}</table>"]
     for task in dict.fromkeys(r["task"] for r in records):
-        mine = [r for r in records if r["task"] == task]
-        cells = evaluated(mine)
-        own = own_cells(cells)
+        cells = evaluated([r for r in records if r["task"] == task])
+        own, most = own_cells(cells), with_most_rows(cells)
         body.append(f"<h2>{html.escape(task)}</h2>")
-        most = [r for r in mine if r["data"]["rows"] == max(m["data"]["rows"] for m in mine)]
-        for name, (title, x_label, x) in FRONTS.items():
-            series = points(own if name == "rows" else with_most_rows(own), x)
-            if series and (name != "rows" or len({num_rows(runs) for runs in own.values()}) > 1):
+        for name, (title, x_label, _) in FRONTS.items():
+            if series := front(name, own):
                 body.append(drawn(title, x_label, series, log=True, lines=name == "rows"))
         if learned := curves(most):
             body.append(drawn("Learning curves (dev)", "seconds of training", learned, log=False, lines=True))
-        if steps := by_noise(with_most_rows(cells)):
+        if steps := by_noise(most):
             told = {"y_label": "masked tokens right, %", "bands": True}
             label = "answer tokens still masked, up to %"
             body.append(drawn("Accuracy by denoising step and band", label, steps, log=False, lines=True, **told))

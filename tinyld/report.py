@@ -53,7 +53,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         sizes, trials = first["parameters"], first.get("trials")
         timed = _timed(runs)
         reached = [s for s in (seconds_to(0.95, r) for r, _ in timed) if s is not None]
-        about = (task, _base_name(first), method, settings(first), training(first))
+        about = (task, base_name(first), method, settings(first), training(first))
         rows.append(
             (
                 *(*about, len(trials) if trials else 1, len(runs), split, n),
@@ -94,8 +94,11 @@ def accuracies(cells: Mapping[Cell, Runs]) -> dict[Cell, float]:
 
 def own_cells(cells: Mapping[Cell, Runs]) -> dict[Cell, Runs]:
     """The cells with an accuracy on the task that their runs were trained on; on its test rows where any were read."""
-    own = {cell: runs for cell, runs in cells.items() if runs[0][0]["results"]["finetune"]["task"] == cell[0]}
-    own = {cell: own[cell] for cell in accuracies(own)}
+    own = {
+        cell: runs
+        for cell, runs in cells.items()
+        if "accuracy" in runs[0][1] and runs[0][0]["results"]["finetune"]["task"] == cell[0]
+    }
     tested = {cell[0] for cell in own if cell[1] == "test"}
     return {cell: runs for cell, runs in own.items() if cell[1] == "test" or cell[0] not in tested}
 
@@ -126,7 +129,7 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
     for cell, runs in cells.items():
         first = runs[0][0]
         about = (first["method"]["name"], ", ".join(options(first)) or "-")
-        mine = found.setdefault((_base_name(first), *about, str(first["base"].get("fingerprint"))), {})
+        mine = found.setdefault((base_name(first), *about, str(first["base"].get("fingerprint"))), {})
         if cell[0] not in mine or _weight(runs) > _weight(cells[mine[cell[0]]]):
             mine[cell[0]] = cell
 
@@ -170,7 +173,7 @@ def _timed(runs: Runs) -> Runs:
     return [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
 
 
-def _base_name(record: Mapping[str, Any]) -> str:
+def base_name(record: Mapping[str, Any]) -> str:
     return Path(record["base"]["path"]).name
 
 
@@ -276,7 +279,7 @@ def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     rows = []
     for (text, tokens, *_), runs in sorted(cells.items()):
         first = runs[0][0]
-        about = (text, tokens, first["task"], Path(first["base"]["path"]).name, first["method"]["name"])
+        about = (text, tokens, first["task"], base_name(first), first["method"]["name"])
         bounds = [
             nats([found[mean] for _, found in runs], mean_of(found[stderr] for _, found in runs))
             for mean, stderr in (

@@ -13,8 +13,8 @@ from tinyld.commands.evaluate import load_run, percent, rows_for
 from tinyld.commands.workspace import default_base, finish, refuse_inside, say_to_stderr
 from tinyld.config import ModelConfig, SampleConfig, check, from_dict
 from tinyld.errors import TinyldError, UsageError
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
-from tinyld.tables import print_table
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment, make_folder, to_json, write_atomic
+from tinyld.tables import markdown, print_table
 from tinyld.tasks import load_split, load_task
 
 
@@ -215,7 +215,6 @@ def report(runs: list[Path], save: Path | None, plots: Path | None, brief: bool,
     """A table of many runs; `save` keeps a small JSON of each, from which the same table can be made again."""
     from tinyld.page import can_plot, fronts
     from tinyld.records import run_record
-    from tinyld.runs import make_folder, write_atomic
 
     if plots is not None and not can_plot():
         raise UsageError("--plots draws with matplotlib, which is not installed: pip install '.[plots]' here")
@@ -240,8 +239,6 @@ def report(runs: list[Path], save: Path | None, plots: Path | None, brief: bool,
 
 def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None:
     """Writes each run's record to a JSON file of its own."""
-    from tinyld.runs import make_folder, to_json, write_atomic
-
     if folder is not None:
         names = [record["run"] for record in records]
         for name in names:
@@ -255,7 +252,6 @@ def keep_records(records: Sequence[dict[str, Any]], folder: Path | None) -> None
 def show_results(records: Sequence[dict[str, Any]], as_markdown: bool, json: bool, brief: bool = False) -> None:
     """The table of the adapters, then those of the compositions, where there are any."""
     from tinyld.report import tables
-    from tinyld.tables import markdown
 
     found = tables(records, brief)
     if json:

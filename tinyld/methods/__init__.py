@@ -48,10 +48,10 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     if method is TrajectoryLora:
         recipe = recipe or next(iter(RECIPES))
         check_choice("recipe", recipe, tuple(RECIPES))
-        config, recipe_budget = RECIPES[recipe]
+        config = RECIPES[recipe].config
         config = replace(config, blocks=min(config.blocks, model_config.num_layers))
         if budget is None and "ranks" not in given:
-            budget = recipe_budget
+            budget = RECIPES[recipe].budget
     elif recipe is not None:
         raise UsageError(f"--recipe is an option of trajectory-lora, not of {name}")
     allowed = {f.name for f in fields(config)}

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,23 +116,32 @@ class TrajectoryLoraConfig:
 
 FLAT = {"ranks": (64, 64, 64), "sigma": (1.0, 1.0, 1.0)}
 
-# name -> (config, budget as a share of the base): ours within 0.7% (`best` the most accurate; `fast` with nothing of
-# the base in the gradient), whose bands have one rank and one sigma, as that wrote better than more where there is more
-# noise; and the paper's literal setting.
-RECIPES: dict[str, tuple[TrajectoryLoraConfig, float | None]] = {
-    "best": (TrajectoryLoraConfig(**FLAT, tied=True), 0.007),
-    "fast": (TrajectoryLoraConfig(**FLAT, blocks=0, read="mix", attend=64), 0.007),
-    "paper": (
+
+class Recipe(NamedTuple):
+    config: TrajectoryLoraConfig
+    budget: float | None  # as a share of the base
+    rates: dict[str, float] | None = None  # as a method's, where they are not the method's own
+    post_norm: dict[str, float] | None = None
+
+
+# Ours within 0.7% (`best` the most accurate; `fast` with nothing of the base in the gradient), whose bands have one
+# rank and one sigma, as that wrote better than more where there is more noise; and the paper's literal setting. The one
+# push of `fast` has less of a hold than seven that share their units, and takes larger steps.
+RECIPES = {
+    "best": Recipe(TrajectoryLoraConfig(**FLAT, tied=True), 0.007),
+    "fast": Recipe(
+        TrajectoryLoraConfig(**FLAT, blocks=0, read="mix", attend=64),
+        0.007,
+        {"muon": 6e-3, "adamw": 1e-2},
+        {"adamw": 4e-3, "muon": 4e-3},
+    ),
+    "paper": Recipe(
         TrajectoryLoraConfig(
             modules=2, blocks=0, sharing="separate", conditioning="gate", lambda_rank=0.01, lambda_orth=0.001
         ),
         None,
     ),
 }
-
-# One push on the final state has less of a hold than seven that share their units, and takes larger steps.
-FAST_RATES = {"muon": 6e-3, "adamw": 1e-2}
-FAST_POST_NORM = {"adamw": 4e-3, "muon": 4e-3}
 
 
 def before_pruning(config: TrajectoryLoraConfig) -> TrajectoryLoraConfig:
@@ -288,9 +297,9 @@ class TrajectoryLora(Method):
 
     @classmethod
     def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
-        if recipe == "fast":
-            return FAST_RATES if model_config.norm_first else FAST_POST_NORM
-        return super().usual_rates(model_config, recipe)
+        own = RECIPES.get(recipe or "")
+        rates = None if own is None else own.rates if model_config.norm_first else own.post_norm
+        return rates or super().usual_rates(model_config, recipe)
 
     @property
     def first_depth(self) -> int:
