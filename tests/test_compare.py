@@ -235,49 +235,53 @@ def test_the_page_holds_the_table_and_every_plot_and_loads_nothing(tmp_path: Pat
     assert text.count("<svg") == 5 and "denoising step and band" in text
 
 
-def test_methods_are_trained_side_by_side_and_end_in_the_same_table(tmp_path: Path) -> None:
+def test_runs_go_side_by_side_and_end_in_the_same_table(tmp_path: Path) -> None:
     class Meeting(Trainer):
-        """The first run of either method ends when the other's has begun."""
+        """The first method's first rate and seed end when the second ones have begun."""
 
         def run(self, command: list[str], threads: int | None = None) -> None:
             assert threads == threads_each(2) and "--quiet" in command
-            method = command[command.index("--method") + 1] if "--method" in command else ""
-            if method and method not in self.met:
-                self.met.add(method)
+            if any(f"_full_lr{end}" in " ".join(command) for end in ("0.001_s0", "0.0005_s0", "0.002_s1", "0.002_s2")):
                 both.wait(10)
             super().run(command, threads)
 
     both = threading.Barrier(2)
-    meeting = Meeting()
-    meeting.met = set()
-    records = grid(tmp_path / "two", meeting, jobs=2).run()
+    records = grid(tmp_path / "two", Meeting(best_lr=2e-3), jobs=2).run()
     alone = grid(tmp_path / "one", Trainer()).run()
     assert [r["run"] for r in records] == [r["run"] for r in alone]
     assert (tmp_path / "two" / TABLE).read_text() == (tmp_path / "one" / TABLE).read_text()
-    assert grid(tmp_path, Trainer(), jobs=9).jobs == 2, "no more than there are methods, or threads would idle"
+    assert grid(tmp_path, Trainer(), jobs=9).jobs == 6, "no more than may run at once, or threads would idle"
+
+
+def test_the_first_methods_runs_go_first_and_a_stage_waits_for_the_one_before(tmp_path: Path) -> None:
+    trainer = Trainer()
+    grid(tmp_path, trainer, jobs=2, tasks=("reviews",)).run()
+    kinds = [(c[0], "bitfit" in "".join(c)) for c in trainer.ran]
+    assert kinds.index(("eval", False)) < kinds.index(("eval", True))
+    for method in (False, True):
+        assert [kind for kind, m in kinds if m == method] == ["finetune"] * 5 + ["eval"] * 3
 
 
 def test_when_one_fails_the_others_are_stopped_and_no_more_begin(tmp_path: Path) -> None:
     class Failing(Trainer):
-        """Bitfit fails while full trains."""
+        """Bitfit fails while full trains at its three rates."""
 
-        trains, told = threading.Event(), threading.Event()
+        all_train, told = threading.Barrier(4), threading.Event()
 
         def stop(self) -> None:
             self.told.set()
 
         def run(self, command: list[str], threads: int | None = None) -> None:
+            self.all_train.wait(10)
             if "bitfit" in command:
-                assert self.trains.wait(10)
                 raise TinyldError("no")
-            self.trains.set()
             assert self.told.wait(10)
             super().run(command, threads)
 
     trainer = Failing()
     with pytest.raises(TinyldError, match="^no$"):
-        grid(tmp_path, trainer, jobs=2).run()
-    assert len(trainer.ran) == 1, "full's first rate ended, its second never began"
+        grid(tmp_path, trainer, jobs=4).run()
+    assert len(trainer.ran) == 3, "full's rates ended, no seed began"
 
 
 def test_what_was_interrupted_goes_on_with_the_threads_it_began_with(tmp_path: Path) -> None:

@@ -592,7 +592,7 @@ def compare(
     base: BasePath = None,
     device: Device = "auto",
     budget_minutes: Annotated[float | None, typer.Option(help="Begin no run after this long.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Methods trained side by side, which share the threads.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, which share the threads.")] = 1,
     curve_points: Annotated[int, typer.Option(min=1, help="Dev evaluations while a run trains.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished in it is not run again.")] = Path(
         "runs/compare"

@@ -3,7 +3,7 @@
 A cell is `OUT/<task>_<variant>_lr<rate>_s<seed>`. What is finished is read, what was interrupted goes on, so that the
 same command again does only what is missing. Tuning: seed 0 at every rate of the grid, the best on dev by decoded
 accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once, by the chosen runs. With several
-`jobs`, as many methods are trained side by side, each with its share of the threads. No torch here.
+`jobs`, as many processes run side by side, each with its share of the threads. No torch here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SET_HERE = ("task", "method", "seed", "epochs", "steps", "tokens", "minutes", "b
 SET_HERE += ("data", "base", "device", "out", "resume")
 TABLE, SUMMARY, COMMANDS, PAGE = "table.md", "results.json", "commands.json", "page.html"
 Say = Callable[[str], None]
+Job = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,12 @@ class Compare:
     started: float = field(default_factory=time.monotonic)
     spent: list[float] = field(default_factory=list)  # seconds of each cell run here
     met: int = 0  # cells that were run here or found finished
-    error: BaseException | None = None  # why no more runs begin
+    ending: bool = False  # no more runs begin
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.found: dict[int, list[dict[str, Any]]] = {}  # records of what is done, by its place in the grid
-        self.jobs = min(self.jobs, len(self.tasks) * len(self.limits) * len(self.methods))
+        self.jobs = min(self.jobs, len(self.rows()) * max(self.trials, self.seeds))
         check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
         check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
         check(len(self.tasks) > 0, "compare needs at least one --task")
@@ -172,60 +174,75 @@ class Compare:
     def rates(self, variant: Variant) -> list[float]:
         return [float(f"{variant.lr * multiple:.3g}") for multiple in GRID[: self.trials]]
 
+    def rows(self) -> list[tuple[str, int | None, Variant]]:
+        """The grid: what each row of its table is about."""
+        return [(task, limit, variant) for task in self.tasks for limit in self.limits for variant in self.methods]
+
     def total(self) -> int:
-        return len(self.tasks) * len(self.limits) * len(self.methods) * (self.trials + self.seeds - 1)
+        return len(self.rows()) * (self.trials + self.seeds - 1)
 
     def out_of_time(self) -> bool:
         return self.budget_minutes is not None and time.monotonic() - self.started > 60 * self.budget_minutes
 
     def run(self) -> list[dict[str, Any]]:
-        """Runs what is missing; returns the records of every (task, rows, method) whose seeds are all there."""
-        todo = [(t, n, v) for t in self.tasks for n in self.limits for v in self.methods]
+        """Runs what is missing; returns the records of every (task, rows, method) whose seeds are all there.
+
+        Each row goes by stages (`stages`), whose jobs may run side by side; the first rows' jobs go first.
+        """
         make_folder(self.out)
         seeds = range(self.seeds)
-        self.claim([self.cell(t, v, lr, seed, n) for t, n, v in todo for lr in self.rates(v) for seed in seeds])
+        self.claim([self.cell(t, v, lr, seed, n) for t, n, v in self.rows() for lr in self.rates(v) for seed in seeds])
+        rows = [self.stages(i, *row) for i, row in enumerate(self.rows())]
+        ready: list[list[Job]] = [next(row, []) for row in rows]
+        running: dict[Future[Any], int] = {}  # to the row that waits for it
         with StopSignals() as stop, ThreadPoolExecutor(self.jobs) as pool:
-            pending = {pool.submit(self.row, i, *what) for i, what in enumerate(todo)}
-            while pending and self.error is None:
-                _, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                if stop.received:
-                    self.error = Interrupted(stop.received)
-            if self.error is not None:  # the others save and end
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.launcher.stop()
-        if self.error is not None:
-            raise self.error
+            try:
+                while running or any(ready):
+                    while any(ready) and len(running) < self.jobs:
+                        i = next(i for i, jobs in enumerate(ready) if jobs)
+                        running[pool.submit(ready[i].pop(0))] = i
+                    done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                    if stop.received:
+                        raise Interrupted(stop.received)
+                    for job in done:
+                        i = running.pop(job)
+                        job.result()
+                        if not ready[i] and i not in running.values():
+                            ready[i] = next(rows[i], [])
+            except BaseException:
+                self.ending = True
+                self.launcher.stop()  # the others save and end
+                raise
         return self.records()
 
     def records(self) -> list[dict[str, Any]]:
         """Of all that is done so far, in the order of the grid."""
         return [record for i in sorted(self.found) for record in self.found[i]]
 
-    def row(self, i: int, task: str, limit: int | None, variant: Variant) -> None:
-        """Finds the records of one task, number of rows and method, and writes down all that is done."""
-        try:
-            records = self.tuned(task, limit, variant)
-            if records:
-                with self.lock:
-                    self.found[i] = records
-                    self.write(self.records())
-        except BaseException as error:
-            self.error = self.error or error
+    def stages(self, i: int, task: str, limit: int | None, variant: Variant) -> Iterator[list[Job]]:
+        """The jobs of one row of the grid, stage by stage: each begins when all of the one before have ended.
 
-    def tuned(self, task: str, limit: int | None, variant: Variant) -> list[dict[str, Any]]:
-        """The records of all seeds at the best rate; none when the budget of time is used up."""
-        cells = [self.cell(task, variant, lr, 0, limit) for lr in self.rates(variant)]
-        if not all([self.finish(cell) for cell in cells]):
-            return []
+        Every rate with seed 0, the other seeds at the best rate, their evaluation; then its records are written down
+        with all others. It ends early when the budget of time is used up.
+        """
+        rates = self.rates(variant)
+        cells = [self.cell(task, variant, lr, 0, limit) for lr in rates]
+        yield [partial(self.finish, cell) for cell in cells]
+        if not all(cell.finished for cell in cells):
+            return
         best = max(range(len(cells)), key=lambda i: cells[i].dev())
-        chosen = [self.cell(task, variant, self.rates(variant)[best], seed, limit) for seed in range(self.seeds)]
-        if not all([self.finish(cell) for cell in chosen[1:]]):
-            return []
+        chosen = [self.cell(task, variant, rates[best], seed, limit) for seed in range(self.seeds)]
+        if self.seeds > 1:
+            yield [partial(self.finish, cell) for cell in chosen[1:]]
+        if not all(cell.finished for cell in chosen):
+            return
+        yield [partial(self.evaluate, task, cell) for cell in chosen]
         trials = [
             {"lr": lr, "dev_accuracy": c.dev()[0], "dev_nll_bound": -c.dev()[1]}
-            for lr, c in zip(self.rates(variant), cells, strict=True)
+            for lr, c in zip(rates, cells, strict=True)
         ]
-        return [self.evaluated(task, c) | {"trials": trials} for c in chosen]
+        self.found[i] = [run_record(cell.folder) | {"trials": trials} for cell in chosen]
+        self.write(self.records())
 
     def claim(self, cells: Sequence[Cell]) -> None:
         """Writes down what makes each cell; TinyldError when one was made otherwise, as it must not pass for this."""
@@ -240,15 +257,15 @@ class Compare:
             known[cell.folder.name] = asked
         write_atomic(path, to_json(known))
 
-    def finish(self, cell: Cell) -> bool:
-        """Runs a cell unless it is finished; False when the budget of time is used up."""
+    def finish(self, cell: Cell) -> None:
+        """Runs a cell unless it is finished, or the budget of time is used up."""
         if not cell.finished and self.out_of_time():
-            return False
+            return
         with self.lock:
             left = self.total() - self.met
             self.met += 1
         if cell.finished:
-            return True
+            return
         minutes = left * sum(self.spent) / max(1, len(self.spent)) / min(self.jobs, left) / 60
         eta = f"; about {minutes:.0f} min left" if self.spent else ""
         self.say(f"-- {left} of {self.total()} runs to go{eta}: tinyld {' '.join(cell.command)}")
@@ -266,17 +283,16 @@ class Compare:
         found = folder.read_json(RESULTS)["finetune"]
         right = f"{100 * found['dev_accuracy']:.1f}%, " if "dev_accuracy" in found else ""
         self.say(f"   {cell.folder.name}: dev {right}NLL bound {found['dev_nll_bound']:.4f}, {seconds:.0f} s")
-        return True
 
     def launch(self, command: list[str], threads: int | None = None) -> None:
         """Runs tinyld unless the grid is ending; bars of progress are shown where only one process has them."""
-        if self.error is not None:
+        if self.ending:
             raise TinyldError("another run of the grid failed")
         quiet = ["--quiet"] if self.quiet or self.jobs > 1 else []
         self.launcher.run([*command, *quiet], threads or (threads_each(self.jobs) if self.jobs > 1 else None))
 
-    def evaluated(self, task: str, cell: Cell) -> dict[str, Any]:
-        """The cell's record with its evaluation on test, or on dev where the task has no test rows."""
+    def evaluate(self, task: str, cell: Cell) -> None:
+        """On test, or on dev where the task has no test rows."""
         loaded = load_task(task)
         split = "test" if "test" in loaded.splits else "dev"
         if f"{loaded.name}/{split}" not in RunFolder(cell.folder).read_json(RESULTS).get("eval", {}):
@@ -285,7 +301,6 @@ class Compare:
             once = ["--steps", "1"] if loaded.is_generation else []  # what is written has no accuracy: its nats count
             device = ["--device", self.device]
             self.launch(["eval", str(cell.folder), "--split", split, *once, *where, *base, *device, "--json"])
-        return run_record(cell.folder)
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         write_atomic(self.out / SUMMARY, to_json(list(records)))
