@@ -225,21 +225,19 @@ class Compare:
         Every rate with seed 0, the other seeds at the best rate, their evaluation; then its records are written down
         with all others. It ends early when the budget of time is used up.
         """
-        rates = self.rates(variant)
-        cells = [self.cell(task, variant, lr, 0, limit) for lr in rates]
-        yield [partial(self.finish, cell) for cell in cells]
-        if not all(cell.finished for cell in cells):
+        tried = {lr: self.cell(task, variant, lr, 0, limit) for lr in self.rates(variant)}
+        yield [partial(self.finish, cell) for cell in tried.values()]
+        if not all(cell.finished for cell in tried.values()):
             return
-        best = max(range(len(cells)), key=lambda i: cells[i].dev())
-        chosen = [self.cell(task, variant, rates[best], seed, limit) for seed in range(self.seeds)]
+        best = max(tried, key=lambda lr: tried[lr].dev())
+        chosen = [self.cell(task, variant, best, seed, limit) for seed in range(self.seeds)]
         if self.seeds > 1:
             yield [partial(self.finish, cell) for cell in chosen[1:]]
         if not all(cell.finished for cell in chosen):
             return
         yield [partial(self.evaluate, task, cell) for cell in chosen]
         trials = [
-            {"lr": lr, "dev_accuracy": c.dev()[0], "dev_nll_bound": -c.dev()[1]}
-            for lr, c in zip(rates, cells, strict=True)
+            {"lr": lr, "dev_accuracy": cell.dev()[0], "dev_nll_bound": -cell.dev()[1]} for lr, cell in tried.items()
         ]
         self.found[i] = [run_record(cell.folder) | {"trials": trials} for cell in chosen]
         self.write(self.records())
