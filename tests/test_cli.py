@@ -661,6 +661,9 @@ def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monke
     assert_refused(cli("finetune", "--resume", "cut"), 1, "data was ")
     monkeypatch.setattr("tinyld.runs.platform.machine", lambda: "abacus")  # not one of what decides the bits
     (place / "again.csv").write_text(rows)
+    with monkeypatch.context() as other:
+        other.setattr("tinyld.device.fast_dtype", lambda device: "fp16")
+        assert_refused(cli("finetune", "--resume", "cut"), 1, "fast_dtype was ")
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     assert_refused(cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; --allow-changed")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinyld.config import DECAYS, OPTIMIZERS, TrainConfig
-from tinyld.optim import Optimizer, lr_factor
+from tinyld.optim import Fp32Muon, Optimizer, lr_factor, orthogonal
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
@@ -113,6 +113,41 @@ def test_muon_makes_an_update_of_the_size_that_adamw_would_make() -> None:
         moved[name] = float(params["blocks.0.up.weight"].detach().square().mean().sqrt())
     assert moved["adamw"] == pytest.approx(0.1, rel=1e-3)
     assert 0.1 * moved["adamw"] < moved["muon"] < moved["adamw"]  # RMS matching aims at 0.2 of a sign update
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
+def test_muon_in_fp32_moves_as_torchs_does_in_bf16(shape: tuple[int, int]) -> None:
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    usual = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    pair = Fp32Muon([ours], **usual), torch.optim.Muon([theirs], **usual)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        before = ours.detach().clone()
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+        apart, moved = (ours - theirs).detach().norm(), (ours.detach() - before).norm()
+        assert apart < 0.05 * moved, "bf16 has 8 bits, and three updates differ by 1 to 3%"
+
+
+def test_muons_direction_has_all_singular_values_near_one() -> None:
+    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    for given, exact in ((matrix, u @ vh), (matrix.T, (u @ vh).T)):
+        found = orthogonal(given, (3.4445, -4.7750, 2.0315))
+        values = torch.linalg.svdvals(found)
+        assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+        assert float((found * exact).sum() / (found.norm() * exact.norm())) > 0.97
+
+
+@pytest.mark.parametrize(("fast", "kind"), [("fp32", Fp32Muon), ("bf16", torch.optim.Muon)])
+def test_muon_multiplies_in_bf16_only_where_the_hardware_does(
+    monkeypatch: pytest.MonkeyPatch, fast: str, kind: type
+) -> None:
+    monkeypatch.setattr("tinyld.optim.fast_dtype", lambda device: fast)
+    *_, muon = Optimizer(parameters(0), TrainConfig(steps=1, optimizer="muon")).parts
+    assert type(muon) is kind
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

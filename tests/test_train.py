@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
 from tinyld.data import Batch, TaskRows, torch_seeded
+from tinyld.device import resolve_device, resolve_dtype
 from tinyld.diffusion import token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError
@@ -27,7 +28,7 @@ from tinyld.optim import lr_factor
 from tinyld.runs import RunFolder
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
-from tinyld.train import Objective, TrainResult, compile_blocks, resolve_device, resolve_dtype, train
+from tinyld.train import Objective, TrainResult, compile_blocks, train
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {},

@@ -141,7 +141,7 @@ def ceiling() -> dict[str, Any]:
     """FLOP/s of a large matrix product, in the arithmetic that `auto` takes here."""
     import torch
 
-    from tinyld.train import resolve_dtype
+    from tinyld.device import resolve_dtype
 
     dtype = resolve_dtype("auto", torch.device("cpu"))
     a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
@@ -228,7 +228,7 @@ def plain_loop(model: Any, batches: list[Any], warm_up: int = 0) -> float:
     where labels are."""
     import torch
 
-    from tinyld.train import autocast, resolve_dtype
+    from tinyld.device import autocast, resolve_dtype
 
     device = torch.device("cpu")
     dtype = resolve_dtype("auto", device)
@@ -365,8 +365,8 @@ def timed_eval(base: Any, rows: Any, rows_read: int, **sampling: Any) -> dict[st
 
     from tinyld.chain import text_rows_nll
     from tinyld.config import SampleConfig
+    from tinyld.device import autocast, resolve_dtype
     from tinyld.evaluate import evaluate
-    from tinyld.train import autocast, resolve_dtype
 
     device = torch.device("cpu")
     with autocast(device, resolve_dtype("auto", device)):
@@ -391,8 +391,8 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
 
     from tinyld.base import load_base
     from tinyld.chain import text_rows_nll
+    from tinyld.device import autocast, resolve_dtype
     from tinyld.evaluate import EVAL_BATCH
-    from tinyld.train import autocast, resolve_dtype
 
     base = load_base(released_base())
     rows = task_rows(base, task)

@@ -10,6 +10,7 @@ from tinyld.adapter import Adapted, method_record, sizes
 from tinyld.cache import FixedMasks, StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
+from tinyld.device import autocast, resolve_dtype
 from tinyld.distributed import Processes, is_writer
 from tinyld.evaluate import evaluate
 from tinyld.methods import TrajectoryLora
@@ -17,7 +18,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, check_unchanged, environment
-from tinyld.train import Noising, Objective, autocast, resolve_dtype, train
+from tinyld.train import Noising, Objective, train
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
 

@@ -438,7 +438,8 @@ def _holds_nothing(path: Path) -> bool:
 def check_unchanged(path: Path, config: Mapping[str, Any], data_sha256: str, allow: bool) -> None:
     """TinyldError unless a run goes on with the data, torch and threads it began with: else its bits would differ."""
     then, now = config["environment"], environment()
-    pairs = [(name, then.get(name), now[name]) for name in ("torch", "threads", "processes", "device")]
+    depends = ("torch", "threads", "processes", "device", "fast_dtype")
+    pairs = [(name, then.get(name, now[name]), now[name]) for name in depends]
     pairs.append(("data", str(config["data"].get("sha256"))[:12], data_sha256[:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
@@ -453,6 +454,8 @@ def environment() -> dict[str, Any]:
     """Versions and machine facts that a result depends on."""
     import torch
 
+    from tinyld.device import fast_dtype, resolve_device
+
     return {
         "tinyld": tinyld.__version__,
         "torch": torch.__version__,
@@ -460,6 +463,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
         "machine": platform.machine(),
+        "fast_dtype": fast_dtype(resolve_device("auto")),  # what `auto` is here
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": " ".join(["tinyld", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

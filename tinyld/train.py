@@ -18,54 +18,15 @@ from torch import Tensor, nn
 
 from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.data import Batch, Source, torch_seeded
+from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.distributed import Processes
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer, lr_factor
 from tinyld.progress import Progress
 from tinyld.runs import RunFolder
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype; `auto` is bf16 where the hardware is fast at it, else fp16 on a GPU, fp32 on a processor.
-
-    A processor is with AMX, or with AMD's AVX-512 bf16 (training measured 1.7x faster than fp32); Intel's AVX-512
-    bf16 was measured to be half as fast as fp32.
-    """
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-            amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
-            fast = capabilities.get("amx_bf16") or (amd and capabilities.get("avx512_bf16"))
-            name = "bf16" if fast else "fp32"
-    if name == "fp16" and device.type == "cpu":
-        raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 class Noising(Protocol):

@@ -54,7 +54,7 @@ def compose(
     from tinyld.adapter import base_dtype, find_base
     from tinyld.base import load_base
     from tinyld.compose import HOWS, Composed, prototype_router, read_member, save_composition
-    from tinyld.train import resolve_device
+    from tinyld.device import resolve_device
 
     keep_freed_memory()
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")

@@ -30,9 +30,9 @@ def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None 
     from tinyld.adapter import base_dtype, check_frozen, find_base, load_adapter
     from tinyld.base import load_base
     from tinyld.compose import attach_static, load_composition
+    from tinyld.device import resolve_device
     from tinyld.methods import WeightLora
     from tinyld.peft import is_peft, load_peft
-    from tinyld.train import resolve_device
 
     where = resolve_device(device)
     if is_peft(path):
@@ -65,9 +65,9 @@ def rows_for(base: Base, task: Task, split: str, data: Path | None, limit: int |
 def evaluate_run(
     base: Base, rows: TaskRows, sampling: SampleConfig, draws: int, dtype: str, quiet: bool, limit: int | None = None
 ) -> Evaluation:
+    from tinyld.device import autocast, resolve_dtype
     from tinyld.evaluate import evaluate
     from tinyld.progress import Progress
-    from tinyld.train import autocast, resolve_dtype
 
     device = base.model.embedding.weight.device
     n = len(rows) if limit is None else min(limit, len(rows))
@@ -138,10 +138,10 @@ def eval_text(
     """
     from tinyld.corpus import tokenize
     from tinyld.data import TextRows
+    from tinyld.device import autocast, resolve_dtype
     from tinyld.evaluate import text_nll
     from tinyld.progress import Progress
     from tinyld.tokenizer import find_text_files, read_lines
-    from tinyld.train import autocast, resolve_dtype
 
     files = find_text_files(text)
 
@@ -255,9 +255,9 @@ def eval_chain(
 ) -> None:
     """Reads each row's label, writes a text of the other label by `then`, and has `judge` say what was written."""
     from tinyld.chain import judge_chain, write_opposites
+    from tinyld.device import autocast, resolve_dtype
     from tinyld.progress import Progress
     from tinyld.runs import write_atomic
-    from tinyld.train import autocast, resolve_dtype
 
     keep_freed_memory()
     check_predictions(predictions)

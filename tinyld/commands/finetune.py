@@ -99,9 +99,9 @@ def _run_finetune(
     from tinyld.adapter import attach, check_base
     from tinyld.base import load_base
     from tinyld.data import TaskRows, torch_seeded
+    from tinyld.device import resolve_device, resolve_dtype
     from tinyld.finetune import finetune as run
     from tinyld.methods import METHODS, make_config
-    from tinyld.train import resolve_device, resolve_dtype
 
     device = resolve_device(job.training.device)
     resolve_dtype(job.training.dtype, device)
@@ -140,9 +140,9 @@ def resume(out: Path, from_step: int | None, allow_changed: bool, json: bool, qu
 
 def _go_on(folder: RunFolder, from_step: int | None, allow_changed: bool, quiet: bool) -> tuple[str, dict[str, Any]]:
     """(what it is, its summary) of the run in `folder`, once it is finished."""
+    from tinyld.device import resolve_device
     from tinyld.pretrain import pretrain as run
     from tinyld.pretrain import save_dtype_of
-    from tinyld.train import resolve_device
 
     out, config = folder.path, folder.config
     if config["kind"] == "composition":

@@ -29,11 +29,11 @@ def pretrain(
     json: bool,
     quiet: bool,
 ) -> None:
+    from tinyld.device import resolve_device, resolve_dtype
     from tinyld.hf import find_encoder
     from tinyld.pretrain import SAVE_DTYPES, load_start
     from tinyld.pretrain import pretrain as run
     from tinyld.tokenizer import find_text_files
-    from tinyld.train import resolve_device, resolve_dtype
 
     keep_freed_memory()
     quiet = quiet or not is_writer()
