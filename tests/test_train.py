@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
 from tinyld.data import Batch, TaskRows, torch_seeded
-from tinyld.device import resolve_device, resolve_dtype
 from tinyld.diffusion import token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError
@@ -505,18 +504,7 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
     assert any(not torch.equal(fresh[n], p) for n, p in method.own.items())
 
 
-# ------------------------------------------------------------------------------------------------ devices, checks
-
-
-@pytest.mark.parametrize("name", ["tpu9", "cuda:x", "meta", "", "cuda:99"])
-def test_a_device_that_is_not_there_is_a_usage_error(name: str) -> None:
-    with pytest.raises(UsageError, match="device"):
-        resolve_device(name)
-
-
-def test_half_precision_on_a_processor_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        resolve_dtype("fp16", torch.device("cpu"))
+# --------------------------------------------------------------------------------------------------------- checks
 
 
 @pytest.mark.parametrize(
