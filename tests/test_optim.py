@@ -118,8 +118,7 @@ def test_muon_makes_an_update_of_the_size_that_adamw_would_make() -> None:
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
 def test_muon_in_fp32_moves_as_torchs_does_in_bf16(shape: tuple[int, int]) -> None:
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
-    usual = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    pair = Fp32Muon([ours], **usual), torch.optim.Muon([theirs], **usual)
+    pair = Fp32Muon([ours], 0.1, 0.1), torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         before = ours.detach().clone()

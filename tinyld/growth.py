@@ -55,7 +55,8 @@ def pretrain_on(megabytes: int) -> dict[str, Any]:
     import time
 
     from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, TrainConfig
-    from tinyld.pretrain import SAVE_DTYPES, pretrain
+    from tinyld.device import DTYPES
+    from tinyld.pretrain import pretrain
     from tinyld.runs import RunFolder
     from tinyld.tasks import bundled_data_dir
     from tinyld.tokenizer import read_lines
@@ -71,7 +72,7 @@ def pretrain_on(megabytes: int) -> dict[str, Any]:
         started = time.perf_counter()
         found = pretrain(
             lambda: RunFolder.create(Path(folder) / "run", False), [path], [], PRESETS["nano"], VOCAB_SIZES["nano"],
-            DiffusionConfig(), TrainConfig(steps=4, batch_size=32), SAVE_DTYPES["fp32"], quiet=True,
+            DiffusionConfig(), TrainConfig(steps=4, batch_size=32), DTYPES["fp32"], quiet=True,
             say=lambda text: None,
         )  # fmt: skip
         seconds = time.perf_counter() - started

@@ -14,11 +14,14 @@ from tinyld.device import fast_dtype
 
 
 class Fp32Muon(torch.optim.Muon):
-    """torch.optim.Muon with its matrix products in fp32.
+    """torch.optim.Muon with Nesterov momentum and RMS matching, its matrix products in fp32.
 
     torch takes bf16 for them whatever the hardware. A processor that has none computes it seventy times as slowly:
     full fine-tuning of 7M parameters then takes more than ten seconds an update.
     """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.1):
+        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -76,8 +79,12 @@ class Optimizer:
         if adamw:
             self.parts.append(torch.optim.AdamW(adamw, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True))
         if muon:
-            kind = Fp32Muon if fast_dtype(muon[0]["params"][0].device) == "fp32" else torch.optim.Muon
-            self.parts.append(kind(muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+            in_fp32 = fast_dtype(muon[0]["params"][0].device) == "fp32"
+            self.parts.append(
+                Fp32Muon(muon, config.lr)
+                if in_fp32
+                else torch.optim.Muon(muon, config.lr, adjust_lr_fn="match_rms_adamw")
+            )
 
     def set_lr(self, factor: float, progress: float = 1.0) -> None:
         """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""

@@ -15,7 +15,7 @@ from tinyld.base import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
-from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.device import DTYPES, autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
@@ -27,12 +27,11 @@ from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, train
 
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
-SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def save_dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The stored type that a run's config.json asks for."""
-    return SAVE_DTYPES["bf16" if config["save_dtype"] == "bfloat16" else "fp32"]
+    return DTYPES["bf16" if config["save_dtype"] == "bfloat16" else "fp32"]
 
 
 def load_start(folder: Path, max_length: int) -> Encoder:

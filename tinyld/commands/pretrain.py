@@ -29,9 +29,9 @@ def pretrain(
     json: bool,
     quiet: bool,
 ) -> None:
-    from tinyld.device import resolve_device, resolve_dtype
+    from tinyld.device import DTYPES, resolve_device, resolve_dtype
     from tinyld.hf import find_encoder
-    from tinyld.pretrain import SAVE_DTYPES, load_start
+    from tinyld.pretrain import load_start
     from tinyld.pretrain import pretrain as run
     from tinyld.tokenizer import find_text_files
 
@@ -57,7 +57,7 @@ def pretrain(
             return folder
 
         summary = run(
-            open_folder, data, valid, shape, vocab_size, diffusion, config, SAVE_DTYPES[save_dtype], encoder,
+            open_folder, data, valid, shape, vocab_size, diffusion, config, DTYPES[save_dtype], encoder,
             trim_vocab, keep_init, convert_only, processes=processes, quiet=quiet, say=say_to_stderr(quiet),
         )  # fmt: skip
     finish("pretrained base", {"run": str(out), **summary}, json)
