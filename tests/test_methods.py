@@ -26,7 +26,7 @@ from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, 
 from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, make_config
+from tinyld.methods import METHODS, make_config, read_config
 from tinyld.methods.bands import (
     BAND_EDGES,
     BAND_NAMES,
@@ -38,7 +38,6 @@ from tinyld.methods.bands import (
 )
 from tinyld.methods.contract import Method
 from tinyld.methods.trajectory_lora import (
-    HEAD_WIDTH,
     RECIPES,
     TrajectoryLora,
     TrajectoryLoraConfig,
@@ -84,6 +83,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied-separate-linear": trajectory(blocks=1, tied=True, sharing="separate", activation="none"),
     "linear": trajectory(blocks=1, activation="none"),
     "fast": ("trajectory-lora", {"recipe": "fast", "budget": 0.3}),
+    "attend-wide": trajectory(blocks=0, read="mix", attend=16, head_width=8),
+    "attend-pairs": trajectory(blocks=1, attend=8, head_width=2, read_attended=True),
     "mix-1": trajectory(blocks=1, read="mix"),
     "attend-2": trajectory(blocks=2, attend=16),
     "core": trajectory(blocks=1, sharing="core", modules=2),
@@ -98,6 +99,8 @@ TRAJECTORY = [k for k, (name, _) in CASES.items() if name == "trajectory-lora"]
 of_trajectory = pytest.mark.parametrize("case", TRAJECTORY)
 BEYOND = (
     "fast",
+    "attend-wide",
+    "attend-pairs",
     "mix-1",
     "attend-2",
     "core",
@@ -316,7 +319,9 @@ COUNTS: dict[str, Callable[[ModelConfig, Any], int]] = {
     "paper-blocks": lambda m, c: 3 * 2 * (3 + 3 + 3) * (32 + 32 + TIME_WIDTH + 32),
     "separate": lambda m, c: 2 * (4 + 2 + 1) * (32 + 32 + TIME_WIDTH),
     "nested-gate-modules": lambda m, c: 3 * 2 * 4 * (32 + 32 + TIME_WIDTH + 32),
-    "fast": lambda m, c: max(c.ranks) * (32 + 32 + TIME_WIDTH) + 3 + 4 * 32 * c.attend,
+    "fast": lambda m, c: max(c.ranks) * (32 + 32 + TIME_WIDTH + c.attend) + 3 + 4 * 32 * c.attend,
+    "attend-wide": lambda m, c: 4 * (32 + 32 + TIME_WIDTH) + 3 + 4 * 32 * 16,
+    "attend-pairs": lambda m, c: 2 * (4 * (32 + 32 + TIME_WIDTH + 8) + 4 * 32 * 8),
     "mix-1": lambda m, c: 2 * (4 * (32 + 32 + TIME_WIDTH) + 2),
     "attend-2": lambda m, c: 3 * (4 * (32 + 32 + TIME_WIDTH) + 4 * 32 * 16),
     "within": lambda m, c: 5 * 4 * (32 + 32 + TIME_WIDTH),  # before and within two blocks, and the final state
@@ -431,7 +436,7 @@ WRONG = [
     ("weight-lora", {"targets": ()}, "targets must name at least one"),
     ("weight-lora", {"targets": ("query", "head")}, "targets must be among .*, got 'head'"),
     ("weight-lora", {"budget": 1e-5}, "budget 0.00% is too small for weight-lora: rank 1 stores"),
-    ("weight-lora", {"modules": 2}, "--modules is not an option of weight-lora, which has --alpha, --core, --rank"),
+    ("weight-lora", {"modules": 2}, "--modules is not an option of weight-lora, which has --alpha, --core, --dropout, --rank"),
     ("weight-lora", {"ranks": (9, 1, 1)}, "ranks must be at most rank 8, got 9"),
     ("weight-lora", {"ranks": (1, 1)}, "ranks needs 3 values, high noise first"),
     ("weight-lora", {"ranks": (1, 0, 1)}, "every rank must be at least 1, got 1,0,1"),
@@ -461,7 +466,15 @@ WRONG = [
     ("weight-lora", {"ranks": "auto"}, "--ranks auto is an option of trajectory-lora, not of weight-lora"),
     ("weight-lora", {"rank": 4, "budget": 0.1}, "--budget sets the rank; leave --rank or --budget out"),
     ("trajectory-lora", {"read": "all"}, "read must be one of state, mix, got 'all'"),
-    ("trajectory-lora", {"attend": 12}, "attend must be 0 or a multiple of 8, got 12"),
+    (
+        "trajectory-lora",
+        {"attend": 12, "head_width": 8},
+        "attend must be 0 or a multiple of the head width 8, got 12",
+    ),
+    ("trajectory-lora", {"head_width": 0}, "head_width must be at least 1, got 0"),
+    ("trajectory-lora", {"read_attended": True}, "read_attended needs units that attend, got attend 0"),
+    ("trajectory-lora", {"dropout": 1.0}, r"dropout is a share in \[0, 1\), got 1.0"),
+    ("weight-lora", {"dropout": -0.1}, r"dropout is a share in \[0, 1\), got -0.1"),
     ("trajectory-lora", {"conditioning": "shift"}, "conditioning must be one of none, gate, got 'shift'"),
     ("trajectory-lora", {"lambda_orth": -1.0}, "must be at least 0"),
     ("trajectory-lora", {"budget": 0.0}, "too small for trajectory-lora: rank 1 stores"),
@@ -715,6 +728,28 @@ def test_automatic_ranks_end_within_the_budget() -> None:
     assert TrajectoryLora.expected_parameters(halved, base) <= 0.007 * base.num_parameters()
 
 
+def test_a_run_from_before_heads_had_a_width_reads_as_it_was(config: ModelConfig) -> None:
+    record = {"name": "trajectory-lora", "blocks": 0, "attend": 16, "ranks": [4, 2, 1]}
+    assert read_config(record, "config.json")[1].head_width == 8
+    assert read_config(record | {"head_width": 4}, "config.json")[1].head_width == 4
+
+
+@pytest.mark.parametrize("case", ["fast", "tied", "weight-lora"])
+def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    name, options = CASES[case]
+    method = METHODS[name](make_config(name, options | {"dropout": 0.5}, config), config)
+    method.attach(model, torch.Generator().manual_seed(0))
+    train(model, method)
+    assert torch.equal(logits(model, noised), logits(model, noised))
+    model.train()
+    torch.manual_seed(0)
+    one, other = logits(model, noised), logits(model, noised)
+    assert not torch.allclose(one, other, atol=1e-3)
+    torch.manual_seed(0)
+    assert torch.equal(logits(model, noised), one)
+
+
 def test_a_given_number_of_attending_units_is_kept_by_the_budget() -> None:
     base = ModelConfig(8192)
     settings = make_config("trajectory-lora", {"recipe": "fast", "attend": 8}, base)
@@ -734,9 +769,10 @@ def test_band_weights_are_one_bands_or_go_from_middle_to_middle() -> None:
     torch.testing.assert_close(band_weights(t, smooth=True), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("case", ["fast", "mix-1", "attend-2", "smooth-core"])
+@pytest.mark.parametrize("case", ["fast", "attend-wide", "attend-pairs", "mix-1", "attend-2", "smooth-core"])
 def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: ModelConfig, case: str) -> None:
-    """x = sum_k softmax(m)_k norm(h_k); push += sigma(t) C concat_heads(softmax(q K^T / sqrt 8) ReLU(V))."""
+    """x = sum_k softmax(m)_k norm(h_k); a = concat_heads(softmax(q K^T / sqrt w) ReLU(V)),
+    push = sigma(t) (A ReLU(B [x; Emb(t)] + B' a) + C a)."""
     method = lively_push(config, case)
     settings, d = method.config, config.d_model
     generator = torch.Generator().manual_seed(1)
@@ -745,27 +781,31 @@ def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: M
     prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[0], MIDDLES[2]])
     own = {n.removeprefix("places.0."): p.detach() for n, p in method.own.items() if n.startswith("places.0.")}
-    own["up"].zero_()  # the rank units have a test of their own
-    if not settings.attend:
-        own["up"][:, : settings.ranks[2]] = 1.0
+    if settings.has_core:
+        own["up"].zero_()  # cores have a test of their own
     with torch.no_grad():
         found = method.push.start(t, prompt, history)(method.first_depth, h)
     shares = own["mix"].softmax(0) if settings.read == "mix" else torch.ones(1)
     states = history if settings.read == "mix" else [h]
     x = sum(share * F.layer_norm(state, (d,)) for share, state in zip(shares, states, strict=True))
-    for row, sigma in enumerate((settings.sigma[0], settings.sigma[2])):
+    for row, band in enumerate((0, 2)):
+        sigma = settings.sigma[band]
         for token in range(5):
-            expected = torch.zeros(d)
-            if not settings.attend:
-                for unit in range(settings.ranks[2]):
-                    into = own["down"][unit]
-                    time = time_embedding(t[row : row + 1])[0] @ into[d:]
-                    expected += sigma * F.relu(into[:d] @ x[row, token] + time)
-            for start in range(0, settings.attend, HEAD_WIDTH):
-                q, k, v = own["attention"][:, start : start + HEAD_WIDTH]
+            expected, attended = torch.zeros(d), torch.zeros(settings.attend)
+            wide = settings.head_width
+            for start in range(0, settings.attend, wide):
+                q, k, v = own["attention"][:, start : start + wide]
                 prompts = x[row, prompt[row]]
-                weights = ((prompts @ k.T) @ (q @ x[row, token]) / HEAD_WIDTH**0.5).softmax(0)
-                expected += sigma * own["attended"][:, start : start + HEAD_WIDTH] @ (weights @ F.relu(prompts @ v.T))
+                weights = ((prompts @ k.T) @ (q @ x[row, token]) / wide**0.5).softmax(0)
+                attended[start : start + wide] = weights @ F.relu(prompts @ v.T)
+            for unit in range(settings.ranks[band]):
+                into = own["down"][unit]
+                hidden = into[:d] @ x[row, token] + time_embedding(t[row : row + 1])[0] @ into[d:]
+                if settings.read_attended:
+                    hidden = hidden + own["down_attended"][unit] @ attended
+                expected += sigma * F.relu(hidden) * own["up"][:, unit]
+            if settings.attend:
+                expected += sigma * own["attended"] @ attended
             torch.testing.assert_close(found[row, token], expected, atol=1e-4, rtol=1e-4)
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapters": {"rank": 4},
     "bitfit": {},
     "trajectory-lora": {"ranks": (8, 4, 2), "blocks": 2},
+    "trajectory-lora with dropout": {"ranks": (8, 4, 2), "blocks": 2, "dropout": 0.3},
 }
 FILLER = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
 MOOD = """
@@ -93,7 +94,8 @@ def base(config: ModelConfig) -> Denoiser:
 
 
 def attached(model: Denoiser, name: str) -> Method:
-    method = METHODS[name](make_config(name, CASES[name], model.config), model.config)
+    kind = METHODS[name.split()[0]]
+    method = kind(make_config(kind.name, CASES[name], model.config), model.config)
     method.attach(model, torch_seeded(0, 0))
     return method
 
@@ -160,6 +162,7 @@ RESUMED = [
     ("bitfit", {"ema": 0.9}),
     ("trajectory-lora", {"epochs": 2.0}),
     ("trajectory-lora", {"tokens": 600}),
+    ("trajectory-lora with dropout", {}),
 ]
 
 
@@ -481,7 +484,7 @@ LEARNING = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LEARNING)
 def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_identical(
     name: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

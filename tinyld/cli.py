@@ -307,8 +307,17 @@ def finetune(
     read: Annotated[
         Literal["state", "mix"] | None, typer.Option(help="trajectory-lora: read one depth, or a mix of those below.")
     ] = None,
-    attend: Annotated[
-        int | None, typer.Option(help="trajectory-lora: rank units that attend to the prompt, a multiple of 8.")
+    attend: Annotated[int | None, typer.Option(help="trajectory-lora: units that attend to the prompt.")] = None,
+    head_width: Annotated[
+        int | None, typer.Option(help="trajectory-lora: how many of these look at the same tokens.")
+    ] = None,
+    read_attended: Annotated[
+        bool | None,
+        typer.Option("--read-attended/--no-read-attended", help="trajectory-lora: rank units read what these found."),
+    ] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(help="trajectory-lora, weight-lora: share of the numbers read that an update does without."),
     ] = None,
     conditioning: Annotated[
         Literal["none", "gate"] | None, typer.Option(help="trajectory-lora: gate A by the pooled prompt states.")
@@ -373,7 +382,8 @@ def finetune(
         "ranks": ranks if ranks == "auto" else numbers(ranks, int, "--ranks"),
         "sigma": numbers(sigma, float, "--sigma"), "modules": modules, "blocks": blocks, "within": within,
         "tied": tied, "activation": activation, "sharing": sharing, "read": read, "attend": attend,
-        "conditioning": conditioning, "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
+        "head_width": head_width, "read_attended": read_attended, "dropout": dropout, "conditioning": conditioning,
+        "lambda_rank": lambda_rank, "lambda_orth": lambda_orth, "rank": rank,
         "alpha": alpha, "targets": None if targets is None else tuple(targets.split(",")), "rslora": rslora,
         "core": core,
     }  # fmt: skip

@@ -24,7 +24,7 @@ from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_con
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory_lora import TrajectoryPush
 from tinyld.methods.weight_lora import truncate
-from tinyld.model import PushAt
+from tinyld.model import PushAt, take
 from tinyld.router import WIDTHS, PrototypeRouter, TrainedRouter, prompt_features
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
@@ -51,7 +51,7 @@ class Member:
         """The member's push, for its base's shape."""
         push = TrajectoryPush(self.config, base.model.config, None)
         load_exactly(dict(push.named_parameters()), self.tensors, self.run)
-        return push.requires_grad_(False).to(base.model.embedding.weight.device)
+        return push.requires_grad_(False).eval().to(base.model.embedding.weight.device)
 
 
 class Composition(nn.Module):
@@ -91,15 +91,17 @@ class Composition(nn.Module):
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         parts: list[Part] | None = None
 
-        def push_at(depth: float, h: Tensor) -> Tensor:
+        def push_at(depth: float, h: Tensor, places: Tensor | None = None) -> Tensor:
             nonlocal parts
             if parts is None:
                 parts = self.parts(self.route(h, prompt_mask), t, prompt_mask, history)
-            total = torch.zeros_like(h)
+            total = torch.zeros_like(h if places is None else take(h, places))
             for part in parts:
                 if depth in part.depths:
                     some = len(part.rows) < len(h)
-                    push = part.share.to(h.dtype) * part.push_at(depth, h[part.rows] if some else h).to(h.dtype)
+                    at = places if places is None or not some else places[part.rows]
+                    push = part.push_at(depth, h[part.rows] if some else h, at).to(h.dtype)
+                    push = part.share.to(h.dtype) * push
                     total = total.index_add(0, part.rows, push) if some else total + push
             return total
 

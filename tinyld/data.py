@@ -41,9 +41,14 @@ def seeded(*key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(key))
 
 
+def seed_of(*key: int) -> int:
+    """A seed that is a function of `key` alone."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
 def torch_seeded(*key: int) -> torch.Generator:
     """A torch (CPU) generator that is a function of `key` alone."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 # ---------------------------------------------------------------------------------------------- pretraining text

@@ -24,9 +24,14 @@ from tinyld.config import ModelConfig
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
-# (depth, h) -> what is added to h, both (B, L, D), or (B, M, D) in and after a last block that computes M places of a
-# row alone; depth d is before block d, d + 1/2 within it
-PushAt = Callable[[float, Tensor], Tensor]
+
+
+class PushAt(Protocol):
+    """(depth, h) -> what is added to h, both (B, L, D), or (B, M, D) in and after a last block that computes M places
+    of a row alone; depth d is before block d, d + 1/2 within it. `places` (B, M): those of h (B, L, D) that it is
+    wanted for, (B, M, D)."""
+
+    def __call__(self, depth: float, h: Tensor, places: Tensor | None = None) -> Tensor: ...
 
 
 class Push(Protocol):
@@ -50,7 +55,7 @@ class Push(Protocol):
     @property
     def reads_others(self) -> bool:
         """Whether, in or after the last block, it reads other positions than the one that it pushes; then, or where it
-        reads depths, it is always given all of them."""
+        reads depths, h always has all of them."""
         ...
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
@@ -281,32 +286,33 @@ class Denoiser(nn.Module):
             if t is None:
                 raise ValueError("a denoiser with a clock needs t")
             self.clock(t)
-        push = self.push
-        reads_all = push is not None and (
-            push.first_depth == self.config.num_layers or push.reads_depths or push.reads_others
-        )
+        push, last = self.push, self.config.num_layers
+        final_only = push is not None and push.first_depth == last  # the base runs as if there were none
+        reads_all = push is not None and not final_only and (push.reads_depths or push.reads_others)
         found = None if where is None or reads_all else places_first(where)
         places, asked = found or (None, where)
 
         def chosen(h: Tensor) -> Tensor:
             return h if asked is None else h[asked]
 
-        if self.push is None:
-            return chosen(self.run_blocks(self.embed(xt), attention_mask, 0, self.config.num_layers, places=places))
+        if push is None:
+            return chosen(self.run_blocks(self.embed(xt), attention_mask, 0, last, places=places))
         if t is None or prompt_mask is None:
             raise ValueError("a denoiser with a push needs t and prompt_mask")
-        first, last = self.push.first_depth, self.config.num_layers
-        history: list[Tensor] | None = [] if self.push.reads_depths else None
+        first = push.first_depth
+        history: list[Tensor] | None = [] if push.reads_depths else None
         if cached is None:
             h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=history)
         else:
             *below, h = cached.unbind(2)
             if history is not None:
                 history += below
-        push_at = self.push.start(t, prompt_mask, history if history is not None else ())
-        h = self.run_blocks(h, attention_mask, first, last, push_at, history, self.push.pushes_within, places)
+        push_at = push.start(t, prompt_mask, history if history is not None else ())
+        h = self.run_blocks(h, attention_mask, first, last, push_at, history, push.pushes_within, places)
         if history is not None:
             history.append(h)
+        if final_only and places is not None:
+            return chosen(take(h, places) + push_at(last, h, places))
         return chosen(h + push_at(last, h))
 
     def head(self, h: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
         "target_modules": list(config.targets),
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "inference_mode": True,
     }

@@ -50,8 +50,14 @@ USUAL: dict[str, Any] = {
     "alpha": 16.0, "rslora": False, "core": False, "targets": ["query", "key", "value", "out", "up", "down"],
     "sigma": [1.0, 1.0, 1.0], "modules": 1, "within": False, "tied": False, "activation": "relu", "sharing": "nested",
     "read": "state", "attend": 0, "conditioning": "none", "lambda_rank": 0.0, "lambda_orth": 0.0, "prune": 0.0,
-    "ranks": [],
+    "ranks": [], "head_width": 1, "read_attended": False, "dropout": 0.0,
 }  # fmt: skip
+
+
+def method_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's method and its options, as it began; heads were eight units wide before runs said so."""
+    method = record.get("started_as") or record["method"]
+    return method | ({"head_width": method.get("head_width", 8)} if method.get("attend") else {})
 
 
 def identity(record: Mapping[str, Any]) -> str:
@@ -59,16 +65,15 @@ def identity(record: Mapping[str, Any]) -> str:
     train = {k: v for k, v in (defaults(TrainConfig) | record["train"]).items() if k not in NOT_SHOWN}
     diffusion = defaults(DiffusionConfig) | record["diffusion"]
     base = {k: record["base"].get(k) for k in ("fingerprint", "dtype")}
-    method = {k: v for k, v in (record.get("started_as") or record["method"]).items() if USUAL.get(k) != v}
+    method = {k: v for k, v in method_of(record).items() if USUAL.get(k) != v}
     parts = [method, base, train, diffusion, record["data"].get("rows"), record["data"].get("limit")]
     return settings(record) + json.dumps(parts, sort_keys=True)
 
 
 def settings(record: Mapping[str, Any]) -> str:
     """A method's options, as the run began, and what its base is kept in and its optimizer is, in a few words."""
-    method = record.get("started_as") or record["method"]
     parts = []
-    for name, value in method.items():
+    for name, value in method_of(record).items():
         if name == "name" or (name in USUAL and value == USUAL[name]):
             continue
         alike = isinstance(value, list) and len(set(value)) == 1 < len(value)  # bands that share one rank

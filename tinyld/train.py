@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.config import DiffusionConfig, TrainConfig
-from tinyld.data import Batch, Source, torch_seeded
+from tinyld.data import Batch, Source, seed_of, torch_seeded
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.distributed import Processes
@@ -197,6 +197,7 @@ def train(
             optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay), progress())
             batch = source.batch(step, config.batch_size, config.seed)
             noised, normaliser = objective.noise(batch, step)
+            torch.manual_seed(seed_of(config.seed, 7, step, processes.rank))  # of dropout
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             for micro in processes.share(noised, config.accumulate):

@@ -24,8 +24,9 @@ def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], An
     name = record.get("name") if isinstance(record, Mapping) else None
     if name not in METHODS:
         raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
-    settings = {k: v for k, v in record.items() if k != "name"}
-    return METHODS[name], from_dict(METHODS[name].Config, settings, where)
+    config: Any = METHODS[name].Config
+    settings = getattr(config, "BEFORE", {}) | {k: v for k, v in record.items() if k != "name"}
+    return METHODS[name], from_dict(config, settings, where)
 
 
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
@@ -49,7 +50,8 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
         recipe = recipe or next(iter(RECIPES))
         check_choice("recipe", recipe, tuple(RECIPES))
         config = RECIPES[recipe].config
-        config = replace(config, blocks=min(config.blocks, model_config.num_layers))
+        usual = {} if model_config.norm_first else RECIPES[recipe].on_post_norm
+        config = replace(config, blocks=min(config.blocks, model_config.num_layers), **usual)
         if budget is None and "ranks" not in given:
             budget = RECIPES[recipe].budget
     elif recipe is not None:

@@ -63,6 +63,7 @@ class Method(ABC):
         """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
         model.requires_grad_(False)
         self.own = self.install(model, generator)
+        model.train(model.training)  # what was added, too
         for parameter in self.own.values():
             parameter.requires_grad_(True)
         expected = self.expected_parameters(self.config, self.model_config)

@@ -14,8 +14,10 @@ Departures from the paper, each because the evidence asks for it:
     arXiv 2605.29716);
   - `tied` places share one A and B, of a rank that no place could afford alone, and weigh its units each for itself;
   - without an `activation` a push is a plain low-rank matrix: no unit is lost where it does not fire;
-  - a push may read a learned mix of all frozen depths below it, and rank units may attend: low-rank attention to the
-    prompt, with rectified values, which moves information between positions with no gradient through the base.
+  - a push may read a learned mix of all frozen depths below it, and units may attend: low-rank attention to the prompt,
+    with rectified values, which moves information between positions with no gradient through the base. What they find
+    is pushed, and the rank units may read it too;
+  - training may drop a share of the numbers that are read.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +35,12 @@ from tinyld.attention import attention
 from tinyld.config import ModelConfig, check, check_choice, check_finite
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, band_of, band_weights, time_embedding
 from tinyld.methods.contract import Method
-from tinyld.model import Denoiser, PushAt
+from tinyld.model import Denoiser, PushAt, take
 
 SHARINGS = ("nested", "separate", "core", "smooth-core")
 CONDITIONINGS = ("none", "gate")
 READINGS = ("state", "mix")
 ACTIVATIONS = ("relu", "none")
-HEAD_WIDTH = 8  # of attending units
 PRUNE_FROM, PRUNE_TO = 0.2, 0.6  # of the run: while ranks shrink
 
 
@@ -54,11 +55,15 @@ class TrajectoryLoraConfig:
     activation: str = "relu"  # of the rank units; none: the push is linear
     sharing: str = "nested"
     read: str = "state"  # state: the one at the push's place; mix: a learned mix of it and all frozen ones below
-    attend: int = 0  # rank units that attend to the prompt, a multiple of HEAD_WIDTH
+    attend: int = 0  # units that attend to the prompt
+    head_width: int = 1  # how many of these look at the same tokens
+    read_attended: bool = False  # the rank units read what the attending ones found
     conditioning: str = "none"
     lambda_rank: float = 0.0  # weight of the nuclear norm of every A_i B_i
     lambda_orth: float = 0.0  # weight of sum over i != j of ||A_i^T A_j||_F^2
     prune: float = 0.0  # share of the rank units that is dropped while training, the weakest first
+    dropout: float = 0.0  # share of the numbers read that an update does without
+    BEFORE: ClassVar[dict[str, Any]] = {"head_width": 8}  # of a run that does not say
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -67,6 +72,7 @@ class TrajectoryLoraConfig:
             len(self.ranks) == NUM_BANDS or (self.blocks >= 0 and len(self.ranks) == NUM_BANDS * self.num_places),
             f"ranks needs {NUM_BANDS} values, high noise first, or as many a place, got {self.ranks}",
         )
+        check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
         check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
         by_unit = self.sharing == "nested" and self.modules == 1 and not self.tied
         one_by_one = self.prune > 0 or len(self.ranks) > NUM_BANDS
@@ -76,10 +82,12 @@ class TrajectoryLoraConfig:
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
         check(self.blocks > 0 or not self.within, "within needs blocks to push in, got blocks 0")
         check(min(self.lambda_rank, self.lambda_orth) >= 0, "lambda_rank and lambda_orth must be at least 0")
+        check(self.head_width >= 1, f"head_width must be at least 1, got {self.head_width}")
         check(
-            self.attend >= 0 and self.attend % HEAD_WIDTH == 0,
-            f"attend must be 0 or a multiple of {HEAD_WIDTH}, got {self.attend}",
+            self.attend >= 0 and self.attend % self.head_width == 0,
+            f"attend must be 0 or a multiple of the head width {self.head_width}, got {self.attend}",
         )
+        check(self.attend > 0 or not self.read_attended, "read_attended needs units that attend, got attend 0")
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("sharing", self.sharing, SHARINGS)
         check_choice("read", self.read, READINGS)
@@ -122,18 +130,21 @@ class Recipe(NamedTuple):
     budget: float | None  # as a share of the base
     rates: dict[str, float] | None = None  # as a method's, where they are not the method's own
     post_norm: dict[str, float] | None = None
+    on_post_norm: dict[str, Any] = {}  # options, there
 
 
 # Ours within 0.7% (`best` the most accurate; `fast` with nothing of the base in the gradient), whose bands have one
 # rank and one sigma, as that wrote better than more where there is more noise; and the paper's literal setting. The one
-# push of `fast` has less of a hold than seven that share their units, and takes larger steps.
+# push of `fast` has less of a hold than seven that share their units, and takes larger steps; the better its base, the
+# more it learns by heart.
 RECIPES = {
     "best": Recipe(TrajectoryLoraConfig(**FLAT, tied=True), 0.007),
     "fast": Recipe(
-        TrajectoryLoraConfig(**FLAT, blocks=0, read="mix", attend=64),
+        TrajectoryLoraConfig(**FLAT, blocks=0, read="mix", attend=64, read_attended=True, dropout=0.1),
         0.007,
         {"muon": 6e-3, "adamw": 1e-2},
         {"adamw": 4e-3, "muon": 4e-3},
+        {"dropout": 0.3},
     ),
     "paper": Recipe(
         TrajectoryLoraConfig(
@@ -163,11 +174,11 @@ class PushModule(nn.Module):
         """`frozen` is how many depths below this place the base alone has run."""
         super().__init__()
 
-        def random(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape).normal_(0.0, width**-0.5, generator=generator))
+        def random(*shape: int, fan_in: int = width) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
 
         modules, rank = config.modules, config.stored_rank
-        self.is_linear = config.activation == "none"
+        self.is_linear, self.dropout, self.head_width = config.activation == "none", config.dropout, config.head_width
         self.down = tied_to.down if tied_to else random(modules * rank, width + TIME_WIDTH)
         self.up = tied_to.up if tied_to else nn.Parameter(torch.zeros(width, modules * rank))
         self.gain = nn.Parameter(torch.ones(modules * rank)) if config.tied else None
@@ -176,6 +187,8 @@ class PushModule(nn.Module):
         self.mix = nn.Parameter(torch.zeros(frozen + 1)) if config.read == "mix" else None
         self.attention = random(3, config.attend, width) if config.attend else None  # query, key, value
         self.attended = nn.Parameter(torch.zeros(width, config.attend)) if config.attend else None
+        reads = config.read_attended
+        self.down_attended = random(modules * rank, config.attend, fan_in=config.attend) if reads else None
         self.register_buffer("units", config.units(), persistent=False)
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
 
@@ -196,18 +209,40 @@ class PushModule(nn.Module):
             mixed = mixed + F.layer_norm(state, width) * share
         return mixed
 
-    def forward(self, h: Tensor, noise: Noise, pooled: Tensor | None, history: Sequence[Tensor]) -> Tensor:
-        """The push (B, L, D). h: (B, L, D), pooled: (B, D); without `attend`, L may be some places of a row."""
-        down, up, gate = self.down, self.gained_up, self.gate
+    def attend(self, here: Tensor, x: Tensor, prompt_mask: Tensor) -> Tensor:
+        """What the attending units find in x (B, L, D) for the places `here` (B, M, D): (B, M, attend)."""
+        query, key, value = self.attention  # type: ignore[misc]
+        heads = (-1, self.head_width)
+        q, k, v = ((of @ w.T).unflatten(-1, heads).transpose(1, 2) for of, w in ((here, query), (x, key), (x, value)))
+        return attention(q, k, F.relu(v), prompt_mask).transpose(1, 2).flatten(2)
+
+    def forward(
+        self,
+        h: Tensor,
+        noise: Noise,
+        pooled: Tensor | None,
+        history: Sequence[Tensor],
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """The push (B, L, D), or (B, M, D) at `places` (B, M). h: (B, L, D), pooled: (B, D); without `attend`, L may be
+        some places of a row."""
+        if places is not None and self.attention is None:  # nothing else is read
+            h, history, places = take(h, places), [take(state, places) for state in history], None
+        down, up, gate, down_attended = self.down, self.gained_up, self.gate, self.down_attended
         scale = self.units[noise.band] * noise.weight  # (B, units): sigma where the row's band uses a unit, else 0
         if self.core is None and bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
             if len(used) < len(down):
                 down, up, scale = down[used], up[:, used], scale[:, used]
                 gate = None if gate is None else gate[used]
+                down_attended = None if down_attended is None else down_attended[used]
         width = h.shape[-1]
-        x = self.read(h, history)
-        hidden = x @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :]
+        x = F.dropout(self.read(h, history), self.dropout, self.training)
+        here = x if places is None else take(x, places)
+        found = None if self.attention is None else self.attend(here, x, noise.prompt_mask)
+        hidden = here @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :]
+        if down_attended is not None:
+            hidden = hidden + found @ down_attended.T
         hidden = hidden if self.is_linear else F.relu(hidden)
         if self.core is not None:
             core = torch.einsum("bn,nkij->bkij", noise.bands, self.core)
@@ -215,11 +250,9 @@ class PushModule(nn.Module):
         if gate is not None and pooled is not None:
             scale = scale * (1.0 + pooled @ gate.T)
         push = (hidden * scale[:, None, :]) @ up.T
-        if self.attention is not None and self.attended is not None:
-            q, k, v = (x @ self.attention.flatten(0, 1).T).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
-            mixed = attention(q, k, F.relu(v), noise.prompt_mask)
+        if found is not None:
             sigma = self.sigma[noise.band] * noise.weight
-            push = push + (mixed.transpose(1, 2).flatten(2) * sigma[:, None, None]) @ self.attended.T
+            push = push + (found * sigma[:, None, None]) @ self.attended.T
         return push
 
 
@@ -267,11 +300,11 @@ class TrajectoryPush(nn.Module):
         noise = Noise(band_of(t), self.weight, band_weights(t, self.smooth), time_embedding(t), prompt_mask)
         pooled: Tensor | None = None
 
-        def push_at(depth: float, h: Tensor) -> Tensor:
+        def push_at(depth: float, h: Tensor, places: Tensor | None = None) -> Tensor:
             nonlocal pooled
             if self.conditioned and pooled is None:  # the states before this adapter's first push
                 pooled = pool(h, prompt_mask)
-            return self.place_at(depth)(h, noise, pooled, history)
+            return self.place_at(depth)(h, noise, pooled, history, places)
 
         return push_at
 
@@ -325,6 +358,7 @@ class TrajectoryLora(Method):
         for place in range(config.num_places):
             rank = config.at(place).stored_rank
             per_unit = own + (0 if config.tied and place else shared)
+            per_unit += config.attend if config.read_attended else 0
             total += config.modules * (rank * per_unit + (NUM_BANDS * rank * rank if config.has_core else 0))
         return total
 
@@ -333,8 +367,8 @@ class TrajectoryLora(Method):
         """The same proportion between bands, with `rank` in the largest, and as many units that attend if any do."""
         top = max(config.ranks)
         ranks = tuple(max(1, round(rank * r / top)) for r in config.ranks)
-        attend = max(HEAD_WIDTH, rank // HEAD_WIDTH * HEAD_WIDTH) if config.attend else 0
-        return replace(config, ranks=ranks, attend=attend)
+        heads = max(1, rank // config.head_width) if config.attend else 0
+        return replace(config, ranks=ranks, attend=heads * config.head_width)
 
     def set_enabled(self, enabled: bool) -> None:
         self.push.weight = 1.0 if enabled else 0.0
@@ -367,8 +401,9 @@ class TrajectoryLora(Method):
         for i, p in enumerate(self.push.places):
             dead = self.dropped[place == i].to(p.down.device)
             p.up[:, dead], p.down[dead] = 0.0, 0.0
-            if p.gate is not None:
-                p.gate[dead] = 0.0
+            for p_of_unit in (p.gate, p.down_attended):
+                if p_of_unit is not None:
+                    p_of_unit[dead] = 0.0
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -379,7 +414,7 @@ class TrajectoryLora(Method):
         ranks: list[int] = []
         for p in self.push.places:
             alive = p.up.norm(dim=0) * p.down.norm(dim=1) > 0
-            for name, dim in (("up", 1), ("down", 0), ("gate", 0)):
+            for name, dim in (("up", 1), ("down", 0), ("gate", 0), ("down_attended", 0)):
                 parameter = getattr(p, name)
                 if parameter is not None:
                     index = alive.nonzero()[:, 0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, check, check_finite
@@ -29,10 +30,12 @@ class WeightLoraConfig:
     rslora: bool = False  # scale alpha / sqrt(r) (arXiv 2312.03732)
     ranks: tuple[int, ...] = ()  # units used by band, high noise first; empty: all of them
     core: bool = False  # a matrix a band between A and B
+    dropout: float = 0.0  # share of the numbers that A reads that an update does without
 
     def __post_init__(self) -> None:
         check_finite(self)
         check(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
+        check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
         check(self.alpha > 0, f"alpha must be above 0, got {self.alpha}")
         check(len(self.targets) > 0, f"targets must name at least one of {', '.join(LINEARS)}")
         for target in self.targets:
@@ -56,7 +59,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: WeightLoraConfig, generator: torch.Generator | None):
         super().__init__()
-        self.base, self.scale, self.enabled = base, config.scale, True
+        self.base, self.scale, self.dropout, self.enabled = base, config.scale, config.dropout, True
         self.between: Tensor | None = None  # M of the rows at hand: (B, r, r); None is the identity
         a = torch.empty(config.rank, base.in_features)
         bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt 5, as PEFT starts A
@@ -67,7 +70,7 @@ class LoraLinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        hidden = x @ self.lora_A.T
+        hidden = F.dropout(x, self.dropout, self.training) @ self.lora_A.T
         if self.between is not None:
             hidden = hidden @ self.between.to(hidden.dtype)
         return y + hidden @ (self.lora_B.T * self.scale)
