@@ -436,7 +436,11 @@ WRONG = [
     ("weight-lora", {"targets": ()}, "targets must name at least one"),
     ("weight-lora", {"targets": ("query", "head")}, "targets must be among .*, got 'head'"),
     ("weight-lora", {"budget": 1e-5}, "budget 0.00% is too small for weight-lora: rank 1 stores"),
-    ("weight-lora", {"modules": 2}, "--modules is not an option of weight-lora, which has --alpha, --core, --dropout, --rank"),
+    (
+        "weight-lora",
+        {"modules": 2},
+        "--modules is not an option of weight-lora, which has --alpha, --core, --dropout, --rank",
+    ),
     ("weight-lora", {"ranks": (9, 1, 1)}, "ranks must be at most rank 8, got 9"),
     ("weight-lora", {"ranks": (1, 1)}, "ranks needs 3 values, high noise first"),
     ("weight-lora", {"ranks": (1, 0, 1)}, "every rank must be at least 1, got 1,0,1"),

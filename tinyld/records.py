@@ -78,7 +78,7 @@ def settings(record: Mapping[str, Any]) -> str:
             continue
         alike = isinstance(value, list) and len(set(value)) == 1 < len(value)  # bands that share one rank
         shown = value[0] if alike else "/".join(map(str, value)) if isinstance(value, list) else value
-        parts.append(name if value is True else f"{name.replace('_', ' ')} {shown}")
+        parts.append(name.replace("_", " ") + ("" if value is True else f" {shown}"))
     dtype = record["base"].get("dtype", "fp32")
     parts += [] if dtype == "fp32" else [f"base in {dtype}"]
     return ", ".join(parts + (["Muon"] if record.get("train", {}).get("optimizer") == "muon" else [])) or "-"
