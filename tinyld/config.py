@@ -183,6 +183,7 @@ DECAYS = ("cosine", "linear", "none")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
+UNSAID_HEAD_WIDTH = 8  # of attending units, in a run from before they said so
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
 
 

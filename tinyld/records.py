@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig
+from tinyld.config import BUDGETS, UNSAID_HEAD_WIDTH, DiffusionConfig, TrainConfig
 from tinyld.errors import TinyldError
 
 RECORD_KEYS = ("kind", "task", "method", "started_as", "base", "train", "diffusion", "data", "parameters", "how")
@@ -55,9 +55,9 @@ USUAL: dict[str, Any] = {
 
 
 def method_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's method and its options, as it began; heads were eight units wide before runs said so."""
+    """A run's method and its options, as it began."""
     method = record.get("started_as") or record["method"]
-    return method | ({"head_width": method.get("head_width", 8)} if method.get("attend") else {})
+    return method | ({"head_width": method.get("head_width", UNSAID_HEAD_WIDTH)} if method.get("attend") else {})
 
 
 def identity(record: Mapping[str, Any]) -> str:

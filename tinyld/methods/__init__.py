@@ -50,7 +50,7 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
         recipe = recipe or next(iter(RECIPES))
         check_choice("recipe", recipe, tuple(RECIPES))
         config = RECIPES[recipe].config
-        usual = {} if model_config.norm_first else RECIPES[recipe].on_post_norm
+        usual = {} if model_config.norm_first else RECIPES[recipe].post_norm_options
         config = replace(config, blocks=min(config.blocks, model_config.num_layers), **usual)
         if budget is None and "ranks" not in given:
             budget = RECIPES[recipe].budget

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.attention import attention
-from tinyld.config import ModelConfig, check, check_choice, check_finite
+from tinyld.config import UNSAID_HEAD_WIDTH, ModelConfig, check, check_choice, check_finite
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, band_of, band_weights, time_embedding
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser, PushAt, take
@@ -63,7 +63,7 @@ class TrajectoryLoraConfig:
     lambda_orth: float = 0.0  # weight of sum over i != j of ||A_i^T A_j||_F^2
     prune: float = 0.0  # share of the rank units that is dropped while training, the weakest first
     dropout: float = 0.0  # share of the numbers read that an update does without
-    BEFORE: ClassVar[dict[str, Any]] = {"head_width": 8}  # of a run that does not say
+    BEFORE: ClassVar[dict[str, Any]] = {"head_width": UNSAID_HEAD_WIDTH}  # of a run that does not say
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -130,7 +130,7 @@ class Recipe(NamedTuple):
     budget: float | None  # as a share of the base
     rates: dict[str, float] | None = None  # as a method's, where they are not the method's own
     post_norm: dict[str, float] | None = None
-    on_post_norm: dict[str, Any] = {}  # options, there
+    post_norm_options: dict[str, Any] = {}
 
 
 # Ours within 0.7% (`best` the most accurate; `fast` with nothing of the base in the gradient), whose bands have one
