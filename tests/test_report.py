@@ -163,7 +163,17 @@ def test_runs_with_fewer_threads_are_not_timed() -> None:
     slow["finetune"] = {"seconds": 30.0, "peak_memory_mb": 500.0}
     slow["eval"]["mood/dev"]["rows_per_second"] = 20.0
     (row,) = (dict(zip(RESULT_COLUMNS, row, strict=True)) for row in result_rows(records))
-    assert (row["seeds"], row["train s"], row["peak MB"], row["rows/s"]) == (2, 10, 100, 100)
+    assert (row["seeds"], row["train s"], row["threads"], row["peak MB"], row["rows/s"]) == (2, 10, 2, 100, 100)
+
+
+def test_a_brief_table_tells_threads_where_its_rows_had_unlike_numbers_of_them() -> None:
+    runs = [on(task, record(method, 0, 0.8)) for task in ("mood", "tone") for method in ("full", "bitfit")]
+    one = [run | {"environment": {"threads": 1}} for run in runs]
+    assert ["threads" in columns for _, columns, _ in tables(one, brief=True)] == [False, False]
+    mixed = [run | {"environment": {"threads": 1 if run["method"]["name"] == "full" else 2}} for run in runs]
+    for _, columns, rows in tables(mixed, brief=True):
+        shown = {row[columns.index("method")]: str(row[columns.index("threads")]) for row in rows}
+        assert shown == {"full": "1", "bitfit": "2"}
 
 
 def test_each_base_has_a_full_of_its_own_to_be_compared_with() -> None:

@@ -12,7 +12,7 @@ from tinyld.statistics import interval, mean_of, nats
 
 RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
 RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "nats", "stored %", "bytes", "times smaller")
-RESULT_COLUMNS += ("train s", "s to 95%", "peak MB", "rows/s")
+RESULT_COLUMNS += ("train s", "threads", "s to 95%", "peak MB", "rows/s")
 
 NOT_BRIEF = ("trials", "unreadable %", "bytes", "times smaller", "s to 95%", "peak MB", "rows/s")
 
@@ -29,8 +29,8 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     base on as many rows; "nats" is the NLL bound of an answer token with its 95% interval, which is all that a
     generation task has; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
     was 95% of its own best (of the `--curve-points` of a run under `tinyld compare`). Where runs had unlike numbers of
-    threads, those with the most are timed. Rows/s are of decoding, and of texts not given, as `compare` writes these in
-    one pass.
+    threads, those with the most are timed, and "threads" is how many these had. Rows/s are of decoding, and of texts
+    not given, as `compare` writes these in one pass.
     """
     cells = evaluated(records)
     means = accuracies(cells)
@@ -63,6 +63,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 sizes["stored_bytes"],
                 f"{100 / sizes['stored_percent']:.0f}",
                 round(seconds(runs)),
+                _threads(timed[0][0]),
                 round(mean_of(reached)) if reached else None,
                 round(mean_of(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
                 round(mean_of(f["rows_per_second"] for _, f in timed)) if cell in means else None,
@@ -110,7 +111,7 @@ def best_full(cell: Cell, cells: Mapping[Cell, Runs], means: Mapping[Cell, float
     return max((means[c] for c in full), default=0.0)
 
 
-METHOD_COLUMNS = ("mean %", "% of full", "stored %", "train s")
+METHOD_COLUMNS = ("mean %", "% of full", "stored %", "train s", "threads")
 
 
 def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
@@ -118,7 +119,7 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
 
     Of a method's rows on one task the one with the most training rows counts, then the one with the better dev bound.
     The interval of the mean takes the tasks' errors as independent. "% of full" is of the means over tasks, against the
-    best full fine-tuning of each task on as many rows; "train s" is of all tasks together.
+    best full fine-tuning of each task on as many rows; "train s" is of all tasks together, with the "threads" of each.
     """
     cells = own_cells(evaluated(records))
     means = accuracies(cells)
@@ -152,6 +153,7 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
                 None if mean is None or not all(full) else f"{100 * mean / mean_of(full):.1f}",
                 f"{sizes['stored_percent']:.2f}",
                 round(sum(seconds(cells[cell]) for cell in mine.values())) if whole else None,
+                "/".join(map(str, sorted({_threads(_timed(cells[cell])[0][0]) for cell in mine.values()}))),
             )
         )
     return ("base", "method", "settings", *(f"{task} %" for task in tasks), *METHOD_COLUMNS), rows
@@ -169,8 +171,12 @@ def _weight(runs: Runs) -> tuple[int, float]:
 
 def _timed(runs: Runs) -> Runs:
     """Those with the most threads."""
-    threads = [r.get("environment", {}).get("threads", 0) for r, _ in runs]
+    threads = [_threads(r) for r, _ in runs]
     return [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
+
+
+def _threads(record: Mapping[str, Any]) -> int:
+    return record.get("environment", {}).get("threads", 0)
 
 
 def base_name(record: Mapping[str, Any]) -> str:
@@ -297,7 +303,7 @@ def tables(
 ) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
     """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none.
 
-    `brief` leaves out of that one the columns that a first look can do without.
+    `brief` leaves out of that one the columns that a first look can do without, and the threads where they are alike.
     """
     found = [
         ("results", RESULT_COLUMNS, result_rows(records)),
@@ -309,7 +315,17 @@ def tables(
     ]
     if brief:
         found[0] = ("results", *without(NOT_BRIEF, RESULT_COLUMNS, found[0][2]))
+        found[:2] = [(title, *without_one_valued("threads", columns, rows)) for title, columns, rows in found[:2]]
     return [table for table in found if table[2]] or found[:1]
+
+
+def without_one_valued(
+    column: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """The table without a column that says the same in all of its rows."""
+    if column in columns and len({row[columns.index(column)] for row in rows}) == 1:
+        return without([column], columns, rows)
+    return columns, rows
 
 
 def without(
