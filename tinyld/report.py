@@ -63,7 +63,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 sizes["stored_bytes"],
                 f"{100 / sizes['stored_percent']:.0f}",
                 round(seconds(runs)),
-                _threads(timed[0][0]),
+                threads(runs),
                 round(mean_of(reached)) if reached else None,
                 round(mean_of(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
                 round(mean_of(f["rows_per_second"] for _, f in timed)) if cell in means else None,
@@ -153,7 +153,7 @@ def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], lis
                 None if mean is None or not all(full) else f"{100 * mean / mean_of(full):.1f}",
                 f"{sizes['stored_percent']:.2f}",
                 round(sum(seconds(cells[cell]) for cell in mine.values())) if whole else None,
-                "/".join(map(str, sorted({_threads(_timed(cells[cell])[0][0]) for cell in mine.values()}))),
+                "/".join(map(str, sorted({threads(cells[cell]) for cell in mine.values()}))),
             )
         )
     return ("base", "method", "settings", *(f"{task} %" for task in tasks), *METHOD_COLUMNS), rows
@@ -164,6 +164,11 @@ def seconds(runs: Runs) -> float:
     return mean_of(r["results"]["finetune"]["seconds"] for r, _ in _timed(runs))
 
 
+def threads(runs: Runs) -> int:
+    """The most that a run had; of those that are timed."""
+    return max(record.get("environment", {}).get("threads", 0) for record, _ in runs)
+
+
 def _weight(runs: Runs) -> tuple[int, float]:
     """What a cell counts in a choice between a method's cells of one task."""
     return runs[0][0]["data"]["rows"], -mean_of(r["results"]["finetune"]["dev_nll_bound"] for r, _ in runs)
@@ -171,12 +176,8 @@ def _weight(runs: Runs) -> tuple[int, float]:
 
 def _timed(runs: Runs) -> Runs:
     """Those with the most threads."""
-    threads = [_threads(r) for r, _ in runs]
-    return [run for run, count in zip(runs, threads, strict=True) if count == max(threads)]
-
-
-def _threads(record: Mapping[str, Any]) -> int:
-    return record.get("environment", {}).get("threads", 0)
+    most = threads(runs)
+    return [run for run in runs if threads([run]) == most]
 
 
 def base_name(record: Mapping[str, Any]) -> str:
