@@ -282,6 +282,19 @@ def test_rows_may_come_from_a_file_and_predictions_go_to_one(adapters: dict[str,
     assert lines[1].split("\t")[:4] == [str(adapters["full"][0]), "mood", "the sky i feel", "very well"]
 
 
+def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(
+    place: Path, adapters: dict[str, tuple[Path, Ran]]
+) -> None:
+    shutil.copytree(adapters["full"][0], "mine")
+    kept = good("eval", "mine", "--json").json
+    results = Path("mine", RESULTS).read_bytes()
+    Path("data", "mood").mkdir(parents=True)
+    shutil.copy(place / "dev.csv", "data/mood/dev.csv")
+    for asked in (("--temperature", 5, "--sampler", "ancestral"), ("--data", "data")):
+        assert good("eval", "mine", *asked, "--json").json[0]["n"] == kept[0]["n"]
+        assert Path("mine", RESULTS).read_bytes() == results
+
+
 def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair: tuple[Path, Path]) -> None:
     shutil.copytree(pair[0], "mine")
     below, on = good("eval", place / "base", "mine", "--text", place / "text.txt", "--json").json
@@ -373,6 +386,16 @@ def test_a_search_for_a_new_task_shows_every_adapter_and_keeps_its_weights(
     assert [m["weight"] for m in RunFolder(Path("both")).config["members"]] == ran.json["weights"]
 
 
+def test_two_runs_of_one_task_are_told_apart_whatever_their_folders_are_called(pair: tuple[Path, Path]) -> None:
+    shutil.copytree(pair[0], Path("a", "mood"))
+    shutil.copytree(pair[0], Path("b", "mood"))
+    ran = good("compose", "a/mood", "b/mood", pair[1], pair[1], "--out", "both", "--json")
+    assert list(ran.json["routing_accuracy"]) == [
+        "mood (a/mood)", "mood (b/mood)", f"colours ({pair[1]}, 3)", f"colours ({pair[1]}, 4)"
+    ]  # fmt: skip
+    assert [d["adapter"] for d in ran.json["drops"]][:2] == ["a/mood", "b/mood"] and len(ran.json["drops"]) == 4
+
+
 def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
     place: Path, adapters: dict[str, tuple[Path, Ran]]
 ) -> None:
@@ -384,6 +407,8 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
     lora = good("eval", "lora", "--base", place / "base", "--task", mood, "--json").json[0]["nll_bound"]
     assert merged == pytest.approx(expected, rel=1e-3) and lora == pytest.approx(expected, rel=1e-5)
     assert good("eval", place / "base", "--task", mood, "--json").json[0]["nll_bound"] != pytest.approx(expected)
+    refused = cli("pretrain", "--resume", "merged")
+    assert refused.code == 2 and "made by tinyld merge" in refused.stderr
     good("compose", run, run, "--out", "twice")
     good("merge", "twice", "--out", "merged-twice")
     again = good("eval", "merged-twice", "--task", mood, "--json").json[0]["nll_bound"]

@@ -250,7 +250,20 @@ def test_runs_go_side_by_side_and_end_in_the_same_table(tmp_path: Path) -> None:
     alone = grid(tmp_path / "one", Trainer()).run()
     assert [r["run"] for r in records] == [r["run"] for r in alone]
     assert (tmp_path / "two" / TABLE).read_text() == (tmp_path / "one" / TABLE).read_text()
-    assert grid(tmp_path, Trainer(), jobs=9).jobs == 6, "no more than may run at once, or threads would idle"
+
+
+def test_a_lone_run_has_the_threads_of_one_among_many(tmp_path: Path) -> None:
+    """Or a seed that is added later would have other bits and seconds than those before it."""
+    given: list[int | None] = []
+
+    class Noting(Trainer):
+        def run(self, command: list[str], threads: int | None = None) -> None:
+            given.append(threads)
+            super().run(command, threads)
+
+    for seeds in (1, 3):
+        grid(tmp_path / str(seeds), Noting(), jobs=7, trials=1, seeds=seeds, tasks=("reviews",)).run()
+    assert set(given) == {threads_each(7)}
 
 
 def test_the_first_methods_runs_go_first_and_a_stage_waits_for_the_one_before(tmp_path: Path) -> None:

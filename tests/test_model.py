@@ -212,6 +212,13 @@ def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...],
             torch.testing.assert_close(found[name], expected[name], atol=1e-12, rtol=1e-10)
 
 
+def test_a_rare_token_counts_its_own_nats_in_fp16() -> None:
+    """Its probability, e^-20, is no number of that type."""
+    h, weight = torch.tensor([[1.0]], dtype=torch.float16), torch.tensor([[20.0], [0.0]], dtype=torch.float16)
+    nll = HeadNLL.apply(h, weight, torch.zeros(2, dtype=torch.float16), torch.tensor([1]))
+    assert float(nll) == pytest.approx(20.0, rel=1e-3)
+
+
 def test_the_heads_gradient_is_the_slope_of_its_value() -> None:
     """Central differences, which need no second implementation to be right."""
     generator = torch.Generator().manual_seed(3)

@@ -45,7 +45,8 @@ def record(method: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
         "diffusion": {"time_sampling": "uniform"},
         "method": {"name": method},
         "task": "mood",
-        "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr},
+        "train": {"epochs": 3.0, "steps": None, "tokens": None, "minutes": None, "batch_size": 32, "lr": lr}
+        | {"seed": seed},
         "data": {"rows": 1_000},
         "parameters": {"stored_percent": 0.5, "stored_bytes": 4_000},
         "results": {
@@ -60,6 +61,11 @@ def test_seeds_are_averaged_and_compared_with_full() -> None:
     rows = {row[2]: dict(zip(RESULT_COLUMNS, row, strict=True)) for row in result_rows(records)}
     assert rows["full"]["seeds"] == 2 and rows["full"]["accuracy %"] == "85.0"
     assert rows["bitfit"]["% of full"] == "80.0" and rows["bitfit"]["unreadable %"] == "1.0"
+
+
+def test_a_copy_of_a_run_is_no_further_seed() -> None:
+    runs = [record("full", seed, accuracy) for seed, accuracy in enumerate((0.9, 0.8, 0.7))]
+    assert result_rows([*runs, *runs]) == result_rows(runs)
 
 
 def test_the_settings_say_what_the_optimizer_was_where_it_is_not_adamw() -> None:

@@ -333,6 +333,15 @@ def test_a_config_that_asks_for_more_than_its_file_holds_is_refused_before_memor
     assert re.search(r"holds [\d,]+ values, but config.json asks for [\d,]+$", refusal(tmp_path / run))
 
 
+def test_a_config_with_rows_of_no_sane_length_is_refused(base: Path) -> None:
+    """Rotary tables are as long as a row may be, and no weight tells how long that is."""
+    folder = RunFolder(base)
+    config = folder.config
+    config["model"]["max_length"] = 10**9
+    folder.write_json(CONFIG, config)
+    assert "max_length must be from 2 to 131072, got 1000000000" in refusal(base)
+
+
 def test_weights_of_another_type_are_refused(base: Path) -> None:
     folder = RunFolder(base)
     tensors = folder.read_tensors(MODEL)

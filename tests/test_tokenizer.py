@@ -166,6 +166,8 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
     paths = find_text_files([tmp_path])
     assert [p.name for p in paths] == ["a.txt", "b.txt.gz", "c.jsonl"]
     assert list(read_lines(paths)) == ["one two", "three", "four", "five six"]
+    (tmp_path / "c.jsonl").write_text('{"text": "cut \\ud83d short"}\n')
+    assert list(read_lines([tmp_path / "c.jsonl"])) == ["cut ? short"], "half a surrogate pair is no text"
 
 
 BAD_FILES = [
@@ -173,6 +175,8 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: not a JSON object"),
     ("a.jsonl", b'{"body": "a"}\n', "string field 'text'"),
     ("a.txt.gz", b"plain", "cannot be read"),
+    ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 99)[:10] + b"\xff" * 40, "cannot be read"),
+    ("a.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
 ]
 
 

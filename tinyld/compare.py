@@ -141,7 +141,7 @@ class Compare:
     say: Say
     limits: Sequence[int | None] = (None,)  # training rows that each method gets; None is all
     eval_every: Mapping[tuple[str, int | None], int] = field(default_factory=dict)  # steps, by task and limit
-    jobs: int = 1
+    jobs: int = 1  # runs side by side; each has as many threads as if all were going, however few are left
     launcher: Launcher = field(default_factory=lambda: Launcher())
     started: float = field(default_factory=time.monotonic)
     spent: list[float] = field(default_factory=list)  # seconds of each cell run here
@@ -151,7 +151,6 @@ class Compare:
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.found: dict[int, list[dict[str, Any]]] = {}  # records of what is done, by its place in the grid
-        self.jobs = min(self.jobs, len(self.rows()) * max(self.trials, self.seeds))
         check(1 <= self.trials <= len(GRID), f"--trials must be from 1 to {len(GRID)}, got {self.trials}")
         check(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
         check(len(self.tasks) > 0, "compare needs at least one --task")

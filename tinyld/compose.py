@@ -289,13 +289,16 @@ def load_composition(folder: RunFolder, base: Base) -> Method | None:
         raise TinyldError(f"{where}: of an older tinyld; compose its members again")
     if config["static"] is not None:
         method, settings = read_config(config["static"], str(where))
-        static = attach_static(base, (method.name, settings, part("static.")), folder.path / ADAPTER)
+        own = part("static.")
+        check_amount(method.expected_parameters(settings, base.model.config), own, folder.path / ADAPTER)
+        static = attach_static(base, (method.name, settings, own), folder.path / ADAPTER)
     members = []
     for i, record in enumerate(config["members"]):
         method, settings = read_config(record["method"], str(where))
         if method is TrajectoryLora:
-            weight = float(record["weight"])
-            members.append(Member(str(folder.path), record["task"], weight, method.name, settings, part(f"{i}.")))
+            weight, own = float(record["weight"]), part(f"{i}.")
+            check_amount(method.expected_parameters(settings, base.model.config), own, folder.path / ADAPTER)
+            members.append(Member(str(folder.path), record["task"], weight, method.name, settings, own))
     if not members:
         return static
     router: nn.Module | None = None

@@ -107,7 +107,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        check(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}")
+        check(2 <= self.max_length <= MAX_LENGTH, f"max_length must be from 2 to {MAX_LENGTH}, got {self.max_length}")
         check(self.d_embed >= 0, f"d_embed must be at least 0, got {self.d_embed}")
         check(self.d_embed in (0, self.d_model) or self.head_transform, "d_embed needs head_transform")
         check(
@@ -183,6 +183,7 @@ DECAYS = ("cosine", "linear", "none")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
+MAX_LENGTH = 131_072  # of a row: rotary positions are tables, which a config alone must not make huge
 UNSAID_HEAD_WIDTH = 8  # of attending units, in a run from before they said so
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
 

@@ -23,6 +23,8 @@ def resolve_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose name and memory are then asked for
     return device
 
 

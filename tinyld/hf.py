@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -144,7 +145,7 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     activation, positions = raw.get(family.activation, "gelu"), raw.get("position_embedding_type", "absolute")
     if activation != "gelu" or positions != "absolute":
         raise TinyldError(f"{where}: needs gelu and absolute positions, got {activation!r} and {positions!r}")
-    source = parse_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
+    source = {_present(n): t for n, t in parse_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS).items()}
     take = _Reader(source, family.prefix, folder / WEIGHTS)
     words = take("embeddings.word_embeddings.weight")
     place = take("embeddings.position_embeddings.weight")[family.skipped_positions :][:max_length].clone()
@@ -154,14 +155,15 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     d_model, num_layers, num_heads, d_ff = (_integer(raw, key, where) for key in family.sizes)
     has_head = family.dense + ".weight" in source
     tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > len(words):
+        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {len(words)}")
+    words = words[: tokenizer.vocab_size].clone()  # the rest pads the matrix to a round size
     config = ModelConfig(
-        vocab_size=words.shape[0], d_model=d_model, num_layers=num_layers, num_heads=num_heads, d_ff=d_ff,
+        vocab_size=len(words), d_model=d_model, num_layers=num_layers, num_heads=num_heads, d_ff=d_ff,
         max_length=place.shape[0], norm_eps=float(raw.get("layer_norm_eps", 1e-12)), norm_first=False, rotary=False,
         embedding_norm=True, head_transform=True,
         d_embed=0 if words.shape[1] == d_model else words.shape[1],
     )  # fmt: skip
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     tensors = {"embedding.weight": words, "positions.weight": place}
     for part in ("weight", "bias"):
         tensors[f"embedding_norm.{part}"] = take(f"embeddings.LayerNorm.{part}")
@@ -177,11 +179,15 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
         e = config.embedding_width
         tensors["head_transform.0.weight"], tensors["head_transform.0.bias"] = torch.eye(e, d_model), torch.zeros(e)
         tensors["head_transform.2.weight"], tensors["head_transform.2.bias"] = torch.ones(e), torch.zeros(e)
-    tensors["output_bias"] = (
-        source.get(family.bias, torch.zeros(words.shape[0])) if has_head else torch.zeros(words.shape[0])
-    )
+    bias = source.get(family.bias) if has_head else None
+    tensors["output_bias"] = torch.zeros(len(words)) if bias is None else bias[: len(words)].clone()
     origin = {"folder": str(folder.resolve()), "sha256": sha256((folder / WEIGHTS).read_bytes())}
     return Encoder(config, {n: t.float() for n, t in tensors.items()}, tokenizer, origin, has_head)
+
+
+def _present(name: str) -> str:
+    """A tensor's name of today: BERT's first files, bert-base-uncased among them, call a norm's two gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 class _Reader:
@@ -287,7 +293,7 @@ def export_bert(
                 out_tensors[f"bert.{family.blocks}.{i}.{theirs}.{part}"] = tensors[f"blocks.{i}.{ours}.{part}"]
         out_tensors[f"{family.dense}.{part}"] = tensors[f"head_transform.0.{part}"]
         out_tensors[f"{family.norm}.{part}"] = tensors[f"head_transform.2.{part}"]
-    folder = RunFolder.create(out)
+    RunFolder.create(out)
     names = dict(zip(family.sizes, (d, config.num_layers, config.num_heads, config.d_ff), strict=True))
     settings = {
         "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": config.vocab_size, **names,
@@ -300,4 +306,4 @@ def export_bert(
         zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), tokenizer.special, strict=True)
     )
     write_atomic(out / "tokenizer_config.json", to_json({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
-    folder.write_tensors(WEIGHTS, out_tensors)
+    write_atomic(out / WEIGHTS, save({n: t.detach().contiguous().cpu() for n, t in sorted(out_tensors.items())}))

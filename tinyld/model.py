@@ -113,9 +113,13 @@ class HeadNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-        probs = torch.softmax(F.linear(h, weight, bias), dim=1)  # (N, V)
+        logits = F.linear(h, weight, bias)  # (N, V)
+        probs = torch.softmax(logits, dim=1)
         rows = torch.arange(len(target), device=target.device)
-        nll = -torch.log(probs[rows, target].float().clamp(min=1e-30))
+        if logits.dtype == torch.float16:  # whose smallest probability, 6e-8, is 17 nats
+            nll = F.cross_entropy(logits.float(), target, reduction="none")
+        else:
+            nll = -torch.log(probs[rows, target].float().clamp(min=1e-30))
         probs[rows, target] -= 1.0
         ctx.save_for_backward(h, weight, probs)
         return nll

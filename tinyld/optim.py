@@ -117,10 +117,7 @@ class Optimizer:
                     prefix = f"optim.{self.names[id(parameter)]}."
                     values = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
                     if values:
-                        part.state[parameter] = {
-                            k: v.clone() if k == "step" else v.to(parameter.device, copy=True)
-                            for k, v in values.items()
-                        }
+                        part.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
 
 
 def is_inside(name: str, parameter: nn.Parameter) -> bool:

@@ -73,7 +73,7 @@ def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def evaluated(records: Sequence[dict[str, Any]]) -> dict[Cell, Runs]:
-    """The runs of every cell of the results, each with its evaluation."""
+    """The runs of every cell of the results, one a seed, each with its evaluation."""
     cells: dict[Cell, Runs] = {}
     for record in records:
         if record["kind"] != "adapter":
@@ -84,7 +84,9 @@ def evaluated(records: Sequence[dict[str, Any]]) -> dict[Cell, Runs]:
             task, _, split = key.partition("/")
             if "rows_per_second" in found and not (split == "dev" and task in tested):
                 cell = (task, split, record["method"]["name"], identity(record))
-                cells.setdefault(cell, []).append((record, found))
+                runs = cells.setdefault(cell, [])
+                if record["train"]["seed"] not in [r["train"]["seed"] for r, _ in runs]:  # a copy is no further seed
+                    runs.append((record, found))
     return cells
 
 
@@ -282,7 +284,9 @@ def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     for record in records:
         for text, found in record["results"].get("text", {}).items() if record["kind"] == "adapter" else ():
             cell = (text, found["tokens"], found["draws"], record["task"] + identity(record))
-            cells.setdefault(cell, []).append((record, found))
+            runs = cells.setdefault(cell, [])
+            if record["train"]["seed"] not in [r["train"]["seed"] for r, _ in runs]:
+                runs.append((record, found))
     rows = []
     for (text, tokens, *_), runs in sorted(cells.items()):
         first = runs[0][0]

@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
         raise TinyldError(f"no such file: {path}") from None
     except OSError as error:
         raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:80]})") from None
 
 

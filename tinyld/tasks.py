@@ -150,7 +150,7 @@ def _toml_path(name_or_path: str) -> Path:
 def _parse(path: Path) -> _File:
     try:
         raw = tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise TinyldError(f"{path}: not valid TOML: {error}") from None
     file = from_dict(_File, raw, str(path))
     for table in ("verbalizer", "columns", "data"):

@@ -177,6 +177,7 @@ def detokenize(pieces: list[str]) -> str:
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
     """Documents, one a line, of `.txt`, `.txt.gz` and `.jsonl` (field `text`) files; blank lines are skipped."""
     import gzip
+    import zlib
 
     for path in paths:
         opener = gzip.open if path.suffix == ".gz" else open
@@ -192,18 +193,18 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
             raise TinyldError(
                 f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
             ) from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
 
 
 def _text_field(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TinyldError(f"{where}: not a JSON object") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise TinyldError(f"{where}: expected an object with a string field 'text'")
-    return value["text"]
+    return value["text"].encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as scraped text has
 
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")

@@ -164,7 +164,16 @@ class Measure:
     def label(self, member: Member) -> str:
         """The member's task, with its run where the task has several."""
         alone = sum(m.task == member.task for m in self.composed.members) == 1
-        return self.name(member.task) + ("" if alone else f" ({Path(member.run).name})")
+        return self.name(member.task) + ("" if alone else f" ({self.short(member)})")
+
+    def short(self, member: Member) -> str:
+        """A name of the member's run that no other member has: of its folder, its whole path, or with its place."""
+        members = self.composed.members
+        names, runs = [Path(m.run).name for m in members], [m.run for m in members]
+        place = next(i for i, m in enumerate(members) if m is member)
+        if runs.count(runs[place]) > 1:
+            return f"{runs[place]}, {place + 1}"
+        return names[place] if names.count(names[place]) == 1 else runs[place]
 
     def result(self) -> dict[str, Any]:
         from tinyld.compose import Composed
@@ -177,7 +186,7 @@ class Measure:
             own = sum(m.task == task for m in self.composed.members)
             for member in self.composed.members:
                 if member.task == task or self.job.task == task:  # for a new task every adapter is shown
-                    label = "own" if member.task == task and own == 1 else Path(member.run).name
+                    label = "own" if member.task == task and own == 1 else self.short(member)
                     found[label] = self.evaluated(task, Composed([replace(member, weight=1.0)], "sum").attach)
             composed = self.evaluated(task, self.composed.attach)
             for label, alone in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json as jsonlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,7 @@ def eval(
             record = {"run": str(run), "split": source, **found.record()}
             records.append(record)
             lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
-            if limit is None and base_dtype is None:  # a part, or another base than its own, is no result of the run
+            if limit is None and base_dtype is None and is_usual(run, rows.task, sampling, data):
                 unkept.append(remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()}))
     if predictions is not None:
         from tinyld.runs import write_atomic
@@ -120,6 +121,18 @@ def eval(
     else:
         print_evaluations("evaluation", records)
     raise_first(unkept)
+
+
+def is_usual(run: Path, task: Task, sampling: SampleConfig, data: Path | None) -> bool:
+    """Whether an evaluation is the run's own result: decoded as ever, and of the rows that go with its own.
+
+    How a generation task's texts are sampled makes no difference to their nats; a file of rows has a name of its own.
+    """
+    folder = RunFolder(run)
+    own = folder.config.get("data", {}).get("folder") if folder.is_run() else None
+    own = own or os.environ.get("TINYLD_DATA")
+    elsewhere = data is not None and data.is_dir() and (own is None or data.resolve() != Path(own).resolve())
+    return not elsewhere and (task.is_generation or sampling == SampleConfig())
 
 
 def eval_text(

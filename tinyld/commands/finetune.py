@@ -147,6 +147,8 @@ def _go_on(folder: RunFolder, from_step: int | None, allow_changed: bool, quiet:
     out, config = folder.path, folder.config
     if config["kind"] == "composition":
         raise UsageError(f"{out} is a composition; there is nothing in it to train")
+    if "merged" in config:
+        raise UsageError(f"{out} was made by tinyld merge and has nothing left to train; pretrain --init {out} goes on")
     title, verb = ("pretrained base", "pretrain") if config["kind"] == "base" else ("adapter", "finetune")
     results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
     if verb in results:

@@ -77,6 +77,7 @@ class TrajectoryLoraConfig:
         by_unit = self.sharing == "nested" and self.modules == 1 and not self.tied
         one_by_one = self.prune > 0 or len(self.ranks) > NUM_BANDS
         check(by_unit or not one_by_one, "ranks auto, or place by place, need nested bands, one module, no tied places")
+        check(self.prune == 0 or 0 not in self.sigma, f"ranks auto needs sigma above 0 in every band, got {self.sigma}")
         check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.modules >= 1, f"modules must be at least 1, got {self.modules}")
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")

@@ -38,6 +38,7 @@ class WeightLoraConfig:
         check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
         check(self.alpha > 0, f"alpha must be above 0, got {self.alpha}")
         check(len(self.targets) > 0, f"targets must name at least one of {', '.join(LINEARS)}")
+        check(len(set(self.targets)) == len(self.targets), f"targets names one twice: {', '.join(self.targets)}")
         for target in self.targets:
             check(target in LINEARS, f"targets must be among {', '.join(LINEARS)}, got {target!r}")
         if self.ranks:
