@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tinyld.cli import app
 from tinyld.config import DiffusionConfig, TrainConfig
+from tinyld.methods import METHODS
 from tinyld.records import NOT_SHOWN, run_record, seconds_to, settings
 from tinyld.report import (
     CHAIN_COLUMNS,
@@ -335,6 +336,16 @@ def test_every_command_and_option_of_the_readmes_exists(command: list[str]) -> N
     for word in command[2:]:
         if word.startswith("--"):
             assert re.search(rf"{word}\b", shown.output), f"tinyld {verb} has no {word}"
+
+
+def test_the_readme_has_the_usual_rates() -> None:
+    def shown(rates: dict[str, float]) -> str:
+        return ", ".join(f"{'Muon ' * (optimizer == 'muon')}{rate:g}" for optimizer, rate in rates.items())
+
+    for name, method in METHODS.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` | "))
+        post_norm = f"; {shown(method.post_norm)}" if method.post_norm else ""
+        assert row.split(" | ")[3].partition(" (")[0] == shown(method.rates) + post_norm
 
 
 def test_the_readme_shows_every_verb() -> None:
