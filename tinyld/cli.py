@@ -168,7 +168,7 @@ def pretrain(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a base on text, 10 minutes if not told how long: tinyld pretrain --data texts/ --minutes 20 --out runs/base"""
+    """Train a base on text (10 minutes if not told): tinyld pretrain --data texts/ --minutes 20 --out runs/base"""
     from tinyld.commands.finetune import resume as go_on
     from tinyld.commands.pretrain import pretrain
 
