@@ -575,10 +575,13 @@ def test_info_says_what_a_run_is(place: Path, adapters: dict[str, tuple[Path, Ra
     assert "weight-lora" in good("info", run).stdout
 
 
-def write_evaluation(run: Path, out: Path, accuracy: float) -> Path:
-    """A copy of a run with one evaluation of that accuracy."""
+def write_evaluation(run: Path, out: Path, accuracy: float, seed: int = 0) -> Path:
+    """A copy of a run as if of that seed, with one evaluation of that accuracy."""
     shutil.copytree(run, out)
     folder = RunFolder(out)
+    config = folder.config
+    config["train"]["seed"] = seed
+    folder.write_json(CONFIG, config)
     found = {
         "accuracy": accuracy,
         "n": 100,
@@ -593,7 +596,7 @@ def write_evaluation(run: Path, out: Path, accuracy: float) -> Path:
 
 def test_report_averages_seeds_and_compares_with_full(adapters: dict[str, tuple[Path, Ran]]) -> None:
     made = [("full", 0.8), ("bitfit", 0.5), ("bitfit", 0.7)]
-    runs = [write_evaluation(adapters[m][0], Path(f"{m}-{i}"), accuracy) for i, (m, accuracy) in enumerate(made)]
+    runs = [write_evaluation(adapters[m][0], Path(f"{m}-{i}"), accuracy, i) for i, (m, accuracy) in enumerate(made)]
     ran = good("report", *runs, "--save", "kept", "--json")
     rows = {row["method"]: row for row in ran.json}
     assert rows["full"]["accuracy %"] == "80.0" and rows["full"]["seeds"] == 1 and rows["full"]["% of full"] == "100.0"

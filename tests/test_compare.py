@@ -404,7 +404,7 @@ def test_a_front_has_a_panel_for_every_base_and_task_with_all_methods_by_name() 
         known = {"method": {"name": method}, "base": {"path": f"/x/{base}", "fingerprint": base}, "task": task}
         known["data"] = {"rows": rows}
         results = {"finetune": {"seconds": 9.0, "task": task}, "eval": {f"{task}/dev": found}}
-        config = {"train": {"optimizer": "adamw"}, "diffusion": {}, "parameters": {"stored_percent": 0.5}}
+        config = {"train": {"optimizer": "adamw", "seed": 0}, "diffusion": {}, "parameters": {"stored_percent": 0.5}}
         return known | config | {"kind": "adapter", "results": results}
 
     records = [at("mood", base, "full", 50, 0.8) for base in ("small", "encoder")]

@@ -466,7 +466,6 @@ WRONG = [
     ("trajectory-lora", {"blocks": 1, "ranks": (4, 2, 1, 4, 2, 1, 4, 2, 1)}, "ranks needs 3 values"),
     ("trajectory-lora", {"prune": 1.0}, "prune is a share of the rank units"),
     ("trajectory-lora", {"ranks": "auto", "sharing": "separate"}, "need nested bands, one module, no tied places"),
-    ("trajectory-lora", {"ranks": "auto", "sigma": (1.0, 1.0, 0.0)}, "ranks auto needs sigma above 0 in every band"),
     ("trajectory-lora", {"ranks": "auto", "tied": True}, "need nested bands, one module, no tied places"),
     ("trajectory-lora", {"activation": "tanh"}, "activation must be one of relu, none, got 'tanh'"),
     ("weight-lora", {"ranks": "auto"}, "--ranks auto is an option of trajectory-lora, not of weight-lora"),
@@ -655,6 +654,19 @@ def test_sigma_scales_the_push_linearly(config: ModelConfig, case: str, factor: 
 
 
 # ---------------------------------------------------------------------------------------------- pruning
+
+
+def test_ranks_are_found_beside_a_band_that_pushes_nothing(config: ModelConfig) -> None:
+    method = TrajectoryLora(TrajectoryLoraConfig(ranks=(8, 4, 1), sigma=(1.0, 1.0, 0.0), blocks=2, prune=0.5), config)
+    method.attach(fresh_base(config), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for place in method.push.places:
+            place.up.normal_(generator=torch.Generator().manual_seed(1))
+    method.after_update(1.0)
+    method.finish()
+    assert len(method.config.ranks) == 9 and min(method.config.ranks) == 1
+    assert sum(p.numel() for p in method.own.values()) == method.expected_parameters(method.config, config)
+    assert all(not place.units[2].any() for place in method.push.places)
 
 
 def pruned(config: ModelConfig, progresses: list[float], prune: float = 0.5) -> tuple[Denoiser, TrajectoryLora]:

@@ -77,7 +77,6 @@ class TrajectoryLoraConfig:
         by_unit = self.sharing == "nested" and self.modules == 1 and not self.tied
         one_by_one = self.prune > 0 or len(self.ranks) > NUM_BANDS
         check(by_unit or not one_by_one, "ranks auto, or place by place, need nested bands, one module, no tied places")
-        check(self.prune == 0 or 0 not in self.sigma, f"ranks auto needs sigma above 0 in every band, got {self.sigma}")
         check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.modules >= 1, f"modules must be at least 1, got {self.modules}")
         check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
@@ -420,7 +419,7 @@ class TrajectoryLora(Method):
                 if parameter is not None:
                     index = alive.nonzero()[:, 0]
                     setattr(p, name, nn.Parameter(parameter.index_select(dim, index), requires_grad=True))
-            ranks += [int((row != 0).sum()) for row in p.units[:, alive]]
+            ranks += [max(1, int((row != 0).sum())) for row in p.units[:, alive]]  # of a band with sigma 0, too
         self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
         for i, p in enumerate(self.push.places):
             p.units = self.config.at(i).units().to(p.units.device)
