@@ -84,10 +84,14 @@ def evaluated(records: Sequence[dict[str, Any]]) -> dict[Cell, Runs]:
             task, _, split = key.partition("/")
             if "rows_per_second" in found and not (split == "dev" and task in tested):
                 cell = (task, split, record["method"]["name"], identity(record))
-                runs = cells.setdefault(cell, [])
-                if record["train"]["seed"] not in [r["train"]["seed"] for r, _ in runs]:  # a copy is no further seed
-                    runs.append((record, found))
+                add_seed(cells.setdefault(cell, []), record, found)
     return cells
+
+
+def add_seed(runs: Runs, record: dict[str, Any], found: dict[str, Any]) -> None:
+    """Adds a run with what was found of it, unless its seed is there: a copy is no further seed."""
+    if record["train"]["seed"] not in [r["train"]["seed"] for r, _ in runs]:
+        runs.append((record, found))
 
 
 def accuracies(cells: Mapping[Cell, Runs]) -> dict[Cell, float]:
@@ -284,9 +288,7 @@ def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     for record in records:
         for text, found in record["results"].get("text", {}).items() if record["kind"] == "adapter" else ():
             cell = (text, found["tokens"], found["draws"], record["task"] + identity(record))
-            runs = cells.setdefault(cell, [])
-            if record["train"]["seed"] not in [r["train"]["seed"] for r, _ in runs]:
-                runs.append((record, found))
+            add_seed(cells.setdefault(cell, []), record, found)
     rows = []
     for (text, tokens, *_), runs in sorted(cells.items()):
         first = runs[0][0]
