@@ -252,8 +252,9 @@ def test_runs_go_side_by_side_and_end_in_the_same_table(tmp_path: Path) -> None:
     assert (tmp_path / "two" / TABLE).read_text() == (tmp_path / "one" / TABLE).read_text()
 
 
-def test_a_lone_run_has_the_threads_of_one_among_many(tmp_path: Path) -> None:
+def test_a_lone_run_has_the_threads_of_one_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a seed that is added later would have other bits and seconds than those before it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "14")
     given: list[int | None] = []
 
     class Noting(Trainer):
@@ -263,7 +264,7 @@ def test_a_lone_run_has_the_threads_of_one_among_many(tmp_path: Path) -> None:
 
     for seeds in (1, 3):
         grid(tmp_path / str(seeds), Noting(), jobs=7, trials=1, seeds=seeds, tasks=("reviews",)).run()
-    assert set(given) == {threads_each(7)}
+    assert set(given) == {threads_each(7)} == {2}
 
 
 def test_the_first_methods_runs_go_first_and_a_stage_waits_for_the_one_before(tmp_path: Path) -> None:
