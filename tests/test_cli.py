@@ -290,9 +290,15 @@ def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(
     results = Path("mine", RESULTS).read_bytes()
     Path("data", "mood").mkdir(parents=True)
     shutil.copy(place / "dev.csv", "data/mood/dev.csv")
-    for asked in (("--temperature", 5, "--sampler", "ancestral"), ("--data", "data")):
-        assert good("eval", "mine", *asked, "--json").json[0]["n"] == kept[0]["n"]
-        assert Path("mine", RESULTS).read_bytes() == results
+    for asked, why in (
+        (("--temperature", 5, "--sampler", "ancestral"), "decoded otherwise than by default"),
+        (("--data", "data"), "of the rows in data"),
+        (("--limit", 100), "of 100 rows at most"),
+    ):
+        ran = good("eval", "mine", *asked, "--json")
+        assert ran.json[0]["n"] == kept[0]["n"] and Path("mine", RESULTS).read_bytes() == results
+        assert f"mine: mood/dev is not kept in results.json, as it is {why}" in ran.stderr
+        assert "is not kept" not in good("eval", "mine", *asked, "--json", "--quiet").stderr
 
 
 def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair: tuple[Path, Path]) -> None:
@@ -469,7 +475,9 @@ def test_a_run_has_the_methods_own_rate_and_optimizer_unless_it_is_told(place: P
 def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
     run = adapters["trajectory-lora"][0]
     own, kept = good("eval", run, "--json").json[0], (run / RESULTS).read_bytes()
-    small = good("eval", run, "--base-dtype", "int8", "--json").json[0]
+    ran = good("eval", run, "--base-dtype", "int8", "--json")
+    small = ran.json[0]
+    assert "is not kept in results.json, as it is on the base in int8" in ran.stderr
     assert small["nll_bound"] != own["nll_bound"]
     assert small["nll_bound"] == pytest.approx(own["nll_bound"], rel=0.05), "127 levels a row"
     assert (run / RESULTS).read_bytes() == kept, "it is no result of the run's own base"

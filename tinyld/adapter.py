@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tinyld.base import Base, check_amount, load_base, load_exactly
 from tinyld.config import to_dict
@@ -63,6 +64,15 @@ def find_base(config: dict[str, Any], run: Path, override: Path | None, default:
     raise TinyldError(f"the base of {run} is not at {recorded}; say where it is with --base")
 
 
+def read_method(
+    record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder
+) -> tuple[type[Method], Any]:
+    """(method, config) from what a run recorded of its method; refuses one that asks for more than `tensors` hold."""
+    method, settings = read_config(record, str(folder.path / CONFIG))
+    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
+    return method, settings
+
+
 def load_adapter(
     folder: RunFolder,
     default_base: Path,
@@ -76,14 +86,13 @@ def load_adapter(
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
     where = str(folder.path / CONFIG)
     found = find_base(config, folder.path, base_path, default_base)
-    method, settings = read_config(config["method"], where)
     dtype = base_dtype(config, where) if dtype is None else dtype
-    check_frozen(method.name, dtype)
+    check_frozen(read_config(config["method"], where)[0].name, dtype)
     base = load_base(found, device, dtype)
     check_base(config, base, folder.path)
     check_bands(config, where)
     tensors = folder.read_tensors(ADAPTER)
-    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
+    method, settings = read_method(config["method"], tensors, base, folder)
     adapted = attach(base, method.name, settings, config["task"])
     load_exactly(adapted.method.own, tensors, folder.path / ADAPTER)
     adapted.config = config

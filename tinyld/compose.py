@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.adapter import base_dtype, check_bands
-from tinyld.base import Base, check_amount, load_exactly
+from tinyld.adapter import base_dtype, check_bands, read_method
+from tinyld.base import Base, load_exactly
 from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_config
@@ -222,12 +222,11 @@ def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
     dtype = base_dtype(config, str(folder.path / CONFIG))
     if dtype != base.dtype:
         raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
-    method, settings = read_config(config["method"], str(folder.path / CONFIG))
     prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
     if prototype is not None and prototype.shape != (2, WIDTHS * base.model.config.d_model):
         prototype = None  # of an older tinyld
     tensors = folder.read_tensors(ADAPTER)
-    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
+    method, settings = read_method(config["method"], tensors, base, folder)
     return Member(str(folder.path), config["task"], weight, method.name, settings, tensors, prototype)
 
 
@@ -288,16 +287,14 @@ def load_composition(folder: RunFolder, base: Base) -> Method | None:
     if "static" not in config:
         raise TinyldError(f"{where}: of an older tinyld; compose its members again")
     if config["static"] is not None:
-        method, settings = read_config(config["static"], str(where))
         own = part("static.")
-        check_amount(method.expected_parameters(settings, base.model.config), own, folder.path / ADAPTER)
+        method, settings = read_method(config["static"], own, base, folder)
         static = attach_static(base, (method.name, settings, own), folder.path / ADAPTER)
     members = []
     for i, record in enumerate(config["members"]):
-        method, settings = read_config(record["method"], str(where))
-        if method is TrajectoryLora:
+        if read_config(record["method"], str(where))[0] is TrajectoryLora:
             weight, own = float(record["weight"]), part(f"{i}.")
-            check_amount(method.expected_parameters(settings, base.model.config), own, folder.path / ADAPTER)
+            method, settings = read_method(record["method"], own, base, folder)
             members.append(Member(str(folder.path), record["task"], weight, method.name, settings, own))
     if not members:
         return static

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json as jsonlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,12 @@ def eval(
             record = {"run": str(run), "split": source, **found.record()}
             records.append(record)
             lines += [f"{run}\t{rows.task.name}\t" + "\t".join(map(one_line, p)) for p in found.predictions]
-            if limit is None and base_dtype is None and is_usual(run, rows.task, sampling, data):
-                unkept.append(remember(run, f"{rows.task.name}/{source}", {**record, "environment": environment()}))
+            key = f"{rows.task.name}/{source}"
+            why = why_unusual(run, rows.task, sampling, data, limit, base_dtype)
+            if why is None:
+                unkept.append(remember(run, key, {**record, "environment": environment()}))
+            elif not quiet:
+                print(f"{run}: {key} is not kept in {RESULTS}, as it is {why}", file=sys.stderr)
     if predictions is not None:
         from tinyld.runs import write_atomic
 
@@ -123,16 +128,23 @@ def eval(
     raise_first(unkept)
 
 
-def is_usual(run: Path, task: Task, sampling: SampleConfig, data: Path | None) -> bool:
-    """Whether an evaluation is the run's own result: decoded as ever, and of the rows that go with its own.
+def why_unusual(
+    run: Path, task: Task, sampling: SampleConfig, data: Path | None, limit: int | None, base_dtype: str | None
+) -> str | None:
+    """Why an evaluation is not the run's own result: decoded otherwise, or of other rows than go with its own.
 
     How a generation task's texts are sampled makes no difference to their nats; a file of rows has a name of its own.
     """
+    if limit is not None:
+        return f"of {limit:,} rows at most"
+    if base_dtype is not None:
+        return f"on the base in {base_dtype}"
     folder = RunFolder(run)
     own = folder.config.get("data", {}).get("folder") if folder.is_run() else None
     own = own or os.environ.get("TINYLD_DATA")
-    elsewhere = data is not None and data.is_dir() and (own is None or data.resolve() != Path(own).resolve())
-    return not elsewhere and (task.is_generation or sampling == SampleConfig())
+    if data is not None and data.is_dir() and (own is None or data.resolve() != Path(own).resolve()):
+        return f"of the rows in {data}"
+    return None if task.is_generation or sampling == SampleConfig() else "decoded otherwise than by default"
 
 
 def eval_text(
