@@ -139,6 +139,34 @@ def load_task(name_or_path: str) -> Task:
     return _build(_toml_path(str(name_or_path)))
 
 
+# What a run keeps of its task: all that asking and reading an answer takes. Where rows lie is not a part of it.
+_RECORD = ("template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens", "metric")
+
+
+def to_record(task: Task) -> dict[str, Any]:
+    """The task as plain JSON types, for a run's config.json."""
+    record = {name: getattr(task, name) for name in _RECORD}
+    record |= {"name": task.name, "label_names": list(task.label_names), "path": None}
+    record["pair"] = None if task.pair is None else {**vars(task.pair), "fields": list(task.pair.fields)}
+    if not task.builtin:
+        record["path"] = str(task.path.resolve())
+    return record
+
+
+def from_record(record: dict[str, Any], where: str) -> Task:
+    """The task that `to_record` wrote; rows of a built-in one are found by its name, of a user's own by its file.
+
+    TinyldError where the record is damaged, or where the file it was read from says otherwise today.
+    """
+    raise NotImplementedError  # the owner of tasks.py writes it
+
+
+def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
+    """An example without an answer, of a row that needs no label: what `predict` asks."""
+    before, after = _fill(task.template, _fields(task, row, where))
+    return Example(before, after, "", None)
+
+
 def _toml_path(name_or_path: str) -> Path:
     if name_or_path in builtin_names():
         return BUILTIN_DIR / f"{name_or_path}.toml"
