@@ -268,7 +268,7 @@ def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: 
 
 
 BAD = [
-    ({"sampler": "greedy"}, "sampler must be one of low_confidence, threshold, ancestral, got 'greedy'"),
+    ({"sampler": "greedy"}, "sampler must be one of low_confidence, threshold, entropy, ancestral, got 'greedy'"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"temperature": -0.1}, "temperature must be at least 0"),
     ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
@@ -303,4 +303,63 @@ def test_the_end_of_an_answer_waits_for_its_beginning(
     config = SampleConfig(sampler=sampler, threshold=0.8)
     out, passes = decode(denoiser, x, answer_mask, attention_mask, MASK, FORBIDDEN, config, eos_id=eos_id)
     assert out[answer_mask].tolist() == written
-    assert passes == (5 if sampler == "low_confidence" else 4 if eos_id else 2)
+    assert passes == (4 if eos_id else 5 if sampler == "low_confidence" else 2)
+
+
+def hazards(table: dict[int, float], start: int) -> Any:
+    """A denoiser that ends a text at slot position j with chance table[j], given that it comes so far, and else writes
+    token 6."""
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = torch.full((*x.shape, 8), -30.0)
+        logits[..., 6] = 0.0
+        for j, chance in table.items():
+            if start + j < x.shape[1]:
+                logits[:, start + j, EOS] = torch.tensor(chance / (1 - chance)).log()
+        return logits[where]
+
+    return denoiser
+
+
+def test_the_chance_of_a_length_is_the_hazard_there_times_that_of_coming_so_far(tokenizer: Tokenizer) -> None:
+    """[EOS] is likelier at 3 than at 1, but a text seldom comes to 3: 0.6 against 0.4 * 0.9."""
+    batch = rows(tokenizer, [6])
+    denoiser = hazards({1: 0.6, 3: 0.9}, int(batch[1][0].nonzero()[0]))
+    config = SampleConfig("threshold", threshold=0.59)
+    out, passes = decode(denoiser, *batch, MASK, FORBIDDEN, config, eos_id=EOS)
+    assert out[batch[1]].tolist() == [6, EOS, EOS, EOS, EOS, EOS]
+    assert passes == 1, "the end and what stands before it are written together"
+
+
+def test_the_place_behind_an_end_leaves_the_row(tokenizer: Tokenizer) -> None:
+    x, answer_mask, attention_mask = rows(tokenizer, [8])
+    denoiser = hazards({2: 0.95}, int(answer_mask[0].nonzero()[0]))
+    lengths: list[int] = []
+
+    def watching(x: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, where: Tensor) -> Tensor:
+        lengths.append(x.shape[1] if attention is None else int(attention.sum()))
+        logits = denoiser(x, where=where)
+        logits[:, 6] = logits[:, 7] = 0.0  # two tokens to choose from: neither is sure
+        return logits
+
+    decode(watching, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig("threshold"), eos_id=EOS)
+    assert lengths[0] - lengths[1] == 5
+
+
+@pytest.mark.parametrize("table", [{0: 0.3, 2: 0.5}, {1: 0.2, 3: 0.9}])
+def test_lengths_are_drawn_as_often_as_the_hazards_say(tokenizer: Tokenizer, table: dict[int, float]) -> None:
+    n, width = 2_000, 5
+    x = torch.full((n, width + 1), 5)
+    answer_mask = torch.ones_like(x, dtype=torch.bool)
+    answer_mask[:, 0] = False
+    config = SampleConfig("ancestral", steps=6, temperature=1.0)
+    real = torch.ones_like(answer_mask)
+    out, _ = decode(hazards(table, 1), x, answer_mask, real, MASK, FORBIDDEN, config, eos_id=EOS)
+    found = (out[:, 1:] != EOS).sum(1)
+    left, expected = 1.0, []
+    for j in range(width):
+        expected.append(left * table.get(j, 0.0))
+        left *= 1 - table.get(j, 0.0)
+    for j, chance in enumerate([*expected, left]):
+        share = float((found == j).float().mean())
+        assert share == pytest.approx(chance, abs=4.5 * (0.25 / n) ** 0.5), (j, share, chance)

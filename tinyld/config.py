@@ -238,7 +238,7 @@ class TrainConfig:
         check_choice("dtype", self.dtype, DTYPES)
 
 
-SAMPLERS = ("low_confidence", "threshold", "ancestral")
+SAMPLERS = ("low_confidence", "threshold", "entropy", "ancestral")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,12 @@
-"""The reverse process: from masked answer slots to tokens. Takes any denoiser that gives logits."""
+"""The reverse process: from masked answer slots to tokens, and to a length. Takes any denoiser that gives logits.
+
+A slot is as wide as the longest answer allowed, and a text ends in it at one [EOS]. What comes after that is no part of
+the text: training never scores it, so the chance of [EOS] at a position is a hazard, that the text ends there *given
+that it comes so far*. The chance that it comes so far is S_j, the product of (1 - hazard) over the masked positions to
+its left. A token at j can be right only if the text comes so far, so its confidence is S_j p_j(token), and that of an
+end at j is S_j p_j([EOS]): a distribution over lengths that adds up to at most 1. Once an end is chosen, the rest of
+the slot leaves the row. So neither padding nor a long slot can win a text's places, and no length need be told.
+"""
 
 from __future__ import annotations
 
@@ -22,71 +30,134 @@ def decode(
     config: SampleConfig,
     generator: torch.Generator | None = None,
     eos_id: int | None = None,
+    watch: Any = None,
 ) -> tuple[Tensor, int]:
-    """(ids, forward passes): x with its answer slots decoded from all [MASK].
+    """(ids, forward passes): x with its answer slots decoded from all [MASK], and [EOS] from a text's end on.
 
-    x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. The denoiser is told each row's share
-    of answer tokens that are still masked as t; rows that are done leave the batch, and the vocabulary head runs on
-    masked positions only.
-
-    Where the most confident tokens come first, `eos_id` comes after all others of its row: it is the likeliest token
-    of most places of a long slot, and by its confidence alone a text would be ended before it is begun.
+    x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
+    slot. The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch.
+    `watch` is called with x after every pass.
     """
-    device = x.device
-    generator = generator or torch.Generator(device).manual_seed(config.seed)
+    generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x = torch.where(answer_mask, mask_id, x)
+    inside = answer_mask.clone()  # the slot, up to the end once that is known
+    attended = attention_mask.clone()
     prompt_mask = attention_mask & ~answer_mask
-    size = answer_mask.sum(1)  # (B,)
-    steps = config.steps or int(size.max())
-    schedule = SCHEDULES[config.schedule]
+    width = int(answer_mask.sum(1).max()) if len(x) else 0
+    steps = config.steps or width
     passes = 0
-    for step in range(steps):
-        masked = (x == mask_id) & answer_mask
+    while True:
+        masked = (x == mask_id) & inside
         rows = masked.any(1).nonzero()[:, 0]
         if len(rows) == 0:
-            break
-        where = masked[rows]
-        remaining = where.sum(1)
-        real = attention_mask[rows]
+            return x, passes
+        masked, real = masked[rows], attended[rows]
+        length = int(real.any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
+        masked, real = masked[:, :length], real[:, :length]
         logits = denoiser(
-            x[rows],
-            remaining / size[rows],
+            x[rows, :length],
+            masked.sum(1) / inside[rows].sum(1),
             None if bool(real.all()) else real,
-            prompt_mask[rows],
-            where=where,
+            prompt_mask[rows, :length],
+            where=masked,
         ).float()  # (N, V)
-        passes += 1
         logits[:, forbidden] = -torch.inf
-        token, confidence = _draw(logits, config.temperature, generator)
-        grid_token = x[rows].masked_scatter(where, token)
-        grid_confidence = torch.full(where.shape, -torch.inf, device=device).masked_scatter(where, confidence)
+        open_ended = torch.ones(len(rows), dtype=torch.bool, device=x.device)
         if eos_id is not None:
-            ends = where & (grid_token == eos_id)
-            waits = ends & (where & ~ends).any(1, keepdim=True)
-            grid_confidence = grid_confidence - waits.float()
-        last = step == steps - 1
-        if config.sampler == "ancestral":
-            now, then = (torch.tensor(1.0 - (step + i) / steps, device=device) for i in (0, 1))
-            chance = (schedule.keep_prob(then) - schedule.keep_prob(now)) / schedule.mask_ratio(now)
-            draw = torch.rand(where.shape, generator=generator, device=device)
-            accept = where if last else where & (draw < chance)
-        elif config.sampler == "threshold":
-            best = grid_confidence.max(1, keepdim=True).values
-            accept = where if last else where & ((grid_confidence >= config.threshold) | (grid_confidence == best))
+            open_ended = (inside[rows] == answer_mask[rows]).all(1)  # its end is not known yet
+        choice = Candidates(logits, masked, open_ended, eos_id, config.temperature, generator)
+        tokens, ends = accept(choice, config, steps, passes, generator)
+        x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
+        for row, end in ends.nonzero().tolist():
+            i = int(rows[row])
+            rest = answer_mask[i] & (torch.arange(x.shape[1], device=x.device) >= end)
+            x[i][rest] = eos_id
+            inside[i] &= ~rest
+            rest[end] = False
+            attended[i] &= ~rest
+        passes += 1
+        if watch is not None:
+            watch(x)
+
+
+class Candidates:
+    """What could be written now: at each masked position a token, and for each open-ended row an end; all (B, L)."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        masked: Tensor,
+        open_ended: Tensor,
+        eos_id: int | None,
+        temperature: float,
+        generator: torch.Generator,
+    ):
+        """logits: (N, V) at the N positions of masked (B, L), row by row; open_ended: (B,)."""
+        self.masked = masked
+        zeros = torch.zeros(masked.shape, device=logits.device)
+        hazard = zeros
+        if eos_id is not None:
+            hazard = zeros.masked_scatter(masked, logits.softmax(-1)[:, eos_id]) * open_ended[:, None]
+            logits[:, eos_id] = -torch.inf
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+        if temperature == 0:
+            best, token = logp.max(-1)
         else:
-            count = torch.ceil(remaining / (steps - step)).to(torch.int64)
-            rank = grid_confidence.argsort(stable=True, dim=1, descending=True).argsort(1)
-            accept = where & (rank < count[:, None])
-        x[rows] = torch.where(accept, grid_token, x[rows])
-    return x, passes
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            best = logp.gather(1, token[:, None])[:, 0]
+        stays = (1.0 - hazard).clamp(min=1e-9).log().cumsum(1)
+        self.comes_so_far = (stays - (1.0 - hazard).clamp(min=1e-9).log()).exp()  # S_j, before j's own chance to end
+        self.token = torch.zeros(masked.shape, dtype=torch.long, device=logits.device).masked_scatter(masked, token)
+        self.survives = stays.exp() * masked  # that there is a token at j and not an end before or at it
+        self.confidence = zeros.masked_scatter(masked, best.exp()) * self.survives
+        self.entropy = torch.full_like(zeros, torch.inf).masked_scatter(masked, entropy)
+        self.end_confidence = self.comes_so_far * hazard
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(token, its probability) for logits (N, V), both (N,)."""
-    probs = logits.softmax(-1)
-    if temperature == 0:
-        confidence, token = probs.max(-1)
-        return token, confidence
-    noisy = torch.softmax(logits / temperature, -1)
-    token = torch.multinomial(noisy, 1, generator=generator)[:, 0]
-    return token, probs.gather(1, token[:, None])[:, 0]
+def accept(
+    choice: Candidates, config: SampleConfig, steps: int, step: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(tokens, ends), both (B, L) bool: what is written in this pass, at least one of the two in every row.
+
+    - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
+    - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
+    - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
+      at most `entropy` nats.
+    - ancestral (MDLM, arXiv 2406.07524): first a length, then each position with the schedule's chance, in no order.
+    """
+    masked, confidence = choice.masked, choice.confidence
+    end, at = choice.end_confidence.max(1)  # (B,) the likeliest end, and where
+    if config.sampler == "ancestral":
+        now, then = (torch.tensor(1.0 - min(step + i, steps) / steps, device=masked.device) for i in (0, 1))
+        schedule = SCHEDULES[config.schedule]
+        chance = (schedule.keep_prob(then) - schedule.keep_prob(now)) / schedule.mask_ratio(now).clamp(min=1e-6)
+        draw, length = torch.rand((2, *masked.shape), generator=generator, device=masked.device)
+        tokens = masked & ((draw < chance) | (step + 1 >= steps))
+        reached = choice.end_confidence.cumsum(1) > length[:, :1]  # the length is drawn first, in the first pass
+        ends_now, at = reached.any(1) & (step == 0), reached.int().argmax(1)
+    elif config.steps is not None and step + 1 >= steps:
+        tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
+    elif config.sampler == "low_confidence":
+        count = torch.ceil(masked.sum(1) / max(steps - step, 1))
+        both = torch.cat([confidence.masked_fill(~masked, -1.0), end[:, None]], 1)
+        best = both.argsort(stable=True, dim=1, descending=True).argsort(1) < count[:, None]
+        tokens, ends_now = best[:, :-1] & masked, best[:, -1] & (end > 0)
+    else:
+        if config.sampler == "entropy":
+            order = choice.entropy.argsort(1)
+            rising = choice.entropy.gather(1, order)
+            open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
+            tokens = torch.zeros_like(masked).scatter(1, order, open_before <= config.threshold)
+            tokens &= masked & (choice.survives > 0.5)
+            sure = 0.5
+        else:
+            sure = config.threshold
+            tokens = masked & (confidence >= sure)
+        ends_now = (end >= sure) & (end > 0)
+        most, where = confidence.masked_fill(~masked, -1.0).max(1)
+        none = ~tokens.any(1) & ~ends_now
+        ends_now |= none & (end > most)
+        tokens |= torch.zeros_like(masked).scatter(1, where[:, None], (none & ~ends_now)[:, None])
+    ends = torch.zeros_like(masked).scatter(1, at[:, None], ends_now[:, None]) & masked
+    return tokens & ~(ends.cumsum(1) > 0), ends  # from the end on nothing is written
