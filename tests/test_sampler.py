@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -322,13 +323,27 @@ def hazards(table: dict[int, float], start: int) -> Any:
 
 
 def test_the_chance_of_a_length_is_the_hazard_there_times_that_of_coming_so_far(tokenizer: Tokenizer) -> None:
-    """[EOS] is likelier at 3 than at 1, but a text seldom comes to 3: 0.6 against 0.4 * 0.9."""
+    """[EOS] is likelier at 3 than at 1, but a text seldom comes to 3: 0.92 against 0.08 * 0.99."""
     batch = rows(tokenizer, [6])
-    denoiser = hazards({1: 0.6, 3: 0.9}, int(batch[1][0].nonzero()[0]))
-    config = SampleConfig("threshold", threshold=0.59)
-    out, passes = decode(denoiser, *batch, MASK, FORBIDDEN, config, eos_id=EOS)
+    denoiser = hazards({1: 0.92, 3: 0.99}, int(batch[1][0].nonzero()[0]))
+    out, passes = decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig("threshold"), eos_id=EOS)
     assert out[batch[1]].tolist() == [6, EOS, EOS, EOS, EOS, EOS]
     assert passes == 1, "the end and what stands before it are written together"
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy"])
+def test_a_text_is_not_ended_because_its_words_are_less_sure_than_its_end(tokenizer: Tokenizer, sampler: str) -> None:
+    """Each position ends with chance 0.4 and goes on with one of two words: the end is the likeliest of the three."""
+    batch = rows(tokenizer, [4])
+    ends = hazards({j: 0.4 for j in range(4)}, int(batch[1][0].nonzero()[0]))
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = ends(x, where=where)
+        logits[:, 6] = logits[:, 7] = -math.log(2)
+        return logits
+
+    out, _ = decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(sampler), eos_id=EOS)
+    assert not (out[batch[1]] == EOS).any()
 
 
 def test_the_place_behind_an_end_leaves_the_row(tokenizer: Tokenizer) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.diffusion import SCHEDULES
 
+SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
+
 
 @torch.no_grad()
 def decode(
@@ -120,6 +122,8 @@ def accept(
 ) -> tuple[Tensor, Tensor]:
     """(tokens, ends), both (B, L) bool: what is written in this pass, at least one of the two in every row.
 
+    A text ends where all before is written and it is likelier to end than to go on, or where an end is sure.
+
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
@@ -138,11 +142,6 @@ def accept(
         ends_now, at = reached.any(1) & (step == 0), reached.int().argmax(1)
     elif config.steps is not None and step + 1 >= steps:
         tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
-    elif config.sampler == "low_confidence":
-        count = torch.ceil(masked.sum(1) / max(steps - step, 1))
-        both = torch.cat([confidence.masked_fill(~masked, -1.0), end[:, None]], 1)
-        best = both.argsort(stable=True, dim=1, descending=True).argsort(1) < count[:, None]
-        tokens, ends_now = best[:, :-1] & masked, best[:, -1] & (end > 0)
     else:
         if config.sampler == "entropy":
             order = choice.entropy.argsort(1)
@@ -150,14 +149,18 @@ def accept(
             open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
             tokens = torch.zeros_like(masked).scatter(1, order, open_before <= config.threshold)
             tokens &= masked & (choice.survives > 0.5)
-            sure = 0.5
+        elif config.sampler == "threshold":
+            tokens = masked & (confidence >= config.threshold)
         else:
-            sure = config.threshold
-            tokens = masked & (confidence >= sure)
-        ends_now = (end >= sure) & (end > 0)
-        most, where = confidence.masked_fill(~masked, -1.0).max(1)
+            count = torch.ceil(masked.sum(1) / (steps - step))
+            best = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
+            tokens = masked & (best < count[:, None])
+        first = masked & (masked.cumsum(1) == 1)
+        over = (first & (choice.end_confidence > 0.5)).any(1)  # all before is written, and it ends rather than goes on
+        at = torch.where(over, first.int().argmax(1), at)
+        ends_now = over | ((end >= SURE) & (end > 0))
+        most = confidence.masked_fill(~masked, -1.0).argmax(1)
         none = ~tokens.any(1) & ~ends_now
-        ends_now |= none & (end > most)
-        tokens |= torch.zeros_like(masked).scatter(1, where[:, None], (none & ~ends_now)[:, None])
+        tokens |= torch.zeros_like(masked).scatter(1, most[:, None], none[:, None])
     ends = torch.zeros_like(masked).scatter(1, at[:, None], ends_now[:, None]) & masked
     return tokens & ~(ends.cumsum(1) > 0), ends  # from the end on nothing is written
