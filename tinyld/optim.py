@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,15 +121,12 @@ class Optimizer:
 
 def is_inside(name: str, parameter: nn.Parameter) -> bool:
     """Whether it is a matrix between the embedding and the head, the base's own or an adapter's."""
-    return parameter.dim() == 2 and name.startswith(("blocks.", "places."))
+    return parameter.dim() == 2 and name.startswith(("blocks.", "sites."))
 
 
-def lr_factor(progress: float, warmup: float, decay: str) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then decay to 0."""
+def lr_factor(progress: float, warmup: float, flat: float = 0.0) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1]: it rises for `warmup`, stays for `flat`, falls to 0."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
         return max(progress / warmup, 1e-3)
-    if decay == "none":
-        return 1.0
-    left = (1.0 - progress) / (1.0 - warmup)
-    return left if decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+    return min((1.0 - progress) / (1.0 - warmup - flat), 1.0)
