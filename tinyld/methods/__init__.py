@@ -15,18 +15,6 @@ from tinyld.methods.weight_lora import WeightLora
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottleneck, BitFit, TrajectoryLora)}
 
-__all__ = [
-    "METHODS",
-    "BitFit",
-    "Bottleneck",
-    "Full",
-    "Method",
-    "TrajectoryLora",
-    "WeightLora",
-    "make_config",
-    "read_config",
-]
-
 
 def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
     """(method, config) from what a run recorded of its method; `where` names the file in the error."""

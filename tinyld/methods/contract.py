@@ -61,10 +61,10 @@ class Method(ABC):
     @classmethod
     def configure(cls, config: Any, given: Mapping[str, Any]) -> Any:
         """The config with the options given; UsageError for one that the method does not have."""
-        allowed = sorted({f.name for f in fields(config)} - {"prune"})
+        options = [f.name for f in fields(config)]
         for name in given:
-            if not hasattr(config, name):
-                own = ", ".join(f"--{o.replace('_', '-')}" for o in allowed) or "no option"
+            if name not in options:
+                own = ", ".join(f"--{option}" for option in sorted({*options} - {"prune"})) or "no option"
                 raise UsageError(f"--{name.replace('_', '-')} is not an option of {cls.name}, which has {own}")
         return replace(config, **given)
 
@@ -108,6 +108,7 @@ class Method(ABC):
     @classmethod
     def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float) -> Any:
         """The config with the largest rank whose parameters are at most `budget`, a share of the base's."""
+        check(budget <= 1, f"budget is a share of the base, at most 1, got {budget:g}")
         limit, rank = budget * model_config.num_parameters(), 0
         while cls.expected_parameters(cls.with_rank(config, rank + 1), model_config) <= limit:
             rank += 1

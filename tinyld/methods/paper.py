@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise
+from tinyld.model import take
 
 MODULES = 2  # k
 RANKS, SIGMA = (64, 32, 8), (1.0, 0.5, 0.25)  # by band, high noise first
@@ -53,7 +54,7 @@ class PaperUnits(nn.Module):
             used = scale[0].nonzero()[:, 0]
             down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]
         if positions is not None:
-            h = h.gather(1, positions[..., None].expand(-1, -1, width))
+            h = take(h, positions)
         hidden = F.layer_norm(h, (width,)) @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :]
         scale = scale * (1.0 + c @ gate.T)
         return (F.relu(hidden) * scale[:, None, :]) @ up.T

@@ -1,4 +1,4 @@
-"""--ranks auto: the weakest rank units of all sites are dropped while training, so each site and band keeps what it uses.
+"""--ranks auto: the weakest rank units of all sites are dropped while training, and each site keeps what it uses.
 
 A unit's strength is ||a_u|| ||b_u||. What is dropped is zero and stays so, which is how a resumed run knows it.
 """

@@ -27,7 +27,6 @@ from tinyld.config import ModelConfig, check, check_choice, check_finite
 from tinyld.methods import paper
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.methods.contract import Method
-from tinyld.methods.paper import PaperUnits
 from tinyld.methods.pruning import Pruning
 from tinyld.model import Denoiser, PushAt, take
 
@@ -223,7 +222,7 @@ class TrajectoryPush(nn.Module):
         self.sites = nn.ModuleList()
         for site in range(config.num_sites):
             if config.recipe == "paper":
-                self.sites.append(PaperUnits(config.ranks, config.sigma, width, generator))
+                self.sites.append(paper.PaperUnits(config.ranks, config.sigma, width, generator))
             elif config.recipe == "fast":
                 self.sites.append(AttendingUnits(config, width, last + 1, generator))
             else:
@@ -294,7 +293,7 @@ class TrajectoryLora(Method):
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
         d, sites = model_config.d_model, config.num_sites
         if config.recipe == "paper":
-            return PaperUnits.count(config.ranks, d)
+            return paper.PaperUnits.count(config.ranks, d)
         unit = 2 * d + TIME_WIDTH
         if config.is_tied:
             return max(config.ranks) * (unit + sites)  # and a gain at every site
