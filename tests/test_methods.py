@@ -185,22 +185,6 @@ def test_the_usual_rate_is_lower_where_states_are_small(config: ModelConfig) -> 
 
 
 @every_case
-def test_three_updates_lower_the_loss_they_follow(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config, 0)
-    method = attach(model, case)
-    lr, name = method.usual(config)
-    optimizer = Optimizer(method.own, TrainConfig(steps=3, lr=lr, optimizer=name))
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = step_loss(model, method, noised)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-
-
-@every_case
 def test_disabling_gives_back_the_base_and_enabling_the_adapter(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
     base = logits(model, noised)
@@ -528,20 +512,6 @@ def test_time_features_tell_nearby_times_apart() -> None:
     assert distance.min() > 0.05
 
 
-@of_trajectory
-@pytest.mark.parametrize("factor", [0.0, 0.5, 3.0])
-def test_sigma_scales_the_push_linearly(config: ModelConfig, case: str, factor: float) -> None:
-    plain = lively_push(config, case)
-    scaled = lively_push(config, case, sigma=tuple(factor * s for s in plain.config.sigma))
-    h, noised = torch.randn(6, 14, 32, generator=torch.Generator().manual_seed(0)), noised_batch(config)
-    depth = plain.first_depth
-    history = [h.roll(i, 0) for i in range(depth)] + [h]
-    with torch.no_grad():
-        one, other = (m.push.start(noised.t, noised.prompt_mask, history)(depth, h) for m in (plain, scaled))
-    torch.testing.assert_close(other, factor * one)
-    assert one.abs().max() > 0.1
-
-
 # ---------------------------------------------------------------------------------------------- pruning
 
 
@@ -739,11 +709,6 @@ def test_the_paper_recipe_trains_on_a_base_narrower_than_its_ranks(config: Model
     assert all(p.grad.isfinite().all() for n, p in method.own.items() if not n.endswith("gate"))
 
 
-@pytest.mark.parametrize("case", [k for k in CASES if k != "paper"])
-def test_a_method_without_regulariser_has_no_penalty(config: ModelConfig, case: str) -> None:
-    assert attach(fresh_base(config), case).penalty() is None
-
-
 # ---------------------------------------------------------------------------------------------- composition
 
 
@@ -785,11 +750,6 @@ def test_pushes_on_the_final_state_add_up(config: ModelConfig) -> None:
     base = states(None)
     expected = base + 2.0 * (states(one.push) - base) - 0.5 * (states(two.push) - base)
     torch.testing.assert_close(states(compose(config, (one, 2.0), (two, -0.5)).push), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_composition_of_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least one adapter"):
-        Composition([], [])
 
 
 # ---------------------------------------------------------------------------------------------- state cache

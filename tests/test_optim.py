@@ -187,11 +187,3 @@ def test_an_encoders_own_tensors_stay_frozen_and_then_train_at_their_share(name:
     assert rates == {0.1, 0.05}
     update(optimizer, params, 1)
     assert not any(torch.equal(p, before[n]) for n, p in params.items())
-
-
-def test_zero_grad_forgets_the_gradients() -> None:
-    params = parameters(0)
-    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))
-    update(optimizer, params, 0)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in params.values())
