@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -49,9 +50,10 @@ class StopSignals:
             os._exit(128 + signum)
         if not self.received:
             self.received, self.at = signum, time.monotonic()
-            if self.answer:
-                with contextlib.suppress(OSError):  # nobody may read it
-                    os.write(2, f"{self.answer}\n".encode())  # a print may just be under way, and is not reentrant
+            if self.answer and sys.stderr is not None:
+                with contextlib.suppress(OSError, ValueError):  # nobody may read it
+                    # not by print, which may just be under way and is not reentrant
+                    os.write(sys.stderr.fileno(), f"{self.answer}\n".encode())
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

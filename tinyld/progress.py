@@ -8,9 +8,10 @@ import time
 
 
 def say(line: str) -> None:
-    """A line on stderr; none where nobody reads it any more."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+    """A line on stderr; none where nobody reads it (any more)."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -30,7 +31,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.started = self.last = time.monotonic()
-        if not self.quiet and sys.stderr and sys.stderr.isatty():
+        if not self.quiet and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar

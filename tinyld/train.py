@@ -134,7 +134,8 @@ def train(
         run.to_the_end()
     metrics = run.metrics or run.held_out()  # none yet when a run is resumed after its last step
     model.eval()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_rss_mb()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
     return TrainResult(run.at.step, run.at.tokens, run.at.seconds, peak, metrics)
 
 
@@ -318,7 +319,3 @@ class Run:
 
     def diverged(self, what: str) -> TinyldError:
         return TinyldError(f"{what} at step {self.at.step} is not finite; {self.folder.last_good()}; lower --lr")
-
-
-def _peak_rss_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -105,6 +105,13 @@ RECIPES = {
 }
 
 
+def recipe_of(name: str | None) -> Recipe:
+    """The named recipe, or `best`; UsageError where there is none such."""
+    name = name or RECIPE_NAMES[0]
+    check_choice("recipe", name, RECIPE_NAMES)
+    return RECIPES[name]
+
+
 class RankUnits(nn.Module):
     """The rank units of one site."""
 
@@ -251,9 +258,7 @@ class TrajectoryLora(Method):
     @classmethod
     def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
         given = {name: value for name, value in options.items() if value is not None}
-        name = given.pop("recipe", RECIPE_NAMES[0])
-        check_choice("recipe", name, RECIPE_NAMES)
-        recipe = RECIPES[name]
+        recipe = recipe_of(given.pop("recipe", None))
         if given.get("ranks") == AUTO:
             given["prune"] = PRUNED
             del given["ranks"]
@@ -263,7 +268,7 @@ class TrajectoryLora(Method):
         config = cls.configure(config, given)
         if budget is not None:
             config = cls.fit_budget(config, model_config, budget)
-        if name == "fast":
+        if config.recipe == "fast":
             config = replace(config, attend=config.attending)
         if budget is not None:  # once units are pruned, no more are left than fit
             config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))
@@ -271,7 +276,7 @@ class TrajectoryLora(Method):
 
     @classmethod
     def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
-        own = RECIPES.get(recipe or RECIPE_NAMES[0], RECIPES[RECIPE_NAMES[0]])
+        own = recipe_of(recipe)
         return own.rates if model_config.norm_first else own.post_norm
 
     @property
