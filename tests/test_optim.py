@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
-from tinyld.optim import Fp32Muon, Optimizer, lr_factor, orthogonal
+from tinyld.optim import Muon, Optimizer, lr_factor, orthogonal
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
@@ -112,10 +112,11 @@ def test_muon_makes_an_update_of_the_size_that_adamw_would_make() -> None:
     assert 0.1 * moved["adamw"] < moved["muon"] < moved["adamw"]  # RMS matching aims at 0.2 of a sign update
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
-def test_muon_in_fp32_moves_as_torchs_does_in_bf16(shape: tuple[int, int]) -> None:
+def test_muon_moves_as_torchs_does_in_bf16(shape: tuple[int, int], dtype: torch.dtype) -> None:
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
-    pair = Fp32Muon([ours], 0.1, 0.1), torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
+    pair = Muon([ours], 0.1, dtype), torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         before = ours.detach().clone()
@@ -125,6 +126,7 @@ def test_muon_in_fp32_moves_as_torchs_does_in_bf16(shape: tuple[int, int]) -> No
             optimizer.step()
         apart, moved = (ours - theirs).detach().norm(), (ours.detach() - before).norm()
         assert apart < 0.05 * moved, "bf16 has 8 bits, and three updates differ by 1 to 3%"
+        assert torch.equal(ours, theirs) == (dtype == torch.bfloat16)
 
 
 def test_muons_direction_has_all_singular_values_near_one() -> None:
@@ -137,13 +139,13 @@ def test_muons_direction_has_all_singular_values_near_one() -> None:
         assert float((found * exact).sum() / (found.norm() * exact.norm())) > 0.97
 
 
-@pytest.mark.parametrize(("fast", "kind"), [("fp32", Fp32Muon), ("bf16", torch.optim.Muon)])
+@pytest.mark.parametrize(("fast", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_muon_multiplies_in_bf16_only_where_the_hardware_does(
-    monkeypatch: pytest.MonkeyPatch, fast: str, kind: type
+    monkeypatch: pytest.MonkeyPatch, fast: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr("tinyld.optim.fast_dtype", lambda device: fast)
     *_, muon = Optimizer(parameters(0), TrainConfig(steps=1, optimizer="muon")).parts
-    assert type(muon) is kind
+    assert muon.dtype == dtype
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
