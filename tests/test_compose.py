@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 from test_methods import attach, fresh_base, logits, noised_batch, train
+from tinyld.interference import effective_rank, principal_cosines
+from tinyld.methods.trajectory_lora import PushModule
+from tinyld.search import BOUND, search_weights
+from tinyld.spectrum import band_off, effective_ranks
 from torch import Tensor
 
 from tinyld.base import Base
@@ -18,10 +22,8 @@ from tinyld.bench import InTurn
 from tinyld.compose import Composed, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interference import effective_rank, principal_cosines
 from tinyld.methods import METHODS
 from tinyld.methods.bands import NUM_BANDS, band_of
-from tinyld.methods.trajectory_lora import PushModule
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import Denoiser
 from tinyld.router import (
@@ -33,8 +35,6 @@ from tinyld.router import (
     train_router,
 )
 from tinyld.runs import RunFolder
-from tinyld.search import BOUND, search_weights
-from tinyld.spectrum import band_off, effective_ranks
 from tinyld.statistics import paired_difference
 
 COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast", "separate", "core")

@@ -290,7 +290,7 @@ def run_method(task: str, method: str, limit: int = TASK_ROWS, epochs: int = EPO
     with tempfile.TemporaryDirectory() as folder:
         dev = task_rows(base, task, "dev", limit=None)
         found = finetune(
-            RunFolder(Path(folder)), adapted, rows, dev, DiffusionConfig(time_sampling="uniform"), training, 4.0, None,
+            RunFolder(Path(folder)), adapted, rows, dev, DiffusionConfig(), training, 4.0, None,
             quiet=True, say=lambda text: None,
         )  # fmt: skip
     return {"seconds": found["seconds"]}

@@ -68,7 +68,6 @@ Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches an update is
 
 Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")]
 
-Ema = Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")]
 
 Recompute = Annotated[
     bool, typer.Option("--recompute", help="Activation checkpointing: less memory, a forward pass more.")
@@ -139,18 +138,13 @@ def pretrain(
     ] = "muon",
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay of matrices.")] = 0.1,
     warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = 0.02,
-    decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",
     clip: Clip = DEFAULT_TRAIN["clip"],
-    ema: Ema = DEFAULT_TRAIN["ema"],
     schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="Noise schedule.")] = DEFAULT_DIFFUSION[
         "schedule"
     ],
     loss: Annotated[
         Literal["uniform", "elbo"], typer.Option(help="Plain cross-entropy, or weighted to the bound.")
     ] = DEFAULT_DIFFUSION["loss"],
-    time_sampling: Annotated[
-        Literal["uniform", "bell"], typer.Option(help="How t is drawn; bell is Beta(2, 2).")
-    ] = DEFAULT_DIFFUSION["time_sampling"],
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -201,7 +195,7 @@ def pretrain(
         steps=steps, tokens=tokens, minutes=minutes, batch_size=batch_size, accumulate=accumulate, lr=lr,
         body_lr=(0.1 if fresh_head else 1.0) if body_lr is None else body_lr,
         body_start=(0.1 if fresh_head else 0.0) if body_start is None else body_start,
-        optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema, seed=seed,
+        optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, clip=clip, seed=seed,
         dtype=dtype, device=device, recompute=recompute, compile=compile, eval_every=eval_every,
         save_minutes=save_minutes, keep=keep,
     )  # fmt: skip
@@ -211,7 +205,7 @@ def pretrain(
         valid=valid or [],
         shape=shape,
         vocab_size=vocab_size or VOCAB_SIZES[preset],
-        diffusion=DiffusionConfig(schedule=schedule, loss=loss, time_sampling=time_sampling),
+        diffusion=DiffusionConfig(schedule=schedule, loss=loss),
         config=config,
         save_dtype=save_dtype,
         init=init,
@@ -342,9 +336,7 @@ def finetune(
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = DEFAULT_TRAIN["weight_decay"],
     warmup: Annotated[float, typer.Option(help="Share of the budget with a rising rate.")] = DEFAULT_TRAIN["warmup"],
-    decay: Annotated[Literal["linear", "cosine", "none"], typer.Option(help="Learning-rate decay.")] = "linear",
     clip: Clip = DEFAULT_TRAIN["clip"],
-    ema: Ema = DEFAULT_TRAIN["ema"],
     loss: Annotated[
         Literal["uniform", "elbo"], typer.Option(help="Plain or bound-weighted cross-entropy.")
     ] = "uniform",
@@ -357,9 +349,6 @@ def finetune(
     save_minutes: SaveMinutes = DEFAULT_TRAIN["save_minutes"],
     keep: Keep = DEFAULT_TRAIN["keep"],
     cache_gb: Annotated[float, typer.Option(help="Memory for frozen states; 0 keeps none.")] = 4.0,
-    mask_draws: Annotated[
-        int, typer.Option(help="Longer answers: fixed masks a row, so that states can be kept; 0 draws anew.")
-    ] = 0,
     base_dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the base's frozen matrices are kept in.")
     ] = "fp32",
@@ -390,11 +379,11 @@ def finetune(
     training = {
         "epochs": epochs, "steps": steps, "tokens": tokens, "minutes": minutes, "batch_size": batch_size,
         "accumulate": accumulate, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "warmup": warmup,
-        "decay": decay, "clip": clip, "ema": ema, "seed": seed, "dtype": dtype, "device": device,
+        "clip": clip, "seed": seed, "dtype": dtype, "device": device,
         "recompute": recompute, "compile": compile, "eval_every": eval_every, "save_minutes": save_minutes,
         "keep": keep,
     }  # fmt: skip
-    diffusion = DiffusionConfig(loss=loss, time_sampling="uniform", mask_draws=mask_draws)
+    diffusion = DiffusionConfig(loss=loss)
     job = finetune_job(task, method, options, base, data, limit, diffusion, training, cache_gb, base_dtype)
     finetune(job, out, force, json, quiet)
 

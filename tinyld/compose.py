@@ -22,7 +22,7 @@ from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_config
 from tinyld.methods.bands import BAND_EDGES
-from tinyld.methods.trajectory_lora import TrajectoryPush
+from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import PushAt, take
 from tinyld.router import WIDTHS, PrototypeRouter, TrainedRouter, prompt_features
@@ -70,10 +70,6 @@ class Composition(nn.Module):
         return 0 if self.router is not None else min(p.first_depth for p in self.pushes)
 
     @property
-    def pushes_within(self) -> bool:
-        return any(p.pushes_within for p in self.pushes)
-
-    @property
     def reads_depths(self) -> bool:
         return any(p.reads_depths for p in self.pushes)
 
@@ -91,7 +87,7 @@ class Composition(nn.Module):
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         parts: list[Part] | None = None
 
-        def push_at(depth: float, h: Tensor, places: Tensor | None = None) -> Tensor:
+        def push_at(depth: int, h: Tensor, places: Tensor | None = None) -> Tensor:
             nonlocal parts
             if parts is None:
                 parts = self.parts(self.route(h, prompt_mask), t, prompt_mask, history)
@@ -122,7 +118,7 @@ class Composition(nn.Module):
 class Part:
     """One member's push in one forward pass, on the rows that have a share of it."""
 
-    depths: list[float]
+    depths: list[int]
     rows: Tensor  # (b,)
     share: Tensor  # (b, 1, 1)
     push_at: PushAt

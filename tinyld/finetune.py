@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.adapter import Adapted, method_record, sizes
-from tinyld.cache import FixedMasks, StateCache, why_not_cached
+from tinyld.cache import StateCache, why_not_cached
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype
@@ -79,16 +79,12 @@ def finetune(
     dtype = resolve_dtype(config.dtype, device)
     started = time.perf_counter()
     depths = method.first_depth + 1 if method.reads_depths else 1
-    draws = 1 if train_rows.slot == 1 else diffusion.mask_draws
-    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb, depths, draws)
+    reason = why_not_cached(train_rows, method.first_depth, model.config.d_model, cache_gb, depths)
     objective: Noising = Objective(diffusion, tokenizer.mask_id, counted=True, seed=config.seed)
-    if reason is None or diffusion.mask_draws:  # a one-token answer has one mask, drawn anew or not
-        masks = FixedMasks(train_rows, diffusion, tokenizer.mask_id, config.seed, config.batch_size, draws)
-        objective = masks
     if reason is None:
-        with Progress("cache", draws * len(train_rows), quiet=quiet) as bar:
+        with Progress("cache", len(train_rows), quiet=quiet) as bar:
             objective = StateCache(
-                model, masks, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
+                model, train_rows, objective, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
                 method.reads_depths,
             )  # fmt: skip
     elif method.first_depth > 0:

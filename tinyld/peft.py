@@ -14,7 +14,7 @@ from torch import Tensor
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import WeightLora
-from tinyld.methods.weight_lora import WeightLoraConfig
+from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
 from tinyld.model import LINEARS
 from tinyld.runs import make_folder, parse_tensors, read_json, to_json, write_atomic
 
@@ -44,8 +44,6 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
     """Writes a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
     from safetensors.torch import save
 
-    if config.banded:
-        raise UsageError("PEFT has no timestep bands; export a weight-lora without --ranks and --core")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TinyldError(f"{out} exists and is not empty: choose another --out")
     make_folder(out)
@@ -54,7 +52,7 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
         "base_model_name_or_path": BASE + fingerprint,
         "target_modules": list(config.targets),
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": ALPHA,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "inference_mode": True,
@@ -91,7 +89,7 @@ def load_peft(
         raise TinyldError(f"{where}: r must be a whole number and lora_alpha a number, got {rank!r} and {alpha!r}")
     try:
         ordered = tuple(name for name in LINEARS if name in targets)
-        config = WeightLoraConfig(rank, float(alpha), ordered, bool(raw.get("use_rslora", False)))
+        config = WeightLoraConfig(rank, ordered, bool(raw.get("use_rslora", False)))
     except UsageError as error:
         raise TinyldError(f"{where}: {error}") from None
     path = folder / WEIGHTS
@@ -105,4 +103,4 @@ def load_peft(
     expected = WeightLora.expected_parameters(config, model_config)
     if sum(t.numel() for t in found.values()) != expected:
         raise TinyldError(f"{path}: not a LoRA of this base: {expected:,} parameters expected")
-    return config, found
+    return config, {n: t * (alpha / ALPHA) if n.endswith("lora_B.weight") else t for n, t in found.items()}

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import BUDGETS, UNSAID_HEAD_WIDTH, DiffusionConfig, TrainConfig
+from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig
 from tinyld.errors import TinyldError
 
 RECORD_KEYS = ("kind", "task", "method", "started_as", "base", "train", "diffusion", "data", "parameters", "how")
@@ -57,7 +57,7 @@ USUAL: dict[str, Any] = {
 def method_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """A run's method and its options, as it began."""
     method = record.get("started_as") or record["method"]
-    return method | ({"head_width": method.get("head_width", UNSAID_HEAD_WIDTH)} if method.get("attend") else {})
+    return method | ({"head_width": method.get("head_width", 8)} if method.get("attend") else {})
 
 
 def identity(record: Mapping[str, Any]) -> str:
@@ -94,7 +94,7 @@ def training(record: Mapping[str, Any]) -> str:
 
 def unusual(record: Mapping[str, Any]) -> list[str]:
     """What of a run's training is not as it usually is, its budget, batch size, rate and optimizer left out."""
-    usual = defaults(TrainConfig) | defaults(DiffusionConfig) | {"time_sampling": "uniform"}
+    usual = defaults(TrainConfig) | defaults(DiffusionConfig)
     given = record["train"] | record["diffusion"]
     told = (*NOT_SHOWN, *BUDGETS, "batch_size", "lr", "optimizer")
     others = [k for k in usual if k not in told and given.get(k, usual[k]) != usual[k]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinyld.base import Base
 from tinyld.config import check
 from tinyld.data import TaskRows, torch_seeded
-from tinyld.methods.trajectory_lora import pool
+from tinyld.methods.paper import pool
 
 NEAR = (-2, -1, 1, 2)  # places before the answer's first token and after its last
 WIDTHS = 1 + len(NEAR)  # of the base's width, in a prompt's features

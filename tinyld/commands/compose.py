@@ -208,7 +208,7 @@ class Measure:
             "parameters": sum(t.numel() for m in self.composed.members for t in m.tensors.values()),
             "speed": speed["own"] / speed["composed"] if speed["composed"] else None,
         }
-        return {"evaluations": records, "drops": drops, **self.routing(), **self.interference(), "cost": cost}
+        return {"evaluations": records, "drops": drops, **self.routing(), "interference": None, "cost": cost}
 
     def routing(self) -> dict[str, Any]:
         """Of each task's rows, the share that goes mostly to each member."""
@@ -223,16 +223,6 @@ class Measure:
             confusion.append([float((chosen == j).float().mean()) for j in range(len(members))])
             accuracy[self.label(member)] = confusion[-1][place]
         return {"routing_accuracy": accuracy, "confusion": confusion}
-
-    def interference(self) -> dict[str, Any]:
-        from tinyld.interference import interference
-
-        members = [m for m in self.composed.members if m.is_push]
-        pushes = {self.label(m): m.push(self.base) for m in members}
-        if len(pushes) < 2:
-            return {"interference": None}
-        rows = {self.label(m): self.rows_of[m.task] for m in members}
-        return {"interference": interference(self.base, pushes, rows, self.base.tokenizer.mask_id)}
 
 
 def show(out: Path, result: dict[str, Any]) -> None:

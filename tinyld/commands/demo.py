@@ -23,9 +23,7 @@ def demo(out: Path, limit: int | None, epochs: float, force: bool, quiet: bool) 
     records = []
     for name in ("reviews", "topics"):
         say(f"-- tinyld finetune --method trajectory-lora --task {name} --out {out / name}")
-        job = finetune_job(
-            name, "trajectory-lora", {}, None, None, limit, DiffusionConfig(time_sampling="uniform"), {"epochs": epochs}
-        )
+        job = finetune_job(name, "trajectory-lora", {}, None, None, limit, DiffusionConfig(), {"epochs": epochs})
         runs.append(finetune(job, out / name, force, False, quiet))
         say(f"-- tinyld eval {out / name} --split test")
         base, _ = load_run(runs[-1], None, "auto")
