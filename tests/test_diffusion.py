@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tinyld.config import DiffusionConfig
 from tinyld.diffusion import (
+    LONGEST_PREFIX,
+    PREFIXED,
     SCHEDULES,
     T_MIN,
     add_noise,
@@ -25,6 +27,7 @@ from tinyld.diffusion import (
 )
 
 MASK = 4
+EOS = 3
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -104,11 +107,87 @@ def test_prompt_and_padding_are_never_masked(seed: int, counted: bool) -> None:
     x0, answer_mask, attention_mask = random_triple(12, seed)
     config = DiffusionConfig(schedule=random.Random(seed).choice(list(SCHEDULES)))
     noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(seed), counted)
+    if not counted:  # two views of each row, whose clean prefix counts as a prompt
+        x0, answer_mask, attention_mask = (v.repeat(2, 1) for v in (x0, answer_mask, attention_mask))
     assert torch.equal(noised.xt[~answer_mask], x0[~answer_mask])
     assert not (noised.is_masked & ~answer_mask).any() and noised.is_masked.any()
     assert torch.equal(noised.xt == MASK, noised.is_masked)
     assert torch.equal(noised.xt[~noised.is_masked], x0[~noised.is_masked])
-    assert torch.equal(noised.prompt_mask, attention_mask & ~answer_mask)
+    prompt_mask = attention_mask & ~answer_mask
+    assert torch.equal(noised.prompt_mask, prompt_mask) if counted else (noised.prompt_mask >= prompt_mask).all()
+
+
+def test_pretraining_masks_every_token_behind_a_rows_prefix_in_one_of_its_two_views() -> None:
+    n, length = 3_000, 40
+    x0 = torch.randint(6, 90, (n, length), generator=seeded(1))
+    ones = torch.ones_like(x0, dtype=torch.bool)
+    noised, normaliser = noise_batch(x0, ones, ones, MASK, DiffusionConfig(), seeded(0), counted=False)
+    first, second = noised.is_masked.chunk(2)
+    assert torch.equal(noised.x0, x0.repeat(2, 1)) and not (first & second).any()
+    covered = first | second
+    begins = length - covered.sum(1)
+    assert torch.equal(covered, torch.arange(length)[None, :] >= begins[:, None]), "what is clean is a prefix"
+    assert normaliser == int(covered.sum())
+    prefixed = float((begins > 0).float().mean())
+    assert prefixed == pytest.approx(PREFIXED * (1 - 1 / (LONGEST_PREFIX * length)), abs=4 * (0.25 / n) ** 0.5)
+    assert int(begins.max()) <= LONGEST_PREFIX * length and float(begins[begins > 0].float().mean()) > 15
+
+
+def slots(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x0, answer_mask, attention_mask, tail_mask): two tokens of prompt, then texts in slots, each with its [EOS]."""
+    x0 = torch.full((len(lengths), 2 + width), EOS)
+    answer_mask, tail_mask = torch.zeros(2, *x0.shape, dtype=torch.bool)
+    answer_mask[:, 2:] = True
+    x0[:, :2] = 7
+    for row, length in enumerate(lengths):
+        x0[row, 2 : 2 + length] = torch.arange(20, 20 + length)
+        tail_mask[row, 2 + length + 1 :] = True
+    return x0, answer_mask, torch.ones_like(answer_mask), tail_mask
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_behind_an_end_is_masked_with_it_and_leaves_the_row_once_it_is_seen(seed: int) -> None:
+    lengths = [0, 1, 3, 5, 6, 3, 2]
+    x0, answer_mask, attention_mask, tail_mask = slots(lengths, width=6)
+    config = DiffusionConfig(loss="elbo")
+    noised, normaliser = noise_batch(
+        x0, answer_mask, attention_mask, MASK, config, seeded(seed), counted=True, tail_mask=tail_mask
+    )
+    assert not (noised.is_masked & tail_mask).any() and normaliser == sum(min(k + 1, 6) for k in lengths)
+    real = torch.ones_like(answer_mask) if noised.attention_mask is None else noised.attention_mask
+    for row, length in enumerate(lengths):
+        tail = tail_mask[row]
+        hidden = length < 6 and bool(noised.is_masked[row, 2 + length])
+        masked = int(noised.is_masked[row].sum())
+        assert (noised.xt[row][tail] == (MASK if hidden else EOS)).all()
+        assert (real[row][tail] == hidden).all()
+        visible = min(length + 1, 6) + (int(tail.sum()) if hidden else 0)
+        assert float(noised.t[row]) == pytest.approx((masked + (int(tail.sum()) if hidden else 0)) / visible)
+        assert float(noised.weight[row]) == pytest.approx(min(length + 1, 6) / masked)
+
+
+def test_a_bound_with_ends_is_a_likelihood_over_texts_of_every_length() -> None:
+    """A denoiser that ends with chance 1/3 and else writes one of two words: its texts of up to 3 words add up to 1."""
+
+    class Ends:
+        def states(self, xt: torch.Tensor, *rest: object) -> torch.Tensor:
+            return xt[rest[-1]]  # type: ignore[index]
+
+        def nll(self, h: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return torch.full(target.shape, math.log(3.0))
+
+        def parameters(self) -> object:
+            return iter([torch.zeros(1)])
+
+    total = 0.0
+    for length in range(4):
+        x0, answer_mask, attention_mask, tail_mask = slots([length], width=4)
+        noised, normaliser = noise_batch(
+            x0, answer_mask, attention_mask, MASK, DiffusionConfig(loss="elbo"), seeded(0), True, tail_mask
+        )
+        nll, row = token_nll(Ends(), noised)
+        total += 2**length * math.exp(-float((nll * noised.weight[row]).sum()))
+    assert total + (2 / 3) ** 4 == pytest.approx(1.0), "what is left over fills the slot"
 
 
 def test_the_attention_mask_is_left_out_when_nothing_is_padding() -> None:
@@ -196,11 +275,14 @@ def test_times_have_the_mean_and_variance_of_their_distribution(bell: bool, vari
 # ---------------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize(("loss", "counted", "bell"), [("uniform", False, True), ("elbo", False, False)])
-def test_times_are_bell_shaped_where_text_is_noised_but_under_the_elbo(loss: str, counted: bool, bell: bool) -> None:
-    x0, ones = torch.full((4000, 2), 9), torch.ones(4000, 2, dtype=torch.bool)
-    noised, _ = noise_batch(x0, ones, ones, MASK, DiffusionConfig(loss=loss), seeded(0), counted)
-    assert float(noised.t.var()) == pytest.approx(1 / 20 if bell else 1 / 12, rel=0.02)
+def test_rows_without_a_prefix_are_masked_at_bell_shaped_times_and_under_the_elbo_times_are_uniform() -> None:
+    x0, ones = torch.full((4000, 200), 9), torch.ones(4000, 200, dtype=torch.bool)
+    noised, _ = noise_batch(x0, ones, ones, MASK, DiffusionConfig(), seeded(0), counted=False)
+    whole = ~noised.prompt_mask.any(1)
+    assert float(noised.t[whole].var()) == pytest.approx(1 / 20, rel=0.06), "and the spread of 200 draws"
+    assert float(noised.t[~whole].var()) == pytest.approx(1 / 12, rel=0.06)
+    noised, _ = noise_batch(x0, ones, ones, MASK, DiffusionConfig(loss="elbo"), seeded(0), counted=False)
+    assert float(noised.t.var()) == pytest.approx(1 / 12, rel=0.02)
 
 
 def test_tasks_see_every_share_of_a_masked_answer_equally_often() -> None:
@@ -215,6 +297,7 @@ def test_the_normaliser_counts_masked_tokens_or_for_the_elbo_all_answer_tokens(l
     x0, answer_mask, attention_mask = random_triple(20, 3)
     config = DiffusionConfig(loss=loss)
     noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, config, seeded(0), counted)
+    assert noised.is_masked.any()
     assert normaliser == (int(answer_mask.sum()) if loss == "elbo" else int(noised.is_masked.sum()))
     if loss == "uniform":
         assert (noised.weight == 1).all()

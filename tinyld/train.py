@@ -48,8 +48,9 @@ class Objective:
     def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
         generator = torch_seeded(self.seed, 2, step)
         return noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.diffusion, generator, self.counted
-        )
+            batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.diffusion, generator, self.counted,
+            batch.tail_mask,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
