@@ -132,8 +132,8 @@ def share(text: str, name: str) -> float:
     except ValueError:
         raise UsageError(f"{name} takes a share such as 0.7% or 0.007, got {text!r}") from None
     check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
-    check(text.endswith("%") or value <= 0.1, 
-          f"{name} {text} would be {value:.0%} of the base: write {text}% or {value / 100:g}, or else {value:.0%}")  # fmt: skip
+    way_out = f"write {text}% or {value / 100:g}, or else {value:.0%}"
+    check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
     return value
 
 
@@ -202,7 +202,9 @@ class FinetuneOptions(Training):
     recipe: str | None = option(
         None, "trajectory-lora: most accurate, fastest, or the paper's.", "Method", choices=("best", "fast", "paper")
     )
-    budget: float | None = option(None, "Largest share of the base to store, as 0.7%; sets the rank.", "Method", read=share)
+    budget: float | None = option(
+        None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
+    )
     rank: int | None = option(None, "weight-lora, adapters: the rank.", "Method")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method")
     epochs: float | None = option(None, "Passes over the rows; 3 if no other budget is given.", "Training")
@@ -245,7 +247,7 @@ class PretrainOptions(Training):
     num_heads: int | None = option(None, "Attention heads; the preset's if not given.")
     d_ff: int | None = option(None, "Width inside the MLP; the preset's if not given.")
     keep_init: float = option(0.0, "With --init: share of its weights in what is written.")
-    body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for a tinyld base.")
+    body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
     body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
     save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=("fp32", "bf16"))
 
@@ -262,7 +264,7 @@ class EvalOptions(Sampling, OnDevice, Printed):
     predictions: Path | None = option(None, "Write prompt, gold and decoded answer as TSV.", "Output")
     wide: bool = option(False, "All columns, however wide.", "Output")
     draws: int = option(4, "Noise levels a row for the NLL bound of longer answers.", None, 1)
-    base_dtype: str | None = option(None, "Type of the base's frozen matrices, if not as trained.", None, choices=BASE_DTYPES)
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", None, choices=BASE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +300,7 @@ class ComposeOptions(OnDevice, Written, Printed):
         None, "Fixed coefficients, or by each row's prompt (router).", "Coefficients",
         choices=("sum", "average", "weights", "router"),
     )  # fmt: skip
-    weights: tuple[float, ...] | None = option(None, "A coefficient an adapter: 0.7,0.3.", "Coefficients", read=numbers(float))
+    weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers(float))
     rank: int | None = option(None, "weight-lora: cut the combined update to this rank.", "Coefficients", 1)
     max_drop: float | None = option(None, "Fail when a task loses more points than this.", "Data")
     split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
@@ -314,7 +316,7 @@ class CompareOptions(Printed):
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Task")
-    methods: str = option("all", "all, or methods with options: full,weight-lora:rank=1,trajectory-lora:ranks=64/32/8.", "Grid")
+    methods: str = option("all", "all, or some with options: full,weight-lora:rank=1,trajectory-lora:blocks=3.", "Grid")
     seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", 1)
     trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", 1)
     epochs: float = option(3.0, "Passes over the rows.", "Grid")
@@ -359,7 +361,7 @@ class MergeOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
     run: Path = option(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
-    to: str = option("hf", "A transformers BertForMaskedLM, or a LoRA for peft on our denoiser.", "Output", choices=("hf", "peft"))
+    to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", choices=("hf", "peft"))
     out: Path = option(Path("exported"), "Folder to write.", "Output")
 
 
