@@ -263,6 +263,9 @@ def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
     strange = torch.zeros(2, 10)
     strange[0, 1], strange[1, 0] = 2.0, 17.0
     assert router.choose(strange).tolist() == [NONE, NONE] and router.nearest(strange).tolist() == [0, 1]
+    router.only = 0  # the task was named
+    assert router.nearest(strange).tolist() == [0, 0] and router.choose(torch.zeros(1, 10)).tolist() == [0]
+    assert router.choose(own[1]).max() == NONE, "a text of another task is strange to this one"
 
 
 class Rows:
@@ -320,6 +323,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(config: ModelConfi
     base = base_of(fresh_base(config))
     composed.attach(base)
     assert base.model.push.shares(base.model.embed(x), prompt_mask).argmax(1).tolist() == owner
+    assert base.model.push.answered_by(base.model.embed(x), prompt_mask).tolist() == owner
     real = answer_or_prompt(prompt_mask)
     with torch.no_grad():
         found = base.model(x, t, real, prompt_mask)
