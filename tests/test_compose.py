@@ -24,7 +24,7 @@ from tinyld.router import NEAR, NONE, Router, answer_slot, measure_routing, prom
 from tinyld.runs import RunFolder
 from tinyld.statistics import paired_difference
 
-COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast", "separate")
+COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast")
 each = pytest.mark.parametrize("case", COMBINED)
 
 
@@ -170,7 +170,6 @@ REFUSED = [
     (("weight-lora", "weight-lora"), {"how": "router"}, "a router weighs trajectory-lora adapters; for weight-lora"),
     (("best-1", "best-1"), {"how": "search"}, "--how must be one of sum, average, weights, router, got 'search'"),
     (("weight-lora", "weight-lora-targets"), {}, "of different targets cannot be combined"),
-    (("weight-lora-bands", "weight-lora-bands"), {}, "with bands cannot be combined"),
     (("weight-lora", "weight-lora"), {"rank": 7}, "rank must be from 1 to 6, got 7"),
 ]
 
