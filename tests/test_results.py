@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from tinyld.cli import app
 from tinyld.tables import show
 
 TOP = Path(__file__).parents[1]
@@ -75,3 +78,16 @@ def test_the_script_prints_a_table() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=TOP, env={"PYTHONPATH": str(TOP), "PATH": ""})
     assert "| full, muon | 92.4 | 89.7 to 94.4 |" in done.stdout, done.stderr
     assert len(README.splitlines()) <= 250
+
+
+COMMANDS = re.findall(r"(?:^|`|&& )(?:\.venv/bin/)?(tinyld [a-z].*?)(?:$|`)", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_of_the_page_exists(command: str) -> None:
+    words = shlex.split(command)
+    shown = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200)
+    assert shown.exit_code == 0
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", shown.output), f"tinyld {words[1]} has no {word}"
