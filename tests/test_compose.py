@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
 from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor, nn
 
-from tinyld.base import Base
-from tinyld.compose import default_how, labels
+from tinyld.base import Base, load_base, save_base
+from tinyld.compose import compose, default_how, labels, show
 from tinyld.composition import Composition, Member, load_composition, prototype_router, save_composition
-from tinyld.config import ModelConfig
+from tinyld.config import ModelConfig, to_dict
+from tinyld.data import TaskRows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS
+from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import Denoiser
+from tinyld.options import ComposeOptions
 from tinyld.router import NEAR, NONE, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
 from tinyld.runs import RunFolder
 from tinyld.statistics import paired_difference
+from tinyld.tasks import load_split, load_task, to_record
+from tinyld.tokenizer import Tokenizer
 
 COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast")
 each = pytest.mark.parametrize("case", COMBINED)
@@ -385,6 +392,76 @@ def test_a_router_without_prototypes_is_refused_by_run(config: ModelConfig) -> N
     members = [trained_member(config, "best-0", seed)[0] for seed in (0, 1)]
     with pytest.raises(UsageError, match="run0, run1 has no prototype to route by"):
         prototype_router(members)
+
+
+# ---------------------------------------------------------------------------------------------- the verb
+
+
+@pytest.fixture()
+def runs(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> list[Path]:
+    """A base, and adapters of two tasks with templates of their own and of one that is like the first."""
+    model = fresh_base(config)
+    folder = RunFolder.create(tmp_path / "base")
+    folder.write_json("config.json", {"kind": "base", "model": to_dict(config)})
+    save_base(folder, model, dict(model.named_parameters()), tokenizer, torch.float32)
+    base, made = load_base(tmp_path / "base"), []
+    for seed, (name, template) in enumerate((("one", "it was"), ("two", "of the"), ("alike", "it was"))):
+        file = tmp_path / f"{name}.toml"
+        lines = [f'template = "{{text}} {template} {{answer}} ."', "[verbalizer]", 'a = "great"', 'b = "terrible"']
+        file.write_text("\n".join([*lines, "[data]", 'train = "rows.tsv"', 'dev = "rows.tsv"']))
+        texts = [
+            f"the {w} {v} was very {u}" for w in ("film", "plot", "food") for v in ("in", "and") for u in WORDS[:9]
+        ]
+        rows = [f"{text}\t{i % 2}" for i, text in enumerate(texts)]
+        (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+        task = load_task(str(file))
+        member, _ = trained_member(config, "best-1", seed)
+        run = RunFolder.create(tmp_path / name)
+        about = {"path": str(tmp_path / "base"), "fingerprint": base.fingerprint, "dtype": "fp32"}
+        method = {"name": member.method, **to_dict(member.config)}
+        edges = {"band_edges": list(BAND_EDGES)}
+        run.write_json(
+            "config.json", {"kind": "adapter", "task": to_record(task), "method": method, "base": about} | edges
+        )
+        run.write_tensors("adapter.safetensors", member.tensors)
+        examples = TaskRows(load_split(task, "train"), task, tokenizer, config.max_length)
+        run.write_tensors("prototype.safetensors", prompt_prototype(base, examples))
+        made.append(tmp_path / name)
+    return made
+
+
+def test_tasks_that_can_be_told_apart_are_routed_and_measured(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ComposeOptions(runs=tuple(runs[:2]), out=tmp_path / "both", quiet=True, dtype="fp32")
+    result = compose(options)
+    assert result["how"] == "router" and [r["right"] for r in result["routing"]] == [1.0, 1.0]
+    for drop in result["drops"]:
+        assert drop["n"] == 54 and drop["own"] == drop["composed"] and drop["drop"] == 0 and drop["low"] < 0
+        assert drop["own_nats"] == pytest.approx(drop["composed_nats"], abs=1e-4)
+    assert "problem" not in result and RunFolder.open(tmp_path / "both").read_json("results.json")["compose"]["how"]
+    json.dumps(result, allow_nan=False)
+    show(result, options)
+    title, *out = capsys.readouterr().out.splitlines()
+    assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)
+    with pytest.raises(TinyldError, match="holds .*, which this command reads; choose another --out"):
+        compose(replace(options, out=tmp_path, force=True))
+    with pytest.raises(UsageError, match="--weights needs 2 numbers"):
+        compose(replace(options, weights=(1.0,)))
+
+
+def test_tasks_that_cannot_be_told_apart_are_refused_unless_a_router_is_asked_for(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ComposeOptions(runs=(runs[0], runs[2]), out=tmp_path / "both", quiet=True, dtype="fp32", limit=20)
+    with pytest.raises(
+        TinyldError, match="its prompts are like another task's.* --how router composes them all the same"
+    ):
+        compose(options)
+    assert not (tmp_path / "both").exists()
+    result = compose(replace(options, how="router", max_drop=-100.0))
+    assert min(r["right"] for r in result["routing"]) < 0.95 and "its prompts are like" in capsys.readouterr().err
+    assert "points, --max-drop allows -100" in result["problem"]
 
 
 def test_members_are_called_by_their_task_and_by_their_run_where_it_has_several(config: ModelConfig) -> None:

@@ -156,11 +156,10 @@ class Grid:
     @cached_property
     def where(self) -> list[str]:
         """The flags of every command that say what it reads, and on what it runs."""
-        paths = {"--data": self.options.data, "--base": self.options.base}
-        return [w for flag, path in paths.items() if path for w in (flag, str(path))] + [
-            "--device",
-            self.options.device,
-        ]
+        options = self.options
+        words = ["--data", str(options.data)] if options.data else []
+        words += ["--base", str(options.base)] if options.base else []
+        return [*words, "--device", options.device]
 
     def rates(self, variant: Variant) -> list[float]:
         return [float(f"{variant.lr * multiple:.3g}") for multiple in RATES[: self.options.trials]]
@@ -228,12 +227,11 @@ class Grid:
 
     def check_cells(self) -> None:
         """TinyldError when a cell was made otherwise than this command would, as it must not pass for it."""
-        seeds, limits = range(self.options.seeds), self.rows()
-        for cell in [self.cell(t, v, lr, seed, n) for t, n, v in limits for lr in self.rates(v) for seed in seeds]:
-            folder = RunFolder(cell.folder)
+        seeds, base = range(self.options.seeds), self.fingerprint
+        for cell in [self.cell(t, v, lr, seed, n) for t, n, v in self.rows() for lr in self.rates(v) for seed in seeds]:
+            asked, folder = " ".join(["tinyld", *cell.command]), RunFolder(cell.folder)
             if not folder.is_run():
                 continue
-            asked, base = " ".join(["tinyld", *cell.command]), self.fingerprint
             made = folder.config["environment"]["command"].removesuffix(" --quiet").removesuffix(" --force")
             if (made, folder.config["base"]["fingerprint"]) != (asked, base):
                 raise TinyldError(

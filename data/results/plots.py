@@ -29,10 +29,8 @@ def main(source: Path, target: Path, axis: str) -> None:
         for number, method in enumerate(methods):
             rows = [row for row in found if row["task"] == task and row["method"] == method]
             error = [[100 * abs(row["accuracy"] - row[end]) for row in rows] for end in ("low", "high")]
-            panel.errorbar(
-                [row[axis] for row in rows], [100 * row["accuracy"] for row in rows], error, fmt="o", color=f"C{number}",
-                label=method,
-            )  # fmt: skip
+            x, y = [row[axis] for row in rows], [100 * row["accuracy"] for row in rows]
+            panel.errorbar(x, y, error, fmt="o", color=f"C{number}", label=method)
         panel.set(title=task, xscale="log", xlabel=AXES[axis], ylabel="accuracy, %" if panel is panels[0][0] else "")
     figure.legend(*panels[0][0].get_legend_handles_labels(), ncols=len(methods), loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
