@@ -445,7 +445,7 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
     title, *out = capsys.readouterr().out.splitlines()
     assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)
     with pytest.raises(TinyldError, match="holds .*, which this command reads; choose another --out"):
-        compose(replace(options, out=tmp_path, force=True))
+        compose(replace(options, out=runs[0], force=True))
     with pytest.raises(UsageError, match="--weights needs 2 numbers"):
         compose(replace(options, weights=(1.0,)))
 
