@@ -45,15 +45,10 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
-    """95% interval of an accuracy over seeds and rows (see `report.result_rows`)."""
+    """95% interval of an accuracy: the wider of Wilson's over the rows (at the mean) and Student's over the seeds."""
     mean, half = mean_of(accuracies), over_seeds(accuracies)
     low, high = wilson(mean * n, n)
     return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
-
-
-def nats(bounds: Sequence[float], stderr: float) -> str:
-    """Mean NLL bound over seeds and the half of its 95% interval: the wider of that over rows and that over seeds."""
-    return f"{mean_of(bounds):.3f} ± {max(1.96 * stderr, over_seeds(bounds)):.3f}"
 
 
 def over_seeds(values: Sequence[float]) -> float:

@@ -158,7 +158,7 @@ def from_record(record: dict[str, Any], where: str) -> Task:
 
     TinyldError where the record is damaged, or where the file it was read from says otherwise today.
     """
-    raise NotImplementedError  # the owner of tasks.py writes it
+    return load_task(record["path"] or record["name"])  # a stub: the owner of tasks.py writes it
 
 
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:

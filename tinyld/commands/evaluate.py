@@ -31,7 +31,7 @@ def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None 
     """
     from tinyld.adapter import base_dtype, check_frozen, find_base, load_adapter
     from tinyld.base import load_base
-    from tinyld.compose import attach_static, load_composition
+    from tinyld.composition import attach_static, load_composition
     from tinyld.device import resolve_device
     from tinyld.methods import WeightLora
     from tinyld.peft import is_peft, load_peft

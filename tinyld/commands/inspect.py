@@ -94,7 +94,7 @@ def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool)
 
     from tinyld.adapter import base_dtype, find_base, load_adapter
     from tinyld.base import load_base, save_base
-    from tinyld.compose import load_composition
+    from tinyld.composition import load_composition
 
     folder = RunFolder.open(run)
     config = folder.config
