@@ -1,6 +1,9 @@
-"""Collects the released base's pretraining text from a folder of task data, without any dev or test sentence.
+"""Collects the released bases' pretraining text from a folder of task data, without any dev or test sentence.
 
-    python data/base/prepare_text.py $TINYLD_DATA /tmp/text     # writes one .txt per source, prints what was dropped
+    python data/base/prepare_text.py $TINYLD_DATA /tmp/text     # writes one file per source, prints what was dropped
+
+`pretrain-more/` was cleaned by the rule below when it was made, and is copied; what is read more than once (TIMES),
+to learn copying and stories from, is copied that often. Of the reviews there, three of five files are taken.
 
 Reads `pretrain/*.txt` and the texts (never the labels) of every task's `train.tsv`. A line is dropped when, by its
 letters and digits alone, it equals a sentence of a dev, test or pretrain-valid file, or when it holds at least half
@@ -10,11 +13,14 @@ of the 6-word shingles of one (sentences of 8 words and more).
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 SHINGLE = 6
+TIMES = {"dialogues": 2, "tinystories": 3}  # copies of a file of pretrain-more; the others have one
+LEFT_OUT = ("imdb-03", "imdb-04")
 
 
 def words_of(text: str) -> list[str]:
@@ -85,6 +91,11 @@ def main(source: Path, target: Path) -> None:
         kept = [line for line in lines if line.strip() and not held_out.matches(line)]
         (target / f"{name}.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
         print(f"{name}: {len(kept):,} lines kept, {len(lines) - len(kept):,} dropped")
+    for path in sorted(source.glob("pretrain-more/*.txt.gz")):
+        name = path.name.removesuffix(".txt.gz")
+        for copy in range(0 if name in LEFT_OUT else TIMES.get(name, 1)):
+            shutil.copy(path, target / f"{name}{f'-{copy + 1}' if copy else ''}.txt.gz")
+            print(f"{name}: copied")
 
 
 if __name__ == "__main__":
