@@ -113,10 +113,10 @@ class TaskRows:
             )
         self.ids: list[np.ndarray] = []
         self.starts = np.zeros(len(examples), dtype=np.int64)
-        self.truncated = 0
+        self.cut = np.zeros(len(examples), dtype=bool)  # rows that were too long
         for i, (head, answer, tail) in enumerate(zip(before, answers, after, strict=True)):
             if len(head) + len(tail) > room:
-                self.truncated += 1
+                self.cut[i] = True
                 tail = tail[:room]
                 head = head[len(head) + len(tail) - room :]
             answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
@@ -129,6 +129,10 @@ class TaskRows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def truncated(self) -> int:
+        return int(self.cut.sum())
 
     def digest(self) -> str:
         """SHA-256 of all rows as the denoiser sees them."""

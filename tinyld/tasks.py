@@ -148,7 +148,7 @@ def to_record(task: Task) -> dict[str, Any]:
     record = {name: getattr(task, name) for name in _RECORD}
     record |= {"name": task.name, "label_names": list(task.label_names), "path": None}
     record["pair"] = None if task.pair is None else {**vars(task.pair), "fields": list(task.pair.fields)}
-    if not task.builtin:
+    if not task.builtin and task.path.suffix == ".toml":
         record["path"] = str(task.path.resolve())
     return record
 
@@ -158,12 +158,33 @@ def from_record(record: dict[str, Any], where: str) -> Task:
 
     TinyldError where the record is damaged, or where the file it was read from says otherwise today.
     """
-    raise NotImplementedError  # the owner of tasks.py writes it
+    values = {name: record[name] for name in _RECORD}
+    values |= {"name": record["name"], "label_names": tuple(record["label_names"])}
+    own = None if record["path"] is None else Path(record["path"])
+    twin = None
+    if record["name"].partition(":")[0] in builtin_names() and own is None:
+        twin = load_task(record["name"])
+    elif own is not None and own.is_file():
+        twin = load_task(str(own))
+    if twin is not None:
+        now = to_record(twin)
+        differ = [f"{key} was {record[key]!r}, is {now[key]!r}" for key in _RECORD if now[key] != record[key]]
+        if differ:
+            raise TinyldError(f"{where}: task {twin.name} has changed since: {'; '.join(differ)}")
+        return twin
+    pair = None if record["pair"] is None else Pair(**{**record["pair"], "fields": tuple(record["pair"]["fields"])})
+    return Task(
+        description="", pair=pair, splits=(), data={}, rows_name=record["name"], source=None, builtin=False,
+        path=own or Path(record["name"]), **values,
+    )  # fmt: skip
 
 
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     """An example without an answer, of a row that needs no label: what `predict` asks."""
-    before, after = _fill(task.template, _fields(task, row, where))
+    fields = _fields(task, row, where)
+    if task.is_generation and task.label_column is not None:
+        fields["label"] = task.label_names[_label(task, row, where)]
+    before, after = _fill(task.template, fields)
     return Example(before, after, "", None)
 
 
@@ -392,7 +413,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, column -> value) for each row that is not blank."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -516,7 +537,7 @@ def load_split(
     check_choice("split", split, SPLITS)
     path = Path(file) if file is not None else find_file(task, split, Path(data) if data is not None else None)
     examples = []
-    for where, row in islice(_read_rows(path), limit):
+    for where, row in islice(read_rows(path), limit):
         fields = _fields(task, row, where)
         label = None
         if task.label_column is not None:
