@@ -128,7 +128,7 @@ class Group(TyperGroup):
         return list(VERBS)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write("tinyld: teach a small masked diffusion language model to label or write your texts.\n\n")
+        formatter.write("tinyld: small masked diffusion language models, taught to label or write text.\n\n")
         formatter.write("Usage: tinyld VERB [OPTIONS], and tinyld VERB --help for its options. Main verbs:\n\n")
         for name, verb in VERBS.items():
             if name == "sample":
@@ -165,7 +165,6 @@ def fail(message: str, code: int) -> None:
 app = typer.Typer(
     cls=Group,
     rich_markup_mode=None,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -177,9 +176,13 @@ def version(value: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
-def root(show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
-    pass
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[Path]: "PATH", list[str]: "TEXT", list[int]: "N"}

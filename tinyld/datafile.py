@@ -39,18 +39,21 @@ def _digest(example: Example) -> bytes:
     return hashlib.sha256(f"{example.before}\0{example.after}".encode(errors="surrogatepass")).digest()
 
 
-def data_file(data: Path) -> tuple[Path, bool]:
-    """(where rows are, whether dev rows are held out of it) of a file, or of a folder with train and maybe dev rows."""
+def data_file(data: Path) -> tuple[Path, bool, Path]:
+    """(where rows are, whether dev rows are held out of it, the file of train rows). `data`: a file, or a folder with
+    train and maybe dev rows."""
     if not data.is_dir():
-        return data, True
+        return data, True, data
     train, dev = ([p for s in SUFFIXES if (p := data / f"{split}{s}").is_file()] for split in ("train", "dev"))
     if not train:
         raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")
-    return (data, False) if dev else (train[0], True)
+    return (data, False, train[0]) if dev else (train[0], True, train[0])
 
 
 def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Task:
     """The task of a file that holds texts and their labels and nothing else is known of."""
+    once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
+    check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
     rows = [row for _, row in tasks.read_rows(file)]
     if not rows:
         raise TinyldError(f"{file}: a header but no rows")

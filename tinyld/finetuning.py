@@ -84,7 +84,7 @@ def job_of(options: FinetuneOptions) -> Job:
     settings = {name: getattr(options, name) for name in METHOD_OPTIONS}
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(read_model_config(folder), options.optimizer, options.recipe)
-    training |= {"lr": options.lr or lr, "optimizer": options.optimizer or optimizer}
+    training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
     if all(training[budget] is None for budget in BUDGETS):
         training["epochs"] = 3.0
     config = TrainConfig(**training)
@@ -96,8 +96,7 @@ def job_of(options: FinetuneOptions) -> Job:
         if unused:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:
-        data, held_out = data_file(data)
-        file = data if held_out else data_file(data)[0]
+        data, held_out, file = data_file(data)
         task = make_task(options, file, Tokenizer.load(base / TOKENIZER))
     diffusion = DiffusionConfig(loss=options.loss, time_sampling="uniform")
     return Job(task, method, settings, base, options.base_dtype, data, held_out, options.limit, options.cache_gb,

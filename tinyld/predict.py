@@ -83,8 +83,8 @@ class Run:
             return known[name]
         asked = load_task(name)
         own = known.get(asked.name)
-        if own is None:
-            raise UsageError(f"{self.path} was not made for {asked.name}, but for {', '.join(known)}")
+        if own is None:  # such as another set of reviews, which it may know how to read
+            return asked
         refuse_another(asked, own, self.path)
         return own
 
@@ -144,7 +144,9 @@ class Run:
         if self.config["router"] is None:
             return [" + ".join(members)] * len(batch.x0)
         shares = push.shares(self.base.model.embed(batch.x0), batch.attention_mask & ~batch.answer_mask)
-        return [members[i] if share > 0 else None for share, i in zip(*(x.tolist() for x in shares.max(1)), strict=True)]
+        return [
+            members[i] if share > 0 else None for share, i in zip(*(x.tolist() for x in shares.max(1)), strict=True)
+        ]
 
     def fill(self, prompt: str, length: int, num: int, sampling: SampleConfig) -> tuple[list[str], int]:
         """(num texts of `length` tokens at {answer} or after the prompt, forward passes)."""
@@ -174,7 +176,8 @@ def load(
 ) -> Run:
     """A run from its folder, on its base: where the run says, or in `base`, or the released one.
 
-    Of a composition that routes its rows, all go to the adapter of `task` where that is named. `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained.
+    `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
+    composition that routes its rows, all go to the adapter of `task` where that is named.
     """
     path, base_path, on = Path(path), None if base is None else Path(base), resolve_device(device)
     resolve_dtype(dtype, on)
@@ -216,7 +219,7 @@ def input_columns(task: Task) -> list[str]:
 
 def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Any]:
     """The likeliest label and every label's probability among them. scores: (labels,) log-probabilities."""
-    probabilities = [round(p, 6) for p in scores.softmax(0).tolist()]
+    probabilities = [round(p, 4) for p in scores.softmax(0).tolist()]
     best = int(scores.argmax())
     return {
         "label": labels[best],

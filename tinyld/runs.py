@@ -373,7 +373,7 @@ class RunFolder:
             return inner.read_tensors("state.safetensors"), inner.read_json("state.json")
         except TinyldError as error:
             older = [s for s in found if s < chosen]
-            way_out = f"go on from an older one with --from-step {older[-1]}" if older else "there is no older one"
+            way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"
             raise TinyldError(f"{error}; {way_out}") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
@@ -443,7 +443,7 @@ def check_unchanged(path: Path, config: Mapping[str, Any], data_sha256: str, all
     pairs.append(("data", str(config["data"].get("sha256"))[:12], data_sha256[:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
-        raise TinyldError(f"{path} began otherwise: {changed}; --allow-changed goes on all the same")
+        raise TinyldError(f"{path} began otherwise: {changed}; --set allow_changed=true goes on all the same")
 
 
 def under_torchrun() -> bool:
