@@ -137,6 +137,11 @@ class SharedPush(nn.Module):
             return self.weights.expand(len(embedded), -1)
         return self.router(prompt_features(embedded, prompt_mask)) * self.weights
 
+    def answered_by(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
+        """(B,) the member that a routed row belongs to, or NONE where it belongs to no task."""
+        assert self.router is not None
+        return self.router.choose(prompt_features(embedded, prompt_mask))
+
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         started: list[tuple[Sequence[float], Tensor, Tensor, PushAt]] = []  # depths, rows, their shares, the push
 
@@ -263,9 +268,8 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     if config["router"] is not None:
         router = Router(*(torch.zeros(len(members), *shape) for shape in prototype_shapes(base.model.config.d_model)))
         load_exactly(router.state_dict(), part("router."), folder.path / ADAPTER)
-    pushes, weights = [m.push(base) for m in members], [m.weight for m in members]
-    if router is not None and task is not None and task in (names := [m.task["name"] for m in members]):
-        router, weights = None, [float(i == names.index(task)) for i in range(len(members))]
-    base.model.push = SharedPush(pushes, weights, router)
+        names = [m.task["name"] for m in members]
+        router.only = names.index(task) if task in names else None
+    base.model.push = SharedPush([m.push(base) for m in members], [m.weight for m in members], router)
     base.model.requires_grad_(False)
     return static

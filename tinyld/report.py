@@ -24,9 +24,10 @@ Row = dict[str, Any]
 ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "epochs", "steps")
 ALIKE += ("batch_size", "lr", "optimizer", "training")  # what runs share that differ by their seed alone
 MEASURED = ("accuracy", "low", "high", "macro_f1", "unreadable", "nll_bound", "nll_stderr", "rows_per_second")
+DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
 SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
 ENVIRONMENT = ("threads", "tinyld", "torch", "machine", "fast_dtype", "command")
-COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *MEASURED, *SIZES, "seconds", "peak_memory_mb", *ENVIRONMENT)
+COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, *MEASURED, *SIZES, "seconds", "peak_memory_mb", *ENVIRONMENT)
 
 
 def report(options: ReportOptions) -> list[Row]:
@@ -67,7 +68,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     }
     about |= {column: train.get(column) for column in ("epochs", "steps", "batch_size", "lr", "optimizer", "seed")}
     about |= {column: config["parameters"][column] for column in SIZES}
-    about |= {column: results["finetune"][column] for column in ("seconds", "peak_memory_mb")}
+    about |= {column: results["finetune"].get(column) for column in ("seconds", "peak_memory_mb", *DEV)}
     about |= {column: config["environment"].get(column) for column in ENVIRONMENT}
     rows = []
     for key, evaluation in found.items():
@@ -140,7 +141,7 @@ def one_row(runs: Sequence[Row]) -> Row:
         values = [r[column] for r in of if r[column] is not None]
         return mean_of(values) if values else None
 
-    row |= {column: mean(column) for column in ("accuracy", "macro_f1", "unreadable")}
+    row |= {column: mean(column) for column in (*DEV, "accuracy", "macro_f1", "unreadable")}
     row["low"], row["high"] = None, None
     if row["accuracy"] is not None:
         row["low"], row["high"] = interval([r["accuracy"] for r in runs], first["n"])

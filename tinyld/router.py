@@ -102,9 +102,12 @@ class Router(nn.Module):
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("directions", directions)
         self.register_buffer("limits", torch.full((len(prototypes),), torch.finfo(torch.float32).max))
+        self.only: int | None = None  # the member that answers all rows, whatever their prompts
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) the member to answer each row, whether or not it is near. features: (B, 5 D)."""
+        if self.only is not None:
+            return torch.full((len(features),), self.only, device=features.device)
         mean, variance = self.prototypes[:, 0], self.prototypes[:, 1].mean(0)
         scale = (variance + FLOOR).rsqrt()
         return torch.cdist(features * scale, mean * scale).argmin(1)
@@ -116,7 +119,7 @@ class Router(nn.Module):
         return off.square().sum(1) - (off @ directions.T).square().sum(1)
 
     def choose(self, features: Tensor) -> Tensor:
-        """(B,) the member that each row belongs to, or NONE."""
+        """(B,) the member to answer each row, or NONE where the row is unlike all of that member's own."""
         chosen = self.nearest(features)
         for member, limit in enumerate(self.limits):
             chosen[(chosen == member) & (self.distance(features, member) > limit)] = NONE
