@@ -13,8 +13,8 @@ import torch
 from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
-from tinyld.base import Base
 from tinyld.bench import InTurn
+from tinyld.checkpoint import Base
 from tinyld.compose import Composed, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError

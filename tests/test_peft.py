@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import CASES, attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
-from tinyld.base import load_exactly
+from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import WeightLora

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from tinyld.base import load_base
+from tinyld.checkpoint import load_base
 from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.data import TextRows
 from tinyld.errors import TinyldError

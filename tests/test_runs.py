@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tinyld.adapter import attach, find_base, load_adapter, method_record
-from tinyld.base import fingerprint, load_base, save_base
+from tinyld.checkpoint import attach, find_base, fingerprint, load_adapter, load_base, method_record, save_base
 from tinyld.commands.inspect import info
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, TOKENIZER, RunFolder, sha256, write_atomic
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, TOKENIZER, RunFolder, sha256, temporary_name, write_atomic
 from tinyld.tokenizer import Tokenizer
 
 PACKAGE = Path(__file__).parents[1] / "tinyld"
@@ -65,7 +64,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 def load(run: Path) -> Any:
     """Loads a base or an adapter as the commands do."""
     folder = RunFolder.open(run)
-    return load_base(run) if folder.config["kind"] == "base" else load_adapter(folder, run.parent / "nowhere")
+    return load_base(run) if folder.config["kind"] == "base" else load_adapter(folder)
 
 
 def refusal(run: Path) -> str:
@@ -380,7 +379,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     first = RunFolder.create(tmp_path / "run")
     with first.locked():
         first.write("a.json", b"1")
-        with pytest.raises(TinyldError, match="another process is writing in this run"):
+        with pytest.raises(TinyldError, match="another process is writing"):
             RunFolder(tmp_path / "run").write("a.json", b"2")
     RunFolder(tmp_path / "run").write("a.json", b"3")
     assert first.read("a.json") == b"3"
@@ -390,7 +389,7 @@ def test_a_folder_with_only_what_a_killed_writer_leaves_is_taken(tmp_path: Path)
     run = tmp_path / "run"
     folder = RunFolder.create(run)
     folder.write(TOKENIZER, b"{}")
-    (run / ".config.json.7.tmp").write_bytes(b"{")
+    temporary_name(run).write_bytes(b"{")
     RunFolder.check_free(run)
     (run / MANIFEST).unlink()  # then the tokenizer is somebody else's
     with pytest.raises(TinyldError, match="not empty"):
@@ -412,7 +411,7 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     other = write_base(tmp_path / "other", config, tokenizer, seed=1)
     with pytest.raises(TinyldError) as raised:
-        load_adapter(RunFolder(adapter), tmp_path / "nowhere", other)
+        load_adapter(RunFolder(adapter), other)
     assert RunFolder(adapter).config["base"]["fingerprint"] in str(raised.value) and str(other) in str(raised.value)
     shutil.rmtree(base)
     shutil.copytree(other, base)  # the recorded place, with something else in it
@@ -423,20 +422,19 @@ def test_a_moved_base_is_found_with_base_and_named_when_it_is_not(adapter: Path,
     base.rename(tmp_path / "moved")
     message = refusal(adapter)
     assert str(base) in message and "--base" in message
-    assert load_adapter(RunFolder(adapter), tmp_path / "nowhere", tmp_path / "moved").base.path == tmp_path / "moved"
     assert load_adapter(RunFolder(adapter), tmp_path / "moved").base.path == tmp_path / "moved"
 
 
 def test_a_base_that_was_asked_for_and_is_not_there_is_no_silent_fallback(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(TinyldError, match="nowhere"):
-        find_base(RunFolder(adapter).config, adapter, tmp_path / "nowhere", tmp_path / "default")
+        find_base(RunFolder(adapter).config, adapter, tmp_path / "nowhere")
 
 
 def test_an_adapter_is_no_base_and_a_base_no_adapter(adapter: Path, base: Path) -> None:
     with pytest.raises(TinyldError, match="is an adapter, not a base"):
         load_base(adapter)
     with pytest.raises(TinyldError, match="holds a base, not an adapter"):
-        load_adapter(RunFolder(base), base)
+        load_adapter(RunFolder(base))
 
 
 # ------------------------------------------------------------------------------------------------ folders

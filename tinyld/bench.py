@@ -274,8 +274,7 @@ def run_method(task: str, method: str, limit: int = TASK_ROWS, epochs: int = EPO
     """Fine-tuning from start to end, the cache included."""
     import torch
 
-    from tinyld.adapter import attach
-    from tinyld.base import load_base
+    from tinyld.checkpoint import attach, load_base
     from tinyld.config import DiffusionConfig, TrainConfig
     from tinyld.finetune import finetune
     from tinyld.methods import METHODS, make_config
@@ -302,7 +301,7 @@ def run_bert(task: str, trained: str) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tinyld.base import load_base
+    from tinyld.checkpoint import load_base
 
     base = load_base(released_base())
     rows = task_rows(base, task)
@@ -338,8 +337,7 @@ def adapted_base(task: str, count: int) -> tuple[Any, Any]:
     """(base, rows) with `count` trajectory adapters at work; of several, each gets an equal share of every batch."""
     import torch
 
-    from tinyld.adapter import attach
-    from tinyld.base import load_base
+    from tinyld.checkpoint import attach, load_base
     from tinyld.compose import Composed, Member
     from tinyld.methods import make_config
 
@@ -389,8 +387,8 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from tinyld.base import load_base
     from tinyld.chain import text_rows_nll
+    from tinyld.checkpoint import load_base
     from tinyld.device import autocast, resolve_dtype
     from tinyld.evaluate import EVAL_BATCH
 
@@ -421,7 +419,7 @@ def run_plain_eval(task: str, rows_read: int) -> dict[str, Any]:
 
 
 def run_eval(task: str, rows_read: int, **sampling: Any) -> dict[str, Any]:
-    from tinyld.base import load_base
+    from tinyld.checkpoint import load_base
 
     base = load_base(released_base())
     return timed_eval(base, task_rows(base, task), rows_read, **sampling)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.diffusion import nll_bound

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.adapter import base_dtype, check_bands, read_method
-from tinyld.base import Base, load_exactly
+from tinyld.checkpoint import Base, base_dtype, check_bands, load_exactly, read_method
 from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_config

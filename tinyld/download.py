@@ -9,22 +9,29 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from tinyld.errors import TinyldError
+from tinyld.config import check_choice
+from tinyld.errors import TinyldError, plain, show
+from tinyld.read import clean, opened, read_object
+from tinyld.write import locked, make_folder, replacing, to_json, write_atomic
 
 TIMEOUT = 30.0  # seconds without a byte
+TOTAL = 3600.0  # seconds of one download
+HOSTS = (  # that a download may lead to
+    "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
+    "www.cs.cornell.edu",
+)  # fmt: skip
 MAX_BYTES = 2 << 30  # of a download, and of what an archive unpacks to
 
 Row = tuple[str, str]  # sentence, label name
@@ -48,23 +55,15 @@ class Source:
     files: tuple[RemoteFile, ...]
     label_counts: dict[str, dict[str, int]]  # official split -> label name -> rows, before any cut
 
+    def __post_init__(self) -> None:
+        check_choice("download format", self.format, tuple(CONVERTERS))
+
 
 def cache_dir() -> Path:
     """`$TINYLD_CACHE`, else `$XDG_CACHE_HOME/tinyld`, else `~/.cache/tinyld`; it need not exist."""
     if own := os.environ.get("TINYLD_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
-
-
-def clean(text: str) -> str:
-    """`text` on one line: blanks, control characters and lone surrogates become single spaces, ends are trimmed."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()
-
-
-def show(text: object) -> str:
-    """`text` quoted for a message: escaped, at most about 60 characters."""
-    text = text if isinstance(text, str) else str(text)
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 # ---------------------------------------------------------------------------------------------- fetching
@@ -78,7 +77,8 @@ def fetch(url: str, target: Path, sha256: str | None = None, description: str = 
     wrong digest.
     """
     known = sha256 or _checksums().get(url)
-    with _replacing(target) as out:
+    make_folder(target.parent)
+    with replacing(target) as out:
         digest = _transfer(url, out, description or target.name)
         if known is not None and digest != known:
             way_out = "try again later" if sha256 else f"if the new file is right, delete {_checksums_path()}"
@@ -92,7 +92,6 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
     """The SHA-256 of what was copied from `url` to `out`."""
     import http.client
     from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
 
     from tinyld.progress import Progress
 
@@ -100,22 +99,23 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
         url = mirror.rstrip("/") + urlsplit(url).path
     if urlsplit(url).scheme not in ("http", "https"):
         raise TinyldError(f"cannot download {show(url)}: only http and https are supported")
-    print(f"downloading {description} from {url}", file=sys.stderr, flush=True)
+    print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
     failures = (OSError, http.client.HTTPException, ValueError)
+    deadline = time.monotonic() + TOTAL
+    digest, done = hashlib.sha256(), 0
     try:
-        response = urlopen(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
+        response = _open(url)
     except HTTPError as error:
         error.close()
         raise NetworkError(f"could not download {url}: HTTP {error.code} {error.reason}") from None
     except failures as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', error)}") from None
-    digest, done = hashlib.sha256(), 0
     with response:
         size = int(response.headers.get("Content-Length") or 0)
         with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
             while True:
                 try:
-                    block = response.read(1 << 18)
+                    block = response.read1(1 << 18)
                 except failures as error:
                     raise NetworkError(f"could not download {url}: {error!r} after {done:,} bytes") from None
                 if not block:
@@ -123,6 +123,8 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
                 done += len(block)
                 if done > MAX_BYTES:
                     raise NetworkError(f"could not download {url}: it is larger than {MAX_BYTES:,} bytes")
+                if time.monotonic() > deadline:
+                    raise NetworkError(f"could not download {url}: {done:,} bytes took longer than {TOTAL:,.0f} s")
                 out.write(block)
                 digest.update(block)
                 bar.advance_to(done, rate=f"{done / 1e6:.1f} MB")
@@ -131,23 +133,22 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, and vanishes otherwise."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise TinyldError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+def _open(url: str) -> Any:
+    """The response; a redirect may only lead to https on a host that the tasks name, or stay where it was."""
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    asked = urlsplit(url)
+
+    class Redirect(HTTPRedirectHandler):
+        def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
+            target = urlsplit(details[-1])
+            listed = target.scheme == "https" and target.hostname in HOSTS
+            if not listed and (target.scheme, target.netloc) != (asked.scheme, asked.netloc):
+                response.close()
+                raise NetworkError(f"could not download {url}: it leads to {show(details[-1])}, which is not listed")
+            return super().redirect_request(request, response, *details)
+
+    return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
 
 
 def _checksums_path() -> Path:
@@ -157,22 +158,23 @@ def _checksums_path() -> Path:
 def _checksums() -> dict[str, str]:
     """URL, or path below the cache, -> SHA-256 of what was first had from there or written there."""
     path = _checksums_path()
-    try:
-        known = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise TinyldError(f"cannot read {path}: {error}; delete it to start anew") from None
-    if not isinstance(known, dict):
-        raise TinyldError(f"{path}: expected an object of checksums; delete it to start anew")
-    return known
+    try:
+        known = read_object(path)
+        if not all(isinstance(digest, str) for digest in known.values()):
+            raise TinyldError(f"{path}: expected checksums")
+    except TinyldError as error:
+        raise TinyldError(f"{error}; delete it to start anew") from None
+    return dict(known)
 
 
 def _record(digests: dict[str, str | None]) -> None:
-    """Adds `digests` to the known ones; None forgets a key."""
-    known = {key: digest for key, digest in {**_checksums(), **digests}.items() if digest is not None}
-    with _replacing(_checksums_path()) as out:
-        out.write(json.dumps(known, indent=1, sort_keys=True).encode())
+    """Adds `digests` to the known ones; None forgets a key. One process at a time."""
+    make_folder(cache_dir())
+    with locked(cache_dir(), wait=True):
+        known = {key: digest for key, digest in {**_checksums(), **digests}.items() if digest is not None}
+        write_atomic(_checksums_path(), to_json(dict(sorted(known.items()))))
 
 
 # ---------------------------------------------------------------------------------------------- archives
@@ -351,20 +353,21 @@ def download_task(name: str, source: Source) -> Path:
         if unproven.keys() & _checksums().keys():
             _record(unproven)
         raise
+    make_folder(folder)
     for split, rows in cut(splits).items():
         path = folder / f"{split}.tsv"
         if not path.exists():
             data = "".join(["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]).encode()
-            with _replacing(path) as out:
-                out.write(data)
-            _record({f"data/{name}/{split}.tsv": hashlib.sha256(data).hexdigest()})
+            _record({f"data/{name}/{split}.tsv": hashlib.sha256(data).hexdigest()})  # first: no file is ever unlisted
+            write_atomic(path, data)
     return folder
 
 
 def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
     """The rows of each official split, counted."""
     url = source.files[0].url
-    with _temporary_folder() as downloads:
+    make_folder(cache_dir() / "downloads")
+    with tempfile.TemporaryDirectory(dir=cache_dir() / "downloads") as downloads:
         paths = []
         for i, remote in enumerate(source.files):
             part = f" ({i + 1}/{len(source.files)})" if len(source.files) > 1 else ""
@@ -382,21 +385,23 @@ def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
     return splits
 
 
-def check_cached(path: Path) -> None:
-    """Raises TinyldError when `path`, a file that `download_task` wrote, is no longer what it wrote."""
+def check_cached(path: Path, counts: dict[str, int] | None = None) -> None:
+    """Raises TinyldError when a file of the cache is no longer what `download_task` wrote.
+
+    One that it did not write, which a user put there, must have as many rows of each label as are published.
+    """
     known = _checksums().get(path.relative_to(cache_dir()).as_posix())
-    if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() != known:
-        raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+    with opened(path) as file:
+        if known is not None and hashlib.file_digest(file, "sha256").hexdigest() != known:
+            raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+        if known is None and counts:
+            found = Counter(line.rstrip().rpartition(b"\t")[2] for line in file.read().splitlines()[1:])
+            if sorted(found.values()) != sorted(counts.values()):
+                raise TinyldError(
+                    f"{path}: has {found.total():,} rows, which are not the {sum(counts.values()):,} published ones; "
+                    "delete it to download them, or keep rows of your own in another folder and say --data DIR"
+                )
 
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{label} {n:,}" for label, n in sorted(counts.items())[:10]) or "none"
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    folder = cache_dir() / "downloads"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder)
-    except OSError as error:
-        raise TinyldError(f"cannot write {folder}: {error.strerror or error}") from None

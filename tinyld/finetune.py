@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinyld.adapter import Adapted, method_record, sizes
 from tinyld.cache import FixedMasks, StateCache, why_not_cached
+from tinyld.checkpoint import Adapted, method_record, sizes
 from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype

@@ -27,7 +27,7 @@ class Point:
 
 def decode(rows_read: int) -> dict[str, Any]:
     """Decoding of `reviews`, its rows repeated where there are too few."""
-    from tinyld.base import load_base
+    from tinyld.checkpoint import load_base
     from tinyld.data import TaskRows
     from tinyld.tasks import load_split, load_task
 
@@ -41,7 +41,7 @@ def decode(rows_read: int) -> dict[str, Any]:
 
 def cached(rows_read: int) -> dict[str, Any]:
     """An epoch of the recipe `fast`, whose frozen states of all depths are kept."""
-    from tinyld.base import load_base
+    from tinyld.checkpoint import load_base
 
     base = load_base(released_base())
     rows = task_rows(base, "reviews", limit=rows_read)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.data import TaskRows
 from tinyld.methods.bands import BAND_EDGES, BAND_NAMES
 from tinyld.methods.trajectory_lora import TrajectoryPush

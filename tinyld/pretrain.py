@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyld.base import load_base, load_exactly, save_base
+from tinyld.checkpoint import load_base, load_exactly, save_base
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded

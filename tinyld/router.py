@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.config import check
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.methods.trajectory_lora import pool

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.data import TaskRows
 from tinyld.evaluate import Evaluation, evaluate
 from tinyld.interference import effective_rank

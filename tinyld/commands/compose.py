@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyld.commands.evaluate import evaluate_run, print_evaluations, rows_for
-from tinyld.commands.workspace import RUNS, default_base, keep_freed_memory, refuse_inside
+from tinyld.commands.workspace import RUNS, keep_freed_memory, refuse_inside
 from tinyld.config import SampleConfig, check, check_choice
 from tinyld.errors import TinyldError, UsageError
 from tinyld.runs import ADAPTER, RESULTS, RunFolder, environment
@@ -18,7 +18,7 @@ from tinyld.tables import print_record, print_table
 from tinyld.tasks import load_task
 
 if TYPE_CHECKING:
-    from tinyld.base import Base
+    from tinyld.checkpoint import Base
     from tinyld.compose import Composed, Member
     from tinyld.data import TaskRows
     from tinyld.evaluate import Evaluation
@@ -51,8 +51,7 @@ def fresh(base: Base) -> Base:
 def compose(
     runs: list[Path], job: ComposeJob, out: Path | None, base_path: Path | None, force: bool, json: bool
 ) -> None:
-    from tinyld.adapter import base_dtype, find_base
-    from tinyld.base import load_base
+    from tinyld.checkpoint import base_dtype, find_base, load_base
     from tinyld.compose import HOWS, Composed, prototype_router, read_member, save_composition
     from tinyld.device import resolve_device
 
@@ -71,7 +70,7 @@ def compose(
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
     where = resolve_device(job.device)
-    base = load_base(find_base(first, runs[0], base_path, default_base()), where, base_dtype(first, str(runs[0])))
+    base = load_base(find_base(first, runs[0], base_path), where, base_dtype(first, str(runs[0])))
     members = [read_member(f, base, 1.0) for f in folders]
     how = job.how or ("weights" if weights else default_how(members))
     check_choice("--how", how, HOWS)

@@ -18,7 +18,7 @@ from tinyld.tables import print_record, print_table
 from tinyld.tasks import Task, load_split, load_task
 
 if TYPE_CHECKING:
-    from tinyld.base import Base
+    from tinyld.checkpoint import Base
     from tinyld.data import TaskRows
     from tinyld.diffusion import Estimate
     from tinyld.evaluate import Evaluation
@@ -29,8 +29,7 @@ def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None 
 
     The base's frozen matrices are kept in `dtype`, or else as when the run was made.
     """
-    from tinyld.adapter import base_dtype, check_frozen, find_base, load_adapter
-    from tinyld.base import load_base
+    from tinyld.checkpoint import base_dtype, check_frozen, find_base, load_adapter, load_base
     from tinyld.compose import attach_static, load_composition
     from tinyld.device import resolve_device
     from tinyld.methods import WeightLora
@@ -46,11 +45,11 @@ def load_run(path: Path, base_path: Path | None, device: str, dtype: str | None 
     if config["kind"] == "base":
         return load_base(path, where, dtype or "fp32"), []
     if config["kind"] == "adapter":
-        adapted = load_adapter(folder, default_base(), base_path, where, dtype)
+        adapted = load_adapter(folder, base_path, where, dtype)
         return adapted.base, [adapted.task]
     kept_in = base_dtype(config, str(path)) if dtype is None else dtype
     check_frozen((config.get("static") or {}).get("name", ""), kept_in)
-    base = load_base(find_base(config, path, base_path, default_base()), where, kept_in)
+    base = load_base(find_base(config, path, base_path), where, kept_in)
     load_composition(folder, base)
     return base, [m["task"] for m in config["members"]]
 
@@ -203,7 +202,7 @@ def eval_text(
 
 def base_below(run: Path, base_path: Path | None) -> tuple[Path, str] | None:
     """The base that an adapter or a composition stands on, and the type that it is kept in there; None for a base."""
-    from tinyld.adapter import base_dtype, find_base
+    from tinyld.checkpoint import base_dtype, find_base
     from tinyld.peft import is_peft
 
     if is_peft(run):
@@ -211,7 +210,7 @@ def base_below(run: Path, base_path: Path | None) -> tuple[Path, str] | None:
     config = RunFolder.open(run).config
     if config["kind"] == "base":
         return None
-    return find_base(config, run, base_path, default_base()).resolve(), base_dtype(config, str(run))
+    return find_base(config, run, base_path).resolve(), base_dtype(config, str(run))
 
 
 def check_predictions(path: Path | None) -> None:

@@ -52,8 +52,7 @@ def finetune_job(
     base_dtype: str = "fp32",
 ) -> FinetuneJob:
     """The job with what was left open filled in: the method's learning rate and optimizer, 3 epochs, the base."""
-    from tinyld.adapter import check_frozen
-    from tinyld.base import read_model_config
+    from tinyld.checkpoint import check_frozen, read_model_config
     from tinyld.methods import METHODS
 
     if method not in METHODS:
@@ -96,8 +95,7 @@ def _run_finetune(
     allow_changed: bool = False,
 ) -> dict[str, Any]:
     """`resumed` is the config.json of the run that goes on, None for a new one."""
-    from tinyld.adapter import attach, check_base
-    from tinyld.base import load_base
+    from tinyld.checkpoint import attach, check_base, load_base
     from tinyld.data import TaskRows, torch_seeded
     from tinyld.device import resolve_device, resolve_dtype
     from tinyld.finetune import finetune as run

@@ -64,7 +64,7 @@ def sample(
 
 def export(run: Path, to: str, out: Path) -> None:
     """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
-    from tinyld.base import load_base
+    from tinyld.checkpoint import load_base
     from tinyld.hf import export_bert
 
     if to == "hf":
@@ -72,7 +72,7 @@ def export(run: Path, to: str, out: Path) -> None:
         export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
         print(f"wrote {out}: load it with transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})")
         return
-    from tinyld.adapter import base_dtype
+    from tinyld.checkpoint import base_dtype
     from tinyld.methods import WeightLora
     from tinyld.peft import export_peft
 
@@ -92,8 +92,7 @@ def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool)
     """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
     import torch
 
-    from tinyld.adapter import base_dtype, find_base, load_adapter
-    from tinyld.base import load_base, save_base
+    from tinyld.checkpoint import base_dtype, find_base, load_adapter, load_base, save_base
     from tinyld.compose import load_composition
 
     folder = RunFolder.open(run)
@@ -105,10 +104,10 @@ def merge(run: Path, out: Path, base_path: Path | None, force: bool, json: bool)
     if base_dtype(config, str(run)) != "fp32":
         raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
     if config["kind"] == "adapter":
-        adapted = load_adapter(folder, default_base(), base_path)
+        adapted = load_adapter(folder, base_path)
         base, method = adapted.base, adapted.method
     else:
-        base = load_base(find_base(config, run, base_path, default_base()))
+        base = load_base(find_base(config, run, base_path))
         found = load_composition(folder, base)
         if found is None or base.model.push is not None:
             raise TinyldError(f"{run} holds trajectory-lora adapters, which depend on t and cannot be merged")
@@ -166,12 +165,12 @@ def info(path: Path, json: bool) -> None:
 
 def info_spectrum(run: Path, base_path: Path | None, data: Path | None, limit: int | None, json: bool) -> None:
     """What each band of a trajectory adapter holds, and is worth on its task's dev rows."""
-    from tinyld.adapter import load_adapter
+    from tinyld.checkpoint import load_adapter
     from tinyld.methods import TrajectoryLora
     from tinyld.methods.bands import BAND_NAMES
     from tinyld.spectrum import spectrum
 
-    adapted = load_adapter(RunFolder.open(run), default_base(), base_path)
+    adapted = load_adapter(RunFolder.open(run), base_path)
     if not isinstance(adapted.method, TrajectoryLora):
         raise UsageError(f"{run} is {adapted.method.name}; --spectrum looks into trajectory-lora")
     rows = rows_for(adapted.base, load_task(adapted.task), "dev", data)
@@ -288,7 +287,7 @@ def compare(
     """The grid of `tinyld.compare`, and its table."""
     import typer
 
-    from tinyld.base import fingerprint, read_model_config
+    from tinyld.checkpoint import fingerprint, read_model_config
     from tinyld.cli import app
     from tinyld.compare import Compare, variants
     from tinyld.methods import METHODS
