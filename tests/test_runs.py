@@ -20,7 +20,18 @@ from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, TOKENIZER, RunFolder, sha256, temporary_name, write_atomic
+from tinyld.runs import (
+    ADAPTER,
+    CONFIG,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    TOKENIZER,
+    RunFolder,
+    sha256,
+    temporary_name,
+    write_atomic,
+)
 from tinyld.tokenizer import Tokenizer
 
 PACKAGE = Path(__file__).parents[1] / "tinyld"

@@ -6,7 +6,6 @@ What is off is one TinyldError that names the file and what is wrong in it. torc
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import stat
@@ -198,11 +197,3 @@ def finite(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]
         if not bool(torch.isfinite(found[name]).all()):
             raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite in float32")
     return found
-
-
-def check_finite_number(value: Any, name: str, path: object) -> float:
-    """A number of a foreign config; TinyldError for text, a boolean, or what is not finite in float32."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > 3e38:
-        raise TinyldError(f"{path}: {name} must be a finite number, got {show(value)}")
-    return float(value)
