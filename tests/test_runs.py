@@ -546,7 +546,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path: Path) -> 
     folder.save_checkpoint(1, {"w": torch.ones(50)}, {}, 2)
     path = folder.save_checkpoint(2, {"w": torch.zeros(50)}, {}, 2) / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TinyldError, match="--from-step 1$"):
+    with pytest.raises(TinyldError, match="--set from_step=1$"):
         folder.load_checkpoint()
     assert folder.load_checkpoint(1)[1]["step"] == 1
     with pytest.raises(TinyldError, match="no checkpoint at step 7 .*; there are 1, 2"):

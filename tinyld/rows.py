@@ -1,24 +1,37 @@
-"""Files of rows: where a task's are, and their rows as they stand. TSV, CSV and JSONL."""
+"""Files of rows (TSV, CSV, JSONL): where a task's are, and what of it each row asks. Text only."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyld import download
+from tinyld.config import check, check_choice
 from tinyld.errors import TinyldError, show
 from tinyld.read import ROWS_BYTES, as_object, clean, parse_json, read_text
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
 
+SPLITS = ("train", "dev", "test")
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
+
+
+@dataclass(frozen=True)
+class Example:
+    before: str  # prompt text ahead of the answer slot
+    after: str  # prompt text behind it
+    answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
+    label: int | None  # index into `Task.labels`; None for a generation task
 
 
 def bundled_data_dir() -> Path:
@@ -122,3 +135,100 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
+
+
+# ---------------------------------------------------------------------------------------------- prompts, answers
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
+    if column not in row:
+        raise TinyldError(
+            f"{where}: no column {show(column)}, found {show(', '.join(row))}; "
+            "rename it or map it in the task's [columns] table"
+        )
+    value = row[column]
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if not isinstance(value, str | int | float):
+        raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
+    text = clean(str(value))
+    if not text:
+        raise TinyldError(f"{where}: column {show(column)} is empty; fill it in or delete the row")
+    return text
+
+
+def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
+    """Template field -> text."""
+    fields = {name: _cell(row, column, where) for name, column in task.columns.items()}
+    if task.pair:
+        text = _cell(row, task.pair.column, where)
+        parts = [part.strip() for part in text.split(clean(task.pair.separator))]
+        if len(parts) != 2 or not all(parts):
+            raise TinyldError(
+                f"{where}: column {show(task.pair.column)} must hold two texts with {task.pair.separator!r} between, "
+                f"got {show(text)}"
+            )
+        fields |= zip(task.pair.fields, parts, strict=True)
+    return fields
+
+
+def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
+    """The rows' labels as ints: all of them names, or all of them numbers where the task's names are none."""
+    texts = [_cell(row, str(task.label_column), where) for where, row in rows]
+    known = {name: i for i, name in enumerate(task.label_names)}
+    if texts[:1] != [] and texts[0] not in known and not any(name.isdigit() for name in known):
+        known = {str(i): i for i in range(len(known))}
+    for (where, _), text in zip(rows, texts, strict=True):
+        if text not in known:
+            names = ", ".join(f"{i} or {name}" for i, name in enumerate(task.label_names))
+            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {names}; all numbers or all names")
+    return [known[text] for text in texts]
+
+
+def load_split(
+    task: Task, split: str, data: Path | None = None, file: Path | None = None, limit: int | None = None
+) -> list[Example]:
+    """The first `limit` examples of a split, in file order; `file` or the folder `data` goes before all other paths.
+
+    Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
+    lacks a column, has too many, or bears an unknown label.
+    """
+    check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
+    check_choice("split", split, SPLITS)
+    path = Path(file) if file is not None else find_file(task, split, Path(data) if data is not None else None)
+    rows = list(islice(read_rows(path), limit))
+    if not rows:
+        raise TinyldError(f"{path}: a header but no rows")
+    prompts = _prompts(task, rows)
+    if task.is_generation:
+        answers = [_cell(row, str(task.answer_column), where) for where, row in rows]
+        return [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    answers = list(task.verbalizer.values())
+    labels = _labels(task, rows)
+    return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
+
+
+def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
+    """An example without an answer, of a row that needs no label: what `predict` asks."""
+    return _prompts(task, [(where, row)])[0]
+
+
+def _prompts(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Example]:
+    fields = [_fields(task, row, where) for where, row in rows]
+    if task.is_generation and task.label_column is not None:  # its label is a part of the prompt
+        for row, label in zip(fields, _labels(task, rows), strict=True):
+            row["label"] = task.label_names[label]
+    return [Example(*_fill(task.template, row), "", None) for row in fields]
+
+
+def _fill(template: str, fields: dict[str, str]) -> tuple[str, str]:
+    """The prompt text ahead of and behind {answer}."""
+    halves = [""]
+    for literal, name, _, _ in string.Formatter().parse(template):
+        halves[-1] += literal
+        if name == "answer":
+            halves.append("")
+        elif name is not None:
+            halves[-1] += fields[name]
+    return halves[0].strip(), halves[1].strip()

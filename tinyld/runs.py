@@ -288,7 +288,7 @@ class RunFolder:
             return inner.read_tensors(STATE_TENSORS), as_object(inner.read_json(STATE), inner.path / STATE)
         except TinyldError as error:
             older = [s for s in found if s < chosen]
-            way_out = f"go on from an older one with --from-step {older[-1]}" if older else "there is no older one"
+            way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"
             raise TinyldError(f"{error}; {way_out}") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
@@ -352,7 +352,7 @@ def check_unchanged(
         pairs.append(("dev rows", str(config["data"]["dev_sha256"])[:12], dev_sha256[:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
-        raise TinyldError(f"{path} began otherwise: {changed}; --allow-changed goes on all the same")
+        raise TinyldError(f"{path} began otherwise: {changed}; --set allow_changed=true goes on all the same")
 
 
 def under_torchrun() -> bool:

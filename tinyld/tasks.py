@@ -8,21 +8,22 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tinyld import download
 from tinyld.config import check, check_choice, from_dict
 from tinyld.errors import TinyldError, UsageError, show
+from tinyld.formats import PAIR
 from tinyld.read import as_object, clean, read_toml
-from tinyld.rows import BUNDLED_TASKS as BUNDLED_TASKS
-from tinyld.rows import bundled_data_dir as bundled_data_dir
-from tinyld.rows import find_file, read_rows
+from tinyld.rows import BUNDLED_TASKS, SPLITS, SUFFIXES, Example, bundled_data_dir, load_split, prompt_of, read_rows
 
-SPLITS = ("train", "dev", "test")
+__all__ = [  # rows and tasks are asked for here
+    "BUNDLED_TASKS", "SPLITS", "SUFFIXES", "Example", "Pair", "Task", "builtin_names", "builtin_tasks",
+    "bundled_data_dir", "clean", "from_record", "load_split", "load_task", "prompt_of", "read_rows", "to_record",
+]  # fmt: skip
+
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
 
 
@@ -32,7 +33,7 @@ class Pair:
 
     column: str
     fields: tuple[str, ...]
-    separator: str = download.PAIR
+    separator: str = PAIR
 
     def __post_init__(self) -> None:
         check(len(self.fields) == 2, f"fields must be two names, got {len(self.fields)}")
@@ -106,14 +107,6 @@ class Task:
     def rows(self) -> dict[str, int]:
         """Official split -> rows, as published."""
         return {split: sum(counts.values()) for split, counts in self.label_counts.items()}
-
-
-@dataclass(frozen=True)
-class Example:
-    before: str  # prompt text ahead of the answer slot
-    after: str  # prompt text behind it
-    answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
-    label: int | None  # index into `Task.labels`; None for a generation task
 
 
 # ---------------------------------------------------------------------------------------------- task files
@@ -264,7 +257,7 @@ def _borrow_rows(task: Task, lender: str) -> Task:
 # ---------------------------------------------------------------------------------------------- in a run's config
 
 
-# What a run keeps of its task, beside its `path` (a user's own task's spec): all but where rows are.
+# What a run keeps of its task, but for where rows are; beside it `path`, the spec of one that a file describes.
 _KEPT = (
     "name", "template", "verbalizer", "columns", "pair", "label_column", "label_names", "answer_column",
     "answer_tokens", "metric",
@@ -274,7 +267,7 @@ _KEPT = (
 def to_record(task: Task) -> dict[str, Any]:
     """The task as plain JSON types, for a run's config.json."""
     record = {name: value for name, value in asdict(task).items() if name in _KEPT}
-    record |= {"label_names": list(task.label_names), "path": None if task.builtin else task.spec}
+    record |= {"label_names": list(task.label_names), "path": None if task.spec == task.name else task.spec}
     if task.pair is not None:
         record["pair"]["fields"] = list(task.pair.fields)
     return record
@@ -283,15 +276,17 @@ def to_record(task: Task) -> dict[str, Any]:
 def from_record(record: dict[str, Any], where: str) -> Task:
     """The task that `to_record` wrote; rows of a built-in one are found by its name, of a user's own by its file.
 
-    TinyldError where the record is damaged, or where the file it was read from says otherwise today. Without that
-    file the task asks and reads answers all the same.
+    TinyldError where the record is damaged, or where the built-in task of its name or its file says otherwise today.
+    Without that file, or made from none, a task asks and reads answers all the same.
     """
     kept = {name: value for name, value in as_object(record, where).items() if name != "path"}
     name, path = kept.get("name"), record.get("path")
     spec = str(name if path is None else path)
     whole = {"spec": spec, "path": Path(spec), "rows_name": str(name), "splits": []}
     task = from_dict(Task, {**kept, **whole}, where)
-    if path is not None and not os.path.lexists(_split_spec(spec)[1]):
+    if not (spec.endswith(".toml") and os.path.lexists(_split_spec(spec)[1])) and (
+        path is not None or spec.partition(":")[0] not in builtin_names()
+    ):
         return task
     today = load_task(spec)
     now = to_record(today)
@@ -302,114 +297,3 @@ def from_record(record: dict[str, Any], where: str) -> Task:
             "put that back, or give the new task a name of its own"
         )
     return today
-
-
-# ---------------------------------------------------------------------------------------------- reading rows
-
-
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
-    """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
-    if column not in row:
-        raise TinyldError(
-            f"{where}: no column {show(column)}, found {show(', '.join(row))}; "
-            "rename it or map it in the task's [columns] table"
-        )
-    value = row[column]
-    if isinstance(value, bool):
-        value = str(value).lower()
-    if not isinstance(value, str | int | float):
-        raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
-    text = clean(str(value))
-    if not text:
-        raise TinyldError(f"{where}: column {show(column)} is empty; fill it in or delete the row")
-    return text
-
-
-def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
-    """Template field -> text."""
-    fields = {name: _cell(row, column, where) for name, column in task.columns.items()}
-    if task.pair:
-        text = _cell(row, task.pair.column, where)
-        parts = [part.strip() for part in text.split(clean(task.pair.separator))]
-        if len(parts) != 2 or not all(parts):
-            raise TinyldError(
-                f"{where}: column {show(task.pair.column)} must hold two texts with {task.pair.separator!r} between, "
-                f"got {show(text)}"
-            )
-        fields |= zip(task.pair.fields, parts, strict=True)
-    return fields
-
-
-def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
-    """The rows' labels as ints: all of them names, or all of them numbers where the task's names are none."""
-    texts = [_cell(row, str(task.label_column), where) for where, row in rows]
-    known = {name: i for i, name in enumerate(task.label_names)}
-    if texts[:1] != [] and texts[0] not in known and not any(name.isdigit() for name in known):
-        known = {str(i): i for i in range(len(known))}
-    for (where, _), text in zip(rows, texts, strict=True):
-        if text not in known:
-            names = ", ".join(f"{i} or {name}" for i, name in enumerate(task.label_names))
-            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {names}; all numbers or all names")
-    return [known[text] for text in texts]
-
-
-def load_split(
-    task: Task, split: str, data: Path | None = None, file: Path | None = None, limit: int | None = None
-) -> list[Example]:
-    """The first `limit` examples of a split, in file order; `file` or the folder `data` goes before all other paths.
-
-    Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
-    lacks a column, has too many, or bears an unknown label.
-    """
-    check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
-    check_choice("split", split, SPLITS)
-    path = Path(file) if file is not None else find_file(task, split, Path(data) if data is not None else None)
-    rows = list(islice(read_rows(path), limit))
-    if not rows:
-        raise TinyldError(f"{path}: a header but no rows")
-    prompts = _prompts(task, rows)
-    if task.is_generation:
-        answers = [_cell(row, str(task.answer_column), where) for where, row in rows]
-        return [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    answers = list(task.verbalizer.values())
-    labels = _labels(task, rows)
-    return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
-
-
-def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
-    """An example without an answer, of a row that needs no label: what `predict` asks."""
-    return _prompts(task, [(where, row)])[0]
-
-
-def _prompts(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Example]:
-    fields = [_fields(task, row, where) for where, row in rows]
-    if task.is_generation and task.label_column is not None:  # its label is a part of the prompt
-        for row, label in zip(fields, _labels(task, rows), strict=True):
-            row["label"] = task.label_names[label]
-    return [Example(*_fill(task.template, row), "", None) for row in fields]
-
-
-def prompt_for_label(task: Task, label: str) -> Example:
-    """What asks a generation task for a text of `label`; UsageError when its prompt is not the label alone."""
-    alone = task.is_generation and _template_fields(task.template) == ["label"]
-    check(alone, f"task {task.name} does not write from a label alone")
-    check(label in task.label_names, f"task {task.name} knows no label {label!r}; it has {', '.join(task.label_names)}")
-    return Example(*_fill(task.template, {"label": label}), "", None)
-
-
-def example_of_text(task: Task, text: str, label: int) -> Example:
-    """A label task's example of one text; UsageError when it reads more than one."""
-    check(not task.is_generation and len(task.columns) == 1, f"task {task.name} does not label one text")
-    return Example(*_fill(task.template, {next(iter(task.columns)): text}), task.verbalizer[task.labels[label]], label)
-
-
-def _fill(template: str, fields: dict[str, str]) -> tuple[str, str]:
-    """The prompt text ahead of and behind {answer}."""
-    halves = [""]
-    for literal, name, _, _ in string.Formatter().parse(template):
-        halves[-1] += literal
-        if name == "answer":
-            halves.append("")
-        elif name is not None:
-            halves[-1] += fields[name]
-    return halves[0].strip(), halves[1].strip()
