@@ -107,7 +107,7 @@ def parse_json(text: str | bytes, path: object) -> Any:
         value = json.loads(text, object_pairs_hook=unique)
         _check_sane(value)
     except (ValueError, RecursionError) as error:
-        raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:80]})") from None
+        raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
     return value
 
 
