@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "colours.toml").write_text(COLOURS)
     rows = [("the rain , the rain", "sad"), ("sun and sea", "happy")] * 6
     (place / "train.csv").write_text("text,label\n" + "\n".join(f'"{t}",{label}' for t, label in rows))
-    (place / "dev.csv").write_text("text,label\nthe rain,sad\nthe sun,happy\na sun,1\n")
+    (place / "dev.csv").write_text("text,label\nthe rain,sad\nthe sun,happy\na sun,happy\n")
     (place / "test.jsonl").write_text('{"text": "rain", "label": "sad"}\n{"text": "sea", "label": 1}\n')
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")

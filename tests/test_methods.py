@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld import cache as cache_module
-from tinyld.base import load_exactly
 from tinyld.cache import FixedMasks, StateCache, why_not_cached
+from tinyld.checkpoint import load_exactly
 from tinyld.compose import Composition
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
