@@ -12,7 +12,7 @@ import torch
 from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor, nn
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.compose import default_how, labels
 from tinyld.composition import Composition, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig

@@ -15,7 +15,8 @@ from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
 from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, by_class, evaluate, macro_f1, wilson
 from tinyld.model import Denoiser
-from tinyld.tasks import Example, Task, load_task
+from tinyld.rows import Example
+from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 ONE = {"bad": "terrible", "good": "great"}

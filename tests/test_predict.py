@@ -27,7 +27,8 @@ from tinyld.options import PretrainOptions
 from tinyld.predict import by_label, label_logp
 from tinyld.pretrain import pretrain
 from tinyld.runs import ADAPTER, RunFolder
-from tinyld.tasks import load_task, prompt_of
+from tinyld.tasks import load_task
+from tinyld.rows import prompt_of
 from tinyld.tokenizer import Tokenizer
 
 WORDS = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()

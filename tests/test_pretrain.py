@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from tinyld.base import load_base
+from tinyld.checkpoint import load_base
 from tinyld.data import TextRows
 from tinyld.errors import TinyldError
 from tinyld.options import PretrainOptions

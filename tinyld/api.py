@@ -11,7 +11,8 @@ from tinyld import finetuning as verb
 from tinyld.config import check
 from tinyld.options import FinetuneOptions
 from tinyld.predict import Run, load
-from tinyld.runs import RunFolder, make_folder, write_atomic
+from tinyld.runs import RunFolder
+from tinyld.write import make_folder, write_atomic
 from tinyld.workspace import RUNS
 
 

@@ -17,9 +17,10 @@ from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.model import Denoiser
 from tinyld.read import finite
-from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder, sha256
+from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
+from tinyld.write import sha256
 from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
-from tinyld.tasks import bundled_data_dir
+from tinyld.rows import bundled_data_dir
 from tinyld.tokenizer import Tokenizer
 
 RELEASED = ("base", "small")  # folders of the bundled data that hold a base

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.adapter import base_dtype, check_bands, check_base, read_method
-from tinyld.base import Base, load_exactly
+from tinyld.checkpoint import base_dtype, check_bands, check_base, read_method
+from tinyld.checkpoint import Base, load_exactly
 from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora

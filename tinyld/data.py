@@ -15,7 +15,8 @@ from tinyld.errors import TinyldError
 from tinyld.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from tinyld.tasks import Example, Task
+    from tinyld.rows import Example
+    from tinyld.tasks import Task
 
 
 @dataclass(frozen=True)

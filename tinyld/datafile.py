@@ -11,7 +11,8 @@ from tinyld import tasks
 from tinyld.config import check
 from tinyld.errors import TinyldError
 from tinyld.options import FinetuneOptions
-from tinyld.tasks import SUFFIXES, Example, Task, from_record, load_split
+from tinyld.rows import SUFFIXES, Example, load_split
+from tinyld.tasks import Task, from_record
 from tinyld.tokenizer import Tokenizer
 
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file

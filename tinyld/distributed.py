@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tinyld.errors import TinyldError
-from tinyld.runs import RunFolder, Spectator, under_torchrun
+from tinyld.runs import RunFolder, Spectator
+from tinyld.environment import under_torchrun
 
 if TYPE_CHECKING:
     import torch

@@ -234,7 +234,7 @@ def _score(
     device = model.embedding.weight.device
     size = len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
-    elbo = DiffusionConfig(loss="elbo", time_sampling="uniform")
+    elbo = DiffusionConfig(loss="elbo")
     generator = torch_seeded(seed, 3, int(batch.rows[0]))
     total = torch.zeros(size)
     label_nll = torch.zeros(size, 0 if verbalizers is None else len(verbalizers.ids))

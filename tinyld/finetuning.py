@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyld.adapter import Adapted, attach, check_base, check_frozen, method_record, sizes
-from tinyld.base import load_base, read_model_config
+from tinyld.checkpoint import Adapted, attach, check_base, check_frozen, method_record, sizes
+from tinyld.checkpoint import load_base, read_model_config
 from tinyld.cache import FixedMasks, StateCache, why_not_cached
 from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
@@ -24,17 +24,8 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
-from tinyld.runs import (
-    ADAPTER,
-    CONFIG,
-    INITIAL,
-    PROTOTYPE,
-    RESULTS,
-    TOKENIZER,
-    RunFolder,
-    check_unchanged,
-    environment,
-)  # fmt: skip
+from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, TOKENIZER, RunFolder, # fmt: skip
+from tinyld.environment import check_unchanged, environment
 from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import Noising, Objective, train

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from tinyld.config import ModelConfig, from_dict
-from tinyld.errors import TinyldError, UsageError, show
+from tinyld.errors import TinyldError, show
 from tinyld.methods import WeightLora
-from tinyld.methods.weight_lora import WeightLoraConfig
+from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
 from tinyld.model import LINEARS
-from tinyld.read import finite, read_object, read_tensors
+from tinyld.read import check_finite_number, finite, read_object, read_tensors
 from tinyld.write import make_folder, to_json, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -51,8 +51,6 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
     """Writes a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
     from safetensors.torch import save
 
-    if config.banded:
-        raise UsageError("PEFT has no timestep bands; export a weight-lora without --ranks and --core")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TinyldError(f"{out} exists and is not empty: choose another --out")
     make_folder(out)
@@ -61,7 +59,7 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
         "base_model_name_or_path": BASE + fingerprint,
         "target_modules": list(config.targets),
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": ALPHA,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "inference_mode": True,
@@ -94,7 +92,8 @@ def load_peft(
     targets = raw["target_modules"]
     if not isinstance(targets, list) or not all(target in LINEARS for target in targets):
         raise TinyldError(f"{where}: target_modules must be a list of {', '.join(LINEARS)}, got {targets!r}")
-    settings = {"rank": raw["r"], "alpha": raw["lora_alpha"], "rslora": raw.get("use_rslora", False)}
+    alpha = check_finite_number(raw["lora_alpha"], "lora_alpha", where)
+    settings = {"rank": raw["r"], "rslora": raw.get("use_rslora", False)}
     settings["targets"] = [name for name in LINEARS if name in targets]
     config = from_dict(WeightLoraConfig, settings, str(where))
     path = folder / WEIGHTS
@@ -107,4 +106,5 @@ def load_peft(
     expected = WeightLora.expected_parameters(config, model_config)
     if sum(t.numel() for t in tensors.values()) != expected:
         raise TinyldError(f"{path}: not a LoRA of this base: {expected:,} parameters expected")
-    return config, {name.removeprefix(PREFIX): tensor for name, tensor in finite(tensors, path).items()}
+    scaled = {n: t * (alpha / ALPHA) if n.endswith("lora_B.weight") else t for n, t in tensors.items()}
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in finite(scaled, path).items()}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.adapter import base_dtype, check_frozen, find_base, load_adapter
-from tinyld.base import Base, load_base
+from tinyld.checkpoint import base_dtype, check_frozen, find_base, load_adapter
+from tinyld.checkpoint import Base, load_base
 from tinyld.composition import attach_static, load_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows
@@ -24,7 +24,8 @@ from tinyld.options import PredictOptions, Sampling
 from tinyld.peft import is_peft, load_peft
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.sampler import decode
-from tinyld.tasks import Example, Task, from_record, load_task, prompt_of, to_record
+from tinyld.rows import Example, prompt_of
+from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.texts import chunks, printer
 from tinyld.workspace import default_base, keep_freed_memory, say_to_stderr, say_truncated
 
@@ -192,11 +193,11 @@ def load(
         return Run(path, load_base(path, on, kept_in or "fp32"), [], config, dtype)
     if config["kind"] == "adapter":
         task = from_record(config["task"], where)
-        adapted = load_adapter(folder, default_base(), base_path, on, kept_in)
+        adapted = load_adapter(folder, base_path, on, kept_in)
         return Run(path, adapted.base, [task], config, dtype)
     kept_in = kept_in or base_dtype(config, str(path))
     check_frozen((config["static"] or {}).get("name", ""), kept_in)
-    loaded = load_base(find_base(config, path, base_path, default_base()), on, kept_in)
+    loaded = load_base(find_base(config, path, base_path), on, kept_in)
     load_composition(folder, loaded, task)
     tasks = {m["task"]["name"]: from_record(m["task"], where) for m in config["members"]}
     return Run(path, loaded, list(tasks.values()), config, dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyld.base import load_base, load_exactly, save_base
+from tinyld.checkpoint import load_base, load_exactly, save_base
 from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig, check, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
@@ -25,8 +25,9 @@ from tinyld.hf import Encoder, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training, flag
 from tinyld.progress import Progress
-from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment
-from tinyld.tasks import bundled_data_dir
+from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder
+from tinyld.environment import check_unchanged, environment
+from tinyld.rows import bundled_data_dir
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, train
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr

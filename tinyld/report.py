@@ -16,7 +16,8 @@ from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.runs import CONFIG, RESULTS, RunFolder, write_atomic
+from tinyld.runs import CONFIG, RESULTS, RunFolder
+from tinyld.write import write_atomic
 from tinyld.statistics import interval, mean_of, over_seeds
 from tinyld.tables import print_table
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyld.adapter import base_dtype, find_base
-from tinyld.base import load_base
+from tinyld.checkpoint import base_dtype, find_base
+from tinyld.checkpoint import load_base
 from tinyld.config import SampleConfig, check
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows
@@ -22,7 +22,9 @@ from tinyld.options import EvalOptions
 from tinyld.peft import is_peft
 from tinyld.predict import Run, load, sampling_of
 from tinyld.progress import Progress
-from tinyld.runs import RESULTS, RunFolder, environment, write_atomic
+from tinyld.runs import RESULTS, RunFolder
+from tinyld.environment import environment
+from tinyld.write import write_atomic
 from tinyld.tables import print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
@@ -130,7 +132,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
         if not is_base:
             below, kept_in = options.base or default_base(), "fp32"
             if config:
-                below = find_base(config, path, options.base, default_base())
+                below = find_base(config, path, options.base)
                 kept_in = base_dtype(config, str(path))
             alone, _ = bound_of(below.resolve(), kept_in)
             forgotten = bound.minus(alone)

@@ -16,9 +16,11 @@ from tinyld.options import (
     SampleOptions,
     TasksOptions,
 )  # fmt: skip
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.environment import environment
 from tinyld.tables import print_table
-from tinyld.tasks import BUNDLED_TASKS, builtin_tasks
+from tinyld.rows import BUNDLED_TASKS
+from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
 
@@ -95,8 +97,8 @@ def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
 
 def export(options: ExportOptions) -> dict[str, Any]:
     """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
-    from tinyld.adapter import base_dtype
-    from tinyld.base import load_base
+    from tinyld.checkpoint import base_dtype
+    from tinyld.checkpoint import load_base
     from tinyld.hf import export_bert
     from tinyld.methods import WeightLora
     from tinyld.peft import export_peft
@@ -126,8 +128,8 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
     import torch
 
-    from tinyld.adapter import base_dtype, find_base, load_adapter
-    from tinyld.base import load_base, save_base
+    from tinyld.checkpoint import base_dtype, find_base, load_adapter
+    from tinyld.checkpoint import load_base, save_base
     from tinyld.composition import load_composition
 
     run, out = options.run, options.out
@@ -140,10 +142,10 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     if base_dtype(config, str(run)) != "fp32":
         raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
     if config["kind"] == "adapter":
-        adapted = load_adapter(folder, default_base(), options.base)
+        adapted = load_adapter(folder, options.base)
         base, method = adapted.base, adapted.method
     else:
-        base = load_base(find_base(config, run, options.base, default_base()))
+        base = load_base(find_base(config, run, options.base))
         found = load_composition(folder, base)
         if found is None or base.model.push is not None:
             raise TinyldError(f"{run} holds trajectory-lora adapters, which depend on t and cannot be merged")

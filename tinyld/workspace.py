@@ -11,7 +11,7 @@ from pathlib import Path
 from tinyld.distributed import is_writer
 from tinyld.errors import TinyldError, plain
 from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
-from tinyld.tasks import bundled_data_dir
+from tinyld.rows import bundled_data_dir
 
 RUNS = Path("runs")
 
