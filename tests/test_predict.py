@@ -26,9 +26,9 @@ from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions
 from tinyld.predict import by_label, label_logp
 from tinyld.pretrain import pretrain
+from tinyld.rows import prompt_of
 from tinyld.runs import ADAPTER, RunFolder
 from tinyld.tasks import load_task
-from tinyld.rows import prompt_of
 from tinyld.tokenizer import Tokenizer
 
 WORDS = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()

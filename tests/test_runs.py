@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from tinyld.commands.inspect import info
 
 from tinyld import checkpoint
 from tinyld.checkpoint import attach, find_base, fingerprint, load_adapter, load_base, method_record, save_base
-from tinyld.commands.inspect import info
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError

@@ -12,8 +12,8 @@ from tinyld.config import check
 from tinyld.options import FinetuneOptions
 from tinyld.predict import Run, load
 from tinyld.runs import RunFolder
-from tinyld.write import make_folder, write_atomic
 from tinyld.workspace import RUNS
+from tinyld.write import make_folder, write_atomic
 
 
 def finetune(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None = None, **options: Any) -> Run:

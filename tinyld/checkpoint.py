@@ -17,11 +17,11 @@ from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.model import Denoiser
 from tinyld.read import finite
-from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
-from tinyld.write import sha256
-from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
 from tinyld.rows import bundled_data_dir
+from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
+from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
 from tinyld.tokenizer import Tokenizer
+from tinyld.write import sha256
 
 RELEASED = ("base", "small")  # folders of the bundled data that hold a base
 

@@ -9,22 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import base_dtype, find_base
-from tinyld.checkpoint import Base, load_base
+from tinyld.checkpoint import Base, base_dtype, find_base, load_base
 from tinyld.composition import Composition, Member, prototype_router, read_member, save_composition
 from tinyld.config import check
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import Evaluation, evaluate
 from tinyld.options import ComposeOptions
 from tinyld.progress import Progress
 from tinyld.router import measure_routing
+from tinyld.rows import bundled_data_dir, load_split
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
-from tinyld.environment import environment
 from tinyld.statistics import paired_difference
 from tinyld.tables import print_record, print_table
-from tinyld.rows import bundled_data_dir, load_split
 from tinyld.tasks import from_record
 
 TOLD_APART = 0.95  # least share of a task's rows that must be routed to it

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
 from tinyld.runs import RunFolder, Spectator
-from tinyld.environment import under_torchrun
 
 if TYPE_CHECKING:
     import torch

@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import Adapted, attach, check_base, check_frozen, method_record, sizes
-from tinyld.checkpoint import load_base, read_model_config
-from tinyld.cache import FixedMasks, StateCache, why_not_cached
+from tinyld.cache import StateCache, why_not_cached
+from tinyld.checkpoint import (
+    Adapted,
+    attach,
+    check_base,
+    check_frozen,
+    load_base,
+    method_record,
+    read_model_config,
+    sizes,
+)
 from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes, is_writer
+from tinyld.environment import check_unchanged, environment
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config
@@ -24,8 +33,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
-from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, TOKENIZER, RunFolder, # fmt: skip
-from tinyld.environment import check_unchanged, environment
+from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, TOKENIZER, RunFolder
 from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import Noising, Objective, train
@@ -89,7 +97,7 @@ def job_of(options: FinetuneOptions) -> Job:
     else:
         data, held_out, file = data_file(data)
         task = make_task(options, file, Tokenizer.load(base / TOKENIZER))
-    diffusion = DiffusionConfig(loss=options.loss, time_sampling="uniform")
+    diffusion = DiffusionConfig(loss=options.loss)
     return Job(task, method, settings, base, options.base_dtype, data, held_out, options.limit, options.cache_gb,
                diffusion, config)  # fmt: skip
 
@@ -225,15 +233,16 @@ def _objective(
     device, mask_id = model.embedding.weight.device, adapted.base.tokenizer.mask_id
     depths = method.first_depth + 1 if method.reads_depths else 1
     reason = why_not_cached(rows, method.first_depth, model.config.d_model, job.cache_gb, depths)
+    objective: Noising = Objective(job.diffusion, mask_id, counted=True, seed=config.seed)
     if reason is not None:
         if method.first_depth > 0:
             say(f"frozen states are not cached: {reason}")
-        return Objective(job.diffusion, mask_id, counted=True, seed=config.seed)
-    masks = FixedMasks(rows, job.diffusion, mask_id, config.seed, config.batch_size, 1)
+        return objective
     with Progress("cache", len(rows), quiet=quiet) as bar:
         return StateCache(
-            model, masks, method.first_depth, lambda: autocast(device, dtype), bar.advance_to, method.reads_depths
-        )
+            model, rows, objective, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
+            method.reads_depths,
+        )  # fmt: skip
 
 
 def resume(options: Training) -> dict[str, Any]:

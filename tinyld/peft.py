@@ -16,7 +16,7 @@ from tinyld.errors import TinyldError, show
 from tinyld.methods import WeightLora
 from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
 from tinyld.model import LINEARS
-from tinyld.read import check_finite_number, finite, read_object, read_tensors
+from tinyld.read import finite, read_object, read_tensors
 from tinyld.write import make_folder, to_json, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -92,7 +92,9 @@ def load_peft(
     targets = raw["target_modules"]
     if not isinstance(targets, list) or not all(target in LINEARS for target in targets):
         raise TinyldError(f"{where}: target_modules must be a list of {', '.join(LINEARS)}, got {targets!r}")
-    alpha = check_finite_number(raw["lora_alpha"], "lora_alpha", where)
+    alpha = raw["lora_alpha"]
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise TinyldError(f"{where}: lora_alpha must be a number, got {alpha!r}")
     settings = {"rank": raw["r"], "rslora": raw.get("use_rslora", False)}
     settings["targets"] = [name for name in LINEARS if name in targets]
     config = from_dict(WeightLoraConfig, settings, str(where))

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.checkpoint import base_dtype, check_frozen, find_base, load_adapter
-from tinyld.checkpoint import Base, load_base
+from tinyld.checkpoint import Base, base_dtype, check_frozen, find_base, load_adapter, load_base
 from tinyld.composition import attach_static, load_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows
@@ -22,9 +21,9 @@ from tinyld.methods import WeightLora
 from tinyld.model import Denoiser
 from tinyld.options import PredictOptions, Sampling
 from tinyld.peft import is_peft, load_peft
+from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.sampler import decode
-from tinyld.rows import Example, prompt_of
 from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.texts import chunks, printer
 from tinyld.workspace import default_base, keep_freed_memory, say_to_stderr, say_truncated

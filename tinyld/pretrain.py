@@ -18,6 +18,7 @@ from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import DTYPES, autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes, is_writer
+from tinyld.environment import check_unchanged, environment
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume
@@ -25,9 +26,8 @@ from tinyld.hf import Encoder, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training, flag
 from tinyld.progress import Progress
-from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder
-from tinyld.environment import check_unchanged, environment
 from tinyld.rows import bundled_data_dir
+from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, train
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr

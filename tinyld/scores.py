@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import base_dtype, find_base
-from tinyld.checkpoint import load_base
+from tinyld.checkpoint import base_dtype, find_base, load_base
 from tinyld.config import SampleConfig, check
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows
 from tinyld.datafile import read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import Estimate
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions
@@ -23,12 +23,11 @@ from tinyld.peft import is_peft
 from tinyld.predict import Run, load, sampling_of
 from tinyld.progress import Progress
 from tinyld.runs import RESULTS, RunFolder
-from tinyld.environment import environment
-from tinyld.write import write_atomic
 from tinyld.tables import print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
+from tinyld.write import write_atomic
 
 Record = dict[str, Any]
 MOST_CONFUSED = 8  # labels whose confusion matrix is shown

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 from tinyld.config import check
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
-from tinyld.write import write_atomic
 from tinyld.rows import SUFFIXES, read_rows
+from tinyld.write import write_atomic
 
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
 READ = 1 << 17  # bytes of text read at once: some thousand lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinyld.config import ModelConfig, SampleConfig, from_dict
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, UsageError, plain
 from tinyld.options import (
     ComposeOptions,
@@ -16,10 +17,9 @@ from tinyld.options import (
     SampleOptions,
     TasksOptions,
 )  # fmt: skip
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
-from tinyld.environment import environment
-from tinyld.tables import print_table
 from tinyld.rows import BUNDLED_TASKS
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.tables import print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
@@ -97,8 +97,7 @@ def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
 
 def export(options: ExportOptions) -> dict[str, Any]:
     """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
-    from tinyld.checkpoint import base_dtype
-    from tinyld.checkpoint import load_base
+    from tinyld.checkpoint import base_dtype, load_base
     from tinyld.hf import export_bert
     from tinyld.methods import WeightLora
     from tinyld.peft import export_peft
@@ -128,8 +127,7 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
     import torch
 
-    from tinyld.checkpoint import base_dtype, find_base, load_adapter
-    from tinyld.checkpoint import load_base, save_base
+    from tinyld.checkpoint import base_dtype, find_base, load_adapter, load_base, save_base
     from tinyld.composition import load_composition
 
     run, out = options.run, options.out

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tinyld.distributed import is_writer
 from tinyld.errors import TinyldError, plain
-from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
 from tinyld.rows import bundled_data_dir
+from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
 
 RUNS = Path("runs")
 
