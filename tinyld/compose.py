@@ -41,7 +41,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     first = folders[0].config
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
-    path = find_base(first, runs[0], options.base, bundled_data_dir() / "base")
+    path = find_base(first, runs[0], options.base)
     base = load_base(path, resolve_device(options.device), base_dtype(first, str(runs[0])))
     members = [read_member(folder, base, 1.0) for folder in folders]
     tasks = {m.run: from_record(m.task, f"{m.run}/{CONFIG}") for m in members}
