@@ -78,7 +78,7 @@ VERBS = {
         options.InfoOptions, "verbs:info", "Say what a run is, and check its files.", "tinyld info runs/mine",
     ),
     "tasks": Verb(
-        options.TasksOptions, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", show="verbs:show_tasks",
+        options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", show="verbs:show_tasks",
     ),
     "merge": Verb(
         options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",

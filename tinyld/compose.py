@@ -20,7 +20,7 @@ from tinyld.evaluate import Evaluation, evaluate
 from tinyld.options import ComposeOptions
 from tinyld.progress import Progress
 from tinyld.router import measure_routing
-from tinyld.rows import bundled_data_dir, load_split
+from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.statistics import paired_difference
 from tinyld.tables import print_record, print_table

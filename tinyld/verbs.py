@@ -14,8 +14,8 @@ from tinyld.options import (
     FinetuneOptions,
     InfoOptions,
     MergeOptions,
+    Printed,
     SampleOptions,
-    TasksOptions,
 )  # fmt: skip
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
@@ -58,7 +58,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
     return record
 
 
-def tasks(options: TasksOptions) -> list[dict[str, Any]]:
+def tasks(options: Printed) -> list[dict[str, Any]]:
     return [
         {
             "task": t.name,
@@ -72,7 +72,7 @@ def tasks(options: TasksOptions) -> list[dict[str, Any]]:
     ]
 
 
-def show_tasks(records: list[dict[str, Any]], options: TasksOptions) -> None:
+def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
     columns = ("task", "labels", "rows", "needs")
     rows = [tuple(map(r.get, columns)) for r in records]
     print_table("built-in tasks (--json has templates and answers)", columns, rows)
