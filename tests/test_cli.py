@@ -24,7 +24,8 @@ from tinyld.data import TaskRows
 from tinyld.options import ARGUMENT
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
 
-TINY = "--preset nano --set d_model=32 --set num_layers=2 --set num_heads=2 --set d_ff=64 --max-length 48 --vocab-size 300".split()
+TINY = "--preset nano --set d_model=32 --set num_layers=2 --set num_heads=2 --set d_ff=64".split()
+TINY += ["--max-length", "48", "--vocab-size", "300"]
 METHODS: dict[str, list[str]] = {
     "full": [],
     "weight-lora": ["--rank", "2"],
@@ -97,7 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [("the rain , the rain", "sad"), ("sun and sea", "happy")] * 6
     (place / "train.csv").write_text("text,label\n" + "\n".join(f'"{t}",{label}' for t, label in rows))
     (place / "dev.csv").write_text("text,label\nthe rain,sad\nthe sun,happy\na sun,happy\n")
-    (place / "test.jsonl").write_text('{"text": "rain", "label": "sad"}\n{"text": "sea", "label": 1}\n')
+    (place / "test.jsonl").write_text('{"text": "rain", "label": "sad"}\n{"text": "sea", "label": "happy"}\n')
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")
     for name, content in {
@@ -476,7 +477,8 @@ def test_an_interrupted_finetune_resumes_to_the_same_adapter(
     method: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", method, *METHODS[method],
-            "--steps", 7, "--batch-size", 4, "--set", "eval_every=3", "--set", "save_minutes=1e-9", "--seed", 5]  # fmt: skip
+            "--steps", 7, "--batch-size", 4, "--set", "eval_every=3", "--set", "save_minutes=1e-9",
+            "--seed", 5]  # fmt: skip
     good(*args, "--out", "whole", "--json")
     ran = interrupt(monkeypatch, 5, *args, "--out", "cut")
     assert ran.code != 0 and "Traceback" not in ran.stderr
@@ -499,14 +501,16 @@ def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monke
     interrupt(monkeypatch, 5, *args, "--out", "cut")
     (place / "again.csv").write_text(rows.replace("rain", "sky"))
     assert_refused(cli("finetune", "--resume", "cut"), 1, "data was ")
-    monkeypatch.setattr("tinyld.runs.platform.machine", lambda: "abacus")  # not one of what decides the bits
+    monkeypatch.setattr("platform.machine", lambda: "abacus")  # not one of what decides the bits
     (place / "again.csv").write_text(rows)
     with monkeypatch.context() as other:
         other.setattr("tinyld.device.fast_dtype", lambda device: "fp16")
         assert_refused(cli("finetune", "--resume", "cut"), 1, "fast_dtype was ")
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    assert_refused(cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; --set allow_changed=true")
+    assert_refused(
+        cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; --set allow_changed=true"
+    )
     assert good("finetune", "--resume", "cut", "--set", "allow_changed=true", "--json").json["steps"] == 7
 
 
@@ -683,7 +687,7 @@ ERRORS = [
     (NOT_ON + "--data {place}/train.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
     (NOT_ON + "--data {place}/unlabelled.csv", 1, "which of its columns are text and label?"),
     (NOT_ON + "--data {place}/unlabelled.csv --text-column a --label-column c", 2, "the one label 'z'"),
-    (ON + "--method full --recipe paper", 2, "--recipe is an option of trajectory-lora, not of full"),
+    (ON + "--method full --recipe paper", 2, "--recipe is not an option of full"),
     (ON + "--method weight-lora --set targets=query,gate", 2, "targets must be among"),
     # training
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),

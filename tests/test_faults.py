@@ -55,7 +55,7 @@ def counts_are_kept() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ children
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["tinyld.commands.finetune", "tinyld.finetune", "tinyld.pretrain", "tinyld.cli"])
+forks.set_forkserver_preload(["tinyld.finetuning", "tinyld.pretrain", "tinyld.cli"])
 
 
 def child(arguments: list[str], log: str, die_at: int) -> None:

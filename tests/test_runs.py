@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tinyld.commands.inspect import info
 
 from tinyld import checkpoint
 from tinyld.checkpoint import attach, find_base, fingerprint, load_adapter, load_base, method_record, save_base
@@ -21,6 +20,7 @@ from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
+from tinyld.options import InfoOptions
 from tinyld.runs import (
     ADAPTER,
     CONFIG,
@@ -34,6 +34,7 @@ from tinyld.runs import (
     write_atomic,
 )
 from tinyld.tokenizer import Tokenizer
+from tinyld.verbs import info
 
 PACKAGE = Path(__file__).parents[1] / "tinyld"
 
@@ -236,7 +237,7 @@ def test_a_damaged_manifest_is_one_error_or_no_harm(seed: int, base: Path, capsy
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
-    for act in (lambda: load(base), lambda: info(base, json=True)):
+    for act in (lambda: load(base), lambda: info(InfoOptions(run=base))):
         try:
             act()
         except TinyldError as error:
@@ -251,7 +252,7 @@ def test_a_manifest_of_the_wrong_form_is_one_error(content: str, base: Path) -> 
     (base / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
     assert str(base) in refusal(base)
     with pytest.raises(TinyldError):
-        info(base, json=True)
+        info(InfoOptions(run=base))
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class Group(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write("tinyld: small masked diffusion language models, taught to label or write text.\n\n")
-        formatter.write("Usage: tinyld VERB [OPTIONS], and tinyld VERB --help for its options. Main verbs:\n\n")
+        formatter.write("Usage: tinyld VERB [OPTIONS]; tinyld VERB --help lists them. Main verbs:\n\n")
         for name, verb in VERBS.items():
             if name == "sample":
                 formatter.write("\nOthers:\n\n")
