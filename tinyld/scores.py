@@ -173,7 +173,7 @@ def show(records: list[Record], options: EvalOptions) -> None:
 
 def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) -> None:
     """One row an evaluation; rates in percent, NLL in nats per answer token."""
-    columns = ("run", "task and split", "rows", "accuracy %", "95% interval", "NLL bound")
+    columns = ("run", "rows of", "n", "accuracy %", "95% interval", "NLL bound")
     more = ("± NLL", "macro-F1 %", "scored %", "unreadable %", "masked_acc %", "rows/s") if wide else ()
     rows = []
     for r in records:

@@ -169,6 +169,7 @@ DEMO_TEXTS = {
 def demo(options: DemoOptions) -> None:
     """Two bundled tasks, one adapter each, that label a new sentence and are composed: the whole path."""
     from tinyld.compose import compose
+    from tinyld.compose import show as show_composition
     from tinyld.finetuning import finetune
     from tinyld.predict import load
     from tinyld.scores import measure, remember, rows_for, show_evaluations
@@ -193,7 +194,16 @@ def demo(options: DemoOptions) -> None:
         print(plain(f"{name}: {text!r} is {answer['label']} ({100 * answer['probability']:.0f}%)"))
     show_evaluations("each adapter on its own task", records)
     both = out / "composed"
-    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --out {both}")
-    compose(ComposeOptions(runs=tuple(runs), split="test", out=both, force=options.force, quiet=options.quiet))
+    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --limit 200 --out {both}")
+    asked = ComposeOptions(
+        runs=tuple(runs),
+        split="test",
+        limit=200,
+        out=both,
+        force=options.force,
+        dtype=options.dtype,
+        quiet=options.quiet,
+    )
+    show_composition(compose(asked), asked)
     print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
     print("      tinyld predict runs/mine new.csv --out answered.csv")
