@@ -14,8 +14,8 @@ from conftest import WORDS
 from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor, nn
 
-from tinyld.base import Base, load_base, save_base
-from tinyld.compose import compose, default_how, labels, show
+from tinyld.checkpoint import Base
+from tinyld.compose import default_how, labels
 from tinyld.composition import Composition, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import TaskRows

@@ -19,15 +19,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tinyld.base import fingerprint, read_model_config
+from tinyld.checkpoint import fingerprint, read_model_config
 from tinyld.config import ModelConfig, check
 from tinyld.errors import TinyldError, UsageError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.methods import METHODS, make_config
 from tinyld.options import METHOD_OPTIONS, CompareOptions, FinetuneOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
-from tinyld.runs import ADAPTER, RESULTS, RunFolder, make_folder
-from tinyld.tasks import Task, bundled_data_dir, load_split, load_task
+from tinyld.rows import bundled_data_dir, load_split
+from tinyld.runs import ADAPTER, RESULTS, RunFolder
+from tinyld.tasks import Task, load_task
+from tinyld.write import make_folder
 
 RATES = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's usual learning rate, in the order they are tried
 SET_HERE = ("task", "data", "base", "limit", "method", "seed", "epochs", "steps", "tokens", "minutes", "batch_size")

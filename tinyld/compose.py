@@ -9,21 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyld.adapter import base_dtype, find_base
-from tinyld.base import Base, load_base
+from tinyld.checkpoint import Base, base_dtype, find_base, load_base
 from tinyld.composition import Composition, Member, prototype_router, read_member, save_composition
 from tinyld.config import check
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import Evaluation, evaluate
 from tinyld.options import ComposeOptions
 from tinyld.progress import Progress
 from tinyld.router import measure_routing
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, environment
+from tinyld.rows import load_split
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.statistics import paired_difference
 from tinyld.tables import print_record, print_table
-from tinyld.tasks import bundled_data_dir, from_record, load_split
+from tinyld.tasks import from_record
 
 TOLD_APART = 0.95  # least share of a task's rows that must be routed to it
 
@@ -40,7 +41,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     first = folders[0].config
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
-    path = find_base(first, runs[0], options.base, bundled_data_dir() / "base")
+    path = find_base(first, runs[0], options.base)
     base = load_base(path, resolve_device(options.device), base_dtype(first, str(runs[0])))
     members = [read_member(folder, base, 1.0) for folder in folders]
     tasks = {m.run: from_record(m.task, f"{m.run}/{CONFIG}") for m in members}

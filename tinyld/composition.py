@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.adapter import base_dtype, check_bands, check_base, read_method
-from tinyld.base import Base, load_exactly
+from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, load_exactly, read_method
 from tinyld.config import check, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora
 from tinyld.methods.bands import BAND_EDGES
-from tinyld.methods.trajectory_lora import TrajectoryPush
+from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import PushAt, take
 from tinyld.router import Router, prompt_features, prototype_shapes
@@ -127,7 +126,6 @@ class SharedPush(nn.Module):
         self.pushes, self.router = nn.ModuleList(pushes), router and router.to(device)
         self.register_buffer("weights", torch.tensor(weights, device=device), persistent=False)
         self.first_depth = 0 if router is not None else min(p.first_depth for p in pushes)
-        self.pushes_within = any(p.pushes_within for p in pushes)
         self.reads_depths = any(p.reads_depths for p in pushes)
         self.reads_others = any(p.reads_others for p in pushes)
 

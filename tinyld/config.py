@@ -6,13 +6,12 @@ Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError, UsageError, show
 
 C = TypeVar("C")
 
@@ -23,7 +22,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
-    """`cls` from JSON values, refusing unknown or missing keys and wrong types; `where` names the file in the error."""
+    """`cls` from JSON values, refusing unknown or missing keys and wrong types, nested too; `where` is for errors."""
     if not isinstance(values, dict):
         raise TinyldError(f"{where}: expected an object with the fields of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -33,12 +32,12 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     hints = typing.get_type_hints(cls)
     kwargs = {}
     for name, value in values.items():
-        if isinstance(value, list):
-            value = tuple(value)
         kwargs[name] = _check_type(value, hints[name], f"{where}: {name}")
-    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in kwargs]
-    if required:
-        raise TinyldError(f"{where}: missing key {', '.join(map(repr, required))}")
+    missing = [
+        n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in kwargs
+    ]
+    if missing:
+        raise TinyldError(f"{where}: missing key {', '.join(map(repr, missing))}")
     try:
         return cls(**kwargs)
     except UsageError as error:
@@ -48,19 +47,24 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
 def _check_type(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if origin is types.NoneType and value is None:
+        origin, args = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is typing.Any or (origin is types.NoneType and value is None):
             return value
         if isinstance(value, bool) and origin is not bool:
             continue
+        if isinstance(value, dict) and dataclasses.is_dataclass(option):
+            return from_dict(option, value, where)
+        if isinstance(value, list) and origin is tuple:
+            value = tuple(value)
+        if origin is float and isinstance(value, int | float):
+            return float(value)
         if isinstance(origin, type) and isinstance(value, origin):
-            if origin is tuple:
-                args = [a for a in typing.get_args(option) if a is not Ellipsis]
-                return tuple(_check_type(v, args[0], where) for v in value) if args else value
+            if origin is tuple and args:
+                return tuple(_check_type(v, args[0], where) for v in value)
+            if origin is dict and args:
+                return {k: _check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
             return value
-    raise TinyldError(f"{where}: {value!r} is not of type {hint if len(options) > 1 else options[0].__name__}")
+    raise TinyldError(f"{where}: {show(value)} is not of type {hint if len(options) > 1 else options[0].__name__}")
 
 
 def check(condition: bool, message: str) -> None:
@@ -70,11 +74,11 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_finite(config: Any) -> None:
-    """Raises UsageError naming the first float field of a config (tuples included) that is NaN or infinite."""
+    """Raises UsageError naming the first float field of a config (tuples included) that float32 does not hold."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
-            finite = not isinstance(number, float) or math.isfinite(number)
+            finite = not isinstance(number, float) or abs(number) < 3.4e38
             check(finite, f"{field.name} must be a finite number, got {number}")
 
 

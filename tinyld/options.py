@@ -21,6 +21,7 @@ from tinyld.errors import UsageError
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
+RECIPE_NAMES, HOWS = ("best", "fast", "paper"), ("sum", "average", "weights", "router")
 BASE_DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -65,8 +66,8 @@ class Options:
                 value = Path(value)
             elif kind == tuple[Path, ...]:
                 value = tuple(map(Path, [value] if isinstance(value, str | Path) else value))
-            elif typing.get_origin(kind) is tuple and isinstance(value, list):
-                value = tuple(value)
+            elif typing.get_origin(kind) is tuple and value is not None:
+                value = tuple([value] if isinstance(value, str) else value)
             if value is not None and choices:
                 check(value in choices, f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
             if value is not None and minimum is not None:
@@ -100,29 +101,19 @@ def _typed(kind: Any, text: str, whole: str) -> Any:
         check(text in ("true", "false"), f"--set {whole}: give true or false")
         return text == "true"
     if typing.get_origin(kind) is tuple:
-        return tuple(text.split(","))
+        return (_typed(typing.get_args(kind)[0], text, whole),)
     try:
         return kind(text)
     except ValueError:
         raise UsageError(f"--set {whole}: {text!r} is not a number") from None
 
 
-def numbers(kind: type) -> Callable[[str, str], Any]:
-    """Reads numbers with commas between them; `auto` stays as it is."""
-
-    def read(text: str, name: str) -> Any:
-        if text == "auto" and kind is int:
-            return text
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
-
-    return read
-
-
-def names(text: str, name: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+def numbers(text: str, name: str, kind: type = float) -> Any:
+    """Numbers with commas between them; `auto` stays as it is."""
+    try:
+        return text if text == "auto" else tuple(map(kind, text.split(",")))
+    except ValueError:
+        raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
 
 
 def share(text: str, name: str) -> float:
@@ -135,9 +126,6 @@ def share(text: str, name: str) -> float:
     way_out = f"write {text}% or {value / 100:g}, or else {value:.0%}"
     check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
     return value
-
-
-# ------------------------------------------------------------------------------------------------ what verbs share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +176,6 @@ class Training(OnDevice, Written, Printed):
     keep: int = option(TrainConfig.keep, "Checkpoints kept while training.", None, 1)
 
 
-# ------------------------------------------------------------------------------------------------ the verbs
-
-
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Training):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
@@ -199,9 +184,7 @@ class FinetuneOptions(Training):
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", 1)
     method: str = option("trajectory-lora", "What is trained.", "Method", choices=METHOD_NAMES)
-    recipe: str | None = option(
-        None, "trajectory-lora: most accurate, fastest, or the paper's.", "Method", choices=("best", "fast", "paper")
-    )
+    recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", choices=RECIPE_NAMES)
     budget: float | None = option(
         None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
     )
@@ -213,12 +196,16 @@ class FinetuneOptions(Training):
     optimizer: str | None = option(None, "The method's if not given.", None, choices=OPTIMIZERS)
     weight_decay: float = option(TrainConfig.weight_decay, "Decoupled weight decay.")
     warmup: float = option(TrainConfig.warmup, "Share of the budget with a rising learning rate.")
-    ranks: tuple[int, ...] | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.", read=numbers(int))
-    sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers(float))
+    ranks: tuple[int, ...] | None = option(
+        None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
+    )
+    sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
     attend: int | None = option(None, "trajectory-lora: units that attend to the prompt.")
     dropout: float | None = option(None, "Share of the numbers read that an update does without.")
-    targets: tuple[str, ...] | None = option(None, "weight-lora: query,key,value,out,up,down or some.", read=names)
+    targets: tuple[str, ...] | None = option(
+        None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))
+    )
     rslora: bool | None = option(None, "weight-lora: scale by 1 / sqrt(rank).")
     base_dtype: str = option("fp32", "Type of the base's frozen matrices.", None, choices=BASE_DTYPES)
     cache_gb: float = option(4.0, "Memory for frozen states; 0 keeps none.", None, 0)
@@ -232,9 +219,7 @@ class PretrainOptions(Training):
     preset: str = option("small", "Model size.", "Model", choices=PRESETS)
     max_length: int | None = option(None, "Tokens in a row.", "Model")
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", 64)
-    init: str | None = option(
-        None, "Start from a tinyld base, a Hugging Face folder of a BERT-like encoder, or minilm.", "Model"
-    )
+    init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
     trim_vocab: int | None = option(None, "With --init: keep this many pieces.", "Model", 64)
     tokens: int | None = option(None, "Train on so many tokens.", "Training", 1)
     lr: float = option(3e-3, "Peak learning rate.", "Training")
@@ -268,7 +253,7 @@ class EvalOptions(Sampling, OnDevice, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(Sampling, OnDevice, Options):
+class PredictOptions(Sampling, OnDevice, Printed):
     run: Path = option(dataclasses.MISSING, "An adapter, a composition or a full fine-tuning.", ARGUMENT)
     input: str = option("-", "A .txt, .csv, .tsv or .jsonl; - reads a text a line from stdin.", ARGUMENT)
     text: tuple[str, ...] = option((), "A text to answer instead of INPUT; may be repeated.", "Data")
@@ -277,8 +262,6 @@ class PredictOptions(Sampling, OnDevice, Options):
     base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data")
     out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
     csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
-    json: bool = option(False, "JSON Lines on a terminal, too.", "Output")
-    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,11 +279,8 @@ class SampleOptions(Sampling, OnDevice, Options):
 @dataclass(frozen=True, kw_only=True)
 class ComposeOptions(OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more adapters of one base.", ARGUMENT)
-    how: str | None = option(
-        None, "Fixed coefficients, or by each row's prompt (router).", "Coefficients",
-        choices=("sum", "average", "weights", "router"),
-    )  # fmt: skip
-    weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers(float))
+    how: str | None = option(None, "Fixed coefficients, or by each prompt (router).", "Coefficients", choices=HOWS)
+    weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers)
     rank: int | None = option(None, "weight-lora: cut the combined update to this rank.", "Coefficients", 1)
     max_drop: float | None = option(None, "Fail when a task loses more points than this.", "Data")
     split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
@@ -341,11 +321,6 @@ class ReportOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(Options):
     run: Path = option(dataclasses.MISSING, "A run folder.", ARGUMENT)
-    json: bool = option(False, "Print the result as JSON.", "Output")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TasksOptions(Options):
     json: bool = option(False, "Print the result as JSON.", "Output")
 
 

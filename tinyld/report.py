@@ -16,9 +16,10 @@ from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.runs import CONFIG, RESULTS, RunFolder, write_atomic
+from tinyld.runs import CONFIG, RESULTS, RunFolder
 from tinyld.statistics import interval, mean_of, over_seeds
 from tinyld.tables import print_table
+from tinyld.write import write_atomic
 
 Row = dict[str, Any]
 ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "epochs", "steps")

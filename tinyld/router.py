@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.data import TaskRows
-from tinyld.tasks import Task, bundled_data_dir, prompt_of
+from tinyld.rows import bundled_data_dir, prompt_of
+from tinyld.tasks import Task
 from tinyld.tokenizer import read_lines
 
 NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
