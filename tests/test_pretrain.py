@@ -164,7 +164,7 @@ def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(RunFolder, "remove_checkpoints", lambda self: None)
         run(tmp_path / "run", text)
     write_text(text, 200, seed=1)
-    with pytest.raises(TinyldError, match="data was .*--allow-changed"):
+    with pytest.raises(TinyldError, match="data was .*allow.changed"):
         run(tmp_path / "run", text, resume=True)
 
 
