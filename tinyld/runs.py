@@ -323,7 +323,7 @@ class Spectator(RunFolder):
     def locked(self) -> Iterator[None]:
         yield
 
-    def _leave(self, *args: Any) -> Any:
+    def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path
 
     write = write_tensors = remove = log = close_log = rewind_metrics = _leave
