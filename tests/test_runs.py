@@ -29,6 +29,7 @@ from tinyld.runs import (
     MODEL,
     TOKENIZER,
     RunFolder,
+    Spectator,
     sha256,
     temporary_name,
     write_atomic,
