@@ -33,7 +33,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             content = files.get(self.path)
-            self.send_response(404 if content is None else 200)
+            self.send_response(302 if self.path == "/moved" else 404 if content is None else 200)
+            if self.path == "/moved":
+                self.send_header("Location", content.decode())
             extra = 10 if self.path == "/cut" else 0
             self.send_header("Content-Length", str(len(content or b"") + extra))
             self.end_headers()
@@ -145,6 +147,36 @@ def test_too_large_a_download_is_cut_short(
     with pytest.raises(NetworkError, match="larger than 1,000 bytes"):
         fetch(URL, tmp_path / "a.bin")
     assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "target", ["http://example.org/a", "https://example.org/a", "http://dl.fbaipublicfiles.com/a", "ftp://127.0.0.1/a"]
+)
+def test_a_redirect_leads_only_to_https_on_a_listed_host(site: dict[str, bytes], tmp_path: Path, target: str) -> None:
+    site["/moved"] = target.encode()
+    with pytest.raises(NetworkError, match=f"it leads to '{target}', which is not listed"):
+        fetch("https://example.org/moved", tmp_path / "a.bin")
+    assert left_behind(tmp_path) == []
+    site["/moved"], site["/here"] = b"/here", b"found"
+    assert fetch("https://example.org/moved", tmp_path / "a.bin").read_bytes() == b"found"
+
+
+def test_a_download_has_a_time_limit(site: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TOTAL", -1.0)
+    site["/files/a.bin"] = b"x"
+    with pytest.raises(NetworkError, match="1 bytes took longer than"):
+        fetch(URL, tmp_path / "a.bin")
+    assert left_behind(tmp_path) == []
+
+
+def test_checksums_recorded_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLD_CACHE", str(tmp_path / "cache"))
+    threads = [threading.Thread(target=download._record, args=({str(i): "0"},)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(json.loads((tmp_path / "cache/checksums.json").read_text())) == 12
 
 
 def test_only_http_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +373,20 @@ def test_rows_that_changed_in_the_cache_are_noticed(site: dict[str, bytes], tmp_
         load_split(task, "train")
     path.unlink()
     assert len(load_split(task, "train")) == 2
+
+
+def test_a_file_in_the_cache_that_was_not_downloaded_has_the_published_counts(
+    site: dict[str, bytes], tmp_path: Path
+) -> None:
+    task = publish(site, load_task("sst2"), PUBLISHED["sst2"], label_counts={"dev": {"negative": 1, "positive": 2}})
+    mine = tmp_path / "cache/data/sst2/dev.tsv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("sentence\tlabel\na\t0\nb\t1\nc\t1\n")
+    assert len(load_split(task, "dev")) == 3
+    mine.write_text("sentence\tlabel\na\t0\nb\t1\n")
+    with pytest.raises(TinyldError, match="dev.tsv: has 2 rows, which are not the 3 published ones; delete it"):
+        load_split(task, "dev")
+    assert mine.read_text().count("\n") == 3
 
 
 def test_a_download_never_replaces_a_file_of_the_users(site: dict[str, bytes], tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path / "run", text)
     (tmp_path / "run" / "results.json").unlink()
     write_text(text, 200, seed=1)
-    with pytest.raises(TinyldError, match="data was .*allow_changed=true"):
+    with pytest.raises(TinyldError, match="data was .*allow.changed"):
         run(tmp_path / "run", text, resume=True)
 
 

@@ -29,6 +29,7 @@ from tinyld.runs import (
     MODEL,
     TOKENIZER,
     RunFolder,
+    Spectator,
     sha256,
     temporary_name,
     write_atomic,
@@ -727,3 +728,20 @@ def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(
     assert "needs one scale a row" in refusal(small.path)
     small.write_tensors(MODEL, {n: t for n, t in tensors.items() if n != name})
     assert "wrong type: torch.int8" in refusal(small.path)
+
+
+def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
+    before = tree(base)
+    folder = Spectator(base)
+    assert folder.config["kind"] == "base"
+    with folder.locked():
+        folder.write_json("a.json", {})
+        folder.write_tensors(MODEL, {})
+        folder.log({"step": 1})
+        folder.save_checkpoint(1, {}, {}, keep=1)
+        folder.remove_checkpoints(after=1)
+        folder.rewind_metrics(step=1)
+        folder.remove(CONFIG)
+        folder.remove_leftovers()
+        folder.close_log()
+    assert tree(base) == before

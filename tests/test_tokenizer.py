@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import normalizers
 
 from tinyld.errors import TinyldError
-from tinyld.tokenizer import SPECIAL, Tokenizer, detokenize, find_text_files, read_lines
+from tinyld.tokenizer import SPECIAL, Tokenizer, add_spelling_rules, detokenize, find_text_files, read_lines
 
 SENTENCES = (
     "it's great ( really ) - and he said \"no\" , didn't he ?",
@@ -125,6 +129,44 @@ def test_a_tokenizer_without_a_mask_token_is_refused(english: Tokenizer, tmp_pat
     path.write_text(english.to_json().replace("[MASK]", "[GAP]"))
     with pytest.raises(TinyldError, match=r"has no \[MASK\] token"):
         Tokenizer.load(path)
+
+
+def split_by(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["model"]["vocab"].update(great=10**6), "an id of 1000000 among"),
+        (lambda raw: raw["model"]["vocab"].update(great=-1), "not a tokenizer file"),
+        (lambda raw: raw["model"].update(unk_token="none"), "not a tokenizer file"),
+        (lambda raw: raw.update(pre_tokenizer=split_by("a" * 3000)), "the pattern 'aaa.* is too large"),
+        (lambda raw: raw.update(pre_tokenizer=split_by("(a{1,90000}){1,90000}")), "is too large to be tried"),
+        (lambda raw: raw.update(pre_tokenizer=split_by("(")), "not a tokenizer file"),
+        (lambda raw: raw.update(model=3), "not a tokenizer file"),
+    ],
+)
+def test_a_hostile_tokenizer_file_is_refused(
+    english: Tokenizer, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    raw = json.loads(english.to_json())
+    change(raw)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(TinyldError, match=f"tokenizer.json: .*{message}"):
+        Tokenizer.load(path)
+
+
+def test_a_foreign_tokenizer_gets_our_spelling_once(english: Tokenizer) -> None:
+    foreign = HFTokenizer.from_str(english.to_json())
+    foreign.normalizer = normalizers.BertNormalizer(lowercase=True)
+    before = foreign.encode("It doesn't (really)", add_special_tokens=False).ids
+    add_spelling_rules(foreign)
+    assert foreign.encode("It does n't -LRB- really -RRB-", add_special_tokens=False).ids == before
+    once = foreign.to_str()
+    add_spelling_rules(foreign)
+    assert foreign.to_str() == once
 
 
 DETOKENIZED = [

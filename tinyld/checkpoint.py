@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,10 +171,10 @@ def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Pa
         return override
     places = [*(bundled_data_dir() / name for name in RELEASED), Path(record.path)]
     for path in places:
-        if (path / CONFIG).is_file() and RunFolder(path).config["kind"] == "base":
+        if os.path.isfile(path / CONFIG) and RunFolder(path).config["kind"] == "base":
             if fingerprint(RunFolder(path)) == record.fingerprint:
                 return path
-    if (places[-1] / CONFIG).is_file():
+    if os.path.isfile(places[-1] / CONFIG):
         check_fingerprint(record, fingerprint(RunFolder(places[-1])), places[-1], run)
     released = " and ".join(str(path) for path in places[:-1])
     raise TinyldError(

@@ -202,7 +202,7 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise TinyldError(f"no encoder in {folder}: no such folder")
     names = sorted(os.listdir(folder))
     pickled = next((name for name in names if name.endswith((".bin", ".pt", ".ckpt"))), None)

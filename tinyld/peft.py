@@ -5,6 +5,7 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ PLAIN: dict[str, Any] = {
 
 
 def is_peft(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
+    return os.path.isfile(folder / CONFIG)
 
 
 def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerprint: str, out: Path) -> None:

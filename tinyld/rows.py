@@ -44,7 +44,7 @@ def bundled_data_dir() -> Path:
 def _in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
     """The first of folder/NAME/SPLIT.tsv, .csv, .jsonl that is there; NAME "" is the folder itself."""
     paths = [folder / name / f"{split}{suffix}" for name in names for suffix in SUFFIXES]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def find_file(task: Task, split: str, data: Path | None = None) -> Path:
@@ -53,14 +53,14 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     if data is not None:
         if found := _in_folder(data, (name, ""), split):
             return found
-        what = "no such folder" if not data.is_dir() else f"neither {name}/{split}.tsv nor {split}.tsv in it"
+        what = "no such folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
         raise TinyldError(f"no {split} rows of {task.name} in {data}: {what} (.csv and .jsonl are read too)")
     if split in task.data:
         return task.data[split]
     cache = download.cache_dir() / "data"
     if task.builtin:
         own = os.environ.get("TINYLD_DATA")
-        if own and not Path(own).is_dir():
+        if own and not os.path.isdir(own):
             raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
         for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
             if found := _in_folder(folder, (name,), split):

@@ -76,7 +76,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        if not (path / CONFIG).is_file():
+        if not os.path.isfile(path / CONFIG):
             raise TinyldError(f"no run in {path}: expected {CONFIG}, {_found(path)}")
         return cls(path)
 
@@ -89,12 +89,10 @@ class RunFolder:
 
     def _holds_nothing(self) -> bool:
         """Whether the folder is empty, or holds only what a writer that was killed before its config leaves."""
-        if not self.path.is_dir():
-            return False
-        names = {name for name in os.listdir(self.path) if not is_temporary(name)}
         try:
+            names = {name for name in os.listdir(self.path) if not is_temporary(name)}
             return names <= {MANIFEST, TOKENIZER} and (not names or (MANIFEST in names and bool(self._manifest())))
-        except TinyldError:
+        except (TinyldError, OSError):
             return False
 
     @contextlib.contextmanager
@@ -314,7 +312,7 @@ def _clear_checkpoint(path: Path) -> None:
 
 def _found(path: Path) -> str:
     """What a folder holds, for an error."""
-    names = sorted(os.listdir(path)) if path.is_dir() else ["no such folder"]
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else ["no such folder"]
     return f"found {', '.join(names[:8]) or 'an empty folder'}"
 
 
@@ -325,7 +323,7 @@ class Spectator(RunFolder):
     def locked(self) -> Iterator[None]:
         yield
 
-    def _leave(self, *args: Any) -> Any:
+    def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path
 
     write = write_tensors = remove = log = close_log = rewind_metrics = _leave

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -252,12 +253,12 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
     """The text files among `paths` and inside its folders, sorted; TinyldError when one is missing or none is there."""
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(TEXT_SUFFIXES))
             if not inside:
                 raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
             found += inside
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             raise TinyldError(f"no such file or folder: {path}")
         elif path.name.endswith(TEXT_SUFFIXES):
             found.append(path)

@@ -61,7 +61,7 @@ def _is_stream(path: Path) -> bool:
         return True
     if stat.S_ISREG(mode) and path.is_relative_to("/dev"):  # /dev/stdout, where a shell sent it to a file
         return True
-    raise OSError(0, "it is a folder" if path.is_dir() else "it is a link; name the file itself")
+    raise OSError(0, "it is a folder" if path.is_dir() else "it is no regular file; where it is a link, name the file")
 
 
 def temporary_name(folder: Path) -> Path:
@@ -109,9 +109,12 @@ def clear(folder: Path, ours: Iterable[str] = (), with_folder: bool = False) -> 
 def to_json(value: Any, indent: int | None = 2) -> bytes:
     """JSON as it is written everywhere, with a line end; never a NaN."""
     try:
-        return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise TinyldError("a result is not a finite number, so nothing was written") from None
+    return text.encode(
+        errors="backslashreplace"
+    )  # half a surrogate pair, of an undecodable path, becomes JSON's \udc80
 
 
 def sha256(content: bytes) -> str:
