@@ -14,8 +14,8 @@ from conftest import WORDS
 from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base
-from tinyld.compose import default_how, labels
+from tinyld.checkpoint import Base, load_base, save_base
+from tinyld.compose import compose, default_how, labels, show
 from tinyld.composition import Composition, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import TaskRows
@@ -26,9 +26,10 @@ from tinyld.methods.weight_lora import truncate
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
 from tinyld.router import NEAR, NONE, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
+from tinyld.rows import load_split
 from tinyld.runs import RunFolder
 from tinyld.statistics import paired_difference
-from tinyld.tasks import load_split, load_task, to_record
+from tinyld.tasks import load_task, to_record
 from tinyld.tokenizer import Tokenizer
 
 COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast")

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tinyld.base import load_exactly
 from torch import Tensor, nn
 
 from tinyld import cache as cache_module
 from tinyld.cache import StateCache, why_not_cached
+from tinyld.checkpoint import load_exactly
 from tinyld.compose import Composition
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows

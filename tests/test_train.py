@@ -172,13 +172,7 @@ RESUMED = [
 @pytest.mark.parametrize("at", [3, 4, 6], ids="stopped_at_{}".format)
 @pytest.mark.parametrize(("name", "options"), RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_run(
-    name: str,
-    options: dict[str, Any],
-    at: int,
-    base: Denoiser,
-    rows: TaskRows,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
+    name: str, options: dict[str, Any], at: int, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     def fresh() -> tuple[Denoiser, Method]:
         model = copy.deepcopy(base)

@@ -27,6 +27,7 @@ class Batch:
     answer_mask: Tensor  # (B, L) bool: may be noised and is scored (every real token while pretraining)
     attention_mask: Tensor  # (B, L) bool: real token, not padding
     rows: Tensor  # (B,) int64: which rows of the source these are
+    tail_mask: Tensor | None = None  # (B, L) bool: what a slot holds behind its answer's [EOS]; None: nothing
 
 
 class Source(Protocol):
@@ -96,7 +97,7 @@ class TextRows:
 class TaskRows:
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
-    Answers shorter than the slot are filled with [EOS] (LLaDA). A row longer than `max_length` keeps what is nearest
+    An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text (`tail_mask`). A row longer than `max_length` keeps what is nearest
     to the answer: each side of it has half of the room, or what the other side leaves. `cut` says which rows are.
     """
 
@@ -113,12 +114,13 @@ class TaskRows:
                 f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens"
             )
         self.ids: list[np.ndarray] = []
-        self.starts = np.zeros(len(examples), dtype=np.int64)
+        self.starts, self.ends = np.zeros((2, len(examples)), dtype=np.int64)  # of answers; of their [EOS] in the slot
         self.cut = np.array([len(h) + len(t) > room for h, t in zip(before, after, strict=True)], dtype=bool)
         for i, (head, answer, tail) in enumerate(zip(before, answers, after, strict=True)):
             if self.cut[i]:
                 tail = tail[: max(room - len(head), room // 2)]
                 head = head[len(head) + len(tail) - room :]
+            self.ends[i] = min(len(answer), self.slot)
             answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
             self.starts[i] = 1 + len(head)
             row = [tokenizer.bos_id, *head, *answer, *tail, tokenizer.eos_id]
@@ -171,12 +173,14 @@ class TaskRows:
         x0 = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         answer = np.zeros((len(rows), width), dtype=bool)
         real = np.zeros((len(rows), width), dtype=bool)
+        tail = np.zeros((len(rows), width), dtype=bool)
         for i, row in enumerate(rows):
             ids, start = self.ids[row], self.starts[row]
             x0[i, : len(ids)] = ids
             real[i, : len(ids)] = True
             answer[i, start : start + self.slot] = True
-        return Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64))))
+            tail[i, start + self.ends[row] + 1 : start + self.slot] = True
+        return Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64), tail)))
 
 
 def slot_width(task: Task, tokenizer: Tokenizer) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinyld.config import DiffusionConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
-from tinyld.diffusion import Estimate, Noised, nll_bound, noise_batch, ratio_estimate
+from tinyld.diffusion import Estimate, nll_bound, noise_batch, ratio_estimate
 from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
 from tinyld.sampler import decode
@@ -136,12 +136,12 @@ def evaluate(
                 gold = rows.ids[row][start : start + rows.slot].tolist()
                 texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), tokenizer.decode(gold), text)
         if score:
-            nll, count, hit, seen, labels = _score(model, batch, rows, tokenizer, verbalizers, draws, seed)
-            nll_sum[chunk], tokens[chunk] = nll, count
+            nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws, seed)
             hits += hit
             masked += seen
-            if labels is not None:
-                scored[chunk] = labels
+            if verbalizers is not None:
+                logp, _ = label_logp(model, on_device(batch, device), verbalizers, tokenizer.mask_id)
+                scored[chunk] = logp.argmax(1).cpu().numpy()
         done += len(chunk)
         advance(done)
     result = Evaluation(
@@ -213,54 +213,59 @@ def text_nll(
     return nll_bound(model, triples(), mask_id, draws=draws, counted=True)
 
 
-def _masked_logp(model: Denoiser, noised: Noised, xt: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p of the targets (N,), log p of the vocabulary (N, V)) at the masked positions of xt; both (B, L) ids."""
-    where = noised.is_masked
-    logits = all_finite(model(xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where).float())
-    logp = logits.log_softmax(-1)
-    return logp.gather(1, target[where][:, None])[:, 0], logp
+def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id: int) -> tuple[Tensor, Tensor]:
+    """(log p of every label's answer (B, labels), logits of the slot's first token (B, V)).
+
+    The chain rule from the left: the answer's i-th token, given those before it, with the rest masked. A row's score
+    depends on no other row and no draw, and an answer of one token takes one forward pass for all labels.
+    """
+    ids = [tuple(i) for i in verbalizers.ids.tolist()]
+    size, slot, eos = len(batch.x0), len(ids[0]), verbalizers.eos_id
+    positions = batch.answer_mask.nonzero()[:, 1].view(size, slot)
+    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
+    prompt_mask = batch.attention_mask & ~batch.answer_mask
+    total = torch.zeros(size, len(ids), device=batch.x0.device)
+    first = torch.empty(0)
+    for i in range(slot):
+        t = torch.full((size,), (slot - i) / slot, device=batch.x0.device)
+        here = torch.zeros_like(batch.answer_mask).scatter_(1, positions[:, i : i + 1], True)
+        for prefix in dict.fromkeys(answer[:i] for answer in ids):
+            if eos in prefix:  # after the end there is nothing to choose
+                continue
+            xt = torch.where(batch.answer_mask, mask_id, batch.x0)
+            xt = xt.scatter(1, positions[:, :i], torch.tensor(prefix, device=xt.device, dtype=xt.dtype).expand(size, i))
+            logits = all_finite(model(xt, t, real, prompt_mask, where=here).float())  # (B, V)
+            first = logits if i == 0 else first
+            logp = logits.log_softmax(-1)
+            for label, answer in enumerate(ids):
+                if answer[:i] == prefix:
+                    total[:, label] += logp[:, answer[i]]
+    return total, first
 
 
 def _score(
-    model: Denoiser,
-    batch: Batch,
-    rows: TaskRows,
-    tokenizer: Tokenizer,
-    verbalizers: Verbalizers | None,
-    draws: int,
-    seed: int,
-) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray | None]:
-    """(nll sum, answer tokens) by row, (hits, masked tokens) by noise level, and each row's most likely label."""
-    device = model.embedding.weight.device
-    size = len(batch.x0)
+    model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int, seed: int
+) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    """(nll sum, answer tokens) by row, and (hits, masked tokens) by noise level."""
+    device, size = model.embedding.weight.device, len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
     elbo = DiffusionConfig(loss="elbo")
     generator = torch_seeded(seed, 3, int(batch.rows[0]))
     total = torch.zeros(size)
-    label_nll = torch.zeros(size, 0 if verbalizers is None else len(verbalizers.ids))
     hits, masked = np.zeros((2, NOISE_LEVELS))
     for _ in range(draws):
         noised, _ = noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, elbo, generator, counted=True
+            batch.x0, batch.answer_mask, batch.attention_mask, mask_id, elbo, generator, True, batch.tail_mask
         )
         noised = noised.to(device)
         where = noised.is_masked
-        row = where.nonzero()[:, 0]
-
-        gold, logp = _masked_logp(model, noised, noised.xt, noised.x0)
+        row, target = where.nonzero()[:, 0], noised.x0[where]
+        logits = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where).float()
+        logp = all_finite(logits).log_softmax(-1)
+        gold = logp.gather(1, target[:, None])[:, 0]
         total += torch.zeros(size).index_add_(0, row.cpu(), (-gold * noised.weight[row]).cpu())
         level = (torch.ceil(noised.t[row] * NOISE_LEVELS - 1e-6).long() - 1).cpu().numpy()
         masked += np.bincount(level, minlength=NOISE_LEVELS)
-        hits += np.bincount(level, (logp.argmax(-1) == noised.x0[where]).cpu().numpy(), NOISE_LEVELS)
-        if verbalizers is None:
-            continue
-        for label, ids in enumerate(verbalizers.ids.to(device)):
-            if rows.slot == 1:  # one forward pass scores every label, exactly
-                found = logp[:, ids[0]]
-            else:
-                candidate = noised.x0.masked_scatter(batch.answer_mask.to(device), ids.repeat(size))
-                xt = torch.where(where, tokenizer.mask_id, candidate)
-                found, _ = _masked_logp(model, noised, xt, candidate)
-            label_nll[:, label] += torch.zeros(size).index_add_(0, row.cpu(), (-found * noised.weight[row]).cpu())
-    labels = None if verbalizers is None else label_nll.argmin(1).numpy()
-    return total / draws, batch.answer_mask.sum(1).float(), hits, masked, labels
+        hits += np.bincount(level, (logp.argmax(-1) == target).cpu().numpy(), NOISE_LEVELS)
+    assert batch.tail_mask is not None
+    return total / draws, (batch.answer_mask & ~batch.tail_mask).sum(1).float(), hits, masked

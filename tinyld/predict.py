@@ -16,9 +16,8 @@ from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError, UsageError
-from tinyld.evaluate import EVAL_BATCH, Verbalizers, all_finite, on_device
+from tinyld.evaluate import EVAL_BATCH, Verbalizers, label_logp, on_device
 from tinyld.methods import WeightLora
-from tinyld.model import Denoiser
 from tinyld.options import PredictOptions, Sampling
 from tinyld.peft import is_peft, load_peft
 from tinyld.rows import Example, prompt_of
@@ -226,36 +225,6 @@ def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Any]:
         "probability": probabilities[best],
         "probabilities": dict(zip(labels, probabilities, strict=True)),
     }
-
-
-def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id: int) -> tuple[Tensor, Tensor]:
-    """(log p of every label's answer (B, labels), logits of the slot's first token (B, V)).
-
-    The chain rule from the left: the answer's i-th token, given those before it, with the rest masked. A row's score
-    depends on no other row and no draw, and an answer of one token takes one forward pass for all labels.
-    """
-    ids = [tuple(i) for i in verbalizers.ids.tolist()]
-    size, slot, eos = len(batch.x0), len(ids[0]), verbalizers.eos_id
-    positions = batch.answer_mask.nonzero()[:, 1].view(size, slot)
-    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
-    prompt_mask = batch.attention_mask & ~batch.answer_mask
-    total = torch.zeros(size, len(ids), device=batch.x0.device)
-    first = torch.empty(0)
-    for i in range(slot):
-        t = torch.full((size,), (slot - i) / slot, device=batch.x0.device)
-        here = torch.zeros_like(batch.answer_mask).scatter_(1, positions[:, i : i + 1], True)
-        for prefix in dict.fromkeys(answer[:i] for answer in ids):
-            if eos in prefix:  # after the end there is nothing to choose
-                continue
-            xt = torch.where(batch.answer_mask, mask_id, batch.x0)
-            xt = xt.scatter(1, positions[:, :i], torch.tensor(prefix, device=xt.device, dtype=xt.dtype).expand(size, i))
-            logits = all_finite(model(xt, t, real, prompt_mask, where=here).float())  # (B, V)
-            first = logits if i == 0 else first
-            logp = logits.log_softmax(-1)
-            for label, answer in enumerate(ids):
-                if answer[:i] == prefix:
-                    total[:, label] += logp[:, answer[i]]
-    return total, first
 
 
 def sampling_of(options: Sampling) -> SampleConfig:

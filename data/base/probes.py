@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tinyld.checkpoint import Base, load_base
 
+from tinyld.checkpoint import Base, load_base
 from tinyld.config import SampleConfig
 from tinyld.corpus import tokenize
 from tinyld.data import TextRows

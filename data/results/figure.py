@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tinyld.predict import input_columns
 
 import tinyld
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
+from tinyld.predict import input_columns
 from tinyld.sampler import decode
 from tinyld.tasks import prompt_of
 

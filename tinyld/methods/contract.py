@@ -137,9 +137,7 @@ class Method(ABC):
 
     @classmethod
     def combine(
-        cls,
-        parts: Sequence[tuple[Any, Mapping[str, Tensor], float]],
-        base: Mapping[str, Tensor],
+        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor]]:
         """(config, tensors) of one method that stands for the weighted sum of several; UsageError where undefined.
 
