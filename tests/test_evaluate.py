@@ -40,7 +40,7 @@ class Oracle(nn.Module):
             answer = self.answers[tuple(xt[row][prompt_mask[row]].tolist())]
             real = torch.ones_like(prompt_mask[row]) if attention_mask is None else attention_mask[row]
             slot = (real & ~prompt_mask[row]).nonzero()[:, 0]
-            logits[row, slot, torch.tensor(answer)] = self.sure
+            logits[row, slot, torch.tensor(answer[: len(slot)])] = self.sure
         return logits[where]
 
 

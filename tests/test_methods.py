@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tinyld import cache as cache_module
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.checkpoint import load_exactly
-from tinyld.compose import Composition
+from tinyld.composition import SharedPush
 from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
@@ -713,7 +713,7 @@ def test_the_paper_recipe_trains_on_a_base_narrower_than_its_ranks(config: Model
 
 
 def compose(config: ModelConfig, *parts: tuple[TrajectoryLora, float]) -> Denoiser:
-    return on_base(config, Composition([m.push for m, _ in parts], [weight for _, weight in parts]))
+    return on_base(config, SharedPush([m.push for m, _ in parts], [weight for _, weight in parts]))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_methods import CASES, attach, fresh_base, logits, noised_batch, train
+from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
 from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.methods import WeightLora
 from tinyld.model import Denoiser
 from tinyld.peft import CONFIG, WEIGHTS, export_peft, is_peft, load_peft
@@ -83,12 +83,6 @@ def test_a_lora_that_peft_trained_gives_its_logits_here(config: ModelConfig, tmp
     assert not torch.allclose(found, logits(fresh_base(config), noised), atol=1e-3)
 
 
-def test_bands_cannot_be_written_for_peft(config: ModelConfig, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="PEFT has no timestep bands"):
-        exported(config, "weight-lora-bands", tmp_path / "lora")
-    assert "weight-lora-bands" in CASES and not (tmp_path / "lora").exists()
-
-
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type must be 'LORA' to be a plain LoRA, got 'LOHA'"),
     ({"use_dora": True}, "use_dora must be False"),
@@ -100,8 +94,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["query"]}, "not a LoRA of this base"),
     ({"r": "3"}, "rank: '3' is not of type int"),
     ({"r": True}, "rank: 'True' is not of type int"),
-    ({"lora_alpha": "inf"}, "alpha: 'inf' is not of type float"),
-    ({"lora_alpha": 1e39}, "alpha must be a finite number"),
+    ({"lora_alpha": "inf"}, "lora_alpha must be a number"),
+    ({"lora_alpha": 1e39}, "lora_alpha must be a number"),
     ({"use_rslora": "false"}, "rslora: 'false' is not of type bool"),
     ({"use_dora": "no"}, "use_dora must be False"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens must be None"),

@@ -97,8 +97,9 @@ class TextRows:
 class TaskRows:
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
-    An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text (`tail_mask`). A row longer than `max_length` keeps what is nearest
-    to the answer: each side of it has half of the room, or what the other side leaves. `cut` says which rows are.
+    An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text (`tail_mask`). A row
+    longer than `max_length` keeps what is nearest to the answer: each side of it has half of the room, or what the
+    other side leaves. `cut` says which rows are.
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):

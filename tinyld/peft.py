@@ -94,8 +94,8 @@ def load_peft(
     if not isinstance(targets, list) or not all(target in LINEARS for target in targets):
         raise TinyldError(f"{where}: target_modules must be a list of {', '.join(LINEARS)}, got {targets!r}")
     alpha = raw["lora_alpha"]
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise TinyldError(f"{where}: lora_alpha must be a number, got {alpha!r}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
+        raise TinyldError(f"{where}: lora_alpha must be a number above 0, got {alpha!r}")
     settings = {"rank": raw["r"], "rslora": raw.get("use_rslora", False)}
     settings["targets"] = [name for name in LINEARS if name in targets]
     config = from_dict(WeightLoraConfig, settings, str(where))
