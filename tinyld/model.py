@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyld.attention import attention
 from tinyld.config import ModelConfig
+from tinyld.layers import activate, make_norm, near_attention, rotary_tables, rotate, shifted_by_one
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
-Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
+Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
 
 
 class PushAt(Protocol):
@@ -68,21 +68,6 @@ class Push(Protocol):
         ...
 
 
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary position angles, each (max_length, head width) (RoFormer, arXiv 2104.09864)."""
-    width = config.d_model // config.num_heads
-    frequency = config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angle = torch.arange(config.max_length, dtype=torch.float32)[:, None] * frequency[None, :]
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions applied to x: (B, H, L, head width)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
-
-
 def take(x: Tensor, places: Tensor) -> Tensor:
     """x (B, L, D) at places (B, M) -> (B, M, D)."""
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
@@ -112,7 +97,7 @@ class HeadNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         logits = F.linear(h, weight, bias)  # (N, V)
         probs = torch.softmax(logits, dim=1)
         rows = torch.arange(len(target), device=target.device)
@@ -138,18 +123,20 @@ class HeadNLL(torch.autograd.Function):
 class Block(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); or norm(h + attention(h)), then norm(h + mlp(h)). h: (B, L, D)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
-        d, f = config.d_model, config.d_ff
-        self.num_heads, self.norm_first = config.num_heads, config.norm_first
-        self.attention_norm = nn.LayerNorm(d, eps=config.norm_eps)
-        self.query = nn.Linear(d, d)
-        self.key = nn.Linear(d, d)
-        self.value = nn.Linear(d, d)
-        self.out = nn.Linear(d, d)
-        self.mlp_norm = nn.LayerNorm(d, eps=config.norm_eps)
-        self.up = nn.Linear(d, f)
-        self.down = nn.Linear(f, d)
+        self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
+        bare = index == 0 and not config.first_norm
+        bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
+        linear = {n: nn.Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
+        self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
+        self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
+        width, eps = config.width_of_head, config.norm_eps
+        self.query_norm = nn.RMSNorm(width, eps=eps) if config.head_norms else None
+        self.key_norm = nn.RMSNorm(width, eps=eps) if config.head_norms else None
+        self.out = linear["out"]
+        self.mlp_norm = make_norm(config, config.d_model)
+        self.up, self.down = linear["up"], linear["down"]
         self.after_attention: nn.Module = nn.Identity()
         self.after_mlp: nn.Module = nn.Identity()
 
@@ -157,16 +144,24 @@ class Block(nn.Module):
         """(B, L, D), or (B, M, D) for the queries of `places` (B, M) alone."""
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, head width)
+            return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)  # (B, H, L, head width)
 
         h = h.to(compute_dtype(h))  # once, not in each of the products
         asking = h if places is None else take(h, places)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
+        if self.query_norm is not None:
+            q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
         if angles is not None:
+            angles = (angles[0][:, int(self.is_local)], angles[1][:, int(self.is_local)])
             cos, sin = angles if places is None else (angle[places][:, None] for angle in angles)
             q, k = rotate(q, cos, sin), rotate(k, *angles)
-        mixed = attention(q, k, v, key_mask)
+        if k.shape[1] < q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        mixed = near_attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, places)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def mlp(self, h: Tensor) -> Tensor:
+        return self.down(activate(self.up(h), self.config.activation, self.config.gated))
 
     def forward(
         self,
@@ -184,10 +179,10 @@ class Block(nn.Module):
         if self.norm_first:
             h = here + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask, places))
             h = h if push is None else h + push(h)
-            return h + self.after_mlp(self.down(F.gelu(self.up(self.mlp_norm(h)))))
+            return h + self.after_mlp(self.mlp(self.mlp_norm(h)))
         h = self.attention_norm(here + self.after_attention(self.attend(h, angles, key_mask, places)))
         h = h if push is None else h + push(h)
-        return self.mlp_norm(h + self.after_mlp(self.down(F.gelu(self.up(h)))))
+        return self.mlp_norm(h + self.after_mlp(self.mlp(h)))
 
 
 class Denoiser(nn.Module):
@@ -196,19 +191,21 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        d, e, eps = config.d_model, config.embedding_width, config.norm_eps
+        d, e = config.d_model, config.embedding_width
         self.embedding = nn.Embedding(config.vocab_size, e)
         self.positions = None if config.rotary else nn.Embedding(config.max_length, e)
-        self.embedding_norm = nn.LayerNorm(e, eps=eps) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = make_norm(config, e) if config.embedding_norm else nn.Identity()
         self.embedding_projection = nn.Linear(e, d) if config.projected else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(d, eps=eps) if config.norm_first else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.final_norm = make_norm(config, d) if config.norm_first else nn.Identity()
         self.head_transform = (
-            nn.Sequential(nn.Linear(d, e), nn.GELU(), nn.LayerNorm(e, eps=eps))
+            nn.Sequential(nn.Linear(d, e, bias=config.mlp_bias), nn.GELU(), make_norm(config, e))
             if config.head_transform
             else nn.Identity()
         )
-        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        rows = config.head_rows or config.vocab_size
+        self.output = None if config.tied else nn.Linear(e, rows, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(rows)) if config.head_bias else None
         if config.rotary:
             cos, sin = rotary_tables(config)
             self.register_buffer("cos", cos, persistent=False)
@@ -234,6 +231,8 @@ class Denoiser(nn.Module):
     def embed(self, xt: Tensor) -> Tensor:
         """Token embeddings. xt: (B, L) int64 -> (B, L, D)."""
         h = self.embedding(xt)
+        if self.config.embedding_scale != 1.0:
+            h = h * self.config.embedding_scale
         if self.positions is not None:
             h = h + self.positions.weight[: xt.shape[1]]
         return self.embedding_projection(self.embedding_norm(h))
@@ -270,6 +269,7 @@ class Denoiser(nn.Module):
                 h = block(h, angles, attention_mask, push, asked)
         return h
 
+    @shifted_by_one
     def states(
         self,
         xt: Tensor,
@@ -319,17 +319,24 @@ class Denoiser(nn.Module):
             return chosen(take(h, places) + push_at(last, h, places))
         return chosen(h + push_at(last, h))
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """The matrix that gives the logits: (V, E), or (V', E) where the last ids have none."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
-        return F.linear(self.head_transform(self.final_norm(h)), self.embedding.weight, self.output_bias)
+        logits = F.linear(self.head_transform(self.final_norm(h)), self.vocabulary, self.output_bias)
+        missing = self.config.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
         dtype = compute_dtype(h)
         h = self.head_transform(self.final_norm(h)).to(dtype)
-        weight, bias = self.embedding.weight.to(dtype), self.output_bias.to(dtype)
+        weight, bias = self.vocabulary.to(dtype), self.output_bias
         with torch.autocast(h.device.type, enabled=False):
-            return HeadNLL.apply(h, weight, bias, target)
+            return HeadNLL.apply(h, weight, None if bias is None else bias.to(dtype), target)
 
     def forward(
         self,

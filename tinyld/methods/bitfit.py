@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig
+from tinyld.errors import UsageError
 from tinyld.methods.contract import Method, task_arithmetic
 from tinyld.model import Denoiser
 
@@ -24,6 +25,8 @@ class BitFit(Method):
     summary = "every bias of the base"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        if model.config.num_biases() == 0:
+            raise UsageError("bitfit trains biases, and this base has none; take another --method")
         return {n: p for n, p in model.named_parameters() if n.endswith("bias")}
 
     @classmethod

@@ -123,10 +123,9 @@ class WeightLora(Method):
 
     @classmethod
     def expected_parameters(cls, config: WeightLoraConfig, model_config: ModelConfig) -> int:
-        d, f = model_config.d_model, model_config.d_ff
-        sides = {"up": d + f, "down": f + d}
+        sizes = model_config.matrices()
         core = NUM_BANDS * config.rank**2 if config.core else 0
-        return model_config.num_layers * config.rank * sum(sides.get(t, 2 * d) for t in config.targets) + core
+        return model_config.num_layers * config.rank * sum(sum(sizes[t]) for t in config.targets) + core
 
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> WeightLoraConfig:
