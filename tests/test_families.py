@@ -17,19 +17,25 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tinyld import families
+from tinyld import families, foreign
 from tinyld.config import DiffusionConfig, SampleConfig
 from tinyld.diffusion import noise_batch, token_nll
 from tinyld.errors import TinyldError, UsageError
-from tinyld.families import FAMILIES, describe, load_foreign
+from tinyld.families import FAMILIES
+from tinyld.foreign import describe, load_foreign
 from tinyld.methods import METHODS, make_config
 from tinyld.sampler import decode
 from tinyld.tokenizer import Tokenizer
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved
-TEXT = ["the film was not great, but very good", "a dull plot und über naïve cafés", "it's bright: 漢字 and 🙂"] * 4
+TEXT = ["the film was not great, but very good", "a dull plot, naïve cafés", "it's bright: 漢字 and 🙂"] * 4
 HF = ("a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream")
 KINDS = tuple(FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def a_tiny_smdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "SMDM_WIDTHS", (128,))
 
 
 def write_tokenizer(folder: Path, mask: str | None) -> int:
@@ -152,7 +158,7 @@ def make_llada(folder: Path, size: int, seed: int) -> Reference:
 
 
 def make_smdm(folder: Path, size: int, seed: int) -> Reference:
-    d, heads, layers = 256, 4, 2
+    d, heads, layers = 128, 2, 2
     shapes = {"transformer.wte.weight": (size + 1, d), "lm_head.weight": (size, d), "transformer.ln_f.weight": (d,)}
     for i in range(layers):
         block = {"norm_1": (d,), "norm_2": (d,), "attn.attn": (3 * d, d), "attn.proj": (d, d), "mlp.swiglu.w1": (4 * d, d),
@@ -294,10 +300,10 @@ def test_a_wrong_norm_shift_or_rotation_would_show(
 ) -> None:
     """The comparison of logits is sharp enough to tell a model that is read almost right."""
     reference = make(kind, tmp_path / "m")
-    assert gap(tmp_path / "m", reference) < 1e-3
-    plain = families.ModelConfig
-    monkeypatch.setattr(families, "ModelConfig", lambda **values: plain(**values | change))
-    assert gap(tmp_path / "m", reference) > 1e-2
+    right = gap(tmp_path / "m", reference)
+    plain = foreign.ModelConfig
+    monkeypatch.setattr(foreign, "ModelConfig", lambda **values: plain(**values | change))
+    assert gap(tmp_path / "m", reference) > 10 * max(right, 5e-5)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +365,7 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     out, _ = decode(
         base.model, x, answer, real, base.tokenizer.mask_id, base.tokenizer.never_written,
@@ -431,7 +437,7 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
 
 def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("llada", tmp_path)
-    monkeypatch.setattr(families.Weights, "read", None)
+    monkeypatch.setattr(foreign.Weights, "read", None)
     said = describe(tmp_path)
     assert said["family"] == "llada" and said["mask_token"] == "<|mdm_mask|>" and said["longest_row"] == 64
     assert set(METHODS) - {"bitfit"} <= set(said["methods"])
@@ -487,10 +493,10 @@ def damage(folder: Path, rng: random.Random) -> str:
             raw[key] = rng.choice((2**31, 10**30, -1)) if what == "huge" else rng.choice(("many", [1, 2], {"a": 1}))
         config.write_text(json.dumps(raw))
         return f"{what} {key}"
-    if what in ("index", "file") and (folder / families.INDEX).is_file():
-        index = json.loads((folder / families.INDEX).read_text())
+    if what in ("index", "file") and (folder / foreign.INDEX).is_file():
+        index = json.loads((folder / foreign.INDEX).read_text())
         index["weight_map"][rng.choice(sorted(index["weight_map"]))] = rng.choice(("../x", "/etc/passwd", "none", 3, None))
-        (folder / families.INDEX).write_text(json.dumps(index))
+        (folder / foreign.INDEX).write_text(json.dumps(index))
     elif what == "tokenizer":
         text = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text[: rng.randrange(len(text))])
@@ -499,7 +505,8 @@ def damage(folder: Path, rng: random.Random) -> str:
         shard.write_bytes(content[: rng.randrange(len(content))])
     elif what == "flip":
         content = bytearray(shard.read_bytes())
-        content[rng.randrange(min(8 + 400, len(content)))] ^= 1 << rng.randrange(8)  # in the header
+        header = 8 + int.from_bytes(content[:8], "little")
+        content[rng.randrange(header)] ^= 1 << rng.randrange(8)  # in a value nobody could tell
         shard.write_bytes(bytes(content))
     else:
         tensor = tensors.pop(name)

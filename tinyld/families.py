@@ -1,14 +1,11 @@
-"""Public diffusion language models in folders of their own, as bases: names, shapes and ids only, no transformers.
+"""Families of public diffusion language models: one row each. No files are read here.
 
-A folder holds `config.json`, `tokenizer.json` and safetensors, in shards or not. A family is one row of FAMILIES: how
-its config says our shape, and which of its tensors are ours. What is not understood is refused by name before any
-weights are read; tensors are then read one by one into the type that the base is kept in.
+A row says how a family's config gives our shape, and which of its tensors are ours; what is not understood is refused
+by name. tinyld.foreign reads folders by it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -18,24 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer as HFTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from tinyld.base import Base
-from tinyld.config import ModelConfig, check_choice, to_dict
-from tinyld.errors import TinyldError, UsageError
-from tinyld.layers import rotary_tables
-from tinyld.methods import METHODS, make_config
-from tinyld.model import Denoiser
-from tinyld.runs import read_json
-from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
-from tinyld.tokenizer import ROLES, Tokenizer
-
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-MAX_ROW = 2_048  # tokens of a row, where the caller names no number
-FLOATS = ("F64", "F32", "F16", "BF16")
-TYPES = typing.get_type_hints(ModelConfig)
+from tinyld.config import ModelConfig
+from tinyld.errors import TinyldError
 
 
 class Settings:
@@ -71,9 +54,8 @@ class Settings:
         name = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
         rope = self.raw.get(name) or {}
         rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            self.refuse(name, "plain rotary positions (no scaling is read)")
-        if set(rope) - {"rope_type", "type", "rope_theta"}:
+        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+        if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
             self.refuse(name, "plain rotary positions (no scaling is read)")
         return float(Settings({key: rope.get("rope_theta", self.raw.get(key))}, self.where, "").get(key, float))
 
@@ -82,56 +64,6 @@ class Settings:
         for key, value in self.raw.items():
             if key not in self.seen and value not in (None, False, "", [], {}):
                 self.refuse(key, "left out: tinyld does not know what it changes")
-
-
-class Weights:
-    """The tensors of a folder's safetensors files; shapes are known at once, values when asked for."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.files: dict[str, Path] = {}
-        names = sorted(p.name for p in folder.iterdir())
-        whole, index = [n for n in names if n.endswith(".safetensors")], None
-        if INDEX in names:
-            raw = read_json(folder / INDEX)
-            index = raw.get("weight_map") if isinstance(raw, dict) else None
-            if not isinstance(index, dict) or not set(map(str, index.values())) <= set(whole):
-                raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
-        elif len(whole) != 1:
-            pickled = next((n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
-            if pickled and not whole:
-                raise TinyldError(
-                    f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
-                    "where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
-                )
-            raise TinyldError(f"no model in {folder}: expected one safetensors file, or {INDEX}; found {len(whole)}")
-        for name in whole if index is None else sorted(set(index.values())):
-            with self.opened(folder / name) as file:
-                for tensor in file.keys():  # noqa: SIM118 (it is no dict)
-                    part = file.get_slice(tensor)
-                    if part.get_dtype() not in FLOATS:
-                        raise TinyldError(f"{folder / name}: tensor {tensor!r} is {part.get_dtype()}, expected floats")
-                    if index is not None and index.get(tensor) != name:
-                        raise TinyldError(f"{folder / name}: tensor {tensor!r} is not where {INDEX} says")
-                    self.shapes[tensor], self.files[tensor] = tuple(part.get_shape()), folder / name
-        missing = sorted(set(index or ()) - set(self.files))
-        if missing:
-            raise TinyldError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files")
-
-    def opened(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None
-
-    def read(self, name: str) -> Tensor:
-        """A copy of one tensor; its file is closed again, so that nothing more of it stays in memory."""
-        with self.opened(self.files[name]) as file:
-            tensor = file.get_tensor(name).clone()
-        if not bool(torch.isfinite(tensor).all()):
-            raise TinyldError(f"{self.files[name]}: tensor {name!r} holds values that are not finite")
-        return tensor
 
 
 # ------------------------------------------------------------------------------------------------ their tensors, ours
@@ -143,8 +75,15 @@ def same(config: ModelConfig, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def alike(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`; ValueError unless it has the other's shape, to which it might be broadcast."""
+    if tensor.shape != other.shape:
+        raise ValueError(f"{tuple(tensor.shape)} beside {tuple(other.shape)}")
+    return tensor
+
+
 def pair(config: ModelConfig, gate: Tensor, up: Tensor) -> Tensor:
-    return torch.stack([gate, up]).flatten(0, 1)
+    return torch.cat([gate, alike(up, gate)])
 
 
 def third(part: int) -> Make:
@@ -160,18 +99,21 @@ def interleaved(part: int) -> Make:
 def adaln(chunk: int, of: int, use: Callable[[Tensor, Tensor], Tensor]) -> Make:
     """use(tensor, m), m one of the vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
 
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = weight @ x
+        return y + alike(bias, y)
+
     def make(config: ModelConfig, tensor: Tensor, *layers: Tensor) -> Tensor:
         half = layers[0].shape[1] // 2
         time = torch.cat([layers[0].new_ones(half), layers[0].new_zeros(half)])  # cosines and sines of 0
-        first, bias, second, other, last, end = layers
-        time = F.silu(F.linear(F.silu(F.linear(time, first, bias)), second, other))
-        return use(tensor, F.linear(time, last, end).unflatten(0, (of, -1))[chunk])
+        time = F.silu(linear(F.silu(linear(time, *layers[:2])), *layers[2:4]))
+        return use(tensor, linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk])
 
     return make
 
 
 def scale(norm: Tensor, by: Tensor) -> Tensor:
-    return norm * (1.0 + by)
+    return norm * (1.0 + alike(by, norm))
 
 
 def shift(norm: Tensor, by: Tensor) -> Tensor:
@@ -179,7 +121,7 @@ def shift(norm: Tensor, by: Tensor) -> Tensor:
 
 
 def gate(weight: Tensor, by: Tensor) -> Tensor:
-    return weight * (by[:, None] if weight.dim() == 2 else by)
+    return weight * (by[:, None].expand_as(weight) if weight.dim() == 2 else alike(by, weight))
 
 
 def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
@@ -248,6 +190,9 @@ for _ours, _theirs, _chunk, _use in (
 
 # ------------------------------------------------------------------------------------------------ one row a family
 
+Shapes = Mapping[str, tuple[int, ...]]  # of their tensors
+More = Callable[[Settings, Shapes], Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -257,7 +202,7 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)  # keys that may have this value only
     mask: str | None = None  # the mask token where nothing says it; None: it has the last id
     ignored: str = ""  # keys that change no logit, besides IGNORED; and tensors
-    more: Callable[[Settings, Weights], Mapping[str, Any]] = lambda settings, weights: {}  # what no table can say
+    more: More = lambda settings, shapes: {}  # fields that no table can say
 
 
 IGNORED = """architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range
@@ -277,26 +222,26 @@ HF_ONLY = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False
 QWEN2 = RMS | {"out_bias": False, "mlp_bias": False}
 
 
-def full_attention(s: Settings, weights: Weights) -> dict[str, Any]:
+def full_attention(s: Settings, shapes: Shapes) -> dict[str, Any]:
     s.seen.add("layer_types")
     if any(kind != "full_attention" for kind in s.raw.get("layer_types") or ()):
         s.refuse("layer_types", "full_attention throughout")
     return {"rope_theta": s.theta()}
 
 
-def dream(s: Settings, weights: Weights) -> dict[str, Any]:
+def dream(s: Settings, shapes: Shapes) -> dict[str, Any]:
     if s.raw.get("architectures") != ["DreamModel"]:
         s.refuse("architectures", "['DreamModel'] (another class of this model_type is not shifted)")
-    return full_attention(s, weights)
+    return full_attention(s, shapes)
 
 
-def llada(s: Settings, weights: Weights) -> dict[str, Any]:
+def llada(s: Settings, shapes: Shapes) -> dict[str, Any]:
     s.only({"embedding_size": s.raw.get("vocab_size")})
     root = float(s.get("d_model", int)) ** 0.5
     return {"rope_theta": s.theta(), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
 
 
-def mdlm(s: Settings, weights: Weights) -> dict[str, Any]:
+def mdlm(s: Settings, shapes: Shapes) -> dict[str, Any]:
     if "backbone_config" in s.raw:
         raise TinyldError(f"{s.where}: this mdlm is e2d2's (it has a backbone_config), which tinyld does not read")
     if s.get("time_conditioning", bool):
@@ -304,14 +249,14 @@ def mdlm(s: Settings, weights: Weights) -> dict[str, Any]:
     return {"d_ff": 4 * s.get("hidden_dim", int)}
 
 
-def smdm(s: Settings, weights: Weights) -> dict[str, Any]:
+def smdm(s: Settings, shapes: Shapes) -> dict[str, Any]:
     """Sizes by shape; heads, which no shape tells, by the widths of the published sizes."""
-    rows, d = (*weights.shapes.get("transformer.wte.weight", ()), 0, 0)[:2]
-    d_ff = (*weights.shapes.get("transformer.h.0.mlp.swiglu.w1.weight", ()), 0)[0]
+    rows, d = (*shapes.get("transformer.wte.weight", ()), 0, 0)[:2]
+    d_ff = (*shapes.get("transformer.h.0.mlp.swiglu.w1.weight", ()), 0)[0]
     width = 80 if (d, d_ff) == (640, 1600) else 64 if d <= 1024 else 128
     if width != 80 and (d_ff != 4 * d or d not in SMDM_WIDTHS):
-        raise TinyldError(f"{weights.folder}: no published SMDM has width {d} and an MLP of {d_ff}")
-    layers = {m[1] for m in (re.match(r"transformer\.h\.(\d+)\.", name) for name in weights.shapes) if m}
+        raise TinyldError(f"{s.where.parent}: no published SMDM has width {d} and an MLP of {d_ff}")
+    layers = {m[1] for m in (re.match(r"transformer\.h\.(\d+)\.", name) for name in shapes) if m}
     sizes = {"vocab_size": rows, "d_model": d, "d_ff": d_ff, "num_heads": d // width, "num_layers": len(layers)}
     return {**sizes, "head_rows": rows - 1}
 
@@ -319,17 +264,17 @@ def smdm(s: Settings, weights: Weights) -> dict[str, Any]:
 SMDM_WIDTHS = (256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1408, 1536, 1792, 2048, 2176)
 
 
-def modernbert(s: Settings, weights: Weights) -> dict[str, Any]:
+def modernbert(s: Settings, shapes: Shapes) -> dict[str, Any]:
     """Which blocks are local, in today's words or in those of its first files; and both rotary bases."""
     layers, kinds = s.get("num_hidden_layers", int), s.raw.get("layer_types")
     s.seen.add("layer_types")
     every = s.get("global_attn_every_n_layers?", int)
-    if kinds is not None:
-        every = next((i for i in range(1, len(kinds)) if kinds[i] == "full_attention"), max(len(kinds), 1))
-        if kinds != ["sliding_attention" if i % every else "full_attention" for i in range(layers if layers < 999 else 0)]:
-            s.refuse("layer_types", "full_attention for every n-th block, from the first on")
-    if every < 1:
-        s.refuse("layer_types", "a list (or global_attn_every_n_layers a number)")
+    if isinstance(kinds, list) and len(kinds) == layers:
+        every = next((i for i in range(1, layers) if kinds[i] == "full_attention"), layers)
+        if kinds != ["sliding_attention" if i % every else "full_attention" for i in range(layers)]:
+            every = 0
+    if every < 1 or not isinstance(kinds, list | None):
+        s.refuse("layer_types", "full_attention for every n-th block, from the first on")
     return {
         "global_every": every, "rope_theta": s.theta("full_attention", "global_rope_theta"),
         "local_theta": s.theta("sliding_attention", "local_rope_theta"),
@@ -356,8 +301,8 @@ FAMILIES: dict[str, Family] = {
          "include_bias": False, "bias_for_layer_norm": False, "attention_layer_norm": False, "block_group_size": 1,
          "layer_norm_with_affine": True, "scale_logits": False, "multi_query_attention": False, "clip_qkv": None},
         "<|mdm_mask|>",
-        "alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor init_device init_fn init_std"
-        " mlp_ratio precision rope_full_precision", llada,
+        "alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor init_device init_fn"
+        " init_std mlp_ratio precision rope_full_precision", llada,
     ),
     "mdlm": Family(
         MDLM,
@@ -384,218 +329,3 @@ REFUSED = {
     "lladamoe": EXPERTS, "llada2_moe": EXPERTS, "bd3lm": BLOCKWISE, "a2d-bd3lm": BLOCKWISE,
     "diffusion_gemma": "is noised uniformly, without a mask",
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ a folder
-
-
-@dataclass
-class Foreign:
-    """A folder that is understood; no weights are read yet."""
-
-    family: str
-    config: ModelConfig
-    tokenizer: Tokenizer
-    weights: Weights
-    longest: int  # tokens that the model was made for
-    plan: dict[str, tuple[Make, tuple[str, ...]]]  # our tensor: how it is made, and of which of theirs
-
-
-def read_foreign(folder: Path, max_length: int | None = None, mask_token: str | None = None) -> Foreign:
-    """What a folder holds; TinyldError, in one line, for anything that is not understood or does not fit."""
-    if not folder.is_dir():
-        raise TinyldError(f"no model in {folder}: no such folder")
-    where, weights = folder / CONFIG, Weights(folder)
-    bare = not where.exists() and "transformer.wte.weight" in weights.shapes
-    raw = {"model_type": "smdm"} if bare else read_json(where)
-    kind = str(raw.get("model_type"))[:40] if isinstance(raw, dict) else ""
-    blockwise = "bd3lm" in f"{folder.resolve().name} {raw.get('_name_or_path')}".lower() if kind in FAMILIES else False
-    if kind in REFUSED or blockwise:
-        raise TinyldError(f"{where}: this {kind} {REFUSED.get(kind, BLOCKWISE)}, which tinyld does not read")
-    if kind not in FAMILIES:
-        raise TinyldError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
-    family = FAMILIES[kind]
-    settings = Settings(raw, where, f"{IGNORED} {family.ignored}")
-    shape = {ours: settings.get(key, TYPES[ours]) for ours, key in family.sizes.items()}
-    if settings.raw.get("tie_word_embeddings") is None and "tied" not in family.fixed and "weight_tying" not in raw:
-        shape["tied"] = f"{family.parts['output']}.weight" not in weights.shapes
-    shape |= family.fixed | family.more(settings, weights)
-    settings.only(family.only)
-    settings.finish()
-    rows, longest = shape["vocab_size"], shape["max_length"]
-    if max_length is not None and max_length > longest:
-        raise UsageError(f"max_length must be at most the {longest} of {folder}, got {max_length}")
-    tokenizer = read_tokenizer(folder, settings, family, rows, mask_token)
-    shape |= {"max_length": min(longest, max_length or MAX_ROW), "vocab_size": tokenizer.vocab_size}
-    try:  # the rows that pad the vocabulary to a round size are left out
-        config = ModelConfig(**shape)
-    except (UsageError, OverflowError) as error:
-        raise TinyldError(f"{where}: {error}") from None
-    held = sum(torch.Size(s).numel() for s in weights.shapes.values())
-    if config.num_parameters() > 2 * held:
-        raise TinyldError(f"{folder}: holds {held:,} values, but {CONFIG} asks for {config.num_parameters():,}")
-    foreign = Foreign(kind, config, tokenizer, weights, longest, {})
-    with torch.device("meta"):
-        model = Denoiser(config)
-    for name, parameter in model.named_parameters():
-        wanted = list(parameter.shape)
-        if name in ("embedding.weight", "output.weight", "output_bias"):
-            wanted[0] += rows - config.vocab_size
-        foreign.plan[name] = find_part(weights, config, family, name, tuple(wanted))
-    used = {theirs for _, names in foreign.plan.values() for theirs in names}
-    extra = [n for n in weights.shapes if n not in used and n not in family.ignored.split()]
-    if extra:
-        raise TinyldError(f"{weights.files[extra[0]]}: tensor {extra[0]!r} has no place in a {kind} of this config")
-    return foreign
-
-
-def find_part(
-    weights: Weights, config: ModelConfig, family: Family, name: str, shape: tuple[int, ...]
-) -> tuple[Make, tuple[str, ...]]:
-    """(how one of our tensors is made, of which of theirs), tried on their shapes alone."""
-    key, number = re.sub(r"^blocks\.\d+", "blocks", name), re.search(r"\d+", name)
-    module, _, suffix = key.rpartition(".")
-    entry, tail = (family.parts[key], "") if key in family.parts else (family.parts[module], f".{suffix}")
-    make, *names = (same, entry) if isinstance(entry, str) else entry
-    names = [n.format(i=number and number[0]) + tail for n in names]
-    missing = next((n for n in names if n not in weights.shapes), None)
-    if missing:
-        raise TinyldError(f"{weights.folder}: no tensor {missing!r}, which its config asks for")
-    try:
-        found = tuple(make(config, *(torch.empty(weights.shapes[n], device="meta") for n in names)).shape)
-    except (RuntimeError, IndexError, ValueError):
-        found = weights.shapes[names[0]]
-    if found != shape:
-        text = f"{found} in the file, {shape} expected"
-        raise TinyldError(f"{weights.files[names[0]]}: tensor {names[0]!r} has the wrong shape: {text}")
-    return make, tuple(names)
-
-
-def read_tokenizer(folder: Path, settings: Settings, family: Family, rows: int, mask_token: str | None) -> Tokenizer:
-    """tokenizer.json, with the ids of its special tokens by config, tokenizer_config.json or the family's row."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise TinyldError(f"no tokenizer in {folder}: put the tokenizer.json that its model was trained with there")
-    try:
-        inner = HFTokenizer.from_str(path.read_text(encoding="utf-8"))
-    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:80]})") from None
-    extra = folder / "tokenizer_config.json"
-    named = read_json(extra) if extra.is_file() else {}
-    named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
-
-    def token(*roles: str) -> int | None:
-        """The id that the tokenizer's folder, or else the config, gives a role."""
-        for role in roles:
-            name, said = named.get(f"{role}_token"), settings.raw.get(f"{role}_token_id")
-            said = said[0] if isinstance(said, list) and said else said
-            found = inner.token_to_id(name) if isinstance(name, str) else None
-            if name is not None and found is None:
-                raise TinyldError(f"{extra}: {role}_token {str(name)[:40]!r} is not in tokenizer.json")
-            if role == "mask" and None not in (found, said) and found != said:
-                raise TinyldError(f"{folder}: mask is {said} in {CONFIG}, {found} in {extra.name}; say --mask-token")
-            if found is not None or (isinstance(said, int) and not isinstance(said, bool)):
-                return said if found is None else found
-        return None
-
-    if mask_token is not None:
-        mask = inner.token_to_id(mask_token)
-        if mask is None:
-            raise UsageError(f"--mask-token {mask_token!r} is no token of {path}")
-    else:
-        mask = token("mask")
-        mask = rows - 1 if mask is None and family.mask is None else mask
-        mask = inner.token_to_id(family.mask) if mask is None and family.mask else mask
-        if mask is None:
-            raise TinyldError(f"{folder}: nothing says which token is the mask; say it with --mask-token")
-    size = max(inner.get_vocab().values(), default=-1) + 1
-    if mask == size < rows:  # a row of the model's that the tokenizer has no name for
-        inner.add_special_tokens([family.mask or "<|mask|>"])
-    eos = token("eos", "sep")
-    if eos is None:
-        raise TinyldError(f"{folder}: neither {CONFIG} nor {extra.name} says which token ends a text (eos_token)")
-    bos, pad = token("bos", "cls"), token("pad")
-    unk = inner.token_to_id(named["unk_token"]) if isinstance(named.get("unk_token"), str) else None
-    ids = (eos if pad is None else pad, unk, eos if bos is None else bos, eos, mask)
-    tokenizer = Tokenizer(inner, str(path), dict(zip(ROLES, ids, strict=True)))
-    if not all(i is None or 0 <= i < tokenizer.vocab_size for i in ids) or tokenizer.vocab_size > rows:
-        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}; special: {ids}")
-    return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------ what others call
-
-
-@torch.no_grad()
-def load_foreign(
-    folder: Path,
-    device: torch.device | str = "cpu",
-    dtype: str = "fp32",
-    max_length: int | None = None,
-    mask_token: str | None = None,
-) -> Base:
-    """A public model as a base, kept in `dtype` (see tinyld.shrink); memory peaks at the base and its largest tensor."""
-    check_choice("base dtype", dtype, BASE_DTYPES)
-    foreign = read_foreign(folder, max_length, mask_token)
-    config, weights = foreign.config, foreign.weights
-    with torch.device("meta"):
-        model = Denoiser(config).eval()
-    if config.rotary:
-        model.cos, model.sin = (table.to(device) for table in rotary_tables(config))
-    digest = hashlib.sha256(f"{json.dumps(to_dict(config), sort_keys=True)}{foreign.tokenizer.to_json()}".encode())
-    owners = [(f"{prefix}." if prefix else "", module) for prefix, module in model.named_modules()]
-    own = {name: dict(module.named_parameters(prefix=name[:-1], recurse=False)) for name, module in owners}
-    for prefix, module in sorted(owners, key=lambda owner: -sum(p.numel() for p in own[owner[0]].values())):
-        for name, parameter in own[prefix].items():
-            make, names = foreign.plan[name]
-            theirs = [weights.read(n) for n in names]
-            for tensor in theirs:
-                digest.update(tensor.view(torch.uint8).numpy())
-            theirs = [t.float() for t in theirs] if make is not same or dtype != "bf16" else theirs
-            made = make(config, *theirs)[: len(parameter)].to(device)
-            small = dtype == "bf16" and isinstance(module, nn.Linear | nn.Embedding) and name.endswith("weight")
-            made = made if small else made.float()
-            setattr(module, name.removeprefix(prefix), nn.Parameter(made.clone() if made._base is not None else made))
-            del theirs, made
-        if isinstance(module, nn.Linear | nn.Embedding):
-            shrink(module, dtype)
-    return Base(folder, model, foreign.tokenizer, digest.hexdigest()[:16], dtype, stored_bytes(model))
-
-
-def describe(folder: Path, mask_token: str | None = None, rows: int = 8, length: int = 256) -> dict[str, Any]:
-    """What a folder is and what adapting it takes, by method, for batches of `rows` rows of `length` tokens.
-
-    No weights are read. Memory is an estimate: the base in bf16, what is trained in fp32 with its gradient and AdamW's
-    two moments, and the activations that the backward pass needs.
-    """
-    foreign = read_foreign(folder, None, mask_token)
-    config = foreign.config
-    with torch.device("meta"):
-        tensors = list(Denoiser(config).parameters())
-    flat = sum(p.numel() for p in tensors if p.dim() == 1)
-    matrices, heights = (sum(n) for n in zip(*((p.numel(), p.shape[0]) for p in tensors if p.dim() == 2), strict=True))
-    base = {"fp32": 4 * (flat + matrices), "bf16": 4 * flat + 2 * matrices, "int8": 4 * (flat + heights) + matrices}
-    sizes = config.matrices()
-    block = rows * length * (8 * config.d_model + 2 * sum(outputs for _, outputs in sizes.values()))  # bytes
-    methods = {}
-    for name, method in METHODS.items():
-        try:
-            settings = make_config(name, {}, config)
-        except UsageError:
-            continue
-        stored = method.expected_parameters(settings, config)
-        first = method(settings, config).first_depth
-        through = max(config.num_layers - first, 1) * block  # at least the one block that runs
-        kept = base["fp32"] if name == "full" else base["bf16"]
-        memory = kept + (12 if name == "full" else 16) * stored + through
-        methods[name] = {"stored_parameters": stored, "stored_bytes": 4 * stored, "memory_bytes": memory}
-    return {
-        "family": foreign.family, "parameters": config.num_parameters(), "layers": config.num_layers,
-        "d_model": config.d_model, "heads": config.num_heads, "vocab_size": config.vocab_size,
-        "longest_row": foreign.longest, "shifted": config.shifted,
-        "mask_token": foreign.tokenizer.inner.id_to_token(foreign.tokenizer.mask_id),
-        "end_token": foreign.tokenizer.inner.id_to_token(foreign.tokenizer.eos_id), "base_bytes": base,
-        "batch": {"rows": rows, "tokens": length}, "methods": methods,
-    }  # fmt: skip
