@@ -137,7 +137,7 @@ def read_foreign(folder: Path, max_length: int | None = None, mask_token: str | 
         wanted = list(parameter.shape)
         if name in ("embedding.weight", "output.weight", "output_bias"):
             wanted[0] += rows - config.vocab_size
-        foreign.plan[name] = find_part(weights, config, family, name, tuple(wanted))
+        foreign.plan[name] = find_part(weights, config, family, name, torch.Size(wanted))
     used = {theirs for _, names in foreign.plan.values() for theirs in names}
     extra = [n for n in weights.shapes if n not in used and n not in family.ignored.split()]
     if extra:
@@ -146,7 +146,7 @@ def read_foreign(folder: Path, max_length: int | None = None, mask_token: str | 
 
 
 def find_part(
-    weights: Weights, config: ModelConfig, family: Family, name: str, shape: tuple[int, ...]
+    weights: Weights, config: ModelConfig, family: Family, name: str, shape: torch.Size
 ) -> tuple[Make, tuple[str, ...]]:
     """(how one of our tensors is made, of which of theirs), tried on their shapes alone."""
     key, number = re.sub(r"^blocks\.\d+", "blocks", name), re.search(r"\d+", name)
@@ -157,13 +157,14 @@ def find_part(
     missing = next((n for n in names if n not in weights.shapes), None)
     if missing:
         raise TinyldError(f"{weights.folder}: no tensor {missing!r}, which its config asks for")
+    shapes = [weights.shapes[n] for n in names]
     try:
-        found = tuple(make(config, *(torch.empty(weights.shapes[n], device="meta") for n in names)).shape)
+        fits = make(config, *(torch.empty(s, device="meta") for s in shapes)).shape == shape
     except (RuntimeError, IndexError, ValueError):
-        found = weights.shapes[names[0]]
-    if found != shape:
-        text = f"{found} in the file, {shape} expected"
-        raise TinyldError(f"{weights.files[names[0]]}: tensor {names[0]!r} has the wrong shape: {text}")
+        fits = False
+    if not fits:
+        found = f"{', '.join(map(str, shapes[:2]))} for our {name} of {tuple(shape)}"
+        raise TinyldError(f"{weights.files[names[0]]}: tensor {names[0]!r} has the wrong shape: {found}")
     return make, tuple(names)
 
 
