@@ -18,13 +18,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
-from tinyld.config import DiffusionConfig, SampleConfig
-from tinyld.diffusion import noise_batch, token_nll
+from tinyld.config import SampleConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES
 from tinyld.foreign import describe, load_foreign
+from tinyld.layers import look_up
 from tinyld.methods import METHODS, make_config
 from tinyld.sampler import decode
+from tinyld.shrink import shrink, stored_bytes
 from tinyld.tokenizer import Tokenizer
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved
@@ -121,64 +122,63 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, theta: float) -> Tenso
     return torch.einsum("bhlm,bmhw->blhw", weights, v).flatten(2)
 
 
-def make_llada(folder: Path, size: int, seed: int) -> Reference:
-    d, heads, f, layers, rows, theta = 32, 4, 48, 2, size + 3, 5e5
-    groups = (4, 2)[seed % 2]
-    shapes = {"model.transformer.wte.weight": (rows, d), "model.transformer.ln_f.weight": (d,),
-              "model.transformer.ff_out.weight": (rows, d)}  # fmt: skip
-    for i in range(layers):
-        block = {"attn_norm": (d,), "ff_norm": (d,), "q_proj": (d, d), "k_proj": (8 * groups, d), "ff_out": (d, f),
-                 "v_proj": (8 * groups, d), "attn_out": (d, d), "ff_proj": (f, d), "up_proj": (f, d)}  # fmt: skip
-        shapes |= {f"model.transformer.blocks.{i}.{n}.weight": s for n, s in block.items()}
+def save_llama(
+    folder: Path, seed: int, shapes: dict[str, Any], block: dict[str, Any], blocks: str, names: str, theta: float,
+    split: Callable[..., Any],
+) -> Reference:  # fmt: skip
+    """Llama's formulas, in a family's names (`names`: embedding, two norms, out, gate, up, down, last norm, head)."""
+    for i in range(2):
+        shapes |= {f"{blocks.format(i)}{n}.weight": s for n, s in block.items()}
     w = draw(shapes, seed)
     save_file(w, folder / "model.safetensors")
+    embedding, norm_1, norm_2, out, gate, up, down, last, head = names.split()
+
+    def logits(x: Tensor, mask: Tensor) -> Tensor:
+        h = w[f"{embedding}.weight"][x]
+        for i in range(2):
+            p = {n: w[f"{blocks.format(i)}{n}.weight"] for n in block}
+            q, k, v = split(p, rms(h, p[norm_1], 1e-5))
+            k, v = (y.repeat_interleave(q.shape[2] // k.shape[2], 2) for y in (k, v))
+            h = h + attend(q, k, v, mask, theta) @ p[out].T
+            a = rms(h, p[norm_2], 1e-5)
+            h = h + (F.silu(a @ p[gate].T) * (a @ p[up].T)) @ p[down].T
+        return rms(h, w[f"{last}.weight"], 1e-5) @ w[f"{head}.weight"].T
+
+    return logits
+
+
+def make_llada(folder: Path, size: int, seed: int) -> Reference:
+    d, f, rows, top, groups = 32, 48, size + 3, "model.transformer", (4, 2)[seed % 2]
+    shapes = {f"{top}.wte.weight": (rows, d), f"{top}.ln_f.weight": (d,), f"{top}.ff_out.weight": (rows, d)}
+    block = {"attn_norm": (d,), "ff_norm": (d,), "q_proj": (d, d), "k_proj": (8 * groups, d), "ff_out": (d, f),
+             "v_proj": (8 * groups, d), "attn_out": (d, d), "ff_proj": (f, d), "up_proj": (f, d)}  # fmt: skip
     config = {
-        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": d, "n_heads": heads, "n_kv_heads": groups,
-        "n_layers": layers, "mlp_hidden_size": f, "embedding_size": rows, "vocab_size": rows, "block_type": "llama",
-        "activation_type": "silu", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True, "rope_theta": theta,
+        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": d, "n_heads": 4, "n_kv_heads": groups,
+        "n_layers": 2, "mlp_hidden_size": f, "embedding_size": rows, "vocab_size": rows, "block_type": "llama",
+        "activation_type": "silu", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True, "rope_theta": 5e5,
         "rope_full_precision": True, "weight_tying": False, "include_bias": False, "include_qkv_bias": False,
         "attention_layer_norm": False, "scale_logits": False, "max_sequence_length": 64, "mask_token_id": size - 1,
         "eos_token_id": size - 3, "pad_token_id": size - 3,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-
-    def logits(x: Tensor, mask: Tensor) -> Tensor:
-        h = w["model.transformer.wte.weight"][x]
-        for i in range(layers):
-            p = {n: w[f"model.transformer.blocks.{i}.{n}.weight"] for n in block}
-            a = rms(h, p["attn_norm"], 1e-5)
-            q, k, v = ((a @ p[f"{n}_proj"].T).unflatten(-1, (-1, 8)) for n in "qkv")
-            k, v = (y.repeat_interleave(heads // groups, 2) for y in (k, v))
-            h = h + attend(q, k, v, mask, theta) @ p["attn_out"].T
-            a = rms(h, p["ff_norm"], 1e-5)
-            h = h + (F.silu(a @ p["ff_proj"].T) * (a @ p["up_proj"].T)) @ p["ff_out"].T
-        return rms(h, w["model.transformer.ln_f.weight"], 1e-5) @ w["model.transformer.ff_out.weight"].T
-
-    return logits
+    names = f"{top}.wte attn_norm ff_norm attn_out ff_proj up_proj ff_out {top}.ln_f {top}.ff_out"
+    return save_llama(
+        folder, seed, shapes, block, top + ".blocks.{}.", names, 5e5,
+        lambda p, a: ((a @ p[f"{n}_proj"].T).unflatten(-1, (-1, 8)) for n in "qkv"),
+    )  # fmt: skip
 
 
 def make_smdm(folder: Path, size: int, seed: int) -> Reference:
-    d, heads, layers = 128, 2, 2
+    d = 128
     shapes = {"transformer.wte.weight": (size + 1, d), "lm_head.weight": (size, d), "transformer.ln_f.weight": (d,)}
-    for i in range(layers):
-        block = {"norm_1": (d,), "norm_2": (d,), "attn.attn": (3 * d, d), "attn.proj": (d, d),
-                 "mlp.swiglu.w1": (4 * d, d), "mlp.swiglu.w2": (4 * d, d), "mlp.swiglu.w3": (d, 4 * d)}  # fmt: skip
-        shapes |= {f"transformer.h.{i}.{n}.weight": s for n, s in block.items()}
-    w = {n: t if t.dim() == 1 else t / 4 for n, t in draw(shapes, seed).items()}
-    save_file(w, folder / "mdm-6M.safetensors")
-
-    def logits(x: Tensor, mask: Tensor) -> Tensor:
-        h = w["transformer.wte.weight"][x]
-        for i in range(layers):
-            p = {n: w[f"transformer.h.{i}.{n}.weight"] for n in block}
-            q, k, v = (rms(h, p["norm_1"], 1e-5) @ p["attn.attn"].T).unflatten(-1, (heads, 3, 64)).unbind(-2)
-            h = h + attend(q, k, v, mask, 1e4) @ p["attn.proj"].T
-            a = rms(h, p["norm_2"], 1e-5)
-            h = h + (F.silu(a @ p["mlp.swiglu.w1"].T) * (a @ p["mlp.swiglu.w2"].T)) @ p["mlp.swiglu.w3"].T
-        out = rms(h, w["transformer.ln_f.weight"], 1e-5) @ w["lm_head.weight"].T
-        return F.pad(out, (0, 1), value=-torch.inf)
-
-    return logits
+    block = {"norm_1": (d,), "norm_2": (d,), "attn.attn": (3 * d, d), "attn.proj": (d, d),
+             "mlp.swiglu.w1": (4 * d, d), "mlp.swiglu.w2": (4 * d, d), "mlp.swiglu.w3": (d, 4 * d)}  # fmt: skip
+    names = "transformer.wte norm_1 norm_2 attn.proj mlp.swiglu.w1 mlp.swiglu.w2 mlp.swiglu.w3 transformer.ln_f lm_head"
+    logits = save_llama(
+        folder, seed, shapes, block, "transformer.h.{}.", names, 1e4,
+        lambda p, a: (a @ p["attn.attn"].T).unflatten(-1, (2, 3, 64)).unbind(-2),
+    )  # fmt: skip
+    return lambda x, mask: F.pad(logits(x, mask), (0, 1), value=-torch.inf)
 
 
 def make_mdlm(folder: Path, size: int, seed: int) -> Reference:
@@ -315,17 +315,12 @@ def test_every_tensor_counts(kind: str, part: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ everything works on them
 
 
-def answer_batch(base: Any, slot: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    tokenizer = base.tokenizer
-    rows = [[tokenizer.bos_id, *tokenizer.encode(text)[:8]] for text in TEXT[:3]]
-    width = max(map(len, rows)) + slot + 1
-    x = torch.full((len(rows), width), tokenizer.pad_id)
-    answer, real = torch.zeros_like(x, dtype=torch.bool), torch.zeros_like(x, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids = [*row, *tokenizer.encode(" good")[:slot], *[tokenizer.eos_id] * slot]
-        ids = [*ids[: len(row) + slot], tokenizer.eos_id]
-        x[i, : len(ids)], real[i, : len(ids)] = torch.tensor(ids), True
-        answer[i, len(row) : len(row) + slot] = True
+def answer_batch(base: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, answer mask of three tokens a row, mask of real tokens) of three rows, the last one shorter."""
+    x = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(3))
+    answer, real = torch.zeros_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
+    answer[:, 5:8], real[2, 9:] = True, False
+    x[:, 0], x[:, 7] = base.tokenizer.bos_id, base.tokenizer.eos_id
     return x, answer, real
 
 
@@ -351,28 +346,21 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
     attached.attach(base.model, torch.Generator().manual_seed(0))
     torch.testing.assert_close(base.model(masked, t, real, prompt, where=answer).detach(), before)
     optimizer = torch.optim.AdamW(attached.own.values(), lr=1e-3 if method == "full" else 5e-3)
-    generator, losses = torch.Generator().manual_seed(0), []
-    for _ in range(8):
-        noised, normaliser = noise_batch(x, answer, real, base.tokenizer.mask_id, DiffusionConfig(), generator, True)
-        nll, _ = token_nll(base.model, noised)
-        loss = nll.sum() / normaliser
+    losses = []
+    for _ in range(6):
+        loss = base.model.nll(base.model.states(masked, t, real, prompt, None, answer), x[answer]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert min(losses[-3:]) < losses[0], losses
-    out, _ = decode(
-        base.model, x, answer, real, base.tokenizer.mask_id, base.tokenizer.never_written,
-        SampleConfig(), eos_id=base.tokenizer.eos_id,
-    )  # fmt: skip
-    special = {i for i in base.tokenizer.never_written if i != base.tokenizer.eos_id}
-    assert not special & set(out[answer].tolist())
+    assert losses[-1] < losses[0]
+    mask_id, never, end = base.tokenizer.mask_id, base.tokenizer.never_written, base.tokenizer.eos_id
+    out, _ = decode(base.model, x, answer, real, mask_id, never, SampleConfig(), eos_id=end)
+    assert not set(never) & set(out[answer].tolist())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_bits_are_those_of_a_model_that_is_shrunk_afterwards(kind: str, tmp_path: Path) -> None:
-    from tinyld.shrink import shrink, stored_bytes
-
     make(kind, tmp_path)
     x, mask = batch(load_foreign(tmp_path).model.config.vocab_size - 1)
     for dtype in ("bf16", "int8"):
@@ -380,6 +368,7 @@ def test_fewer_bits_are_those_of_a_model_that_is_shrunk_afterwards(kind: str, tm
         shrink(whole, dtype)
         assert base.bytes == stored_bytes(whole) == describe(tmp_path)["base_bytes"][dtype]
         assert torch.equal(base.model(x, attention_mask=mask), whole(x, attention_mask=mask))
+        assert torch.equal(look_up(whole.embedding, x), whole.embedding(x))
 
 
 @pytest.mark.parametrize("kind", ["a2d-qwen3", "Dream", "modernbert"])
@@ -442,7 +431,7 @@ def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, mon
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"model_type": "lladamoe"}, "mixture of experts"), ("llada", {"model_type": "bd3lm"}, "block by block"),
-    ("llada", {"model_type": "qwen3"}, "model_type must be one of"), ("llada", {"rope_scaling": {"type": "yarn"}}, "rope"),
+    ("llada", {"model_type": "qwen3"}, "must be one of"), ("llada", {"rope_scaling": {"type": "yarn"}}, "rope"),
     ("llada", {"scale_logits": True}, "scale_logits must be False"), ("llada", {"num_experts": 8}, "num_experts"),
     ("mdlm", {"backbone_config": {}}, "e2d2"), ("mdlm", {"time_conditioning": True}, "time_conditioning"),
     ("llada", {"d_model": 10**12}, "config.json asks for"), ("llada", {"n_layers": 10**9}, "config.json asks for"),

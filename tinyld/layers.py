@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tinyld.attention import attention
 from tinyld.config import ModelConfig
@@ -18,6 +19,14 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+
+def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """Embeddings of ids; where the table is kept in fewer bits (tinyld.shrink), only their rows are widened."""
+    if not parametrize.is_parametrized(embedding):
+        return embedding(ids)
+    kept = embedding.parametrizations.weight
+    return kept[0](*(part[ids] for _, part in kept.named_parameters(recurse=False)))
 
 
 def activate(x: Tensor, name: str, gated: bool) -> Tensor:

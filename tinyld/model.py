@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyld.config import ModelConfig
-from tinyld.layers import activate, make_norm, near_attention, rotary_tables, rotate, shifted_by_one
+from tinyld.layers import activate, look_up, make_norm, near_attention, rotary_tables, rotate, shifted_by_one
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -230,7 +230,7 @@ class Denoiser(nn.Module):
 
     def embed(self, xt: Tensor) -> Tensor:
         """Token embeddings. xt: (B, L) int64 -> (B, L, D)."""
-        h = self.embedding(xt)
+        h = look_up(self.embedding, xt)
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
         if self.positions is not None:
