@@ -408,6 +408,9 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
     make("llada", tmp_path)
     size = load_foreign(tmp_path).model.config.vocab_size
     assert load_foreign(tmp_path).tokenizer.mask_id == size - 1
+    edit(tmp_path, mask_token_id=size + 1)  # Dream's, in the tokenizer that it was begun with
+    assert (base := load_foreign(tmp_path)).tokenizer.mask_id == size + 1 == base.model.config.vocab_size - 1
+    edit(tmp_path, mask_token_id=size - 1)
     assert load_foreign(tmp_path, mask_token="<|im_end|>").tokenizer.mask_id == size - 2
     with pytest.raises(TinyldError, match="is no token"):
         load_foreign(tmp_path, mask_token="<|other|>")
@@ -422,7 +425,7 @@ def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, mon
     monkeypatch.setattr(foreign.Weights, "read", None)
     said = describe(tmp_path)
     assert said["family"] == "llada" and said["mask_token"] == "<|mdm_mask|>" and said["longest_row"] == 64
-    assert set(METHODS) - {"bitfit"} <= set(said["methods"])
+    assert set(METHODS) - {"bitfit"} == set(said["methods"])
     assert said["methods"]["full"]["stored_parameters"] == said["parameters"]
     assert said["methods"]["full"]["memory_bytes"] > said["methods"]["trajectory-lora"]["memory_bytes"]
 

@@ -79,7 +79,8 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """A copy of one tensor; its file is closed again, so that nothing more of it stays in memory."""
         with self.opened(self.files[name]) as file:
-            tensor = file.get_tensor(name).clone()
+            tensor = file.get_tensor(name)
+            tensor = tensor.float() if tensor.dtype == torch.float64 else tensor.clone()
         if not bool(torch.isfinite(tensor).all()):
             raise TinyldError(f"{self.files[name]}: tensor {name!r} holds values that are not finite")
         return tensor
@@ -181,6 +182,8 @@ def read_tokenizer(folder: Path, settings: Settings, family: Family, rows: int, 
         raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:80]})") from None
     extra = folder / "tokenizer_config.json"
     named = read_json(extra) if extra.is_file() else {}
+    if not isinstance(named, dict):
+        raise TinyldError(f"{extra}: expected an object")
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
 
     def token(*roles: str) -> int | None:
@@ -208,8 +211,8 @@ def read_tokenizer(folder: Path, settings: Settings, family: Family, rows: int, 
         if mask is None:
             raise TinyldError(f"{folder}: nothing says which token is the mask; say it with --mask-token")
     size = max(inner.get_vocab().values(), default=-1) + 1
-    if mask == size < rows:  # a row of the model's that the tokenizer has no name for
-        inner.add_special_tokens([family.mask or "<|mask|>"])
+    if size <= mask < min(rows, size + 300):  # rows of the model's that the tokenizer has no name for
+        inner.add_special_tokens([*(f"<|unused {i}|>" for i in range(size, mask)), family.mask or "<|mask|>"])
     eos = token("eos", "sep")
     if eos is None:
         raise TinyldError(f"{folder}: neither {CONFIG} nor {extra.name} says which token ends a text (eos_token)")
@@ -251,10 +254,12 @@ def load_foreign(
             for tensor in theirs:
                 digest.update(tensor.view(torch.uint8).numpy())
             theirs = [t.float() for t in theirs] if make is not same or dtype != "bf16" else theirs
-            made = make(config, *theirs)[: len(parameter)].to(device)
-            small = dtype == "bf16" and isinstance(module, nn.Linear | nn.Embedding) and name.endswith("weight")
-            made = made if small else made.float()
-            setattr(module, name.removeprefix(prefix), nn.Parameter(made.clone() if made._base is not None else made))
+            made = make(config, *theirs)
+            made = made if len(made) == len(parameter) else made[: len(parameter)]
+            shrinks = isinstance(module, nn.Linear | nn.Embedding) and name.endswith("weight")
+            made = made.to(device) if shrinks and dtype == "bf16" else made.to(device).float()
+            made = made.clone() if made._base is not None else made  # so that the rest of theirs can go
+            setattr(module, name.removeprefix(prefix), nn.Parameter(made))
             del theirs, made
         if isinstance(module, nn.Linear | nn.Embedding):
             shrink(module, dtype)
@@ -283,6 +288,8 @@ def describe(folder: Path, mask_token: str | None = None, rows: int = 8, length:
         except UsageError:
             continue
         stored = method.expected_parameters(settings, config)
+        if stored == 0:  # bitfit, where there are no biases
+            continue
         first = method(settings, config).first_depth
         through = max(config.num_layers - first, 1) * block  # at least the one block that runs
         kept = base["fp32"] if name == "full" else base["bf16"]
