@@ -212,7 +212,7 @@ def read_tokenizer(folder: Path, settings: Settings, family: Family, rows: int, 
             raise TinyldError(f"{folder}: nothing says which token is the mask; say it with --mask-token")
     size = max(inner.get_vocab().values(), default=-1) + 1
     if size <= mask < min(rows, size + 300):  # rows of the model's that the tokenizer has no name for
-        inner.add_special_tokens([*(f"<|unused {i}|>" for i in range(size, mask)), family.mask or "<|mask|>"])
+        inner.add_special_tokens([f"<|token {i}|>" for i in range(size, mask + 1)])
     eos = token("eos", "sep")
     if eos is None:
         raise TinyldError(f"{folder}: neither {CONFIG} nor {extra.name} says which token ends a text (eos_token)")
