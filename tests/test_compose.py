@@ -1,8 +1,7 @@
-"""Compositions: invariants for every method, routers, the search for coefficients, interference."""
+"""Compositions: invariants for every method, routing and refusing, and what is refused."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,33 +10,21 @@ import numpy as np
 import pytest
 import torch
 from test_methods import attach, fresh_base, logits, noised_batch, train
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyld.base import Base
-from tinyld.bench import InTurn
-from tinyld.compose import Composed, Member, load_composition, prototype_router, save_composition
+from tinyld.checkpoint import Base
+from tinyld.compose import default_how, labels
+from tinyld.composition import Composition, Member, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interference import effective_rank, principal_cosines
 from tinyld.methods import METHODS
-from tinyld.methods.bands import NUM_BANDS, band_of
-from tinyld.methods.trajectory_lora import PushModule
 from tinyld.methods.weight_lora import truncate
 from tinyld.model import Denoiser
-from tinyld.router import (
-    NEAR,
-    PrototypeRouter,
-    TrainedRouter,
-    answer_slot,
-    prompt_features,
-    train_router,
-)
+from tinyld.router import NEAR, NONE, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
 from tinyld.runs import RunFolder
-from tinyld.search import BOUND, search_weights
-from tinyld.spectrum import band_off, effective_ranks
 from tinyld.statistics import paired_difference
 
-COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast", "separate", "core")
+COMBINED = ("full", "bitfit", "weight-lora", "weight-lora-rslora", "adapters", "best-1", "fast")
 each = pytest.mark.parametrize("case", COMBINED)
 
 
@@ -51,12 +38,14 @@ def trained_member(config: ModelConfig, case: str, seed: int = 0) -> tuple[Membe
     method = attach(model, case, seed)
     train(model, method, updates=2 + seed)
     tensors = {n: p.detach().clone() for n, p in method.own.items()}
-    return Member(f"run{seed}", "task", 1.0, method.name, method.config, tensors), logits(model, noised_batch(config))
+    return Member(f"run{seed}", {"name": f"task{seed}"}, 1.0, method.name, method.config, tensors), logits(
+        model, noised_batch(config)
+    )
 
 
 def composed_logits(config: ModelConfig, *members: tuple[Member, float], how: str = "weights", **more: Any) -> Tensor:
     base = base_of(fresh_base(config))
-    Composed([replace(m, weight=w) for m, w in members], how, **more).attach(base)
+    Composition(tuple(replace(m, weight=w) for m, w in members), how, **more).attach(base)
     return logits(base.model, noised_batch(config))
 
 
@@ -87,22 +76,20 @@ def test_equal_adapters_average_to_themselves_and_order_does_not_matter(config: 
     assert not torch.allclose(found, alone, atol=1e-3)
 
 
-def test_adapters_that_push_at_unlike_places_add_up(config: ModelConfig) -> None:
-    """Where only one has a place, only that one pushes: with the other's up-projections at zero it is alone."""
-    (within, alone), (plain, other) = trained_member(config, "tied-within"), trained_member(config, "best-2", 1)
+def test_adapters_that_push_at_unlike_sites_add_up(config: ModelConfig) -> None:
+    """Where only one has a site, only that one pushes: with the other's up-projections at zero it is alone."""
+    (one, alone), (two, other) = trained_member(config, "best-1"), trained_member(config, "best-2", 1)
     silent = [
-        replace(m, tensors={n: p * 0 if n.endswith("up") else p for n, p in m.tensors.items()}) for m in (within, plain)
+        replace(m, tensors={n: p * 0 if n.endswith("up") else p for n, p in m.tensors.items()}) for m in (one, two)
     ]
-    found = composed_logits(config, (within, 1.0), (silent[1], 1.0))
-    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
-    found = composed_logits(config, (plain, 1.0), (silent[0], 1.0))
-    torch.testing.assert_close(found, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(composed_logits(config, (one, 1.0), (silent[1], 1.0)), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(composed_logits(config, (two, 1.0), (silent[0], 1.0)), other, atol=1e-5, rtol=1e-5)
 
 
 @each
 def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path: Path, case: str) -> None:
     members = [replace(trained_member(config, case, seed)[0], weight=0.5 + seed) for seed in (0, 1)]
-    composed = Composed(members, "weights")
+    composed = Composition(tuple(members), "weights")
     expected = composed_logits(config, *((m, m.weight) for m in members))
     folder = RunFolder.create(tmp_path / "both")
     save_composition(folder, base_of(fresh_base(config)), composed, {})
@@ -114,13 +101,39 @@ def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path
         load_composition(folder, other)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router": "TrainedRouter"}, "unknown kind of composition: how 'sum', router 'TrainedRouter'"),
+        ({"how": "magic"}, "unknown kind of composition: how 'magic'"),
+        ({"weight": "heavy"}, "the weight of run0 must be a finite number, got 'heavy'"),
+        ({"weight": True}, "the weight of run0 must be a finite number, got True"),
+    ],
+)
+def test_a_composition_of_an_unknown_kind_is_refused(
+    config: ModelConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder, (member, _) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
+    save_composition(folder, base_of(fresh_base(config)), Composition((member,), "sum"), {})
+    written = folder.config
+    if "weight" in change:
+        written["members"][0] |= change
+    else:
+        written |= change
+    folder.write_json("config.json", written)
+    with pytest.raises(TinyldError, match=message):
+        load_composition(folder, base_of(fresh_base(config)))
+    with pytest.raises(UsageError, match="weights must be finite numbers"):
+        Composition((replace(member, weight=float("nan")),), "sum")
+
+
 @pytest.mark.parametrize("part", ["static", "members"])
 def test_a_composition_that_asks_for_more_than_its_file_holds_is_refused(
     config: ModelConfig, tmp_path: Path, part: str
 ) -> None:
     folder = RunFolder.create(tmp_path / "both")
     member, _ = trained_member(config, "weight-lora" if part == "static" else "best-1")
-    save_composition(folder, base_of(fresh_base(config)), Composed([member], "sum"), {})
+    save_composition(folder, base_of(fresh_base(config)), Composition((member,), "sum"), {})
     written = folder.config
     if part == "static":
         written["static"]["rank"] = 10**12
@@ -144,7 +157,7 @@ def test_a_trajectory_adapter_may_stand_on_another_method(config: ModelConfig, t
     found = composed_logits(config, (below, 1.0), (push, 1.0))
     torch.testing.assert_close(found, logits(model, noised_batch(config)), atol=1e-5, rtol=1e-5)
     folder = RunFolder.create(tmp_path / "both")
-    save_composition(folder, base_of(fresh_base(config)), Composed([below, push], "sum"), {})
+    save_composition(folder, base_of(fresh_base(config)), Composition((below, push), "sum"), {})
     base = base_of(fresh_base(config))
     load_composition(folder, base)
     assert torch.equal(logits(base.model, noised_batch(config)), found)
@@ -155,8 +168,8 @@ REFUSED = [
     (("weight-lora", "adapters"), {}, "adapters and weight-lora cannot be combined"),
     (("adapters", "adapters"), {"rank": 2}, "--rank cuts combined weight-lora adapters only"),
     (("weight-lora", "weight-lora"), {"how": "router"}, "a router weighs trajectory-lora adapters; for weight-lora"),
+    (("best-1", "best-1"), {"how": "search"}, "--how must be one of sum, average, weights, router, got 'search'"),
     (("weight-lora", "weight-lora-targets"), {}, "of different targets cannot be combined"),
-    (("weight-lora-bands", "weight-lora-bands"), {}, "with bands cannot be combined"),
     (("weight-lora", "weight-lora"), {"rank": 7}, "rank must be from 1 to 6, got 7"),
 ]
 
@@ -167,7 +180,7 @@ def test_what_cannot_be_combined_is_refused_by_name(
 ) -> None:
     members = [trained_member(config, case)[0] for case in cases]
     with pytest.raises(UsageError, match=message):
-        Composed(members, **({"how": "sum"} | options)).attach(base_of(fresh_base(config)))
+        Composition(tuple(members), **({"how": "sum"} | options)).attach(base_of(fresh_base(config)))
 
 
 # ---------------------------------------------------------------------------------------------- weight LoRA
@@ -229,13 +242,69 @@ def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) 
 
 def test_the_nearest_prototype_is_in_units_of_the_mean_variance() -> None:
     mean = torch.tensor([[0.0, 0.0], [4.0, 1.0]])
-    router = PrototypeRouter(torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1))
-    found = router(torch.tensor([[3.9, 0.1], [0.1, 0.9]]))  # near in the wide first feature, far in the narrow second
-    assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    prototypes = torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1)
+    features = torch.tensor([[3.9, 0.1], [0.1, 0.9]])  # near in the wide first feature, far in the narrow second
+    assert Router(prototypes, torch.zeros(2, 1, 2))(features).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
-@pytest.mark.parametrize("kind", ["prototypes", "trained"])
-def test_a_router_gives_every_row_the_push_of_its_own_adapter(config: ModelConfig, tmp_path: Path, kind: str) -> None:
+def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
+    """What lies off the directions in which a task's prompts vary is strange; along them it may lie far."""
+    router = Router(torch.zeros(2, 2, 10), torch.tensor([[[0.99, 0.0]], [[0.0, 0.99]]]))
+    router.prototypes[1, 0, 0] = 20.0  # the second task's mean
+    along = torch.linspace(-3, 3, 200)[:, None]
+    own = [torch.zeros(200, 10), torch.zeros(200, 10)]
+    own[0][:, :1], own[1][:, 1:2] = along, along
+    own[1][:, 0] += 20.0
+    assert (router.choose(torch.full((1, 10), 99.0)) != NONE).all(), "nothing is refused before limits are known"
+    router.set_limits(own)
+    assert float((router.choose(own[0]) == 0).float().mean()) >= 0.98
+    assert float((router.choose(own[1]) == 1).float().mean()) >= 0.98
+    strange = torch.zeros(2, 10)
+    strange[0, 1], strange[1, 0] = 2.0, 17.0
+    assert router.choose(strange).tolist() == [NONE, NONE] and router.nearest(strange).tolist() == [0, 1]
+    router.only = 0  # the task was named
+    assert router.nearest(strange).tolist() == [0, 0] and router.choose(torch.zeros(1, 10)).tolist() == [0]
+    assert router.choose(own[1]).max() == NONE, "a text of another task is strange to this one"
+
+
+class Rows:
+    """Stands in for TaskRows: a task's prompts of random words from a part of the vocabulary."""
+
+    def __init__(self, config: ModelConfig, words: range, seed: int, task: Any = None):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(words.start, words.stop, (400, 8), generator=generator)
+        self.ids[:, 6], self.task = words.start, task
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> Any:
+        ids = self.ids[rows]
+        answer = torch.zeros_like(ids, dtype=torch.bool)
+        answer[:, 6] = True
+        return type("Batch", (), {"x0": ids, "attention_mask": torch.ones_like(answer), "answer_mask": answer})
+
+
+def test_routing_is_measured_on_rows_that_set_no_limit(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [range(5 + i, 5 + i + 24) for i in (0, 24, 48)]
+    strangers = {"one": Rows(config, words[2], 7, "one"), "two": Rows(config, words[1], 8, "two")}
+    monkeypatch.setattr("tinyld.router.stranger_rows", lambda base, task: strangers[task])
+    base = base_of(fresh_base(config))
+    known = [prompt_prototype(base, Rows(config, words[i], i)) for i in (0, 1)]
+    router = Router(*(torch.stack([k[name] for k in known]) for name in ("prototype", "directions")))
+    held_out = [Rows(config, words[i], 2 + i, name) for i, name in enumerate(("one", "two"))]
+    one, two = measure_routing(base, router, held_out, ["one", "two"], None)
+    assert one["right"] > 0.95 and two["right"] > 0.95 and one["goes_to"]["one"] == one["right"] and one["n"] == 200
+    assert one["wrongly_refused"] < 0.06 and two["wrongly_refused"] < 0.06
+    assert one["wrongly_accepted"] < 0.3, "words of neither task"
+    assert two["wrongly_accepted"] > 0.9, "the task's own words"
+    alike = Router(*(torch.stack([known[0][name]] * 2) for name in ("prototype", "directions")))
+    assert measure_routing(base, alike, held_out, ["one", "two"], None)[1]["right"] == 0.0
+    same = [held_out[0], held_out[0]]  # two adapters of one task: either is right
+    assert measure_routing(base, alike, same, ["a", "b"], None)[1]["right"] == 1.0
+
+
+def test_a_router_gives_every_row_the_push_of_its_own_adapter(config: ModelConfig, tmp_path: Path) -> None:
     """A batch that mixes two tasks' rows equals each row under the one adapter whose prompts it is like."""
     model, (x, prompt_mask) = fresh_base(config), prompts(config)
     for row in range(2, 6):  # rows 2, 3 are nearly row 0; rows 4, 5 nearly row 1
@@ -243,59 +312,67 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(config: ModelConfi
     owner, t = [0, 1, 0, 0, 1, 1], torch.ones(6)
     features = prompt_features(model.embed(x), prompt_mask).detach()
     members = []
-    for place, case in ((0, "best-0"), (1, "fast")):
-        own = features[[i for i, o in enumerate(owner) if o == place]]
-        prototype = torch.stack([own.mean(0), own.var(0, correction=0)])
-        members.append(replace(trained_member(config, case, place)[0], prototype=prototype, run=case))
-    router: Any = prototype_router(members)
-    if kind == "trained":
-        router = train_router([features[[0, 2, 3]], features[[1, 4, 5]]], epochs=200)
-    composed = Composed(members, "router", router)
+    for i, case in ((0, "best-0"), (1, "fast")):
+        own = features[[row for row, o in enumerate(owner) if o == i]]
+        prototype = {"prototype": torch.stack([own.mean(0), own.var(0, correction=0)])}
+        prototype["directions"] = torch.zeros(config.d_model // 2, config.d_model)
+        members.append(replace(trained_member(config, case, i)[0], prototype=prototype, run=case))
+    assert default_how(members) == "router" and default_how([members[0]] * 2) == "average"
+    composed = Composition(tuple(members), "router", prototype_router(members))
     base = base_of(fresh_base(config))
     composed.attach(base)
-    assert base.model.push.route(base.model.embed(x), prompt_mask).argmax(1).tolist() == owner
+    assert base.model.push.shares(base.model.embed(x), prompt_mask).argmax(1).tolist() == owner
+    assert base.model.push.answered_by(base.model.embed(x), prompt_mask).tolist() == owner
+    real = answer_or_prompt(prompt_mask)
     with torch.no_grad():
-        found = base.model(x, t, None if bool(prompt_mask.all()) else answer_or_prompt(prompt_mask), prompt_mask)
-    for row, place in enumerate(owner):
-        one = base_of(fresh_base(config))
-        Composed([members[place]], "sum").attach(one)
-        length = 9 if owner[row] == 1 else 12
+        found = base.model(x, t, real, prompt_mask)
+
+    def alone(row: int, member: int) -> Tensor:
+        one, length = base_of(fresh_base(config)), int(real[row].sum())
+        Composition((members[member],), "sum").attach(one)
         with torch.no_grad():
-            alone = one.model(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])
-        tolerance = 1e-4 if kind == "prototypes" else 0.1  # softmax leaves a little to the other
-        torch.testing.assert_close(found[row, :length], alone[0], atol=tolerance, rtol=tolerance)
+            return one.model(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
+
+    for row, member in enumerate(owner):
+        expected = alone(row, member)
+        torch.testing.assert_close(found[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
     folder = RunFolder.create(tmp_path / "both")
     save_composition(folder, base_of(fresh_base(config)), composed, {})
-    again = base_of(fresh_base(config))
-    load_composition(folder, again)
-    with torch.no_grad():
-        repeated = again.model(x, t, answer_or_prompt(prompt_mask), prompt_mask)
-    assert torch.equal(repeated, found)
+    for task, answered_by in ((None, owner), ("task1", [1] * 6), ("another", owner)):
+        again = base_of(fresh_base(config))
+        load_composition(folder, again, task)
+        with torch.no_grad():
+            repeated = again.model(x, t, real, prompt_mask)
+        if answered_by == owner:
+            assert torch.equal(repeated, found)
+        for row, member in enumerate(answered_by):
+            expected = alone(row, member)
+            torch.testing.assert_close(repeated[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
+
+
+class InTurn(nn.Module):
+    """A router that gives the rows of a batch to the adapters in turn."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.eye(2)[torch.arange(len(features)) % 2]
 
 
 @pytest.mark.parametrize("case", ["best-1", "fast"])
 def test_every_adapter_runs_on_its_own_rows_only(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    rows: list[int] = []
-    forward = PushModule.forward
-
-    def counted(push: PushModule, h: Tensor, *args: Any) -> Tensor:
-        rows.append(len(h))
-        return forward(push, h, *args)
-
-    monkeypatch.setattr(PushModule, "forward", counted)
-    members = [trained_member(config, case, seed)[0] for seed in (0, 1)]
-    composed = Composed(members, "router", InTurn(2))
-    base, noised = base_of(fresh_base(config)), noised_batch(config)
-    composed.attach(base)
-    rows.clear()
+    members = tuple(trained_member(config, case, seed)[0] for seed in (0, 1))
+    base, noised, rows = base_of(fresh_base(config)), noised_batch(config), []
+    Composition(members, "router", InTurn()).attach(base)
+    for push in base.model.push.pushes:
+        start = push.start
+        monkeypatch.setattr(push, "start", lambda t, *args, start=start: rows.append(len(t)) or start(t, *args))
     together = logits(base.model, noised)
-    assert set(rows) == {3}, "three of the six rows are each one's"
+    assert rows == [3, 3], "three of the six rows are each one's"
     for row, part in enumerate(noised.split(6)):
         length = int(noised.attention_mask[row].sum())
         alone = base_of(fresh_base(config))
-        Composed([members[row % 2]], "sum").attach(alone)
+        Composition((members[row % 2],), "sum").attach(alone)
         torch.testing.assert_close(together[row, :length], logits(alone.model, part)[0, :length], atol=1e-4, rtol=1e-4)
 
 
@@ -310,71 +387,10 @@ def test_a_router_without_prototypes_is_refused_by_run(config: ModelConfig) -> N
         prototype_router(members)
 
 
-def test_a_fresh_trained_router_weighs_all_alike() -> None:
-    weights = TrainedRouter(6, 4)(torch.randn(3, 6))
-    torch.testing.assert_close(weights, torch.full((3, 4), 0.25))
-
-
-# ---------------------------------------------------------------------------------------------- search, interference
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_search_finds_a_known_minimum_and_is_seeded(seed: int) -> None:
-    goal = np.array([0.9, -0.4, 0.2])
-
-    def loss(weights: list[float]) -> float:
-        return 5.0 * float(((np.array(weights) - goal) ** 2).sum())
-
-    found, score = search_weights(loss, 3, 200, seed)
-    assert np.abs(np.array(found) - goal).max() < 0.15 and score < 0.2
-    assert search_weights(loss, 3, 200, seed) == (found, score)
-    assert max(map(abs, search_weights(lambda w: -sum(w), 3, 200, seed)[0])) <= BOUND
-
-
-def test_the_search_never_ends_worse_than_the_best_single_adapter() -> None:
-    rng = random.Random(0)
-    table: dict[tuple[float, ...], float] = {}
-
-    def noise(weights: list[float]) -> float:
-        return table.setdefault(tuple(weights), rng.random() + 1.0 - 0.9 * (weights == [0.0, 1.0]))
-
-    weights, score = search_weights(noise, 2, 30)
-    assert weights == [0.0, 1.0] and score == pytest.approx(table[0.0, 1.0] + 0.05 * 0.5)
-
-
-@pytest.mark.parametrize("case", ["best-2", "separate", "fast"])
-def test_with_a_band_off_its_rows_are_the_bases_and_the_others_are_as_they_were(config: ModelConfig, case: str) -> None:
-    member, on = trained_member(config, case)
-    base, noised = base_of(fresh_base(config)), noised_batch(config)
-    plain = logits(base.model, noised)
-    push = base.model.push = member.push(base)
-    for band in range(NUM_BANDS):
-        rows = band_of(noised.t) == band
-        with band_off(push, band):
-            off = logits(base.model, noised)
-        torch.testing.assert_close(off[rows], plain[rows], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(off[~rows], on[~rows], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits(base.model, noised), on, atol=1e-5, rtol=1e-5)
-    ranks = effective_ranks(push)
-    assert len(ranks) == member.config.blocks + 1
-    for row in ranks:
-        assert all(0 <= r <= most + 1e-3 for r, most in zip(row, member.config.ranks, strict=True)), row
-
-
-@pytest.mark.parametrize("n", [1, 4, 9])
-def test_the_effective_rank_of_n_equal_directions_is_n(n: int) -> None:
-    assert effective_rank(torch.cat([torch.ones(n), torch.zeros(5)])) == pytest.approx(n, rel=1e-5)
-    assert effective_rank(torch.zeros(3)) == 0.0
-
-
-def test_principal_cosines_are_those_of_planes_at_a_known_angle() -> None:
-    plane = torch.eye(5)[:, :2]
-    turned = torch.stack([plane[:, 0], 0.6 * torch.eye(5)[:, 1] + 0.8 * torch.eye(5)[:, 3]], dim=1)
-    mix = torch.tensor([[2.0, 1.0], [-1.0, 3.0]])  # the same space by another basis
-    torch.testing.assert_close(principal_cosines(plane @ mix, turned), torch.tensor([1.0, 0.6]))
-    padded = torch.cat([turned, torch.zeros(5, 2), turned[:, :1]], dim=1)  # columns that add no direction
-    torch.testing.assert_close(principal_cosines(plane, padded), torch.tensor([1.0, 0.6]))
-    assert len(principal_cosines(plane, torch.zeros(5, 2))) == 0
+def test_members_are_called_by_their_task_and_by_their_run_where_it_has_several(config: ModelConfig) -> None:
+    one, two = (trained_member(config, "best-0", seed)[0] for seed in (0, 1))
+    assert labels([one, two]) == ["task0", "task1"]
+    assert labels([one, replace(one, run="b"), two]) == ["task0 (run0)", "task0 (b)", "task1"]
 
 
 def test_a_paired_difference_is_narrower_than_an_unpaired_one() -> None:

@@ -109,12 +109,22 @@ def test_a_long_row_loses_the_beginning_of_its_prompt_only(
     assert rows.lengths[1] == 8
 
 
-def test_a_text_behind_the_slot_that_fills_the_row_is_cut_at_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    after = " ".join(WORDS[i % 8] for i in range(20))
-    rows = TaskRows([Example("it was", after, "bad", 0)], make_task(tmp_path), tokenizer, 10)
-    expected = [*tokenizer.encode("bad"), tokenizer.eos_id, *tokenizer.encode(after)[:6], tokenizer.eos_id]
-    assert rows.ids[0].tolist() == [tokenizer.bos_id, *expected]
-    assert rows.starts[0] == 1
+@pytest.mark.parametrize(("head", "tail", "kept"), [(2, 20, (2, 4)), (20, 2, (4, 2)), (20, 20, (3, 3)), (3, 3, (3, 3))])
+def test_what_is_nearest_to_the_answer_is_kept_on_both_sides(
+    tokenizer: Tokenizer, tmp_path: Path, head: int, tail: int, kept: tuple[int, int]
+) -> None:
+    texts = [" ".join(WORDS[i % 8] for i in range(count)) for count in (head, tail)]
+    rows = TaskRows([Example(*texts, "bad", 0)], make_task(tmp_path), tokenizer, 10)
+    before, after = tokenizer.encode(texts[0])[-kept[0] :], tokenizer.encode(texts[1])[: kept[1]]
+    answer = [*tokenizer.encode("bad"), tokenizer.eos_id]
+    assert rows.ids[0].tolist() == [tokenizer.bos_id, *before, *answer, *after, tokenizer.eos_id]
+    assert rows.starts[0] == 1 + kept[0] and rows.cut.tolist() == [head + tail > 6] == [bool(rows.truncated)]
+
+
+def test_rows_without_an_answer_have_an_empty_slot(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = TaskRows([Example("the film it was", ".", "", None)], make_task(tmp_path), tokenizer, 48)
+    batch = rows.take(np.array([0]))
+    assert batch.x0[batch.answer_mask].tolist() == [tokenizer.eos_id] * 2 and rows.labels.tolist() == [-1]
 
 
 def test_an_answer_that_leaves_no_room_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -132,6 +142,14 @@ def test_an_answer_the_vocabulary_cannot_write_is_refused(tokenizer: Tokenizer, 
     task = make_task(tmp_path, LABELS.replace("very great", "漢"))
     with pytest.raises(TinyldError, match="the base's vocabulary cannot write '漢', the answer for 'pos'"):
         slot_width(task, tokenizer)
+
+
+@pytest.mark.parametrize(("one", "other"), [("good.", "good ."), ("b\u00e1d", "bad"), ("don't", "do n't")])
+def test_answers_of_the_same_tokens_are_refused(one: str, other: str, tmp_path: Path) -> None:
+    english = Tokenizer.train(["good bad don't . film"] * 9, 120)
+    task = make_task(tmp_path, LABELS.replace('"very great"', f'"{one}"').replace('"bad"', f'"{other}"'))
+    with pytest.raises(TinyldError, match="the answers for 'neg' and 'pos', are the same tokens to this base"):
+        slot_width(task, english)
 
 
 @pytest.mark.parametrize(("answer", "kept"), [("good", 1), ("a very good plot but dull food", 5)])

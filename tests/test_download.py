@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tinyld import download, progress
-from tinyld.download import NetworkError, RemoteFile, Source, check_cached, fetch, read_members, tenth
+from tinyld import download, formats, progress
+from tinyld.download import NetworkError, RemoteFile, Source, check_cached, fetch
 from tinyld.errors import TinyldError
+from tinyld.formats import CONVERTERS, read_members, tenth
 from tinyld.tasks import Task, load_split, load_task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -192,7 +193,7 @@ def test_an_archive_bomb_is_refused_before_it_is_unpacked(
     archive = tmp_path / "a.zip"
     archive.write_bytes(pack({"one": b"\0" * 600, "two": b"\0" * 600}))
     assert set(read_members(archive, ".*")) == {"one", "two"}
-    monkeypatch.setattr(download, "MAX_BYTES", 1000)
+    monkeypatch.setattr(formats, "MAX_BYTES", 1000)
     with pytest.raises(TinyldError, match="unpacks to more than 1,000 bytes"):
         read_members(archive, ".*")
 
@@ -364,4 +365,4 @@ def test_the_real_sst2_comes_out_as_it_went_in(site: dict[str, bytes]) -> None:
 
 def test_a_source_names_a_known_format() -> None:
     source = load_task("trec").source
-    assert isinstance(source, Source) and source.format in download.CONVERTERS
+    assert isinstance(source, Source) and source.format in CONVERTERS

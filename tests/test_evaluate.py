@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
-from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, evaluate, macro_f1, wilson
+from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, by_class, evaluate, macro_f1, wilson
 from tinyld.model import Denoiser
-from tinyld.tasks import Example, Task, load_task
+from tinyld.rows import Example
+from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 ONE = {"bad": "terrible", "good": "great"}
@@ -114,6 +115,16 @@ def test_macro_f1_is_the_mean_over_labels(gold: list, predicted: list, labels: i
     assert macro_f1(np.array(gold), np.array(predicted), labels) == pytest.approx(expected)
 
 
+def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
+    gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, UNREADABLE, 1, 1, 1])
+    classes, confusion = by_class(gold, predicted, ["a", "b", "c"])
+    assert confusion["a"] == {"a": 1, "b": 1, "c": 0, "unreadable": 1} and confusion["c"]["b"] == 1
+    assert classes["a"] == {"n": 3, "precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(1 / 2)}
+    assert classes["b"] == {"n": 2, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
+    assert classes["c"] == {"n": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert macro_f1(gold, predicted, 3) == pytest.approx(sum(c["f1"] for c in classes.values()) / 3)
+
+
 # ------------------------------------------------------------------------------------------------ one-token answers
 
 
@@ -129,7 +140,8 @@ def test_a_denoiser_that_is_right_scores_everything(tokenizer: Tokenizer, tmp_pa
         0,
     )
     assert found.nll_bound == pytest.approx(0.0, abs=1e-6)
-    assert (found.low, found.high) == wilson(20, 20)
+    assert (found.low, found.high) == wilson(20, 20) and found.majority == 0.5 and found.truncated == 0
+    assert found.confusion["good"] == {"bad": 0, "good": 10, "unreadable": 0}
 
 
 def test_wrong_answers_are_counted_row_by_row(tokenizer: Tokenizer, tmp_path: Path) -> None:

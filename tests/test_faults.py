@@ -23,8 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinyld.adapter import load_adapter
-from tinyld.base import load_base
+from tinyld.checkpoint import load_adapter, load_base
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, TOKENIZER, RunFolder
@@ -56,7 +55,7 @@ def counts_are_kept() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ children
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["tinyld.commands.finetune", "tinyld.finetune", "tinyld.pretrain", "tinyld.cli"])
+forks.set_forkserver_preload(["tinyld.finetuning", "tinyld.pretrain", "tinyld.cli"])
 
 
 def child(arguments: list[str], log: str, die_at: int) -> None:
@@ -258,7 +257,7 @@ LOADS = {
     "tokenizer": (TOKENIZER, load_base),
     "config": (CONFIG, load_base),
     "manifest": (MANIFEST, load_base),
-    "adapter": (ADAPTER, lambda run: load_adapter(RunFolder.open(run), run)),
+    "adapter": (ADAPTER, lambda run: load_adapter(RunFolder.open(run))),
 }
 
 

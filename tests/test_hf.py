@@ -186,7 +186,12 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: (d / "vocab.txt").unlink(), "expected tokenizer.json or vocab.txt"),
         (lambda d: edit(d, model_type="gpt2"), "model_type must be one of bert"),
         (lambda d: edit(d, hidden_act="relu"), "needs gelu"),
-        (lambda d: edit(d, num_hidden_layers=9), "no tensor bert.encoder.layer"),
+        (lambda d: edit(d, num_hidden_layers=4), "no tensor bert.encoder.layer"),
+        (lambda d: edit(d, num_hidden_layers=10**8), "config.json asks for"),
+        (lambda d: edit(d, hidden_size=6 * 10**6), "config.json asks for"),
+        (lambda d: edit(d, layer_norm_eps="small"), "norm_eps: 'small' is not of type float"),
+        (lambda d: (d / "config.json").write_text("[]"), "expected an object"),
+        (lambda d: (d / "config.json").write_text("{}"), "model_type must be one of bert"),
         (lambda d: edit(d, hidden_size="wide"), "hidden_size must be a whole number"),
     ],
 )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
-from tinyld.config import DECAYS, OPTIMIZERS, TrainConfig
-from tinyld.optim import Fp32Muon, Optimizer, lr_factor, orthogonal
+from tinyld.config import OPTIMIZERS, TrainConfig
+from tinyld.optim import Muon, Optimizer, lr_factor, orthogonal
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"embedding.weight": (7, 4), "blocks.0.up.weight": (6, 4), "blocks.0.up.bias": (6,), "bias": (3,)}
-    shapes |= {"places.0.down": (5, 4), "places.0.attention": (3, 2, 4)}
+    shapes |= {"sites.0.down": (5, 4), "sites.0.attention": (3, 2, 4)}
     return {n: nn.Parameter(torch.randn(*s, generator=generator)) for n, s in shapes.items()}
 
 
@@ -26,36 +24,35 @@ def update(optimizer: Optimizer, params: dict[str, nn.Parameter], seed: int) -> 
     optimizer.step()
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("flat", [0.0, 0.3])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
-def test_the_rate_rises_to_its_peak_then_falls_to_its_end(decay: str, warmup: float) -> None:
-    places = [i / 200 for i in range(201)]
-    curve = [lr_factor(p, warmup, decay) for p in places]
-    rising = [f for p, f in zip(places, curve, strict=True) if p <= warmup]
-    falling = [f for p, f in zip(places, curve, strict=True) if p >= warmup]
+def test_the_rate_rises_to_its_peak_stays_there_and_falls_to_0(warmup: float, flat: float) -> None:
+    shares = [i / 200 for i in range(201)]
+    curve = [lr_factor(p, warmup, flat) for p in shares]
+    rising = [f for p, f in zip(shares, curve, strict=True) if p <= warmup]
+    falling = [f for p, f in zip(shares, curve, strict=True) if p >= warmup]
     assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    assert falling[0] == 1.0 == max(curve)
-    assert min(curve[:-1]) > 0
-    assert curve[-1] == pytest.approx(1.0 if decay == "none" else 0.0, abs=1e-12)
+    assert falling[0] == 1.0 == max(curve) and min(curve[:-1]) > 0 and curve[-1] == 0.0
+    assert sum(f == 1.0 for f in falling) == pytest.approx(1 + 200 * flat, abs=1)
 
 
 VALUES = [
-    (0.05, 0.1, "linear", 0.5),
-    (0.55, 0.1, "linear", 0.5),
-    (0.55, 0.1, "cosine", 0.5),
-    (0.325, 0.1, "cosine", 0.5 * (1 + math.cos(math.pi / 4))),
-    (0.325, 0.1, "linear", 0.75),
-    (0.9, 0.1, "none", 1.0),
-    (1.5, 0.1, "linear", 0.0),
-    (-1.0, 0.0, "cosine", 1.0),
+    (0.0, 0.1, 0.0, 1e-3),
+    (0.05, 0.1, 0.0, 0.5),
+    (0.55, 0.1, 0.0, 0.5),
+    (0.325, 0.1, 0.0, 0.75),
+    (0.5, 0.1, 0.4, 1.0),
+    (0.75, 0.1, 0.4, 0.5),
+    (1.5, 0.1, 0.0, 0.0),
+    (-1.0, 0.0, 0.5, 1.0),
 ]
 
 
-@pytest.mark.parametrize(("progress", "warmup", "decay", "expected"), VALUES)
-def test_the_rate_at_a_place_is_the_one_computed_by_hand(
-    progress: float, warmup: float, decay: str, expected: float
+@pytest.mark.parametrize(("progress", "warmup", "flat", "expected"), VALUES)
+def test_the_rate_at_a_time_is_the_one_computed_by_hand(
+    progress: float, warmup: float, flat: float, expected: float
 ) -> None:
-    assert lr_factor(progress, warmup, decay) == pytest.approx(expected)
+    assert lr_factor(progress, warmup, flat) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -101,7 +98,7 @@ def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> 
         for group in part.param_groups
         for p in group["params"]
     }
-    assert taken == {"blocks.0.up.weight", "places.0.down"}, "no embedding, no vector, no stack of matrices"
+    assert taken == {"blocks.0.up.weight", "sites.0.down"}, "no embedding, no vector, no stack of matrices"
     assert sum(len(g["params"]) for part in optimizer.parts for g in part.param_groups) == len(params)
 
 
@@ -115,10 +112,11 @@ def test_muon_makes_an_update_of_the_size_that_adamw_would_make() -> None:
     assert 0.1 * moved["adamw"] < moved["muon"] < moved["adamw"]  # RMS matching aims at 0.2 of a sign update
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
-def test_muon_in_fp32_moves_as_torchs_does_in_bf16(shape: tuple[int, int]) -> None:
+def test_muon_moves_as_torchs_does_in_bf16(shape: tuple[int, int], dtype: torch.dtype) -> None:
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
-    pair = Fp32Muon([ours], 0.1, 0.1), torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
+    pair = Muon([ours], 0.1, dtype), torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         before = ours.detach().clone()
@@ -128,6 +126,7 @@ def test_muon_in_fp32_moves_as_torchs_does_in_bf16(shape: tuple[int, int]) -> No
             optimizer.step()
         apart, moved = (ours - theirs).detach().norm(), (ours.detach() - before).norm()
         assert apart < 0.05 * moved, "bf16 has 8 bits, and three updates differ by 1 to 3%"
+        assert torch.equal(ours, theirs) == (dtype == torch.bfloat16)
 
 
 def test_muons_direction_has_all_singular_values_near_one() -> None:
@@ -140,13 +139,13 @@ def test_muons_direction_has_all_singular_values_near_one() -> None:
         assert float((found * exact).sum() / (found.norm() * exact.norm())) > 0.97
 
 
-@pytest.mark.parametrize(("fast", "kind"), [("fp32", Fp32Muon), ("bf16", torch.optim.Muon)])
+@pytest.mark.parametrize(("fast", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_muon_multiplies_in_bf16_only_where_the_hardware_does(
-    monkeypatch: pytest.MonkeyPatch, fast: str, kind: type
+    monkeypatch: pytest.MonkeyPatch, fast: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr("tinyld.optim.fast_dtype", lambda device: fast)
     *_, muon = Optimizer(parameters(0), TrainConfig(steps=1, optimizer="muon")).parts
-    assert type(muon) is kind
+    assert muon.dtype == dtype
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -190,11 +189,3 @@ def test_an_encoders_own_tensors_stay_frozen_and_then_train_at_their_share(name:
     assert rates == {0.1, 0.05}
     update(optimizer, params, 1)
     assert not any(torch.equal(p, before[n]) for n, p in params.items())
-
-
-def test_zero_grad_forgets_the_gradients() -> None:
-    params = parameters(0)
-    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))
-    update(optimizer, params, 0)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in params.values())

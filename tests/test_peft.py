@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import CASES, attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
-from tinyld.base import load_exactly
+from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import WeightLora
@@ -98,7 +98,17 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": "all-linear"}, "target_modules must be a list of query"),
     ({"target_modules": ["query", "qkv"]}, "target_modules must be a list of query"),
     ({"target_modules": ["query"]}, "not a LoRA of this base"),
-    ({"r": "3"}, "r must be a whole number"),
+    ({"r": "3"}, "rank: '3' is not of type int"),
+    ({"r": True}, "rank: 'True' is not of type int"),
+    ({"lora_alpha": "inf"}, "alpha: 'inf' is not of type float"),
+    ({"lora_alpha": 1e39}, "alpha must be a finite number"),
+    ({"use_rslora": "false"}, "rslora: 'false' is not of type bool"),
+    ({"use_dora": "no"}, "use_dora must be False"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens must be None"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
+    ({"use_qalora": True}, "use_qalora must be None"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices must be None"),
+    ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow must be None"),
     ({"r": 0}, "rank must be at least 1"),
     ({"r": 2}, "not a LoRA of this base"),
 ]
@@ -115,10 +125,19 @@ def test_another_kind_of_adapter_is_refused(
         load_peft(tmp_path / "lora", config)
 
 
+def change_type(tensors: dict[str, Tensor], dtype: torch.dtype, value: float = 0.0) -> None:
+    name = next(iter(tensors))
+    tensors[name] = torch.full(tensors[name].shape, value, dtype=torch.float64).to(dtype)
+
+
 TENSORS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
     (lambda t: t.update(extra=torch.zeros(1)), "'extra' does not begin with base_model.model."),
     (lambda t: t.pop(next(iter(t))), "not a LoRA of this base"),
     (lambda t: next(iter(t.values())).fill_(float("nan")), "values that are not finite"),
+    (lambda t: change_type(t, torch.int32), "wrong type: torch.int32, expected floats"),
+    (lambda t: change_type(t, torch.complex64), "has the type 'C64', which tinyld does not read"),
+    (lambda t: change_type(t, torch.float8_e4m3fn), "has the type 'F8_E4M3', which tinyld does not read"),
+    (lambda t: change_type(t, torch.float64, 1e300), "values that are not finite in float32"),
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import time
 
 import pytest
@@ -28,3 +30,36 @@ def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
     with Progress("train", 1.0, quiet=True, every=0.0) as bar:
         bar.advance_to(0.5)
     assert capsys.readouterr() == ("", "")
+
+
+def test_it_says_what_is_being_done_and_the_time_left_counts_down_between_reports(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress("train", 10.0, every=0.0) as bar:
+        bar.advance_to(0.0)
+        clock[0] = 10.0
+        bar.advance_to(1.0)
+        assert bar.eta == "90s"
+        clock[0] = 30.0
+        assert bar.eta == "70s"
+        clock[0] = 500.0
+        bar.doing("dev evaluation")
+        assert bar.eta == "0s" and bar.title == "train: dev evaluation"
+        bar.doing()
+    assert capsys.readouterr().err.splitlines()[-2:] == ["train: dev evaluation 10%  eta 0s", "train 10%  eta 0s"]
+
+
+def test_a_bar_on_a_terminal_shows_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress("train [x]", 10.0) as bar:
+        bar.advance_to(5.0, "9 rows/s", "loss 1")
+        bar.doing("saving")
+        bar.bar.refresh()
+        shown = sys.stderr.getvalue()
+    assert "train [x]: saving" in shown and "50%" in shown and "9 rows/s" in shown and "eta" in shown

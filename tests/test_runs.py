@@ -13,16 +13,28 @@ from typing import Any
 import pytest
 import torch
 
-from tinyld.adapter import attach, find_base, load_adapter, method_record
-from tinyld.base import fingerprint, load_base, save_base
-from tinyld.commands.inspect import info
+from tinyld import checkpoint
+from tinyld.checkpoint import attach, find_base, fingerprint, load_adapter, load_base, method_record, save_base
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, TOKENIZER, RunFolder, sha256, write_atomic
+from tinyld.options import InfoOptions
+from tinyld.runs import (
+    ADAPTER,
+    CONFIG,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    TOKENIZER,
+    RunFolder,
+    sha256,
+    temporary_name,
+    write_atomic,
+)
 from tinyld.tokenizer import Tokenizer
+from tinyld.verbs import info
 
 PACKAGE = Path(__file__).parents[1] / "tinyld"
 
@@ -65,7 +77,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 def load(run: Path) -> Any:
     """Loads a base or an adapter as the commands do."""
     folder = RunFolder.open(run)
-    return load_base(run) if folder.config["kind"] == "base" else load_adapter(folder, run.parent / "nowhere")
+    return load_base(run) if folder.config["kind"] == "base" else load_adapter(folder)
 
 
 def refusal(run: Path) -> str:
@@ -225,7 +237,7 @@ def test_a_damaged_manifest_is_one_error_or_no_harm(seed: int, base: Path, capsy
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
-    for act in (lambda: load(base), lambda: info(base, json=True)):
+    for act in (lambda: load(base), lambda: info(InfoOptions(run=base))):
         try:
             act()
         except TinyldError as error:
@@ -240,7 +252,7 @@ def test_a_manifest_of_the_wrong_form_is_one_error(content: str, base: Path) -> 
     (base / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
     assert str(base) in refusal(base)
     with pytest.raises(TinyldError):
-        info(base, json=True)
+        info(InfoOptions(run=base))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +392,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     first = RunFolder.create(tmp_path / "run")
     with first.locked():
         first.write("a.json", b"1")
-        with pytest.raises(TinyldError, match="another process is writing in this run"):
+        with pytest.raises(TinyldError, match="another process is writing"):
             RunFolder(tmp_path / "run").write("a.json", b"2")
     RunFolder(tmp_path / "run").write("a.json", b"3")
     assert first.read("a.json") == b"3"
@@ -390,7 +402,7 @@ def test_a_folder_with_only_what_a_killed_writer_leaves_is_taken(tmp_path: Path)
     run = tmp_path / "run"
     folder = RunFolder.create(run)
     folder.write(TOKENIZER, b"{}")
-    (run / ".config.json.7.tmp").write_bytes(b"{")
+    temporary_name(run).write_bytes(b"{")
     RunFolder.check_free(run)
     (run / MANIFEST).unlink()  # then the tokenizer is somebody else's
     with pytest.raises(TinyldError, match="not empty"):
@@ -412,7 +424,7 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     other = write_base(tmp_path / "other", config, tokenizer, seed=1)
     with pytest.raises(TinyldError) as raised:
-        load_adapter(RunFolder(adapter), tmp_path / "nowhere", other)
+        load_adapter(RunFolder(adapter), other)
     assert RunFolder(adapter).config["base"]["fingerprint"] in str(raised.value) and str(other) in str(raised.value)
     shutil.rmtree(base)
     shutil.copytree(other, base)  # the recorded place, with something else in it
@@ -423,20 +435,19 @@ def test_a_moved_base_is_found_with_base_and_named_when_it_is_not(adapter: Path,
     base.rename(tmp_path / "moved")
     message = refusal(adapter)
     assert str(base) in message and "--base" in message
-    assert load_adapter(RunFolder(adapter), tmp_path / "nowhere", tmp_path / "moved").base.path == tmp_path / "moved"
     assert load_adapter(RunFolder(adapter), tmp_path / "moved").base.path == tmp_path / "moved"
 
 
 def test_a_base_that_was_asked_for_and_is_not_there_is_no_silent_fallback(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(TinyldError, match="nowhere"):
-        find_base(RunFolder(adapter).config, adapter, tmp_path / "nowhere", tmp_path / "default")
+        find_base(RunFolder(adapter).config, adapter, tmp_path / "nowhere")
 
 
 def test_an_adapter_is_no_base_and_a_base_no_adapter(adapter: Path, base: Path) -> None:
     with pytest.raises(TinyldError, match="is an adapter, not a base"):
         load_base(adapter)
     with pytest.raises(TinyldError, match="holds a base, not an adapter"):
-        load_adapter(RunFolder(base), base)
+        load_adapter(RunFolder(base))
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -537,8 +548,182 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path: Path) -> 
     folder.save_checkpoint(1, {"w": torch.ones(50)}, {}, 2)
     path = folder.save_checkpoint(2, {"w": torch.zeros(50)}, {}, 2) / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TinyldError, match="--from-step 1$"):
+    with pytest.raises(TinyldError, match="--set from_step=1$"):
         folder.load_checkpoint()
     assert folder.load_checkpoint(1)[1]["step"] == 1
     with pytest.raises(TinyldError, match="no checkpoint at step 7 .*; there are 1, 2"):
         folder.load_checkpoint(7)
+
+
+# ------------------------------------------------------------------------------------------------ nothing of others
+
+
+def tree(path: Path) -> dict[str, Any]:
+    """Every path below with its content, links by their target."""
+    return {
+        str(p.relative_to(path)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in sorted(path.rglob("*"))
+    }
+
+
+FOREIGN = [
+    {"manifest.json": '{"name": "an extension", "version": "1"}', "config.json": "{}"},
+    {"manifest.json": '{"name": "an extension"}', "config.json": '{"kind": "base"}'},
+    {"manifest.json": '{"files": {}}', "config.json": '{"kind": "base"}'},
+    {"manifest.json": '{"files": {"config.json": "x"}}', "config.json": '{"kind": "base"}'},
+    {"manifest.json": '{"files": {"config.json": {"sha256": "0", "bytes": 1}}}', "config.json": '{"kind": "tent"}'},
+    {"manifest.json": '{"name": "an extension"}'},
+    {"manifest.json": '{"name": "an extension"}', "tokenizer.json": "{}"},
+]
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_a_folder_that_only_looks_like_a_run_is_never_replaced(files: dict[str, str], tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name, content in (files | {"precious.txt": "mine"}).items() if "config.json" in files else files.items():
+        (theirs / name).write_text(content)
+    before = tree(tmp_path)
+    for force in (False, True):
+        with pytest.raises(TinyldError, match="is not empty: choose another --out$"):
+            RunFolder.create(theirs, force)
+    assert tree(tmp_path) == before
+
+
+def test_force_removes_what_the_run_wrote_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    folder = RunFolder(base)
+    folder.log({"step": 1})
+    folder.save_checkpoint(1, {"w": torch.ones(1)}, {}, 2)
+    temporary_name(base).write_text("half")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_text("cat")
+    (base / "notes.txt").write_text("mine")
+    (base / "checkpoints" / "00000001" / "notes.txt").write_text("mine")
+    (base / "checkpoints" / "00000007").symlink_to(photos)
+    (base / "photos").symlink_to(photos)
+    RunFolder.create(base, force=True)
+    left = {"notes.txt", "photos", "checkpoints", "checkpoints/00000001", "checkpoints/00000001/notes.txt"}
+    assert set(tree(base)) == left | {"checkpoints/00000007"}
+    assert tree(photos) == {"cat.jpg": b"cat"}
+
+
+def test_checkpoints_that_are_a_link_are_not_ours(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    other = RunFolder.create(photos)
+    other.save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
+    folder = RunFolder.create(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").symlink_to(photos / "checkpoints")
+    before = tree(photos)
+    folder.remove_checkpoints()
+    folder.remove_leftovers()
+    assert tree(photos) == before and folder.checkpoints() == []
+
+
+def test_a_link_to_a_run_is_not_replaced(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(base)
+    before = tree(base)
+    with pytest.raises(TinyldError, match="is not empty"):
+        RunFolder.create(tmp_path / "latest", force=True)
+    assert tree(base) == before
+
+
+def test_a_manifest_cannot_name_a_file_outside_its_folder(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    manifest = json.loads((base / MANIFEST).read_text())
+    manifest["files"]["../precious.txt"] = {"sha256": "0", "bytes": 4}
+    (base / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(TinyldError, match="is not empty: choose another"):
+        RunFolder.create(base, force=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine" and "leaves the run folder" in refusal(base)
+
+
+def test_what_is_no_regular_file_is_written_to_or_refused_and_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "dangling"):
+        with pytest.raises(TinyldError, match="cannot be written"):
+            write_atomic(tmp_path / name, b"x")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(tmp_path / "pipe", b"through the pipe")
+    assert os.read(reader, 100) == b"through the pipe"
+    os.close(reader)
+    write_atomic(Path("/dev/null"), b"x")
+    assert (tmp_path / "target").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device() and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_written_file_has_the_users_own_mode_and_no_foreseeable_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, replace = set(), os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.add(Path(a).name), replace(a, b))[1])
+    for _ in range(3):
+        write_atomic(tmp_path / ("n" * 255), b"x")
+    (tmp_path / "plain").write_text("")
+    assert len(names) == 3
+    assert (tmp_path / ("n" * 255)).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_no_number_that_is_not_finite_is_written_as_json(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    for act in (lambda: folder.write_json("a.json", {"x": float("nan")}), lambda: folder.log({"step": float("inf")})):
+        with pytest.raises(TinyldError, match="not a finite number"):
+            act()
+
+
+# ------------------------------------------------------------------------------------------------ bases, again
+
+
+def test_a_base_is_found_by_its_fingerprint_among_the_released_ones(
+    adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "bundled_data_dir", lambda: tmp_path / "bundled")
+    (tmp_path / "bundled").mkdir()
+    base.rename(tmp_path / "bundled" / "small")
+    assert load(adapter).base.path == tmp_path / "bundled" / "small"
+    (tmp_path / "bundled" / "small").rename(tmp_path / "elsewhere")
+    message = refusal(adapter)
+    assert str(base) in message and "--base" in message and str(tmp_path / "bundled" / "small") in message
+    assert find_base(RunFolder(adapter).config, adapter, tmp_path / "elsewhere") == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"path": 3, "fingerprint": "x"}, {"path": "x"}, "base", {"path": "x", "fingerprint": "y", "z": 1}]
+)
+def test_a_run_that_says_nothing_sensible_of_its_base_is_refused(record: Any, adapter: Path) -> None:
+    folder = RunFolder(adapter)
+    folder.write_json(CONFIG, folder.config | {"base": record})
+    assert f"{adapter / CONFIG}: base" in refusal(adapter)
+
+
+def test_a_missing_key_of_a_config_is_one_line(adapter: Path) -> None:
+    folder = RunFolder(adapter)
+    folder.write_json(CONFIG, {"kind": "adapter"})
+    assert refusal(adapter) == f"{adapter / CONFIG}: missing key 'base'"
+
+
+def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(
+    base: Path, tmp_path: Path, config: ModelConfig, tokenizer: Tokenizer
+) -> None:
+    small = RunFolder.create(tmp_path / "small")
+    whole = load_base(base)
+    small.write_json(CONFIG, RunFolder(base).config)
+    save_base(small, whole.model, dict(whole.model.named_parameters()), tokenizer, torch.int8)
+    loaded = load_base(small.path)
+    for name, parameter in whole.model.named_parameters():
+        found = loaded.model.get_parameter(name)
+        if parameter.dim() == 2:
+            step = parameter.abs().amax(1, keepdim=True) / 127
+            assert ((found - parameter).abs() <= 0.501 * step + 1e-7).all()
+        else:
+            assert torch.equal(found, parameter.bfloat16().float())
+    assert loaded.fingerprint != whole.fingerprint and small.files()[MODEL] < RunFolder(base).files()[MODEL] / 2
+    tensors = small.read_tensors(MODEL)
+    name = next(n for n in tensors if n.endswith(".scale"))
+    small.write_tensors(MODEL, tensors | {name: tensors[name][:-1].clone()})
+    assert "needs one scale a row" in refusal(small.path)
+    small.write_tensors(MODEL, {n: t for n, t in tensors.items() if n != name})
+    assert "wrong type: torch.int8" in refusal(small.path)

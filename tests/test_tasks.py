@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tinyld import tasks
+from tinyld import rows, tasks
 from tinyld.errors import TinyldError, UsageError
-from tinyld.tasks import Example, builtin_names, builtin_tasks, bundled_data_dir, load_split, load_task
+from tinyld.tasks import (
+    Example,
+    builtin_names,
+    builtin_tasks,
+    bundled_data_dir,
+    from_record,
+    load_split,
+    load_task,
+    prompt_of,
+    to_record,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LABEL_TASKS = [task.name for task in builtin_tasks() if not task.is_generation]
@@ -49,7 +60,7 @@ def rows_file(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def test_a_row_becomes_the_text_around_the_answer(tmp_path: Path) -> None:
-    rows_file(tmp_path, "mood.csv", 'text,label\n"rain, again",sad\nsun,1\n')
+    rows_file(tmp_path, "mood.csv", 'text,label\n"rain, again",sad\nsun,happy\n')
     train = load_split(user_task(tmp_path), "train")
     assert train == [Example("rain, again i feel", ".", "down", 0), Example("sun i feel", ".", "very well", 1)]
 
@@ -96,6 +107,32 @@ def test_label_names_that_are_digits_win_over_label_ints(tmp_path: Path) -> None
     assert load_split(user_task(tmp_path, toml), "dev", file=file)[0].answer == "bad"
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "found"),
+    [
+        (("sad", "happy"), ("1", "0"), [1, 0]),
+        (("sad", "happy"), ("happy", "sad"), [1, 0]),
+        (("1", "2"), ("1", "2"), [0, 1]),
+        (("sad", "happy"), ("1", "sad"), None),
+        (("sad", "happy"), ("sad", "1"), None),
+        (("1", "2", "3"), ("0", "1"), None),
+        (("1", "2", "3"), ("0", "0"), None),
+        (("sad", "happy"), ("01", "0"), None),
+    ],
+)
+def test_labels_are_all_names_or_all_numbers_that_are_no_names(
+    tmp_path: Path, names: tuple[str, ...], labels: tuple[str, ...], found: list[int] | None
+) -> None:
+    words = "".join(f'{name} = "word{i}"\n' for i, name in enumerate(names))
+    task = user_task(tmp_path, 'template = "{text} {answer}"\n[verbalizer]\n' + words)
+    file = rows_file(tmp_path, "a.csv", "text,label\n" + "".join(f"x,{label}\n" for label in labels))
+    if found is not None:
+        assert [example.label for example in load_split(task, "dev", file=file)] == found
+        return
+    with pytest.raises(TinyldError, match="unknown label .*; all numbers or all names"):
+        load_split(task, "dev", file=file)
+
+
 def test_limit_reads_the_first_rows_only(tmp_path: Path) -> None:
     file = rows_file(tmp_path, "a.csv", "text,label\na,sad\nb,sad\nc,unheard of\n")
     assert [e.before[0] for e in load_split(user_task(tmp_path), "train", file=file, limit=2)] == ["a", "b"]
@@ -120,6 +157,69 @@ def test_write_borrows_rows_and_label_words_of_any_label_task(tmp_path: Path) ->
     user_task(tmp_path)
     mine = load_split(load_task(f"write:{tmp_path / 'mood.toml'}"), "train")
     assert mine == [Example("a happy review :", "", "sun", None)]
+
+
+# ---------------------------------------------------------------------------------------------- a run's record
+
+
+@pytest.mark.parametrize("name", ["reviews", "mrpc", "write:sst2", "mood.toml", "write:mood.toml"])
+def test_a_task_comes_back_from_its_record(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    user_task(tmp_path)
+    task = load_task(name)
+    record = json.loads(json.dumps(to_record(task)))
+    again = from_record(record, "config.json: task")
+    assert to_record(again) == record and again.splits == task.splits and again.name == task.name
+    (tmp_path / "mood.toml").unlink()
+    again = from_record(record, "config.json: task")  # a run that was moved to another machine
+    asked = {name: "rain" for name in again.columns} | {"label": again.label_names[0]}
+    asked |= {again.pair.column: "rain ||| snow"} if again.pair else {}
+    assert to_record(again) == record
+    assert prompt_of(again, asked, "line 1") == prompt_of(task, asked, "line 1")
+    if not task.builtin:
+        with pytest.raises(TinyldError, match="mood.toml is gone; give the train rows by --data DIR"):
+            load_split(again, "train")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("i feel", "i am", "template was '{text} i feel {answer} .', is '{text} i am {answer} .'"),
+        ('"down"', '"low"', "verbalizer was "),
+        ("{text}", "{words}", "columns was "),
+        ('sad = "down"\nhappy = "very well"', 'happy = "very well"\nsad = "down"', "label_names was "),
+    ],
+)
+def test_a_task_that_has_changed_since_is_refused_with_what_differs(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    record = to_record(user_task(tmp_path))
+    user_task(tmp_path, MOOD.replace(old, new))
+    with pytest.raises(TinyldError, match="has changed since then in .*mood.toml") as raised:
+        from_record(record, "config.json: task")
+    assert message in str(raised.value)
+    with pytest.raises(TinyldError, match="template was 'x {sentence} {answer}'"):
+        from_record(to_record(load_task("reviews")) | {"template": "x {sentence} {answer}"}, "config.json: task")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"template": 3}, "template: '3' is not of type str"),
+        ({"template": "no slot"}, "must hold {answer} once"),
+        ({"verbalizer": {"a": "x"}}, "at least two labels"),
+        ({"verbalizer": {"a": 1, "b": "y"}}, "verbalizer: 'a': '1' is not of type str"),
+        ({"pair": {"column": "c"}}, "pair: missing key 'fields'"),
+        ({"more": 1}, "unknown key 'more'"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    record = to_record(user_task(tmp_path))
+    with pytest.raises(TinyldError) as raised:
+        from_record(record | change, "config.json: task")
+    assert message in str(raised.value) and "config.json: task" in str(raised.value)
+    with pytest.raises(TinyldError, match="config.json: task: .*template"):
+        from_record({"name": "reviews", "path": None}, "config.json: task")
 
 
 FILE_ERRORS = [
@@ -187,7 +287,7 @@ TOML_ERRORS = [
     ('template = "{t} {answer}"\n[verbalizer]\na = "x"\n', ["at least two labels"]),
     ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = "X "\n', ["'a' and 'b' share the answer 'X'"]),
     ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = " "\n', ["empty label or answer at 'b'"]),
-    ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = 2\n', ["[verbalizer] 'b' must be text"]),
+    ('template = "{t} {answer}"\n[verbalizer]\na = "x"\nb = 2\n', ["verbalizer: 'b'", "is not of type str"]),
     ('template = "{t} {answer}"\nmetric = "f1"\n' + VERBALIZER, ["metric must be one of accuracy, nll", "'f1'"]),
     ('template = "{t} {answer}"\nanswer_column = "z"\n' + VERBALIZER, ["answer_column is for generation tasks"]),
     ('template = "{t} {answer}"\nanswer_column = "z"\nanswer_tokens = 0\n', ["answer_tokens must be at least 1"]),
@@ -203,7 +303,7 @@ TOML_ERRORS = [
         'template = "{t} {answer}"\n' + VERBALIZER + '[pair]\ncolumn = "t"\nfields = ["t"]\n',
         ["fields must be two names"],
     ),
-    ('template = "{t} {answer}"\n' + VERBALIZER + '[download]\nformat = "trec"\n', ["for built-in tasks; use [data]"]),
+    ('template = "{t} {answer}"\nsplits = ["dev"]\n' + VERBALIZER, ["for built-in tasks; use [data]"]),
     ('template = "{answer}"\nrows_from = "mood.toml"\n', ["cannot write the rows of", "mood.toml"]),
 ]
 
@@ -243,10 +343,10 @@ def test_splits_a_user_task_lacks_are_named(tmp_path: Path) -> None:
 
 def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each place is filled in turn, the last searched first, and must then be the one that is read."""
-    monkeypatch.setattr(tasks, "bundled_data_dir", lambda: tmp_path / "bundled")
+    monkeypatch.setattr(rows, "bundled_data_dir", lambda: tmp_path / "bundled")
     monkeypatch.setenv("TINYLD_DATA", str(tmp_path / "own"))
     (tmp_path / "own").mkdir()
-    folder, task = tmp_path / "given", load_task("sst2")
+    folder, task = tmp_path / "given", replace(load_task("sst2"), source=None)
     places = [
         tmp_path / "bundled/sst2/dev.tsv",
         tmp_path / "cache/data/sst2/dev.tsv",

@@ -106,8 +106,8 @@ def test_save_and_load_give_the_same_tokenizer(english: Tokenizer, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no tokenizer at"),
-        ("not json", "not a tokenizer file"),
+        (None, "no such file"),
+        ("not json", "damaged, not JSON"),
         ("{}", "not a tokenizer file"),
         ('"a"', "not a tokenizer file"),
     ],
@@ -172,11 +172,11 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
 
 BAD_FILES = [
     ("a.txt", b"caf\xe9\n", "not UTF-8 text"),
-    ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: not a JSON object"),
+    ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
     ("a.jsonl", b'{"body": "a"}\n', "string field 'text'"),
     ("a.txt.gz", b"plain", "cannot be read"),
     ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
-    ("a.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
+    ("a.jsonl", b"[" * 100_000, "line 1: damaged, not JSON"),
 ]
 
 

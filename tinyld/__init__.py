@@ -1,3 +1,36 @@
-"""tinyld: masked diffusion language models, and their adaptation along the denoising trajectory."""
+"""tinyld: teach a small masked diffusion language model to label or write your texts.
+
+import tinyld
+
+run = tinyld.finetune([("loved it", "good"), ...], out="runs/mine")  # or a task: tinyld.finetune("reviews")
+run = tinyld.load("runs/mine")
+run.predict(["what a film"])[0]["label"]
+tinyld.load("runs/base").write("the film was {answer} .")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tinyld.errors import TinyldError, UsageError
+
+if TYPE_CHECKING:
+    from tinyld.api import finetune as finetune
+    from tinyld.predict import Run as Run
+    from tinyld.predict import load as load
 
 __version__ = "0.1.0"
+__all__ = ["Run", "TinyldError", "UsageError", "finetune", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, `finetune` and `Run` bring torch with them, and come when they are first asked for."""
+    if name in ("load", "Run"):
+        from tinyld import predict
+
+        return getattr(predict, name)
+    if name == "finetune":
+        from tinyld.api import finetune
+
+        return finetune
+    raise AttributeError(f"module 'tinyld' has no attribute {name!r}")

@@ -23,7 +23,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
     A row needs at least one key that it may read.
     """
     batch, heads, queries, width = q.shape
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or batch * heads * queries * k.shape[2] > MOST:
+    is_short = batch * heads * queries * k.shape[2] <= MOST and not torch.compiler.is_compiling()
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not is_short:
         return F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None, :])
     bias = None
     if key_mask is not None:
@@ -33,10 +34,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
     # One vector taken from all keys shifts a query's scores alike, one taken from all values is given back: without
     # their means both are small, and lose less to bf16.
     k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    # an operator needs torch's compiler, which takes a second to load: decoding alone does without
-    mix = short_attention if needs_grad or torch.compiler.is_compiling() else mix_values
-    mixed, _ = mix(q, k, v - offset, bias, needs_grad)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        mixed = ShortAttention.apply(q, k, v - offset, bias)
+    else:
+        mixed, _ = mix_values(q, k, v - offset, bias, keep=False)
     return (mixed + offset).unflatten(0, (batch, heads))
 
 
@@ -60,50 +61,29 @@ def mix_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool)
     return mixed, weights
 
 
-# An operator of its own, so that `--compile` takes it whole, whatever its shape.
-short_attention = torch.library.custom_op("tinyld::short_attention", mix_values, mutates_args=())
+class ShortAttention(torch.autograd.Function):
+    """`mix_values` with its gradient, by the same parts."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        mixed, weights = mix_values(q, k, v, bias, keep=True)
+        ctx.save_for_backward(q, k, v, mixed, weights)
+        return mixed
 
-@torch.library.custom_op("tinyld::short_attention_backward", mutates_args=())
-def short_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from that of `mixed`, all in the shapes of `short_attention`."""
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    along = (grad * mixed).sum(-1, keepdim=True)  # sum over keys of weight * its gradient: (N, M, 1)
-    step = heads_at_a_time(q, k)
-    for start in range(0, len(q), step):
-        some = slice(start, start + step)
-        torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
-        grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
-        torch.bmm(grad_scores, k[some], out=grad_q[some])
-        torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
-    return grad_q, grad_k, grad_v
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mixed, weights = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        along = (grad * mixed).sum(-1, keepdim=True)  # sum over keys of weight * its gradient: (N, M, 1)
+        step = heads_at_a_time(q, k)
+        for start in range(0, len(q), step):
+            some = slice(start, start + step)
+            torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
+            grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
+            torch.bmm(grad_scores, k[some], out=grad_q[some])
+            torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
+        return grad_q, grad_k, grad_v, None
 
 
 def heads_at_a_time(q: Tensor, k: Tensor) -> int:
     return max(1, AT_A_TIME // max(1, q.shape[1] * k.shape[1]))
-
-
-@short_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[0] if keep else 0, q.shape[1], k.shape[1])
-
-
-@short_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # the weights have none, and zeros in their place would be many
-    ctx.save_for_backward(*inputs[:3], *output)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None, None
-    return *short_attention_backward(grad, *ctx.saved_tensors), None, None
-
-
-short_attention.register_autograd(_backward, setup_context=_remember)

@@ -1,312 +1,157 @@
-"""Several adapters on one base, which runs once.
-
-Trajectory adapters add up in the forward pass: sum_j w_j * push_j, with w fixed or, by a router, from the row's prompt.
-Adapters of another method are combined into one of that method (ranks side by side, or task arithmetic), with fixed
-weights; trajectory adapters may stand on top of them.
-"""
+"""`tinyld compose`: one run of several adapters, measured task by task on held-out rows before it is written."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from tinyld.adapter import base_dtype, check_bands, read_method
-from tinyld.base import Base, load_exactly
-from tinyld.config import check, to_dict
+from tinyld.checkpoint import Base, base_dtype, find_base, load_base
+from tinyld.composition import Composition, Member, prototype_router, read_member, save_composition
+from tinyld.config import check
+from tinyld.data import TaskRows
+from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora, read_config
-from tinyld.methods.bands import BAND_EDGES
-from tinyld.methods.trajectory_lora import TrajectoryPush
-from tinyld.methods.weight_lora import truncate
-from tinyld.model import PushAt, take
-from tinyld.router import WIDTHS, PrototypeRouter, TrainedRouter, prompt_features
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
+from tinyld.evaluate import Evaluation, evaluate
+from tinyld.options import ComposeOptions
+from tinyld.progress import Progress
+from tinyld.router import measure_routing
+from tinyld.rows import load_split
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.statistics import paired_difference
+from tinyld.tables import print_record, print_table
+from tinyld.tasks import from_record
 
-HOWS = ("sum", "average", "weights", "router", "search")
-
-
-@dataclass
-class Member:
-    """One adapter of a composition."""
-
-    run: str
-    task: str
-    weight: float
-    method: str
-    config: Any
-    tensors: dict[str, Tensor]
-    prototype: Tensor | None = None  # (2, 5 D), see router.prompt_prototype
-
-    @property
-    def is_push(self) -> bool:
-        return self.method == TrajectoryLora.name
-
-    def push(self, base: Base) -> TrajectoryPush:
-        """The member's push, for its base's shape."""
-        push = TrajectoryPush(self.config, base.model.config, None)
-        load_exactly(dict(push.named_parameters()), self.tensors, self.run)
-        return push.requires_grad_(False).eval().to(base.model.embedding.weight.device)
+TOLD_APART = 0.95  # least share of a task's rows that must be routed to it
 
 
-class Composition(nn.Module):
-    """Hangs on `Denoiser.push`: sum_j w_j * push_j, each computed on the same states.
-
-    With a router, a row's w is the router's for its prompt, times the member's own weight.
-    """
-
-    def __init__(self, pushes: Sequence[TrajectoryPush], weights: Sequence[float], router: nn.Module | None = None):
-        super().__init__()
-        check(len(pushes) > 0, "a composition needs at least one adapter")
-        self.pushes, self.weights, self.router = nn.ModuleList(pushes), list(weights), router
-
-    @property
-    def first_depth(self) -> int:
-        return 0 if self.router is not None else min(p.first_depth for p in self.pushes)
-
-    @property
-    def pushes_within(self) -> bool:
-        return any(p.pushes_within for p in self.pushes)
-
-    @property
-    def reads_depths(self) -> bool:
-        return any(p.reads_depths for p in self.pushes)
-
-    @property
-    def reads_others(self) -> bool:
-        return any(p.reads_others for p in self.pushes)
-
-    def route(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-        """(B, k) weights of the members. embedded: (B, L, D) token embeddings."""
-        fixed = torch.tensor(self.weights, device=embedded.device)
-        if self.router is None:
-            return fixed.expand(len(embedded), -1)
-        return self.router(prompt_features(embedded, prompt_mask)) * fixed
-
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        parts: list[Part] | None = None
-
-        def push_at(depth: float, h: Tensor, places: Tensor | None = None) -> Tensor:
-            nonlocal parts
-            if parts is None:
-                parts = self.parts(self.route(h, prompt_mask), t, prompt_mask, history)
-            total = torch.zeros_like(h if places is None else take(h, places))
-            for part in parts:
-                if depth in part.depths:
-                    some = len(part.rows) < len(h)
-                    at = places if places is None or not some else places[part.rows]
-                    push = part.push_at(depth, h[part.rows] if some else h, at).to(h.dtype)
-                    push = part.share.to(h.dtype) * push
-                    total = total.index_add(0, part.rows, push) if some else total + push
-            return total
-
-        return push_at
-
-    def parts(self, shares: Tensor, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> list[Part]:
-        """Every member's push on the rows that have a share of it. shares: (B, k)."""
-        found = []
-        for push, share in zip(self.pushes, shares.T, strict=True):
-            rows = share.nonzero()[:, 0]
-            if len(rows):
-                push_at = push.start(t[rows], prompt_mask[rows], RowsOf(history, rows))
-                found.append(Part(push.depths, rows, share[rows, None, None], push_at))
-        return found
-
-
-@dataclass(frozen=True)
-class Part:
-    """One member's push in one forward pass, on the rows that have a share of it."""
-
-    depths: list[float]
-    rows: Tensor  # (b,)
-    share: Tensor  # (b, 1, 1)
-    push_at: PushAt
-
-
-class RowsOf(Sequence[Tensor]):
-    """Some rows of every state in a history, which may still grow."""
-
-    def __init__(self, history: Sequence[Tensor], rows: Tensor):
-        self.history, self.rows = history, rows
-
-    def __len__(self) -> int:
-        return len(self.history)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [state[self.rows] for state in self.history[index]]
-        return self.history[index][self.rows]
-
-
-@dataclass
-class Composed:
-    """Members with their coefficients, ready to be attached to a base or saved."""
-
-    members: list[Member]
-    how: str
-    router: nn.Module | None = None
-    rank: int | None = None  # a combined weight LoRA is cut to it
-
-    def __post_init__(self) -> None:
-        check(len(self.members) > 0, "a composition needs at least one adapter")
-        check(all(math.isfinite(m.weight) for m in self.members), "weights must be finite numbers")
-        static = sorted({m.method for m in self.members if not m.is_push})
-        check(
-            len(static) < 2, f"{' and '.join(static)} cannot be combined; give one method, or trajectory-lora over it"
+def compose(options: ComposeOptions) -> dict[str, Any]:
+    """Chooses coefficients, writes the composition, and says what each task gains or loses by it on held-out rows."""
+    runs, weights = options.runs, options.weights
+    check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
+    if weights is not None and options.how not in (None, "weights"):
+        raise UsageError(f"--weights is a way of its own; leave --how {options.how} or --weights out")
+    check(options.how != "weights" or weights is not None, "--how weights needs --weights")
+    check(weights is None or len(weights) == len(runs), f"--weights needs {len(runs)} numbers, one an adapter")
+    folders = [RunFolder.open(run) for run in runs]
+    first = folders[0].config
+    if "base" not in first:
+        raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
+    path = find_base(first, runs[0], options.base)
+    base = load_base(path, resolve_device(options.device), base_dtype(first, str(runs[0])))
+    members = [read_member(folder, base, 1.0) for folder in folders]
+    tasks = {m.run: from_record(m.task, f"{m.run}/{CONFIG}") for m in members}
+    how = options.how or ("weights" if weights else default_how(members))
+    weights = weights or [1 / len(members) if how == "average" else 1.0] * len(members)
+    members = [replace(m, weight=float(w)) for m, w in zip(members, weights, strict=True)]
+    router = prototype_router(members).to(base.model.embedding.weight.device) if how == "router" else None
+    composed = Composition(tuple(members), how, router, options.rank)
+    lost = composed.combined(base)[1]  # refuses what cannot be combined before anything is read or written
+    names = list(dict.fromkeys(task.name for task in tasks.values()))
+    out = options.out or Path("runs") / f"compose-{'-'.join(names).replace(':', '-')}"
+    RunFolder.check_free(out, options.force)
+    for read in (base.path, *runs):
+        if out.resolve() in (read.resolve(), *read.resolve().parents):
+            raise TinyldError(f"--out {out} holds {read}, which this command reads; choose another --out")
+    rows: dict[str, TaskRows] = {}
+    for m, task in ((m, tasks[m.run]) for m in members):
+        unlike = next(
+            (other.run for other in members if other.task["name"] == task.name and other.task != m.task), None
         )
-        check(self.rank is None or static == [WeightLora.name], "--rank cuts combined weight-lora adapters only")
-        if self.how == "router":
-            check(not static, f"a router weighs trajectory-lora adapters; for {', '.join(static)} use --how average")
-        self.lost: float | None = None  # share of the squared norm that cutting to `rank` lost
-
-    @property
-    def weights(self) -> list[float]:
-        return [m.weight for m in self.members]
-
-    def with_weights(self, weights: Sequence[float]) -> Composed:
-        members = [replace(m, weight=w) for m, w in zip(self.members, weights, strict=True)]
-        return Composed(members, self.how, self.router, self.rank)
-
-    def combined(self, base: Base) -> tuple[str, Any, dict[str, Tensor]] | None:
-        """(method, config, tensors) of the members that are not pushes, as one; None where there are none."""
-        static = [m for m in self.members if not m.is_push]
-        if not static:
-            return None
-        method = METHODS[static[0].method]
-        own = {n: p.detach().cpu() for n, p in base.model.named_parameters()}
-        parts = [(m.config, m.tensors, m.weight) for m in static]
-        config, tensors = method.combine(parts, own)
-        if self.rank is not None:
-            config, tensors, self.lost = truncate(config, tensors, self.rank)
-        return method.name, config, tensors
-
-    def attach(self, base: Base) -> None:
-        """Puts the composition on a plain base's denoiser."""
-        attach_static(base, self.combined(base))
-        pushes = [m.push(base) for m in self.members if m.is_push]
-        if pushes:
-            weights = [m.weight for m in self.members if m.is_push]
-            base.model.push = Composition(pushes, weights, self.router).to(base.model.embedding.weight.device)
-            base.model.requires_grad_(False)
-
-
-def attach_static(
-    base: Base, combined: tuple[str, Any, dict[str, Tensor]] | None, path: Path | str = "combined adapters"
-) -> Method | None:
-    """Puts one adapter of any method on a base; `path` is for the error."""
-    if combined is None:
-        return None
-    name, config, tensors = combined
-    method = METHODS[name](config, base.model.config)
-    method.attach(base.model)
-    load_exactly(method.own, tensors, path)
-    base.model.requires_grad_(False)
-    return method
-
-
-def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
-    """An adapter run as a member; refuses what is no adapter, and another base."""
-    config = folder.config
-    if config["kind"] != "adapter":
-        raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
-    if config["base"]["fingerprint"] != base.fingerprint:
-        raise TinyldError(
-            f"{folder.path} was trained on base {config['base']['fingerprint']}, the others on {base.fingerprint}"
+        if unlike is not None:
+            raise TinyldError(
+                f"the tasks of {m.run} and {unlike} are both called {task.name}; rename one and train again"
+            )
+        examples = load_split(task, options.split, options.data)
+        rows[task.name] = TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
+    owners = [rows[tasks[m.run].name] for m in members]
+    routing = [] if router is None else measure_routing(base, router, owners, labels(members), options.limit)
+    for unlike in [r for r in routing if r["right"] < TOLD_APART]:
+        problem = (
+            f"only {100 * unlike['right']:.0f}% of {unlike['task']}'s rows would go to its adapter: its prompts are "
+            "like another task's. Train one with a template of its own, or name the task when you ask (--task)"
         )
-    check_bands(config, str(folder.path / CONFIG))
-    dtype = base_dtype(config, str(folder.path / CONFIG))
-    if dtype != base.dtype:
-        raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
-    prototype = folder.read_tensors(PROTOTYPE).get("prototype") if PROTOTYPE in folder.files() else None
-    if prototype is not None and prototype.shape != (2, WIDTHS * base.model.config.d_model):
-        prototype = None  # of an older tinyld
-    tensors = folder.read_tensors(ADAPTER)
-    method, settings = read_method(config["method"], tensors, base, folder)
-    return Member(str(folder.path), config["task"], weight, method.name, settings, tensors, prototype)
+        if options.how is None:
+            raise TinyldError(f"{problem}; --how router composes them all the same")
+        print(f"warning: {problem}", file=sys.stderr)
+    measured = measure(base, composed, owners, options)
+    result = {"run": str(out), "how": how, "weights": list(weights), "norm_lost": lost, "routing": routing, **measured}
+    folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
+    save_composition(folder, base, composed, environment())
+    result["bytes"] = folder.files()[ADAPTER]
+    folder.write_json(RESULTS, {"compose": result})
+    worst = max((d["drop"] for d in result["drops"] if d["drop"] is not None), default=0.0)
+    if options.max_drop is not None and 100 * worst > options.max_drop:
+        result["problem"] = f"the worst drop is {100 * worst:.2f} points, --max-drop allows {options.max_drop:g}"
+    return result
 
 
-def prototype_router(members: Sequence[Member]) -> PrototypeRouter:
-    """UsageError when a member has no prototype."""
-    without = [m.run for m in members if m.prototype is None]
-    if without:
-        raise UsageError(f"{', '.join(without)} has no prototype to route by; use --how average")
-    return PrototypeRouter(torch.stack([m.prototype for m in members if m.prototype is not None]))
+def default_how(members: Sequence[Member]) -> str:
+    """A router where rows of different tasks may be told apart, else the mean."""
+    routable = all(m.is_push and m.prototype is not None for m in members)
+    return "router" if routable and len({m.task["name"] for m in members}) > 1 else "average"
 
 
-def save_composition(folder: RunFolder, base: Base, composed: Composed, environment: dict[str, Any]) -> None:
-    """Writes one self-contained run: what is attached, and how each part is weighted."""
-    tensors = {}
-    members = []
-    for i, m in enumerate(composed.members):
-        record = {"run": m.run, "task": m.task, "weight": m.weight, "method": {"name": m.method, **to_dict(m.config)}}
-        members.append(record)
-        if m.is_push:
-            tensors |= {f"{i}.{n}": p for n, p in m.tensors.items()}
-    combined = composed.combined(base)
-    static = None
-    if combined is not None:
-        name, config, own = combined
-        static = {"name": name, **to_dict(config)}
-        tensors |= {f"static.{n}": p for n, p in own.items()}
-    router = composed.router
-    if router is not None:
-        tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
-    folder.write_json(
-        CONFIG,
-        {
-            "kind": "composition",
-            "how": composed.how,
-            "members": members,
-            "static": static,
-            "router": None if router is None else type(router).__name__,
-            "band_edges": list(BAND_EDGES),
-            "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
-            "environment": environment,
-        },
-    )
-    folder.write_tensors(ADAPTER, tensors)
+def labels(members: Sequence[Member]) -> list[str]:
+    """Each member's task, with its run where the task has several."""
+    tasks = [m.task["name"] for m in members]
+    return [name if tasks.count(name) == 1 else f"{name} ({m.run})" for name, m in zip(tasks, members, strict=True)]
 
 
-def load_composition(folder: RunFolder, base: Base) -> Method | None:
-    """Attaches a composition that `save_composition` wrote to its base; returns the combined part, if there is one."""
-    config, where = folder.config, folder.path / CONFIG
-    if config["base"]["fingerprint"] != base.fingerprint:
-        raise TinyldError(f"{folder.path} was made for base {config['base']['fingerprint']}, not {base.fingerprint}")
-    check_bands(config, str(where))
-    tensors = folder.read_tensors(ADAPTER)
+def measure(base: Base, composed: Composition, owners: Sequence[TaskRows], options: ComposeOptions) -> dict[str, Any]:
+    """Each member's rows by its own adapter and by the composition: the paired difference, and what it costs."""
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    def evaluated(rows: TaskRows, attach: Callable[[Base], None]) -> Evaluation:
+        changed = replace(base, model=deepcopy(base.model))
+        attach(changed)
+        device = base.model.embedding.weight.device
+        n = min(len(rows), options.limit or len(rows))
+        with (
+            Progress(f"eval {rows.task.name}", n, quiet=options.quiet) as bar,
+            autocast(device, resolve_dtype(options.dtype, device)),
+        ):
+            return evaluate(changed.model, rows, base.tokenizer, limit=options.limit, advance=bar.advance_to)
 
-    static: Method | None = None
-    if "static" not in config:
-        raise TinyldError(f"{where}: of an older tinyld; compose its members again")
-    if config["static"] is not None:
-        own = part("static.")
-        method, settings = read_method(config["static"], own, base, folder)
-        static = attach_static(base, (method.name, settings, own), folder.path / ADAPTER)
-    members = []
-    for i, record in enumerate(config["members"]):
-        if read_config(record["method"], str(where))[0] is TrajectoryLora:
-            weight, own = float(record["weight"]), part(f"{i}.")
-            method, settings = read_method(record["method"], own, base, folder)
-            members.append(Member(str(folder.path), record["task"], weight, method.name, settings, own))
-    if not members:
-        return static
-    router: nn.Module | None = None
-    d = base.model.config.d_model
-    if config["router"] == PrototypeRouter.__name__:
-        router = PrototypeRouter(torch.zeros(len(members), 2, WIDTHS * d))
-    elif config["router"] == TrainedRouter.__name__:
-        router = TrainedRouter(WIDTHS * d, len(members))
-    if router is not None:
-        load_exactly(router.state_dict(), part("router."), folder.path / ADAPTER)
-    pushes = [m.push(base) for m in members]
-    composition = Composition(pushes, [m.weight for m in members], router)
-    base.model.push = composition.requires_grad_(False).to(base.model.embedding.weight.device)
-    return static
+    drops = []
+    together = {rows.task.name: evaluated(rows, composed.attach) for rows in owners}
+    for member, label, rows in zip(composed.members, labels(composed.members), owners, strict=True):
+        alone = Composition((replace(member, weight=1.0),), "sum")
+        own, both = evaluated(rows, alone.attach), together[rows.task.name]
+        drop = {"task": rows.task.name, "adapter": label, "split": options.split, "n": own.n}
+        drop |= {"own": own.accuracy, "composed": both.accuracy, "drop": None, "low": None, "high": None}
+        if own.accuracy is not None:
+            difference = paired_difference(own.correct(), both.correct())
+            drop |= zip(("drop", "low", "high"), difference, strict=True)
+        drops.append(drop | {"own_nats": own.nll_bound, "composed_nats": both.nll_bound})
+    parameters = sum(t.numel() for m in composed.members for t in m.tensors.values())
+    return {"drops": drops, "parameters": parameters}
+
+
+def show(result: dict[str, Any], options: ComposeOptions) -> None:
+    """Prints what `compose` found."""
+
+    def percent(share: float | None) -> str | None:
+        return None if share is None else f"{100 * share:.1f}"
+
+    rows = []
+    for d in result["drops"]:
+        own, both = (percent(d[k]) if d[k] is not None else f"{d[f'{k}_nats']:.3f} nats" for k in ("own", "composed"))
+        lost = None if d["drop"] is None else f"{100 * d['drop']:.2f}"
+        between = None if d["low"] is None else f"{100 * d['low']:.2f} to {100 * d['high']:.2f}"
+        rows.append((d["adapter"], d["n"], own, both, lost, between))
+    coefficients = ", ".join(f"{w:.3g}" for w in result["weights"])
+    title = f"{result['run']}: {result['how']}, weights {coefficients}"
+    print_table(title, ("task", "rows", "own %", "composed %", "points lost", "95% interval"), rows)
+    if result["routing"]:
+        names = [r["task"] for r in result["routing"]]
+        rows = [
+            (r["task"], *(percent(r["goes_to"][n]) for n in names), percent(r["wrongly_refused"]),
+             percent(r["wrongly_accepted"]))
+            for r in result["routing"]
+        ]  # fmt: skip
+        print_table("% of each task's rows that go to", ("task", *names, "none", "taken, of other texts"), rows)
+    print_record("cost", {name: result[name] for name in ("parameters", "bytes", "norm_lost") if result[name]})

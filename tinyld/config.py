@@ -6,13 +6,12 @@ Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError, UsageError, show
 
 C = TypeVar("C")
 
@@ -23,7 +22,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
-    """`cls` from JSON values, refusing unknown or missing keys and wrong types; `where` names the file in the error."""
+    """`cls` from JSON values, refusing unknown or missing keys and wrong types, nested too; `where` is for errors."""
     if not isinstance(values, dict):
         raise TinyldError(f"{where}: expected an object with the fields of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -33,12 +32,12 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     hints = typing.get_type_hints(cls)
     kwargs = {}
     for name, value in values.items():
-        if isinstance(value, list):
-            value = tuple(value)
         kwargs[name] = _check_type(value, hints[name], f"{where}: {name}")
-    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in kwargs]
-    if required:
-        raise TinyldError(f"{where}: missing key {', '.join(map(repr, required))}")
+    missing = [
+        n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in kwargs
+    ]
+    if missing:
+        raise TinyldError(f"{where}: missing key {', '.join(map(repr, missing))}")
     try:
         return cls(**kwargs)
     except UsageError as error:
@@ -48,19 +47,24 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
 def _check_type(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if origin is types.NoneType and value is None:
+        origin, args = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is typing.Any or (origin is types.NoneType and value is None):
             return value
         if isinstance(value, bool) and origin is not bool:
             continue
+        if isinstance(value, dict) and dataclasses.is_dataclass(option):
+            return from_dict(option, value, where)
+        if isinstance(value, list) and origin is tuple:
+            value = tuple(value)
+        if origin is float and isinstance(value, int | float):
+            return float(value)
         if isinstance(origin, type) and isinstance(value, origin):
-            if origin is tuple:
-                args = [a for a in typing.get_args(option) if a is not Ellipsis]
-                return tuple(_check_type(v, args[0], where) for v in value) if args else value
+            if origin is tuple and args:
+                return tuple(_check_type(v, args[0], where) for v in value)
+            if origin is dict and args:
+                return {k: _check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
             return value
-    raise TinyldError(f"{where}: {value!r} is not of type {hint if len(options) > 1 else options[0].__name__}")
+    raise TinyldError(f"{where}: {show(value)} is not of type {hint if len(options) > 1 else options[0].__name__}")
 
 
 def check(condition: bool, message: str) -> None:
@@ -70,17 +74,21 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_finite(config: Any) -> None:
-    """Raises UsageError naming the first float field of a config (tuples included) that is NaN or infinite."""
+    """Raises UsageError naming the first float field of a config (tuples included) that float32 does not hold."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
-            finite = not isinstance(number, float) or math.isfinite(number)
+            finite = not isinstance(number, float) or abs(number) < 3.4e38
             check(finite, f"{field.name} must be a finite number, got {number}")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises UsageError naming the allowed values unless `value` is one of them."""
     check(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+MAX_LENGTH = 131_072  # tokens of a row: rotary positions are tables, which a config alone must not make huge
+MAX_LAYERS, MAX_PARAMETERS = 100_000, 20_000_000_000
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,7 @@ class ModelConfig:
         check(self.global_every >= 1, f"global_every must be at least 1, got {self.global_every}")
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.num_layers <= MAX_LAYERS, f"num_layers must be at most {MAX_LAYERS:,}, got {self.num_layers:,}")
         check(2 <= self.max_length <= MAX_LENGTH, f"max_length must be from 2 to {MAX_LENGTH}, got {self.max_length}")
         check(self.d_embed >= 0, f"d_embed must be at least 0, got {self.d_embed}")
         check(self.d_embed in (0, self.d_model) or self.head_transform, "d_embed needs head_transform")
@@ -150,6 +159,10 @@ class ModelConfig:
         even = self.width_of_head % 2 == 0
         check(even or not self.rotary, "d_model / num_heads must be even for rotary positions")
         check_finite(self)
+        check(0 < self.norm_eps < 1, f"norm_eps must be between 0 and 1, got {self.norm_eps}")
+        check(self.rope_theta > 0, f"rope_theta must be above 0, got {self.rope_theta}")
+        count = self.num_parameters()
+        check(count <= MAX_PARAMETERS, f"a denoiser of {count:,} parameters is asked for; at most {MAX_PARAMETERS:,}")
 
     @property
     def embedding_width(self) -> int:
@@ -213,36 +226,27 @@ VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
 
 SCHEDULES = ("linear", "cosine")
 LOSSES = ("uniform", "elbo")
-TIME_SAMPLINGS = ("uniform", "bell")
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How text is noised while training, and how the loss is weighted over t."""
+    """How text is noised while training, and how the loss is weighted over t.
+
+    How t is drawn follows from what is noised and from the loss: see `diffusion.noise_batch`.
+    """
 
     schedule: str = "linear"  # t -> keep_prob
     loss: str = "uniform"  # uniform: plain cross-entropy; elbo: weighted by -keep_prob'(t) / mask_ratio(t)
-    time_sampling: str = "bell"  # uniform on (0, 1], or Beta(2, 2), which spends less on the two easy ends
-    mask_draws: int = 0  # fine-tuning: fixed noisings of a row, so that frozen states can be kept; 0 draws anew
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("loss", self.loss, LOSSES)
-        check_choice("time_sampling", self.time_sampling, TIME_SAMPLINGS)
-        check(0 <= self.mask_draws <= 1000, f"mask_draws must be from 0 to 1000, got {self.mask_draws}")
-        check(
-            not (self.loss == "elbo" and self.time_sampling == "bell"),
-            "loss elbo is a bound only under time_sampling uniform, got bell",
-        )
 
 
 OPTIMIZERS = ("adamw", "muon")
-DECAYS = ("cosine", "linear", "none")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
-MAX_LENGTH = 131_072  # of a row: rotary positions are tables, which a config alone must not make huge
-UNSAID_HEAD_WIDTH = 8  # of attending units, in a run from before they said so
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
 
 
@@ -262,9 +266,8 @@ class TrainConfig:
     optimizer: str = "adamw"  # muon: for the matrices inside blocks and of pushes, AdamW for the rest
     weight_decay: float = 0.01
     warmup: float = 0.05  # fraction of the budget
-    decay: str = "linear"
+    flat: float = 0.0  # fraction of the budget at the peak rate after warm-up; then the rate falls linearly to 0
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
-    ema: float = 0.0  # decay of the averaged weights; 0 turns averaging off
     seed: int = 0
     dtype: str = "auto"  # auto: bf16 where the processor or GPU has it in hardware
     device: str = "auto"
@@ -284,15 +287,17 @@ class TrainConfig:
         check(self.lr > 0, f"lr must be above 0, got {self.lr}")
         check(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
         check(0 <= self.warmup < 1, f"warmup is a fraction of the budget in [0, 1), got {self.warmup}")
+        check(
+            self.flat >= 0 and self.warmup + self.flat < 1,
+            f"flat is a fraction of the budget that leaves some after warm-up ({self.warmup}), got {self.flat}",
+        )
         check(self.body_lr >= 0, f"body_lr must be at least 0, got {self.body_lr}")
         check(0 <= self.body_start <= 1, f"body_start is a share of the budget in [0, 1], got {self.body_start}")
         check(self.clip >= 0, f"clip must be at least 0, got {self.clip}")
-        check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         check(self.keep >= 1, f"keep must be at least 1, got {self.keep}")
         check_finite(self)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("decay", self.decay, DECAYS)
         check_choice("dtype", self.dtype, DTYPES)
 
 

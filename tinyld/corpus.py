@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyld.errors import TinyldError
+from tinyld.read import opened
 from tinyld.tokenizer import Tokenizer, read_lines
 
 CHARACTERS = 4_000_000  # tokenised at once, on all cores
@@ -70,34 +71,31 @@ def in_chunks(lines: Iterable[str], characters: int = CHARACTERS) -> Iterator[li
         yield chunk
 
 
-def place(line: str) -> float:
+def draw(line: str) -> float:
     """A number in [0, 1) that depends on a document's text alone."""
     return int(hashlib.sha256(line.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def held_out_part(lines: Iterable[str], held_out: bool, share: float = 0.01) -> Iterator[str]:
     """The `share` of the documents that is held out, or the rest; which ones depends on their text alone."""
-    return (line for line in lines if (place(line) < share) == held_out)
+    return (line for line in lines if (draw(line) < share) == held_out)
 
 
 def sample(files: Sequence[Path], lines: Iterable[str]) -> Iterator[str]:
     """All documents of small files, and of large ones a share of about SAMPLE characters, chosen by the text alone."""
     share = SAMPLE / max(text_bytes(files), 1)
-    return (line for line in lines if share >= 1 or place(f"sample {line}") < share)
+    return (line for line in lines if share >= 1 or draw(f"sample {line}") < share)
 
 
 def text_bytes(files: Sequence[Path]) -> int:
     """About how many bytes of text the files hold (of a compressed one, what its last four bytes say)."""
     total = 0
     for path in files:
-        try:
-            with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                if path.suffix == ".gz" and size >= 4:
-                    file.seek(-4, 2)
-                    size = int.from_bytes(file.read(4), "little")
-        except OSError as error:
-            raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
+        with opened(path) as file:
+            size = file.seek(0, 2)
+            if path.suffix == ".gz" and size >= 4:
+                file.seek(-4, 2)
+                size = int.from_bytes(file.read(4), "little")
         total += size
     return total
 

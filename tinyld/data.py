@@ -15,7 +15,8 @@ from tinyld.errors import TinyldError
 from tinyld.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from tinyld.tasks import Example, Task
+    from tinyld.rows import Example
+    from tinyld.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class TextRows:
         return max(1, self.num_rows // batch_size)
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        epoch, i = divmod(step, self.steps_per_epoch(batch_size))
         if self._order is None or self._order[0] != (epoch, seed):
             rng = seeded(seed, 1, epoch)
             offset = int(rng.integers(self.width)) if epoch else 0
             self._order = ((epoch, seed), rng.permutation(self.num_rows), offset)
         _, order, offset = self._order
-        return self.take(order[place * batch_size : (place + 1) * batch_size], offset)
+        return self.take(order[i * batch_size : (i + 1) * batch_size], offset)
 
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
@@ -95,14 +96,14 @@ class TextRows:
 class TaskRows:
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
-    Answers shorter than the slot are filled with [EOS] (LLaDA). Rows longer than `max_length` lose the beginning of
-    their prompt, never the template's end or the answer.
+    Answers shorter than the slot are filled with [EOS] (LLaDA). A row longer than `max_length` keeps what is nearest
+    to the answer: each side of it has half of the room, or what the other side leaves. `cut` says which rows are.
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):
         self.task = task
         self.slot = slot_width(task, tokenizer)
-        self.labels = np.array([-1 if e.label is None else e.label for e in examples])
+        self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         before = tokenizer.encode_batch([e.before for e in examples])
         after = tokenizer.encode_batch([e.after for e in examples])
         answers = tokenizer.encode_batch([e.answer for e in examples])
@@ -113,22 +114,26 @@ class TaskRows:
             )
         self.ids: list[np.ndarray] = []
         self.starts = np.zeros(len(examples), dtype=np.int64)
-        self.truncated = 0
+        self.cut = np.array([len(h) + len(t) > room for h, t in zip(before, after, strict=True)], dtype=bool)
         for i, (head, answer, tail) in enumerate(zip(before, answers, after, strict=True)):
-            if len(head) + len(tail) > room:
-                self.truncated += 1
-                tail = tail[:room]
+            if self.cut[i]:
+                tail = tail[: max(room - len(head), room // 2)]
                 head = head[len(head) + len(tail) - room :]
             answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
             self.starts[i] = 1 + len(head)
             row = [tokenizer.bos_id, *head, *answer, *tail, tokenizer.eos_id]
             self.ids.append(np.array(row, dtype=np.int32))
-        self.lengths = np.array([len(row) for row in self.ids])
+        self.lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
         self.pad_id = tokenizer.pad_id
         self._order: tuple[tuple[int, int, int], list[np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def truncated(self) -> int:
+        """How many rows are cut."""
+        return int(self.cut.sum())
 
     def digest(self) -> str:
         """SHA-256 of all rows as the denoiser sees them."""
@@ -139,11 +144,11 @@ class TaskRows:
         return -(-len(self.ids) // batch_size)
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        epoch, i = divmod(step, self.steps_per_epoch(batch_size))
         key = (epoch, batch_size, seed)
         if self._order is None or self._order[0] != key:
             self._order = (key, self._epoch_batches(*key))
-        return self.take(self._order[1][place])
+        return self.take(self._order[1][i])
 
     def _epoch_batches(self, epoch: int, batch_size: int, seed: int) -> list[np.ndarray]:
         """Rows of like length together, drawn from pools of 64 batches so that batches differ between epochs."""
@@ -175,15 +180,23 @@ class TaskRows:
 
 
 def slot_width(task: Task, tokenizer: Tokenizer) -> int:
-    """Tokens in the task's answer slot: its longest verbalizer's, or `answer_tokens` for a generation task."""
+    """Tokens in the task's answer slot: its longest verbalizer's, or `answer_tokens` for a generation task.
+
+    TinyldError for answers that the base cannot write, or cannot tell from each other.
+    """
     if task.is_generation:
         return task.answer_tokens
-    width = 0
+    owner: dict[tuple[int, ...], str] = {}
     for label, words in task.verbalizer.items():
-        ids = tokenizer.encode(words)
+        ids = tuple(tokenizer.encode(words))
         if tokenizer.unk_id in ids or not ids:
             raise TinyldError(
                 f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}"
             )
-        width = max(width, len(ids))
-    return width
+        other = owner.setdefault(ids, label)
+        if other != label:
+            raise TinyldError(
+                f"task {task.name}: {task.verbalizer[other]!r} and {words!r}, the answers for {other!r} and {label!r}, "
+                "are the same tokens to this base; give each its own"
+            )
+    return max(map(len, owner))

@@ -6,7 +6,7 @@ t is in [0, 1]: 0 is clean, 1 fully masked. `keep_prob(t)` is the papers' alpha_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,15 +42,14 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def sample_t(n: int, generator: torch.Generator, sampling: str = "uniform") -> Tensor:
-    """(n,) times in [T_MIN, 1], stratified: one draw from each n-th of the distribution, in random order."""
+def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
+    """(n,) times in [T_MIN, 1], stratified: one draw from each n-th of the distribution, in random order.
+
+    Uniform or, with `bell`, Beta(2, 2) (its closed-form quantile function), which spends less on the two easy ends.
+    """
     u = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1.0
-    return time_at(u[torch.randperm(n, generator=generator)], sampling)
-
-
-def time_at(u: Tensor, sampling: str) -> Tensor:
-    """The time below which a share u of the draws falls; `bell` is Beta(2, 2), by its closed-form quantile function."""
-    if sampling == "bell":
+    u = u[torch.randperm(n, generator=generator)]
+    if bell:
         u = 0.5 - torch.sin(torch.asin(1.0 - 2.0 * u) / 3.0)
     return T_MIN + (1.0 - T_MIN) * u
 
@@ -95,23 +94,23 @@ class Noised:
 
     def split(self, parts: int) -> list[Noised]:
         """At most `parts` micro-batches of about equal numbers of rows, on the same noise."""
-        return [self] if parts == 1 else self._rows(torch.arange(len(self.t)).chunk(parts))
+        return [self] if parts == 1 else [self.rows(some) for some in torch.arange(len(self.t)).chunk(parts)]
 
     def shares(self, processes: int) -> list[Noised]:
         """One part for each process; rows go round, so that every one gets some."""
-        return self._rows([torch.arange(len(self.t))[i::processes] for i in range(processes)])
+        return [self.rows(torch.arange(len(self.t))[i::processes]) for i in range(processes)]
 
-    def _rows(self, chosen: Sequence[Tensor]) -> list[Noised]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return [Noised(**{k: None if v is None else v[r] for k, v in values.items()}) for r in chosen]
+    def rows(self, some: Tensor) -> Noised:
+        return self._map(lambda tensor: tensor[some])
 
     def to(self, device: torch.device) -> Noised:
         if device.type == "cpu":
             return self
+        return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Noised:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Noised(
-            **{k: None if v is None else v.pin_memory().to(device, non_blocking=True) for k, v in values.items()}
-        )
+        return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in values.items()})
 
 
 def noise_batch(
@@ -125,31 +124,18 @@ def noise_batch(
 ) -> tuple[Noised, float]:
     """(noised batch, normaliser): the loss of the batch is sum(weight * CE over masked tokens) / normaliser.
 
-    `counted` masks an exact number of tokens and tells the denoiser the exact ratio as t (tasks: answers are short);
-    otherwise tokens are masked independently (pretraining).
+    `counted` masks an exact number of tokens, at uniform times, and tells the denoiser the exact ratio as t (tasks:
+    answers are short); otherwise tokens are masked independently, at bell-shaped times (pretraining). Under the ELBO
+    times are uniform: its weights are a bound under no others.
     """
-    schedule = SCHEDULES[config.schedule]
-    t = sample_t(len(x0), generator, config.time_sampling)
+    t = sample_t(len(x0), generator, bell=not counted and config.loss == "uniform")
     if counted:
         xt, is_masked, t = add_noise_counted(x0, t, answer_mask, mask_id, generator)
         weight = 1.0 / t
     else:
+        schedule = SCHEDULES[config.schedule]
         xt, is_masked = add_noise(x0, t, answer_mask, mask_id, schedule, generator)
         weight = schedule.weight(t)
-    return as_noised(x0, xt, is_masked, t, weight, answer_mask, attention_mask, config)
-
-
-def as_noised(
-    x0: Tensor,
-    xt: Tensor,
-    is_masked: Tensor,
-    t: Tensor,
-    weight: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor,
-    config: DiffusionConfig,
-) -> tuple[Noised, float]:
-    """(noised batch, normaliser) of tokens that were masked, by the loss that the config names."""
     if config.loss == "uniform":
         weight, normaliser = torch.ones_like(t), float(is_masked.sum())
     else:
@@ -206,7 +192,7 @@ def nll_bound(
     batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row. Any schedule bounds the
     same quantity; `counted` has the lower variance.
     """
-    config = DiffusionConfig(schedule=schedule, loss="elbo", time_sampling="uniform")
+    config = DiffusionConfig(schedule=schedule, loss="elbo")
     generator = torch.Generator().manual_seed(seed)
     sums, counts = [], []
     for x0, answer_mask, attention_mask in batches:

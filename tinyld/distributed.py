@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
-from tinyld.runs import RunFolder, Spectator, under_torchrun
+from tinyld.runs import RunFolder, Spectator
 
 if TYPE_CHECKING:
     import torch

@@ -1,33 +1,32 @@
-"""Official data sets: fetch, check, convert to `sentence<TAB>label` files in the user cache. It knows no template.
-
-A set without a dev split gets one from its train split, and a set published as one pool gets dev and test: by the
-SHA-1 of the sentence's letters and digits, a tenth each, so repeats stay together and the cut never moves.
-"""
+"""Official data sets: fetch, check, and keep as `sentence<TAB>label` files in the user cache. It knows no template."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
-import json
 import os
-import re
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from tinyld.errors import TinyldError
+from tinyld.config import check_choice
+from tinyld.errors import TinyldError, plain, show
+from tinyld.formats import CONVERTERS, Row, cut
+from tinyld.read import clean, opened, read_object
+from tinyld.write import locked, make_folder, replacing, to_json, write_atomic
 
 TIMEOUT = 30.0  # seconds without a byte
-MAX_BYTES = 2 << 30  # of a download, and of what an archive unpacks to
-
-Row = tuple[str, str]  # sentence, label name
+TOTAL = 3600.0  # seconds of one download
+HOSTS = (  # that a download may lead to
+    "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
+    "www.cs.cornell.edu",
+)  # fmt: skip
+MAX_BYTES = 2 << 30  # of a download
 
 
 class NetworkError(TinyldError):
@@ -48,23 +47,15 @@ class Source:
     files: tuple[RemoteFile, ...]
     label_counts: dict[str, dict[str, int]]  # official split -> label name -> rows, before any cut
 
+    def __post_init__(self) -> None:
+        check_choice("download format", self.format, tuple(CONVERTERS))
+
 
 def cache_dir() -> Path:
     """`$TINYLD_CACHE`, else `$XDG_CACHE_HOME/tinyld`, else `~/.cache/tinyld`; it need not exist."""
     if own := os.environ.get("TINYLD_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
-
-
-def clean(text: str) -> str:
-    """`text` on one line: blanks, control characters and lone surrogates become single spaces, ends are trimmed."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()
-
-
-def show(text: object) -> str:
-    """`text` quoted for a message: escaped, at most about 60 characters."""
-    text = text if isinstance(text, str) else str(text)
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 # ---------------------------------------------------------------------------------------------- fetching
@@ -78,7 +69,8 @@ def fetch(url: str, target: Path, sha256: str | None = None, description: str = 
     wrong digest.
     """
     known = sha256 or _checksums().get(url)
-    with _replacing(target) as out:
+    make_folder(target.parent)
+    with replacing(target) as out:
         digest = _transfer(url, out, description or target.name)
         if known is not None and digest != known:
             way_out = "try again later" if sha256 else f"if the new file is right, delete {_checksums_path()}"
@@ -92,7 +84,6 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
     """The SHA-256 of what was copied from `url` to `out`."""
     import http.client
     from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
 
     from tinyld.progress import Progress
 
@@ -100,22 +91,23 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
         url = mirror.rstrip("/") + urlsplit(url).path
     if urlsplit(url).scheme not in ("http", "https"):
         raise TinyldError(f"cannot download {show(url)}: only http and https are supported")
-    print(f"downloading {description} from {url}", file=sys.stderr, flush=True)
+    print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
     failures = (OSError, http.client.HTTPException, ValueError)
+    deadline = time.monotonic() + TOTAL
+    digest, done = hashlib.sha256(), 0
     try:
-        response = urlopen(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
+        response = _open(url)
     except HTTPError as error:
         error.close()
         raise NetworkError(f"could not download {url}: HTTP {error.code} {error.reason}") from None
     except failures as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', error)}") from None
-    digest, done = hashlib.sha256(), 0
     with response:
         size = int(response.headers.get("Content-Length") or 0)
         with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
             while True:
                 try:
-                    block = response.read(1 << 18)
+                    block = response.read1(1 << 18)
                 except failures as error:
                     raise NetworkError(f"could not download {url}: {error!r} after {done:,} bytes") from None
                 if not block:
@@ -123,6 +115,8 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
                 done += len(block)
                 if done > MAX_BYTES:
                     raise NetworkError(f"could not download {url}: it is larger than {MAX_BYTES:,} bytes")
+                if time.monotonic() > deadline:
+                    raise NetworkError(f"could not download {url}: {done:,} bytes took longer than {TOTAL:,.0f} s")
                 out.write(block)
                 digest.update(block)
                 bar.advance_to(done, rate=f"{done / 1e6:.1f} MB")
@@ -131,23 +125,22 @@ def _transfer(url: str, out: BinaryIO, description: str) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, and vanishes otherwise."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise TinyldError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+def _open(url: str) -> Any:
+    """The response; a redirect may only lead to https on a host that the tasks name, or stay where it was."""
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    asked = urlsplit(url)
+
+    class Redirect(HTTPRedirectHandler):
+        def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
+            target = urlsplit(details[-1])
+            listed = target.scheme == "https" and target.hostname in HOSTS
+            if not listed and (target.scheme, target.netloc) != (asked.scheme, asked.netloc):
+                response.close()
+                raise NetworkError(f"could not download {url}: it leads to {show(details[-1])}, which is not listed")
+            return super().redirect_request(request, response, *details)
+
+    return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
 
 
 def _checksums_path() -> Path:
@@ -157,183 +150,23 @@ def _checksums_path() -> Path:
 def _checksums() -> dict[str, str]:
     """URL, or path below the cache, -> SHA-256 of what was first had from there or written there."""
     path = _checksums_path()
-    try:
-        known = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise TinyldError(f"cannot read {path}: {error}; delete it to start anew") from None
-    if not isinstance(known, dict):
-        raise TinyldError(f"{path}: expected an object of checksums; delete it to start anew")
-    return known
+    try:
+        known = read_object(path)
+        if not all(isinstance(digest, str) for digest in known.values()):
+            raise TinyldError(f"{path}: expected checksums")
+    except TinyldError as error:
+        raise TinyldError(f"{error}; delete it to start anew") from None
+    return dict(known)
 
 
 def _record(digests: dict[str, str | None]) -> None:
-    """Adds `digests` to the known ones; None forgets a key."""
-    known = {key: digest for key, digest in {**_checksums(), **digests}.items() if digest is not None}
-    with _replacing(_checksums_path()) as out:
-        out.write(json.dumps(known, indent=1, sort_keys=True).encode())
-
-
-# ---------------------------------------------------------------------------------------------- archives
-
-
-def read_members(archive: Path, pattern: str) -> dict[str, bytes]:
-    """Name -> content of the regular files in a zip or tar whose whole name matches `pattern`; nothing is unpacked.
-
-    Raises TinyldError for a broken archive, for one with a name that leaves its folder, for one that unpacks to more
-    than MAX_BYTES, and when nothing matches.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-
-    found: dict[str, bytes] = {}
-    left = MAX_BYTES
-
-    def take(name: str, size: int, open_member: Callable[[], io.BufferedIOBase | None]) -> None:
-        nonlocal left
-        name = name.removeprefix("./")
-        if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-            raise TinyldError(f"{archive.name}: refused, its path {show(name)} leaves the folder")
-        left -= size
-        if left < 0:
-            raise TinyldError(f"{archive.name}: refused, it unpacks to more than {MAX_BYTES:,} bytes")
-        if re.fullmatch(pattern, name):
-            with open_member() as member:
-                found[name] = member.read(size)
-
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as pack:
-                for info in pack.infolist():
-                    take(info.filename, info.file_size, lambda info=info: pack.open(info))
-        else:
-            with tarfile.open(archive, "r:*") as pack:
-                for info in pack:
-                    if info.isfile():
-                        take(info.name, info.size, lambda info=info: pack.extractfile(info))
-                    else:
-                        take(info.name + "/", 0, lambda: io.BytesIO())
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
-        raise TinyldError(f"{archive.name}: not a readable archive: {error}") from None
-    if not found:
-        raise TinyldError(f"{archive.name}: the archive holds no member {show(pattern)}")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- converters
-
-PAIR = " ||| "  # joins the two sentences of a pair in our files
-
-
-def _lines(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
-    """Lines without their ends. Latin-1 files hold Windows-1252 characters too; those are repaired."""
-    text = data.decode(encoding, errors="replace")
-    if encoding == "latin-1":
-        text = re.sub(r"[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", errors="replace"), text)
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
-
-
-def _glue(
-    member: str, row: Callable[[list[str]], Row | None], header: bool = True
-) -> Callable[[list[Path]], dict[str, list[Row]]]:
-    def convert(paths: list[Path]) -> dict[str, list[Row]]:
-        files = read_members(paths[0], rf"{re.escape(member)}/(train|dev)\.tsv")
-        return {
-            Path(name).stem: [row(line.split("\t")) for line in _lines(data)[header:]] for name, data in files.items()
-        }
-
-    return convert
-
-
-def _mrpc(paths: list[Path]) -> dict[str, list[Row]]:
-    """GLUE's split of MSR's train file: its dev rows are those whose two ids stand in the third file."""
-    train, test, dev_ids = (_lines(path.read_bytes()) for path in paths)
-    in_dev = {tuple(line.split("\t")) for line in dev_ids}
-    splits: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
-    for name, lines in (("train", train), ("test", test)):
-        for line in lines[1:]:
-            quality, id1, id2, first, second = line.split("\t")
-            split = "dev" if name == "train" and (id1, id2) in in_dev else name
-            splits[split].append((first + PAIR + second, ("not_equivalent", "equivalent")[int(quality)]))
-    return splits
-
-
-def _trec(paths: list[Path]) -> dict[str, list[Row]]:
-    """Lines like `DESC:manner How did ...`; the coarse type is the label."""
-    splits = {}
-    for name, path in zip(("train", "test"), paths, strict=True):
-        parts = [line.split(" ", 1) for line in _lines(path.read_bytes(), "latin-1")]
-        splits[name] = [(sentence, kind.split(":")[0]) for kind, sentence in parts]
-    return splits
-
-
-def _line_files(members: dict[str, str]) -> Callable[[list[Path]], dict[str, list[Row]]]:
-    """One pool from one file per label in an archive, a sentence a line."""
-
-    def convert(paths: list[Path]) -> dict[str, list[Row]]:
-        pool: list[Row] = []
-        for member, label in members.items():
-            (data,) = read_members(paths[0], rf"(.*/)?{re.escape(member)}").values()
-            pool += [(line, label) for line in _lines(data, "latin-1")]
-        return {"all": pool}
-
-    return convert
-
-
-def _ag_news(paths: list[Path]) -> dict[str, list[Row]]:
-    """Rows of class 1-4, title, description; the description alone is the sentence."""
-    labels = ("World", "Sports", "Business", "Sci/Tech")
-    splits = {}
-    for name, path in zip(("train", "test"), paths, strict=True):
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
-        splits[name] = [(text, labels[int(kind) - 1]) for kind, _, text in reader]
-    return splits
-
-
-def _imdb(paths: list[Path]) -> dict[str, list[Row]]:
-    splits: dict[str, list[Row]] = {"train": [], "test": []}
-    files = read_members(paths[0], r"aclImdb/(train|test)/(neg|pos)/\d+_\d+\.txt")
-    for name in sorted(files):
-        _, split, kind, _ = name.split("/")
-        text = re.sub(r"<br\s*/?>", " ", files[name].decode("utf-8", errors="replace"))
-        splits[split].append((text, {"neg": "negative", "pos": "positive"}[kind]))
-    return splits
-
-
-CONVERTERS: dict[str, Callable[[list[Path]], dict[str, list[Row]]]] = {
-    "glue-sst2": _glue("SST-2", lambda row: (row[0], ("negative", "positive")[int(row[1])])),
-    "glue-cola": _glue("CoLA", lambda row: (row[3], ("unacceptable", "acceptable")[int(row[1])]), header=False),
-    "glue-rte": _glue("RTE", lambda row: (row[1] + PAIR + row[2], row[3])),
-    "mrpc": _mrpc,
-    "trec": _trec,
-    "subj": _line_files({"plot.tok.gt9.5000": "objective", "quote.tok.gt9.5000": "subjective"}),
-    "mr": _line_files({"rt-polarity.neg": "negative", "rt-polarity.pos": "positive"}),
-    "ag-news": _ag_news,
-    "imdb": _imdb,
-}
-
-
-def tenth(sentence: str) -> int:
-    """0 to 9, from the SHA-1 of the sentence's letters and digits: 0 is dev's, 1 is test's where both are cut."""
-    key = "".join(c for c in sentence.lower() if c.isalnum())
-    return int(hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest(), 16) % 10
-
-
-def cut(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """`splits` with train and dev (and test, for the one pool `all`)."""
-    if "all" in splits:
-        parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
-        for row in splits["all"]:
-            parts[{0: "dev", 1: "test"}.get(tenth(row[0]), "train")].append(row)
-        return parts
-    if "dev" in splits:
-        return splits
-    train, dev = [], []
-    for row in splits["train"]:
-        (dev if tenth(row[0]) == 0 else train).append(row)
-    return {**splits, "train": train, "dev": dev}
+    """Adds `digests` to the known ones; None forgets a key. One process at a time."""
+    make_folder(cache_dir())
+    with locked(cache_dir(), wait=True):
+        known = {key: digest for key, digest in {**_checksums(), **digests}.items() if digest is not None}
+        write_atomic(_checksums_path(), to_json(dict(sorted(known.items()))))
 
 
 def download_task(name: str, source: Source) -> Path:
@@ -351,20 +184,21 @@ def download_task(name: str, source: Source) -> Path:
         if unproven.keys() & _checksums().keys():
             _record(unproven)
         raise
+    make_folder(folder)
     for split, rows in cut(splits).items():
         path = folder / f"{split}.tsv"
         if not path.exists():
             data = "".join(["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]).encode()
-            with _replacing(path) as out:
-                out.write(data)
-            _record({f"data/{name}/{split}.tsv": hashlib.sha256(data).hexdigest()})
+            _record({f"data/{name}/{split}.tsv": hashlib.sha256(data).hexdigest()})  # first: no file is ever unlisted
+            write_atomic(path, data)
     return folder
 
 
 def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
     """The rows of each official split, counted."""
     url = source.files[0].url
-    with _temporary_folder() as downloads:
+    make_folder(cache_dir() / "downloads")
+    with tempfile.TemporaryDirectory(dir=cache_dir() / "downloads") as downloads:
         paths = []
         for i, remote in enumerate(source.files):
             part = f" ({i + 1}/{len(source.files)})" if len(source.files) > 1 else ""
@@ -382,21 +216,23 @@ def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
     return splits
 
 
-def check_cached(path: Path) -> None:
-    """Raises TinyldError when `path`, a file that `download_task` wrote, is no longer what it wrote."""
+def check_cached(path: Path, counts: dict[str, int] | None = None) -> None:
+    """Raises TinyldError when a file of the cache is no longer what `download_task` wrote.
+
+    One that it did not write, which a user put there, must have as many rows of each label as are published.
+    """
     known = _checksums().get(path.relative_to(cache_dir()).as_posix())
-    if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() != known:
-        raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+    with opened(path) as file:
+        if known is not None and hashlib.file_digest(file, "sha256").hexdigest() != known:
+            raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+        if known is None and counts:
+            found = Counter(line.rstrip().rpartition(b"\t")[2] for line in file.read().splitlines()[1:])
+            if sorted(found.values()) != sorted(counts.values()):
+                raise TinyldError(
+                    f"{path}: has {found.total():,} rows, which are not the {sum(counts.values()):,} published ones; "
+                    "delete it to download them, or keep rows of your own in another folder and say --data DIR"
+                )
 
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{label} {n:,}" for label, n in sorted(counts.items())[:10]) or "none"
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    folder = cache_dir() / "downloads"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder)
-    except OSError as error:
-        raise TinyldError(f"cannot write {folder}: {error.strerror or error}") from None

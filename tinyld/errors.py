@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 
+def plain(text: object) -> str:
+    """Text from outside as it may go to a terminal: on one line, and a "?" for what does not print.
+
+    Line ends, tabs and odd blanks become spaces; control characters, escapes, marks that reorder text and halves of
+    surrogate pairs (of undecodable paths) become "?".
+    """
+    joiners = "\u200c\u200d"  # inside words of some scripts, and emoji
+    return "".join(c if c.isprintable() or c in joiners else " " if c.isspace() else "?" for c in str(text))
+
+
+def show(text: object) -> str:
+    """`text` quoted for a message: escaped, at most about 60 characters."""
+    text = str(text)
+    return plain(repr(text if len(text) <= 60 else text[:57] + "..."))
+
+
 class TinyldError(Exception):
     """Says what is wrong, which value or file, what is allowed and the way out, in one line."""
 
     exit_code = 1
+
+    def __init__(self, message: object):
+        super().__init__(plain(message))
 
 
 class UsageError(TinyldError):

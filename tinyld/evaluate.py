@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tinyld.config import DiffusionConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
 from tinyld.diffusion import Estimate, Noised, nll_bound, noise_batch, ratio_estimate
+from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
 from tinyld.sampler import decode
 from tinyld.statistics import macro_f1, wilson
@@ -37,6 +38,10 @@ class Evaluation:
     scored_accuracy: float | None = None  # of the most likely verbalizer, no decoding
     macro_f1: float | None = None
     unreadable: float | None = None
+    majority: float | None = None  # accuracy of always giving the most frequent label
+    classes: dict[str, dict[str, float]] | None = None  # label -> n, precision, recall, f1 of decoded answers
+    confusion: dict[str, dict[str, int]] | None = None  # gold label -> decoded label or "unreadable" -> rows
+    truncated: int = 0  # rows that were too long and were cut
     masked_acc: float = 0.0  # token accuracy at masked positions: never a task accuracy
     masked_acc_by_noise: list[tuple[float, float]] | None = None  # (masked share up to, masked_acc), of longer answers
     nll_bound: float = 0.0
@@ -60,10 +65,23 @@ class Verbalizers:
         ids = [tokenizer.encode(words) for words in rows.task.verbalizer.values()]
         self.ids = torch.tensor([i + [tokenizer.eos_id] * (rows.slot - len(i)) for i in ids])  # (labels, slot)
         self.label = {tokenizer.decode(i): label for label, i in enumerate(ids)}
+        self.eos_id = tokenizer.eos_id
 
     def read(self, text: str) -> int:
         """The label whose answer is exactly `text`, else UNREADABLE."""
         return self.label.get(text, UNREADABLE)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, but for the numbers of its rows."""
+    return Batch(batch.x0.to(device), batch.answer_mask.to(device), batch.attention_mask.to(device), batch.rows)
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """The logits as they are; TinyldError where one is not a number, or infinite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise TinyldError("the denoiser's logits are not finite: its weights are too large for this arithmetic")
+    return logits
 
 
 @torch.no_grad()
@@ -102,20 +120,13 @@ def evaluate(
         batch = rows.take(chunk)
         if answer:
             started = time.perf_counter()
-            x0, answer_mask = batch.x0.to(device), batch.answer_mask.to(device)
+            asked = on_device(batch, device)
             out, used = decode(
-                model,
-                x0,
-                answer_mask,
-                batch.attention_mask.to(device),
-                tokenizer.mask_id,
-                tokenizer.never_written,
-                sampling,
-                generator,
-                tokenizer.eos_id,
-            )
+                model, asked.x0, asked.answer_mask, asked.attention_mask, tokenizer.mask_id, tokenizer.never_written,
+                sampling, generator, tokenizer.eos_id,
+            )  # fmt: skip
             passes += used
-            answers = out[answer_mask].view(len(chunk), rows.slot).tolist()
+            answers = out[asked.answer_mask].view(len(chunk), rows.slot).tolist()
             decoded = [tokenizer.decode(a) for a in answers]
             seconds += time.perf_counter() - started
             for row, text in zip(chunk, decoded, strict=True):
@@ -134,8 +145,9 @@ def evaluate(
         done += len(chunk)
         advance(done)
     result = Evaluation(
-        rows.task.name, n, rows_per_second=n / seconds if answer else 0.0, forward_passes=passes, predictions=texts
-    )
+        rows.task.name, n, truncated=int(rows.cut[:n].sum()), rows_per_second=n / seconds if answer else 0.0,
+        forward_passes=passes, predictions=texts,
+    )  # fmt: skip
     if score:
         bound: Estimate = ratio_estimate(nll_sum, tokens)
         result.nll_bound, result.nll_stderr = bound.mean, bound.stderr
@@ -152,9 +164,30 @@ def evaluate(
         result.low, result.high = wilson(correct, n)
         result.unreadable = float((predicted == UNREADABLE).mean())
         result.macro_f1 = macro_f1(gold, predicted, len(rows.task.labels))
+        result.majority = float(np.bincount(gold).max() / n)
+        result.classes, result.confusion = by_class(gold, predicted, rows.task.labels)
         if score:
             result.scored_accuracy = float((scored == gold).mean())
     return result
+
+
+def by_class(
+    gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
+    """(label -> n, precision, recall and F1; gold label -> decoded label -> rows). gold, predicted: (n,) labels."""
+    counts = np.zeros((len(labels), len(labels) + 1), dtype=int)
+    np.add.at(counts, (gold, np.where(predicted == UNREADABLE, len(labels), predicted)), 1)
+    classes = {}
+    for i, label in enumerate(labels):
+        hits, given, there = int(counts[i, i]), int(counts[:, i].sum()), int(counts[i].sum())
+        classes[label] = {
+            "n": there,
+            "precision": hits / given if given else 0.0,
+            "recall": hits / there if there else 0.0,
+            "f1": 2 * hits / (given + there) if given + there else 0.0,
+        }
+    said = [*labels, "unreadable"]
+    return classes, {label: dict(zip(said, counts[i].tolist(), strict=True)) for i, label in enumerate(labels)}
 
 
 def text_nll(
@@ -183,7 +216,7 @@ def text_nll(
 def _masked_logp(model: Denoiser, noised: Noised, xt: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(log p of the targets (N,), log p of the vocabulary (N, V)) at the masked positions of xt; both (B, L) ids."""
     where = noised.is_masked
-    logits = model(xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where).float()
+    logits = all_finite(model(xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where).float())
     logp = logits.log_softmax(-1)
     return logp.gather(1, target[where][:, None])[:, 0], logp
 
@@ -201,7 +234,7 @@ def _score(
     device = model.embedding.weight.device
     size = len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
-    elbo = DiffusionConfig(loss="elbo", time_sampling="uniform")
+    elbo = DiffusionConfig(loss="elbo")
     generator = torch_seeded(seed, 3, int(batch.rows[0]))
     total = torch.zeros(size)
     label_nll = torch.zeros(size, 0 if verbalizers is None else len(verbalizers.ids))

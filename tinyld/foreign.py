@@ -18,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 
-from tinyld.base import Base
+from tinyld.checkpoint import Base
 from tinyld.config import ModelConfig, check_choice, to_dict
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make, Settings, same
 from tinyld.layers import rotary_tables
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
-from tinyld.runs import read_json
+from tinyld.read import read_json
 from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
 from tinyld.tokenizer import ROLES, Tokenizer
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,10 +19,13 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from tinyld.config import ModelConfig
-from tinyld.errors import TinyldError
-from tinyld.runs import RunFolder, parse_tensors, read_json, sha256, to_json, write_atomic
-from tinyld.tokenizer import Tokenizer
+from tinyld.checkpoint import check_amount
+from tinyld.config import ModelConfig, from_dict
+from tinyld.errors import TinyldError, show
+from tinyld.read import TENSORS_BYTES, Record, finite, parse_tensors, read_bytes, read_object, read_text
+from tinyld.runs import CONFIG, RunFolder
+from tinyld.tokenizer import Tokenizer, add_spelling_rules
+from tinyld.write import sha256, to_json, write_atomic
 
 WEIGHTS = "model.safetensors"
 
@@ -51,7 +54,7 @@ _DISTIL_BLOCK = {
 
 @dataclass(frozen=True)
 class Family:
-    """Where one model family keeps each of our parts."""
+    """Where one model family keeps each of our parts: what `load_encoder` asks of a row of FAMILIES."""
 
     prefix: str  # of the encoder's names; absent when the encoder was saved alone
     block: Mapping[str, str]
@@ -62,6 +65,56 @@ class Family:
     skipped_positions: int = 0
     sizes: tuple[str, str, str, str] = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     activation: str = "hidden_act"
+
+    def config(self, raw: Record, vocab_size: int, max_length: int | None) -> ModelConfig:
+        """Our shape for what the family's config.json says; TinyldError where our denoiser has no such model."""
+        activation, positions = raw.get(self.activation, "gelu"), raw.get("position_embedding_type", "absolute")
+        if activation != "gelu" or positions != "absolute":
+            raise TinyldError(f"{raw.path}: needs gelu and absolute positions, got {activation!r} and {positions!r}")
+        d_model, num_layers, num_heads, d_ff = (_integer(raw, key) for key in self.sizes)
+        d_embed = _integer(raw, "embedding_size") if "embedding_size" in raw else d_model
+        length = _integer(raw, "max_position_embeddings") - self.skipped_positions
+        settings = dict(
+            vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=num_heads, d_ff=d_ff,
+            max_length=length if max_length is None else min(length, max_length),
+            norm_eps=raw.get("layer_norm_eps", 1e-12), norm_first=False, rotary=False, embedding_norm=True,
+            head_transform=True, d_embed=0 if d_embed == d_model else d_embed,
+        )  # fmt: skip
+        return from_dict(ModelConfig, settings, str(raw.path))
+
+    def names(self, config: ModelConfig) -> dict[str, str]:
+        """Our tensor -> the family's name of it."""
+        parts = {"embedding_norm": f"{self.prefix}embeddings.LayerNorm"}
+        if config.projected:
+            parts["embedding_projection"] = f"{self.prefix}embeddings_project"
+        for i in range(config.num_layers):
+            for ours, theirs in self.block.items():
+                parts[f"blocks.{i}.{ours}"] = f"{self.prefix}{self.blocks}.{i}.{theirs}"
+        parts |= {"head_transform.0": self.dense, "head_transform.2": self.norm}
+        named = {f"{ours}.{p}": f"{theirs}.{p}" for ours, theirs in parts.items() for p in ("weight", "bias")}
+        for ours, theirs in (("embedding", "word_embeddings"), ("positions", "position_embeddings")):
+            named[f"{ours}.weight"] = f"{self.prefix}embeddings.{theirs}.weight"
+        return named | {"output_bias": self.bias}
+
+    def complete(self, tensors: dict[str, Tensor], source: Mapping[str, Tensor], config: ModelConfig) -> bool:
+        """Brings the tensors to our shapes, and adds the head that an encoder lacks; returns whether it had one."""
+        places = tensors["positions.weight"][self.skipped_positions :][: config.max_length].float()
+        types = source.get(f"{self.prefix}embeddings.token_type_embeddings.weight")
+        tensors["positions.weight"] = places if types is None else places + types[0]
+        has_head = "head_transform.0.weight" in tensors
+        if not has_head:  # the identity, until it is trained
+            e, d = config.embedding_width, config.d_model
+            tensors |= {"head_transform.0.weight": torch.eye(e, d), "head_transform.0.bias": torch.zeros(e)}
+            tensors |= {"head_transform.2.weight": torch.ones(e), "head_transform.2.bias": torch.zeros(e)}
+        if not has_head or "output_bias" not in tensors:
+            tensors["output_bias"] = torch.zeros(config.vocab_size)
+        for name in ("embedding.weight", "output_bias"):  # the rest pads the vocabulary to a round size
+            tensors[name] = tensors[name][: config.vocab_size].clone()
+        return has_head
+
+    def is_optional(self, name: str) -> bool:
+        """Whether an encoder may lack the tensor of this name of ours: its head."""
+        return name.startswith(("head_transform", "output_bias"))
 
 
 FAMILIES: dict[str, Family] = {
@@ -113,76 +166,54 @@ def find_encoder(init: str) -> Path:
     if not found:
         raise TinyldError(f"the installed {MINILM_PACKAGE} holds no {WEIGHTS}")
     for name, digest in MINILM_SHA256.items():
-        if sha256((found[0] / name).read_bytes()) != digest:
+        if sha256(read_bytes(found[0] / name)) != digest:
             raise TinyldError(f"{found[0] / name}: its SHA-256 is not the one that tinyld knows; not used")
     return found[0]
 
 
 def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
-    """A BERT, RoBERTa, DistilBERT or ELECTRA folder in our names; TinyldError says what is off.
-
-    `max_length` keeps the first positions only.
-    """
-    if not folder.is_dir():
-        raise TinyldError(f"no encoder in {folder}: no such folder")
-    names = sorted(p.name for p in folder.iterdir())
-    if WEIGHTS not in names:
-        pickled = next((n for n in names if n.endswith((".bin", ".pt", ".ckpt"))), None)
-        if pickled:
-            raise TinyldError(
-                f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
-                f"where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
-            )
-        raise TinyldError(
-            f"no encoder in {folder}: expected {WEIGHTS} and config.json, found {', '.join(names) or 'nothing'}"
-        )
-    where = folder / "config.json"
-    raw = read_json(where)
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in FAMILIES:
-        raise TinyldError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
-    family = FAMILIES[kind]
-    activation, positions = raw.get(family.activation, "gelu"), raw.get("position_embedding_type", "absolute")
-    if activation != "gelu" or positions != "absolute":
-        raise TinyldError(f"{where}: needs gelu and absolute positions, got {activation!r} and {positions!r}")
-    source = {_present(n): t for n, t in parse_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS).items()}
-    take = _Reader(source, family.prefix, folder / WEIGHTS)
-    words = take("embeddings.word_embeddings.weight")
-    place = take("embeddings.position_embeddings.weight")[family.skipped_positions :][:max_length].clone()
-    types = take.optional("embeddings.token_type_embeddings.weight")
-    if types is not None:
-        place += types[0]
-    d_model, num_layers, num_heads, d_ff = (_integer(raw, key, where) for key in family.sizes)
-    has_head = family.dense + ".weight" in source
+    """A folder of one of FAMILIES in our names; TinyldError where it is not. `max_length` keeps the first ones."""
+    _check_folder(folder)
+    raw = read_object(folder / CONFIG)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise TinyldError(f"{raw.path}: model_type must be one of {known}, got {show(raw.get('model_type'))}")
+    path = folder / WEIGHTS
+    content = read_bytes(path, TENSORS_BYTES)
+    source = {_present(name): tensor for name, tensor in parse_tensors(content, path).items()}
+    if not any(name.startswith(family.prefix) for name in source):
+        source = {family.prefix + name: tensor for name, tensor in source.items()}  # an encoder saved alone
     tokenizer = load_tokenizer(folder)
+    config = family.config(raw, tokenizer.vocab_size, max_length)
+    check_amount(config.num_parameters(), source, path)
+    names = family.names(config)
+    absent = [theirs for ours, theirs in names.items() if theirs not in source and not family.is_optional(ours)]
+    if absent:
+        raise TinyldError(f"{path}: no tensor {absent[0]}; it is not the encoder its {CONFIG} says")
+    words = source[names["embedding.weight"]]
     if tokenizer.vocab_size > len(words):
         raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {len(words)}")
-    words = words[: tokenizer.vocab_size].clone()  # the rest pads the matrix to a round size
-    config = ModelConfig(
-        vocab_size=len(words), d_model=d_model, num_layers=num_layers, num_heads=num_heads, d_ff=d_ff,
-        max_length=place.shape[0], norm_eps=float(raw.get("layer_norm_eps", 1e-12)), norm_first=False, rotary=False,
-        embedding_norm=True, head_transform=True,
-        d_embed=0 if words.shape[1] == d_model else words.shape[1],
-    )  # fmt: skip
-    tensors = {"embedding.weight": words, "positions.weight": place}
-    for part in ("weight", "bias"):
-        tensors[f"embedding_norm.{part}"] = take(f"embeddings.LayerNorm.{part}")
-        if config.projected:
-            tensors[f"embedding_projection.{part}"] = take(f"embeddings_project.{part}")
-        for i in range(num_layers):
-            for ours, theirs in family.block.items():
-                tensors[f"blocks.{i}.{ours}.{part}"] = take(f"{family.blocks}.{i}.{theirs}.{part}")
-        if has_head:
-            tensors[f"head_transform.0.{part}"] = source[f"{family.dense}.{part}"]
-            tensors[f"head_transform.2.{part}"] = source[f"{family.norm}.{part}"]
-    if not has_head:
-        e = config.embedding_width
-        tensors["head_transform.0.weight"], tensors["head_transform.0.bias"] = torch.eye(e, d_model), torch.zeros(e)
-        tensors["head_transform.2.weight"], tensors["head_transform.2.bias"] = torch.ones(e), torch.zeros(e)
-    bias = source.get(family.bias) if has_head else None
-    tensors["output_bias"] = torch.zeros(len(words)) if bias is None else bias[: len(words)].clone()
-    origin = {"folder": str(folder.resolve()), "sha256": sha256((folder / WEIGHTS).read_bytes())}
-    return Encoder(config, {n: t.float() for n, t in tensors.items()}, tokenizer, origin, has_head)
+    tensors = {ours: source[theirs] for ours, theirs in names.items() if theirs in source}
+    finite(tensors, path)
+    has_head = family.complete(tensors, source, config)
+    origin = {"folder": str(folder.resolve()), "sha256": sha256(content)}
+    return Encoder(config, finite(tensors, path), tokenizer, origin, has_head)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise TinyldError(f"no encoder in {folder}: no such folder")
+    names = sorted(os.listdir(folder))
+    pickled = next((name for name in names if name.endswith((".bin", ".pt", ".ckpt"))), None)
+    if WEIGHTS not in names and pickled:
+        raise TinyldError(
+            f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
+            f"where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
+        )
+    if WEIGHTS not in names:
+        found = ", ".join(names[:8]) or "nothing"
+        raise TinyldError(f"no encoder in {folder}: expected {WEIGHTS} and {CONFIG}, found {found}")
 
 
 def _present(name: str) -> str:
@@ -190,29 +221,10 @@ def _present(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-class _Reader:
-    """Tensors by the encoder's own names, with or without the family's prefix."""
-
-    def __init__(self, source: Mapping[str, Tensor], prefix: str, path: Path):
-        self.source, self.path = source, path
-        self.prefix = prefix if any(name.startswith(prefix) for name in source) else ""
-
-    def optional(self, name: str) -> Tensor | None:
-        return self.source.get(self.prefix + name)
-
-    def __call__(self, name: str) -> Tensor:
-        tensor = self.optional(name)
-        if tensor is None:
-            raise TinyldError(
-                f"{self.path}: no tensor {self.prefix + name}; it is not the encoder its config.json says"
-            )
-        return tensor
-
-
-def _integer(raw: Mapping[str, Any], key: str, where: Path) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise TinyldError(f"{where}: {key} must be a whole number above 0, got {value!r}")
+def _integer(raw: Record, key: str) -> int:
+    value = raw[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise TinyldError(f"{raw.path}: {key} must be a whole number above 0, got {show(value)}")
     return value
 
 
@@ -223,10 +235,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "vocab.txt"
     if not path.is_file():
         raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json or vocab.txt")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     vocab = {piece: i for i, piece in enumerate(lines) if piece}
     settings = folder / "tokenizer_config.json"
-    lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+    lowercase = read_object(settings).get("do_lower_case", True) if settings.is_file() else True
     inner = HFTokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=bool(lowercase))
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -242,8 +254,9 @@ def trim_vocabulary(encoder: Encoder, counts: Mapping[int, int], size: int) -> E
     """The encoder with its `size` most used pieces: special tokens, single characters and the most counted ones.
 
     Kept pieces keep their order, so ids are renumbered without a change of meaning; text whose pieces were all kept
-    gets the same pieces. WordPiece only: pieces are looked up by name, longest first, so that a dropped piece is
-    spelled by shorter ones.
+    gets the same pieces, but for our one spelling of quotes, brackets and `does n't`, which comes first as in our own
+    tokenizers. WordPiece only: pieces are looked up by name, longest first, so that a dropped piece is spelled by
+    shorter ones.
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.is_wordpiece:
@@ -263,8 +276,10 @@ def trim_vocabulary(encoder: Encoder, counts: Mapping[int, int], size: int) -> E
     for name in ("embedding.weight", "output_bias"):
         if name in tensors:
             tensors[name] = tensors[name][index].clone()
-    config = ModelConfig(**{**vars(encoder.config), "vocab_size": len(kept)})
-    return Encoder(config, tensors, Tokenizer(HFTokenizer.from_str(json.dumps(raw))), encoder.origin, encoder.has_head)
+    inner = HFTokenizer.from_str(json.dumps(raw))
+    add_spelling_rules(inner)
+    config = replace(encoder.config, vocab_size=len(kept))
+    return Encoder(config, tensors, Tokenizer(inner), encoder.origin, encoder.has_head)
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -279,22 +294,11 @@ def export_bert(
         raise TinyldError(
             f"{run}: only bases begun with --init can be written for transformers (its BERT is post-norm)"
         )
-    family, d = FAMILIES["bert"], config.d_model
-    out_tensors = {
-        "bert.embeddings.word_embeddings.weight": tensors["embedding.weight"],
-        "bert.embeddings.position_embeddings.weight": tensors["positions.weight"],
-        "bert.embeddings.token_type_embeddings.weight": torch.zeros(2, d),
-        family.bias: tensors["output_bias"],
-    }
-    for part in ("weight", "bias"):
-        out_tensors[f"bert.embeddings.LayerNorm.{part}"] = tensors[f"embedding_norm.{part}"]
-        for i in range(config.num_layers):
-            for ours, theirs in family.block.items():
-                out_tensors[f"bert.{family.blocks}.{i}.{theirs}.{part}"] = tensors[f"blocks.{i}.{ours}.{part}"]
-        out_tensors[f"{family.dense}.{part}"] = tensors[f"head_transform.0.{part}"]
-        out_tensors[f"{family.norm}.{part}"] = tensors[f"head_transform.2.{part}"]
+    family = FAMILIES["bert"]
+    out_tensors = {theirs: tensors[ours] for ours, theirs in family.names(config).items()}
+    out_tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
     RunFolder.create(out)
-    names = dict(zip(family.sizes, (d, config.num_layers, config.num_heads, config.d_ff), strict=True))
+    names = dict(zip(family.sizes, (config.d_model, config.num_layers, config.num_heads, config.d_ff), strict=True))
     settings = {
         "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": config.vocab_size, **names,
         "max_position_embeddings": config.max_length, "type_vocab_size": 2, "layer_norm_eps": config.norm_eps,

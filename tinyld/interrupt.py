@@ -1,4 +1,4 @@
-"""Stopping at a signal: SIGTERM and SIGINT let the step end and the state be saved; a second one exits at once.
+"""Stopping at a signal: the step ends and the state is saved; a second signal exits at once.
 
 One stop may arrive twice, from a terminal or a launcher and from the parent process: what comes within a second of the
 first is the first.
@@ -6,14 +6,15 @@ first is the first.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME = 1.0  # seconds within which a second signal is the first one
 
 
@@ -28,11 +29,20 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
-class StopSignals:
-    """Within it the first signal is only noted in `received`. In another thread than the main one it does nothing."""
+def stop_signals() -> list[signal.Signals]:
+    """What stops a run: Ctrl-C, a launcher's SIGTERM, and a closed terminal unless nohup has it ignored."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
 
-    def __init__(self) -> None:
-        self.received, self.at = 0, 0.0
+
+class StopSignals:
+    """Within it the first signal is only noted in `received`, and answered on stderr with what will still be done.
+
+    In another thread than the main one it does nothing.
+    """
+
+    def __init__(self, answer: str = "stopping after this step") -> None:
+        self.received, self.at, self.answer = 0, 0.0, answer
         self._before: dict[int, Any] = {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -40,15 +50,17 @@ class StopSignals:
             os._exit(128 + signum)
         if not self.received:
             self.received, self.at = signum, time.monotonic()
+            if self.answer and sys.stderr is not None:
+                with contextlib.suppress(OSError, ValueError):  # nobody may read it
+                    # not by print, which may just be under way and is not reentrant
+                    os.write(sys.stderr.fileno(), f"{self.answer}\n".encode())
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+            self._before = {s: signal.signal(s, self._note) for s in stop_signals()}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -59,5 +71,5 @@ def raise_at_signals() -> None:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    for signum in SIGNALS:
+    for signum in stop_signals():
         signal.signal(signum, interrupt)

@@ -1,10 +1,6 @@
-"""What families of denoisers have in different ways: norms, activations, rotary positions, windows, a shift."""
+"""What families of denoisers have in different ways: norms, activations, rotary positions, windows."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,27 +68,3 @@ def near_attention(
     if key_mask is not None:  # padding reads itself alone, so that every query reads something
         near = near & key_mask[:, None, :] | (distance == 0)
     return F.scaled_dot_product_attention(q, k, v, near[:, None])
-
-
-def shifted_by_one(states: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`Denoiser.states`, which in a shifted model gives for position i the state at i - 1; position 0 keeps its own."""
-
-    @wraps(states)
-    def shifted(
-        self: Any,
-        xt: Tensor,
-        t: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        cached: Tensor | None = None,
-        where: Tensor | None = None,
-    ) -> Tensor:
-        if self.config.shifted and where is not None and not bool(where[:, 0].any()):
-            where = where.roll(-1, 1)
-        elif self.config.shifted:
-            h = states(self, xt, t, attention_mask, prompt_mask, cached)
-            h = torch.cat([h[:, :1], h[:, :-1]], 1)
-            return h if where is None else h[where]
-        return states(self, xt, t, attention_mask, prompt_mask, cached, where)
-
-    return shifted

@@ -1,17 +1,14 @@
 """The denoiser: a bidirectional transformer from noised ids to token logits; pre-norm and rotary by default.
 
-It knows nothing of schedules, tasks or methods. Methods meet it at four seams:
+It knows nothing of schedules, tasks or methods. Methods meet it at three seams:
   - `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
   - every Linear of a block, which is *called* (so it can be wrapped), and every bias;
-  - `Denoiser.clock`, which is told t before every forward pass;
-  - `Denoiser.push`, which may change the residual stream before any block, within it (between attention and MLP) and
-    after the last one.
+  - `Denoiser.push`, which may change the residual stream before any block and after the last one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,67 +17,48 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyld.config import ModelConfig
-from tinyld.layers import activate, look_up, make_norm, near_attention, rotary_tables, rotate, shifted_by_one
+from tinyld.layers import activate, look_up, make_norm, near_attention, rotary_tables, rotate
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
-
-
-class PushAt(Protocol):
-    """(depth, h) -> what is added to h, both (B, L, D), or (B, M, D) in and after a last block that computes M places
-    of a row alone; depth d is before block d, d + 1/2 within it. `places` (B, M): those of h (B, L, D) that it is
-    wanted for, (B, M, D)."""
-
-    def __call__(self, depth: float, h: Tensor, places: Tensor | None = None) -> Tensor: ...
+# push_at(depth, h, positions=None): what is added to the states h before block `depth` (num_layers: the final ones).
+# h is (B, L, D), or (B, M, D) where the pass has computed M positions of a row alone; so is the result. With
+# `positions` (B, M) h has all L, and only what is added at those is returned, (B, M, D).
+PushAt = Callable[..., Tensor]
 
 
 class Push(Protocol):
-    """What may be hung on `Denoiser.push`."""
+    """What may be hung on `Denoiser.push`: it adds to the states at its sites, one a depth.
 
-    @property
-    def first_depth(self) -> int:
-        """States before this block are the frozen base's own."""
-        ...
+    The states before block `first_depth` are the frozen base's own, so they may be kept and given back as `cached`.
+    """
 
-    @property
-    def pushes_within(self) -> bool:
-        """Whether it is called within blocks as well, after the attention."""
-        ...
-
-    @property
-    def reads_depths(self) -> bool:
-        """Whether it reads the states below as well, so that the pass must keep them."""
-        ...
-
-    @property
-    def reads_others(self) -> bool:
-        """Whether, in or after the last block, it reads other positions than the one that it pushes; then, or where it
-        reads depths, h always has all of them."""
-        ...
+    first_depth: int  # of the lowest site
+    reads_depths: bool  # it also reads the states below, as `history` has them
+    reads_others: bool  # on the final state it reads other positions than the one it pushes, so all are computed
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
-        """The function that the forward pass calls with (depth, h) at every depth from `first_depth` to num_layers.
+        """The function that one pass calls at every depth from `first_depth` to num_layers, in order.
 
-        With `pushes_within`, the depths go up by halves: d + 1/2 lies between attention and MLP of block d.
-        With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has the states before blocks
-        0 to d, for a whole d the last of them h.
+        With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has at least the states before
+        blocks 0 to d - 1, unpushed at their own depth.
         """
         ...
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """x (B, L, D) at places (B, M) -> (B, M, D)."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, L, D) at positions (B, M) -> (B, M, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def places_first(where: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(places, asked), both (B, M): the positions that `where` (B, L) bool asks for, from left to right, and which of
-    them are so; a row with fewer has others as well. None where M is 0, or more than half of L: all are as cheap."""
+def few_positions(where: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(positions, is_asked), both (B, M): those that `where` (B, L) bool asks for, from left to right; a row that asks
+    for fewer than M has others as well. None where M is 0, or more than half of L: all are as cheap."""
     most = int(where.sum(1).max()) if len(where) else 0
     if not 0 < 2 * most <= where.shape[1]:
         return None
-    places = where.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    return places, where.gather(1, places)
+    positions = where.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return positions, where.gather(1, positions)
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
@@ -140,48 +118,40 @@ class Block(nn.Module):
         self.after_attention: nn.Module = nn.Identity()
         self.after_mlp: nn.Module = nn.Identity()
 
-    def attend(self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, places: Tensor | None = None) -> Tensor:
-        """(B, L, D), or (B, M, D) for the queries of `places` (B, M) alone."""
+    def attend(
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, D), or (B, M, D) for the queries of `positions` (B, M) alone."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)  # (B, H, L, head width)
 
         h = h.to(compute_dtype(h))  # once, not in each of the products
-        asking = h if places is None else take(h, places)
+        asking = h if positions is None else take(h, positions)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
         if self.query_norm is not None:
             q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
         if angles is not None:
             angles = (angles[0][:, int(self.is_local)], angles[1][:, int(self.is_local)])
-            cos, sin = angles if places is None else (angle[places][:, None] for angle in angles)
+            cos, sin = angles if positions is None else (angle[positions][:, None] for angle in angles)
             q, k = rotate(q, cos, sin), rotate(k, *angles)
         if k.shape[1] < q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        mixed = near_attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, places)
+        mixed = near_attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
         return self.down(activate(self.up(h), self.config.activation, self.config.gated))
 
     def forward(
-        self,
-        h: Tensor,
-        angles: Angles | None,
-        key_mask: Tensor | None,
-        push: Callable[[Tensor], Tensor] | None = None,
-        places: Tensor | None = None,
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
-        """`push` (B, L, D) -> (B, L, D) is added to the states between attention and MLP.
-
-        With `places` (B, M) only their states are computed and pushed, (B, M, D): the others give keys and values.
-        """
-        here = h if places is None else take(h, places)
+        """With `positions` (B, M) only their states are computed, (B, M, D): the others give keys and values."""
+        here = h if positions is None else take(h, positions)
         if self.norm_first:
-            h = here + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask, places))
-            h = h if push is None else h + push(h)
+            h = here + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask, positions))
             return h + self.after_mlp(self.mlp(self.mlp_norm(h)))
-        h = self.attention_norm(here + self.after_attention(self.attend(h, angles, key_mask, places)))
-        h = h if push is None else h + push(h)
+        h = self.attention_norm(here + self.after_attention(self.attend(h, angles, key_mask, positions)))
         return self.mlp_norm(h + self.after_mlp(self.mlp(h)))
 
 
@@ -211,7 +181,6 @@ class Denoiser(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
-        self.clock: Callable[[Tensor], None] | None = None
         self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
         self.reset_parameters(generator)
 
@@ -245,14 +214,12 @@ class Denoiser(nn.Module):
         stop: int,
         push_at: PushAt | None = None,
         history: list[Tensor] | None = None,
-        within: bool = False,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
         attention_mask: (B, L) bool, or None when no position is padding. The states before each block that runs are
-        appended to `history`. `within`: push_at is called within the blocks as well. `places` (B, M): those that are
-        wanted of the last block that runs, (B, M, D).
+        appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
         """
         length, dtype = h.shape[1], compute_dtype(h)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
@@ -261,15 +228,13 @@ class Denoiser(nn.Module):
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
-            push = partial(push_at, depth + 0.5) if push_at is not None and within else None
-            block, asked = self.blocks[depth], places if depth == stop - 1 else None
+            block, asked = self.blocks[depth], positions if depth == self.config.num_layers - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, angles, attention_mask, push, asked, use_reentrant=False)
+                h = checkpoint(block, h, angles, attention_mask, asked, use_reentrant=False)
             else:
-                h = block(h, angles, attention_mask, push, asked)
+                h = block(h, angles, attention_mask, asked)
         return h
 
-    @shifted_by_one
     def states(
         self,
         xt: Tensor,
@@ -280,48 +245,45 @@ class Denoiser(nn.Module):
         where: Tensor | None = None,
     ) -> Tensor:
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
-        its N positions, (N, D), row by row: where they are few, the last block computes no others.
+        its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
+        position i has the state at i - 1, and position 0 its own.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing below block
         `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, before all blocks up
         to it. t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
-        if self.clock is not None:
-            if t is None:
-                raise ValueError("a denoiser with a clock needs t")
-            self.clock(t)
         push, last = self.push, self.config.num_layers
-        final_only = push is not None and push.first_depth == last  # the base runs as if there were none
-        reads_all = push is not None and not final_only and (push.reads_depths or push.reads_others)
-        found = None if where is None or reads_all else places_first(where)
-        places, asked = found or (None, where)
-
-        def chosen(h: Tensor) -> Tensor:
-            return h if asked is None else h[asked]
-
-        if push is None:
-            return chosen(self.run_blocks(self.embed(xt), attention_mask, 0, last, places=places))
-        if t is None or prompt_mask is None:
+        if push is not None and (t is None or prompt_mask is None):
             raise ValueError("a denoiser with a push needs t and prompt_mask")
-        first = push.first_depth
-        history: list[Tensor] | None = [] if push.reads_depths else None
+        first = last if push is None else push.first_depth
+        whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
+        late = self.config.shifted and (where is None or bool(where[:, 0].any()))  # position 0 has none before it
+        asked = None if late else where.roll(-1, 1) if self.config.shifted else where
+        positions, is_asked = (None if asked is None else few_positions(asked)) or (None, asked)
+        narrow = None if whole else positions
+        history: list[Tensor] | None = [] if push is not None and push.reads_depths else None
         if cached is None:
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=history)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=history, positions=narrow)
         else:
             *below, h = cached.unbind(2)
             if history is not None:
                 history += below
-        push_at = push.start(t, prompt_mask, history if history is not None else ())
-        h = self.run_blocks(h, attention_mask, first, last, push_at, history, push.pushes_within, places)
-        if history is not None:
-            history.append(h)
-        if final_only and places is not None:
-            return chosen(take(h, places) + push_at(last, h, places))
-        return chosen(h + push_at(last, h))
+        if push is not None:
+            push_at = push.start(t, prompt_mask, () if history is None else history)
+            h = self.run_blocks(h, attention_mask, first, last, push_at, history, narrow)
+            if whole and positions is not None:
+                h = take(h, positions) + push_at(last, h, positions)
+            else:
+                h = h + push_at(last, h)
+        h = h if is_asked is None else h[is_asked]
+        if late:
+            h = torch.cat([h[:, :1], h[:, :-1]], 1)
+            h = h if where is None else h[where]
+        return h
 
     @property
     def vocabulary(self) -> Tensor:
-        """The matrix that gives the logits: (V, E), or (V', E) where the last ids have none."""
+        """The matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""
         return self.embedding.weight if self.output is None else self.output.weight
 
     def head(self, h: Tensor) -> Tensor:

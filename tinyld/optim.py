@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,15 +12,16 @@ from tinyld.config import TrainConfig
 from tinyld.device import fast_dtype
 
 
-class Fp32Muon(torch.optim.Muon):
-    """torch.optim.Muon with Nesterov momentum and RMS matching, its matrix products in fp32.
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with Nesterov momentum and RMS matching, its matrix products in a type that the hardware has.
 
     torch takes bf16 for them whatever the hardware. A processor that has none computes it seventy times as slowly:
     full fine-tuning of 7M parameters then takes more than ten seconds an update.
     """
 
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.1):
-        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, params: Any, lr: float, dtype: torch.dtype, weight_decay: float = 0.1):
+        super().__init__(params, lr, weight_decay)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -32,7 +32,8 @@ class Fp32Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"])
+                nesterov = parameter.grad.lerp(momentum, group["momentum"])
+                update = orthogonal(nesterov.to(self.dtype), group["ns_coefficients"])
                 size = 0.2 * max(parameter.shape) ** 0.5  # an entry's RMS as AdamW's (arXiv 2502.16982, eq. 4)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * size)
@@ -56,7 +57,7 @@ def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float]) -> Tens
 class Optimizer:
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
 
-    Muon (torch.optim.Muon, Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. Biases, norms and
+    Muon (with Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. Biases, norms and
     one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder.
     """
 
@@ -79,12 +80,8 @@ class Optimizer:
         if adamw:
             self.parts.append(torch.optim.AdamW(adamw, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True))
         if muon:
-            in_fp32 = fast_dtype(muon[0]["params"][0].device) == "fp32"
-            self.parts.append(
-                Fp32Muon(muon, config.lr)
-                if in_fp32
-                else torch.optim.Muon(muon, config.lr, adjust_lr_fn="match_rms_adamw")
-            )
+            has_bf16 = fast_dtype(muon[0]["params"][0].device) != "fp32"
+            self.parts.append(Muon(muon, config.lr, torch.bfloat16 if has_bf16 else torch.float32))
 
     def set_lr(self, factor: float, progress: float = 1.0) -> None:
         """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""
@@ -122,15 +119,12 @@ class Optimizer:
 
 def is_inside(name: str, parameter: nn.Parameter) -> bool:
     """Whether it is a matrix between the embedding and the head, the base's own or an adapter's."""
-    return parameter.dim() == 2 and name.startswith(("blocks.", "places."))
+    return parameter.dim() == 2 and name.startswith(("blocks.", "sites."))
 
 
-def lr_factor(progress: float, warmup: float, decay: str) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then decay to 0."""
+def lr_factor(progress: float, warmup: float, flat: float = 0.0) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1]: it rises for `warmup`, stays for `flat`, falls to 0."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
         return max(progress / warmup, 1e-3)
-    if decay == "none":
-        return 1.0
-    left = (1.0 - progress) / (1.0 - warmup)
-    return left if decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+    return min((1.0 - progress) / (1.0 - warmup - flat), 1.0)

@@ -11,17 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
-from tinyld.config import ModelConfig
-from tinyld.errors import TinyldError, UsageError
+from tinyld.config import ModelConfig, from_dict
+from tinyld.errors import TinyldError, show
 from tinyld.methods import WeightLora
-from tinyld.methods.weight_lora import WeightLoraConfig
+from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
 from tinyld.model import LINEARS
-from tinyld.runs import make_folder, parse_tensors, read_json, to_json, write_atomic
+from tinyld.read import finite, read_object, read_tensors
+from tinyld.write import make_folder, to_json, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 BASE = "tinyld base "
 
-# Settings of PEFT that change what an adapter computes and that ours has no counterpart of: only these values load.
+# Settings that are read below, and those that say nothing of what an adapter computes when it is used.
+READ = ("base_model_name_or_path", "target_modules", "r", "lora_alpha", "use_rslora", "init_lora_weights")
+IDLE = (
+    "auto_mapping", "ensure_weight_tying", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+)  # fmt: skip
+# Of all others a value that is not this one, or not empty where there is none here, makes another kind of adapter.
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
@@ -44,8 +51,6 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
     """Writes a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
     from safetensors.torch import save
 
-    if config.banded:
-        raise UsageError("PEFT has no timestep bands; export a weight-lora without --ranks and --core")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TinyldError(f"{out} exists and is not empty: choose another --out")
     make_folder(out)
@@ -54,7 +59,7 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
         "base_model_name_or_path": BASE + fingerprint,
         "target_modules": list(config.targets),
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": ALPHA,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "inference_mode": True,
@@ -71,12 +76,12 @@ def load_peft(
     A folder that `export_peft` wrote names its base, which must then be the one of `fingerprint`.
     """
     where = folder / CONFIG
-    raw = read_json(where)
-    if not isinstance(raw, dict):
-        raise TinyldError(f"{where}: expected an object")
-    for key, value in PLAIN.items():
-        if raw.get(key, value) not in (value, None) and not (value is None and raw.get(key) in ([], {})):
-            raise TinyldError(f"{where}: {key} must be {value!r} to be a plain LoRA, got {raw[key]!r}")
+    raw = read_object(where)
+    for key, value in raw.items():
+        plain = PLAIN.get(key)
+        same = type(value) is type(plain) and value == plain
+        if key not in READ + IDLE and not same and not (value in (None, [], {}) or (plain is None and value is False)):
+            raise TinyldError(f"{where}: {key} must be {plain!r} to be a plain LoRA, got {show(value)}")
     if raw.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise TinyldError(f"{where}: init_lora_weights {raw['init_lora_weights']!r} changes the base's own weights")
     named = str(raw.get("base_model_name_or_path"))
@@ -84,25 +89,24 @@ def load_peft(
         raise TinyldError(
             f"{folder} is for base {named.removeprefix(BASE)}, not {fingerprint}; give its own with --base"
         )
-    targets, rank, alpha = raw.get("target_modules"), raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(targets, list) or not all(isinstance(t, str) and t in LINEARS for t in targets):
+    targets = raw["target_modules"]
+    if not isinstance(targets, list) or not all(target in LINEARS for target in targets):
         raise TinyldError(f"{where}: target_modules must be a list of {', '.join(LINEARS)}, got {targets!r}")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
-        raise TinyldError(f"{where}: r must be a whole number and lora_alpha a number, got {rank!r} and {alpha!r}")
-    try:
-        ordered = tuple(name for name in LINEARS if name in targets)
-        config = WeightLoraConfig(rank, float(alpha), ordered, bool(raw.get("use_rslora", False)))
-    except UsageError as error:
-        raise TinyldError(f"{where}: {error}") from None
+    alpha = raw["lora_alpha"]
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise TinyldError(f"{where}: lora_alpha must be a number, got {alpha!r}")
+    settings = {"rank": raw["r"], "rslora": raw.get("use_rslora", False)}
+    settings["targets"] = [name for name in LINEARS if name in targets]
+    config = from_dict(WeightLoraConfig, settings, str(where))
     path = folder / WEIGHTS
     if not path.is_file():
         raise TinyldError(f"no {WEIGHTS} in {folder}; pickled adapters are not read")
-    tensors = parse_tensors(path.read_bytes(), path)
+    tensors = read_tensors(path)
     foreign = [name for name in tensors if not name.startswith(PREFIX)]
     if foreign:
         raise TinyldError(f"{path}: tensor {foreign[0]!r} does not begin with {PREFIX}")
-    found = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()}
     expected = WeightLora.expected_parameters(config, model_config)
-    if sum(t.numel() for t in found.values()) != expected:
+    if sum(t.numel() for t in tensors.values()) != expected:
         raise TinyldError(f"{path}: not a LoRA of this base: {expected:,} parameters expected")
-    return config, found
+    scaled = {n: t * (alpha / ALPHA) if n.endswith("lora_B.weight") else t for n, t in tensors.items()}
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in finite(scaled, path).items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyld.base import load_base, load_exactly, save_base
-from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from tinyld.checkpoint import load_base, load_exactly, save_base
+from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig, check, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import DTYPES, autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes, is_writer
+from tinyld.environment import check_unchanged, environment
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
-from tinyld.hf import Encoder, load_encoder, trim_vocabulary
+from tinyld.finetuning import resume
+from tinyld.hf import Encoder, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
+from tinyld.options import PretrainOptions, Training, flag
 from tinyld.progress import Progress
-from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder, check_unchanged, environment
+from tinyld.rows import bundled_data_dir
+from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainResult, train
+from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 
@@ -56,33 +62,101 @@ def unigram_nll(counts: np.ndarray, held_out: np.ndarray) -> float:
     return float(-(held_out * logp).sum() / held_out.sum())
 
 
-def pretrain(
-    open_folder: Callable[[], RunFolder],
-    data: list[Path],
-    valid: list[Path],
-    model_shape: dict[str, int],
-    vocab_size: int,
-    diffusion: DiffusionConfig,
-    config: TrainConfig,
-    save_dtype: torch.dtype,
-    encoder: Encoder | None = None,
-    trim_vocab: int | None = None,
-    keep_init: float = 0.0,
-    convert_only: bool = False,
-    resume: bool = False,
-    from_step: int | None = None,
-    allow_changed: bool = False,
-    processes: Processes | None = None,
-    quiet: bool = False,
-    say: Any = print,
-) -> dict[str, Any]:
-    """Trains a base and returns its summary.
+@dataclass(frozen=True)
+class Job:
+    """A pretraining run with nothing left open: what a new one was asked, or what an old one recorded."""
 
-    `encoder` is what to start from, whose tokenizer may be trimmed to `trim_vocab` pieces; with `convert_only` it is
-    written as it is, untrained. What is written is `keep_init` of its weights and the rest of the trained ones: an
-    average in weight space keeps much of both (WiSE-FT, arXiv 2109.01903). `open_folder` is called once the text is
-    known to be good, and gives the new folder, or with `resume` the old one.
+    data: Sequence[Path]
+    valid: Sequence[Path]
+    model_shape: dict[str, int]
+    vocab_size: int
+    diffusion: DiffusionConfig
+    training: TrainConfig
+    save_dtype: torch.dtype
+    encoder: Encoder | None = None  # what to start from
+    trim_vocab: int | None = None  # pieces that its tokenizer is trimmed to
+    keep_init: float = 0.0  # share of the encoder's weights in what is written (WiSE-FT, arXiv 2109.01903)
+    convert_only: bool = False  # the encoder is written as it is, untrained
+
+
+def pretrain(options: PretrainOptions) -> dict[str, Any]:
+    """Trains a base in a new run folder, or goes on with one; returns its results, which are also in the folder."""
+    keep_freed_memory()
+    if options.resume is not None:
+        return resume(options)
+    out = options.out or RUNS / f"base-{options.preset}-s{options.seed}"
+    find_text_files([*options.data, *options.valid])
+    job = job_of(options, out)
+    processes = Processes.join(resolve_device(job.training.device))
+    with ExitStack() as stack:
+
+        def open_folder() -> RunFolder:
+            folder = processes.open_run(out, lambda: RunFolder.create(out, options.force))
+            stack.enter_context(folder.locked())
+            return folder
+
+        return {"run": str(out), **run_pretraining(job, open_folder, options, processes)}
+
+
+def job_of(options: PretrainOptions, out: Path) -> Job:
+    """What was left open is filled in: the preset's sizes, 10 minutes, the bundled text."""
+    sizes = ("d_model", "num_layers", "num_heads", "d_ff", "max_length")
+    given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    path = None if options.init is None else find_encoder(options.init)
+    own = path is not None and RunFolder(path).is_run()
+    if path is None:
+        for name in ("trim_vocab", "keep_init", "body_lr", "body_start"):
+            check(not getattr(options, name), f"{flag(name)} needs --init")
+    else:
+        fixed = [name for name in (*sizes[:-1], "vocab_size") if getattr(options, name)]
+        check(not fixed, "--init brings its own sizes; only --max-length and --trim-vocab may change them")
+        check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
+    check(0 <= options.keep_init < 1, f"keep_init is a share between 0 and 1, got {options.keep_init:g}")
+    training = options.only(TrainConfig)
+    convert_only = path is not None and options.minutes == 0
+    if convert_only:
+        training |= {"steps": 1, "minutes": None}
+    elif options.steps is None and options.tokens is None and options.minutes is None:
+        training |= {"minutes": 10.0}
+    fresh_head = path is not None and not own
+    training["body_lr"] = (0.1 if fresh_head else 1.0) if options.body_lr is None else options.body_lr
+    training["body_start"] = (0.1 if fresh_head else 0.0) if options.body_start is None else options.body_start
+    config = TrainConfig(**training)
+    shape, vocab_size = PRESETS[options.preset] | given, options.vocab_size or VOCAB_SIZES[options.preset]
+    ModelConfig(vocab_size=vocab_size, **shape)
+    diffusion = DiffusionConfig(schedule=options.schedule, loss=options.loss)
+    resolve_dtype(config.dtype, resolve_device(config.device))
+    if is_writer():
+        RunFolder.check_free(out, options.force)
+    encoder = None
+    if path is not None:
+        encoder = load_start(path, shape["max_length"])
+        refuse_inside(out, [path])
+    data = options.data or (bundled_data_dir() / "corpus.txt.gz",)
+    return Job(data, options.valid, shape, vocab_size, diffusion, config, DTYPES[options.save_dtype], encoder,
+               options.trim_vocab, options.keep_init, convert_only)  # fmt: skip
+
+
+def go_on(folder: RunFolder, diffusion: DiffusionConfig, training: TrainConfig, options: Training) -> dict[str, Any]:
+    """The rest of an interrupted run; its results."""
+    config = folder.config
+    shape = {k: v for k, v in config["model"].items() if k != "vocab_size"}
+    files, valid = ([Path(p) for p in paths] for paths in (config["data"]["files"], config["valid"]))
+    job = Job(files, valid, shape, config["model"]["vocab_size"], diffusion, training, save_dtype_of(config),
+              keep_init=config["keep_init"])  # fmt: skip
+    processes = Processes.join(resolve_device(training.device))
+    return run_pretraining(job, lambda: processes.open_run(folder.path, lambda: folder), options, processes, True)
+
+
+def run_pretraining(
+    job: Job, open_folder: Callable[[], RunFolder], options: Training, processes: Processes, resume: bool = False
+) -> dict[str, Any]:
+    """Trains a base and returns its results, which are also in its results.json.
+
+    `open_folder` is called once the text is known to be good, and gives the new folder, or with `resume` the old one.
     """
+    config, encoder, data, valid = job.training, job.encoder, job.data, job.valid
+    quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
     device = resolve_device(config.device)
     files = find_text_files(data)
     valid_files = find_text_files(valid) if valid else files
@@ -101,15 +175,15 @@ def pretrain(
         tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         model_config = from_dict(ModelConfig, folder.config["model"], str(folder.path / CONFIG))
     elif encoder is not None:
-        if trim_vocab is not None:
+        if job.trim_vocab is not None:
             used = read("text", encoder.tokenizer).counts
-            encoder = trim_vocabulary(encoder, dict(enumerate(used.tolist())), trim_vocab)
+            encoder = trim_vocabulary(encoder, dict(enumerate(used.tolist())), job.trim_vocab)
         tokenizer, model_config = encoder.tokenizer, encoder.config
     else:
-        say(f"training a tokenizer of {vocab_size:,} pieces on {', '.join(map(str, data))}")
+        say(f"training a tokenizer of {job.vocab_size:,} pieces on {', '.join(map(str, data))}")
         lines = sample(files, read_lines(files))
-        tokenizer = Tokenizer.train(lines if valid else held_out_part(lines, held_out=False), vocab_size)
-        model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **model_shape)
+        tokenizer = Tokenizer.train(lines if valid else held_out_part(lines, held_out=False), job.vocab_size)
+        model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **job.model_shape)
     text, held_out = read("text", tokenizer), read("held-out text", tokenizer)
     rows = TextRows(text.stream, model_config.max_length, tokenizer.bos_id)
     held_out_length = min(model_config.max_length, max(2, len(held_out.stream) // 2))
@@ -124,7 +198,7 @@ def pretrain(
         "unigram_nll": unigram,
     }
     if resume:
-        check_unchanged(folder.path, folder.config, data_facts["sha256"], allow_changed)
+        check_unchanged(folder.path, folder.config, data_facts["sha256"], options.allow_changed)
     else:
         folder = open_folder()
         folder.write(TOKENIZER, tokenizer.to_json().encode())
@@ -133,13 +207,13 @@ def pretrain(
             {
                 "kind": "base",
                 "model": to_dict(model_config),
-                "diffusion": to_dict(diffusion),
+                "diffusion": to_dict(job.diffusion),
                 "train": to_dict(config),
-                "save_dtype": str(save_dtype).removeprefix("torch."),
+                "save_dtype": str(job.save_dtype).removeprefix("torch."),
                 "data": data_facts,
                 "valid": [str(v.resolve()) for v in valid],
                 "warm_start": encoder and encoder.origin,
-                "keep_init": keep_init,
+                "keep_init": job.keep_init,
                 "environment": environment(),
             },
         )
@@ -156,9 +230,9 @@ def pretrain(
         bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
         return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
 
-    objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
+    objective = Objective(job.diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
     parameters = dict(model.named_parameters())
-    if convert_only:
+    if job.convert_only:
         model.eval()
         result = TrainResult(0, 0, 0.0, 0.0, evaluate())
     else:
@@ -170,29 +244,18 @@ def pretrain(
             if warm
             else frozenset()
         )
-        if keep_init and not resume:
+        if job.keep_init and not resume:
             folder.write_tensors(INITIAL, parameters)
         result = train(
-            model,
-            parameters,
-            rows,
-            objective,
-            config,
-            folder,
-            evaluate,
-            "pretrain",
-            body=body,
-            resume=resume,
-            from_step=from_step,
-            processes=processes,
-            quiet=quiet,
-        )
-        if keep_init and is_writer():
-            average(parameters, folder.read_tensors(INITIAL), keep_init)
+            model, parameters, rows, objective, config, folder, evaluate, "pretrain",
+            body=body, resume=resume, from_step=options.from_step, processes=processes, quiet=quiet,
+        )  # fmt: skip
+        if job.keep_init and is_writer():
+            average(parameters, folder.read_tensors(INITIAL), job.keep_init)
             with autocast(device, resolve_dtype(config.dtype, device)):
                 result = replace(result, metrics=evaluate())
         folder.close_log()
-    save_base(folder, model, parameters, tokenizer, save_dtype)
+    save_base(folder, model, parameters, tokenizer, job.save_dtype)
     summary = {
         "parameters": model_config.num_parameters(),
         "steps": result.steps,

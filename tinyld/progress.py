@@ -1,10 +1,17 @@
-"""Progress bars with rate and ETA, on stderr. rich is imported only when a bar starts."""
+"""What is being done, how far it is and when it will be done, on stderr. rich is imported only when a bar starts."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from types import TracebackType
+
+
+def say(line: str) -> None:
+    """A line on stderr; none where nobody reads it (any more)."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -13,51 +20,72 @@ class Progress:
     `total` is in the unit that `advance_to` gets; a step budget counts steps, a time budget seconds.
     """
 
-    def __init__(self, label: str, total: float, unit: str = "", quiet: bool = False, every: float = 15.0):
-        self.label, self.total, self.unit, self.quiet, self.every = label, total, unit, quiet, every
+    def __init__(self, label: str, total: float, quiet: bool = False, every: float = 15.0):
+        self.label, self.total, self.quiet, self.every = label, total, quiet, every
+        self.now = self.rate = self.note = ""
+        self.done = 0.0
         self.begun: float | None = None  # where the work stood at the first report: a resumed run begins late
-        self.note = ""
+        self.ends: float | None = None  # when it will be done
         self.bar = None
         self.started = self.last = time.monotonic()
 
     def __enter__(self) -> Progress:
         self.started = self.last = time.monotonic()
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.fields[here].title}", markup=False),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[here].rate}", markup=False),
                 TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("eta {task.fields[here].eta}"),  # asked for whenever the bar is drawn: it counts down
+                TextColumn("{task.fields[here].note}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
             )
             self.bar.start()
-            self.task = self.bar.add_task(self.label, total=self.total, rate="", note="")
+            self.task = self.bar.add_task("", total=self.total, here=self)
         return self
 
+    @property
+    def title(self) -> str:
+        return f"{self.label}: {self.now}" if self.now else self.label
+
+    @property
+    def eta(self) -> str:
+        """Time that is left, by the mean rate so far."""
+        if self.ends is None:
+            return "-"
+        seconds = max(0, round(self.ends - time.monotonic()))
+        return f"{seconds}s" if seconds < 100 else f"{seconds // 60}:{seconds % 60:02d}"
+
+    def doing(self, what: str = "") -> None:
+        """Says what is being done besides the work that is counted; without `what`, that this goes on."""
+        self.now = what
+        self._report()
+
     def advance_to(self, done: float, rate: str = "", note: str = "") -> None:
-        self.note = note or self.note
+        self.done, self.rate, self.note = done, rate, note or self.note
         self.begun = done if self.begun is None else self.begun
+        if done > self.begun:
+            now = time.monotonic()
+            self.ends = now + (now - self.started) * (self.total - done) / (done - self.begun)
+        self._report()
+
+    def _report(self) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=min(done, self.total), rate=rate, note=self.note)
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.update(self.task, completed=min(self.done, self.total))
         elif not self.quiet and time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
-            elapsed = self.last - self.started
-            made = done - self.begun
-            eta = f"{elapsed * (self.total - done) / made:.0f}s" if made > 0 else "-"
-            share = 100 * min(done / self.total, 1.0)
-            print(f"{self.label} {share:.0f}% {rate} eta {eta} {self.note}".rstrip(), file=sys.stderr, flush=True)
+            share = 100 * min(self.done / self.total, 1.0)
+            say(f"{self.title} {share:.0f}% {self.rate} eta {self.eta} {self.note}".rstrip())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.stop()

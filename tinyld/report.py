@@ -1,343 +1,218 @@
-"""The rows of every table of results, from the records of many runs."""
+"""Tables of many runs: which method is best, how surely, at what size and in what time.
+
+`run_rows` reads a row a run (`COLUMNS`), which `--csv` keeps; `aggregate` makes one of all seeds.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.errors import TinyldError
-from tinyld.records import identity, options, seconds_to, settings, training
-from tinyld.statistics import interval, mean_of, nats
+from tinyld.methods import METHODS
+from tinyld.options import ReportOptions
+from tinyld.runs import CONFIG, RESULTS, RunFolder
+from tinyld.statistics import interval, mean_of, over_seeds
+from tinyld.tables import print_table
+from tinyld.write import write_atomic
 
-RESULT_COLUMNS = ("task", "base", "method", "settings", "training", "trials", "seeds", "split", "rows", "accuracy %")
-RESULT_COLUMNS += ("95% interval", "% of full", "unreadable %", "nats", "stored %", "bytes", "times smaller")
-RESULT_COLUMNS += ("train s", "threads", "s to 95%", "peak MB", "rows/s")
+Row = dict[str, Any]
+ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "epochs", "steps")
+ALIKE += ("batch_size", "lr", "optimizer", "training")  # what runs share that differ by their seed alone
+MEASURED = ("accuracy", "low", "high", "macro_f1", "unreadable", "nll_bound", "nll_stderr", "rows_per_second")
+DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
+SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
+ENVIRONMENT = ("threads", "tinyld", "torch", "machine", "fast_dtype", "command")
+COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, *MEASURED, *SIZES, "seconds", "peak_memory_mb", *ENVIRONMENT)
 
-NOT_BRIEF = ("trials", "unreadable %", "bytes", "times smaller", "s to 95%", "peak MB", "rows/s")
 
-Cell = tuple[str, str, str, str]  # task, split, method, and all else that sets runs apart but their seed
-
-Runs = list[tuple[dict[str, Any], dict[str, Any]]]  # (record, one of its evaluations)
-
-
-def result_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row for all runs that differ by their seed alone, on test where a run was evaluated there, else on dev.
-
-    The interval of one seed is Wilson's over rows; of several, the wider of that (at the mean) and of Student's t over
-    seeds, so that neither source of chance is left out. "% of full" is over the best full fine-tuning of the same
-    base on as many rows; "nats" is the NLL bound of an answer token with its 95% interval, which is all that a
-    generation task has; "trials" are the learning rates that were tried on dev; "s to 95%" is when dev accuracy first
-    was 95% of its own best (of the `--curve-points` of a run under `tinyld compare`). Where runs had unlike numbers of
-    threads, those with the most are timed, and "threads" is how many these had. Rows/s are of decoding, and of texts
-    not given, as `compare` writes these in one pass.
-    """
-    cells = evaluated(records)
-    means = accuracies(cells)
+def report(options: ReportOptions) -> list[Row]:
+    """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
     rows = []
-    for cell, runs in sorted(cells.items()):
-        task, split, method, _ = cell
-        first = runs[0][0]
-        whole = best_full(cell, cells, means)
-        n = runs[0][1]["n"]
-        accuracy: tuple[str | None, ...] = (None, None, None, None)
-        if cell in means:
-            mean = means[cell]
-            low, high = interval([f["accuracy"] for _, f in runs], n)
-            accuracy = (
-                f"{100 * mean:.1f}",
-                f"{100 * low:.1f} to {100 * high:.1f}",
-                f"{100 * mean / whole:.1f}" if whole else None,
-                f"{100 * mean_of(f['unreadable'] for _, f in runs):.1f}",
-            )
-        sizes, trials = first["parameters"], first.get("trials")
-        timed = _timed(runs)
-        reached = [s for s in (seconds_to(0.95, r) for r, _ in timed) if s is not None]
-        about = (task, base_name(first), method, settings(first), training(first))
-        rows.append(
-            (
-                *(*about, len(trials) if trials else 1, len(runs), split, n),
-                *accuracy,
-                nats([f["nll_bound"] for _, f in runs], mean_of(f["nll_stderr"] for _, f in runs)),
-                f"{sizes['stored_percent']:.2f}",
-                sizes["stored_bytes"],
-                f"{100 / sizes['stored_percent']:.0f}",
-                round(seconds(runs)),
-                threads(runs),
-                round(mean_of(reached)) if reached else None,
-                round(mean_of(r["results"]["finetune"]["peak_memory_mb"] for r, _ in timed)),
-                round(mean_of(f["rows_per_second"] for _, f in timed)) if cell in means else None,
-            )
-        )
-    return rows
+    for path in options.runs:
+        inside = [path] if (path / CONFIG).exists() else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
+        if not inside:
+            raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
+        rows += [row for folder in inside for row in run_rows(RunFolder.open(folder))]
+    if options.csv is not None:
+        write_csv(options.csv, rows)
+    return aggregate(rows)
 
 
-def evaluated(records: Sequence[dict[str, Any]]) -> dict[Cell, Runs]:
-    """The runs of every cell of the results, one a seed, each with its evaluation."""
-    cells: dict[Cell, Runs] = {}
-    for record in records:
-        if record["kind"] != "adapter":
-            continue
-        evaluations = record["results"].get("eval", {})
-        tested = {key.partition("/")[0] for key in evaluations if key.endswith("/test")}
-        for key, found in evaluations.items():
-            task, _, split = key.partition("/")
-            if "rows_per_second" in found and not (split == "dev" and task in tested):
-                cell = (task, split, record["method"]["name"], identity(record))
-                add_seed(cells.setdefault(cell, []), record, found)
-    return cells
+# ------------------------------------------------------------------------------------------------ a row a run
 
 
-def add_seed(runs: Runs, record: dict[str, Any], found: dict[str, Any]) -> None:
-    """Adds a run with what was found of it, unless its seed is there: a copy is no further seed."""
-    if record["train"]["seed"] not in [r["train"]["seed"] for r, _ in runs]:
-        runs.append((record, found))
-
-
-def accuracies(cells: Mapping[Cell, Runs]) -> dict[Cell, float]:
-    """Mean accuracy of the cells whose task has one."""
-    return {cell: mean_of(f["accuracy"] for _, f in runs) for cell, runs in cells.items() if "accuracy" in runs[0][1]}
-
-
-def own_cells(cells: Mapping[Cell, Runs]) -> dict[Cell, Runs]:
-    """The cells with an accuracy on the task that their runs were trained on; on its test rows where any were read."""
-    own = {
-        cell: runs
-        for cell, runs in cells.items()
-        if "accuracy" in runs[0][1] and runs[0][0]["results"]["finetune"]["task"] == cell[0]
+def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
+    """A row for every evaluation of an adapter; of dev only where the task was not evaluated on test."""
+    config, results = folder.config, folder.read_json(RESULTS)
+    if config["kind"] != "adapter":
+        raise TinyldError(f"{folder.path} holds a {config['kind']}; report takes adapters")
+    found = results.get("eval", {})
+    tested = {key.partition("/")[0] for key in found if key.endswith("/test")}
+    method, train, base = dict(config["method"]), config["train"], config["base"]
+    name = method.pop("name")
+    about: Row = {column: None for column in COLUMNS} | {
+        "run": folder.path.name,
+        "base": Path(base["path"]).name,
+        "fingerprint": base["fingerprint"],
+        "method": name,
+        "recipe": method.pop("recipe", None),
+        "settings": settings(name, method, base.get("dtype", "fp32")),
+        "rows": config["data"]["rows"],
+        "training": unusual(train, config["diffusion"]),
+        "trials": trials,
     }
-    tested = {cell[0] for cell in own if cell[1] == "test"}
-    return {cell: runs for cell, runs in own.items() if cell[1] == "test" or cell[0] not in tested}
-
-
-def best_full(cell: Cell, cells: Mapping[Cell, Runs], means: Mapping[Cell, float]) -> float:
-    """The best accuracy of full fine-tuning of the same base, on the same split and as many rows; 0 without any."""
-    alike = _base_and_rows(cells[cell][0][0])
-    full = [c for c in means if c[:3] == (*cell[:2], "full") and _base_and_rows(cells[c][0][0]) == alike]
-    return max((means[c] for c in full), default=0.0)
-
-
-METHOD_COLUMNS = ("mean %", "% of full", "stored %", "train s", "threads")
-
-
-def method_rows(records: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """(columns, rows): a row a method and base, with its accuracy on every task, where there are several tasks.
-
-    Of a method's rows on one task the one with the most training rows counts, then the one with the better dev bound.
-    The interval of the mean takes the tasks' errors as independent. "% of full" is of the means over tasks, against the
-    best full fine-tuning of each task on as many rows; "train s" is of all tasks together, with the "threads" of each.
-    """
-    cells = own_cells(evaluated(records))
-    means = accuracies(cells)
-    tasks = sorted({cell[0] for cell in cells})
-    if len(tasks) < 2:
-        return (), []
-    found: dict[tuple[str, str, str, str], dict[str, Cell]] = {}
-    for cell, runs in cells.items():
-        first = runs[0][0]
-        about = (first["method"]["name"], ", ".join(options(first)) or "-")
-        mine = found.setdefault((base_name(first), *about, str(first["base"].get("fingerprint"))), {})
-        if cell[0] not in mine or _weight(runs) > _weight(cells[mine[cell[0]]]):
-            mine[cell[0]] = cell
-
-    def half(of: Iterable[Cell]) -> float:
-        """Of the 95% interval of a mean over tasks."""
-        ends = [interval([f["accuracy"] for _, f in cells[c]], cells[c][0][1]["n"]) for c in of]
-        return sum(((high - low) / 2) ** 2 for low, high in ends) ** 0.5 / len(ends)
-
+    about |= {column: train.get(column) for column in ("epochs", "steps", "batch_size", "lr", "optimizer", "seed")}
+    about |= {column: config["parameters"][column] for column in SIZES}
+    about |= {column: results["finetune"].get(column) for column in ("seconds", "peak_memory_mb", *DEV)}
+    about |= {column: config["environment"].get(column) for column in ENVIRONMENT}
     rows = []
-    for (base, method, about, _), mine in sorted(found.items()):
-        whole = len(mine) == len(tasks)
-        mean = mean_of(means[cell] for cell in mine.values()) if whole else None
-        full = [best_full(cell, cells, means) for cell in mine.values()]
-        sizes = cells[next(iter(mine.values()))][0][0]["parameters"]
-        rows.append(
-            (
-                *(base, method, about),
-                *(f"{100 * means[mine[task]]:.1f}" if task in mine else None for task in tasks),
-                None if mean is None else f"{100 * mean:.1f} ± {100 * half(mine.values()):.1f}",
-                None if mean is None or not all(full) else f"{100 * mean / mean_of(full):.1f}",
-                f"{sizes['stored_percent']:.2f}",
-                round(sum(seconds(cells[cell]) for cell in mine.values())) if whole else None,
-                "/".join(map(str, sorted({threads(cells[cell]) for cell in mine.values()}))),
-            )
-        )
-    return ("base", "method", "settings", *(f"{task} %" for task in tasks), *METHOD_COLUMNS), rows
-
-
-def seconds(runs: Runs) -> float:
-    """Of training, over the runs with the most threads."""
-    return mean_of(r["results"]["finetune"]["seconds"] for r, _ in _timed(runs))
-
-
-def threads(runs: Runs) -> int:
-    """The most that a run had; of those that are timed."""
-    return max(record.get("environment", {}).get("threads", 0) for record, _ in runs)
-
-
-def _weight(runs: Runs) -> tuple[int, float]:
-    """What a cell counts in a choice between a method's cells of one task."""
-    return runs[0][0]["data"]["rows"], -mean_of(r["results"]["finetune"]["dev_nll_bound"] for r, _ in runs)
-
-
-def _timed(runs: Runs) -> Runs:
-    """Those with the most threads."""
-    most = threads(runs)
-    return [run for run in runs if threads([run]) == most]
-
-
-def base_name(record: Mapping[str, Any]) -> str:
-    return Path(record["base"]["path"]).name
-
-
-def _base_and_rows(record: Mapping[str, Any]) -> tuple[Any, int]:
-    return record["base"].get("fingerprint"), record["data"]["rows"]
-
-
-COMPOSE_COLUMNS = ("run", "method", "how", "adapters", "task", "split", "rows", "own %", "composed %", "points lost")
-COMPOSE_COLUMNS += ("95% interval", "routed right %", "speed")
-
-
-def compose_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row for every source task of every composition: its own adapter, the composition, and the paired difference.
-
-    "speed" is the composition's rows/s over the own adapters', all tasks together.
-    """
-    rows = []
-    for record in _compositions(records):
-        found = record["results"]["compose"]
-        methods = "+".join(dict.fromkeys(m["method"]["name"] for m in record["members"]))
-        for drop in found["drops"]:
-            task = drop["task"]
-            routed = found["routing_accuracy"].get(task)
-            rows.append(
-                (
-                    *(record["run"], methods, found["how"], len(record["members"]), task, drop["split"], drop["n"]),
-                    f"{100 * drop['own']:.1f}",
-                    f"{100 * drop['composed']:.1f}",
-                    f"{100 * drop['drop']:.2f}",
-                    f"{100 * drop['low']:.2f} to {100 * drop['high']:.2f}",
-                    None if routed is None else f"{100 * routed:.1f}",
-                    f"{found['cost']['speed']:.2f}",
-                )
-            )
+    for key, evaluation in found.items():
+        task, _, split = key.rpartition("/")
+        if not (split == "dev" and task in tested):
+            measured = {column: evaluation.get(column) for column in ("n", *MEASURED)}
+            rows.append(about | {"task": task, "split": split} | measured)
     return rows
 
 
-def _compositions(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = sorted((r for r in records if r["kind"] == "composition"), key=lambda r: r["run"])
-    for record in found:
-        if "compose" not in record["results"]:
-            raise TinyldError(f"{record['run']}: a composition that was never measured; compose its members again")
+def settings(method: str, options: Mapping[str, Any], base_dtype: str) -> str:
+    """A method's options that are not as they are by themselves, and what its base is kept in, in words."""
+    usual = to_dict(METHODS[method].Config())
+    parts = [] if base_dtype == "fp32" else [f"base in {base_dtype}"]
+    for name, value in options.items():
+        if value in (usual.get(name), list(usual[name]) if isinstance(usual.get(name), tuple) else None):
+            continue
+        if isinstance(value, list):
+            numbers = all(isinstance(v, int | float) for v in value)
+            value = value[0] if len(set(value)) == 1 else ("/" if numbers else " ").join(map(str, value))
+        parts.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
+    return ", ".join(parts)
+
+
+def unusual(train: Mapping[str, Any], diffusion: Mapping[str, Any]) -> str:
+    """What of a run's training has no column and is not as it usually is, in words."""
+    told = {"epochs", "steps", "batch_size", "lr", "optimizer", "seed"}
+    silent = {"eval_every", "save_minutes", "keep", "recompute", "device"}  # they change no result
+    usual = {f.name: f.default for kind in (TrainConfig, DiffusionConfig) for f in fields(kind)}
+    given = {k: v for k, v in {**train, **diffusion}.items() if k in usual and k not in told | silent}
+    other = [(k.replace("_", " "), v) for k, v in given.items() if v != usual[k]]
+    return ", ".join(k if v is True else f"{k} {v}" for k, v in other)
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+# ------------------------------------------------------------------------------------------------ a row a method
+
+
+def aggregate(rows: Iterable[Row]) -> list[Row]:
+    """A row for all runs that differ by their seed alone.
+
+    "low" and "high" are the accuracy's 95% interval (`statistics.interval`), "nats" the mean NLL bound of an answer
+    token, "nats_half" half of its interval; "of_full" is the share of the best full fine-tuning of the same base on as
+    many rows. Runs with the most threads are timed.
+    """
+    cells: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for row in rows:
+        key = tuple(row[column] or "" for column in ALIKE)
+        cells.setdefault(key, {}).setdefault(row["seed"], row)  # a copy of a run is no further seed
+    found = [one_row(list(runs.values())) for _, runs in sorted(cells.items(), key=lambda item: str(item[0]))]
+    for row in found:
+        alike = [r for r in found if all(r[k] == row[k] for k in ("task", "split", "fingerprint", "rows"))]
+        full = [r["accuracy"] for r in alike if r["method"] == "full" and r["accuracy"] is not None]
+        row["of_full"] = row["accuracy"] / max(full) if full and max(full) and row["accuracy"] is not None else None
     return found
 
 
-NEW_TASK_COLUMNS = ("run", "how", "new task", "split", "rows", "answered by", "accuracy %", "95% interval")
-NEW_TASK_COLUMNS += ("unreadable %",)
+def one_row(runs: Sequence[Row]) -> Row:
+    first = runs[0]
+    row = {column: first[column] for column in (*ALIKE, "trials", "n", *SIZES)} | {"seeds": len(runs)}
+
+    def mean(column: str, of: Sequence[Row] = runs) -> float | None:
+        values = [r[column] for r in of if r[column] is not None]
+        return mean_of(values) if values else None
+
+    row |= {column: mean(column) for column in (*DEV, "accuracy", "macro_f1", "unreadable")}
+    row["low"], row["high"] = None, None
+    if row["accuracy"] is not None:
+        row["low"], row["high"] = interval([r["accuracy"] for r in runs], first["n"])
+    row["nats"] = mean("nll_bound")
+    row["nats_half"] = max(1.96 * (mean("nll_stderr") or 0.0), over_seeds([r["nll_bound"] for r in runs]))
+    row["threads"] = max(r["threads"] or 0 for r in runs)
+    timed = [r for r in runs if (r["threads"] or 0) == row["threads"]]
+    return row | {column: mean(column, timed) for column in ("seconds", "peak_memory_mb", "rows_per_second")}
 
 
-def new_task_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row for everything that answered a task that is no adapter's own (`--how search`): base, adapters, composed."""
-    return [
-        (
-            *(record["run"], record["results"]["compose"]["how"], found["task"], found["split"], found["n"]),
-            Path(found["run"]).name,
-            f"{100 * found['accuracy']:.1f}",
-            f"{100 * found['low']:.1f} to {100 * found['high']:.1f}",
-            f"{100 * found['unreadable']:.1f}",
-        )
-        for record in _compositions(records)
-        for found in record["results"]["compose"]["evaluations"]
-        if "accuracy" in found and found["task"] not in [drop["task"] for drop in record["results"]["compose"]["drops"]]
-    ]
+# ------------------------------------------------------------------------------------------------ what is shown
 
 
-CHAIN_COLUMNS = ("run", "reads", "then writes", "split", "rows", "read right %", "written as asked %", "95% interval")
-CHAIN_COLUMNS += ("distinct %", "NLL written", "NLL of real text")
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}"
 
 
-def chain_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row for every `tinyld eval --then`: a label read and a text of the other label written, by one run."""
-    return [
-        (
-            *(record["run"], found["task"], found["then"], found["split"], found["n"]),
-            f"{100 * found['first_accuracy']:.1f}",
-            f"{100 * found['written_as_asked']:.1f}",
-            f"{100 * found['low']:.1f} to {100 * found['high']:.1f}",
-            f"{100 * found['distinct']:.1f}",
-            found["nll_written"],
-            found["nll_real"],
-        )
-        for record in sorted(records, key=lambda r: r["run"])
-        for found in record["results"].get("eval", {}).values()
-        if "written_as_asked" in found
-    ]
+NARROW = ("method", "accuracy %", "95% interval", "% of full", "nats", "stored %", "seconds")
+GROUP = ("task", "base", "fingerprint", "split", "n", "rows")  # what a narrow table is about
+TELLS_APART = ("recipe", "settings", "optimizer", "training", "epochs", "steps", "lr")
 
 
-TEXT_COLUMNS = ("text", "tokens", "task", "base", "method", "settings", "training", "seeds", "nats of the base alone")
-TEXT_COLUMNS += ("nats with it on", "forgotten")
+def result_tables(found: Sequence[Row], wide: bool) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
+    """(title, columns, rows): one table of all that is known, or a narrow one for every task, base and amount of rows.
 
-
-def text_rows(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row for all runs that differ by their seed alone and were measured on running text (`tinyld eval --text`).
-
-    All are in nats a token with their 95% interval; "forgotten" is the difference of the two bounds, which read the
-    same rows under the same masks, with the interval of pairs.
+    A narrow one has the accuracy or, where a task has none, the nats.
     """
-    cells: dict[tuple[str, int, int, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for record in records:
-        for text, found in record["results"].get("text", {}).items() if record["kind"] == "adapter" else ():
-            cell = (text, found["tokens"], found["draws"], record["task"] + identity(record))
-            add_seed(cells.setdefault(cell, []), record, found)
-    rows = []
-    for (text, tokens, *_), runs in sorted(cells.items()):
-        first = runs[0][0]
-        about = (text, tokens, first["task"], base_name(first), first["method"]["name"])
-        bounds = [
-            nats([found[mean] for _, found in runs], mean_of(found[stderr] for _, found in runs))
-            for mean, stderr in (
-                ("base_nll_bound", "base_nll_stderr"),
-                ("nll_bound", "nll_stderr"),
-                ("forgotten", "forgotten_stderr"),
-            )
+    if wide or not found:
+        columns = [column for column in (found[0] if found else NARROW) if column != "fingerprint"]
+        return [("results", columns, [[row[column] for column in columns] for row in found])]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found:
+        groups.setdefault(tuple(row[k] for k in GROUP), []).append(row)
+    tables = []
+    for rows in groups.values():
+        cells = [
+            {
+                "method": label,
+                "accuracy %": percent(row["accuracy"]),
+                "95% interval": None if row["low"] is None else f"{percent(row['low'])} to {percent(row['high'])}",
+                "% of full": percent(row["of_full"]),
+                "nats": f"{row['nats']:.3f} ± {row['nats_half']:.3f}",
+                "stored %": f"{row['stored_percent']:.2f}",
+                "seconds": round(row["seconds"]),
+            }
+            for label, row in zip(labels(rows), rows, strict=True)
         ]
-        rows.append((*about, settings(first), training(first), len(runs), *bounds))
-    return rows
+        hidden = {"accuracy %", "95% interval"} if rows[0]["accuracy"] is None else {"nats"}
+        columns = [c for c in NARROW if c not in hidden and any(row[c] is not None for row in cells)]
+        seeds = "/".join(map(str, sorted({row["seeds"] for row in rows})))
+        title = "{task} on {base}, {rows} training rows, {n} {split} rows, seeds: ".format(**rows[0]) + seeds
+        tables.append((title, columns, [[row[c] for c in columns] for row in cells]))
+    return tables
 
 
-def tables(
-    records: Sequence[dict[str, Any]], brief: bool = False
-) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-    """(title, columns, rows) of every table that the records fill; that of the adapters where they fill none.
-
-    `brief` leaves out of that one the columns that a first look can do without, and the threads where they are alike.
-    """
-    found = [
-        ("results", RESULT_COLUMNS, result_rows(records)),
-        ("methods", *method_rows(records)),
-        ("compositions", COMPOSE_COLUMNS, compose_rows(records)),
-        ("new tasks", NEW_TASK_COLUMNS, new_task_rows(records)),
-        ("read, then write the opposite", CHAIN_COLUMNS, chain_rows(records)),
-        ("forgetting", TEXT_COLUMNS, text_rows(records)),
-    ]
-    if brief:
-        found[0] = ("results", *without(NOT_BRIEF, RESULT_COLUMNS, found[0][2]))
-        found[:2] = [(title, *without_one_valued("threads", columns, rows)) for title, columns, rows in found[:2]]
-    return [table for table in found if table[2]] or found[:1]
+def labels(rows: Sequence[Row]) -> list[str]:
+    """Each row's method, with as many of its settings as tell it from the others."""
+    found = [row["method"] for row in rows]
+    for column in TELLS_APART:
+        values: dict[str, set[Any]] = {}
+        for label, row in zip(found, rows, strict=True):
+            values.setdefault(label, set()).add(row[column])
+        unit = f"{column} " if column in ("epochs", "steps", "lr") else ""
+        for i, (label, row) in enumerate(zip(list(found), rows, strict=True)):
+            if len(values[label]) > 1 and row[column]:
+                found[i] = f"{label}, {unit}{row[column]}"
+    return found
 
 
-def without_one_valued(
-    column: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]
-) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """The table without a column that says the same in all of its rows."""
-    if column in columns and len({row[columns.index(column)] for row in rows}) == 1:
-        return without([column], columns, rows)
-    return columns, rows
-
-
-def without(
-    left_out: Sequence[str], columns: tuple[str, ...], rows: list[tuple[Any, ...]]
-) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """The table without some of its columns."""
-    kept = [i for i, column in enumerate(columns) if column not in left_out]
-    return tuple(columns[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
+def show(found: Sequence[Row], options: Any) -> None:
+    """Prints what `report` or `compare` found: with `options.wide` all of it, else what fits 80 columns."""
+    for title, columns, cells in result_tables(found, options.wide):
+        print_table(title, columns, cells, options.wide)

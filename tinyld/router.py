@@ -1,27 +1,34 @@
-"""Which adapter a prompt belongs to: nearest prototype, which needs no training, or a small trained network.
+"""Which adapter a prompt belongs to, or none: the nearest prototype of the prompts that each was trained on.
 
-Both read the same features of the instruction alone: the base's token embeddings, normalised, averaged over the whole
-prompt and one by one for the few tokens next to the answer, where a task's template stands.
+Prompts are read by the base's token embeddings alone, normalised: averaged over the whole prompt, and one by one for
+the few tokens next to the answer, where a task's template stands. Nothing is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.base import Base
-from tinyld.config import check
-from tinyld.data import TaskRows, torch_seeded
-from tinyld.methods.trajectory_lora import pool
+from tinyld.checkpoint import Base
+from tinyld.data import TaskRows
+from tinyld.rows import bundled_data_dir, prompt_of
+from tinyld.tasks import Task
+from tinyld.tokenizer import read_lines
 
-NEAR = (-2, -1, 1, 2)  # places before the answer's first token and after its last
+NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
 WIDTHS = 1 + len(NEAR)  # of the base's width, in a prompt's features
 PROTOTYPE_ROWS = 1_000
-HIDDEN = 512  # of the trained router, as in LoRA-Diffusion
+DIRECTIONS = 64  # in which a task's prompts are known to vary
+STRANGERS = 500  # texts that belong to no task, to count wrong acceptances on
+KNOWN = 0.99  # share of a task's own prompts that its limit takes in
+FLOOR = 0.01  # under variances: a template's tokens have none
+NONE = -1
 
 
 def answer_slot(prompt_mask: Tensor) -> Tensor:
@@ -36,13 +43,19 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
     What stands next to the answer is the task's template, the same in every row; apart from the rest, it tells tasks
     apart whose texts are alike, or longer than those that a prototype was made from. A token that is missing is zero.
     """
+    normal = F.layer_norm(embedded, embedded.shape[-1:])
+
+    def mean(chosen: Tensor) -> Tensor:
+        share = chosen.to(normal.dtype) / chosen.sum(1, keepdim=True).clamp(min=1)
+        return (normal * share[..., None]).sum(1)
+
     slot, length = answer_slot(prompt_mask).int(), prompt_mask.shape[1]
     first = slot.argmax(1)
     last = first + slot.sum(1) - 1
-    parts = [pool(embedded, prompt_mask)]
+    parts = [mean(prompt_mask)]
     for offset in NEAR:
-        place = (first if offset < 0 else last) + offset
-        parts.append(pool(embedded, prompt_mask & (torch.arange(length, device=place.device) == place[:, None])))
+        position = (first if offset < 0 else last) + offset
+        parts.append(mean(prompt_mask & (torch.arange(length, device=position.device) == position[:, None])))
     return torch.cat(parts, dim=1).float()
 
 
@@ -59,59 +72,101 @@ def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tenso
     return torch.cat(found)
 
 
-def prompt_prototype(base: Base, rows: TaskRows) -> Tensor:
-    """(2, 5 D): mean and variance of a task's prompt features. Each adapter keeps its own."""
+def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
+    """What a router knows of a task's prompts; each adapter keeps its own.
+
+    "prototype" (2, 5 D): mean and variance of their features; "directions" (m, D): those in which their mean embedding
+    varies most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
+    """
     features = task_features(base, rows, PROTOTYPE_ROWS).cpu()
-    return torch.stack([features.mean(0), features.var(0, correction=0)])
+    width = base.model.config.d_model
+    kept = prototype_shapes(width)[1][0]
+    values, vectors = torch.linalg.eigh(torch.cov(features[:, :width].T, correction=0))  # smallest first
+    rest = values[:-kept].mean().clamp(min=1e-8)
+    share = 1 - rest / values[-kept:].clamp(min=rest)
+    prototype = torch.stack([features.mean(0), features.var(0, correction=0)])
+    return {"prototype": prototype, "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
 
 
-class PrototypeRouter(nn.Module):
-    """All weight on the member whose mean is nearest, in units of the members' mean variance (shared-covariance
-    linear discriminant with a diagonal covariance)."""
+def prototype_shapes(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of a base of that width: those of "prototype" and "directions"."""
+    return (2, WIDTHS * width), (min(DIRECTIONS, width // 2), width)
 
-    def __init__(self, prototypes: Tensor):
-        """prototypes: (k, 2, 5 D)"""
+
+class Router(nn.Module):
+    """Names the member whose mean is nearest, in units of the members' mean variance (linear discriminant analysis
+    with a diagonal covariance), and says whether a prompt is nearer to that member than its limit."""
+
+    def __init__(self, prototypes: Tensor, directions: Tensor):
+        """prototypes: (k, 2, 5 D), directions: (k, m, D). No prompt is refused before `set_limits`."""
         super().__init__()
         self.register_buffer("prototypes", prototypes)
+        self.register_buffer("directions", directions)
+        self.register_buffer("limits", torch.full((len(prototypes),), torch.finfo(torch.float32).max))
+        self.only: int | None = None  # the member that answers all rows, whatever their prompts
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, k) weights, one-hot. features: (B, 5 D)."""
+    def nearest(self, features: Tensor) -> Tensor:
+        """(B,) the member to answer each row, whether or not it is near. features: (B, 5 D)."""
+        if self.only is not None:
+            return torch.full((len(features),), self.only, device=features.device)
         mean, variance = self.prototypes[:, 0], self.prototypes[:, 1].mean(0)
-        scale = (variance + 0.01).rsqrt()
-        nearest = torch.cdist(features * scale, mean * scale).argmin(1)
-        return F.one_hot(nearest, len(mean)).to(features.dtype)
+        scale = (variance + FLOOR).rsqrt()
+        return torch.cdist(features * scale, mean * scale).argmin(1)
 
+    def distance(self, features: Tensor, member: int) -> Tensor:
+        """(B,) squared distance of the mean embedding from a member's, less what its own prompts vary by."""
+        directions = self.directions[member]  # (m, D)
+        off = features[:, : directions.shape[1]] - self.prototypes[member, 0, : directions.shape[1]]
+        return off.square().sum(1) - (off @ directions.T).square().sum(1)
 
-class TrainedRouter(nn.Module):
-    """softmax(W_2 ReLU(W_1 f)): the paper's router, two layers on the pooled prompt."""
+    def choose(self, features: Tensor) -> Tensor:
+        """(B,) the member to answer each row, or NONE where the row is unlike all of that member's own."""
+        chosen = self.nearest(features)
+        for member, limit in enumerate(self.limits):
+            chosen[(chosen == member) & (self.distance(features, member) > limit)] = NONE
+        return chosen
 
-    def __init__(self, width: int, members: int, generator: torch.Generator | None = None):
-        super().__init__()
-        self.hidden = nn.Parameter(torch.empty(HIDDEN, width).normal_(0.0, width**-0.5, generator=generator))
-        self.hidden_bias = nn.Parameter(torch.zeros(HIDDEN))
-        self.out = nn.Parameter(torch.zeros(members, HIDDEN))
-        self.out_bias = nn.Parameter(torch.zeros(members))
-
-    def logits(self, features: Tensor) -> Tensor:
-        hidden = F.relu(F.linear(features, self.hidden, self.hidden_bias))
-        return F.linear(hidden, self.out, self.out_bias)
+    def set_limits(self, features: Sequence[Tensor]) -> None:
+        """Each member's limit: its distance from the KNOWN share of the prompts (rows, 5 D) of its own task."""
+        for member, own in enumerate(features):
+            self.limits[member] = torch.quantile(self.distance(own, member), KNOWN)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, k) weights that add up to 1. features: (B, 5 D)."""
-        return self.logits(features).softmax(1)
+        """(B, k) one-hot weights of the members that answer."""
+        return F.one_hot(self.nearest(features), len(self.limits)).to(features.dtype)
 
 
-def train_router(features: Sequence[Tensor], seed: int = 0, epochs: int = 20) -> TrainedRouter:
-    """A router that tells the tasks apart by their prompt features, (rows, 5 D) a task; AdamW, batches of 64."""
-    check(len(features) >= 2, f"a router needs at least two tasks, got {len(features)}")
-    x = torch.cat(list(features)).cpu()
-    y = torch.cat([torch.full((len(f),), i) for i, f in enumerate(features)])
-    generator = torch_seeded(seed, 4)
-    router = TrainedRouter(x.shape[1], len(features), generator)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(router.logits(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return router.requires_grad_(False)
+def measure_routing(
+    base: Base, router: Router, owners: Sequence[TaskRows], names: Sequence[str], limit: int | None
+) -> list[dict[str, Any]]:
+    """Sets the router's limits by every other row of each task, and counts on the rest: the share that goes to each
+    member ("right": to those of the task), the share that is refused, and that of texts of no task that is taken for
+    the task's."""
+    features = [task_features(base, rows, limit) for rows in owners]
+    router.set_limits([own[::2] for own in features])
+    found = []
+    for member, (name, own) in enumerate(zip(names, features, strict=True)):
+        rest = own[1::2] if len(own) > 1 else own
+        nearest = router.nearest(rest)
+        goes = {other: float((nearest == j).float().mean()) for j, other in enumerate(names)}
+        right = sum(goes[other] for other, rows in zip(names, owners, strict=True) if rows is owners[member])
+        record = {"task": name, "n": len(rest), "right": right, "goes_to": goes, "wrongly_accepted": None}
+        record["wrongly_refused"] = float((router.choose(rest) == NONE).float().mean())
+        strangers = stranger_rows(base, owners[member].task)
+        if strangers is not None:
+            record["wrongly_accepted"] = float((router.choose(task_features(base, strangers)) != NONE).float().mean())
+        found.append(record)
+    return found
+
+
+def stranger_rows(base: Base, task: Task) -> TaskRows | None:
+    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text.
+
+    Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
+    """
+    if len(task.columns) != 1 or task.pair is not None or task.is_generation:
+        return None
+    (column,) = task.columns.values()
+    lines = islice(read_lines([bundled_data_dir() / "corpus.txt.gz"]), STRANGERS)
+    examples = [prompt_of(task, {column: line.partition(". ")[0]}, "corpus.txt.gz") for line in lines]
+    return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)

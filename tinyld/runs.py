@@ -1,29 +1,27 @@
-"""Run folders: durable atomic files, a manifest with the SHA-256 of each, checkpoints. Safetensors and JSON only.
-
-torch is imported only where tensors are read or written, so that `tinyld info` needs none.
+"""Run folders: files, a manifest with the SHA-256 of each, a log, checkpoints.
 
 A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
 (`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
-(evaluations), `checkpoints/` and `manifest.json`.
+(evaluations), `checkpoints/` and `manifest.json`. Only what a manifest lists or what bears our temporary names is
+ever deleted, and nothing through a link. torch is imported only where tensors are, so that `tinyld info` needs none.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
 import os
-import platform
-import shutil
-import sys
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tinyld
+from tinyld.environment import check_unchanged as check_unchanged
+from tinyld.environment import environment as environment
+from tinyld.environment import under_torchrun as under_torchrun
 from tinyld.errors import TinyldError
+from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_json, read_text
+from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, temporary_name, to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,86 +30,8 @@ CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.j
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
 INITIAL = "initial.safetensors"  # what pretraining with --keep-init began with, until it is finished
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
-
-
-# ------------------------------------------------------------------------------------------------ single files
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `path` whole or not at all, and durably: temporary name, fsync, rename, fsync of the folder."""
-    if path.is_dir():
-        raise TinyldError(f"{path}: cannot be written (it is a folder)")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        raise TinyldError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def sync(path: Path) -> None:
-    """Puts a file or a folder's names on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TinyldError(f"{path}: cannot be made ({error.strerror})") from None
-
-
-def remove_tree(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        raise TinyldError(f"{path}: cannot be removed ({error.strerror})") from None
-
-
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TinyldError(f"no such file: {path}") from None
-    except OSError as error:
-        raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:80]})") from None
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file that was read into memory; TinyldError when it is damaged or not finite."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite")
-    return tensors
+CHECKPOINTS, STATE, STATE_TENSORS = "checkpoints", "state.json", "state.safetensors"
+KINDS = ("base", "adapter", "composition")  # of a run, in its config
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -127,70 +47,73 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock: int | None = None
+        self._is_locked = False
 
     @staticmethod
     def check_free(path: Path, force: bool = False) -> None:
         """TinyldError unless `path` is new or empty, or holds a run that `force` may replace."""
-        is_run = RunFolder(path).is_run()
-        if path.exists() and (not path.is_dir() or not _holds_nothing(path)) and not (force and is_run):
-            go_on = f"go on with it by --resume {path}, " if RunFolder(path).checkpoints() else ""
+        folder = RunFolder(path)
+        if not os.path.lexists(path) or folder._holds_nothing():
+            return
+        is_run = folder.is_run() and not path.is_symlink()
+        if not (force and is_run):
+            go_on = f"go on with it by --resume {path}, " if folder.checkpoints() else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
 
     @classmethod
     def create(cls, path: Path, force: bool = False) -> RunFolder:
-        """A new, empty run folder where `check_free` allows one."""
+        """A new run folder where `check_free` allows one; of the run that was there, all that is ours is gone."""
         cls.check_free(path, force)
         folder = cls(path)
         if folder.is_run():
             with folder.locked():
-                remove_tree(path)
+                files = [name for name in folder._manifest()["files"] if name != CONFIG]
+                folder.remove_checkpoints()
+                clear(path, [METRICS, *files, CONFIG, MANIFEST])  # last what tells that it is a run
         make_folder(path)
         return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         if not (path / CONFIG).is_file():
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
-            raise TinyldError(f"no run in {path}: expected {CONFIG}, found {found or 'an empty folder'}")
+            raise TinyldError(f"no run in {path}: expected {CONFIG}, {_found(path)}")
         return cls(path)
 
     def is_run(self) -> bool:
-        """Whether this looks like one of ours: both a config and a manifest."""
-        return (self.path / CONFIG).is_file() and (self.path / MANIFEST).is_file()
+        """Whether this is one of ours: a config that says which kind of run it is, and a manifest that lists it."""
+        try:
+            return CONFIG in self._manifest()["files"] and read_json(self.path / CONFIG).get("kind") in KINDS
+        except (TinyldError, AttributeError):
+            return False
+
+    def _holds_nothing(self) -> bool:
+        """Whether the folder is empty, or holds only what a writer that was killed before its config leaves."""
+        if not self.path.is_dir():
+            return False
+        names = {name for name in os.listdir(self.path) if not is_temporary(name)}
+        try:
+            return names <= {MANIFEST, TOKENIZER} and (not names or (MANIFEST in names and bool(self._manifest())))
+        except TinyldError:
+            return False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it this process alone writes here; TinyldError at once when another one does.
-
-        The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
-        """
-        if self._lock is not None:  # already ours
+        """`locked` of this folder, once for all that is done within."""
+        if self._is_locked:
             yield
             return
-        try:
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._lock).st_ino != os.stat(self.path).st_ino:  # replaced by --force meanwhile
-                raise BlockingIOError
-        except OSError as error:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-            if isinstance(error, BlockingIOError):
-                raise TinyldError(f"{self.path}: another process is writing in this run; wait for it") from None
-            raise TinyldError(f"{self.path}: cannot be written ({error.strerror})") from None
-        try:
-            yield
-        finally:
-            os.close(self._lock)
-            self._lock = None
+        with locked(self.path):
+            self._is_locked = True
+            try:
+                yield
+            finally:
+                self._is_locked = False
 
     @property
-    def config(self) -> dict[str, Any]:
-        config = json.loads(self.read(CONFIG))
-        if not isinstance(config, dict) or config.get("kind") not in ("base", "adapter", "composition"):
+    def config(self) -> Record:
+        config = self.read_json(CONFIG)
+        if not isinstance(config, Record) or config.get("kind") not in KINDS:
             raise TinyldError(f"{self.path / CONFIG}: not the config of a run (no 'kind')")
         return config
 
@@ -213,39 +136,34 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, to_json(value))
 
-    def remove(self, name: str) -> None:
-        """Removes a file's line in the manifest and the file, where they are there."""
-        with self.locked():
-            manifest = self._manifest()
-            if manifest["files"].pop(name, None):
-                write_atomic(self.path / MANIFEST, to_json(manifest))
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink()
-
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
 
         self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
 
-    def read(self, name: str, retry: bool = True) -> bytes:
+    def remove(self, name: str) -> None:
+        """Removes a file that the manifest lists, and its line there."""
+        with self.locked():
+            manifest = self._manifest()
+            if manifest["files"].pop(name, None):
+                clear(self.path, [name])  # first, so that --resume tries again should this process die between the two
+                write_atomic(self.path / MANIFEST, to_json(manifest))
+
+    def read(self, name: str) -> bytes:
         """A file's bytes, checked against the manifest."""
         path = self.path / name
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            found = ", ".join(sorted(p.name for p in self.path.iterdir())) if self.path.is_dir() else "no such folder"
-            raise TinyldError(f"no {name} in {self.path}: found {found or 'nothing'}") from None
-        except OSError as error:
-            raise TinyldError(f"{path}: cannot be read ({error.strerror})") from None
-        if sha256(content) not in [entry["sha256"] for entry in self._entries(name)]:
-            if retry:  # a writer may have been between the two
-                time.sleep(0.05)
-                return self.read(name, retry=False)
-            raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
-        return content
+        for wait in (0.05, None):
+            if not path.exists():
+                raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
+            content = read_bytes(path, TENSORS_BYTES)
+            if sha256(content) in [entry["sha256"] for entry in self._entries(name)]:
+                return content
+            if wait is not None:
+                time.sleep(wait)  # a writer may have been between the two
+        raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read(name))
+        return parse_json(self.read(name), self.path / name)
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         return parse_tensors(self.read(name), self.path / name)
@@ -262,28 +180,23 @@ class RunFolder:
     def _entries(self, name: str) -> list[dict[str, Any]]:
         """What the manifest knows of a file: one entry, or two when its writer died between file and manifest."""
         manifest = self._manifest()
-        entries = [m[name] for m in (manifest["files"], manifest.get("pending", {})) if name in m]
+        entries = [part[name] for part in (manifest["files"], manifest.get("pending", {})) if name in part]
         if not entries:
             raise TinyldError(f"{self.path / name}: not listed in {MANIFEST}; it was not written by tinyld")
-        for entry in entries:
-            if (
-                not isinstance(entry, dict)
-                or not isinstance(entry.get("sha256"), str)
-                or not isinstance(entry.get("bytes"), int)
-            ):
-                raise TinyldError(f"{self.path / MANIFEST}: damaged, the entry for {name!r} has no sha256 and bytes")
-        if Path(name).name != name:
-            raise TinyldError(f"{self.path / MANIFEST}: the name {name!r} leaves the run folder")
         return entries
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
-        if not path.exists():
+        if not os.path.lexists(path):
             return {"files": {}}
-        manifest = read_json(path)
-        parts = [manifest.get("files"), manifest.get("pending", {})] if isinstance(manifest, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts):
-            raise TinyldError(f"{path}: damaged, expected an object with 'files'")
+        manifest = as_object(read_json(path), path)
+        for part in (manifest["files"], manifest.get("pending", {})):
+            for name, entry in as_object(part, f"{path}: files").items():
+                entry = as_object(entry, f"{path}: {name!r}")
+                if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
+                    raise TinyldError(f"{path}: damaged, the entry for {name!r} has no sha256 and bytes")
+                if Path(name).name != name:
+                    raise TinyldError(f"{path}: the name {name!r} leaves the run folder")
         return manifest
 
     # ---- the metrics log
@@ -292,61 +205,58 @@ class RunFolder:
         """Appends a line to metrics.jsonl."""
         path = self.path / METRICS
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with open(os.open(path, flags, 0o666), "ab") as file:
+                file.write(to_json(record, None))
         except OSError as error:
             raise TinyldError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Record]:
         """The log's records; a last line without its end, which a killed writer leaves, is not one."""
         path = self.path / METRICS
         if not path.exists():
             return []
-        try:
-            *lines, _ = path.read_text(encoding="utf-8").split("\n")
-            records = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
-            raise TinyldError(f"{path}: damaged or unreadable ({str(error)[:80]})") from None
-        if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in records):
+        *lines, _ = read_text(path).split("\n")
+        records = [as_object(parse_json(line, path), path) for line in lines]
+        if not all(isinstance(record["step"], int) for record in records):
             raise TinyldError(f"{path}: damaged, a line has no step")
         return records
 
     def close_log(self) -> None:
         """Puts the finished log into the manifest."""
-        self.write(METRICS, (self.path / METRICS).read_bytes())
+        self.write(METRICS, read_bytes(self.path / METRICS))
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes again."""
         kept = [r for r in self.metrics() if r["step"] <= step]
-        write_atomic(self.path / METRICS, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        write_atomic(self.path / METRICS, b"".join(to_json(r, None) for r in kept))
 
     # ---- checkpoints
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
         """Writes `checkpoints/<step>` whole, then removes all but the newest `keep`."""
-        folder = self.path / "checkpoints"
-        final, partial = folder / f"{step:08d}", folder / f".{step:08d}.tmp"
+        folder = self.path / CHECKPOINTS
+        final, partial, replaced = folder / f"{step:08d}", temporary_name(folder), temporary_name(folder)
         try:
             if (self.path / METRICS).exists():
                 sync(self.path / METRICS)
             folder.mkdir(exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             inner = RunFolder(partial)
-            inner.write_tensors("state.safetensors", tensors)
-            inner.write_json("state.json", {"step": step, **state})
-            replaced = folder / f".{step:08d}.old.tmp"
+            inner.write_tensors(STATE_TENSORS, tensors)
+            inner.write_json(STATE, {"step": step, **state})
             if final.exists():
                 os.replace(final, replaced)
             os.replace(partial, final)
             sync(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, TinyldError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             reason = str(error) if isinstance(error, TinyldError) else f"{final}: cannot be written ({error.strerror})"
+            with contextlib.suppress(TinyldError):
+                _clear_checkpoint(partial)
             raise TinyldError(f"{reason}; {self.last_good()}") from None
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in [replaced, *self.checkpoints()[:-keep]]:
+            with contextlib.suppress(TinyldError):
+                _clear_checkpoint(old)
         return final
 
     def last_good(self) -> str:
@@ -356,10 +266,15 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        folder = self.path / "checkpoints"
-        return sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+        return [path for path in self._checkpoint_folders() if re.fullmatch(r"\d{8,12}", path.name)]
 
-    def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _checkpoint_folders(self) -> list[Path]:
+        folder = self.path / CHECKPOINTS
+        if folder.is_symlink() or not folder.is_dir():
+            return []
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+
+    def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], Record] | None:
         """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
         found = {int(p.name): p for p in self.checkpoints()}
         if step is not None and step not in found:
@@ -370,27 +285,37 @@ class RunFolder:
         chosen = max(found) if step is None else step
         inner = RunFolder(found[chosen])
         try:
-            return inner.read_tensors("state.safetensors"), inner.read_json("state.json")
+            return inner.read_tensors(STATE_TENSORS), as_object(inner.read_json(STATE), inner.path / STATE)
         except TinyldError as error:
             older = [s for s in found if s < chosen]
-            way_out = f"go on from an older one with --from-step {older[-1]}" if older else "there is no older one"
+            way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"
             raise TinyldError(f"{error}; {way_out}") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
-        """Removes the checkpoints of steps after `after`; all of them by default."""
+        """Removes the checkpoints of steps after `after`; all of them, and what is half-written, by default."""
         for path in self.checkpoints():
             if int(path.name) > after:
-                shutil.rmtree(path, ignore_errors=True)
+                _clear_checkpoint(path)
         if after < 0:
-            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+            self.remove_leftovers()
+            clear(self.path / CHECKPOINTS, with_folder=True)
 
     def remove_leftovers(self) -> None:
         """Removes what a killed writer left half-written."""
-        for path in [*self.path.glob(".*.tmp"), *(self.path / "checkpoints").glob(".*.tmp")]:
-            if path.is_dir():
-                remove_tree(path)
-            else:
-                path.unlink(missing_ok=True)
+        clear(self.path)
+        for path in self._checkpoint_folders():
+            if is_temporary(path.name):
+                _clear_checkpoint(path)
+
+
+def _clear_checkpoint(path: Path) -> None:
+    clear(path, [STATE_TENSORS, STATE, MANIFEST], with_folder=True)
+
+
+def _found(path: Path) -> str:
+    """What a folder holds, for an error."""
+    names = sorted(os.listdir(path)) if path.is_dir() else ["no such folder"]
+    return f"found {', '.join(names[:8]) or 'an empty folder'}"
 
 
 class Spectator(RunFolder):
@@ -400,71 +325,8 @@ class Spectator(RunFolder):
     def locked(self) -> Iterator[None]:
         yield
 
-    def write(self, name: str, content: bytes) -> None:
-        pass
-
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        pass
-
-    def remove(self, name: str) -> None:
-        pass
-
-    def log(self, record: dict[str, Any]) -> None:
-        pass
-
-    def close_log(self) -> None:
-        pass
-
-    def rewind_metrics(self, step: int) -> None:
-        pass
-
-    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    def _leave(self, *args: Any) -> Any:
         return self.path
 
-    def remove_checkpoints(self, after: int = -1) -> None:
-        pass
-
-    def remove_leftovers(self) -> None:
-        pass
-
-
-def _holds_nothing(path: Path) -> bool:
-    """Whether a folder is empty, or holds only what a writer that was killed before its config leaves."""
-    names = {p.name for p in path.iterdir()}
-    ours = {MANIFEST, *([TOKENIZER] if MANIFEST in names else [])}
-    return all(n in ours or (n.startswith(".") and n.endswith(".tmp")) for n in names)
-
-
-def check_unchanged(path: Path, config: Mapping[str, Any], data_sha256: str, allow: bool) -> None:
-    """TinyldError unless a run goes on with the data, torch and threads it began with: else its bits would differ."""
-    then, now = config["environment"], environment()
-    depends = ("torch", "threads", "processes", "device", "fast_dtype")
-    pairs = [(name, then.get(name, now[name]), now[name]) for name in depends]
-    pairs.append(("data", str(config["data"].get("sha256"))[:12], data_sha256[:12]))
-    changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
-    if changed and not allow:
-        raise TinyldError(f"{path} began otherwise: {changed}; --allow-changed goes on all the same")
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine facts that a result depends on."""
-    import torch
-
-    from tinyld.device import fast_dtype, resolve_device
-
-    return {
-        "tinyld": tinyld.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
-        "machine": platform.machine(),
-        "fast_dtype": fast_dtype(resolve_device("auto")),  # what `auto` is here
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": " ".join(["tinyld", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    write = write_tensors = remove = log = close_log = rewind_metrics = _leave
+    save_checkpoint = remove_checkpoints = remove_leftovers = _leave

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, show
+from tinyld.read import as_object, decode, opened, parse_json, read_bytes
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -37,17 +43,32 @@ _REPLACEMENTS = (
 )
 
 
+# the library's Replace knows no group references, so the blank of "does n't" goes by a look-around
+_WORDS = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
+_CONTRACTION = rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)"
+
+
+def _rules(steps: Iterable[tuple[str, str]]) -> list[normalizers.Normalizer]:
+    return [normalizers.Replace(Regex(pattern), text) for pattern, text in steps]
+
+
 def _normalizer() -> normalizers.Normalizer:
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex(p), text) for p, text in _REPLACEMENTS]
+    steps = _rules(_REPLACEMENTS)
     steps.append(normalizers.NFKC())  # after the quotes: it would split an acute accent from its blank
-    # the library's Replace knows no group references, so the blank of "does n't" goes by a look-around
-    words = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
-    steps.append(normalizers.Replace(Regex(rf"(?i)(?<=\b(?:{words})) (?=n't\b)"), ""))
-    steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    return normalizers.Sequence(steps)
+    steps += _rules([(_CONTRACTION, "")])
+    return normalizers.Sequence([*steps, normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+
+
+def add_spelling_rules(inner: HFTokenizer) -> None:
+    """Puts our one spelling for quotes, brackets and `does n't` ahead of a foreign tokenizer's own normalizer."""
+    if inner.normalizer is None or _WORDS not in inner.to_str():
+        steps = _rules([*_REPLACEMENTS, (_CONTRACTION, "")])
+        inner.normalizer = normalizers.Sequence(steps + ([inner.normalizer] if inner.normalizer else []))
 
 
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
+PATTERN = 2_000  # characters of a regular expression in a foreign tokenizer, and its largest count
+LINE = 64 << 20  # characters of a document; what a compressed file holds beyond them is a document of its own
 
 
 def _pipeline(model: models.Model) -> HFTokenizer:
@@ -75,6 +96,9 @@ class Tokenizer:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if roles is not None:
             self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (roles[name] for name in ROLES)
+            ids = {name: -1 if i is None and name != "unk" else i or 0 for name, i in roles.items()}
+            if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids.values()):
+                raise TinyldError(f"{where}: roles must be ids of tokens, got {dict(roles)}")
             special = {i: token.content for i, token in inner.get_added_tokens_decoder().items() if token.special}
             self.special = tuple(special.values())
             self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
@@ -83,6 +107,8 @@ class Tokenizer:
         if names is None:
             missing = ", ".join(name for name in SPECIAL if name not in vocab)
             raise TinyldError(f"{where}: the tokenizer has no {missing} token (nor those of BERT or RoBERTa)")
+        if max(vocab.values()) >= inner.get_vocab_size():
+            raise TinyldError(f"{where}: an id of {max(vocab.values())} among {inner.get_vocab_size()} tokens")
         self.special = names
         self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (vocab[name] for name in names)
         # what decoding may not choose: all special tokens but [EOS], which ends an answer
@@ -117,16 +143,25 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Reads a `tokenizer.json`; TinyldError when it is missing or damaged."""
+        return cls.parse(read_bytes(path), path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Tokenizer:
+        """The tokenizer that a `tokenizer.json` holds, tried out on a text."""
+        text = decode(content, path)
+        raw = parse_json(text, path)
+        _check_patterns(raw, path)
+        roles = raw.pop("roles", None) if isinstance(raw, dict) else None
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            roles = raw.pop("roles", None)
-            return cls(HFTokenizer.from_str(json.dumps(raw)), str(path), roles)
-        except FileNotFoundError:
-            raise TinyldError(f"no tokenizer at {path}") from None
+            tokenizer = cls(HFTokenizer.from_str(text if roles is None else json.dumps(raw)), str(path), roles)
+            tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
         except TinyldError:
             raise
-        except Exception as error:  # the library raises bare Exception for a malformed file
+        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
+        return tokenizer
 
     def to_json(self) -> str:
         """What `tokenizer.json` holds; the same vocabulary gives the same text."""
@@ -163,6 +198,17 @@ class Tokenizer:
         return "_".join(self.inner.decode(run) for run in runs).strip()
 
 
+def _check_patterns(value: Any, path: Path) -> None:
+    """TinyldError for a regular expression of a tokenizer that is there to take time: long, or with a huge count."""
+    for node in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_patterns(node, path)
+    pattern = value.get("Regex") if isinstance(value, dict) else None
+    if isinstance(pattern, str):
+        counts = [int(number) for number in re.findall(r"(?<=[{,])\d{1,9}(?=[,}])", pattern)]
+        if len(pattern) > PATTERN or max(counts, default=0) > PATTERN:
+            raise TinyldError(f"{path}: the pattern {show(pattern)} is too large to be tried")
+
+
 def detokenize(pieces: list[str]) -> str:
     """Word pieces joined as people write: no blank before closing punctuation or inside contractions."""
     text = ""
@@ -184,14 +230,12 @@ def detokenize(pieces: list[str]) -> str:
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
     """Documents, one a line, of `.txt`, `.txt.gz` and `.jsonl` (field `text`) files; blank lines are skipped."""
-    import gzip
-    import zlib
-
     for path in paths:
-        opener = gzip.open if path.suffix == ".gz" else open
         try:
-            with opener(path, "rt", encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+            with opened(path) as file:
+                unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+                lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig")
+                for number, line in enumerate(iter(lambda lines=lines: lines.readline(LINE), ""), 1):
                     if path.suffix == ".jsonl":
                         line = _text_field(line, f"{path}, line {number}")
                     line = " ".join(line.split())
@@ -201,18 +245,15 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
             raise TinyldError(
                 f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
             ) from None
-        except (OSError, EOFError, zlib.error) as error:
+        except (EOFError, zlib.error) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
 
 
 def _text_field(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise TinyldError(f"{where}: not a JSON object") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+    text = as_object(parse_json(line, where), where).get("text")
+    if not isinstance(text, str):
         raise TinyldError(f"{where}: expected an object with a string field 'text'")
-    return value["text"].encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as scraped text has
+    return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as scraped text has
 
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")

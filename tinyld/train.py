@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer, lr_factor
-from tinyld.progress import Progress
+from tinyld.progress import Progress, say
 from tinyld.runs import RunFolder
 
 
@@ -66,8 +65,6 @@ class TrainResult:
 
 def compile_blocks(model: Denoiser, autocast: torch.autocast, backend: str = "inductor") -> str | None:
     """Compiles every block in place, for any batch and length; else leaves them as they are and returns the reason."""
-    if model.push is not None and model.push.pushes_within:
-        return "there are pushes within the blocks"
     try:
         for block in model.blocks:
             block.compile(backend=backend, dynamic=True)
@@ -83,13 +80,15 @@ def compile_blocks(model: Denoiser, autocast: torch.autocast, backend: str = "in
     return None
 
 
-def total_steps(config: TrainConfig, source: Source) -> int | None:
-    """Steps of the run when the budget says so before it starts, else None."""
-    if config.steps is not None:
-        return config.steps
-    if config.epochs is not None:
-        return max(1, math.ceil(config.epochs * source.steps_per_epoch(config.batch_size)))
-    return None
+@dataclass
+class Counters:
+    """What a run has behind it; a checkpoint keeps them beside the tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, held-out evaluation and saving left out
+    log_sum: float = 0.0  # of the loss, since the last log line
+    log_count: int = 0
 
 
 def train(
@@ -109,181 +108,214 @@ def train(
     processes: Processes | None = None,
     quiet: bool = False,
 ) -> TrainResult:
-    """Trains `parameters` in place and leaves them at their last (or EMA) values.
+    """Trains `parameters` in place and leaves them at their last values.
 
     With `resume` it goes on from the newest checkpoint, or that of `from_step`; a run that was stopped before it had
-    one begins again. SIGTERM and SIGINT end the step, save and raise Interrupted.
+    one begins again. A signal ends the step, saves and raises Interrupted.
 
     `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `evaluate` returns
     held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact.
     """
-    device = model.embedding.weight.device
-    dtype = resolve_dtype(config.dtype, device)
-    processes = processes or Processes()
-    optimizer = Optimizer(parameters, config, body)
-    model.recompute = config.recompute
+    device, processes = model.embedding.weight.device, processes or Processes()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    if config.compile and (reason := compile_blocks(model, autocast(device, dtype))) and not quiet:
-        print(f"the blocks are not compiled: {reason}", file=sys.stderr)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ema = {n: p.detach().clone() for n, p in parameters.items()} if config.ema else {}
-    step, tokens, seconds, resumed = 0, 0, 0.0, False
-    log_sum, log_count = 0.0, 0  # of the loss, since the last log line
-    found = folder.load_checkpoint(from_step) if resume else None
-    saved_step = found[1]["step"] if found else -1  # what the newest checkpoint holds
+    model.recompute = config.recompute
+    bar = Progress(label, 1.0, quiet=quiet)
+    stop = StopSignals("stopping after this step" if processes.rank == 0 else "")
+    run = Run(
+        model, parameters, source, objective, config, folder, evaluate, penalty, after_update, body, processes,
+        bar, stop,
+    )  # fmt: skip
+    if config.compile and (reason := compile_blocks(model, run.autocast())) and not quiet:
+        say(f"the blocks are not compiled: {reason}")
     if resume:
-        processes.meet()  # before process 0 removes what another may still read
-        folder.remove_leftovers()
-        folder.remove_checkpoints(after=max(saved_step, 0))
-        folder.rewind_metrics(saved_step)
-    if found is not None:
-        tensors, state = found
-        step, tokens, seconds, resumed = state["step"], state["tokens"], state["seconds"], True
-        log_sum, log_count = state["log_sum"], state["log_count"]
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-            for name, average in ema.items():
-                average.copy_(tensors[f"ema.{name}"])
-        optimizer.load_state(tensors)
-        if "scaler" in state and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-
-    steps = total_steps(config, source)
-
-    def progress() -> float:
-        if steps is not None:
-            return step / steps
-        if config.tokens is not None:
-            return tokens / config.tokens
-        return seconds / (60 * config.minutes)  # type: ignore[operator]
-
-    def checkpoint() -> None:
-        nonlocal saved_step
-        if step == saved_step:
-            return
-        tensors = {f"model.{n}": p for n, p in parameters.items()} | {f"ema.{n}": a for n, a in ema.items()}
-        state = {"tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
-        state |= {"log_sum": log_sum, "log_count": log_count}
-        folder.save_checkpoint(step, tensors | optimizer.state(), state, config.keep)
-        saved_step = step
-
-    def held_out() -> dict[str, float]:
-        model.eval()
-        with _swapped(parameters, ema), autocast(device, dtype):
-            result = evaluate()
-        model.train()
-        return result
-
-    metrics: dict[str, Any] = {}
-    saved = time.monotonic()
-    with StopSignals() as stop, Progress(label, 1.0, quiet=quiet) as bar:
-
-        def stop_if(told: int, is_saved: bool = False) -> None:
-            if told:
-                if not is_saved:
-                    checkpoint()
-                raise Interrupted(told, f"step {step} is saved; go on with --resume {folder.path}")
-
-        if not resumed:
-            metrics = held_out()
-            folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **metrics})
-        model.train()
-        told = stop.received if processes.size == 1 else 0  # by a signal; several processes obey process 0's
-        while progress() < 1.0:
-            stop_if(told)
-            started = time.perf_counter()
-            optimizer.set_lr(lr_factor(progress(), config.warmup, config.decay), progress())
-            batch = source.batch(step, config.batch_size, config.seed)
-            noised, normaliser = objective.noise(batch, step)
-            torch.manual_seed(seed_of(config.seed, 7, step, processes.rank))  # of dropout
-            optimizer.zero_grad()
-            loss = torch.zeros((), device=device)
-            for micro in processes.share(noised, config.accumulate):
-                with autocast(device, dtype):
-                    nll, row = token_nll(model, micro.to(device))
-                    part = (nll * micro.weight.to(device)[row]).sum() / normaliser
-                scaler.scale(part).backward()
-                loss += part.detach()
-            processes.sum_gradients(parameters.values())
-            if penalty is not None:
-                scaler.scale(penalty()).backward()
-            for part_optimizer in optimizer.parts:
-                scaler.unscale_(part_optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip or math.inf)
-            if not math.isfinite(float(loss)) or not (math.isfinite(float(norm)) or scaler.is_enabled()):
-                raise TinyldError(
-                    f"the loss ({float(loss):.4g}) or gradient at step {step} is not finite; "
-                    f"{folder.last_good()}; lower --lr"
-                )
-            for part_optimizer in optimizer.parts:
-                scaler.step(part_optimizer)
-            scaler.update()
-            step += 1
-            tokens += int(batch.attention_mask.sum())
-            seconds += time.perf_counter() - started
-            if processes.size > 1:  # the clock is process 0's, too
-                mine = [seconds, float(stop.received)] if processes.rank == 0 else [0.0, 0.0]
-                total, seconds, signum = processes.sum([float(loss), *mine])
-                loss, told = torch.tensor(total), int(signum)
-            after_update(progress())
-            if ema:
-                decay = min(config.ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
-            log_sum, log_count = log_sum + float(loss), log_count + 1
-            done = progress() >= 1.0
-            if step % 10 == 0 or done:
-                bar.advance_to(progress(), f"{tokens / max(seconds, 1e-9):,.0f} tokens/s", f"loss {float(loss):.3f}")
-            evaluates = done or step % config.eval_every == 0
-            if evaluates or step % 50 == 0:
-                record = {
-                    "step": step,
-                    "tokens": tokens,
-                    "seconds": seconds,
-                    "lr": config.lr * lr_factor(progress(), config.warmup, config.decay),
-                    "loss": log_sum / log_count,
-                    "grad_norm": float(norm),
-                }
-                log_sum, log_count = 0.0, 0
-                if evaluates:
-                    metrics = held_out()
-                folder.log(record | (metrics if evaluates else {}))
-            if not done and time.monotonic() - saved > 60 * config.save_minutes:
-                checkpoint()
-                saved = time.monotonic()
-            told = stop.received if processes.size == 1 else told
-        checkpoint()
-        stop_if(stop.received if processes.size == 1 else told, is_saved=True)
-    metrics = metrics or held_out()  # empty when a run is resumed after its last step
-    with torch.no_grad():
-        for name, average in ema.items():
-            parameters[name].copy_(average)
+        run.go_on(from_step)
+    with stop, bar:
+        run.to_the_end()
+    metrics = run.metrics or run.held_out()  # none yet when a run is resumed after its last step
     model.eval()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_rss_mb()
-    return TrainResult(step, tokens, seconds, peak, metrics)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
+    return TrainResult(run.at.step, run.at.tokens, run.at.seconds, peak, metrics)
 
 
-def _peak_rss_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+@dataclass
+class Run:
+    """A training run between its steps: what it is given, as in `train`, the optimizer and how far it is."""
 
+    model: Denoiser
+    parameters: Mapping[str, nn.Parameter]
+    source: Source
+    objective: Noising
+    config: TrainConfig
+    folder: RunFolder
+    evaluate: Callable[[], dict[str, float]]
+    penalty: Callable[[], Tensor] | None
+    after_update: Callable[[float], None]
+    body: frozenset[str]
+    processes: Processes
+    bar: Progress
+    stop: StopSignals
 
-class _swapped:
-    """Within it, `parameters` hold the averaged values."""
+    def __post_init__(self) -> None:
+        config = self.config
+        self.device = self.model.embedding.weight.device
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.optimizer = Optimizer(self.parameters, config, self.body)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.at, self.saved_step = Counters(), -1
+        self.metrics: dict[str, Any] = {}  # the last held-out ones
+        self.told = 0  # the signal that process 0 of several has received
+        self.steps = config.steps
+        if config.epochs is not None:
+            self.steps = max(1, math.ceil(config.epochs * self.source.steps_per_epoch(config.batch_size)))
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], average: Mapping[str, Tensor]):
-        self.pairs = [(parameters[n], a) for n, a in average.items()]
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.dtype)
 
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for parameter, average in self.pairs:
-                kept = parameter.clone()
-                parameter.copy_(average)
-                average.copy_(kept)
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is used up."""
+        if self.steps is not None:
+            return self.at.step / self.steps
+        if self.config.tokens is not None:
+            return self.at.tokens / self.config.tokens
+        return self.at.seconds / (60 * self.config.minutes)  # type: ignore[operator]
 
-    def __enter__(self) -> None:
-        self._swap()
+    @property
+    def rate(self) -> float:
+        """The learning rate as a share of its peak."""
+        return lr_factor(self.progress, self.config.warmup, self.config.flat)
 
-    def __exit__(self, *_: object) -> None:
-        self._swap()
+    def go_on(self, from_step: int | None) -> None:
+        """Takes up a checkpoint, if there is one, and removes what came after it."""
+        found = self.folder.load_checkpoint(from_step)
+        if found is not None:
+            tensors, state = found
+            scaler, self.saved_step = state.pop("scaler"), state["step"]
+            self.at = Counters(**state)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(tensors[f"model.{name}"])
+            self.optimizer.load_state(tensors)
+            if scaler:
+                self.scaler.load_state_dict(scaler)
+        self.processes.meet()  # before process 0 removes what another may still read
+        self.folder.remove_leftovers()
+        self.folder.remove_checkpoints(after=max(self.saved_step, 0))
+        self.folder.rewind_metrics(self.saved_step)
+
+    def to_the_end(self) -> None:
+        """Steps, log lines, evaluations and checkpoints until the budget is used up."""
+        config, at = self.config, self.at
+        if self.saved_step < 0:
+            self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
+        self.model.train()
+        saved = time.monotonic()
+        while self.progress < 1.0:
+            self.obey()
+            loss, norm = self.update()
+            at.log_sum, at.log_count = at.log_sum + loss, at.log_count + 1
+            done = self.progress >= 1.0
+            if at.step % 10 == 0 or done:
+                self.bar.advance_to(
+                    self.progress, f"{at.tokens / max(at.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
+                )
+            evaluates = done or at.step % config.eval_every == 0
+            if evaluates or at.step % 50 == 0:
+                record = {
+                    "step": at.step,
+                    "tokens": at.tokens,
+                    "seconds": at.seconds,
+                    "lr": config.lr * self.rate,
+                    "loss": at.log_sum / at.log_count,
+                    "grad_norm": norm,
+                }
+                at.log_sum, at.log_count = 0.0, 0
+                self.folder.log(record | (self.held_out() if evaluates else {}))
+            if not done and time.monotonic() - saved > 60 * config.save_minutes:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        self.obey()
+
+    def update(self) -> tuple[float, float]:
+        """One update; (loss, gradient norm). TinyldError where one is not finite, with the parameters as they were."""
+        at, config, started = self.at, self.config, time.perf_counter()
+        self.optimizer.set_lr(self.rate, self.progress)
+        batch = self.source.batch(at.step, config.batch_size, config.seed)
+        noised, normaliser = self.objective.noise(batch, at.step)
+        torch.manual_seed(seed_of(config.seed, 7, at.step, self.processes.rank))  # of dropout
+        self.optimizer.zero_grad()
+        loss = float(self.backward(noised, normaliser))
+        for part in self.optimizer.parts:
+            self.scaler.unscale_(part)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise self.diverged(f"the loss ({loss:.4g}) or gradient")
+        for part in self.optimizer.parts:
+            self.scaler.step(part)
+        self.scaler.update()
+        at.step += 1
+        at.tokens += int(batch.attention_mask.sum())
+        at.seconds += time.perf_counter() - started
+        if self.processes.size > 1:  # the clock and the signals are process 0's, too
+            mine = [at.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
+            loss, at.seconds, told = self.processes.sum([loss, *mine])
+            self.told = int(told)
+        self.after_update(self.progress)
+        return loss, norm
+
+    def backward(self, noised: Noised, normaliser: float) -> Tensor:
+        """The loss of this process's rows; its gradient, of all processes' and of the penalty, is left behind."""
+        loss = torch.zeros((), device=self.device)
+        for micro in self.processes.share(noised, self.config.accumulate):
+            with self.autocast():
+                nll, row = token_nll(self.model, micro.to(self.device))
+                part = (nll * micro.weight.to(self.device)[row]).sum() / normaliser
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.processes.sum_gradients(self.parameters.values())
+        if self.penalty is not None:
+            self.scaler.scale(self.penalty()).backward()
+        return loss
+
+    def obey(self) -> None:
+        """Saves and raises Interrupted once a signal has come; several processes obey process 0's."""
+        if signum := self.stop.received if self.processes.size == 1 else self.told:
+            self.save()
+            raise Interrupted(signum, f"step {self.at.step} is saved; go on with --resume {self.folder.path}")
+
+    def held_out(self) -> dict[str, Any]:
+        """The evaluation's numbers; TinyldError where the parameters or one of them is not finite."""
+        self.check_finite()
+        self.bar.doing("dev evaluation")
+        self.model.eval()
+        with self.autocast():
+            self.metrics = self.evaluate()
+        self.model.train()
+        self.bar.doing()
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise self.diverged(f"{name} ({value})")
+        return self.metrics
+
+    def save(self) -> None:
+        """Writes a checkpoint, of finite parameters alone, unless the newest one is of this step."""
+        if self.at.step == self.saved_step:
+            return
+        self.check_finite()
+        self.bar.doing("saving")
+        tensors = {f"model.{n}": p for n, p in self.parameters.items()} | self.optimizer.state()
+        state = {k: v for k, v in vars(self.at).items() if k != "step"} | {"scaler": self.scaler.state_dict()}
+        self.folder.save_checkpoint(self.at.step, tensors, state, self.config.keep)
+        self.saved_step = self.at.step
+        self.bar.doing()
+
+    def check_finite(self) -> None:
+        for name, parameter in self.parameters.items():
+            if not bool(parameter.isfinite().all()):
+                raise self.diverged(name)
+
+    def diverged(self, what: str) -> TinyldError:
+        return TinyldError(f"{what} at step {self.at.step} is not finite; {self.folder.last_good()}; lower --lr")

@@ -1,12 +1,11 @@
-"""Timestep bands, for every method whose rank depends on the noise level."""
+"""Timestep bands: what trajectory LoRA's pushes are told of a row's noise level."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Timestep bands (t_lo, t_hi], from high noise to low as the paper lists them ("early" is high noise). Stated here only.
@@ -29,11 +28,11 @@ def time_embedding(t: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def band_weights(t: Tensor, smooth: bool) -> Tensor:
-    """How much each band has a say at t: (B,) -> (B, NUM_BANDS). All of one band's or, with `smooth`, linear in t
-    between the middles of neighbouring bands."""
-    if not smooth:
-        return F.one_hot(band_of(t), NUM_BANDS).to(t.dtype)
-    middles = torch.tensor([(hi + lo) / 2 for hi, lo in pairwise(BAND_EDGES)], device=t.device, dtype=t.dtype)
-    near = 1.0 - (t.clamp(middles[-1], middles[0])[:, None] - middles).abs() / (middles[0] - middles[1])
-    return near.clamp(min=0.0)
+@dataclass(frozen=True)
+class Noise:
+    """What the units of one forward pass are told, for B rows of L tokens."""
+
+    band: Tensor  # (B,) index of the row's band
+    time: Tensor  # (B, TIME_WIDTH)
+    prompt_mask: Tensor  # (B, L) bool
+    weight: float  # of the whole push

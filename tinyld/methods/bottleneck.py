@@ -69,7 +69,7 @@ class Bottleneck(Method):
     def combine(
         cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
     ) -> tuple[BottleneckConfig, dict[str, Tensor]]:
-        """Bottlenecks side by side: x + sum_i w_i (adapter_i(x) - x), exactly, at every place."""
+        """Bottlenecks side by side: x + sum_i w_i (adapter_i(x) - x), exactly, everywhere."""
         tensors = {}
         for name in parts[0][1]:
             own = [t[name] for _, t, _ in parts]

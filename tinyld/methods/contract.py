@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig
+from tinyld.config import ModelConfig, check
 from tinyld.errors import UsageError
 from tinyld.model import Denoiser
 
@@ -48,6 +48,25 @@ class Method(ABC):
     def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
         """The rate of every optimizer that the method has one for, its usual optimizer first."""
         return cls.rates if model_config.norm_first or cls.post_norm is None else cls.post_norm
+
+    @classmethod
+    def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
+        """The config from the options that a user gave (None: not given), with the rank that a budget allows."""
+        given = {name: value for name, value in options.items() if value is not None}
+        budget = given.pop("budget", None)
+        check(budget is None or "rank" not in given, "--budget sets the rank; leave --rank or --budget out")
+        config = cls.configure(cls.Config(), given)
+        return config if budget is None else cls.fit_budget(config, model_config, budget)
+
+    @classmethod
+    def configure(cls, config: Any, given: Mapping[str, Any]) -> Any:
+        """The config with the options given; UsageError for one that the method does not have."""
+        options = [f.name for f in fields(config)]
+        for name in given:
+            if name not in options:
+                own = ", ".join(f"--{option}" for option in sorted({*options} - {"prune"})) or "no option"
+                raise UsageError(f"--{name.replace('_', '-')} is not an option of {cls.name}, which has {own}")
+        return replace(config, **given)
 
     @property
     def first_depth(self) -> int:
@@ -87,25 +106,18 @@ class Method(ABC):
         return replace(config, rank=rank)
 
     @classmethod
-    def fit_budget(
-        cls, config: Any, model_config: ModelConfig, budget: float, fixed: Mapping[str, Any] | None = None
-    ) -> Any:
-        """The config with the largest rank whose parameters are at most `budget`, a share of the base's. `fixed`
-        fields keep their values whatever the rank."""
-
-        def at(rank: int) -> Any:
-            return replace(cls.with_rank(config, rank), **(fixed or {}))
-
-        limit = budget * model_config.num_parameters()
-        rank = 0
-        while cls.expected_parameters(at(rank + 1), model_config) <= limit:
+    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float) -> Any:
+        """The config with the largest rank whose parameters are at most `budget`, a share of the base's."""
+        check(budget <= 1, f"budget is a share of the base, at most 1, got {budget:g}")
+        limit, rank = budget * model_config.num_parameters(), 0
+        while cls.expected_parameters(cls.with_rank(config, rank + 1), model_config) <= limit:
             rank += 1
         if rank == 0:
-            least = cls.expected_parameters(at(1), model_config)
+            least = cls.expected_parameters(cls.with_rank(config, 1), model_config)
             raise UsageError(
                 f"budget {budget:.2%} is too small for {cls.name}: rank 1 stores {least:,} parameters of {limit:,.0f}"
             )
-        return at(rank)
+        return cls.with_rank(config, rank)
 
     def set_enabled(self, enabled: bool) -> None:
         """Turns the method's effect off and on again; full and bitfit change the base itself and refuse."""
@@ -138,11 +150,3 @@ class Method(ABC):
     def merge(self, model: Denoiser) -> None:
         """Folds the method into the base's weights, where that is possible."""
         raise ValueError(f"{self.name} cannot be merged into the base's weights")
-
-
-def task_arithmetic(
-    parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """base + sum_i w_i (theta_i - base), for methods that change the base's own tensors (arXiv 2212.04089)."""
-    names = parts[0][1]
-    return {n: base[n] + sum(w * (tensors[n] - base[n]) for _, tensors, w in parts) for n in names}

@@ -1,0 +1,88 @@
+"""Tables of the CSV files here, over seeds, with 95% intervals: python data/results/table.py small.csv [--markdown]
+
+A file on one task becomes a row a method; on several tasks, a row a method with its accuracy on each.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyld.report import COLUMNS, Row, aggregate, labels, percent, result_tables
+from tinyld.statistics import mean_of
+from tinyld.tables import markdown, print_table
+
+TEXT = {"run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "optimizer", "training"}
+TEXT |= {"tinyld", "torch", "machine", "fast_dtype", "command"}
+Table = tuple[str, Sequence[str], list[list[Any]]]  # title, columns, rows
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of any of the files, numbers as such, gaps as None."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def value(name: str, text: str) -> Any:
+    if name in TEXT:
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text or None
+
+
+def tables(path: Path) -> list[Table]:
+    rows = read(path)
+    if set(rows[0]) != set(COLUMNS):  # not of runs: compositions, seconds
+        return [(path.stem, list(rows[0]), [list(row.values()) for row in rows])]
+    found = aggregate(rows)
+    several = len({row["task"] for row in found}) > 1 and all(row["accuracy"] is not None for row in found)
+    return [by_task(path.stem, found)] if several else result_tables(found, False)
+
+
+def by_task(title: str, found: Sequence[Row]) -> Table:
+    """A row a method. Of its rows on one task that with the most training rows counts, then the fewest nats on dev.
+
+    The interval of the mean takes the tasks' errors as independent; "% of full" is of the means, against the best full
+    fine-tuning of each task on as many rows; seconds are of all tasks together.
+    """
+    tasks = sorted({row["task"] for row in found})
+    alike = ("base", "fingerprint", "method", "recipe", "settings", "optimizer", "training")
+    methods: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in found:
+        mine = methods.setdefault(tuple(row[column] for column in alike), {})
+        best = mine.get(row["task"])
+        if best is None or (row["rows"], -row["dev_nll_bound"]) > (best["rows"], -best["dev_nll_bound"]):
+            mine[row["task"]] = row
+    named = labels([dict(zip(alike, key, strict=True), epochs=None, steps=None, lr=None) for key in methods])
+    cells = []
+    for label, mine in zip(named, methods.values(), strict=True):
+        whole = [mine[task] for task in tasks] if len(mine) == len(tasks) else []
+        ends = [(row["low"], row["high"]) for row in whole]
+        half = sum(((high - low) / 2) ** 2 for low, high in ends) ** 0.5 / max(1, len(ends))
+        full = [row["accuracy"] / row["of_full"] for row in whole if row["of_full"]]
+        mean = mean_of(row["accuracy"] for row in whole) if whole else None
+        cells.append([
+            label, *(percent(mine[task]["accuracy"]) if task in mine else None for task in tasks),
+            f"{percent(mean)} ± {percent(half)}" if whole else None,
+            percent(mean / mean_of(full)) if whole and len(full) == len(whole) else None,
+            f"{next(iter(mine.values()))['stored_percent']:.2f}",
+            round(sum(row["seconds"] for row in whole)) if whole else None,
+        ])  # fmt: skip
+    return title, ["method", *tasks, "mean %", "% of full", "stored %", "seconds"], cells
+
+
+if __name__ == "__main__":
+    files = [word for word in sys.argv[1:] if word != "--markdown"]
+    for file in files:
+        for title, columns, cells in tables(Path(file)):
+            if "--markdown" in sys.argv:
+                print(f"{title}\n\n{markdown(columns, cells)}\n")
+            else:
+                print_table(title, columns, cells)

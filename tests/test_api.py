@@ -1,0 +1,116 @@
+"""Python: rows in, a run out; and a CSV alone on the command line. On a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_predict import QUICK, ROWS, place  # noqa: F401  the tiny base is a fixture
+from typer.testing import CliRunner
+
+import tinyld
+from tinyld.cli import app
+from tinyld.datafile import answer_words
+from tinyld.options import FinetuneOptions
+from tinyld.runs import RunFolder
+from tinyld.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_importing_it_brings_no_torch() -> None:
+    code = "import sys, tinyld; assert tinyld.TinyldError and tinyld.UsageError; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.stdout == "False\n", ran.stderr
+    assert (Path(tinyld.__file__).parent / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        tinyld.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("as_dicts", [False, True])
+def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    rows = [{"label": label, "text": text} for text, label in ROWS] if as_dicts else ROWS
+    run = tinyld.finetune(rows, base=place / "base", out="runs/mine", **QUICK)
+    assert capfd.readouterr() == ("", ""), "it is silent"
+    found = run.predict(["rain", "sun"])
+    assert [f["text"] for f in found] == ["rain", "sun"] and {f["label"] for f in found} <= {"sad", "happy"}
+    assert run.predict("rain") == found[:1] or run.predict("rain")[0]["label"] == found[0]["label"]
+    config = RunFolder(Path("runs/mine")).config
+    assert config["task"]["verbalizer"] == {"sad": "sad", "happy": "happy"} and config["data"]["held_out"]
+    assert config["data"]["rows"] == 36, "of 40, four are held out"
+    scores = json.loads(CliRunner().invoke(app, ["eval", "runs/mine", "--json"]).stdout)
+    assert scores[0]["n"] == 4 and scores[0]["task"] == "mine-rows"
+    ran = CliRunner().invoke(app, ["finetune", "--resume", "runs/mine", "--json"])
+    assert "is finished already" in ran.stderr
+    assert tinyld.load("runs/mine", base=place / "base").predict("rain")[0]["label"] == found[0]["label"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([("a", "b", "c")], "a row is"),
+        ([("rain", "sad")] * 9, "the one label 'sad'"),
+        ([("rain", ""), ("sun", "happy")], "column 'label' is empty"),
+        ([(str(i), f"l{i}") for i in range(9)], "9 different labels"),
+    ],
+)
+def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) -> None:  # noqa: F811
+    with pytest.raises(tinyld.TinyldError, match=part):
+        tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
+    assert not Path("mine").exists()
+    with pytest.raises(tinyld.UsageError, match="--method must be one of"):
+        tinyld.finetune(ROWS, base=place / "base", out="mine", method="magic")
+
+
+def test_a_csv_alone_is_enough(place: Path) -> None:  # noqa: F811
+    """No task file, and columns of other names: of two, the one that says more is the text."""
+    Path("opinions.csv").write_text(
+        "kind,opinion\n" + "".join(f'{label}!,"{t} {i}"\n' for i, (t, label) in enumerate(ROWS))
+    )
+    args = ["finetune", "--data", "opinions.csv", "--base", str(place / "base"), "--steps", "2", "--method", "bitfit"]
+    ran = CliRunner().invoke(app, [*args, "--out", "run", "--json"])
+    assert ran.exit_code == 0, ran.stderr
+    task = RunFolder(Path("run")).config["task"]
+    assert task["columns"] == {"text": "opinion"} and task["label_column"] == "kind" and task["name"] == "opinions"
+    assert task["verbalizer"] == {"sad!": "sad", "happy!": "happy"}
+    Path("new.csv").write_text("opinion\nrain\nthe sun\n")
+    lines = CliRunner().invoke(app, ["predict", "run", "new.csv", "--csv"]).stdout.splitlines()
+    assert lines[0].startswith("text,label,probability") and len(lines) == 3
+    train = json.loads(CliRunner().invoke(app, ["eval", "run", "--split", "train", "--json"]).stdout)
+    dev = json.loads(CliRunner().invoke(app, ["eval", "run", "--json"]).stdout)
+    assert (train[0]["n"], dev[0]["n"]) == (36, 4)
+    ran = CliRunner().invoke(app, ["eval", "run", "--split", "test"])
+    assert ran.exit_code == 2 and "has no test rows" in ran.stderr
+    Path("set").mkdir()
+    for split, rows in (("train", ROWS), ("dev", ROWS[:6])):
+        Path(f"set/{split}.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in rows))
+    args[2] = "set"
+    assert CliRunner().invoke(app, [*args, "--out", "two", "--quiet"]).exit_code == 0
+    assert RunFolder(Path("two")).config["data"]["rows"] == 40
+    assert json.loads(CliRunner().invoke(app, ["eval", "two", "--json"]).stdout)[0]["n"] == 6
+
+
+def test_labels_get_words_that_the_vocabulary_has_as_one_token_each(tokenizer: Tokenizer) -> None:
+    assert answer_words(["good", "bad"], tokenizer) == ["good", "bad"]
+    assert answer_words(["very good", "not_good", "good"], tokenizer) == ["very", "not", "good"]
+    words = answer_words(["1", "2", "3", "Zürich-ß", "good"], tokenizer)
+    assert len({tuple(tokenizer.encode(w)) for w in words}) == 5 and words[4] == "good"
+    assert all(len(tokenizer.encode(w)) == 1 and tokenizer.unk_id not in tokenizer.encode(w) for w in words)
+
+
+def test_options_are_read_as_a_user_writes_them() -> None:
+    options = FinetuneOptions(base="a/b", budget="0.7%", ranks="4,2,1", targets="query,value")
+    assert (options.base, options.ranks, options.targets) == (Path("a/b"), (4, 2, 1), ("query", "value"))
+    assert options.budget == pytest.approx(0.007) == FinetuneOptions(budget="0.007").budget
+    assert FinetuneOptions(budget="70%").budget == 0.7 and FinetuneOptions(budget=0.7).budget == 0.7
+    assert FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "compile=true"]) == FinetuneOptions(
+        rank=4, lr=1e-3, base_dtype="int8", compile=True
+    )

@@ -1,0 +1,308 @@
+"""Answers to new texts: the loop, the filter, files, and Python, on runs of a tiny base."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tinyld
+from tinyld.cli import app
+from tinyld.data import Batch, TaskRows
+from tinyld.evaluate import Verbalizers
+from tinyld.model import Denoiser
+from tinyld.options import PretrainOptions
+from tinyld.predict import by_label, label_logp
+from tinyld.pretrain import pretrain
+from tinyld.rows import prompt_of
+from tinyld.runs import ADAPTER, RunFolder
+from tinyld.tasks import load_task
+from tinyld.tokenizer import Tokenizer
+
+WORDS = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()
+SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}
+ROWS = [("the rain , the rain", "sad"), ("sun and sea", "happy"), ("rain is bad", "sad"), ("a good sky", "happy")] * 10
+QUICK: dict[str, Any] = {"steps": 2, "batch_size": 4, "method": "bitfit", "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, and what is made of it: a label task, one of two texts, one that writes, a composition."""
+    place = tmp_path_factory.mktemp("predict")
+    rng = random.Random(0)
+    (place / "text.txt").write_text("\n".join(" ".join(rng.choices(WORDS, k=9)) for _ in range(300)))
+    text = place / "text.txt"
+    pretrain(PretrainOptions(data=(text,), **SHAPE, vocab_size=200, steps=2, out=place / "base", quiet=True))
+    labels = '[verbalizer]\nsad = "down"\nhappy = "very well"\n'
+    tasks = {
+        "mood": 'template = "{text} it was {answer} ."\n' + labels,
+        "same": 'template = "{a} {b} is {answer} ."\n' + labels.replace("very well", "well"),
+        "tell": 'template = "{word} : {answer}"\nanswer_column = "tale"\nanswer_tokens = 3\n',
+    }
+    for name, task in tasks.items():
+        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
+    (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
+    (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
+    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad\nsun,it is good\n" * 5)
+    for name in ("mood", "same", "tell"):
+        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def cli(*args: object, text: str | bytes = "") -> Any:
+    ran = CliRunner().invoke(app, ["predict", *map(str, args)], input=text)
+    assert ran.exception is None or isinstance(ran.exception, SystemExit), ran.exception
+    return ran
+
+
+def records(*args: object, text: str | bytes = "") -> list[dict[str, Any]]:
+    ran = cli(*args, text=text)
+    assert ran.exit_code == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokenizer) -> None:
+    """Against a sum that is written out: every token given those before it, the rest masked."""
+    task = load_task("reviews")
+    rows = TaskRows([prompt_of(task, {"sentence": "the film was"}, "")] * 2, task, tokenizer, 48)
+    answers = [tokenizer.encode(w) for w in ("not good", "great", "very very great")]
+    rows.slot, ids = 3, [(a + [tokenizer.eos_id] * 3)[:3] for a in answers]
+    verbalizers = object.__new__(Verbalizers)
+    verbalizers.ids, verbalizers.eos_id = torch.tensor(ids), tokenizer.eos_id
+    head, tail = tokenizer.encode("the film was it was"), tokenizer.encode(".")
+    x0 = torch.tensor([[tokenizer.bos_id, *head, 0, 0, 0, *tail, tokenizer.eos_id]] * 2)
+    mask = torch.zeros_like(x0, dtype=torch.bool)
+    start = 1 + len(head)
+    mask[:, start : start + 3] = True
+    batch = Batch(x0, mask, torch.ones_like(mask), torch.arange(2))
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        found, first = label_logp(model, batch, verbalizers, tokenizer.mask_id)
+        took = len(passes)
+        for k, answer in enumerate(ids):
+            total = 0.0
+            for i, token in enumerate(answer):
+                xt = torch.where(mask, tokenizer.mask_id, x0)
+                xt[:, start : start + i] = torch.tensor(answer[:i])
+                here = torch.zeros_like(mask)
+                here[:, start + i] = True
+                logits = model(xt, torch.full((2,), (3 - i) / 3), None, ~mask, where=here)
+                total += float(logits.log_softmax(-1)[0, token])
+                if token == tokenizer.eos_id:
+                    break
+            assert found[0, k] == found[1, k] == pytest.approx(total, abs=1e-4)
+        assert took == 1 + 3 + 2, "one for the first token, three for the second ones, two for what has not ended"
+        assert first.shape == (2, tokenizer.vocab_size)
+    record = by_label(torch.tensor([0.0, 1.0]), ["a", "b"])
+    assert record["label"] == "b" and sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mood", "reviewed"])
+def test_what_predict_says_is_what_eval_finds(name: str, place: Path, tmp_path: Path) -> None:
+    """The decoded answers are eval's; for answers of one token the label is the one that eval scores best."""
+    if name == "reviewed":
+        run = tinyld.finetune(ROWS, base=place / "base", out="one", **QUICK)
+    else:
+        run = tinyld.load(place / "mood")
+    file = tmp_path / "rows.csv"
+    file.write_text(
+        "text,label\n" + "".join(f'"{t} {"very " * 3 * i}",{label}\n' for i, (t, label) in enumerate(ROWS[:9]))
+    )
+    ran = CliRunner().invoke(app, ["eval", str(run.path), "--data", "rows.csv", "--predictions", "p.tsv", "--json"])
+    decoded = [line.split("\t")[4] for line in Path("p.tsv").read_text().splitlines()[1:]]
+    found = records(run.path, "rows.csv")
+    assert [r["decoded"] for r in found] == decoded and json.loads(ran.stdout)[0]["n"] == 9
+    right = sum(r["label"] == r["given_label"] for r in found) / 9
+    if name == "reviewed":
+        assert right == pytest.approx(json.loads(ran.stdout)[0]["scored_accuracy"])
+    assert json.loads(ran.stdout)[0]["truncated"] == sum(r["truncated"] for r in found) > 0
+
+
+# ------------------------------------------------------------------------------------------------ in and out
+
+
+def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
+    texts = ["rain", "", "the sun \U0001f600", "  ", "very " * 60, "rain"]
+    found = records(place / "mood", text="\n".join(texts))
+    assert [r["text"] for r in found] == texts
+    assert [r["truncated"] for r in found] == [False] * 4 + [True, False]
+    assert all(set(r) == {"text", "label", "probability", "probabilities", "decoded", "truncated"} for r in found)
+    assert all(r["label"] in ("sad", "happy") and r["probability"] == max(r["probabilities"].values()) for r in found)
+    assert found[0]["probability"] == pytest.approx(found[5]["probability"], abs=2e-3), "whatever is beside it"
+    assert records(place / "mood", "--text", "rain")[0]["label"] == found[0]["label"]
+    assert "1 of 6 rows are longer" in cli(place / "mood", text="\n".join(texts)).stderr
+    assert "longer" not in cli(place / "mood", "--quiet", text="\n".join(texts)).stderr
+    assert cli(place / "mood", text="").stdout == ""
+    assert [r["text"] for r in records(place / "mood", text=b"\xef\xbb\xbfrain\r\nsun\r\n")] == ["rain", "sun"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])
+def test_files_are_read_by_their_columns_and_the_others_are_kept(suffix: str, place: Path) -> None:
+    rows = [{"id": str(i), "text": text, "label": label} for i, (text, label) in enumerate(ROWS)]
+    file = Path(f"new{suffix}")
+    if suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".txt":
+        file.write_text("".join(row["text"] + "\n" for row in rows))
+    else:
+        with file.open("w") as out:
+            writer = csv.DictWriter(out, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    found = records(place / "mood", file)
+    assert [r["text"] for r in found] == [row["text"] for row in rows]
+    if suffix == ".txt":
+        return
+    assert [(r["id"], r["given_label"]) for r in found] == [(row["id"], row["label"]) for row in rows]
+    assert [r["text"] for r in records(place / "mood", file, "--column", "id")] == [row["id"] for row in rows]
+    assert cli(place / "mood", file, "--out", "all.jsonl").stdout == ""
+    assert [json.loads(line) for line in Path("all.jsonl").read_text().splitlines()] == found
+    table = list(csv.DictReader(io.StringIO(cli(place / "mood", file, "--csv").stdout)))
+    assert [r["label"] for r in table] == [r["label"] for r in found] and float(table[0]["p(sad)"]) > 0
+
+
+def test_a_file_is_written_whole_or_not_at_all(place: Path) -> None:
+    Path("bad.csv").write_text("text\n" + "rain\n" * 2000 + "sun,sea\n")
+    ran = cli(place / "mood", "bad.csv", "--out", "out.csv")
+    assert ran.exit_code == 1 and "line 2002" in ran.stderr and not Path("out.csv").exists()
+    assert list(Path().iterdir()) == [Path("bad.csv")]
+
+
+def test_a_task_of_two_texts_takes_both(place: Path) -> None:
+    Path("new.csv").write_text("a,b\nrain,sun\nsea,\n")
+    found = records(place / "same", "new.csv")
+    assert [(r["a"], r["b"]) for r in found] == [("rain", "sun"), ("sea", "")] and "text" not in found[0]
+    assert tinyld.load(place / "same").predict([("rain", "sun")])[0]["label"] == found[0]["label"]
+    ran = cli(place / "same", text="rain\n")
+    assert ran.exit_code == 2 and "reads a and b: give a .csv" in ran.stderr
+
+
+def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
+    (found,) = records(place / "tell", text="rain\n")
+    assert set(found) == {"text", "answer", "truncated"} and found["text"] == "rain"
+    run = tinyld.load(place / "tell")
+    assert run.write(["rain", "sun"])[0] == found["answer"] == run.predict(["rain"])[0]["answer"]
+    base = tinyld.load(place / "base")
+    assert len(base.write("the {answer} .", length=2)) == 1
+    assert base.write(["the {answer} ."], length=2) == base.write("the {answer} .", length=2)
+
+
+def test_a_composition_says_who_answered(place: Path) -> None:
+    options = {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
+    for name in ("mood", "same"):
+        tinyld.finetune(place / f"{name}.toml", out=f"lora-{name}", **options)
+    ran = CliRunner().invoke(app, ["compose", "lora-mood", "lora-same", "--how", "router", "--out", "both", "--quiet"])
+    assert ran.exit_code == 0, ran.stderr
+    (found,) = records("both", "--task", "mood", text="rain\n")
+    assert found["adapter"] == "lora-mood"
+    alone = records("lora-mood", text="rain\n")[0]
+    assert found["probabilities"] == pytest.approx(alone["probabilities"], abs=2e-3)
+    ran = cli("both", text="rain\n")
+    assert ran.exit_code == 2 and "has tasks mood, same; say which with --task" in ran.stderr
+
+
+def test_a_run_predicts_the_same_when_it_was_moved_and_its_task_file_is_gone(place: Path) -> None:
+    before = records(place / "mood", text="rain\nsun\n")
+    files = {p.name: p.read_bytes() for p in (place / "mood").iterdir()}
+    shutil.copytree(place / "mood", "moved")
+    os.rename(place / "mood.toml", place / "gone.toml")
+    try:
+        assert records("moved", "--base", place / "base", text="rain\nsun\n") == before
+    finally:
+        os.rename(place / "gone.toml", place / "mood.toml")
+    assert {p.name: p.read_bytes() for p in (place / "mood").iterdir()} == files, "nothing is written into the run"
+
+
+def test_another_task_of_the_same_name_is_refused_with_the_difference(place: Path) -> None:
+    Path("mood.toml").write_text((place / "mood.toml").read_text().replace("very well", "good"))
+    for verb in ("predict", "eval"):
+        ran = CliRunner().invoke(app, [verb, str(place / "mood"), "--task", "mood.toml", "--quiet"], input="rain\n")
+        assert ran.exit_code == 1 and "very well" in ran.stderr and "good" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "text", "code", "part"),
+    [
+        ("{place}/base", "rain", 2, "was made for no task"),
+        ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
+        ("{place}/mood new.csv", "", 1, "new.csv"),
+        ("{place}/mood new.txt", "", 1, "new.txt: cannot be read"),
+        ("{place}/mood new.txt --text rain", "", 2, "give INPUT or --text, not both"),
+        ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
+        ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),
+        ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
+        ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
+        ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
+        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold"),
+        ("nowhere", "rain", 1, "no run in nowhere"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_a_line(
+    args: str, text: str | bytes, code: int, part: str, place: Path
+) -> None:
+    ran = cli(*args.format(place=place).split(), text=text)
+    assert (ran.exit_code, ran.stdout) == (code, "") and part in ran.stderr
+    assert ran.stderr.startswith("tinyld: ") and ran.stderr.count("\n") == 1
+
+
+def start(*args: object, **more: Any) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "tinyld", "predict", *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **more)
+
+
+def test_a_filter_lives_and_answers_each_line_at_once(place: Path) -> None:
+    took = []
+    with start(place / "mood", stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for text in ("rain", "sun", "sea"):
+            process.stdin.write(f"{text}\n".encode())
+            process.stdin.flush()
+            began = time.monotonic()
+            assert json.loads(process.stdout.readline())["text"] == text
+            took.append(time.monotonic() - began)
+        process.stdin.close()
+    assert process.returncode == 0
+    assert min(took[1:]) < 0.5, "60 ms on an idle machine"
+
+
+def test_a_full_disk_and_a_reader_that_is_gone_end_it_cleanly(place: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start(place / "mood", stdout=full)
+        _, stderr = process.communicate(b"rain\n" * 9)
+    assert process.returncode == 1 and stderr.decode().startswith("tinyld: ") and stderr.count(b"\n") == 1, stderr
+    process = start(place / "mood", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(b"rain\n" * 9)
+    assert process.returncode != 0 and stderr == b""
+
+
+def test_weights_that_give_no_finite_logits_are_an_error(place: Path) -> None:
+    shutil.copytree(place / "mood", "large")
+    folder = RunFolder(Path("large"))
+    folder.write_tensors(ADAPTER, {name: tensor + 1e38 for name, tensor in folder.read_tensors(ADAPTER).items()})
+    for args in (["predict", "large"], ["eval", "large", "--task", "mood", "--data", str(place / "mood.csv")]):
+        ran = CliRunner().invoke(app, args, input="rain\n")
+        assert ran.exit_code == 1 and "not finite" in ran.stderr and ran.stdout == ""

@@ -1,0 +1,93 @@
+"""The tables of data/results/README.md are made from the CSV files beside it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tinyld.cli import app
+from tinyld.tables import show
+
+TOP = Path(__file__).parents[1]
+RESULTS = TOP / "data" / "results"
+README = (RESULTS / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(RESULTS))
+from table import read, tables  # noqa: E402
+
+NAMES = {"our seconds": "our_seconds", "peer seconds": "peer_seconds"}
+
+
+def shown_tables() -> list[tuple[str, list[str], list[list[str]]]]:
+    """(CSV file, columns, rows) of every table that says where it is from."""
+    found = []
+    for file, table in re.findall(r"^from: \[([\w.-]+\.csv)\]\(\1\)\n\n((?:\|.*\n)+)", README, flags=re.M):
+        columns, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        found.append((file, columns, rows))
+    return found
+
+
+def test_every_table_of_figures_says_where_it_is_from() -> None:
+    assert len(shown_tables()) == README.count("\nfrom: ") >= 10
+    assert len(re.findall(r"^\|---", README, flags=re.M)) == len(shown_tables()) + 1, "but the list of files"
+
+
+@pytest.mark.parametrize(("file", "columns", "rows"), shown_tables(), ids=lambda value: str(value)[:24])
+def test_its_figures_are_those_that_its_file_gives(file: str, columns: list[str], rows: list[list[str]]) -> None:
+    figures = [i for i, column in enumerate(columns) if column != "method"]  # its words are the README's own
+    made: set[tuple[str, ...]] = set()
+    for _, names, cells in tables(RESULTS / file):
+        wanted = [NAMES.get(columns[i], columns[i]) for i in figures]
+        if set(wanted) <= set(names):
+            made |= {tuple(show(row[names.index(name)]) for name in wanted) for row in cells}
+    for row in rows:
+        assert tuple(row[i] for i in figures) in made, row
+
+
+def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
+    """The files that have no table in the README: their figures stand in a sentence."""
+    for file, figures in (
+        ("encoder-3-epochs-again.csv", ("98.8", "100.1")),
+        ("encoder-sst2.csv", ("89.3", "98.7", "98.0", "98.1")),
+        ("small-longer.csv", ("97.6", "95.4", "98.6", "103", "453")),
+        ("heads.csv", ("80.6", "72.5", "81.3", "80.3")),
+    ):
+        made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
+        sentence = README[README.index(f"({file})", README.index("## How much")) :].partition("\n\n")[0]
+        for figure in figures:
+            assert figure in made and re.search(rf"\b{re.escape(figure)}\b", sentence), (file, figure)
+
+
+def test_every_file_is_named_and_every_row_is_a_run_of_its_own() -> None:
+    for path in RESULTS.glob("*.csv"):
+        assert f"({path.name})" in README, path.name
+        rows: list[dict[str, Any]] = read(path)
+        if "seed" in rows[0] and "run" in rows[0]:
+            runs = [(row["run"], row["task"], row.get("fingerprint"), row.get("command")) for row in rows]
+            assert len(set(runs)) == len(runs), path.name
+
+
+def test_the_script_prints_a_table() -> None:
+    command = [sys.executable, str(RESULTS / "table.py"), str(RESULTS / "reviews.csv"), "--markdown"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TOP, env={"PYTHONPATH": str(TOP), "PATH": ""})
+    assert "| full, muon | 92.4 | 89.7 to 94.4 |" in done.stdout, done.stderr
+    assert len(README.splitlines()) <= 250
+
+
+COMMANDS = re.findall(r"(?:^|`|&& )(?:\.venv/bin/)?(tinyld [a-z].*?)(?:$|`)", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_of_the_page_exists(command: str) -> None:
+    words = shlex.split(command)
+    shown = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200)
+    assert shown.exit_code == 0
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", shown.output), f"tinyld {words[1]} has no {word}"

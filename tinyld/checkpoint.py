@@ -1,0 +1,268 @@
+"""Bases and adapters, to and from run folders: weights, tokenizer, config, and the fingerprint that names a base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyld.config import ModelConfig, from_dict, to_dict
+from tinyld.errors import TinyldError, UsageError
+from tinyld.methods import METHODS, Full, Method, read_config
+from tinyld.methods.bands import BAND_EDGES
+from tinyld.model import Denoiser
+from tinyld.read import finite
+from tinyld.rows import bundled_data_dir
+from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
+from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
+from tinyld.tokenizer import Tokenizer
+from tinyld.write import sha256
+
+RELEASED = ("base", "small")  # folders of the bundled data that hold a base
+
+
+@dataclass
+class Base:
+    """A pretrained denoiser with its tokenizer, as loaded from a run folder."""
+
+    path: Path
+    model: Denoiser
+    tokenizer: Tokenizer
+    fingerprint: str
+    dtype: str = "fp32"  # that its frozen weights are kept in
+    bytes: int = 0  # of its weights in memory
+
+
+@dataclass
+class Adapted:
+    """A base with a method attached; `base.model` is the adapted denoiser."""
+
+    base: Base
+    method: Method
+    task: Any  # as the run recorded it
+    config: dict[str, Any]  # the run's config.json; empty for a method that was just attached
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What a run's config says of its base."""
+
+    path: str
+    fingerprint: str
+    dtype: str = "fp32"  # that it was kept in while training
+
+
+# ------------------------------------------------------------------------------------------------ bases
+
+
+def fingerprint(folder: RunFolder) -> str:
+    """Names a base: a digest of its stored weights, its tokenizer and its model config."""
+    parts = [folder.digest(MODEL), folder.digest(TOKENIZER), json.dumps(folder.config["model"], sort_keys=True)]
+    return sha256(" ".join(parts).encode())[:16]
+
+
+def save_base(
+    folder: RunFolder, model: Denoiser, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    """Writes a base's tokenizer and weights, in int8 with one scale a row where that is `dtype`."""
+    folder.write(TOKENIZER, tokenizer.to_json().encode())
+    if dtype == torch.int8:
+        folder.write_tensors(MODEL, to_int8(tensors))
+    else:
+        folder.write_tensors(MODEL, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def to_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each matrix X (rows, columns) as int8, with X.scale (rows,) = absmax of a row / 127; all else as bf16."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            scale = tensor.detach().float().abs().amax(1).clamp(min=1e-12) / 127
+            stored[name] = (tensor.detach().float() / scale[:, None]).round().to(torch.int8)
+            stored[f"{name}.scale"] = scale
+        else:
+            stored[name] = tensor.detach().bfloat16()
+    return stored
+
+
+def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors that `to_int8` stored, matrices as floats again; any other tensors as they are."""
+    scales = {n: tensors[f"{n}.scale"] for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}.scale" in tensors}
+    found = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".scale") not in scales}
+    for name, scale in scales.items():
+        if tensors[name].dim() != 2 or scale.shape != tensors[name].shape[:1]:
+            raise TinyldError(f"{path}: tensor {name!r} needs one scale a row, got {tuple(scale.shape)}")
+        found[name] = tensors[name].float() * finite({name: scale}, path)[name][:, None]
+    return found
+
+
+def read_model_config(folder: RunFolder) -> ModelConfig:
+    """What a base says of its denoiser; TinyldError when the run is an adapter."""
+    config = folder.config
+    if config["kind"] != "base":
+        record = base_record(config, folder.path / CONFIG)
+        raise TinyldError(f"{folder.path} is an adapter, not a base; its base is {record.path}")
+    return from_dict(ModelConfig, config["model"], str(folder.path / CONFIG))
+
+
+def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
+    """A base from its run folder; every file is checked against the manifest first. dtype: see tinyld.shrink."""
+    folder = RunFolder.open(path)
+    model_config = read_model_config(folder)
+    tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
+    if tokenizer.vocab_size != model_config.vocab_size:
+        raise TinyldError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
+        )
+    tensors = from_int8(folder.read_tensors(MODEL), path / MODEL)
+    check_amount(model_config.num_parameters(), tensors, path / MODEL)
+    model = Denoiser(model_config)
+    load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
+    shrink(model, dtype)
+    return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder), dtype, stored_bytes(model))
+
+
+def check_amount(asked: int, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """TinyldError when a config asks for far more values than its file holds: nothing is allocated for those."""
+    held = sum(t.numel() for t in tensors.values())
+    if asked > 2 * held:
+        raise TinyldError(f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}")
+
+
+@torch.no_grad()
+def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copies `tensors` into `parameters`; names and shapes must be the same on both sides. `path` is for the error."""
+    missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing or extra:
+        parts = [
+            f"{word} {', '.join(names[:3])}" for word, names in (("missing", missing), ("unexpected", extra)) if names
+        ]
+        raise TinyldError(f"{path}: the tensors do not fit: {'; '.join(parts)}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
+            raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
+    for name, tensor in finite(tensors, path).items():
+        parameters[name].copy_(tensor)
+
+
+# ------------------------------------------------------------------------------------------------ the base of a run
+
+
+def base_record(config: Mapping[str, Any], where: object) -> BaseRecord:
+    """What a run's config says of its base; `where` names the config in errors."""
+    record = from_dict(BaseRecord, config["base"], f"{where}: base")
+    if record.dtype not in BASE_DTYPES:
+        raise TinyldError(f"{where}: base dtype must be one of {', '.join(BASE_DTYPES)}, got {record.dtype!r}")
+    return record
+
+
+def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
+    """The folder of a run's base, which its fingerprint names: `override`, else a released one, else as recorded."""
+    record = base_record(config, run / CONFIG)
+    if override is not None:
+        check_fingerprint(record, fingerprint(RunFolder.open(override)), override, run)
+        return override
+    places = [*(bundled_data_dir() / name for name in RELEASED), Path(record.path)]
+    for path in places:
+        if (path / CONFIG).is_file() and RunFolder(path).config["kind"] == "base":
+            if fingerprint(RunFolder(path)) == record.fingerprint:
+                return path
+    if (places[-1] / CONFIG).is_file():
+        check_fingerprint(record, fingerprint(RunFolder(places[-1])), places[-1], run)
+    released = " and ".join(str(path) for path in places[:-1])
+    raise TinyldError(
+        f"the base of {run}, {record.fingerprint}, is neither a released one ({released}) nor at {record.path}; "
+        "give its folder with --base"
+    )
+
+
+def base_dtype(config: Mapping[str, Any], where: object) -> str:
+    """The type that a run's base was kept in when it was trained."""
+    return base_record(config, where).dtype
+
+
+def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
+    """TinyldError when a run was trained on a base other than this one."""
+    check_fingerprint(base_record(config, run / CONFIG), base.fingerprint, base.path, run)
+
+
+def check_fingerprint(record: BaseRecord, found: str, path: Path, run: Path) -> None:
+    if record.fingerprint != found:
+        raise TinyldError(
+            f"{run} was trained on base {record.fingerprint}, but {path} is base {found}; give its own with --base"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def attach(base: Base, name: str, config: Any, task: Any, generator: torch.Generator | None = None) -> Adapted:
+    """A fresh method on a base; it changes no logit until it is trained."""
+    method = METHODS[name](config, base.model.config)
+    method.attach(base.model, generator)
+    return Adapted(base, method, task, {})
+
+
+def load_adapter(
+    folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None
+) -> Adapted:
+    """An adapter on its base, kept in `dtype` or else as in training. Where the base is looked for: see find_base."""
+    config = folder.config
+    if config["kind"] != "adapter":
+        raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
+    path = str(folder.path / CONFIG)
+    dtype = base_dtype(config, path) if dtype is None else dtype
+    check_frozen(read_config(config["method"], path)[0].name, dtype)
+    check_bands(config, path)
+    base = load_base(find_base(config, folder.path, base_path), device, dtype)
+    tensors = folder.read_tensors(ADAPTER)
+    method, settings = read_method(config["method"], tensors, base, folder)
+    adapted = attach(base, method.name, settings, config["task"])
+    load_exactly(adapted.method.own, tensors, folder.path / ADAPTER)
+    adapted.config = config
+    return adapted
+
+
+def read_method(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, folder: RunFolder
+) -> tuple[type[Method], Any]:
+    """(method, config) from what a run recorded of its method; refuses one that asks for more than `tensors` hold."""
+    method, settings = read_config(record, str(folder.path / CONFIG))
+    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
+    return method, settings
+
+
+def method_record(method: Method) -> dict[str, Any]:
+    return {"name": method.name, **to_dict(method.config)}
+
+
+def sizes(method: Method, base: Base) -> dict[str, Any]:
+    """Trainable, stored and base parameters, and bytes: the one place where they are counted."""
+    stored = sum(p.numel() for p in method.own.values())
+    count = base.model.config.num_parameters()
+    return {
+        "trainable_parameters": sum(p.numel() for p in method.own.values() if p.requires_grad),
+        "stored_parameters": stored,
+        "stored_bytes": sum(p.numel() * p.element_size() for p in method.own.values()),
+        "base_parameters": count,
+        "base_bytes": base.bytes,
+        "stored_percent": 100 * stored / count,
+    }
+
+
+def check_frozen(method: str, dtype: str) -> None:
+    """UsageError when a method's own weights would be what `dtype` makes smaller."""
+    if dtype != "fp32" and method == Full.name:
+        raise UsageError(f"--base-dtype {dtype} is for frozen weights; full trains them all")
+
+
+def check_bands(config: Mapping[str, Any], path: str) -> None:
+    """TinyldError when a run was made for other timestep bands than this tinyld's."""
+    if config.get("band_edges", list(BAND_EDGES)) != list(BAND_EDGES):
+        raise TinyldError(f"{path}: its bands end at {config['band_edges']}, this tinyld's at {list(BAND_EDGES)}")

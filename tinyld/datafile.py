@@ -1,0 +1,127 @@
+"""A user's rows: which of a file train and which are held out, and a task made from a file that has none. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from tinyld.config import check
+from tinyld.errors import TinyldError
+from tinyld.options import FinetuneOptions
+from tinyld.read import clean
+from tinyld.rows import SUFFIXES, Example, load_split, read_rows
+from tinyld.tasks import Task, from_record
+from tinyld.tokenizer import Tokenizer
+
+HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
+MAX_LABELS = 200
+
+
+def read_split(
+    task: Task, split: str, data: Path | None, limit: int | None = None, held_out: bool = False
+) -> list[Example]:
+    """The first `limit` examples of a split. `data`: a folder, or one file, all of whose rows are read; `held_out`: of
+    that file the dev rows are one in ten, chosen by their text, and the train rows the others."""
+    if data is None or not data.is_file():
+        return load_split(task, split, data, limit=limit)
+    examples = load_split(task, "train", file=data, limit=None if held_out else limit)
+    if not held_out:
+        return examples
+    check(split != "test", f"task {task.name} has no test rows: give a file of them with --data")
+    check(len(examples) >= 2, f"{data}: one row; dev rows are held out, so that at least two are needed")
+    by_text = sorted(range(len(examples)), key=lambda i: (_digest(examples[i]), i))
+    dev = set(by_text[: max(1, len(examples) // HELD_OUT)])
+    return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
+
+
+def _digest(example: Example) -> bytes:
+    return hashlib.sha256(f"{example.before}\0{example.after}".encode(errors="surrogatepass")).digest()
+
+
+def data_file(data: Path) -> tuple[Path, bool, Path]:
+    """(where rows are, whether dev rows are held out of it, the file of train rows). `data`: a file, or a folder with
+    train and maybe dev rows."""
+    if not data.is_dir():
+        return data, True, data
+    train, dev = ([p for s in SUFFIXES if (p := data / f"{split}{s}").is_file()] for split in ("train", "dev"))
+    if not train:
+        raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")
+    return (data, False, train[0]) if dev else (train[0], True, train[0])
+
+
+def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Task:
+    """The task of a file that holds texts and their labels and nothing else is known of."""
+    once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
+    check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
+    rows = [row for _, row in read_rows(file)]
+    if not rows:
+        raise TinyldError(f"{file}: a header but no rows")
+    text, label = _columns(options, file, rows)
+    labels = list(dict.fromkeys(clean(str(row.get(label, ""))) for row in rows))
+    check("" not in labels, f"{file}: column {label!r} is empty in some rows; fill it in or delete them")
+    check(len(labels) >= 2, f"{file}: column {label!r} holds the one label {labels[0]!r}; at least two are needed")
+    many = len(labels) > MAX_LABELS or (len(labels) == len(rows) and len(rows) > 2)
+    check(not many, f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?")
+    name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else file.resolve().parent.name).strip("-.")
+    record: dict[str, Any] = {
+        "name": name or "mine",
+        "template": options.template,
+        "verbalizer": dict(zip(labels, answer_words(labels, tokenizer), strict=True)),
+        "columns": {"text": text},
+        "pair": None,
+        "label_column": label,
+        "label_names": labels,
+        "answer_column": None,
+        "answer_tokens": 0,
+        "metric": "accuracy",
+        "path": None,
+    }
+    return from_record(record, str(file))
+
+
+def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """(text column, label column): as told, or by their names, or of two the one with more different values is text."""
+    names = list(rows[0])
+    text, label = options.text_column, options.label_column
+    for name in (text, label):
+        check(name is None or name in names, f"{file}: no column {name!r}; it has {', '.join(names)}")
+    text = text or ("text" if "text" in names and label != "text" else None)
+    label = label or ("label" if "label" in names and text != "label" else None)
+    left = [name for name in names if name not in (text, label)]
+    if len(names) == 2 and (text is None or label is None):
+        left.sort(key=lambda name: len({str(row.get(name)) for row in rows}))
+        label = label or left.pop(0)
+        text = text or left.pop()
+    if text is None or label is None:
+        raise TinyldError(
+            f"{file}: which of its columns are text and label? It has {', '.join(names)}; "
+            "say so with --text-column and --label-column"
+        )
+    return text, label
+
+
+def answer_words(labels: list[str], tokenizer: Tokenizer) -> list[str]:
+    """A word of one token for each label, all different: its name, else the longest word in it, else a letter."""
+
+    def token(word: str) -> int | None:
+        ids = tokenizer.encode(word)
+        return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_id and ids[0] not in taken else None
+
+    words: dict[str, str] = {}
+    taken: set[int] = set()
+    spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *tokenizer.inner.get_vocab()]
+    for candidates in (
+        lambda label: [label],
+        lambda label: sorted(re.findall(r"[^\W_]+", label), key=len, reverse=True),
+        lambda label: spare,
+    ):
+        for label in labels:
+            if label not in words:
+                word = next((w for w in candidates(label) if token(w) is not None), None)
+                if word is not None:
+                    words[label] = word
+                    taken.add(tokenizer.encode(word)[0])
+    check(len(words) == len(labels), f"the base's vocabulary has too few words for {len(labels)} labels")
+    return [words[label] for label in labels]

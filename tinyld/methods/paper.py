@@ -1,0 +1,103 @@
+"""The paper's literal design (LoRA-Diffusion, eq. for x_{t-1}), which `--recipe paper` trains: on the final state
+
+    h <- h + sigma(t) * sum_i A_i(c) ReLU(B_i [h; Emb(t)])
+
+with k modules, units of its own for every band, and penalties on rank and overlap. Two departures: up-projections start
+at zero, so that a fresh adapter changes nothing; and c, the prompt, is the frozen base's own states, mean-pooled, which
+condition the up-projection as a gate on its columns, A_i(c) = A_i diag(1 + W c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise
+from tinyld.model import take
+
+MODULES = 2  # k
+RANKS, SIGMA = (64, 32, 8), (1.0, 0.5, 0.25)  # by band, high noise first
+LAMBDA_RANK, LAMBDA_ORTH = 0.01, 0.001
+
+
+class PaperUnits(nn.Module):
+    """The rank units of all k modules side by side; in each module those of one band after those of another."""
+
+    def __init__(
+        self, ranks: Sequence[int], sigma: Sequence[float], width: int, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        units = MODULES * sum(ranks)
+        down = torch.empty(units, width + TIME_WIDTH).normal_(0.0, width**-0.5, generator=generator)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(width, units))
+        self.gate = nn.Parameter(torch.zeros(units, width))
+        band = torch.repeat_interleave(torch.arange(NUM_BANDS), torch.tensor(ranks)).repeat(MODULES)  # of each unit
+        sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T
+        self.register_buffer("sigmas", sigmas, persistent=False)  # (NUM_BANDS, units): 0 where it is another band's
+
+    @staticmethod
+    def count(ranks: Sequence[int], width: int) -> int:
+        return MODULES * sum(ranks) * (3 * width + TIME_WIDTH)
+
+    def forward(
+        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
+    ) -> Tensor:
+        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
+        width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
+        c = pool(h, noise.prompt_mask)  # (B, D)
+        scale = self.sigmas[noise.band] * noise.weight  # (B, units)
+        if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
+            used = scale[0].nonzero()[:, 0]
+            down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]
+        if positions is not None:
+            h = take(h, positions)
+        hidden = F.layer_norm(h, (width,)) @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :]
+        scale = scale * (1.0 + c @ gate.T)
+        return (F.relu(hidden) * scale[:, None, :]) @ up.T
+
+    def penalty(self) -> Tensor:
+        """LAMBDA_RANK * sum_i ||A_i B_i||_* + LAMBDA_ORTH * sum_{i != j} ||A_i^T A_j||_F^2, over the modules."""
+        rank = len(self.down) // MODULES
+        ups, downs = self.up.split(rank, dim=1), self.down.split(rank, dim=0)
+        total = torch.zeros((), device=self.up.device)
+        total = total + LAMBDA_RANK * sum(nuclear_norm(u, d) for u, d in zip(ups, downs, strict=True))
+        return total + LAMBDA_ORTH * sum(
+            (a.T @ b).square().sum() for i, a in enumerate(ups) for j, b in enumerate(ups) if i != j
+        )
+
+
+def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
+    """Mean of the normalised states over the prompt's tokens: (B, L, D), (B, L) -> (B, D)."""
+    share = prompt_mask.to(h.dtype)
+    share = share / share.sum(1, keepdim=True).clamp(min=1.0)
+    return (F.layer_norm(h, (h.shape[-1],)) * share[..., None]).sum(1)
+
+
+class _NuclearNorm(torch.autograd.Function):
+    """Sum of singular values of up @ down from their QR factors, with the subgradient U V^T of its nonzero part.
+
+    Differentiating an SVD fails where singular values meet or vanish, and a fresh `up` is all zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, down: Tensor) -> Tensor:
+        q_up, r_up = torch.linalg.qr(up)
+        q_down, r_down = torch.linalg.qr(down.T)
+        u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+        keep = s > 1e-6 * s.max().clamp(min=1e-12)
+        ctx.save_for_backward(up, down, q_up @ (u * keep), vh @ q_down.T)
+        return s.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        up, down, left, right = ctx.saved_tensors
+        return grad * left @ (right @ down.T), grad * (up.T @ left) @ right
+
+
+def nuclear_norm(up: Tensor, down: Tensor) -> Tensor:
+    """||up @ down||_*, differentiable. up: (D, r), down: (r, E)."""
+    return _NuclearNorm.apply(up, down)

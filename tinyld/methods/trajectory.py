@@ -1,0 +1,329 @@
+"""Trajectory LoRA: at each denoising step a low-rank push on the frozen denoiser's states, with rank by noise level.
+
+    h <- h + sigma(t) * A ReLU(B [norm(h); Emb(t)])          (after LoRA-Diffusion, whose own design is in paper.py)
+
+Up-projections A start at zero, so a fresh adapter changes nothing. Bands of noise levels are nested: they share one A
+and B, of which a band uses the first r(t) rank units, so that the largest rank alone is stored. Two recipes of it:
+  - `best` has sites before each of the last blocks and on the final state, so that frozen attention carries what is
+    pushed between positions. All sites share A and B, of a rank that none could afford alone, and weigh the units
+    each for itself;
+  - `fast` has one site, the final state, and so nothing of the base in its gradient. It reads a learned mix of the
+    states of all depths, and its attending units move information between positions: what they find in the prompt
+    (low-rank attention with rectified values) is pushed, and the rank units read it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld.attention import attention
+from tinyld.config import ModelConfig, check, check_choice, check_finite
+from tinyld.methods import paper
+from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
+from tinyld.methods.contract import Method
+from tinyld.methods.pruning import Pruning
+from tinyld.model import Denoiser, PushAt, take
+
+RECIPE_NAMES = ("best", "fast", "paper")
+AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped
+
+
+@dataclass(frozen=True)
+class TrajectoryLoraConfig:
+    recipe: str = "best"
+    ranks: tuple[int, ...] = (64, 64, 64)  # by band, high noise first; once units are pruned, site by site
+    sigma: tuple[float, ...] = (1.0, 1.0, 1.0)  # by band, high noise first
+    blocks: int = 6  # best: sites before each of the last `blocks` blocks, and on the final state
+    attend: int | None = None  # fast: units that attend to the prompt; None: as many as rank units
+    dropout: float = 0.0  # share of the numbers read that an update does without
+    prune: float = 0.0  # share of the rank units that is dropped while training, the weakest first
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_choice("recipe", self.recipe, RECIPE_NAMES)
+        check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
+        check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
+        check(self.recipe == "best" or self.blocks == 0, f"recipe {self.recipe} pushes the final state only: blocks 0")
+        check(
+            len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites),
+            f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}",
+        )
+        check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
+        check(self.attend is None or self.recipe == "fast", f"recipe {self.recipe} has no attending units")
+        check(self.attend is None or self.attend >= 1, f"attend must be at least 1, got {self.attend}")
+        check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
+        check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
+        fixed = self.prune == 0 and self.dropout == 0
+        check(self.recipe != "paper" or fixed, "recipe paper is the paper's own: neither ranks auto nor dropout")
+
+    @property
+    def num_sites(self) -> int:
+        return self.blocks + 1
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the sites share A and B; ranks are pruned site by site."""
+        return self.num_sites > 1 and self.prune == 0 and len(self.ranks) == NUM_BANDS
+
+    @property
+    def attending(self) -> int:
+        return max(self.ranks) if self.attend is None else self.attend
+
+    def site_ranks(self, site: int) -> tuple[int, ...]:
+        """By band, high noise first; site 0 is the lowest."""
+        return self.ranks if len(self.ranks) == NUM_BANDS else self.ranks[NUM_BANDS * site :][:NUM_BANDS]
+
+
+class Recipe(NamedTuple):
+    config: TrajectoryLoraConfig
+    budget: float | None  # as a share of the base
+    rates: dict[str, float]  # of the optimizers, the usual one first, as a method's
+    post_norm: dict[str, float]
+    post_norm_options: dict[str, Any] = {}
+
+
+# Ours within 0.7%: `best` the most accurate, `fast` the cheapest to train. Their bands have one rank and one sigma, as
+# that wrote better than more where there is more noise. The one site of `fast` has less of a hold than seven that share
+# their units, and takes larger steps; the better its base, the more it learns by heart.
+BEST_RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
+RECIPES = {
+    "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES),
+    "fast": Recipe(
+        TrajectoryLoraConfig("fast", blocks=0, dropout=0.1),
+        0.007,
+        {"muon": 6e-3, "adamw": 1e-2},
+        {"adamw": 4e-3, "muon": 4e-3},
+        {"dropout": 0.3},
+    ),
+    "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *BEST_RATES),
+}
+
+
+def recipe_of(name: str | None) -> Recipe:
+    """The named recipe, or `best`; UsageError where there is none such."""
+    name = name or RECIPE_NAMES[0]
+    check_choice("recipe", name, RECIPE_NAMES)
+    return RECIPES[name]
+
+
+class RankUnits(nn.Module):
+    """The rank units of one site."""
+
+    def __init__(
+        self,
+        config: TrajectoryLoraConfig,
+        site: int,
+        width: int,
+        generator: torch.Generator | None,
+        tied_to: RankUnits | None = None,
+    ):
+        super().__init__()
+        ranks, self.dropout = config.site_ranks(site), config.dropout
+        if tied_to is None:
+            self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
+            self.up = nn.Parameter(torch.zeros(width, max(ranks)))
+        else:
+            self.down, self.up = tied_to.down, tied_to.up
+        self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
+        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
+        self.register_buffer("scale", torch.empty(0), persistent=False)
+        self.set_ranks(ranks)
+
+    def set_ranks(self, ranks: Sequence[int]) -> None:
+        """By band. `scale` (NUM_BANDS, units) is sigma where a band uses a unit, else 0."""
+        is_used = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
+        self.scale = self.sigma[:, None] * is_used.to(self.sigma.device)
+
+    def forward(
+        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
+    ) -> Tensor:
+        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
+        h = h if positions is None else take(h, positions)
+        x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
+        return self.write(self.read(x, noise), noise)
+
+    def read(self, x: Tensor, noise: Noise) -> Tensor:
+        """B [x; Emb(t)]: (B, L, D) -> (B, L, units)"""
+        width = x.shape[-1]
+        return x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :]
+
+    def write(self, hidden: Tensor, noise: Noise) -> Tensor:
+        """sigma(t) A ReLU(hidden): (B, L, units) -> (B, L, D)"""
+        up = self.up if self.gain is None else self.up * self.gain
+        scale = self.scale[noise.band] * noise.weight  # (B, units)
+        return (F.relu(hidden) * scale[:, None, :]) @ up.T
+
+    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
+        """The parameters that have a part for every rank unit, with the dimension that counts them."""
+        return [(self.up, 1), (self.down, 0)]
+
+    def drop(self, dropped: Tensor) -> None:
+        """Sets rank units (units,) to zero, which then push nothing."""
+        for parameter, dim in self.by_unit():
+            parameter.index_fill_(dim, dropped.nonzero()[:, 0].to(parameter.device), 0.0)
+
+    def keep(self, is_kept: Tensor, ranks: Sequence[int]) -> None:
+        """Forgets all rank units but those that are kept (units,), of which the bands use `ranks`."""
+        for parameter, dim in self.by_unit():
+            parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0].to(parameter.device))
+            parameter.grad = None
+        self.set_ranks(ranks)
+
+
+class AttendingUnits(RankUnits):
+    """The site of `fast`: rank units, and units that attend to the prompt, on a mix of the states of all depths."""
+
+    def __init__(self, config: TrajectoryLoraConfig, width: int, depths: int, generator: torch.Generator | None):
+        """`depths` are mixed, the site's own included."""
+        super().__init__(config, 0, width, generator)
+        units = config.attending
+        self.mix = nn.Parameter(torch.zeros(depths))
+        self.attention = normal(3, units, width, fan_in=width, generator=generator)  # query, key, value
+        self.attended = nn.Parameter(torch.zeros(width, units))
+        self.down_attended = normal(len(self.down), units, fan_in=units, generator=generator)
+
+    def forward(
+        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
+    ) -> Tensor:
+        width = h.shape[-1:]
+        x = torch.zeros_like(h)
+        for state, share in zip([*history[: len(self.mix) - 1], h], self.mix.softmax(0).to(h.dtype), strict=True):
+            x = x + F.layer_norm(state, width) * share
+        x = F.dropout(x, self.dropout, self.training)
+        here = x if positions is None else take(x, positions)
+        found = self.attend(here, x, noise.prompt_mask)
+        push = self.write(self.read(here, noise) + found @ self.down_attended.T, noise)
+        sigma = self.sigma[noise.band] * noise.weight
+        return push + (found * sigma[:, None, None]) @ self.attended.T
+
+    def attend(self, here: Tensor, x: Tensor, prompt_mask: Tensor) -> Tensor:
+        """What each unit finds in the prompt of x (B, L, D) for the states `here` (B, M, D): (B, M, units)."""
+        query, key, value = self.attention
+        q, k, v = ((of @ w.T).mT[..., None] for of, w in ((here, query), (x, key), (x, value)))  # heads of width 1
+        return attention(q, k, F.relu(v), prompt_mask)[..., 0].mT
+
+    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
+        return [*super().by_unit(), (self.down_attended, 0)]
+
+
+def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
+
+
+class TrajectoryPush(nn.Module):
+    """Hangs on `Denoiser.push`: a site at every depth from `first_depth` to num_layers, the final state."""
+
+    def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
+        super().__init__()
+        width, last = model_config.d_model, model_config.num_layers
+        self.first_depth = last - config.blocks
+        self.depths = list(range(self.first_depth, last + 1))
+        self.reads_depths, self.reads_others = config.recipe == "fast", config.recipe != "best"
+        self.weight = 1.0  # 0 turns the push off
+        self.sites = nn.ModuleList()
+        for site in range(config.num_sites):
+            if config.recipe == "paper":
+                self.sites.append(paper.PaperUnits(config.ranks, config.sigma, width, generator))
+            elif config.recipe == "fast":
+                self.sites.append(AttendingUnits(config, width, last + 1, generator))
+            else:
+                tied_to = self.sites[0] if config.is_tied and site else None
+                self.sites.append(RankUnits(config, site, width, generator, tied_to))
+
+    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
+        noise = Noise(band_of(t), time_embedding(t), prompt_mask, self.weight)
+
+        def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
+            return self.sites[depth - self.first_depth](h, noise, history, positions)
+
+        return push_at
+
+
+class TrajectoryLora(Method):
+    name, Config = "trajectory-lora", TrajectoryLoraConfig
+    rates, post_norm = BEST_RATES
+    summary = "a low-rank push on the states, with rank by noise level"
+
+    def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
+        super().__init__(config, model_config)
+        most = model_config.num_layers
+        check(config.blocks <= most, f"blocks must be at most the base's {most}, got {config.blocks}")
+
+    @classmethod
+    def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
+        given = {name: value for name, value in options.items() if value is not None}
+        recipe = recipe_of(given.pop("recipe", None))
+        if given.get("ranks") == AUTO:
+            given["prune"] = PRUNED
+            del given["ranks"]
+        budget = given.pop("budget", None if "ranks" in given else recipe.budget)
+        usual = {} if model_config.norm_first else recipe.post_norm_options
+        config = replace(recipe.config, blocks=min(recipe.config.blocks, model_config.num_layers), **usual)
+        config = cls.configure(config, given)
+        if budget is not None:
+            config = cls.fit_budget(config, model_config, budget)
+        if config.recipe == "fast":
+            config = replace(config, attend=config.attending)
+        if budget is not None:  # once units are pruned, no more are left than fit
+            config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))
+        return config
+
+    @classmethod
+    def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
+        own = recipe_of(recipe)
+        return own.rates if model_config.norm_first else own.post_norm
+
+    @property
+    def first_depth(self) -> int:
+        return self.model_config.num_layers - self.config.blocks
+
+    @property
+    def reads_depths(self) -> bool:
+        return self.config.recipe == "fast"
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        config = self.config
+        self.push = TrajectoryPush(config, self.model_config, generator).to(model.embedding.weight.device)
+        self.pruning = Pruning(self.push.sites, [config.site_ranks(i) for i in range(config.num_sites)], config.prune)
+        model.push = self.push
+        return dict(self.push.named_parameters())
+
+    @classmethod
+    def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
+        d, sites = model_config.d_model, config.num_sites
+        if config.recipe == "paper":
+            return paper.PaperUnits.count(config.ranks, d)
+        unit = 2 * d + TIME_WIDTH
+        if config.is_tied:
+            return max(config.ranks) * (unit + sites)  # and a gain at every site
+        units = sum(max(config.site_ranks(site)) for site in range(sites))
+        if config.recipe == "best":
+            return units * unit
+        return units * (unit + config.attending) + 4 * d * config.attending + model_config.num_layers + 1
+
+    @classmethod
+    def with_rank(cls, config: Any, rank: int) -> TrajectoryLoraConfig:
+        """The same proportion between bands, with `rank` in the largest."""
+        top = max(config.ranks)
+        return replace(config, ranks=tuple(max(1, round(rank * r / top)) for r in config.ranks))
+
+    def set_enabled(self, enabled: bool) -> None:
+        self.push.weight = 1.0 if enabled else 0.0
+
+    def after_update(self, progress: float) -> None:
+        if self.config.prune:
+            self.pruning.update(progress)
+
+    def finish(self) -> None:
+        """Stores the living units only: another config, with ranks site by site."""
+        if self.config.prune:
+            self.config = replace(self.config, ranks=self.pruning.finish(), prune=0.0)
+
+    def penalty(self) -> Tensor | None:
+        return self.push.sites[0].penalty() if self.config.recipe == "paper" else None

@@ -1,0 +1,349 @@
+"""Every verb's options as one frozen dataclass: type, default, help and group of each. No torch, no typer.
+
+The command line, `--set` and the Python interface are all made from these. A default is written here, or in the config
+that it refers to. An option without a group is for experts: `--set name=value` alone gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, SCHEDULES, DiffusionConfig, TrainConfig, check
+from tinyld.errors import UsageError
+
+ARGUMENT = "Arguments"  # the group of what has no name on the command line
+METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
+METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
+RECIPE_NAMES, HOWS = ("best", "fast", "paper"), ("sum", "average", "weights", "router")
+BASE_DTYPES = ("fp32", "bf16", "int8")
+
+
+def option(
+    default: Any,
+    help: str,
+    group: str | None = None,
+    minimum: float | None = None,
+    choices: Iterable[str] = (),
+    read: Callable[[str, str], Any] | None = None,
+) -> Any:
+    """A field of an options class. `read` makes its value of (text, option's name)."""
+    metadata = {"help": help, "group": group, "minimum": minimum, "choices": tuple(choices), "read": read}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@functools.cache
+def kinds(options: type[Options]) -> dict[str, Any]:
+    """Option -> the type of its value, None left out."""
+    found = {}
+    for name, hint in typing.get_type_hints(options).items():
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found[name] = next(part for part in parts if part is not types.NoneType)
+    return found
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Values may be given as a user writes them: a path, a share or numbers as text."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), kinds(type(self))[field.name]
+            read, choices, minimum = (field.metadata[key] for key in ("read", "choices", "minimum"))
+            if read is not None and isinstance(value, str):
+                value = read(value, flag(field.name))
+            elif kind is Path and isinstance(value, str):
+                value = Path(value)
+            elif kind == tuple[Path, ...]:
+                value = tuple(map(Path, [value] if isinstance(value, str | Path) else value))
+            elif typing.get_origin(kind) is tuple and value is not None:
+                value = tuple([value] if isinstance(value, str) else value)
+            if value is not None and choices:
+                check(value in choices, f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
+            if value is not None and minimum is not None:
+                check(value >= minimum, f"{flag(field.name)} must be at least {minimum:g}, got {value}")
+            object.__setattr__(self, field.name, value)
+
+    def only(self, config: type) -> dict[str, Any]:
+        """The values of the fields that `config` has too."""
+        names = {f.name for f in dataclasses.fields(config)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+
+    @classmethod
+    def of(cls, given: dict[str, Any], sets: Iterable[str] = ()) -> Self:
+        """The options of a command line: `given` by name, and every `name=value` of `--set`."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for text in sets:
+            name, equals, value = text.partition("=")
+            name = name.strip().removeprefix("--").replace("-", "_")
+            if not equals or name not in fields or fields[name].metadata["group"] == ARGUMENT:
+                raise UsageError(f"--set takes name=value, got {text!r}; --set help lists the names")
+            if given.get(name, fields[name].default) != fields[name].default:
+                raise UsageError(f"{name} is given twice, by --set {text} as well")
+            read = fields[name].metadata["read"]
+            given = given | {name: value if read else _typed(kinds(cls)[name], value, text)}
+        return cls(**given)
+
+
+def _typed(kind: Any, text: str, whole: str) -> Any:
+    """The value that `--set` gives, of the option's type."""
+    if kind is bool:
+        check(text in ("true", "false"), f"--set {whole}: give true or false")
+        return text == "true"
+    if typing.get_origin(kind) is tuple:
+        return (_typed(typing.get_args(kind)[0], text, whole),)
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"--set {whole}: {text!r} is not a number") from None
+
+
+def numbers(text: str, name: str, kind: type = float) -> Any:
+    """Numbers with commas between them; `auto` stays as it is."""
+    try:
+        return text if text == "auto" else tuple(map(kind, text.split(",")))
+    except ValueError:
+        raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
+
+
+def share(text: str, name: str) -> float:
+    """`0.7%` or `0.007` as a share."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"{name} takes a share such as 0.7% or 0.007, got {text!r}") from None
+    check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
+    way_out = f"write {text}% or {value / 100:g}, or else {value:.0%}"
+    check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printed(Options):
+    json: bool = option(False, "Print the result as JSON.", "Output")
+    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice(Options):
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Machine")
+    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Options):
+    out: Path | None = option(None, "Run folder to write; made if missing.", "Output")
+    force: bool = option(False, "Replace the run that is in --out.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Options):
+    sampler: str = option("low_confidence", "How masked tokens are filled in.", "Writing", choices=SAMPLERS)
+    steps: int | None = option(None, "Denoising steps; one an answer token if not given.", "Writing", 1)
+    temperature: float = option(0.0, "0 takes the most likely token.", "Writing")
+    seed: int = option(0, "Seed of what is drawn.", "Writing", 0)
+    threshold: float | None = option(None, "Sampler threshold: keep every token at least this likely (0.9).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(OnDevice, Written, Printed):
+    steps: int | None = option(None, "Train for so many updates.", "Training", 1)
+    minutes: float | None = option(None, "Train for so many minutes on the clock.", "Training")
+    tokens: int | None = option(None, "Train on so many tokens.", None, 1)
+    batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Training", 1)
+    seed: int = option(0, "Seed of initialisation, data order and noise.", "Training", 0)
+    resume: Path | None = option(None, "Run folder to go on with; needs no other option.", "Output")
+    from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
+    allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
+    accumulate: int = option(1, "Micro-batches an update is split into, for less memory.", None, 1)
+    recompute: bool = option(False, "Activation checkpointing: less memory, a forward pass more.")
+    compile: bool = option(False, "torch.compile for the blocks, where it works.")
+    clip: float = option(TrainConfig.clip, "Largest gradient norm; 0 for none.")
+    flat: float = option(0.0, "Share of the budget at the peak learning rate.")
+    loss: str = option(DiffusionConfig.loss, "Plain cross-entropy, or weighted to the bound.", None, choices=LOSSES)
+    eval_every: int = option(TrainConfig.eval_every, "Updates between held-out evaluations.", None, 1)
+    save_minutes: float = option(TrainConfig.save_minutes, "Minutes between checkpoints.")
+    keep: int = option(TrainConfig.keep, "Checkpoints kept while training.", None, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Training):
+    task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
+    data: Path | None = option(None, "A CSV, TSV or JSONL of texts and labels, or a folder with train and dev.", "Task")
+    text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
+    label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
+    limit: int | None = option(None, "Train on the first so many rows.", "Task", 1)
+    method: str = option("trajectory-lora", "What is trained.", "Method", choices=METHOD_NAMES)
+    recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", choices=RECIPE_NAMES)
+    budget: float | None = option(
+        None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
+    )
+    rank: int | None = option(None, "weight-lora, adapters: the rank.", "Method")
+    base: Path | None = option(None, "Base run folder; the released base if not given.", "Method")
+    epochs: float | None = option(None, "Passes over the rows; 3 if no other budget is given.", "Training")
+    minutes: float | None = option(None, "Train for so many minutes on the clock.")
+    lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
+    optimizer: str | None = option(None, "The method's if not given.", None, choices=OPTIMIZERS)
+    weight_decay: float = option(TrainConfig.weight_decay, "Decoupled weight decay.")
+    warmup: float = option(TrainConfig.warmup, "Share of the budget with a rising learning rate.")
+    ranks: tuple[int, ...] | None = option(
+        None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
+    )
+    sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)
+    blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
+    attend: int | None = option(None, "trajectory-lora: units that attend to the prompt.")
+    dropout: float | None = option(None, "Share of the numbers read that an update does without.")
+    targets: tuple[str, ...] | None = option(
+        None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))
+    )
+    rslora: bool | None = option(None, "weight-lora: scale by 1 / sqrt(rank).")
+    base_dtype: str = option("fp32", "Type of the base's frozen matrices.", None, choices=BASE_DTYPES)
+    cache_gb: float = option(4.0, "Memory for frozen states; 0 keeps none.", None, 0)
+    template: str = option("{text} it was {answer} .", "With --data and no --task: the prompt.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(Training):
+    data: tuple[Path, ...] = option((), "Text file or folder (.txt, .txt.gz, .jsonl); may be repeated.", "Text")
+    valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
+    preset: str = option("small", "Model size.", "Model", choices=PRESETS)
+    max_length: int | None = option(None, "Tokens in a row.", "Model")
+    vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", 64)
+    init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
+    trim_vocab: int | None = option(None, "With --init: keep this many pieces.", "Model", 64)
+    tokens: int | None = option(None, "Train on so many tokens.", "Training", 1)
+    lr: float = option(3e-3, "Peak learning rate.", "Training")
+    optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", choices=OPTIMIZERS)
+    weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
+    warmup: float = option(0.02, "Share of the budget with a rising learning rate.")
+    schedule: str = option(DiffusionConfig.schedule, "Noise schedule.", None, choices=SCHEDULES)
+    d_model: int | None = option(None, "Width; the preset's if not given.")
+    num_layers: int | None = option(None, "Blocks; the preset's if not given.")
+    num_heads: int | None = option(None, "Attention heads; the preset's if not given.")
+    d_ff: int | None = option(None, "Width inside the MLP; the preset's if not given.")
+    keep_init: float = option(0.0, "With --init: share of its weights in what is written.")
+    body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
+    body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
+    save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Sampling, OnDevice, Printed):
+    runs: tuple[Path, ...] = option((), "Run folders; the newest in runs/ if none is given.", ARGUMENT)
+    task: str | None = option(None, "The task, for a base, which has none of its own.", "Data")
+    split: str = option("dev", "Which rows.", "Data", choices=("train", "dev", "test"))
+    data: Path | None = option(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
+    text: tuple[Path, ...] = option((), "Running text to measure the NLL bound on instead.", "Data")
+    limit: int | None = option(None, "Read the first so many rows.", "Data", 1)
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data")
+    predictions: Path | None = option(None, "Write prompt, gold and decoded answer as TSV.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
+    draws: int = option(4, "Noise levels a row for the NLL bound of longer answers.", None, 1)
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", None, choices=BASE_DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Sampling, OnDevice, Printed):
+    run: Path = option(dataclasses.MISSING, "An adapter, a composition or a full fine-tuning.", ARGUMENT)
+    input: str = option("-", "A .txt, .csv, .tsv or .jsonl; - reads a text a line from stdin.", ARGUMENT)
+    text: tuple[str, ...] = option((), "A text to answer instead of INPUT; may be repeated.", "Data")
+    column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
+    task: str | None = option(None, "Which task, where the run has several or none.", "Data")
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data")
+    out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
+    csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Sampling, OnDevice, Options):
+    run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
+    prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
+    length: int = option(24, "Masked tokens to fill in.", "Writing", 1)
+    num: int = option(3, "How many samples.", "Writing", 1)
+    base: Path | None = option(None, "Where an adapter's base is, if it has moved.", "Writing")
+    sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", choices=SAMPLERS)
+    temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
+    json: bool = option(False, "Print the result as JSON.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeOptions(OnDevice, Written, Printed):
+    runs: tuple[Path, ...] = option((), "Two or more adapters of one base.", ARGUMENT)
+    how: str | None = option(None, "Fixed coefficients, or by each prompt (router).", "Coefficients", choices=HOWS)
+    weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers)
+    rank: int | None = option(None, "weight-lora: cut the combined update to this rank.", "Coefficients", 1)
+    max_drop: float | None = option(None, "Fail when a task loses more points than this.", "Data")
+    split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
+    data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
+    limit: int | None = option(None, "Read the first so many rows of a task.", "Data", 1)
+    base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data")
+    wide: bool = option(False, "All columns, however wide.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Printed):
+    task: tuple[str, ...] = option(("reviews",), "Task to compare on; may be repeated.", "Task")
+    data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
+    limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task")
+    base: Path | None = option(None, "Base run folder; the released base if not given.", "Task")
+    methods: str = option("all", "all, or some with options: full,weight-lora:rank=1,trajectory-lora:blocks=3.", "Grid")
+    seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", 1)
+    trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", 1)
+    epochs: float = option(3.0, "Passes over the rows.", "Grid")
+    steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", 1)
+    batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", 1)
+    budget_minutes: float | None = option(None, "Begin no run after this long.", "Grid")
+    jobs: int = option(1, "Runs side by side, which share the threads.", "Grid", 1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
+    out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
+    csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    runs: tuple[Path, ...] = option((), "Evaluated adapters and compositions.", ARGUMENT)
+    csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
+    json: bool = option(False, "Print the table as JSON.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions(Options):
+    run: Path = option(dataclasses.MISSING, "A run folder.", ARGUMENT)
+    json: bool = option(False, "Print the result as JSON.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    run: Path = option(dataclasses.MISSING, "A weight-lora adapter, or a composition of such.", ARGUMENT)
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output")
+    out: Path = option(Path("runs/merged"), "Base to write.", "Output")
+    force: bool = option(False, "Replace the run that is in --out.", "Output")
+    json: bool = option(False, "Print the result as JSON.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    run: Path = option(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
+    to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", choices=("hf", "peft"))
+    out: Path = option(Path("exported"), "Folder to write.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    out: Path = option(Path("runs/demo"), "Folder for the demo's runs.", "Output")
+    force: bool = option(False, "Replace what is in --out.", "Output")
+    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", choices=DTYPES)
+    limit: int | None = option(None, "Train on the first so many rows.", "Machine", 1)
+    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")

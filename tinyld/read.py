@@ -1,0 +1,199 @@
+"""The one reader of whatever comes from outside: regular files of a sane size, as text, JSON, TOML or tensors.
+
+What is off is one TinyldError that names the file and what is wrong in it. torch is imported only for tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tinyld.errors import TinyldError, show
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The largest file of each kind, far above any that is meant: each of these is read whole.
+SETTINGS_BYTES = 256 << 20  # JSON and TOML; a tokenizer of 250,000 pieces has 20 MB
+ROWS_BYTES = 8 << 30
+TENSORS_BYTES = 64 << 30
+HEADER_BYTES = 64 << 20  # of a safetensors file
+DEPTH = 64  # of JSON and TOML
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored as
+OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # and of what else may stand in a file
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file (or what a link to one names), open for reading; no pipe, device or folder is opened at all."""
+    try:
+        try:
+            mode = os.stat(path).st_mode
+        except ValueError as error:  # a zero byte in the name
+            raise OSError(0, str(error)) from None
+        if not stat.S_ISREG(mode):
+            kind = "folder" if stat.S_ISDIR(mode) else "device"
+            raise TinyldError(f"{path}: cannot be read (not a file but a {kind})")
+        # without blocking, should a pipe have taken its place meanwhile
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            yield file
+    except FileNotFoundError:
+        raise TinyldError(f"{path}: no such file") from None
+    except OSError as error:
+        raise TinyldError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_bytes(path: Path, limit: int = SETTINGS_BYTES) -> bytes:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise TinyldError(f"{path}: {size:,} bytes are more than the {limit:,} that such a file may have")
+        return file.read()
+
+
+def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
+    return decode(read_bytes(path, limit), path)
+
+
+def decode(content: bytes, path: Path) -> str:
+    """UTF-8 text, with or without a byte-order mark."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise TinyldError(
+            f"{path}: line {line}: not UTF-8 (byte {error.start} of the file); save it as UTF-8"
+        ) from None
+
+
+def clean(text: str) -> str:
+    """`text` on one line: blanks, control characters and lone surrogates become single spaces, ends are trimmed."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()
+
+
+# ---------------------------------------------------------------------------------------------- JSON and TOML
+
+
+class Record(dict[str, Any]):
+    """An object of a JSON file, in which a missing key is an error that names the file."""
+
+    path: object = ""
+
+    def __missing__(self, key: str) -> Any:
+        raise TinyldError(f"{self.path}: missing key {key!r}")
+
+
+def parse_json(text: str | bytes, path: object) -> Any:
+    """The JSON value in `text`: no key twice, no NaN or huge number, no bottomless nesting. `path` is for the error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Record:
+        record = Record(pairs)
+        record.path = path
+        if len(record) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {show(next(key for key in keys if keys.count(key) > 1))} twice")
+        return record
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+        _check_sane(value)
+    except (ValueError, RecursionError) as error:
+        raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    return parse_json(read_text(path), path)
+
+
+def read_object(path: Path) -> Record:
+    return as_object(read_json(path), path)
+
+
+def as_object(value: Any, path: object) -> Record:
+    if not isinstance(value, dict):
+        raise TinyldError(f"{path}: expected an object, got {show(value)}")
+    record = value if isinstance(value, Record) else Record(value)
+    record.path = path
+    return record
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        value = tomllib.loads(read_text(path))
+        _check_sane(value)
+    except (ValueError, RecursionError) as error:
+        raise TinyldError(f"{path}: not valid TOML: {error}") from None
+    return value
+
+
+def _check_sane(value: Any) -> None:
+    """ValueError for a number that no float holds, and for more than DEPTH levels."""
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict | list):
+                below += node.values() if isinstance(node, dict) else node
+            elif isinstance(node, int | float) and not abs(node) <= 1e308:
+                raise ValueError(f"{show(node)} is no finite number")
+        level, depth = below, depth + 1
+        if depth > DEPTH:
+            raise ValueError(f"nested deeper than {DEPTH}")
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file that was read into memory; TinyldError when it is damaged or not finite."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    size = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or size > min(len(content) - 8, HEADER_BYTES):
+        raise TinyldError(f"{path}: damaged safetensors file (its header of {size:,} bytes is not there)")
+    for name, entry in as_object(parse_json(content[8 : 8 + size], f"{path}: header"), path).items():
+        kind = "F32" if name == "__metadata__" else as_object(entry, f"{path}: {name}")["dtype"]
+        if kind not in FLOATS + OTHERS:
+            raise TinyldError(f"{path}: tensor {name!r} has the type {show(kind)}, which tinyld does not read")
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite")
+    return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    return parse_tensors(read_bytes(path, TENSORS_BYTES), path)
+
+
+def finite(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """`tensors` as the float32 that a model computes with: the last check before anything reaches one.
+
+    TinyldError for what is no float (whole, complex and 8-bit numbers), and for what float32 does not hold.
+    """
+    import torch
+
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in floats:
+            raise TinyldError(f"{path}: tensor {name!r} has the wrong type: {tensor.dtype}, expected floats")
+        found[name] = tensor.float()
+        if not bool(torch.isfinite(found[name]).all()):
+            raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite in float32")
+    return found

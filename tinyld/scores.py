@@ -1,0 +1,204 @@
+"""`tinyld eval`: what a run's answers are worth, of tasks and of running text, kept in its results and shown."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyld.checkpoint import base_dtype, find_base, load_base
+from tinyld.config import SampleConfig, check
+from tinyld.corpus import tokenize
+from tinyld.data import TaskRows, TextRows
+from tinyld.datafile import read_split
+from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.diffusion import Estimate
+from tinyld.environment import environment
+from tinyld.errors import TinyldError, plain
+from tinyld.evaluate import Evaluation, evaluate, text_nll
+from tinyld.options import EvalOptions
+from tinyld.peft import is_peft
+from tinyld.predict import Run, load, sampling_of
+from tinyld.progress import Progress
+from tinyld.runs import RESULTS, RunFolder
+from tinyld.tables import print_table
+from tinyld.tasks import Task
+from tinyld.tokenizer import find_text_files, read_lines
+from tinyld.workspace import default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
+from tinyld.write import write_atomic
+
+Record = dict[str, Any]
+MOST_CONFUSED = 8  # labels whose confusion matrix is shown
+
+
+def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None) -> TaskRows:
+    """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
+    held_out, own = False, run.config.get("data", {})
+    if data is None and not task.builtin and not task.data and own.get("folder"):  # the task was made of that file
+        data, held_out = Path(own["folder"]), own["held_out"]
+    examples = read_split(task, split, data, limit, held_out)
+    return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
+
+
+def measure(
+    run: Run, rows: TaskRows, sampling: SampleConfig, draws: int = 4, quiet: bool = True, limit: int | None = None
+) -> Evaluation:
+    """What `run` makes of rows, with a bar of progress."""
+    model, n = run.base.model, len(rows) if limit is None else min(limit, len(rows))
+    device = model.embedding.weight.device
+    with Progress(f"eval {rows.task.name}", n, quiet=quiet) as bar, autocast(device, resolve_dtype(run.dtype, device)):
+        return evaluate(model, rows, run.base.tokenizer, sampling, draws, limit=limit, advance=bar.advance_to)
+
+
+def eval(options: EvalOptions) -> list[Record]:
+    """A record a run and task, also kept in the runs' results."""
+    keep_freed_memory()
+    if options.text:
+        return eval_text(options)
+    sampling, say = sampling_of(options), say_to_stderr(options.quiet)
+    data, predictions = options.data, options.predictions
+    if predictions is not None and (predictions.is_dir() or not predictions.parent.is_dir()):
+        raise TinyldError(f"{predictions}: cannot be written (not a file in a folder that exists)")
+    records = []
+    lines = ["run\ttask\tprompt\tgold\tanswer"]
+    source = str(data) if data is not None and not data.is_dir() else options.split
+    for path in options.runs or [newest_run(("adapter", "composition"))]:
+        run = load(path, options.base, options.device, options.dtype, options.base_dtype)
+        named = options.task is not None or not run.tasks
+        for task in [run.task_named(options.task)] if named else run.tasks:
+            rows = rows_for(run, task, options.split, data)
+            found = measure(run, rows, sampling, options.draws, options.quiet, options.limit)
+            say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
+            record = {"run": str(path), "split": source, **found.record()}
+            records.append(record)
+            lines += [f"{path}\t{task.name}\t" + "\t".join(map(plain, p)) for p in found.predictions]
+            key = f"{task.name}/{source}"
+            why = why_unusual(run, task, sampling, options)
+            if why is None:
+                record |= remember(path, key, {**record, "environment": environment()})
+            else:
+                say(f"{path}: {key} is not kept in {RESULTS}, as it is {why}")
+    if predictions is not None:
+        write_atomic(predictions, ("\n".join(lines) + "\n").encode(errors="surrogatepass"))
+    return records
+
+
+def why_unusual(run: Run, task: Task, sampling: SampleConfig, options: EvalOptions) -> str | None:
+    """Why an evaluation is not the run's own result: decoded otherwise, or of other rows than go with its own.
+
+    How a generation task's texts are sampled makes no difference to their nats; a file of rows has a name of its own.
+    """
+    if options.limit is not None:
+        return f"of {options.limit:,} rows at most"
+    if options.base_dtype is not None:
+        return f"on the base in {options.base_dtype}"
+    data, own = options.data, run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
+    if data is not None and data.is_dir() and (own is None or data.resolve() != Path(own).resolve()):
+        return f"of the rows in {data}"
+    return None if task.is_generation or sampling == SampleConfig() else "decoded otherwise than by default"
+
+
+def eval_text(options: EvalOptions) -> list[Record]:
+    """NLL bound of running text under each run's denoiser, and for adapters, which are on, under their base alone.
+
+    All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
+    """
+    unread = ("task", "data", "limit", "predictions", "base_dtype")
+    given = [name for name in unread if getattr(options, name) is not None]
+    check(not given, f"--text measures running text; {', '.join(given)} has no effect on it")
+    device, files = resolve_device(options.device), find_text_files(options.text)
+
+    @functools.cache
+    def bound_of(path: Path, alone_in: str | None) -> tuple[Estimate, int]:
+        """Of a run, or of a base alone whose matrices are kept in `alone_in`."""
+        base = load(path, options.base, options.device).base if alone_in is None else load_base(path, device, alone_in)
+        stream = tokenize(read_lines(files), base.tokenizer).stream
+        rows = TextRows(stream, base.model.config.max_length, base.tokenizer.bos_id)
+        arithmetic = autocast(device, resolve_dtype(options.dtype, device))
+        with Progress("eval text", len(rows), quiet=options.quiet) as bar, arithmetic:
+            bound = text_nll(base.model, rows, base.tokenizer.mask_id, options.draws, advance=bar.advance_to)
+        return bound, bound.n * rows.width
+
+    records = []
+    for path in options.runs or [default_base()]:
+        config = {} if is_peft(path) else RunFolder.open(path).config
+        is_base = config.get("kind") == "base"
+        bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None)
+        record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
+        record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
+        if not is_base:
+            below, kept_in = options.base or default_base(), "fp32"
+            if config:
+                below = find_base(config, path, options.base)
+                kept_in = base_dtype(config, str(path))
+            alone, _ = bound_of(below.resolve(), kept_in)
+            forgotten = bound.minus(alone)
+            record |= {"base_nll_bound": alone.mean, "base_nll_stderr": alone.stderr}
+            record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
+            key = ", ".join(text.resolve().name for text in options.text)
+            record |= remember(path, key, {**record, "environment": environment()}, "text")
+        records.append(record)
+    return records
+
+
+def remember(run: Path, key: str, record: Record, kind: str = "eval") -> dict[str, str]:
+    """Keeps an evaluation in the run's results.json, or says why not as `problem`; the released base is left alone."""
+    folder = RunFolder(run)
+    if not folder.is_run() or run.resolve() == default_base().resolve():
+        return {}
+    try:
+        with folder.locked():
+            results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
+            results.setdefault(kind, {})[key] = record
+            folder.write_json(RESULTS, results)
+    except TinyldError as error:
+        return {"problem": str(error)}
+    return {}
+
+
+def percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f}"
+
+
+def show(records: list[Record], options: EvalOptions) -> None:
+    if options.text:
+        columns = max(map(tuple, records), key=len)
+        return print_table("NLL bound, nats per token", columns, [tuple(map(r.get, columns)) for r in records])
+    show_evaluations("evaluation", records, options.wide)
+    for record in records:
+        show_classes(record)
+
+
+def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) -> None:
+    """One row an evaluation; rates in percent, NLL in nats per answer token."""
+    columns = ("run", "rows of", "n", "accuracy %", "95% interval", "NLL bound")
+    more = ("± NLL", "macro-F1 %", "scored %", "unreadable %", "masked_acc %", "rows/s") if wide else ()
+    rows = []
+    for r in records:
+        interval = f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" if "low" in r else None
+        name = f"{r['task']} {r['split']}"
+        row = [r["run"], name, r["n"], percent(r.get("accuracy")), interval, f"{r['nll_bound']:.4f}"]
+        if wide:
+            row.append(f"{r['nll_stderr']:.4f}")
+            row += [percent(r.get(k)) for k in ("macro_f1", "scored_accuracy", "unreadable", "masked_acc")]
+            row.append(round(r["rows_per_second"]))
+        rows.append(row)
+    print_table(title, (*columns, *more), rows, wide)
+
+
+def show_classes(record: Record) -> None:
+    """Precision, recall and F1 of each label, and what its rows were answered, where that fits a screen."""
+    if "classes" not in record:
+        return
+    columns = ("label", "rows", "precision %", "recall %", "F1 %")
+    rows = [(k, c["n"], *(percent(c[p]) for p in ("precision", "recall", "f1"))) for k, c in record["classes"].items()]
+    always = f"always the most frequent label: {percent(record['majority'])}% right"
+    print()
+    print_table(f"{record['task']} {record['split']}, label by label ({always})", columns, rows)
+    if len(rows) <= MOST_CONFUSED:
+        said = [*record["classes"], *(["unreadable"] if record["unreadable"] else [])]
+        counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
+        print()
+        print_table("rows of each label, by what was answered", ("", *said), counts)

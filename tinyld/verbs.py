@@ -1,0 +1,209 @@
+"""The short verbs: info and tasks, which need no torch, and sample, merge, export and demo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyld.config import ModelConfig, SampleConfig, from_dict
+from tinyld.environment import environment
+from tinyld.errors import TinyldError, UsageError, plain
+from tinyld.options import (
+    ComposeOptions,
+    DemoOptions,
+    ExportOptions,
+    FinetuneOptions,
+    InfoOptions,
+    MergeOptions,
+    Printed,
+    SampleOptions,
+)  # fmt: skip
+from tinyld.rows import BUNDLED_TASKS
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.tables import print_table
+from tinyld.tasks import builtin_tasks
+from tinyld.workspace import default_base, refuse_inside, say_to_stderr
+
+
+def info(options: InfoOptions) -> dict[str, Any]:
+    """What a run is, from its JSON files; every file is checked against the manifest."""
+    folder = RunFolder.open(options.run)
+    config, files = folder.config, folder.files()
+    for name in files:
+        folder.read(name)
+    record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
+    if config["kind"] == "base":
+        record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
+        record |= {f"model {k}": v for k, v in config["model"].items()}
+        record["text tokens"] = config["data"]["tokens"]
+    elif config["kind"] == "adapter":
+        task = config["task"]
+        record |= {"task": task["name"], "template": task["template"]}
+        record["answers"] = ", ".join(f"{label}: {words}" for label, words in task["verbalizer"].items()) or "text"
+        record["base"] = config["base"]["fingerprint"]
+        record |= {f"method {k}": str(v) if isinstance(v, list) else v for k, v in config["method"].items()}
+        record |= config["parameters"]
+    else:
+        for i, member in enumerate(config["members"], 1):
+            record[f"member {i}"] = f"{member['task']['name']}: {member['run']} x {member['weight']:g}"
+    results = folder.read_json(RESULTS) if RESULTS in files else {}
+    record |= {k: v for verb in ("pretrain", "finetune") for k, v in results.get(verb, {}).items() if k not in record}
+    for key, found in results.get("eval", {}).items():
+        text = f"NLL bound {found['nll_bound']:.3f}"
+        if "accuracy" in found:
+            text = f"{100 * found['accuracy']:.1f}% ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+        record[f"eval {key}"] = text
+    for name, size in files.items():
+        record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
+    record["command"] = config["environment"]["command"]
+    return record
+
+
+def tasks(options: Printed) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": t.name,
+            "labels": ", ".join(t.labels) or "(text)",
+            "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
+            "template": t.template,
+            "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
+            "needs": "nothing" if t.name in (*BUNDLED_TASKS, "write") else "data or network",
+        }
+        for t in builtin_tasks()
+    ]
+
+
+def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
+    columns = ("task", "labels", "rows", "needs")
+    rows = [tuple(map(r.get, columns)) for r in records]
+    print_table("built-in tasks (--json has templates and answers)", columns, rows)
+
+
+def sample(options: SampleOptions) -> dict[str, Any]:
+    """Fills `length` masked tokens at `{answer}`, or after the prompt."""
+    if options.run is None and options.base is not None:
+        raise UsageError("--base is where an adapter's base is, and no run is given; sample from it by its path alone")
+    from tinyld.predict import load, sampling_of
+
+    sampling = sampling_of(options)
+    run = load(options.run or default_base(), options.base, options.device, options.dtype)
+    texts, passes = run.fill(options.prompt, options.length, options.num, sampling)
+    return {"samples": texts, "forward_passes": passes}
+
+
+def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
+    for text in result["samples"]:
+        print(plain(text))
+
+
+def export(options: ExportOptions) -> dict[str, Any]:
+    """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
+    from tinyld.checkpoint import base_dtype, load_base
+    from tinyld.hf import export_bert
+    from tinyld.methods import WeightLora
+    from tinyld.peft import export_peft
+
+    run, out = options.run, options.out
+    if options.to == "hf":
+        base = load_base(run)
+        export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
+        return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
+    folder = RunFolder.open(run)
+    config = folder.config
+    settings = dict(config.get("method", {}))
+    if settings.pop("name", None) != WeightLora.name:
+        raise TinyldError(f"{run} is no weight-lora adapter, the only kind that PEFT has")
+    if base_dtype(config, str(run)) != "fp32":
+        raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}, which peft does not have")
+    method = from_dict(WeightLora.Config, settings, str(run / CONFIG))
+    export_peft(method, folder.read_tensors(ADAPTER), config["base"]["fingerprint"], out)
+    return {"out": str(out), "load": f"peft.PeftModel.from_pretrained(denoiser, {str(out)!r})"}
+
+
+def show_export(result: dict[str, Any], options: ExportOptions) -> None:
+    print(plain(f"wrote {result['out']}: load it with {result['load']}"))
+
+
+def merge(options: MergeOptions) -> dict[str, Any]:
+    """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
+    import torch
+
+    from tinyld.checkpoint import base_dtype, find_base, load_adapter, load_base, save_base
+    from tinyld.composition import load_composition
+
+    run, out = options.run, options.out
+    folder = RunFolder.open(run)
+    config = folder.config
+    RunFolder.check_free(out, options.force)
+    refuse_inside(out, [run])
+    if config["kind"] == "base":
+        raise TinyldError(f"{run} is a base already")
+    if base_dtype(config, str(run)) != "fp32":
+        raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
+    if config["kind"] == "adapter":
+        adapted = load_adapter(folder, options.base)
+        base, method = adapted.base, adapted.method
+    else:
+        base = load_base(find_base(config, run, options.base))
+        found = load_composition(folder, base)
+        if found is None or base.model.push is not None:
+            raise TinyldError(f"{run} holds trajectory-lora adapters, which depend on t and cannot be merged")
+        method = found
+    try:
+        method.merge(base.model)
+    except ValueError as error:
+        raise TinyldError(f"{run}: {error}") from None
+    refuse_inside(out, [base.path])
+    target = RunFolder.create(out, options.force)
+    merged = RunFolder(base.path).config | {"merged": {"run": str(run), "base": base.fingerprint}}
+    target.write_json(CONFIG, merged | {"environment": environment()})
+    save_base(target, base.model, dict(base.model.named_parameters()), base.tokenizer, torch.float32)
+    return {"run": str(out), "parameters": base.model.config.num_parameters()}
+
+
+DEMO_TEXTS = {
+    "reviews": "the soup was cold and the waiter was rude",
+    "topics": "the band played two new songs on friday",
+}
+
+
+def demo(options: DemoOptions) -> None:
+    """Two bundled tasks, one adapter each, that label a new sentence and are composed: the whole path."""
+    from tinyld.compose import compose
+    from tinyld.compose import show as show_composition
+    from tinyld.finetuning import finetune
+    from tinyld.predict import load
+    from tinyld.scores import measure, remember, rows_for, show_evaluations
+
+    out, say = options.out, say_to_stderr(options.quiet)
+    if out.exists() and not options.force:
+        raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
+    runs = [out / name for name in DEMO_TEXTS]
+    records = []
+    for (name, text), path in zip(DEMO_TEXTS.items(), runs, strict=True):
+        say(f"-- tinyld finetune --task {name} --recipe fast --out {path}")
+        finetune(FinetuneOptions(
+            task=name, recipe="fast", out=path, force=options.force, dtype=options.dtype, limit=options.limit,
+            quiet=options.quiet,
+        ))  # fmt: skip
+        say(f"-- tinyld eval {path} --split test; tinyld predict {path} --text {text!r}")
+        run = load(path, dtype=options.dtype)
+        found = measure(run, rows_for(run, run.tasks[0], "test"), SampleConfig(), quiet=options.quiet)
+        records.append({"run": str(path), "split": "test", **found.record()})
+        remember(path, f"{name}/test", {**records[-1], "environment": environment()})
+        answer = run.predict([text])[0]
+        print(plain(f"{name}: {text!r} is {answer['label']} ({100 * answer['probability']:.0f}%)"))
+    show_evaluations("each adapter on its own task", records)
+    both = out / "composed"
+    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --limit 200 --out {both}")
+    asked = ComposeOptions(
+        runs=tuple(runs),
+        split="test",
+        limit=200,
+        out=both,
+        force=options.force,
+        dtype=options.dtype,
+        quiet=options.quiet,
+    )
+    show_composition(compose(asked), asked)
+    print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
+    print("      tinyld predict runs/mine new.csv --out answered.csv")
