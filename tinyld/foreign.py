@@ -25,9 +25,9 @@ from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make,
 from tinyld.layers import rotary_tables
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
-from tinyld.read import read_json
+from tinyld.read import as_object, parse_json, read_object, read_text
 from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
-from tinyld.tokenizer import ROLES, Tokenizer
+from tinyld.tokenizer import ROLES, Tokenizer, check_patterns
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
@@ -45,9 +45,8 @@ class Weights:
         names = sorted(p.name for p in folder.iterdir())
         whole, index = [n for n in names if n.endswith(".safetensors")], None
         if INDEX in names:
-            raw = read_json(folder / INDEX)
-            index = raw.get("weight_map") if isinstance(raw, dict) else None
-            if not isinstance(index, dict) or not set(map(str, index.values())) <= set(whole):
+            index = as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX)
+            if not set(map(str, index.values())) <= set(whole):
                 raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
         elif len(whole) != 1:
             pickled = next((n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
@@ -104,10 +103,10 @@ def read_foreign(folder: Path, max_length: int | None = None, mask_token: str | 
         raise TinyldError(f"no model in {folder}: no such folder")
     where, weights = folder / CONFIG, Weights(folder)
     bare = not where.exists() and "transformer.wte.weight" in weights.shapes
-    raw = {"model_type": "smdm"} if bare else read_json(where)
-    kind = str(raw.get("model_type"))[:40] if isinstance(raw, dict) else ""
-    blockwise = "bd3lm" in f"{folder.resolve().name} {raw.get('_name_or_path')}".lower() if kind in FAMILIES else False
-    if kind in REFUSED or blockwise:
+    raw = {"model_type": "smdm"} if bare else read_object(where)
+    kind = str(raw.get("model_type"))[:40]
+    blockwise = "bd3lm" in f"{folder.resolve().name} {raw.get('_name_or_path')}".lower()
+    if kind in REFUSED or (kind in FAMILIES and blockwise):
         raise TinyldError(f"{where}: this {kind} {REFUSED.get(kind, BLOCKWISE)}, which tinyld does not read")
     if kind not in FAMILIES:
         raise TinyldError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
@@ -174,16 +173,16 @@ def read_tokenizer(folder: Path, settings: Settings, family: Family, rows: int, 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TinyldError(f"no tokenizer in {folder}: put the tokenizer.json that its model was trained with there")
+    text = read_text(path)
+    check_patterns(parse_json(text, path), path)
     try:
-        inner = HFTokenizer.from_str(path.read_text(encoding="utf-8"))
+        inner = HFTokenizer.from_str(text)
     except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:80]})") from None
     extra = folder / "tokenizer_config.json"
-    named = read_json(extra) if extra.is_file() else {}
-    if not isinstance(named, dict):
-        raise TinyldError(f"{extra}: expected an object")
+    named = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
 
     def token(*roles: str) -> int | None:

@@ -150,7 +150,7 @@ class Tokenizer:
         """The tokenizer that a `tokenizer.json` holds, tried out on a text."""
         text = decode(content, path)
         raw = parse_json(text, path)
-        _check_patterns(raw, path)
+        check_patterns(raw, path)
         roles = raw.pop("roles", None) if isinstance(raw, dict) else None
         try:
             tokenizer = cls(HFTokenizer.from_str(text if roles is None else json.dumps(raw)), str(path), roles)
@@ -198,10 +198,10 @@ class Tokenizer:
         return "_".join(self.inner.decode(run) for run in runs).strip()
 
 
-def _check_patterns(value: Any, path: Path) -> None:
+def check_patterns(value: Any, path: Path) -> None:
     """TinyldError for a regular expression of a tokenizer that is there to take time: long, or with a huge count."""
     for node in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_patterns(node, path)
+        check_patterns(node, path)
     pattern = value.get("Regex") if isinstance(value, dict) else None
     if isinstance(pattern, str):
         counts = [int(number) for number in re.findall(r"(?<=[{,])\d{1,9}(?=[,}])", pattern)]
