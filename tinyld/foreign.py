@@ -252,11 +252,11 @@ def load_foreign(
             theirs = [weights.read(n) for n in names]
             for tensor in theirs:
                 digest.update(tensor.view(torch.uint8).numpy())
-            theirs = [t.float() for t in theirs] if make is not same or dtype != "bf16" else theirs
+            theirs = [t.float() for t in theirs] if make is not same or dtype == "fp32" else theirs
             made = make(config, *theirs)
             made = made if len(made) == len(parameter) else made[: len(parameter)]
             shrinks = isinstance(module, nn.Linear | nn.Embedding) and name.endswith("weight")
-            made = made.to(device) if shrinks and dtype == "bf16" else made.to(device).float()
+            made = made.to(device) if shrinks and dtype != "fp32" else made.to(device).float()
             made = made.clone() if made._base is not None else made  # so that the rest of theirs can go
             setattr(module, name.removeprefix(prefix), nn.Parameter(made))
             del theirs, made
