@@ -111,8 +111,41 @@ class ModelConfig:
     embedding_norm: bool = False  # a norm on the summed embeddings
     head_transform: bool = False  # dense + GELU + norm before the tied vocabulary matrix
     d_embed: int = 0  # width of the embeddings where it is not d_model (ELECTRA); 0: d_model
+    # What the families of tinyld.families need besides.
+    norm: str = "layer"  # or rms, which has neither mean nor bias
+    norm_bias: bool = True
+    first_norm: bool = True  # the first block normalises what its attention reads (ModernBERT: no)
+    activation: str = "gelu"
+    gated: bool = False  # the MLP's `up` gives twice d_ff numbers: activation(first half) * second half
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    kv_heads: int = 0  # heads that keys and values have, each for a group of queries; 0: num_heads
+    head_width: int = 0  # 0: d_model / num_heads
+    head_norms: bool = False  # an RMS norm of each head's queries, and of its keys (Qwen3)
+    local_window: int = 0  # in the local blocks a token reads others at most half of this away; 0: none is local
+    local_theta: float = 10_000.0  # rope_theta of the local blocks
+    global_every: int = 1  # every how many blocks, from the first on, is not local
+    tied: bool = True  # the vocabulary matrix is the embedding's
+    head_bias: bool = True
+    head_rows: int = 0  # of an untied vocabulary matrix that has none for the last ids, the mask's; 0: vocab_size
+    embedding_scale: float = 1.0
+    shifted: bool = False  # trained to predict the next position: logits of i are read at i - 1 (Dream)
 
     def __post_init__(self) -> None:
+        check_choice("norm", self.norm, ("layer", "rms"))
+        check_choice("activation", self.activation, ("gelu", "gelu_tanh", "silu"))
+        for name in ("kv_heads", "head_width", "local_window", "head_rows"):
+            check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        check(
+            self.num_heads >= 1 and self.num_heads % (self.kv_heads or self.num_heads) == 0,
+            f"kv_heads must divide num_heads, got {self.kv_heads} and {self.num_heads}",
+        )
+        check(
+            self.head_rows <= (0 if self.tied else self.vocab_size),
+            f"head_rows must be at most vocab_size, and needs an untied head, got {self.head_rows}",
+        )
+        check(self.global_every >= 1, f"global_every must be at least 1, got {self.global_every}")
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         check(self.num_layers <= MAX_LAYERS, f"num_layers must be at most {MAX_LAYERS:,}, got {self.num_layers:,}")
@@ -120,10 +153,10 @@ class ModelConfig:
         check(self.d_embed >= 0, f"d_embed must be at least 0, got {self.d_embed}")
         check(self.d_embed in (0, self.d_model) or self.head_transform, "d_embed needs head_transform")
         check(
-            self.d_model % self.num_heads == 0,
+            self.head_width > 0 or self.d_model % self.num_heads == 0,
             f"num_heads must divide d_model, got d_model {self.d_model} and num_heads {self.num_heads}",
         )
-        even = (self.d_model // self.num_heads) % 2 == 0
+        even = self.width_of_head % 2 == 0
         check(even or not self.rotary, "d_model / num_heads must be even for rotary positions")
         check_finite(self)
         check(0 < self.norm_eps < 1, f"norm_eps must be between 0 and 1, got {self.norm_eps}")
@@ -140,22 +173,47 @@ class ModelConfig:
         """Whether embeddings are brought to d_model by a matrix."""
         return self.embedding_width != self.d_model
 
+    @property
+    def width_of_head(self) -> int:
+        return self.head_width or self.d_model // self.num_heads
+
+    def is_local(self, block: int) -> bool:
+        """Whether attention in this block reads near tokens only."""
+        return self.local_window > 0 and block % self.global_every != 0
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each of a block's matrices."""
+        d, f = self.d_model, self.d_ff
+        queries, keys = (n * self.width_of_head for n in (self.num_heads, self.kv_heads or self.num_heads))
+        up = 2 * f if self.gated else f
+        return {
+            "query": (d, queries), "key": (d, keys), "value": (d, keys), "out": (queries, d), "up": (d, up),
+            "down": (f, d),
+        }  # fmt: skip
+
     def num_biases(self) -> int:
         """Closed-form count of all biases, those of norms and of the vocabulary included (BitFit's parameters)."""
+        d, e, size = self.d_model, self.embedding_width, self.matrices()
+        norm = self.norm == "layer" and self.norm_bias
+        has = {"query": self.qkv_bias, "key": self.qkv_bias, "value": self.qkv_bias, "out": self.out_bias}
+        block = sum(outputs for name, (_, outputs) in size.items() if has.get(name, self.mlp_bias))
+        head = (e * self.mlp_bias if self.head_transform else 0) + (self.head_rows or self.vocab_size) * self.head_bias
+        return self.num_layers * block + self._norms() * norm + (d if self.projected else 0) + head
+
+    def _norms(self) -> int:
+        """Numbers that all norms weigh, those of single heads left out."""
         d, e = self.d_model, self.embedding_width
-        block = 4 * d + self.d_ff + d + 2 * d  # attention, up, down, two norms
-        embedding = (e if self.embedding_norm else 0) + (d if self.projected else 0)
-        head = (d if self.norm_first else 0) + (2 * e if self.head_transform else 0)
-        return self.num_layers * block + embedding + head + self.vocab_size
+        blocks = 2 * self.num_layers - (not self.first_norm)
+        return blocks * d + d * self.norm_first + e * self.embedding_norm + e * self.head_transform
 
     def num_parameters(self) -> int:
-        """Closed-form parameter count of the denoiser (embedding tied with the head)."""
+        """Closed-form parameter count of the denoiser."""
         d, e = self.d_model, self.embedding_width
-        block = 4 * d * d + 2 * d * self.d_ff + 2 * d  # matrices, and the weights of two norms
-        embedding = self.vocab_size * e + (0 if self.rotary else self.max_length * e)
-        embedding += (e if self.embedding_norm else 0) + (d * e if self.projected else 0)
-        head = (d if self.norm_first else 0) + (d * e + e if self.head_transform else 0)
-        return self.num_biases() + self.num_layers * block + embedding + head
+        block = sum(inputs * outputs for inputs, outputs in self.matrices().values())
+        block += 2 * self.width_of_head * self.head_norms
+        embedding = self.vocab_size * e + (0 if self.rotary else self.max_length * e) + (d * e if self.projected else 0)
+        head = (d * e if self.head_transform else 0) + (0 if self.tied else e * (self.head_rows or self.vocab_size))
+        return self.num_biases() + self.num_layers * block + self._norms() + embedding + head
 
 
 # About 0.15M, 7M and 110M parameters at the vocabulary sizes of VOCAB_SIZES.

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyld.attention import attention
 from tinyld.config import ModelConfig
+from tinyld.layers import activate, look_up, make_norm, near_attention, rotary_tables, rotate
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
-Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, head width)
+Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
 # push_at(depth, h, positions=None): what is added to the states h before block `depth` (num_layers: the final ones).
 # h is (B, L, D), or (B, M, D) where the pass has computed M positions of a row alone; so is the result. With
 # `positions` (B, M) h has all L, and only what is added at those is returned, (B, M, D).
@@ -44,21 +44,6 @@ class Push(Protocol):
         blocks 0 to d - 1, unpushed at their own depth.
         """
         ...
-
-
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary position angles, each (max_length, head width) (RoFormer, arXiv 2104.09864)."""
-    width = config.d_model // config.num_heads
-    frequency = config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angle = torch.arange(config.max_length, dtype=torch.float32)[:, None] * frequency[None, :]
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions applied to x: (B, H, L, head width)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -90,7 +75,7 @@ class HeadNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         logits = F.linear(h, weight, bias)  # (N, V)
         probs = torch.softmax(logits, dim=1)
         rows = torch.arange(len(target), device=target.device)
@@ -116,18 +101,20 @@ class HeadNLL(torch.autograd.Function):
 class Block(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); or norm(h + attention(h)), then norm(h + mlp(h)). h: (B, L, D)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
-        d, f = config.d_model, config.d_ff
-        self.num_heads, self.norm_first = config.num_heads, config.norm_first
-        self.attention_norm = nn.LayerNorm(d, eps=config.norm_eps)
-        self.query = nn.Linear(d, d)
-        self.key = nn.Linear(d, d)
-        self.value = nn.Linear(d, d)
-        self.out = nn.Linear(d, d)
-        self.mlp_norm = nn.LayerNorm(d, eps=config.norm_eps)
-        self.up = nn.Linear(d, f)
-        self.down = nn.Linear(f, d)
+        self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
+        bare = index == 0 and not config.first_norm
+        bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
+        linear = {n: nn.Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
+        self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
+        self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
+        width, eps = config.width_of_head, config.norm_eps
+        self.query_norm = nn.RMSNorm(width, eps=eps) if config.head_norms else None
+        self.key_norm = nn.RMSNorm(width, eps=eps) if config.head_norms else None
+        self.out = linear["out"]
+        self.mlp_norm = make_norm(config, config.d_model)
+        self.up, self.down = linear["up"], linear["down"]
         self.after_attention: nn.Module = nn.Identity()
         self.after_mlp: nn.Module = nn.Identity()
 
@@ -137,19 +124,24 @@ class Block(nn.Module):
         """(B, L, D), or (B, M, D) for the queries of `positions` (B, M) alone."""
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, head width)
+            return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)  # (B, H, L, head width)
 
         h = h.to(compute_dtype(h))  # once, not in each of the products
         asking = h if positions is None else take(h, positions)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
+        if self.query_norm is not None:
+            q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
         if angles is not None:
+            angles = (angles[0][:, int(self.is_local)], angles[1][:, int(self.is_local)])
             cos, sin = angles if positions is None else (angle[positions][:, None] for angle in angles)
             q, k = rotate(q, cos, sin), rotate(k, *angles)
-        mixed = attention(q, k, v, key_mask)
+        if k.shape[1] < q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        mixed = near_attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(h)))
+        return self.down(activate(self.up(h), self.config.activation, self.config.gated))
 
     def forward(
         self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None
@@ -169,19 +161,21 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        d, e, eps = config.d_model, config.embedding_width, config.norm_eps
+        d, e = config.d_model, config.embedding_width
         self.embedding = nn.Embedding(config.vocab_size, e)
         self.positions = None if config.rotary else nn.Embedding(config.max_length, e)
-        self.embedding_norm = nn.LayerNorm(e, eps=eps) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = make_norm(config, e) if config.embedding_norm else nn.Identity()
         self.embedding_projection = nn.Linear(e, d) if config.projected else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(d, eps=eps) if config.norm_first else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.final_norm = make_norm(config, d) if config.norm_first else nn.Identity()
         self.head_transform = (
-            nn.Sequential(nn.Linear(d, e), nn.GELU(), nn.LayerNorm(e, eps=eps))
+            nn.Sequential(nn.Linear(d, e, bias=config.mlp_bias), nn.GELU(), make_norm(config, e))
             if config.head_transform
             else nn.Identity()
         )
-        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        rows = config.head_rows or config.vocab_size
+        self.output = None if config.tied else nn.Linear(e, rows, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(rows)) if config.head_bias else None
         if config.rotary:
             cos, sin = rotary_tables(config)
             self.register_buffer("cos", cos, persistent=False)
@@ -205,7 +199,9 @@ class Denoiser(nn.Module):
 
     def embed(self, xt: Tensor) -> Tensor:
         """Token embeddings. xt: (B, L) int64 -> (B, L, D)."""
-        h = self.embedding(xt)
+        h = look_up(self.embedding, xt)
+        if self.config.embedding_scale != 1.0:
+            h = h * self.config.embedding_scale
         if self.positions is not None:
             h = h + self.positions.weight[: xt.shape[1]]
         return self.embedding_projection(self.embedding_norm(h))
@@ -249,7 +245,8 @@ class Denoiser(nn.Module):
         where: Tensor | None = None,
     ) -> Tensor:
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
-        its N positions, (N, D), row by row: where they are few, the last block computes no others.
+        its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
+        position i has the state at i - 1, and position 0 its own.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing below block
         `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, before all blocks up
@@ -260,7 +257,9 @@ class Denoiser(nn.Module):
             raise ValueError("a denoiser with a push needs t and prompt_mask")
         first = last if push is None else push.first_depth
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
-        positions, is_asked = (None if where is None else few_positions(where)) or (None, where)
+        late = self.config.shifted and (where is None or bool(where[:, 0].any()))  # position 0 has none before it
+        asked = None if late else where.roll(-1, 1) if self.config.shifted else where
+        positions, is_asked = (None if asked is None else few_positions(asked)) or (None, asked)
         narrow = None if whole else positions
         history: list[Tensor] | None = [] if push is not None and push.reads_depths else None
         if cached is None:
@@ -276,19 +275,30 @@ class Denoiser(nn.Module):
                 h = take(h, positions) + push_at(last, h, positions)
             else:
                 h = h + push_at(last, h)
-        return h if is_asked is None else h[is_asked]
+        h = h if is_asked is None else h[is_asked]
+        if late:
+            h = torch.cat([h[:, :1], h[:, :-1]], 1)
+            h = h if where is None else h[where]
+        return h
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""
+        return self.embedding.weight if self.output is None else self.output.weight
 
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
-        return F.linear(self.head_transform(self.final_norm(h)), self.embedding.weight, self.output_bias)
+        logits = F.linear(self.head_transform(self.final_norm(h)), self.vocabulary, self.output_bias)
+        missing = self.config.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
         dtype = compute_dtype(h)
         h = self.head_transform(self.final_norm(h)).to(dtype)
-        weight, bias = self.embedding.weight.to(dtype), self.output_bias.to(dtype)
+        weight, bias = self.vocabulary.to(dtype), self.output_bias
         with torch.autocast(h.device.type, enabled=False):
-            return HeadNLL.apply(h, weight, bias, target)
+            return HeadNLL.apply(h, weight, None if bias is None else bias.to(dtype), target)
 
     def forward(
         self,

@@ -19,8 +19,12 @@ class Int8(nn.Module):
     """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        return (weight / scale).round().to(torch.int8), scale
+        parts = []
+        for rows in weight.split(4096):  # few at a time, as what is needed on the way is larger than the matrix
+            rows = rows.float()
+            scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            parts.append(((rows / scale).round().to(torch.int8), scale))
+        return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
 
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
         return values.to(scale.dtype) * scale

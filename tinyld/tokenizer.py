@@ -9,7 +9,8 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SPECIAL_OF_FAMILIES = (
     ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
 )
 UNK = SPECIAL[1]
+ROLES = ("pad", "unk", "bos", "eos", "mask")
 
 # Penn-Treebank spellings (`does n't`, -lrb-, `` '') and curly quotes meet the plain ones. Blanks around punctuation
 # need no rule: the pre-tokenizer splits at punctuation, so `it 's` and `it's` give the same pieces.
@@ -79,13 +81,29 @@ def _pipeline(model: models.Model) -> HFTokenizer:
 
 
 class Tokenizer:
-    """A WordPiece tokenizer with the five special tokens that masked diffusion needs."""
+    """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece.
 
-    def __init__(self, inner: HFTokenizer, where: str = "tokenizer.json"):
-        self.inner = inner
+    `roles` says their ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`.
+    """
+
+    def __init__(
+        self, inner: HFTokenizer, where: str = "tokenizer.json", roles: Mapping[str, int | None] | None = None
+    ):
+        self.inner, self.roles = inner, roles
         inner.no_padding()
         inner.no_truncation()
+        self.is_wordpiece = isinstance(inner.model, models.WordPiece)
         vocab = inner.get_vocab()
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if roles is not None:
+            self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (roles[name] for name in ROLES)
+            ids = {name: -1 if i is None and name != "unk" else i or 0 for name, i in roles.items()}
+            if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids.values()):
+                raise TinyldError(f"{where}: roles must be ids of tokens, got {dict(roles)}")
+            special = {i: token.content for i, token in inner.get_added_tokens_decoder().items() if token.special}
+            self.special = tuple(special.values())
+            self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
+            return
         names = next((family for family in SPECIAL_OF_FAMILIES if all(name in vocab for name in family)), None)
         if names is None:
             missing = ", ".join(name for name in SPECIAL if name not in vocab)
@@ -94,7 +112,8 @@ class Tokenizer:
             raise TinyldError(f"{where}: an id of {max(vocab.values())} among {inner.get_vocab_size()} tokens")
         self.special = names
         self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (vocab[name] for name in names)
-        self.is_wordpiece = isinstance(inner.model, models.WordPiece)
+        # what decoding may not choose: all special tokens but [EOS], which ends an answer
+        self.never_written = [self.pad_id, self.unk_id, self.bos_id, self.mask_id]
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -131,9 +150,11 @@ class Tokenizer:
     def parse(cls, content: bytes, path: Path) -> Tokenizer:
         """The tokenizer that a `tokenizer.json` holds, tried out on a text."""
         text = decode(content, path)
-        _check_patterns(parse_json(text, path), path)
+        raw = parse_json(text, path)
+        check_patterns(raw, path)
+        roles = raw.pop("roles", None) if isinstance(raw, dict) else None
         try:
-            tokenizer = cls(HFTokenizer.from_str(text), str(path))
+            tokenizer = cls(HFTokenizer.from_str(text if roles is None else json.dumps(raw)), str(path), roles)
             tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
         except TinyldError:
             raise
@@ -145,16 +166,8 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """What `tokenizer.json` holds; the same vocabulary gives the same text."""
-        return json.dumps(json.loads(self.inner.to_str()), ensure_ascii=False, indent=0)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.inner.get_vocab_size()
-
-    @property
-    def never_written(self) -> list[int]:
-        """Ids that decoding may not choose: all special ones but [EOS], which ends an answer."""
-        return [self.pad_id, self.unk_id, self.bos_id, self.mask_id]
+        raw = json.loads(self.inner.to_str()) | ({} if self.roles is None else {"roles": dict(self.roles)})
+        return json.dumps(raw, ensure_ascii=False, indent=0)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
@@ -174,24 +187,22 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text up to the first [EOS]; special tokens are left out but for [MASK], shown as `_`."""
-        pieces: list[str] = []
-        for i in ids:
-            if i == self.eos_id:
-                break
-            if not self.is_wordpiece:
-                pieces.append("_" if i == self.mask_id else self.inner.decode([int(i)]))
-                continue
+        kept = [int(i) for i in takewhile(lambda i: i != self.eos_id, ids) if i not in (self.pad_id, self.bos_id)]
+        if self.is_wordpiece:
+            return detokenize(["_" if i == self.mask_id else self.inner.id_to_token(i) or UNK for i in kept])
+        runs: list[list[int]] = [[]]  # a character may be spelled by several tokens, so a run is decoded as one
+        for i in kept:
             if i == self.mask_id:
-                pieces.append("_")
-            elif i not in (self.pad_id, self.bos_id):
-                pieces.append(self.inner.id_to_token(int(i)) or UNK)
-        return detokenize(pieces) if self.is_wordpiece else "".join(pieces).strip()
+                runs.append([])
+            else:
+                runs[-1].append(i)
+        return "_".join(self.inner.decode(run) for run in runs).strip()
 
 
-def _check_patterns(value: Any, path: Path) -> None:
+def check_patterns(value: Any, path: Path) -> None:
     """TinyldError for a regular expression of a tokenizer that is there to take time: long, or with a huge count."""
     for node in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_patterns(node, path)
+        check_patterns(node, path)
     pattern = value.get("Regex") if isinstance(value, dict) else None
     if isinstance(pattern, str):
         counts = [int(number) for number in re.findall(r"(?<=[{,])\d{1,9}(?=[,}])", pattern)]

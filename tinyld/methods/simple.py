@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig
+from tinyld.errors import UsageError
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser
 
@@ -49,6 +50,8 @@ class BitFit(OwnTensors):
     name, summary, rates = "bitfit", "every bias of the base", {"adamw": 5e-3}
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        if model.config.num_biases() == 0:
+            raise UsageError("bitfit trains biases, and this base has none; take another --method")
         return {n: p for n, p in model.named_parameters() if n.endswith("bias")}
 
     @classmethod

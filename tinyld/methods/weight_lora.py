@@ -76,9 +76,8 @@ class WeightLora(Method):
 
     @classmethod
     def expected_parameters(cls, config: WeightLoraConfig, model_config: ModelConfig) -> int:
-        d, f = model_config.d_model, model_config.d_ff
-        sides = {"up": d + f, "down": f + d}
-        return model_config.num_layers * config.rank * sum(sides.get(t, 2 * d) for t in config.targets)
+        sizes = model_config.matrices()
+        return model_config.num_layers * config.rank * sum(sum(sizes[t]) for t in config.targets)
 
     def set_enabled(self, enabled: bool) -> None:
         for module in self.modules.values():
