@@ -24,6 +24,10 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wide: bool = False) -> None:
     """A table on stdout, numbers right-aligned, within the terminal's width (80 in a pipe) unless `wide`.
 
