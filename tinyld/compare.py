@@ -157,8 +157,8 @@ class Grid:
             for row in self.rows:
                 for lr, seed in product(self.rates(row[-1]), range(self.options.seeds)):
                     self.check_cell(self.cell(*row, lr, seed))
-            jobs = [pool.submit(self.run_row, *row) for row in self.rows]
             try:
+                jobs = [pool.submit(self.run_row, *row) for row in self.rows]
                 for job in as_completed(jobs):
                     job.result()
             except BaseException:

@@ -26,13 +26,13 @@ from tinyld.write import write_atomic
 Row = dict[str, Any]
 ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "epochs", "steps")
 ALIKE += ("batch_size", "lr", "optimizer", "training")  # what runs share that differ by their seed alone
-MEASURED = ("accuracy", "low", "high", "macro_f1", "unreadable", "nll_bound", "nll_stderr", "rows_per_second")
 DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
 SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
+COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, "accuracy", "low", "high", "macro_f1", "unreadable", "nll_bound")
+COLUMNS += ("nll_stderr", *SIZES, "seconds", "threads", "peak_memory_mb", "rows_per_second")
+COLUMNS += ("tinyld", "torch", "machine", "fast_dtype", "command")
 TOLD = {"epochs", "steps", "batch_size", "lr", "optimizer", "seed"}  # of training, by columns of their own
 TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and what changes no result
-ENVIRONMENT = ("threads", "tinyld", "torch", "machine", "fast_dtype", "command")
-COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, *MEASURED, *SIZES, "seconds", "peak_memory_mb", *ENVIRONMENT)
 
 
 def report(options: ReportOptions) -> list[Row]:
@@ -64,7 +64,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     name, recipe = method.pop("name"), method.pop("recipe", None)
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
     trained = {f.name: f.default for kind in (TrainConfig, DiffusionConfig) for f in fields(kind)}
-    about: Row = {column: None for column in COLUMNS} | {
+    about = {
         "run": folder.path.name,
         "base": Path(base["path"]).name,
         "fingerprint": base["fingerprint"],
@@ -75,16 +75,12 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
         "training": unlike({k: v for k, v in (train | config["diffusion"]).items() if k not in TOLD}, trained),
         "trials": trials,
     }
-    about |= {column: train.get(column) for column in ("epochs", "steps", "batch_size", "lr", "optimizer", "seed")}
-    about |= {column: config["parameters"][column] for column in SIZES}
-    about |= {column: results["finetune"].get(column) for column in ("seconds", "peak_memory_mb", *DEV)}
-    about |= {column: config["environment"].get(column) for column in ENVIRONMENT}
     rows = []
     for key, evaluation in found.items():
         task, _, split = key.rpartition("/")
         if not (split == "dev" and task in tested):
-            measured = {column: evaluation.get(column) for column in ("n", *MEASURED)}
-            rows.append(about | {"task": task, "split": split} | measured)
+            known = results["finetune"] | evaluation | config["environment"] | config["parameters"] | train | about
+            rows.append({column: (known | {"task": task, "split": split}).get(column) for column in COLUMNS})
     return rows
 
 
