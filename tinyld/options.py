@@ -281,8 +281,6 @@ class ComposeOptions(OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more adapters of one base.", ARGUMENT)
     how: str | None = option(None, "Fixed coefficients, or by each prompt (router).", "Coefficients", choices=HOWS)
     weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers)
-    rank: int | None = option(None, "weight-lora: cut the combined update to this rank.", "Coefficients", 1)
-    max_drop: float | None = option(None, "Fail when a task loses more points than this.", "Data")
     split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", 1)
