@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, load_exactly, read_method
+from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, check_frozen, load_exactly, read_method
 from tinyld.config import check, from_dict, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, Method, TrajectoryLora
@@ -245,6 +245,7 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     for i, record in enumerate(config["parts"]):
         saved, own = from_dict(Saved, record, where), under(f"{i}.")
         method, settings = read_method(saved.method, own, base, folder)
+        check_frozen(method.name, base.dtype)
         parts.append(Member(str(folder.path / ADAPTER), {}, saved.weight, method.name, settings, own))
     if config["router"] is not None:
         shapes = prototype_shapes(base.model.config.d_model)
