@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,46 +109,34 @@ def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path
         load_composition(folder, other)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"router": "TrainedRouter"}, "unknown kind of composition: how 'sum', router 'TrainedRouter'"),
-        ({"how": "magic"}, "unknown kind of composition: how 'magic'"),
-        ({"weight": "heavy"}, "weight: 'heavy' is not of type float"),
-        ({"weight": True}, "weight: 'True' is not of type float"),
-    ],
-)
-def test_a_composition_of_an_unknown_kind_is_refused(
-    config: ModelConfig, tmp_path: Path, change: dict[str, Any], message: str
+DAMAGED = [
+    ("best-1", lambda c: c.update(router="TrainedRouter"), "unknown kind of composition: how 'sum', router 'Trained"),
+    ("best-1", lambda c: c.update(how="magic"), "unknown kind of composition: how 'magic'"),
+    ("best-1", lambda c: c["parts"][0].update(weight="heavy"), "weight: 'heavy' is not of type float"),
+    ("best-1", lambda c: c["parts"][0].update(weight=True), "weight: 'True' is not of type float"),
+    (
+        "best-1",
+        lambda c: c["parts"][0]["method"].update(ranks=[10**12] * 3),
+        r"holds [\d,]+ values, but config.json asks",
+    ),
+    (
+        "weight-lora",
+        lambda c: c["parts"][0]["method"].update(rank=10**12),
+        r"holds [\d,]+ values, but config.json asks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "message"), DAMAGED)
+def test_a_damaged_composition_is_refused(
+    config: ModelConfig, tmp_path: Path, case: str, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    folder, (member, _) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
+    folder, (member, _) = RunFolder.create(tmp_path / "both"), trained_member(config, case)
     save_composition(folder, base_of(fresh_base(config)), Composition((member,), "sum"), {})
     written = folder.config
-    if "weight" in change:
-        written["parts"][0] |= change
-    else:
-        written |= change
+    change(written)
     folder.write_json("config.json", written)
     with pytest.raises(TinyldError, match=message):
-        load_composition(folder, base_of(fresh_base(config)))
-    with pytest.raises(UsageError, match="weights must be finite numbers"):
-        Composition((replace(member, weight=float("nan")),), "sum")
-
-
-@pytest.mark.parametrize("part", ["static", "members"])
-def test_a_composition_that_asks_for_more_than_its_file_holds_is_refused(
-    config: ModelConfig, tmp_path: Path, part: str
-) -> None:
-    folder = RunFolder.create(tmp_path / "both")
-    member, _ = trained_member(config, "weight-lora" if part == "static" else "best-1")
-    save_composition(folder, base_of(fresh_base(config)), Composition((member,), "sum"), {})
-    written = folder.config
-    if part == "static":
-        written["parts"][0]["method"]["rank"] = 10**12
-    else:
-        written["parts"][0]["method"]["ranks"] = [10**12] * 3
-    folder.write_json("config.json", written)
-    with pytest.raises(TinyldError, match=r"holds [\d,]+ values, but config.json asks for"):
         load_composition(folder, base_of(fresh_base(config)))
 
 
@@ -338,10 +327,14 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
             torch.testing.assert_close(repeated[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_router_without_prototypes_is_refused_by_run(config: ModelConfig) -> None:
+def test_members_without_prototypes_or_with_no_number_for_a_weight_are_refused(config: ModelConfig) -> None:
     members = [trained_member(config, "best-0", seed)[0] for seed in (0, 1)]
     with pytest.raises(UsageError, match="run0, run1 has no prototype to route by"):
         prototype_router(members)
+    with pytest.raises(UsageError, match="weights must be finite numbers"):
+        Composition((replace(members[0], weight=float("nan")),), "sum")
+    assert labels(members) == ["task0", "task1"]
+    assert labels([members[0], replace(members[0], run="b"), members[1]]) == ["task0 (run0)", "task0 (b)", "task1"]
 
 
 # ---------------------------------------------------------------------------------------------- the verb
@@ -411,12 +404,6 @@ def test_tasks_that_cannot_be_told_apart_are_refused_unless_a_router_is_asked_fo
     assert not (tmp_path / "both").exists()
     result = compose(replace(options, how="router"))
     assert min(r["right"] for r in result["routing"]) < 0.95 and "its prompts are like" in capsys.readouterr().err
-
-
-def test_members_are_called_by_their_task_and_by_their_run_where_it_has_several(config: ModelConfig) -> None:
-    one, two = (trained_member(config, "best-0", seed)[0] for seed in (0, 1))
-    assert labels([one, two]) == ["task0", "task1"]
-    assert labels([one, replace(one, run="b"), two]) == ["task0 (run0)", "task0 (b)", "task1"]
 
 
 def test_an_interval_of_pairs_is_narrow_and_holds_the_truth_as_often_as_it_says() -> None:

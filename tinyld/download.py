@@ -129,13 +129,9 @@ def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
     for split, expected in source.label_counts.items():
         found = Counter(label for _, label in splits.get(split, ()))
         if found != Counter(expected):
-            got, wanted = (f"{sum(c.values()):,} rows ({_counts(c)})" for c in (found, expected))
-            raise TinyldError(f"{url}: {name} {split} has {got}, expected {wanted}; nothing was kept")
+            has = f"{found.total():,} rows, {show(dict(found))}"
+            raise TinyldError(f"{url}: {name} {split} has {has}, expected {expected}; nothing was kept")
     return splits
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{label} {n:,}" for label, n in sorted(counts.items())[:10]) or "none"
 
 
 def _checksums(folder: Path) -> dict[str, str]:
