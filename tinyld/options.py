@@ -285,7 +285,6 @@ class ComposeOptions(OnDevice, Written, Printed):
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", 1)
     base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data")
-    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
