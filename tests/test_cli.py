@@ -732,8 +732,6 @@ ERRORS = [
     ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
     ("compose {place}/mood-full {place}/mood-bitfit --out new", 2, "bitfit and full cannot be combined"),
     ("compose {place}/mood-full {place}/mood-full --how router --out new", 2, "use --how average"),
-    ("compose {place}/mood-weight-lora {place}/mood-weight-lora --rank 5 --out new", 2, "rank must be from 1 to 4"),
-    ("compose {place}/colours {place}/mood-trajectory-lora --rank 5 --out new", 2, "--rank cuts combined weight-lora"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     ("merge {place}/base --out new", 1, "is a base already"),
     ("merge {place}/mood-trajectory-lora --out new", 1, "cannot be merged"),

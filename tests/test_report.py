@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from tinyld.config import DiffusionConfig, TrainConfig, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.report import COLUMNS, aggregate, labels, report, result_tables, run_rows, settings, show, unusual
+from tinyld.report import COLUMNS, aggregate, labels, report, result_tables, run_rows, show, unlike
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.statistics import interval, wilson
 from tinyld.tables import markdown, print_table
@@ -75,32 +74,30 @@ def test_what_report_writes_as_csv_is_a_row_a_run(tmp_path: Path) -> None:
 def test_what_is_no_evaluated_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TinyldError, match="no run in .*: name evaluated adapters"):
         report(ReportOptions(runs=(tmp_path,)))
+    run_folder(tmp_path / "new").write_json(RESULTS, {"finetune": {}})
+    with pytest.raises(TinyldError, match="none of the runs was evaluated yet"):
+        report(ReportOptions(runs=(tmp_path / "new",)))
     for kind in ("base", "composition"):
         run_folder(tmp_path / kind, kind=kind)
         with pytest.raises(TinyldError, match=f"holds a {kind}; report takes adapters"):
             report(ReportOptions(runs=(tmp_path / kind,)))
 
 
-def test_settings_are_what_a_method_has_not_by_itself() -> None:
+def test_whatever_sets_two_runs_apart_is_told_in_words(tmp_path: Path) -> None:
     usual = to_dict(METHODS["weight-lora"].Config())
-    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-    assert settings("weight-lora", usual, "fp32") == ""
-    shown = settings("weight-lora", usual | {"rank": 3, "rslora": True, "targets": ["query", "key"]}, "int8")
-    assert set(shown.split(", ")) == {"base in int8", "rank 3", "targets query key", "rslora"}
-    assert settings("trajectory-lora", {"ranks": [9, 9, 9]}, "fp32") == "ranks 9"
-    assert settings("trajectory-lora", {"ranks": [9, 4, 1]}, "fp32") == "ranks 9/4/1"
-
-
-def test_whatever_else_sets_the_training_of_two_runs_apart_is_told() -> None:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    assert unlike(plain, usual) == ""
+    shown = unlike(plain | {"rank": 3, "rslora": True, "targets": ["query", "key"]}, usual)
+    assert set(shown.split(", ")) == {"rank 3", "targets query key", "rslora"}
+    assert unlike({"ranks": [9, 9, 9]}, {}) == "ranks 9" and unlike({"ranks": [9, 4, 1]}, {}) == "ranks 9/4/1"
     told = {"steps", "epochs", "batch_size", "lr", "optimizer", "seed"}  # these have columns
     silent = {"eval_every", "save_minutes", "keep", "recompute", "device"}  # these change no result
-    plain = to_dict(TrainConfig(epochs=1.0)) | to_dict(DiffusionConfig())
-    assert unusual(plain, {}) == ""
-    for field in (f for kind in (TrainConfig, DiffusionConfig) for f in dataclasses.fields(kind)):
-        shown = unusual(plain | {field.name: "other"}, {})
-        expected = "" if field.name in told | silent else f"{field.name.replace('_', ' ')} other"
-        assert shown == expected, field.name
-    assert unusual(plain | {"compile": True}, {}) == "compile"
+    trained = {"train": to_dict(TrainConfig(epochs=1.0)), "diffusion": to_dict(DiffusionConfig())}
+    for part, field in [(of, name) for of in trained for name in trained[of]]:
+        changes = {part: trained[part] | {field: "other"}, "base": {"path": "b", "fingerprint": "f", "dtype": "int8"}}
+        (row, _) = run_rows(run_folder(tmp_path / field, **trained | changes))
+        expected = "" if field in told | silent else f"{field.replace('_', ' ')} other"
+        assert row["training"] == expected and row["settings"] == "base in int8"
 
 
 # ------------------------------------------------------------------------------------------------ over seeds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +11,22 @@ from typing import Any
 
 from tinyld.checkpoint import Base, base_dtype, find_base, load_base
 from tinyld.composition import Composition, Member, prototype_router, read_member, save_composition
-from tinyld.config import check
+from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
-from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.device import resolve_device
 from tinyld.environment import environment
-from tinyld.errors import TinyldError, UsageError
-from tinyld.evaluate import Evaluation, evaluate
+from tinyld.errors import TinyldError
+from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
-from tinyld.progress import Progress
+from tinyld.predict import Run
 from tinyld.router import measure_routing
 from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.scores import measure
 from tinyld.statistics import paired_difference
-from tinyld.tables import print_record, print_table
+from tinyld.tables import percent, print_record, print_table
 from tinyld.tasks import from_record
+from tinyld.workspace import refuse_inside
 
 TOLD_APART = 0.95  # least share of a task's rows that must be routed to it
 
@@ -33,42 +35,39 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     """Chooses coefficients, writes the composition, and says what each task gains or loses by it on held-out rows."""
     runs, weights = options.runs, options.weights
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
-    if weights is not None and options.how not in (None, "weights"):
-        raise UsageError(f"--weights is a way of its own; leave --how {options.how} or --weights out")
+    if weights is not None:
+        check(options.how in (None, "weights"), f"--weights is a way of its own; leave --how {options.how} or it out")
+        check(len(weights) == len(runs), f"--weights needs {len(runs)} numbers, one an adapter")
     check(options.how != "weights" or weights is not None, "--how weights needs --weights")
-    check(weights is None or len(weights) == len(runs), f"--weights needs {len(runs)} numbers, one an adapter")
     folders = [RunFolder.open(run) for run in runs]
     first = folders[0].config
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
     path = find_base(first, runs[0], options.base)
     base = load_base(path, resolve_device(options.device), base_dtype(first, str(runs[0])))
-    members = [read_member(folder, base, 1.0) for folder in folders]
-    tasks = {m.run: from_record(m.task, f"{m.run}/{CONFIG}") for m in members}
+    members = [read_member(folder, base) for folder in folders]
     how = options.how or ("weights" if weights else default_how(members))
     weights = weights or [1 / len(members) if how == "average" else 1.0] * len(members)
     members = [replace(m, weight=float(w)) for m, w in zip(members, weights, strict=True)]
     router = prototype_router(members).to(base.model.embedding.weight.device) if how == "router" else None
-    composed = Composition(tuple(members), how, router, options.rank)
-    lost = composed.combined(base)[1]  # refuses what cannot be combined before anything is read or written
-    names = list(dict.fromkeys(task.name for task in tasks.values()))
-    out = options.out or Path("runs") / f"compose-{'-'.join(names).replace(':', '-')}"
+    composed = Composition(tuple(members), how, router)
+    composed.parts(base)  # refuses what cannot be combined before anything is read or written
+    known = {m.task["name"]: m for m in members}
+    out = options.out or Path("runs") / f"compose-{'-'.join(known).replace(':', '-')}"
     RunFolder.check_free(out, options.force)
-    for read in (base.path, *runs):
-        if out.resolve() in (read.resolve(), *read.resolve().parents):
-            raise TinyldError(f"--out {out} holds {read}, which this command reads; choose another --out")
-    rows: dict[str, TaskRows] = {}
-    for m, task in ((m, tasks[m.run]) for m in members):
-        unlike = next(
-            (other.run for other in members if other.task["name"] == task.name and other.task != m.task), None
-        )
-        if unlike is not None:
+    refuse_inside(out, [base.path, *runs])
+    for m, other in ((m, known[m.task["name"]]) for m in members):
+        if m.task != other.task:
+            name = m.task["name"]
             raise TinyldError(
-                f"the tasks of {m.run} and {unlike} are both called {task.name}; rename one and train again"
+                f"the tasks of {m.run} and {other.run} are both called {name}; rename one and train again"
             )
+    rows = {}
+    for name, m in known.items():
+        task = from_record(m.task, f"{m.run}/{CONFIG}")
         examples = load_split(task, options.split, options.data)
-        rows[task.name] = TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
-    owners = [rows[tasks[m.run].name] for m in members]
+        rows[name] = TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
+    owners = [rows[m.task["name"]] for m in members]
     routing = [] if router is None else measure_routing(base, router, owners, labels(members), options.limit)
     for unlike in [r for r in routing if r["right"] < TOLD_APART]:
         problem = (
@@ -78,15 +77,13 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         if options.how is None:
             raise TinyldError(f"{problem}; --how router composes them all the same")
         print(f"warning: {problem}", file=sys.stderr)
-    measured = measure(base, composed, owners, options)
-    result = {"run": str(out), "how": how, "weights": list(weights), "norm_lost": lost, "routing": routing, **measured}
+    result = {"run": str(out), "how": how, "weights": list(weights), "routing": routing}
+    result["drops"] = drops(base, composed, owners, options)
+    result["parameters"] = sum(t.numel() for m in members for t in m.tensors.values())
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
     save_composition(folder, base, composed, environment())
     result["bytes"] = folder.files()[ADAPTER]
     folder.write_json(RESULTS, {"compose": result})
-    worst = max((d["drop"] for d in result["drops"] if d["drop"] is not None), default=0.0)
-    if options.max_drop is not None and 100 * worst > options.max_drop:
-        result["problem"] = f"the worst drop is {100 * worst:.2f} points, --max-drop allows {options.max_drop:g}"
     return result
 
 
@@ -102,41 +99,32 @@ def labels(members: Sequence[Member]) -> list[str]:
     return [name if tasks.count(name) == 1 else f"{name} ({m.run})" for name, m in zip(tasks, members, strict=True)]
 
 
-def measure(base: Base, composed: Composition, owners: Sequence[TaskRows], options: ComposeOptions) -> dict[str, Any]:
-    """Each member's rows by its own adapter and by the composition: the paired difference, and what it costs."""
+def drops(
+    base: Base, composed: Composition, owners: Sequence[TaskRows], options: ComposeOptions
+) -> list[dict[str, Any]]:
+    """Each member's rows by its own adapter and by the composition, with the paired difference."""
 
-    def evaluated(rows: TaskRows, attach: Callable[[Base], None]) -> Evaluation:
+    def evaluated(rows: TaskRows, of: Composition) -> Evaluation:
         changed = replace(base, model=deepcopy(base.model))
-        attach(changed)
-        device = base.model.embedding.weight.device
-        n = min(len(rows), options.limit or len(rows))
-        with (
-            Progress(f"eval {rows.task.name}", n, quiet=options.quiet) as bar,
-            autocast(device, resolve_dtype(options.dtype, device)),
-        ):
-            return evaluate(changed.model, rows, base.tokenizer, limit=options.limit, advance=bar.advance_to)
+        of.attach(changed)
+        run = Run(base.path, changed, [rows.task], {}, options.dtype)
+        return measure(run, rows, SampleConfig(), quiet=options.quiet, limit=options.limit)
 
-    drops = []
-    together = {rows.task.name: evaluated(rows, composed.attach) for rows in owners}
+    found, together = [], {rows.task.name: evaluated(rows, composed) for rows in owners}
     for member, label, rows in zip(composed.members, labels(composed.members), owners, strict=True):
-        alone = Composition((replace(member, weight=1.0),), "sum")
-        own, both = evaluated(rows, alone.attach), together[rows.task.name]
-        drop = {"task": rows.task.name, "adapter": label, "split": options.split, "n": own.n}
-        drop |= {"own": own.accuracy, "composed": both.accuracy, "drop": None, "low": None, "high": None}
-        if own.accuracy is not None:
-            difference = paired_difference(own.correct(), both.correct())
-            drop |= zip(("drop", "low", "high"), difference, strict=True)
-        drops.append(drop | {"own_nats": own.nll_bound, "composed_nats": both.nll_bound})
-    parameters = sum(t.numel() for m in composed.members for t in m.tensors.values())
-    return {"drops": drops, "parameters": parameters}
+        own = evaluated(rows, Composition((replace(member, weight=1.0),), "sum"))
+        both = together[rows.task.name]
+        drop, low, high = (None,) * 3 if own.accuracy is None else paired_difference(own.correct(), both.correct())
+        found.append({
+            "task": rows.task.name, "adapter": label, "split": options.split, "n": own.n,
+            "own": own.accuracy, "composed": both.accuracy, "drop": drop, "low": low, "high": high,
+            "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
+        })  # fmt: skip
+    return found
 
 
 def show(result: dict[str, Any], options: ComposeOptions) -> None:
     """Prints what `compose` found."""
-
-    def percent(share: float | None) -> str | None:
-        return None if share is None else f"{100 * share:.1f}"
-
     rows = []
     for d in result["drops"]:
         own, both = (percent(d[k]) if d[k] is not None else f"{d[f'{k}_nats']:.3f} nats" for k in ("own", "composed"))
@@ -154,4 +142,4 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
             for r in result["routing"]
         ]  # fmt: skip
         print_table("% of each task's rows that go to", ("task", *names, "none", "taken, of other texts"), rows)
-    print_record("cost", {name: result[name] for name in ("parameters", "bytes", "norm_lost") if result[name]})
+    print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

@@ -16,21 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, load_exactly, read_method
-from tinyld.config import check, to_dict
-from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, Method, TrajectoryLora, WeightLora
+from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, check_frozen, load_exactly, read_method
+from tinyld.config import check, from_dict, to_dict
+from tinyld.errors import TinyldError
+from tinyld.methods import METHODS, Method, TrajectoryLora
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory import TrajectoryPush
-from tinyld.methods.weight_lora import truncate
 from tinyld.model import PushAt, take
+from tinyld.options import HOWS
 from tinyld.router import Router, prompt_features, prototype_shapes
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
-HOWS = ("sum", "average", "weights", "router")
 ROUTER = "prototypes"  # the one kind there is
-
-Combined = tuple[str, Any, dict[str, Tensor]]  # method, config, tensors
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ class Composition:
     members: tuple[Member, ...]
     how: str
     router: Router | None = None
-    rank: int | None = None  # a combined weight LoRA is cut to it
 
     def __post_init__(self) -> None:
         check(len(self.members) > 0, "a composition needs at least one adapter")
@@ -72,40 +68,37 @@ class Composition:
         static = sorted({m.method for m in self.members if not m.is_push})
         names = " and ".join(static)
         check(len(static) < 2, f"{names} cannot be combined; give one method, or trajectory-lora over it")
-        check(self.rank is None or static == [WeightLora.name], "--rank cuts combined weight-lora adapters only")
         if self.how == "router":
             check(not static, f"a router weighs trajectory-lora adapters; for {names} use --how average")
 
-    @property
-    def pushes(self) -> list[Member]:
-        return [m for m in self.members if m.is_push]
-
-    def combined(self, base: Base) -> tuple[Combined | None, float | None]:
-        """The members that are no pushes as one of their method, and the share of its squared norm that `rank` cut."""
+    def parts(self, base: Base) -> list[Member]:
+        """What is attached and saved: the pushes, after the members that are none as one of their method."""
+        pushes = [m for m in self.members if m.is_push]
         static = [m for m in self.members if not m.is_push]
-        if not static:
-            return None, None
-        method, lost = METHODS[static[0].method], None
-        own = {n: p.detach().cpu() for n, p in base.model.named_parameters()}
-        config, tensors = method.combine([(m.config, m.tensors, m.weight) for m in static], own)
-        if self.rank is not None:
-            config, tensors, lost = truncate(config, tensors, self.rank)
-        return (method.name, config, tensors), lost
+        if len(static) > 1 or any(m.weight != 1 for m in static):
+            own = {n: p.detach().cpu() for n, p in base.model.named_parameters()}
+            method = METHODS[static[0].method]
+            found = method.combine([(m.config, m.tensors, m.weight) for m in static], own)
+            static = [Member("combined adapters", {}, 1.0, method.name, *found)]
+        return [*static, *pushes]
 
-    def attach(self, base: Base) -> None:
-        """Puts the composition on a plain base's denoiser."""
-        attach_static(base, self.combined(base)[0])
-        if self.pushes:
-            pushes = [m.push(base) for m in self.pushes]
-            base.model.push = SharedPush(pushes, [m.weight for m in self.pushes], self.router)
-            base.model.requires_grad_(False)
+    def attach(self, base: Base) -> Method | None:
+        """Puts the composition on a plain base's denoiser; returns what of it is no push."""
+        method, pushes = None, []
+        for part in self.parts(base):
+            if part.is_push:
+                pushes.append(part)
+            else:
+                method = attach_static(base, (part.method, part.config, part.tensors), part.run)
+        if pushes:
+            base.model.push = SharedPush([m.push(base) for m in pushes], [m.weight for m in pushes], self.router)
+        base.model.requires_grad_(False)
+        return method
 
 
-def attach_static(base: Base, combined: Combined | None, path: Path | str = "combined adapters") -> Method | None:
-    """Puts one adapter of any method on a base; `path` is for the error."""
-    if combined is None:
-        return None
-    name, config, tensors = combined
+def attach_static(base: Base, adapter: tuple[str, Any, dict[str, Tensor]], path: Path | str) -> Method:
+    """Puts an adapter, (method, config, tensors), on a base; `path` is for the error."""
+    name, config, tensors = adapter
     method = METHODS[name](config, base.model.config)
     method.attach(base.model)
     load_exactly(method.own, tensors, path)
@@ -180,8 +173,8 @@ class SomeRows(Sequence[Tensor]):
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
-    """An adapter run as a member; refuses what is no adapter, and another base."""
+def read_member(folder: RunFolder, base: Base) -> Member:
+    """An adapter run as a member of weight 1; refuses what is no adapter, and another base."""
     config, path = folder.config, folder.path / CONFIG
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
@@ -191,83 +184,73 @@ def read_member(folder: RunFolder, base: Base, weight: float) -> Member:
     if dtype != base.dtype:
         raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
     prototype = folder.read_tensors(PROTOTYPE) if PROTOTYPE in folder.files() else None
-    shapes = dict(zip(("prototype", "directions"), prototype_shapes(base.model.config.d_model), strict=True))
+    shapes = prototype_shapes(base.model.config.d_model)
     if prototype is not None and {name: tuple(t.shape) for name, t in prototype.items()} != shapes:
         raise TinyldError(f"{folder.path / PROTOTYPE}: no prototype for this base; train the adapter again")
     tensors = folder.read_tensors(ADAPTER)
     method, settings = read_method(config["method"], tensors, base, folder)
-    return Member(str(folder.path), config["task"], weight, method.name, settings, tensors, prototype)
+    return Member(str(folder.path), config["task"], 1.0, method.name, settings, tensors, prototype)
 
 
 def prototype_router(members: Sequence[Member]) -> Router:
     """UsageError when a member has no prototype."""
-    without = [m.run for m in members if m.prototype is None]
-    if without:
-        raise UsageError(f"{', '.join(without)} has no prototype to route by; use --how average")
     found = [m.prototype for m in members if m.prototype is not None]
-    return Router(*(torch.stack([prototype[name] for prototype in found]) for name in ("prototype", "directions")))
+    without = ", ".join(m.run for m in members if m.prototype is None)
+    check(not without, f"{without} has no prototype to route by; use --how average")
+    return Router(**{name: torch.stack([prototype[name] for prototype in found]) for name in found[0]})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a composition's config says of each of its parts."""
+
+    weight: float
+    method: dict[str, Any]
 
 
 def save_composition(folder: RunFolder, base: Base, composed: Composition, environment: dict[str, Any]) -> None:
     """Writes one self-contained run: what is attached, and how each part is weighted."""
-    tensors, members = {}, []
-    for i, m in enumerate(composed.members):
-        method = {"name": m.method, **to_dict(m.config)}
-        members.append({"run": m.run, "task": m.task, "weight": m.weight, "method": method})
-        if m.is_push:
-            tensors |= {f"{i}.{n}": p for n, p in m.tensors.items()}
-    combined, static = composed.combined(base)[0], None
-    if combined is not None:
-        name, config, own = combined
-        static = {"name": name, **to_dict(config)}
-        tensors |= {f"static.{n}": p for n, p in own.items()}
-    if composed.router is not None:
-        tensors |= {f"router.{n}": p for n, p in composed.router.state_dict().items()}
-    config = {"kind": "composition", "how": composed.how, "members": members, "static": static}
-    config |= {"router": None if composed.router is None else ROUTER, "band_edges": list(BAND_EDGES)}
-    config["base"] = {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype}
+    parts, router = composed.parts(base), composed.router
+    tensors = {f"{i}.{n}": p for i, m in enumerate(parts) for n, p in m.tensors.items()}
+    if router is not None:
+        tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
+    config = {
+        "kind": "composition",
+        "how": composed.how,
+        "members": [{"run": m.run, "task": m.task, "weight": m.weight} for m in composed.members],
+        "parts": [to_dict(Saved(m.weight, {"name": m.method, **to_dict(m.config)})) for m in parts],
+        "router": None if router is None else ROUTER,
+        "band_edges": list(BAND_EDGES),
+        "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
+    }
     folder.write_json(CONFIG, config | {"environment": environment})
     folder.write_tensors(ADAPTER, tensors)
 
 
 def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> Method | None:
-    """Attaches a composition that `save_composition` wrote to its base; returns the combined part, if there is one.
+    """Attaches a composition that `save_composition` wrote to its base; returns what of it is no push.
 
     With the name of a `task`, a routed composition gives every row to that task's adapter, whatever its prompt.
     """
-    config, path = folder.config, folder.path / CONFIG
-    if config["base"]["fingerprint"] != base.fingerprint:
-        raise TinyldError(f"{folder.path} was made for base {config['base']['fingerprint']}, not {base.fingerprint}")
-    check_bands(config, str(path))
+    config, where = folder.config, str(folder.path / CONFIG)
+    check_base(config, base, folder.path)
+    check_bands(config, where)
     if config["how"] not in HOWS or config["router"] not in (None, ROUTER):
-        raise TinyldError(f"{path}: unknown kind of composition: how {config['how']!r}, router {config['router']!r}")
-    tensors = folder.read_tensors(ADAPTER)
+        raise TinyldError(f"{where}: unknown kind of composition: how {config['how']!r}, router {config['router']!r}")
+    tensors, parts, router = folder.read_tensors(ADAPTER), [], None
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
-    static: Method | None = None
-    if config["static"] is not None:
-        method, settings = read_method(config["static"], part("static."), base, folder)
-        static = attach_static(base, (method.name, settings, part("static.")), folder.path / ADAPTER)
-    members = []
-    for i, record in enumerate(config["members"]):
-        if type(record["weight"]) not in (int, float) or not math.isfinite(record["weight"]):
-            raise TinyldError(
-                f"{path}: the weight of {record['run']} must be a finite number, got {record['weight']!r}"
-            )
-        if record["method"]["name"] == TrajectoryLora.name:
-            method, settings = read_method(record["method"], part(f"{i}."), base, folder)
-            about = (record["run"], record["task"], float(record["weight"]), method.name, settings)
-            members.append(Member(*about, part(f"{i}.")))
-    if not members:
-        return static
-    router = None
+    for i, record in enumerate(config["parts"]):
+        saved, own = from_dict(Saved, record, where), under(f"{i}.")
+        method, settings = read_method(saved.method, own, base, folder)
+        check_frozen(method.name, base.dtype)
+        parts.append(Member(str(folder.path / ADAPTER), {}, saved.weight, method.name, settings, own))
     if config["router"] is not None:
-        router = Router(*(torch.zeros(len(members), *shape) for shape in prototype_shapes(base.model.config.d_model)))
-        load_exactly(router.state_dict(), part("router."), folder.path / ADAPTER)
-        names = [m.task["name"] for m in members]
+        shapes = prototype_shapes(base.model.config.d_model)
+        router = Router(**{name: torch.zeros(len(parts), *shape) for name, shape in shapes.items()})
+        load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
+        names = [member["task"]["name"] for member in config["members"]]
         router.only = names.index(task) if task in names else None
-    base.model.push = SharedPush([m.push(base) for m in members], [m.weight for m in members], router)
-    base.model.requires_grad_(False)
-    return static
+    return Composition(tuple(parts), config["how"], router).attach(base)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import os
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +18,16 @@ from urllib.parse import urlsplit
 
 from tinyld.config import check_choice
 from tinyld.errors import TinyldError, plain, show
-from tinyld.formats import CONVERTERS, Row, cut
-from tinyld.read import clean, opened, read_object
-from tinyld.write import locked, make_folder, replacing, to_json, write_atomic
+from tinyld.formats import CONVERTERS, MAX_BYTES, Row, cut
+from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
+from tinyld.write import make_folder, sha256, to_json, write_atomic
 
-TIMEOUT = 30.0  # seconds without a byte
-TOTAL = 3600.0  # seconds of one download
+TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
 HOSTS = (  # that a download may lead to
     "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
     "www.cs.cornell.edu",
 )  # fmt: skip
-MAX_BYTES = 2 << 30  # of a download
+CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
 
 
 class NetworkError(TinyldError):
@@ -36,7 +37,7 @@ class NetworkError(TinyldError):
 @dataclass(frozen=True)
 class RemoteFile:
     url: str
-    sha256: str | None = None  # None: recorded at the first download and checked from then on
+    sha256: str | None = None  # None: what comes out of it is counted all the same
 
 
 @dataclass(frozen=True)
@@ -58,115 +59,58 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
 
 
-# ---------------------------------------------------------------------------------------------- fetching
+def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> None:
+    """Copies what the URL gives to `out`, with a bar on stderr; NetworkError, or TinyldError for a wrong digest.
 
-
-def fetch(url: str, target: Path, sha256: str | None = None, description: str = "") -> Path:
-    """`target`, holding what `url` gives, with a bar on stderr. Nothing is left at `target` when a check fails.
-
-    The digest must be `sha256`; where that is None, the one recorded in the cache's `checksums.json` at the first
-    download. `$TINYLD_MIRROR` replaces the scheme and host of every URL. Raises NetworkError, or TinyldError for a
-    wrong digest.
+    `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
-    known = sha256 or _checksums().get(url)
-    make_folder(target.parent)
-    with replacing(target) as out:
-        digest = _transfer(url, out, description or target.name)
-        if known is not None and digest != known:
-            way_out = "try again later" if sha256 else f"if the new file is right, delete {_checksums_path()}"
-            raise TinyldError(f"{url}: checksum is {digest}, expected {known}; the file changed or broke, {way_out}")
-    if known is None:
-        _record({url: digest})
-    return target
-
-
-def _transfer(url: str, out: BinaryIO, description: str) -> str:
-    """The SHA-256 of what was copied from `url` to `out`."""
     import http.client
-    from urllib.error import HTTPError
 
     from tinyld.progress import Progress
 
+    url, digest, done, deadline = remote.url, hashlib.sha256(), 0, time.monotonic() + TOTAL
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
-    if urlsplit(url).scheme not in ("http", "https"):
+    scheme = urlsplit(url).scheme
+    if scheme not in ("http", "https"):
         raise TinyldError(f"cannot download {show(url)}: only http and https are supported")
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
-    failures = (OSError, http.client.HTTPException, ValueError)
-    deadline = time.monotonic() + TOTAL
-    digest, done = hashlib.sha256(), 0
     try:
-        response = _open(url)
-    except HTTPError as error:
-        error.close()
-        raise NetworkError(f"could not download {url}: HTTP {error.code} {error.reason}") from None
-    except failures as error:
-        raise NetworkError(f"could not download {url}: {getattr(error, 'reason', error)}") from None
-    with response:
-        size = int(response.headers.get("Content-Length") or 0)
-        with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
-            while True:
-                try:
-                    block = response.read1(1 << 18)
-                except failures as error:
-                    raise NetworkError(f"could not download {url}: {error!r} after {done:,} bytes") from None
-                if not block:
-                    break
-                done += len(block)
-                if done > MAX_BYTES:
-                    raise NetworkError(f"could not download {url}: it is larger than {MAX_BYTES:,} bytes")
-                if time.monotonic() > deadline:
-                    raise NetworkError(f"could not download {url}: {done:,} bytes took longer than {TOTAL:,.0f} s")
-                out.write(block)
-                digest.update(block)
-                bar.advance_to(done, rate=f"{done / 1e6:.1f} MB")
-    if done < size:
-        raise NetworkError(f"could not download {url}: it broke off after {done:,} of {size:,} bytes")
-    return digest.hexdigest()
+        with _open(url) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
+                while block := response.read1(1 << 18):
+                    done += len(block)
+                    if done > MAX_BYTES or time.monotonic() > deadline:
+                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes or takes over {TOTAL:,.0f} s")
+                    out.write(block)
+                    digest.update(block)
+                    bar.advance_to(done, rate=f"{done / 1e6:.1f} MB")
+            if done < size:
+                raise OSError(f"it broke off after {done:,} of {size:,} bytes")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
+    if remote.sha256 not in (None, digest.hexdigest()):
+        raise TinyldError(f"{url}: checksum is {digest.hexdigest()}, expected {remote.sha256}; try again later")
+    out.seek(0)
 
 
 def _open(url: str) -> Any:
-    """The response; a redirect may only lead to https on a host that the tasks name, or stay where it was."""
+    """The response; a redirect may only lead to https on a listed host, or stay on the host that was asked."""
     from urllib.request import HTTPRedirectHandler, Request, build_opener
 
     asked = urlsplit(url)
 
     class Redirect(HTTPRedirectHandler):
         def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
-            target = urlsplit(details[-1])
-            listed = target.scheme == "https" and target.hostname in HOSTS
-            if not listed and (target.scheme, target.netloc) != (asked.scheme, asked.netloc):
-                response.close()
-                raise NetworkError(f"could not download {url}: it leads to {show(details[-1])}, which is not listed")
+            to = urlsplit(details[-1])
+            if (to.scheme, to.netloc) != (asked.scheme, asked.netloc) and not (
+                to.scheme == "https" and to.hostname in HOSTS
+            ):
+                raise OSError(f"it leads to {show(details[-1])}, which is not a listed host")
             return super().redirect_request(request, response, *details)
 
     return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
-
-
-def _checksums_path() -> Path:
-    return cache_dir() / "checksums.json"
-
-
-def _checksums() -> dict[str, str]:
-    """URL, or path below the cache, -> SHA-256 of what was first had from there or written there."""
-    path = _checksums_path()
-    if not path.exists():
-        return {}
-    try:
-        known = read_object(path)
-        if not all(isinstance(digest, str) for digest in known.values()):
-            raise TinyldError(f"{path}: expected checksums")
-    except TinyldError as error:
-        raise TinyldError(f"{error}; delete it to start anew") from None
-    return dict(known)
-
-
-def _record(digests: dict[str, str | None]) -> None:
-    """Adds `digests` to the known ones; None forgets a key. One process at a time."""
-    make_folder(cache_dir())
-    with locked(cache_dir(), wait=True):
-        known = {key: digest for key, digest in {**_checksums(), **digests}.items() if digest is not None}
-        write_atomic(_checksums_path(), to_json(dict(sorted(known.items()))))
 
 
 def download_task(name: str, source: Source) -> Path:
@@ -175,45 +119,44 @@ def download_task(name: str, source: Source) -> Path:
     Raises NetworkError where a file cannot be had, and TinyldError where the rows are not those that `label_counts`
     promises; nothing is left behind then.
     """
+    splits = _download_rows(name, source)
     folder = cache_dir() / "data" / name
-    known = _checksums()
-    try:
-        splits = _download_rows(name, source)
-    except TinyldError:
-        unproven = {remote.url: None for remote in source.files if remote.url not in known}
-        if unproven.keys() & _checksums().keys():
-            _record(unproven)
-        raise
     make_folder(folder)
+    new = {}
     for split, rows in cut(splits).items():
         path = folder / f"{split}.tsv"
         if not path.exists():
-            data = "".join(["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]).encode()
-            _record({f"data/{name}/{split}.tsv": hashlib.sha256(data).hexdigest()})  # first: no file is ever unlisted
-            write_atomic(path, data)
+            new[path] = "".join(["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]).encode()
+    sums = _checksums(folder) | {path.name: sha256(data) for path, data in new.items()}
+    write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
+    for path, data in new.items():
+        write_atomic(path, data)
     return folder
 
 
 def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
     """The rows of each official split, counted."""
     url = source.files[0].url
-    make_folder(cache_dir() / "downloads")
-    with tempfile.TemporaryDirectory(dir=cache_dir() / "downloads") as downloads:
-        paths = []
-        for i, remote in enumerate(source.files):
-            part = f" ({i + 1}/{len(source.files)})" if len(source.files) > 1 else ""
-            target = Path(downloads) / f"{i}-{Path(urlsplit(remote.url).path).name}"
-            paths.append(fetch(remote.url, target, remote.sha256, f"{name}{part}"))
+    with contextlib.ExitStack() as stack:
+        files: list[BinaryIO] = []
+        for i, remote in enumerate(source.files, 1):
+            files.append(stack.enter_context(tempfile.TemporaryFile()))
+            fetch(remote, files[-1], name if len(source.files) == 1 else f"{name} ({i}/{len(source.files)})")
         try:
-            splits = CONVERTERS[source.format](paths)
-        except (ValueError, IndexError, KeyError, csv.Error) as error:
+            splits = CONVERTERS[source.format](files)
+        except (ValueError, LookupError, OSError, EOFError, RuntimeError, csv.Error, zlib.error) as error:
             raise TinyldError(f"{url}: not the format that {name} is published in ({show(error)})") from None
     for split, expected in source.label_counts.items():
         found = Counter(label for _, label in splits.get(split, ()))
         if found != Counter(expected):
-            got, wanted = (f"{sum(c.values()):,} rows ({_counts(c)})" for c in (found, expected))
-            raise TinyldError(f"{url}: {name} {split} has {got}, expected {wanted}; nothing was kept")
+            has = f"{found.total():,} rows, {show(dict(found))}"
+            raise TinyldError(f"{url}: {name} {split} has {has}, expected {expected}; nothing was kept")
     return splits
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    path = folder / CHECKSUMS
+    return dict(read_object(path)) if path.exists() else {}
 
 
 def check_cached(path: Path, counts: dict[str, int] | None = None) -> None:
@@ -221,18 +164,13 @@ def check_cached(path: Path, counts: dict[str, int] | None = None) -> None:
 
     One that it did not write, which a user put there, must have as many rows of each label as are published.
     """
-    known = _checksums().get(path.relative_to(cache_dir()).as_posix())
-    with opened(path) as file:
-        if known is not None and hashlib.file_digest(file, "sha256").hexdigest() != known:
-            raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
-        if known is None and counts:
-            found = Counter(line.rstrip().rpartition(b"\t")[2] for line in file.read().splitlines()[1:])
-            if sorted(found.values()) != sorted(counts.values()):
-                raise TinyldError(
-                    f"{path}: has {found.total():,} rows, which are not the {sum(counts.values()):,} published ones; "
-                    "delete it to download them, or keep rows of your own in another folder and say --data DIR"
-                )
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{label} {n:,}" for label, n in sorted(counts.items())[:10]) or "none"
+    known, content = _checksums(path.parent).get(path.name), read_bytes(path, ROWS_BYTES)
+    if known is not None and sha256(content) != known:
+        raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+    if known is None and counts:
+        found = Counter(line.rstrip().rpartition(b"\t")[2] for line in content.splitlines()[1:])
+        if sorted(found.values()) != sorted(counts.values()):
+            raise TinyldError(
+                f"{path}: has {found.total():,} rows, which are not the {sum(counts.values()):,} published ones; "
+                "delete it to download them, or keep rows of your own in another folder and say --data DIR"
+            )

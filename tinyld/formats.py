@@ -11,65 +11,41 @@ import hashlib
 import io
 import re
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any, BinaryIO
 
-from tinyld.errors import TinyldError, show
-
-MAX_BYTES = 2 << 30  # that an archive unpacks to
+MAX_BYTES = 2 << 30  # of a download, and of what is read of an archive
+PAIR = " ||| "  # joins the two sentences of a pair in our files
 
 Row = tuple[str, str]  # sentence, label name
+Splits = dict[str, list[Row]]
+Converter = Callable[[list[BinaryIO]], Splits]  # ValueError, or what a broken archive raises, for another format
 
 
-# ---------------------------------------------------------------------------------------------- archives
+def read_members(archive: BinaryIO, pattern: str) -> dict[str, bytes]:
+    """Name -> content of the files in a zip or tar whose whole name matches `pattern`; nothing goes to the disk.
 
-
-def read_members(archive: Path, pattern: str) -> dict[str, bytes]:
-    """Name -> content of the regular files in a zip or tar whose whole name matches `pattern`; nothing is unpacked.
-
-    Raises TinyldError for a broken archive, for one with a name that leaves its folder, for one that unpacks to more
-    than MAX_BYTES, and when nothing matches.
+    Raises ValueError when nothing matches, or more than MAX_BYTES do, and whatever a broken archive makes Python raise.
     """
     import tarfile
     import zipfile
-    import zlib
 
-    found: dict[str, bytes] = {}
-    left = MAX_BYTES
-
-    def take(name: str, size: int, open_member: Callable[[], io.BufferedIOBase | None]) -> None:
-        nonlocal left
-        name = name.removeprefix("./")
-        if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-            raise TinyldError(f"{archive.name}: refused, its path {show(name)} leaves the folder")
-        left -= size
-        if left < 0:
-            raise TinyldError(f"{archive.name}: refused, it unpacks to more than {MAX_BYTES:,} bytes")
-        if re.fullmatch(pattern, name):
-            with open_member() as member:
-                found[name] = member.read(size)
-
+    is_zip = zipfile.is_zipfile(archive)
+    archive.seek(0)
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as pack:
-                for info in pack.infolist():
-                    take(info.filename, info.file_size, lambda info=info: pack.open(info))
-        else:
-            with tarfile.open(archive, "r:*") as pack:
-                for info in pack:
-                    if info.isfile():
-                        take(info.name, info.size, lambda info=info: pack.extractfile(info))
-                    else:
-                        take(info.name + "/", 0, lambda: io.BytesIO())
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
-        raise TinyldError(f"{archive.name}: not a readable archive: {error}") from None
-    if not found:
-        raise TinyldError(f"{archive.name}: the archive holds no member {show(pattern)}")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- converters
-
-PAIR = " ||| "  # joins the two sentences of a pair in our files
+        pack: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(fileobj=archive)
+        files = [(i.filename, i.file_size, i) for i in pack.infolist()] if is_zip else [
+            (i.name, i.size, i) for i in pack if i.isfile()
+        ]  # fmt: skip
+        chosen = [file for file in files if re.fullmatch(pattern, file[0].removeprefix("./"))]
+        size = sum(size for _, size, _ in chosen)
+        if not 0 < size <= MAX_BYTES:
+            raise ValueError(f"{pattern} has {size:,} bytes in the archive")
+        return {
+            name.removeprefix("./"): pack.read(info) if is_zip else pack.extractfile(info).read()
+            for name, _, info in chosen
+        }
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise ValueError(f"not a readable archive: {error}") from None
 
 
 def _lines(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
@@ -80,23 +56,20 @@ def _lines(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
-def _glue(
-    member: str, row: Callable[[list[str]], Row | None], header: bool = True
-) -> Callable[[list[Path]], dict[str, list[Row]]]:
-    def convert(paths: list[Path]) -> dict[str, list[Row]]:
-        files = read_members(paths[0], rf"{re.escape(member)}/(train|dev)\.tsv")
-        return {
-            Path(name).stem: [row(line.split("\t")) for line in _lines(data)[header:]] for name, data in files.items()
-        }
+def _glue(folder: str, row: Callable[[list[str]], Row], header: bool = True) -> Converter:
+    def convert(files: list[BinaryIO]) -> Splits:
+        found = read_members(files[0], rf"{folder}/(train|dev)\.tsv")
+        return {split: [row(line.split("\t")) for line in _lines(found[f"{folder}/{split}.tsv"])[header:]]
+                for split in ("train", "dev")}  # fmt: skip
 
     return convert
 
 
-def _mrpc(paths: list[Path]) -> dict[str, list[Row]]:
+def _mrpc(files: list[BinaryIO]) -> Splits:
     """GLUE's split of MSR's train file: its dev rows are those whose two ids stand in the third file."""
-    train, test, dev_ids = (_lines(path.read_bytes()) for path in paths)
+    train, test, dev_ids = (_lines(file.read()) for file in files)
     in_dev = {tuple(line.split("\t")) for line in dev_ids}
-    splits: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
+    splits: Splits = {"train": [], "dev": [], "test": []}
     for name, lines in (("train", train), ("test", test)):
         for line in lines[1:]:
             quality, id1, id2, first, second = line.split("\t")
@@ -105,49 +78,48 @@ def _mrpc(paths: list[Path]) -> dict[str, list[Row]]:
     return splits
 
 
-def _trec(paths: list[Path]) -> dict[str, list[Row]]:
+def _trec(files: list[BinaryIO]) -> Splits:
     """Lines like `DESC:manner How did ...`; the coarse type is the label."""
-    splits = {}
-    for name, path in zip(("train", "test"), paths, strict=True):
-        parts = [line.split(" ", 1) for line in _lines(path.read_bytes(), "latin-1")]
-        splits[name] = [(sentence, kind.split(":")[0]) for kind, sentence in parts]
-    return splits
+    parts = [[line.split(" ", 1) for line in _lines(file.read(), "latin-1")] for file in files]
+    return {
+        split: [(text, kind.split(":")[0]) for kind, text in of]
+        for split, of in zip(("train", "test"), parts, strict=True)
+    }
 
 
-def _line_files(members: dict[str, str]) -> Callable[[list[Path]], dict[str, list[Row]]]:
+def _line_files(members: dict[str, str]) -> Converter:
     """One pool from one file per label in an archive, a sentence a line."""
 
-    def convert(paths: list[Path]) -> dict[str, list[Row]]:
+    def convert(files: list[BinaryIO]) -> Splits:
         pool: list[Row] = []
         for member, label in members.items():
-            (data,) = read_members(paths[0], rf"(.*/)?{re.escape(member)}").values()
+            (data,) = read_members(files[0], rf"(.*/)?{re.escape(member)}").values()
             pool += [(line, label) for line in _lines(data, "latin-1")]
         return {"all": pool}
 
     return convert
 
 
-def _ag_news(paths: list[Path]) -> dict[str, list[Row]]:
+def _ag_news(files: list[BinaryIO]) -> Splits:
     """Rows of class 1-4, title, description; the description alone is the sentence."""
     labels = ("World", "Sports", "Business", "Sci/Tech")
-    splits = {}
-    for name, path in zip(("train", "test"), paths, strict=True):
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
-        splits[name] = [(text, labels[int(kind) - 1]) for kind, _, text in reader]
-    return splits
+    readers = [csv.reader(io.StringIO(file.read().decode(), newline="")) for file in files]
+    return {
+        split: [(text, labels[int(kind) - 1]) for kind, _, text in of]
+        for split, of in zip(("train", "test"), readers, strict=True)
+    }
 
 
-def _imdb(paths: list[Path]) -> dict[str, list[Row]]:
-    splits: dict[str, list[Row]] = {"train": [], "test": []}
-    files = read_members(paths[0], r"aclImdb/(train|test)/(neg|pos)/\d+_\d+\.txt")
-    for name in sorted(files):
+def _imdb(files: list[BinaryIO]) -> Splits:
+    splits: Splits = {"train": [], "test": []}
+    for name, data in sorted(read_members(files[0], r"aclImdb/(train|test)/(neg|pos)/\d+_\d+\.txt").items()):
         _, split, kind, _ = name.split("/")
-        text = re.sub(r"<br\s*/?>", " ", files[name].decode("utf-8", errors="replace"))
+        text = re.sub(r"<br\s*/?>", " ", data.decode("utf-8", errors="replace"))
         splits[split].append((text, {"neg": "negative", "pos": "positive"}[kind]))
     return splits
 
 
-CONVERTERS: dict[str, Callable[[list[Path]], dict[str, list[Row]]]] = {
+CONVERTERS: dict[str, Converter] = {
     "glue-sst2": _glue("SST-2", lambda row: (row[0], ("negative", "positive")[int(row[1])])),
     "glue-cola": _glue("CoLA", lambda row: (row[3], ("unacceptable", "acceptable")[int(row[1])]), header=False),
     "glue-rte": _glue("RTE", lambda row: (row[1] + PAIR + row[2], row[3])),
@@ -166,16 +138,12 @@ def tenth(sentence: str) -> int:
     return int(hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest(), 16) % 10
 
 
-def cut(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """`splits` with train and dev (and test, for the one pool `all`)."""
-    if "all" in splits:
-        parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
-        for row in splits["all"]:
-            parts[{0: "dev", 1: "test"}.get(tenth(row[0]), "train")].append(row)
-        return parts
+def cut(splits: Splits) -> Splits:
+    """`splits` with train, dev and test, whichever of them are published."""
     if "dev" in splits:
         return splits
-    train, dev = [], []
-    for row in splits["train"]:
-        (dev if tenth(row[0]) == 0 else train).append(row)
-    return {**splits, "train": train, "dev": dev}
+    parts: Splits = {"train": [], "dev": [], "test": list(splits.get("test", ()))}
+    places = {0: "dev", 1: "test"} if "all" in splits else {0: "dev"}
+    for row in splits["all" if "all" in splits else "train"]:
+        parts[places.get(tenth(row[0]), "train")].append(row)
+    return parts

@@ -281,13 +281,10 @@ class ComposeOptions(OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more adapters of one base.", ARGUMENT)
     how: str | None = option(None, "Fixed coefficients, or by each prompt (router).", "Coefficients", choices=HOWS)
     weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers)
-    rank: int | None = option(None, "weight-lora: cut the combined update to this rank.", "Coefficients", 1)
-    max_drop: float | None = option(None, "Fail when a task loses more points than this.", "Data")
     split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", 1)
     base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data")
-    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +299,6 @@ class CompareOptions(Printed):
     epochs: float = option(3.0, "Passes over the rows.", "Grid")
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", 1)
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", 1)
-    budget_minutes: float | None = option(None, "Begin no run after this long.", "Grid")
     jobs: int = option(1, "Runs side by side, which share the threads.", "Grid", 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")

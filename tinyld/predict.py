@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.checkpoint import Base, base_dtype, check_frozen, find_base, load_adapter, load_base
+from tinyld.checkpoint import Base, base_dtype, find_base, load_adapter, load_base
 from tinyld.composition import attach_static, load_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows
@@ -194,7 +194,6 @@ def load(
         adapted = load_adapter(folder, base_path, on, kept_in)
         return Run(path, adapted.base, [task], config, dtype)
     kept_in = kept_in or base_dtype(config, str(path))
-    check_frozen((config["static"] or {}).get("name", ""), kept_in)
     loaded = load_base(find_base(config, path, base_path), on, kept_in)
     load_composition(folder, loaded, task)
     tasks = {m["task"]["name"]: from_record(m["task"], where) for m in config["members"]}

@@ -80,7 +80,7 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     """
     features = task_features(base, rows, PROTOTYPE_ROWS).cpu()
     width = base.model.config.d_model
-    kept = prototype_shapes(width)[1][0]
+    kept = prototype_shapes(width)["directions"][0]
     values, vectors = torch.linalg.eigh(torch.cov(features[:, :width].T, correction=0))  # smallest first
     rest = values[:-kept].mean().clamp(min=1e-8)
     share = 1 - rest / values[-kept:].clamp(min=rest)
@@ -88,35 +88,35 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     return {"prototype": prototype, "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
 
 
-def prototype_shapes(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of a base of that width: those of "prototype" and "directions"."""
-    return (2, WIDTHS * width), (min(DIRECTIONS, width // 2), width)
+def prototype_shapes(width: int) -> dict[str, tuple[int, int]]:
+    """Of the tensors of `prompt_prototype`, for a base of that width."""
+    return {"prototype": (2, WIDTHS * width), "directions": (min(DIRECTIONS, width // 2), width)}
 
 
 class Router(nn.Module):
     """Names the member whose mean is nearest, in units of the members' mean variance (linear discriminant analysis
     with a diagonal covariance), and says whether a prompt is nearer to that member than its limit."""
 
-    def __init__(self, prototypes: Tensor, directions: Tensor):
-        """prototypes: (k, 2, 5 D), directions: (k, m, D). No prompt is refused before `set_limits`."""
+    def __init__(self, prototype: Tensor, directions: Tensor):
+        """prototype: (k, 2, 5 D), directions: (k, m, D). No prompt is refused before `set_limits`."""
         super().__init__()
-        self.register_buffer("prototypes", prototypes)
+        self.register_buffer("prototype", prototype)
         self.register_buffer("directions", directions)
-        self.register_buffer("limits", torch.full((len(prototypes),), torch.finfo(torch.float32).max))
+        self.register_buffer("limits", torch.full((len(prototype),), torch.finfo(torch.float32).max))
         self.only: int | None = None  # the member that answers all rows, whatever their prompts
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) the member to answer each row, whether or not it is near. features: (B, 5 D)."""
         if self.only is not None:
             return torch.full((len(features),), self.only, device=features.device)
-        mean, variance = self.prototypes[:, 0], self.prototypes[:, 1].mean(0)
+        mean, variance = self.prototype[:, 0], self.prototype[:, 1].mean(0)
         scale = (variance + FLOOR).rsqrt()
         return torch.cdist(features * scale, mean * scale).argmin(1)
 
     def distance(self, features: Tensor, member: int) -> Tensor:
         """(B,) squared distance of the mean embedding from a member's, less what its own prompts vary by."""
         directions = self.directions[member]  # (m, D)
-        off = features[:, : directions.shape[1]] - self.prototypes[member, 0, : directions.shape[1]]
+        off = features[:, : directions.shape[1]] - self.prototype[member, 0, : directions.shape[1]]
         return off.square().sum(1) - (off @ directions.T).square().sum(1)
 
     def choose(self, features: Tensor) -> Tensor:
@@ -145,18 +145,23 @@ def measure_routing(
     features = [task_features(base, rows, limit) for rows in owners]
     router.set_limits([own[::2] for own in features])
     found = []
-    for member, (name, own) in enumerate(zip(names, features, strict=True)):
-        rest = own[1::2] if len(own) > 1 else own
-        nearest = router.nearest(rest)
-        goes = {other: float((nearest == j).float().mean()) for j, other in enumerate(names)}
-        right = sum(goes[other] for other, rows in zip(names, owners, strict=True) if rows is owners[member])
-        record = {"task": name, "n": len(rest), "right": right, "goes_to": goes, "wrongly_accepted": None}
-        record["wrongly_refused"] = float((router.choose(rest) == NONE).float().mean())
-        strangers = stranger_rows(base, owners[member].task)
-        if strangers is not None:
-            record["wrongly_accepted"] = float((router.choose(task_features(base, strangers)) != NONE).float().mean())
-        found.append(record)
+    for name, rows, own in zip(names, owners, features, strict=True):
+        rest, strangers = own[1::2] if len(own) > 1 else own, stranger_rows(base, rows.task)
+        goes = {other: share(router.nearest(rest) == j) for j, other in enumerate(names)}
+        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
+        found.append({
+            "task": name,
+            "n": len(rest),
+            "right": sum(goes[other] for other, of in zip(names, owners, strict=True) if of is rows),
+            "goes_to": goes,
+            "wrongly_refused": share(router.choose(rest) == NONE),
+            "wrongly_accepted": accepted,
+        })  # fmt: skip
     return found
+
+
+def share(hits: Tensor) -> float:
+    return float(hits.float().mean())
 
 
 def stranger_rows(base: Base, task: Task) -> TaskRows | None:

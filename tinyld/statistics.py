@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -46,20 +47,12 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
     """95% interval of an accuracy: the wider of Wilson's over the rows (at the mean) and Student's over the seeds."""
-    mean, half = mean_of(accuracies), over_seeds(accuracies)
+    mean, half = fmean(accuracies), over_seeds(accuracies)
     low, high = wilson(mean * n, n)
     return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
 
 
 def over_seeds(values: Sequence[float]) -> float:
     """Half of the 95% interval of a mean over seeds, by Student's t; 0 for one seed, which says nothing of it."""
-    seeds, mean = len(values), mean_of(values)
-    if seeds == 1:
-        return 0.0
-    spread = (sum((v - mean) ** 2 for v in values) / (seeds - 1)) ** 0.5
-    return T_95[min(seeds - 1, len(T_95)) - 1] * spread / seeds**0.5
-
-
-def mean_of(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+    seeds = len(values)
+    return 0.0 if seeds == 1 else T_95[min(seeds - 1, len(T_95)) - 1] * stdev(values) / seeds**0.5

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinyld.errors import plain
+
 WIDTH = 80  # where stdout is no terminal
-GAP = 3  # spaces between two columns
 NUMBERS = re.compile(r"[-+\d.,%± ]|to")  # what a cell that must never be broken is made of
 
 
@@ -24,6 +25,10 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wide: bool = False) -> None:
     """A table on stdout, numbers right-aligned, within the terminal's width (80 in a pipe) unless `wide`.
 
@@ -31,57 +36,27 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    cells = [[clean(show(value)) for value in row] for row in rows]
-    console = Console()
-    if wide:
-        console = Console(width=max(console.width, sum(widths(columns, cells, str.splitlines)) + GAP * len(columns)))
-    elif not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(clean(title), style="bold", highlight=False, markup=False, soft_wrap=True)  # broken by nobody
-    if any(columns) and sum(widths(columns, cells, str.split)) + GAP * (len(columns) - 1) > console.width:
-        for row in cells:
-            print_table("", ("", ""), list(zip(columns, row, strict=True)))
-        return
+    cells = [[plain(show(value)) for value in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), padding=(0, 1), pad_edge=False)
     for i, column in enumerate(columns):
-        number = is_number(cells, i)
-        table.add_column(
-            column, justify="right" if number and any(columns) else "left", overflow="fold", no_wrap=number
-        )
+        number = all(not NUMBERS.sub("", row[i]) for row in cells)
+        justify = "right" if number and any(columns) else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=number)
     for row in cells:
         table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def widths(columns: Sequence[str], cells: Sequence[Sequence[str]], split: Any) -> list[int]:
-    """Of each column: its longest part that `split` leaves whole, or number."""
-    from rich.cells import cell_len
-
-    found = []
-    for i, column in enumerate(columns):
-        number = is_number(cells, i)
-        parts = [part for row in cells for part in ([row[i]] if number else split(row[i]))]
-        found.append(max(map(cell_len, [*split(column), *parts]), default=0))
-    return found
-
-
-def is_number(cells: Sequence[Sequence[str]], column: int) -> bool:
-    """Whether a column holds numbers, ranges of them and gaps only."""
-    return all(not NUMBERS.sub("", row[column]) for row in cells)
-
-
-def clean(text: str) -> str:
-    """Text without control characters, safe to print whatever file it came from."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def escape(text: str) -> str:
-    """Clean text that rich does not read as markup."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(clean(text))
+    console, needed = Console(), Console(width=1 << 20).measure(table)
+    if wide or not console.is_terminal:
+        width = console.width if console.is_terminal else WIDTH
+        console = Console(width=max(width, needed.maximum) if wide else width)
+    console.print(plain(title), style="bold", highlight=False, markup=False, soft_wrap=True)  # broken by nobody
+    if any(columns) and needed.minimum > console.width:
+        for row in cells:
+            print_table("", ("", ""), list(zip(columns, row, strict=True)))
+    else:
+        console.print(table)
 
 
 def print_record(title: str, record: Mapping[str, Any]) -> None:
@@ -92,5 +67,5 @@ def print_record(title: str, record: Mapping[str, Any]) -> None:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The table as Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(clean(show(v)).replace("|", "\\|") for v in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(plain(show(v)).replace("|", "\\|") for v in row) + " |" for row in rows]
     return "\n".join(lines)

@@ -9,11 +9,11 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from tinyld.report import COLUMNS, Row, aggregate, labels, percent, result_tables
-from tinyld.statistics import mean_of
-from tinyld.tables import markdown, print_table
+from tinyld.report import COLUMNS, Row, aggregate, labels, result_tables
+from tinyld.tables import markdown, percent, print_table
 
 TEXT = {"run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "optimizer", "training"}
 TEXT |= {"tinyld", "torch", "machine", "fast_dtype", "command"}
@@ -67,11 +67,11 @@ def by_task(title: str, found: Sequence[Row]) -> Table:
         ends = [(row["low"], row["high"]) for row in whole]
         half = sum(((high - low) / 2) ** 2 for low, high in ends) ** 0.5 / max(1, len(ends))
         full = [row["accuracy"] / row["of_full"] for row in whole if row["of_full"]]
-        mean = mean_of(row["accuracy"] for row in whole) if whole else None
+        mean = fmean(row["accuracy"] for row in whole) if whole else None
         cells.append([
             label, *(percent(mine[task]["accuracy"]) if task in mine else None for task in tasks),
             f"{percent(mean)} ± {percent(half)}" if whole else None,
-            percent(mean / mean_of(full)) if whole and len(full) == len(whole) else None,
+            percent(mean / fmean(full)) if whole and len(full) == len(whole) else None,
             f"{next(iter(mine.values()))['stored_percent']:.2f}",
             round(sum(row["seconds"] for row in whole)) if whole else None,
         ])  # fmt: skip

@@ -104,26 +104,3 @@ class WeightLora(Method):
         for (i, name), lora in self.modules.items():
             lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
             setattr(model.blocks[i], name, lora.base)
-
-
-@torch.no_grad()
-def truncate(
-    config: WeightLoraConfig, tensors: Mapping[str, Tensor], rank: int
-) -> tuple[WeightLoraConfig, dict[str, Tensor], float]:
-    """(config, tensors, share of the squared norm that is lost) of the nearest update of lower rank (Eckart-Young),
-    by QR of both factors and an SVD of their small product."""
-    check(1 <= rank <= config.rank, f"rank must be from 1 to {config.rank}, got {rank}")
-    smaller = WeightLoraConfig(rank, config.targets)
-    kept, found, total = {}, 0.0, 0.0
-    for name in tensors:
-        if not name.endswith("lora_A.weight"):
-            continue
-        other = name.replace("lora_A", "lora_B")
-        q_b, r_b = torch.linalg.qr(config.scale * tensors[other])
-        q_a, r_a = torch.linalg.qr(tensors[name].T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        root = s[:rank].sqrt()
-        kept[name] = root[:, None] * (vh[:rank] @ q_a.T)
-        kept[other] = (q_b @ u[:, :rank]) * (root / smaller.scale)
-        found, total = found + float(s[:rank].square().sum()), total + float(s.square().sum())
-    return smaller, kept, 1.0 - found / max(total, 1e-30)
