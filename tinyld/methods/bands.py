@@ -35,4 +35,3 @@ class Noise:
     band: Tensor  # (B,) index of the row's band
     time: Tensor  # (B, TIME_WIDTH)
     prompt_mask: Tensor  # (B, L) bool
-    weight: float  # of the whole push

@@ -49,7 +49,7 @@ class PaperUnits(nn.Module):
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
         c = pool(h, noise.prompt_mask)  # (B, D)
-        scale = self.sigmas[noise.band] * noise.weight  # (B, units)
+        scale = self.sigmas[noise.band]  # (B, units)
         if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
             down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]

@@ -22,7 +22,7 @@ class NoOptions:
 class OwnTensors(Method):
     """A method that trains tensors of the base; such adapters are combined by task arithmetic (arXiv 2212.04089)."""
 
-    Config, can_disable = NoOptions, False
+    Config = NoOptions
 
     @classmethod
     def combine(

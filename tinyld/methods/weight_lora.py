@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig, check, check_finite
+from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.errors import UsageError
 from tinyld.methods.contract import Method
 from tinyld.model import LINEARS, Denoiser
@@ -19,20 +19,16 @@ ALPHA = 16.0
 
 
 @dataclass(frozen=True)
-class WeightLoraConfig:
-    rank: int = 8
-    targets: tuple[str, ...] = LINEARS
+class WeightLoraConfig(Settings):
+    rank: int = setting(8, least=1)
+    targets: tuple[str, ...] = setting(LINEARS, among=LINEARS)
     rslora: bool = False  # scale ALPHA / sqrt(r) (arXiv 2312.03732)
-    dropout: float = 0.0  # share of the numbers that A reads that an update does without
+    dropout: float = setting(0.0, least=0, below=1)  # share of the numbers that A reads that an update does without
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        check(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
-        check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
+        super().__post_init__()
         check(len(self.targets) > 0, f"targets must name at least one of {', '.join(LINEARS)}")
         check(len(set(self.targets)) == len(self.targets), f"targets names one twice: {', '.join(self.targets)}")
-        for target in self.targets:
-            check(target in LINEARS, f"targets must be among {', '.join(LINEARS)}, got {target!r}")
 
     @property
     def scale(self) -> float:
@@ -44,18 +40,15 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: WeightLoraConfig, generator: torch.Generator | None):
         super().__init__()
-        self.base, self.scale, self.dropout, self.enabled = base, config.scale, config.dropout, True
+        self.base, self.scale, self.dropout = base, config.scale, config.dropout
         a = torch.empty(config.rank, base.in_features)
         bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt 5, as PEFT starts A
         self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.enabled:
-            return y
         hidden = F.dropout(x, self.dropout, self.training) @ self.lora_A.T
-        return y + hidden @ (self.lora_B.T * self.scale)
+        return self.base(x) + hidden @ (self.lora_B.T * self.scale)
 
 
 class WeightLora(Method):
@@ -79,10 +72,6 @@ class WeightLora(Method):
         d, f = model_config.d_model, model_config.d_ff
         sides = {"up": d + f, "down": f + d}
         return model_config.num_layers * config.rank * sum(sides.get(t, 2 * d) for t in config.targets)
-
-    def set_enabled(self, enabled: bool) -> None:
-        for module in self.modules.values():
-            module.enabled = enabled
 
     @classmethod
     def combine(
