@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyld.config import ModelConfig, from_dict, to_dict
+from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
@@ -20,7 +21,6 @@ from tinyld.model import Denoiser
 from tinyld.read import finite
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
-from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
 from tinyld.tokenizer import Tokenizer
 from tinyld.write import sha256
 

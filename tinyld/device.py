@@ -1,12 +1,16 @@
-"""Where a run computes, and in which type."""
+"""Where a run computes, in which type, and in how many bits frozen weights are kept."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from tinyld.config import check_choice
 from tinyld.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BASE_DTYPES = ("fp32", "bf16", "int8")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -50,3 +54,38 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class Int8(nn.Module):
+    """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127."""
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+    def forward(self, values: Tensor, scale: Tensor) -> Tensor:
+        return values.to(scale.dtype) * scale
+
+
+class Bf16(nn.Module):
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        return (weight.to(torch.bfloat16),)  # a tuple: torch lets its parts have types of their own
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.float()
+
+
+def shrink(model: nn.Module, dtype: str) -> None:
+    """Freezes the model's matrices and embeddings and keeps them in `dtype`, widened whenever they are used."""
+    check_choice("base dtype", dtype, BASE_DTYPES)
+    if dtype == "fp32":
+        return
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.requires_grad_(False)
+            parametrize.register_parametrization(module, "weight", Int8() if dtype == "int8" else Bf16(), unsafe=True)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters as they are kept in memory."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -96,10 +96,6 @@ class Noised:
         """At most `parts` micro-batches of about equal numbers of rows, on the same noise."""
         return [self] if parts == 1 else [self.rows(some) for some in torch.arange(len(self.t)).chunk(parts)]
 
-    def shares(self, processes: int) -> list[Noised]:
-        """One part for each process; rows go round, so that every one gets some."""
-        return [self.rows(torch.arange(len(self.t))[i::processes]) for i in range(processes)]
-
     def rows(self, some: Tensor) -> Noised:
         return self._map(lambda tensor: tensor[some])
 
@@ -136,17 +132,17 @@ def noise_batch(
     masked, which decoding knows too.
     """
     if counted:
-        scored = answer_mask if tail_mask is None else answer_mask & ~tail_mask
+        tail_mask = torch.zeros_like(answer_mask) if tail_mask is None else tail_mask
+        scored = answer_mask & ~tail_mask
         xt, is_masked, ratio = add_noise_counted(x0, sample_t(len(x0), generator), scored, mask_id, generator)
         weight, t = 1.0 / ratio, ratio
-        if tail_mask is not None and bool(tail_mask.any()):
+        if bool(tail_mask.any()):
             has_end = scored & tail_mask.roll(-1, 1)  # an [EOS] with something behind it in its slot
             open_tail = tail_mask & (is_masked & has_end).any(1, keepdim=True)
             xt = torch.where(open_tail, mask_id, xt)
             attention_mask = attention_mask & (open_tail | ~tail_mask)
             t = (is_masked | open_tail).sum(1) / (scored | open_tail).sum(1).clamp(min=1)
-        answer_mask = scored
-        prompt_mask = attention_mask & ~scored & ~(tail_mask if tail_mask is not None else torch.zeros_like(scored))
+        answer_mask, prompt_mask = scored, attention_mask & ~scored & ~tail_mask
     elif config.loss == "uniform":
         return two_views(x0, answer_mask, attention_mask, mask_id, config, generator)
     else:
@@ -158,9 +154,8 @@ def noise_batch(
         weight, normaliser = torch.ones_like(t), float(is_masked.sum())
     else:
         normaliser = float(answer_mask.sum())
-    return Noised(xt, x0, is_masked, t.float(), weight.float(), _or_none(attention_mask), prompt_mask), max(
-        normaliser, 1.0
-    )
+    noised = Noised(xt, x0, is_masked, t.float(), weight.float(), _or_none(attention_mask), prompt_mask)
+    return noised, max(normaliser, 1.0)
 
 
 PREFIXED = 0.5  # share of pretraining rows that keep a prefix clean, as a prompt is
@@ -204,8 +199,7 @@ def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
     """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,)."""
     where = noised.is_masked
     h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached, where)
-    nll = denoiser.nll(h, noised.x0[where])
-    return nll, where.nonzero()[:, 0]
+    return denoiser.nll(h, noised.x0[where]), where.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, from_dict, to_d
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.distributed import Processes, is_writer
-from tinyld.environment import check_unchanged, environment
+from tinyld.distributed import Processes
+from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config

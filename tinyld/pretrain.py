@@ -17,8 +17,8 @@ from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, Tr
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import DTYPES, resolve_device, resolve_dtype
-from tinyld.distributed import Processes, is_writer
-from tinyld.environment import check_unchanged, environment
+from tinyld.distributed import Processes
+from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume

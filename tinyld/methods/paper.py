@@ -10,6 +10,7 @@ condition the up-projection as a gate on its columns, A_i(c) = A_i diag(1 + W c)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -61,13 +62,9 @@ class PaperUnits(nn.Module):
 
     def penalty(self) -> Tensor:
         """LAMBDA_RANK * sum_i ||A_i B_i||_* + LAMBDA_ORTH * sum_{i != j} ||A_i^T A_j||_F^2, over the modules."""
-        rank = len(self.down) // MODULES
-        ups, downs = self.up.split(rank, dim=1), self.down.split(rank, dim=0)
-        total = torch.zeros((), device=self.up.device)
-        total = total + LAMBDA_RANK * sum(nuclear_norm(u, d) for u, d in zip(ups, downs, strict=True))
-        return total + LAMBDA_ORTH * sum(
-            (a.T @ b).square().sum() for i, a in enumerate(ups) for j, b in enumerate(ups) if i != j
-        )
+        ups, downs = self.up.chunk(MODULES, dim=1), self.down.chunk(MODULES, dim=0)
+        rank = sum(nuclear_norm(up, down) for up, down in zip(ups, downs, strict=True))
+        return LAMBDA_RANK * rank + LAMBDA_ORTH * sum((a.T @ b).square().sum() for a, b in permutations(ups, 2))
 
 
 def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -98,6 +95,4 @@ class _NuclearNorm(torch.autograd.Function):
         return grad * left @ (right @ down.T), grad * (up.T @ left) @ right
 
 
-def nuclear_norm(up: Tensor, down: Tensor) -> Tensor:
-    """||up @ down||_*, differentiable. up: (D, r), down: (r, E)."""
-    return _NuclearNorm.apply(up, down)
+nuclear_norm = _NuclearNorm.apply  # ||up @ down||_*, differentiable. up: (D, r), down: (r, E)
