@@ -7,7 +7,7 @@ import io
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def settings(**given: Any) -> TrainConfig:
 
 def run(
     model: Denoiser,
-    parameters: dict[str, nn.Parameter],
+    method: str | Method,
     source: Any,
     config: TrainConfig,
     path: Path,
@@ -120,17 +120,21 @@ def run(
     resume: bool = False,
     **kwargs: Any,
 ) -> TrainingRun:
+    """A method that is given by its name trains on a copy of the model."""
+    if isinstance(method, str):
+        model = copy.deepcopy(model)
+        method = attached(model, method)
     path.mkdir(exist_ok=True)
     objective = Objective(DiffusionConfig(), MASK, counted=True, seed=config.seed)
-    given = (model, parameters, source, objective, config, RunFolder(path), evaluation, "test")
+    given = (model, method.own, source, objective, config, RunFolder(path), evaluation, "test")
     return TrainingRun(*given, **{"quiet": True} | kwargs).train(resume)
 
 
-def snapshot(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in parameters.items()}
 
 
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
@@ -149,10 +153,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
     results = []
     for i, seed in enumerate((0, 0, 1)):
         torch.manual_seed(i)  # the global generator must not matter
-        model = copy.deepcopy(base)
-        method = attached(model, name)
-        run(model, method.own, rows, settings(seed=seed), tmp_path / str(i))
-        results.append(snapshot(method.own))
+        results.append(snapshot(run(base, name, rows, settings(seed=seed), tmp_path / str(i)).parameters))
     assert same_bits(results[0], results[1])
     assert not same_bits(results[0], results[2])
 
@@ -175,22 +176,14 @@ RESUMED = [
 def test_a_resumed_run_is_the_uninterrupted_run(
     name: str, options: dict[str, Any], at: int, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    def fresh() -> tuple[Denoiser, Method]:
-        model = copy.deepcopy(base)
-        return model, attached(model, name)
-
     config = settings(save_minutes=1e-9, **options)
-    model, whole = fresh()
-    result = run(model, whole.own, rows, config, tmp_path / "whole")
-    assert result.step > 6
-
-    model, method = fresh()
+    whole = run(base, name, rows, config, tmp_path / "whole")
+    assert whole.step > 6
     with pytest.raises(Interrupted):
-        run(model, method.own, Breaks(rows, at), config, tmp_path / "cut")
-    model, method = fresh()
-    resumed = run(model, method.own, rows, config, tmp_path / "cut", resume=True)
-    assert same_bits(snapshot(whole.own), snapshot(method.own))
-    assert (resumed.step, resumed.tokens) == (result.step, result.tokens)
+        run(base, name, Breaks(rows, at), config, tmp_path / "cut")
+    resumed = run(base, name, rows, config, tmp_path / "cut", resume=True)
+    assert same_bits(whole.parameters, resumed.parameters)
+    assert (resumed.step, resumed.tokens) == (whole.step, whole.tokens)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
 
 
@@ -207,10 +200,9 @@ def test_a_run_cut_in_its_evaluation_resumes_without_doubling_a_log_line(
         return {"dev": 1.0}
 
     config = settings(save_minutes=1e-9)
-    method = attached(base, "adapters")
     with pytest.raises(Interrupted):
-        run(base, method.own, rows, config, tmp_path / "cut", breaks_the_second_time)
-    run(base, method.own, rows, config, tmp_path / "cut", lambda: {"dev": 1.0}, resume=True)
+        run(base, "adapters", rows, config, tmp_path / "cut", breaks_the_second_time)
+    run(base, "adapters", rows, config, tmp_path / "cut", lambda: {"dev": 1.0}, resume=True)
     assert [r["step"] for r in log_of(tmp_path / "cut")] == [0, 4, 8]
     assert all(r["dev"] == 1.0 for r in log_of(tmp_path / "cut"))
 
@@ -218,12 +210,9 @@ def test_a_run_cut_in_its_evaluation_resumes_without_doubling_a_log_line(
 def test_a_run_cut_after_its_last_step_still_reports_its_held_out_numbers(
     base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    method = attached(base, "adapters")
-    run(base, method.own, rows, settings(), tmp_path / "run", lambda: {"dev": 0.5})
-    trained = snapshot(method.own)
-    result = run(base, method.own, rows, settings(), tmp_path / "run", lambda: {"dev": 0.5}, resume=True)
-    assert same_bits(trained, snapshot(method.own))
-    assert result.metrics == {"dev": 0.5}
+    found = [run(base, "adapters", rows, settings(), tmp_path / "run", lambda: {"dev": 0.5}, r) for r in (False, True)]
+    assert same_bits(found[0].parameters, found[1].parameters)
+    assert found[1].metrics == {"dev": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -236,12 +225,10 @@ def test_accumulating_micro_batches_is_one_big_batch(
 ) -> None:
     seen = []
     for accumulate in (1, parts):
-        model = copy.deepcopy(base)
-        method = attached(model, name)
         config = settings(steps=1, accumulate=accumulate, clip=0.0)
-        run(model, method.own, rows, config, tmp_path / str(accumulate))
+        own = run(base, name, rows, config, tmp_path / str(accumulate)).parameters
         record = RunFolder(tmp_path / str(accumulate)).metrics()[-1]
-        gradients = {n: p.grad for n, p in method.own.items() if p.grad is not None}
+        gradients = {n: p.grad for n, p in own.items() if p.grad is not None}
         seen.append((record["loss"], record["grad_norm"], gradients))
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5)
     assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-4)
@@ -253,11 +240,9 @@ def test_accumulating_micro_batches_is_one_big_batch(
 def test_clipping_bounds_the_gradient_and_zero_turns_it_off(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
     norms = {}
     for clip in (0.0, 0.01):
-        model = copy.deepcopy(base)
-        method = attached(model, "full")
-        run(model, method.own, rows, settings(steps=1, clip=clip), tmp_path / str(clip))
+        own = run(base, "full", rows, settings(steps=1, clip=clip), tmp_path / str(clip)).parameters
         logged = RunFolder(tmp_path / str(clip)).metrics()[-1]["grad_norm"]
-        left = torch.stack([p.grad.norm() for p in method.own.values() if p.grad is not None]).norm()
+        left = torch.stack([p.grad.norm() for p in own.values() if p.grad is not None]).norm()
         norms[clip] = (logged, float(left))
     assert norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-5) and norms[0.0][0] > 0.01
     assert norms[0.01] == (pytest.approx(norms[0.0][0], rel=1e-5), pytest.approx(0.01, rel=1e-3))
@@ -269,12 +254,10 @@ def test_the_bf16_loss_is_near_the_fp32_loss(device: str, base: Denoiser, rows: 
         pytest.skip("no GPU with bf16")
     losses = {}
     for dtype in ("fp32", "bf16"):
-        model = copy.deepcopy(base).to(device)
-        method = attached(model, "full")
         config = settings(dtype=dtype, device=device, steps=20, eval_every=20)
-        run(model, method.own, rows, config, tmp_path / dtype)
+        own = run(base.to(device), "full", rows, config, tmp_path / dtype).parameters
         losses[dtype] = RunFolder(tmp_path / dtype).metrics()[-1]["loss"]
-        assert all(p.dtype == torch.float32 for p in method.own.values())
+        assert all(p.dtype == torch.float32 for p in own.values())
     assert losses["fp32"] != losses["bf16"]  # else bf16 was not used
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
 
@@ -296,7 +279,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_ste
 
     config = settings(save_minutes=1e-9 if checkpoints else 5.0)
     with pytest.raises(TinyldError) as raised:
-        run(base, method.own, rows, config, tmp_path / "run", penalty=penalty)
+        run(base, method, rows, config, tmp_path / "run", penalty=penalty)
     message = str(raised.value)
     assert "step 3" in message and "not finite" in message and "\n" not in message
     assert same_bits(before, snapshot(method.own))
@@ -327,7 +310,7 @@ def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_che
     with pytest.raises(
         TinyldError, match="at step 8 is not finite; the last good checkpoint is .*00000007; lower --lr"
     ):
-        run(base, method.own, rows, config, tmp_path / "run", held_out, after_update=spoil)
+        run(base, method, rows, config, tmp_path / "run", held_out, after_update=spoil)
     tensors, state = RunFolder(tmp_path / "run").load_checkpoint()
     assert state["step"] == 7 and all(t.isfinite().all() for t in tensors.values())
     assert [r["step"] for r in log_of(tmp_path / "run")] == [0]
@@ -337,10 +320,9 @@ def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_che
 
 
 def test_the_log_has_steps_losses_rates_and_held_out_numbers(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
-    own = attached(base, "full").own
     config = settings(steps=110, eval_every=40, lr=2e-3, warmup=0.5)
     calls = iter(range(100))
-    result = run(base, own, rows, config, tmp_path / "run", lambda: {"dev_accuracy": next(calls) / 100})
+    result = run(base, "full", rows, config, tmp_path / "run", lambda: {"dev_accuracy": next(calls) / 100})
     log = RunFolder(tmp_path / "run").metrics()
     assert [r["step"] for r in log] == [0, 40, 50, 80, 100, 110]
     assert [r.get("dev_accuracy") for r in log] == [0.0, 0.01, None, 0.02, None, 0.03]
@@ -368,8 +350,7 @@ def test_the_log_has_steps_losses_rates_and_held_out_numbers(base: Denoiser, row
 def test_a_budget_of_steps_or_epochs_ends_where_it_should(
     budget: dict[str, Any], steps: int, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    result = run(base, attached(base, "bitfit").own, rows, settings(**budget), tmp_path / "run")
-    assert result.step == steps
+    assert run(base, "bitfit", rows, settings(**budget), tmp_path / "run").step == steps
 
 
 def test_a_budget_of_tokens_ends_at_the_first_step_that_reaches_it(
@@ -378,9 +359,7 @@ def test_a_budget_of_tokens_ends_at_the_first_step_that_reaches_it(
     read = [int(rows.batch(step, 6, 0).attention_mask.sum()) for step in range(20)]
     budget = sum(read[:5])
     for extra, steps in ((0, 5), (1, 6)):
-        model = copy.deepcopy(base)
-        config = settings(tokens=budget + extra)
-        result = run(model, attached(model, "bitfit").own, rows, config, tmp_path / str(extra))
+        result = run(base, "bitfit", rows, settings(tokens=budget + extra), tmp_path / str(extra))
         assert (result.step, result.tokens) == (steps, sum(read[:steps]))
 
 
@@ -400,8 +379,7 @@ def test_evaluation_does_not_count_towards_minutes(
             return super().batch(step, batch_size, seed)
 
     config = settings(minutes=1.0, eval_every=2)
-    own = attached(base, "bitfit").own
-    assert run(base, own, Slow(rows, -1), config, tmp_path / "run", evaluation).step == 10
+    assert run(base, "bitfit", Slow(rows, -1), config, tmp_path / "run", evaluation).step == 10
 
 
 # ------------------------------------------------------------------------------------------------ every method
@@ -418,7 +396,7 @@ LEARNING = {
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_identical(
-    name: str, base: Denoiser, rows: TaskRows, tmp_path: Path
+    name: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     method = attached(base, name)
     mine = {id(p) for p in method.own.values()}
@@ -428,10 +406,10 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
     config = settings(batch_size=10, eval_every=1000, **LEARNING[name])
 
     def held_out() -> dict[str, float]:
-        found = evaluate(base, rows, rows.tokenizer)
+        found = evaluate(base, rows, tokenizer)
         return {"accuracy": float(found.accuracy or 0.0)}
 
-    result = run(base, method.own, rows, config, tmp_path / "run", held_out)
+    result = run(base, method, rows, config, tmp_path / "run", held_out)
     assert RunFolder(tmp_path / "run").metrics()[0]["accuracy"] < 0.9  # untrained, it does not know
     assert result.metrics["accuracy"] > 0.95
     assert same_bits(before, snapshot(frozen))
@@ -481,16 +459,15 @@ def test_a_signal_is_answered_at_once_ends_the_step_saves_it_and_a_second_one_at
                 answers.append(capfd.readouterr().err)
             return self.source.batch(step, batch_size, seed)
 
-    method = attached(base, "adapters")
     before = signal.getsignal(signum)
     with pytest.raises(Stopped, match=f"stopped by {name}: step 4 is saved; go on with --resume") as raised:
-        run(base, method.own, Signals(rows, 3), settings(), tmp_path / "run")
+        run(base, "adapters", Signals(rows, 3), settings(), tmp_path / "run")
     assert raised.value.exit_code == 128 + signum and signal.getsignal(signum) == before
     assert answers == ["stopping after this step\n"]
     assert [p.name for p in RunFolder(tmp_path / "run").checkpoints()] == ["00000004"]
 
 
-def test_a_hangup_that_nohup_ignores_stops_nothing(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
+def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
@@ -509,8 +486,7 @@ def test_training_goes_on_when_nobody_reads_its_progress(
 
     monkeypatch.setattr(sys, "stderr", Closed())
     monkeypatch.setattr(Progress.__init__, "__defaults__", (False, 0.0))  # a line at every report
-    own = attached(base, "bitfit").own
-    assert run(base, own, rows, settings(), tmp_path / "run", quiet=False).step == 8
+    assert run(base, "bitfit", rows, settings(), tmp_path / "run", quiet=False).step == 8
 
 
 def test_the_gradients_of_all_processes_add_up_to_those_of_one(base: Denoiser, rows: TaskRows) -> None:
@@ -539,11 +515,11 @@ def test_recomputed_activations_train_the_same_weights(
     found, calls = {}, {}
     for recompute in (False, True):
         model = Denoiser(config, torch.Generator().manual_seed(0))
-        own = attached(model, method).own
+        ours = attached(model, method)
         count: list[int] = []
         model.blocks[1].register_forward_pre_hook(lambda *_: count.append(1))  # noqa: B023
-        run(model, own, rows, settings(recompute=recompute), tmp_path / f"run-{recompute}")
-        found[recompute], calls[recompute] = snapshot(own), len(count)
+        run(model, ours, rows, settings(recompute=recompute), tmp_path / f"run-{recompute}")
+        found[recompute], calls[recompute] = snapshot(ours.own), len(count)
     assert all(torch.equal(found[True][name], tensor) for name, tensor in found[False].items())
     assert calls[False] == 8 and calls[True] == 16
 
@@ -558,8 +534,6 @@ def test_compiled_blocks_train_the_same_and_those_that_cannot_be_compiled_train_
         monkeypatch.setattr("torch._inductor.config.cpp.cxx", (compiler,))
     losses = []
     for compiles in (False, True):
-        model = copy.deepcopy(base)
-        config = settings(steps=2, compile=compiles)
-        run(model, attached(model, "adapters").own, rows, config, tmp_path / str(compiles))
+        run(base, "adapters", rows, settings(steps=2, compile=compiles), tmp_path / str(compiles))
         losses.append(RunFolder(tmp_path / str(compiles)).metrics()[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

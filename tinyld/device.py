@@ -17,17 +17,15 @@ def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and device.index is not None:
+    device = torch.device(name)
+    if kind == "cuda" and index:
         torch.cuda.set_device(device)  # whose name and memory are then asked for
     return device
 

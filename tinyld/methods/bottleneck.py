@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, Settings, setting
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import Method, Parts
 from tinyld.model import Denoiser
 
 
@@ -55,9 +54,7 @@ class Bottleneck(Method):
         return 2 * model_config.num_layers * (2 * d * r + r + d)
 
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[BottleneckConfig, dict[str, Tensor]]:
         """Bottlenecks side by side: x + sum_i w_i (adapter_i(x) - x), exactly, everywhere."""
         tensors = {}
         for name in parts[0][1]:

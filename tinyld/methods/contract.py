@@ -13,6 +13,8 @@ from tinyld.config import ModelConfig, check
 from tinyld.errors import UsageError
 from tinyld.model import Denoiser
 
+Parts = Sequence[tuple[Any, Mapping[str, Tensor], float]]  # (config, own tensors, weight) of each
+
 
 class Method:
     """An adaptation method, made from its config and the base's model config.
@@ -117,12 +119,10 @@ class Method:
         """A regulariser added to the loss, or None."""
 
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """(config, tensors) of one method that stands for the weighted sum of several; UsageError where undefined.
 
-        parts: (config, own tensors, weight) of each; base: the denoiser's own tensors.
+        base: the denoiser's own tensors.
         """
         raise UsageError(f"{cls.name} adapters add up in the forward pass, not in their tensors")
 

@@ -40,16 +40,12 @@ class PaperUnits(nn.Module):
         sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T
         self.register_buffer("sigmas", sigmas, persistent=False)  # (NUM_BANDS, units): 0 where it is another band's
 
-    @staticmethod
-    def count(ranks: Sequence[int], width: int) -> int:
-        return MODULES * sum(ranks) * (3 * width + TIME_WIDTH)
-
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
-        c = pool(h, noise.prompt_mask)  # (B, D)
+        share = noise.prompt_mask.to(h.dtype)
+        share = share / share.sum(1, keepdim=True).clamp(min=1.0)
+        c = (F.layer_norm(h, (width,)) * share[..., None]).sum(1)  # (B, D), the mean over the prompt's tokens
         scale = self.sigmas[noise.band]  # (B, units)
         if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
@@ -65,13 +61,6 @@ class PaperUnits(nn.Module):
         ups, downs = self.up.chunk(MODULES, dim=1), self.down.chunk(MODULES, dim=0)
         rank = sum(nuclear_norm(up, down) for up, down in zip(ups, downs, strict=True))
         return LAMBDA_RANK * rank + LAMBDA_ORTH * sum((a.T @ b).square().sum() for a, b in permutations(ups, 2))
-
-
-def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
-    """Mean of the normalised states over the prompt's tokens: (B, L, D), (B, L) -> (B, D)."""
-    share = prompt_mask.to(h.dtype)
-    share = share / share.sum(1, keepdim=True).clamp(min=1.0)
-    return (F.layer_norm(h, (h.shape[-1],)) * share[..., None]).sum(1)
 
 
 class _NuclearNorm(torch.autograd.Function):

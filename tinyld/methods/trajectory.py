@@ -110,21 +110,11 @@ def recipe_of(name: str | None) -> Recipe:
 class RankUnits(nn.Module):
     """The rank units of one site."""
 
-    def __init__(
-        self,
-        config: TrajectoryLoraConfig,
-        site: int,
-        width: int,
-        generator: torch.Generator | None,
-        tied_to: RankUnits | None = None,
-    ):
+    def __init__(self, config: TrajectoryLoraConfig, site: int, width: int, generator: torch.Generator | None):
         super().__init__()
         ranks, self.dropout = config.site_ranks(site), config.dropout
-        if tied_to is None:
-            self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
-            self.up = nn.Parameter(torch.zeros(width, max(ranks)))
-        else:
-            self.down, self.up = tied_to.down, tied_to.up
+        self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
+        self.up = nn.Parameter(torch.zeros(width, max(ranks)))
         self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
         self.register_buffer("scale", torch.empty(0), persistent=False)
@@ -136,24 +126,17 @@ class RankUnits(nn.Module):
         is_used = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
         self.scale = self.sigma[:, None] * is_used.to(self.sigma.device)
 
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         h = h if positions is None else take(h, positions)
         x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
-        return self.write(self.read(x, noise), noise)
+        return self.add(x, noise)
 
-    def read(self, x: Tensor, noise: Noise) -> Tensor:
-        """B [x; Emb(t)]: (B, L, D) -> (B, L, units)"""
-        width = x.shape[-1]
-        return x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :]
-
-    def write(self, hidden: Tensor, noise: Noise) -> Tensor:
-        """sigma(t) A ReLU(hidden): (B, L, units) -> (B, L, D)"""
-        up = self.up if self.gain is None else self.up * self.gain
-        scale = self.scale[noise.band]  # (B, units)
-        return (F.relu(hidden) * scale[:, None, :]) @ up.T
+    def add(self, x: Tensor, noise: Noise, attended: Tensor | float = 0.0) -> Tensor:
+        """sigma(t) A ReLU(B [x; Emb(t)] + attended): (B, L, D) -> (B, L, D)"""
+        width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
+        hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :] + attended
+        return (F.relu(hidden) * self.scale[noise.band][:, None, :]) @ up.T
 
     def by_unit(self) -> list[tuple[nn.Parameter, int]]:
         """The parameters that have a part for every rank unit, with the dimension that counts them."""
@@ -184,9 +167,7 @@ class AttendingUnits(RankUnits):
         self.attended = nn.Parameter(torch.zeros(width, units))
         self.down_attended = normal(len(self.down), units, fan_in=units, generator=generator)
 
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         width = h.shape[-1:]
         x = torch.zeros_like(h)
         for state, share in zip([*history[: len(self.mix) - 1], h], self.mix.softmax(0).to(h.dtype), strict=True):
@@ -194,7 +175,7 @@ class AttendingUnits(RankUnits):
         x = F.dropout(x, self.dropout, self.training)
         here = x if positions is None else take(x, positions)
         found = self.attend(here, x, noise.prompt_mask)
-        push = self.write(self.read(here, noise) + found @ self.down_attended.T, noise)
+        push = self.add(here, noise, found @ self.down_attended.T)
         return push + (found * self.sigma[noise.band][:, None, None]) @ self.attended.T
 
     def attend(self, here: Tensor, x: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -227,8 +208,9 @@ class TrajectoryPush(nn.Module):
             elif config.recipe == "fast":
                 self.sites.append(AttendingUnits(config, width, last + 1, generator))
             else:
-                tied_to = self.sites[0] if config.is_tied and site else None
-                self.sites.append(RankUnits(config, site, width, generator, tied_to))
+                self.sites.append(RankUnits(config, site, width, generator))
+            if config.is_tied:
+                self.sites[-1].down, self.sites[-1].up = self.sites[0].down, self.sites[0].up
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         noise = Noise(band_of(t), time_embedding(t), prompt_mask)
@@ -284,7 +266,7 @@ class TrajectoryLora(Method):
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
         d, sites = model_config.d_model, config.num_sites
         if config.recipe == "paper":
-            return paper.PaperUnits.count(config.ranks, d)
+            return paper.MODULES * sum(config.ranks) * (3 * d + TIME_WIDTH)
         unit = 2 * d + TIME_WIDTH
         if config.is_tied:
             return max(config.ranks) * (unit + sites)  # and a gain at every site

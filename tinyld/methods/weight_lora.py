@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.errors import UsageError
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import Method, Parts
 from tinyld.model import LINEARS, Denoiser
 
 ALPHA = 16.0
@@ -56,13 +55,11 @@ class WeightLora(Method):
     summary = "a low-rank update of the attention and MLP matrices"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        self.modules: dict[tuple[int, str], LoraLinear] = {}
         own: dict[str, nn.Parameter] = {}
         for i, block in enumerate(model.blocks):
             for name in self.config.targets:
                 lora = LoraLinear(getattr(block, name), self.config, generator)
                 setattr(block, name, lora)
-                self.modules[i, name] = lora
                 own[f"blocks.{i}.{name}.lora_A.weight"] = lora.lora_A
                 own[f"blocks.{i}.{name}.lora_B.weight"] = lora.lora_B
         return own
@@ -74,9 +71,7 @@ class WeightLora(Method):
         return model_config.num_layers * config.rank * sum(sides.get(t, 2 * d) for t in config.targets)
 
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
         """Ranks side by side, so that B A is the exact weighted sum of the members' scaled products."""
         first = parts[0][0]
         if any(c.targets != first.targets for c, _, _ in parts):
@@ -91,9 +86,11 @@ class WeightLora(Method):
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
-        for (i, name), lora in self.modules.items():
-            lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
-            setattr(model.blocks[i], name, lora.base)
+        for block in model.blocks:
+            for name in self.config.targets:
+                lora = getattr(block, name)
+                lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
+                setattr(block, name, lora.base)
 
 
 @torch.no_grad()
