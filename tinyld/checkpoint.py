@@ -112,7 +112,7 @@ def read_model_config(folder: RunFolder) -> ModelConfig:
 
 
 def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
-    """A base from its run folder; every file is checked against the manifest first. dtype: see tinyld.shrink."""
+    """A base from its run folder; every file is checked against the manifest first. dtype: see device.shrink."""
     folder = RunFolder.open(path)
     model_config = read_model_config(folder)
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
