@@ -46,8 +46,9 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # first: the order of the two decides how gradients add up, to the last bit
         hidden = F.dropout(x, self.dropout, self.training) @ self.lora_A.T
-        return self.base(x) + hidden @ (self.lora_B.T * self.scale)
+        return y + hidden @ (self.lora_B.T * self.scale)
 
 
 class WeightLora(Method):
