@@ -264,14 +264,6 @@ def test_times_come_in_random_order() -> None:
     assert len(orders) > 40
 
 
-@pytest.mark.parametrize(("bell", "variance"), [(False, 1 / 12), (True, 1 / 20)])
-def test_times_have_the_mean_and_variance_of_their_distribution(bell: bool, variance: float) -> None:
-    """Uniform(0, 1) and Beta(2, 2), squeezed onto [T_MIN, 1]; strata leave an error below 1 / n."""
-    t = sample_t(20_000, seeded(0), bell).double()
-    assert float(t.mean()) == pytest.approx(T_MIN + (1 - T_MIN) / 2, abs=1e-4)
-    assert float(t.var()) == pytest.approx((1 - T_MIN) ** 2 * variance, abs=1e-4)
-
-
 # ---------------------------------------------------------------------------------------------- loss
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tinyld import families, foreign
 from tinyld.config import SampleConfig
+from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES
 from tinyld.foreign import describe, load_foreign
 from tinyld.layers import look_up
 from tinyld.methods import METHODS, make_config
 from tinyld.sampler import decode
-from tinyld.shrink import shrink, stored_bytes
 from tinyld.tokenizer import Tokenizer
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved

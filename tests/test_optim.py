@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
-from tinyld.optim import Muon, Optimizer, lr_factor, orthogonal
+from tinyld.optim import Muon, Optimizer, lr_factor
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
@@ -24,21 +24,12 @@ def update(optimizer: Optimizer, params: dict[str, nn.Parameter], seed: int) -> 
     optimizer.step()
 
 
-@pytest.mark.parametrize("flat", [0.0, 0.3])
-@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
-def test_the_rate_rises_to_its_peak_stays_there_and_falls_to_0(warmup: float, flat: float) -> None:
-    shares = [i / 200 for i in range(201)]
-    curve = [lr_factor(p, warmup, flat) for p in shares]
-    rising = [f for p, f in zip(shares, curve, strict=True) if p <= warmup]
-    falling = [f for p, f in zip(shares, curve, strict=True) if p >= warmup]
-    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    assert falling[0] == 1.0 == max(curve) and min(curve[:-1]) > 0 and curve[-1] == 0.0
-    assert sum(f == 1.0 for f in falling) == pytest.approx(1 + 200 * flat, abs=1)
-
-
 VALUES = [
     (0.0, 0.1, 0.0, 1e-3),
+    (0.0, 0.0, 0.0, 1.0),
     (0.05, 0.1, 0.0, 0.5),
+    (0.1, 0.1, 0.4, 1.0),
+    (1.0, 0.1, 0.4, 0.0),
     (0.55, 0.1, 0.0, 0.5),
     (0.325, 0.1, 0.0, 0.75),
     (0.5, 0.1, 0.4, 1.0),
@@ -63,29 +54,19 @@ def test_a_restored_state_gives_the_same_next_updates(name: str) -> None:
     for step in range(3):
         update(optimizer, first, step)
     state = optimizer.state()
+    assert {key.removeprefix("optim.").rpartition(".")[0] for key in state} == set(first)
     resumed = {n: nn.Parameter(p.detach().clone()) for n, p in first.items()}
     fresh = {n: nn.Parameter(p.detach().clone()) for n, p in first.items()}
     other, without = Optimizer(resumed, config), Optimizer(fresh, config)
+    for step in range(3, 6):
+        update(optimizer, first, step)  # of which the state that was taken knows nothing: it is a copy
     other.load_state(state)
     for step in range(3, 6):
-        update(optimizer, first, step)
         update(other, resumed, step)
         update(without, fresh, step)
     for key, parameter in first.items():
         assert torch.equal(parameter, resumed[key]), key
         assert not torch.allclose(parameter, fresh[key], atol=1e-4), f"{key}: the state made no difference"
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_is_named_after_its_parameters_and_is_a_copy(name: str) -> None:
-    params = parameters(0)
-    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer=name))
-    update(optimizer, params, 0)
-    state = optimizer.state()
-    kept = {k: v.clone() for k, v in state.items()}
-    update(optimizer, params, 1)
-    assert all(torch.equal(v, kept[k]) for k, v in state.items())
-    assert {k.removeprefix("optim.").rpartition(".")[0] for k in state} == set(params)
 
 
 def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> None:
@@ -100,16 +81,6 @@ def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> 
     }
     assert taken == {"blocks.0.up.weight", "sites.0.down"}, "no embedding, no vector, no stack of matrices"
     assert sum(len(g["params"]) for part in optimizer.parts for g in part.param_groups) == len(params)
-
-
-def test_muon_makes_an_update_of_the_size_that_adamw_would_make() -> None:
-    moved = {}
-    for name in OPTIMIZERS:
-        params = {"blocks.0.up.weight": nn.Parameter(torch.zeros(48, 32))}
-        update(Optimizer(params, TrainConfig(steps=1, lr=0.1, optimizer=name)), params, 0)
-        moved[name] = float(params["blocks.0.up.weight"].detach().square().mean().sqrt())
-    assert moved["adamw"] == pytest.approx(0.1, rel=1e-3)
-    assert 0.1 * moved["adamw"] < moved["muon"] < moved["adamw"]  # RMS matching aims at 0.2 of a sign update
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,16 +98,6 @@ def test_muon_moves_as_torchs_does_in_bf16(shape: tuple[int, int], dtype: torch.
         apart, moved = (ours - theirs).detach().norm(), (ours.detach() - before).norm()
         assert apart < 0.05 * moved, "bf16 has 8 bits, and three updates differ by 1 to 3%"
         assert torch.equal(ours, theirs) == (dtype == torch.bfloat16)
-
-
-def test_muons_direction_has_all_singular_values_near_one() -> None:
-    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    for given, exact in ((matrix, u @ vh), (matrix.T, (u @ vh).T)):
-        found = orthogonal(given, (3.4445, -4.7750, 2.0315))
-        values = torch.linalg.svdvals(found)
-        assert 0.6 < float(values.min()) and float(values.max()) < 1.3
-        assert float((found * exact).sum() / (found.norm() * exact.norm())) > 0.97
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

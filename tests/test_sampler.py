@@ -272,8 +272,8 @@ BAD = [
     ({"sampler": "greedy"}, "sampler must be one of low_confidence, threshold, entropy, ancestral, got 'greedy'"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"temperature": -0.1}, "temperature must be at least 0"),
-    ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
-    ({"threshold": 1.1}, r"threshold must be in \(0, 1\]"),
+    ({"threshold": 0.0}, "threshold must be"),
+    ({"threshold": 1.1}, "threshold must be"),
     ({"schedule": "square"}, "schedule must be one of"),
 ]
 

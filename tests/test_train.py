@@ -7,7 +7,7 @@ import io
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tinyld.progress import Progress
 from tinyld.runs import RunFolder
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
-from tinyld.train import Objective, TrainResult, compile_blocks, train
+from tinyld.train import Objective, TrainingRun
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "trajectory-lora": {"ranks": (8, 4, 2), "blocks": 2},
     "trajectory-lora with dropout": {"ranks": (8, 4, 2), "blocks": 2, "dropout": 0.3},
 }
+MASK = 4
 FILLER = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
 MOOD = """
 template = "{text} it was {answer} ."
@@ -111,25 +112,29 @@ def settings(**given: Any) -> TrainConfig:
 
 def run(
     model: Denoiser,
-    parameters: dict[str, nn.Parameter],
+    method: str | Method,
     source: Any,
-    tokenizer: Tokenizer,
     config: TrainConfig,
     path: Path,
     evaluation: Callable[[], dict[str, float]] = dict,
+    resume: bool = False,
     **kwargs: Any,
-) -> TrainResult:
-    folder = RunFolder(path)
+) -> TrainingRun:
+    """A method that is given by its name trains on a copy of the model."""
+    if isinstance(method, str):
+        model = copy.deepcopy(model)
+        method = attached(model, method)
     path.mkdir(exist_ok=True)
-    objective = Objective(DiffusionConfig(), tokenizer.mask_id, counted=True, seed=config.seed)
-    return train(model, parameters, source, objective, config, folder, evaluation, "test", quiet=True, **kwargs)
+    objective = Objective(DiffusionConfig(), MASK, counted=True, seed=config.seed)
+    given = (model, method.own, source, objective, config, RunFolder(path), evaluation, "test")
+    return TrainingRun(*given, **{"quiet": True} | kwargs).train(resume)
 
 
-def snapshot(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in parameters.items()}
 
 
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
@@ -143,15 +148,12 @@ def log_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
-    name: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    name: str, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     results = []
     for i, seed in enumerate((0, 0, 1)):
         torch.manual_seed(i)  # the global generator must not matter
-        model = copy.deepcopy(base)
-        method = attached(model, name)
-        run(model, method.own, rows, tokenizer, settings(seed=seed), tmp_path / str(i))
-        results.append(snapshot(method.own))
+        results.append(snapshot(run(base, name, rows, settings(seed=seed), tmp_path / str(i)).parameters))
     assert same_bits(results[0], results[1])
     assert not same_bits(results[0], results[2])
 
@@ -172,29 +174,21 @@ RESUMED = [
 @pytest.mark.parametrize("at", [3, 4, 6], ids="stopped_at_{}".format)
 @pytest.mark.parametrize(("name", "options"), RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_run(
-    name: str, options: dict[str, Any], at: int, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    name: str, options: dict[str, Any], at: int, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    def fresh() -> tuple[Denoiser, Method]:
-        model = copy.deepcopy(base)
-        return model, attached(model, name)
-
     config = settings(save_minutes=1e-9, **options)
-    model, whole = fresh()
-    result = run(model, whole.own, rows, tokenizer, config, tmp_path / "whole")
-    assert result.steps > 6
-
-    model, method = fresh()
+    whole = run(base, name, rows, config, tmp_path / "whole")
+    assert whole.step > 6
     with pytest.raises(Interrupted):
-        run(model, method.own, Breaks(rows, at), tokenizer, config, tmp_path / "cut")
-    model, method = fresh()
-    resumed = run(model, method.own, rows, tokenizer, config, tmp_path / "cut", resume=True)
-    assert same_bits(snapshot(whole.own), snapshot(method.own))
-    assert (resumed.steps, resumed.tokens) == (result.steps, result.tokens)
+        run(base, name, Breaks(rows, at), config, tmp_path / "cut")
+    resumed = run(base, name, rows, config, tmp_path / "cut", resume=True)
+    assert same_bits(whole.parameters, resumed.parameters)
+    assert (resumed.step, resumed.tokens) == (whole.step, whole.tokens)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
 
 
 def test_a_run_cut_in_its_evaluation_resumes_without_doubling_a_log_line(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     calls = 0
 
@@ -206,31 +200,19 @@ def test_a_run_cut_in_its_evaluation_resumes_without_doubling_a_log_line(
         return {"dev": 1.0}
 
     config = settings(save_minutes=1e-9)
-    method = attached(base, "adapters")
     with pytest.raises(Interrupted):
-        run(base, method.own, rows, tokenizer, config, tmp_path / "cut", breaks_the_second_time)
-    run(base, method.own, rows, tokenizer, config, tmp_path / "cut", lambda: {"dev": 1.0}, resume=True)
+        run(base, "adapters", rows, config, tmp_path / "cut", breaks_the_second_time)
+    run(base, "adapters", rows, config, tmp_path / "cut", lambda: {"dev": 1.0}, resume=True)
     assert [r["step"] for r in log_of(tmp_path / "cut")] == [0, 4, 8]
     assert all(r["dev"] == 1.0 for r in log_of(tmp_path / "cut"))
 
 
 def test_a_run_cut_after_its_last_step_still_reports_its_held_out_numbers(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    method = attached(base, "adapters")
-    run(base, method.own, rows, tokenizer, settings(), tmp_path / "run", lambda: {"dev": 0.5})
-    trained = snapshot(method.own)
-    result = run(base, method.own, rows, tokenizer, settings(), tmp_path / "run", lambda: {"dev": 0.5}, resume=True)
-    assert same_bits(trained, snapshot(method.own))
-    assert result.metrics == {"dev": 0.5}
-
-
-def test_only_the_newest_checkpoints_are_kept(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    method = attached(base, "bitfit")
-    run(base, method.own, rows, tokenizer, settings(save_minutes=1e-9, keep=3), tmp_path / "run")
-    assert [p.name for p in RunFolder(tmp_path / "run").checkpoints()] == ["00000006", "00000007", "00000008"]
+    found = [run(base, "adapters", rows, settings(), tmp_path / "run", lambda: {"dev": 0.5}, r) for r in (False, True)]
+    assert same_bits(found[0].parameters, found[1].parameters)
+    assert found[1].metrics == {"dev": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -239,16 +221,14 @@ def test_only_the_newest_checkpoints_are_kept(
 @pytest.mark.parametrize("parts", [2, 3, 6, 9])
 @pytest.mark.parametrize("name", ["full", "trajectory-lora"])
 def test_accumulating_micro_batches_is_one_big_batch(
-    name: str, parts: int, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    name: str, parts: int, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     seen = []
     for accumulate in (1, parts):
-        model = copy.deepcopy(base)
-        method = attached(model, name)
         config = settings(steps=1, accumulate=accumulate, clip=0.0)
-        run(model, method.own, rows, tokenizer, config, tmp_path / str(accumulate))
+        own = run(base, name, rows, config, tmp_path / str(accumulate)).parameters
         record = RunFolder(tmp_path / str(accumulate)).metrics()[-1]
-        gradients = {n: p.grad for n, p in method.own.items() if p.grad is not None}
+        gradients = {n: p.grad for n, p in own.items() if p.grad is not None}
         seen.append((record["loss"], record["grad_norm"], gradients))
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5)
     assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-4)
@@ -257,42 +237,34 @@ def test_accumulating_micro_batches_is_one_big_batch(
         torch.testing.assert_close(gradient, seen[1][2][key], rtol=1e-3, atol=1e-5)
 
 
-def test_clipping_bounds_the_gradient_and_zero_turns_it_off(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_clipping_bounds_the_gradient_and_zero_turns_it_off(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
     norms = {}
     for clip in (0.0, 0.01):
-        model = copy.deepcopy(base)
-        method = attached(model, "full")
-        run(model, method.own, rows, tokenizer, settings(steps=1, clip=clip), tmp_path / str(clip))
+        own = run(base, "full", rows, settings(steps=1, clip=clip), tmp_path / str(clip)).parameters
         logged = RunFolder(tmp_path / str(clip)).metrics()[-1]["grad_norm"]
-        left = torch.stack([p.grad.norm() for p in method.own.values() if p.grad is not None]).norm()
+        left = torch.stack([p.grad.norm() for p in own.values() if p.grad is not None]).norm()
         norms[clip] = (logged, float(left))
     assert norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-5) and norms[0.0][0] > 0.01
     assert norms[0.01] == (pytest.approx(norms[0.0][0], rel=1e-5), pytest.approx(0.01, rel=1e-3))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_bf16_loss_is_near_the_fp32_loss(
-    device: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_bf16_loss_is_near_the_fp32_loss(device: str, base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
     if device == "cuda" and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         pytest.skip("no GPU with bf16")
     losses = {}
     for dtype in ("fp32", "bf16"):
-        model = copy.deepcopy(base).to(device)
-        method = attached(model, "full")
         config = settings(dtype=dtype, device=device, steps=20, eval_every=20)
-        run(model, method.own, rows, tokenizer, config, tmp_path / dtype)
+        own = run(base.to(device), "full", rows, config, tmp_path / dtype).parameters
         losses[dtype] = RunFolder(tmp_path / dtype).metrics()[-1]["loss"]
-        assert all(p.dtype == torch.float32 for p in method.own.values())
+        assert all(p.dtype == torch.float32 for p in own.values())
     assert losses["fp32"] != losses["bf16"]  # else bf16 was not used
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_step_before(
-    checkpoints: bool, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    checkpoints: bool, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     method = attached(base, "adapters")
     calls = 0
@@ -307,7 +279,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_ste
 
     config = settings(save_minutes=1e-9 if checkpoints else 5.0)
     with pytest.raises(TinyldError) as raised:
-        run(base, method.own, rows, tokenizer, config, tmp_path / "run", penalty=penalty)
+        run(base, method, rows, config, tmp_path / "run", penalty=penalty)
     message = str(raised.value)
     assert "step 3" in message and "not finite" in message and "\n" not in message
     assert same_bits(before, snapshot(method.own))
@@ -322,7 +294,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_ste
 
 @pytest.mark.parametrize("what", ["a weight", "a held-out number"])
 def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_checkpoint(
-    what: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    what: str, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     method = attached(base, "adapters")
 
@@ -338,7 +310,7 @@ def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_che
     with pytest.raises(
         TinyldError, match="at step 8 is not finite; the last good checkpoint is .*00000007; lower --lr"
     ):
-        run(base, method.own, rows, tokenizer, config, tmp_path / "run", held_out, after_update=spoil)
+        run(base, method, rows, config, tmp_path / "run", held_out, after_update=spoil)
     tensors, state = RunFolder(tmp_path / "run").load_checkpoint()
     assert state["step"] == 7 and all(t.isfinite().all() for t in tensors.values())
     assert [r["step"] for r in log_of(tmp_path / "run")] == [0]
@@ -347,13 +319,10 @@ def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_che
 # ------------------------------------------------------------------------------------------------ log
 
 
-def test_the_log_has_steps_losses_rates_and_held_out_numbers(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    own = attached(base, "full").own
+def test_the_log_has_steps_losses_rates_and_held_out_numbers(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
     config = settings(steps=110, eval_every=40, lr=2e-3, warmup=0.5)
     calls = iter(range(100))
-    result = run(base, own, rows, tokenizer, config, tmp_path / "run", lambda: {"dev_accuracy": next(calls) / 100})
+    result = run(base, "full", rows, config, tmp_path / "run", lambda: {"dev_accuracy": next(calls) / 100})
     log = RunFolder(tmp_path / "run").metrics()
     assert [r["step"] for r in log] == [0, 40, 50, 80, 100, 110]
     assert [r.get("dev_accuracy") for r in log] == [0.0, 0.01, None, 0.02, None, 0.03]
@@ -379,37 +348,23 @@ def test_the_log_has_steps_losses_rates_and_held_out_numbers(
     ],
 )
 def test_a_budget_of_steps_or_epochs_ends_where_it_should(
-    budget: dict[str, Any], steps: int, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    budget: dict[str, Any], steps: int, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    result = run(base, attached(base, "bitfit").own, rows, tokenizer, settings(**budget), tmp_path / "run")
-    assert result.steps == steps
+    assert run(base, "bitfit", rows, settings(**budget), tmp_path / "run").step == steps
 
 
 def test_a_budget_of_tokens_ends_at_the_first_step_that_reaches_it(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
+    base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     read = [int(rows.batch(step, 6, 0).attention_mask.sum()) for step in range(20)]
     budget = sum(read[:5])
     for extra, steps in ((0, 5), (1, 6)):
-        model = copy.deepcopy(base)
-        config = settings(tokens=budget + extra)
-        result = run(model, attached(model, "bitfit").own, rows, tokenizer, config, tmp_path / str(extra))
-        assert (result.steps, result.tokens) == (steps, sum(read[:steps]))
-
-
-def test_a_budget_of_minutes_ends_with_the_step_that_uses_it_up(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    own = attached(base, "bitfit").own
-    config = settings(minutes=0.3 / 60, eval_every=1)
-    result = run(base, own, rows, tokenizer, config, tmp_path / "run")
-    log = RunFolder(tmp_path / "run").metrics()
-    assert result.seconds >= 0.3
-    assert all(r["seconds"] < 0.3 for r in log[:-1]) and log[-1]["step"] == result.steps
+        result = run(base, "bitfit", rows, settings(tokens=budget + extra), tmp_path / str(extra))
+        assert (result.step, result.tokens) == (steps, sum(read[:steps]))
 
 
 def test_evaluation_does_not_count_towards_minutes(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Denoiser, rows: TaskRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
@@ -424,8 +379,7 @@ def test_evaluation_does_not_count_towards_minutes(
             return super().batch(step, batch_size, seed)
 
     config = settings(minutes=1.0, eval_every=2)
-    own = attached(base, "bitfit").own
-    assert run(base, own, Slow(rows, -1), tokenizer, config, tmp_path / "run", evaluation).steps == 10
+    assert run(base, "bitfit", Slow(rows, -1), config, tmp_path / "run", evaluation).step == 10
 
 
 # ------------------------------------------------------------------------------------------------ every method
@@ -455,7 +409,7 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
         found = evaluate(base, rows, tokenizer)
         return {"accuracy": float(found.accuracy or 0.0)}
 
-    result = run(base, method.own, rows, tokenizer, config, tmp_path / "run", held_out)
+    result = run(base, method, rows, config, tmp_path / "run", held_out)
     assert RunFolder(tmp_path / "run").metrics()[0]["accuracy"] < 0.9  # untrained, it does not know
     assert result.metrics["accuracy"] > 0.95
     assert same_bits(before, snapshot(frozen))
@@ -474,19 +428,13 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
         ({"steps": 0}, "steps must be above 0"),
         ({"minutes": math.nan}, "minutes must be above 0"),
         ({"epochs": math.inf}, "epochs"),
-        ({"steps": 1, "lr": 0.0}, "lr must be above 0"),
         ({"steps": 1, "lr": math.nan}, "lr must be above 0"),
         ({"steps": 1, "lr": math.inf}, "lr"),
         ({"steps": 1, "warmup": 1.0}, "warmup"),
-        ({"steps": 1, "flat": -0.1}, "flat is a fraction of the budget"),
-        ({"steps": 1, "warmup": 0.5, "flat": 0.5}, "that leaves some after warm-up"),
-        ({"steps": 1, "batch_size": 0}, "batch_size"),
-        ({"steps": 1, "accumulate": 0}, "accumulate"),
-        ({"steps": 1, "clip": -1.0}, "clip"),
-        ({"steps": 1, "keep": 0}, "keep"),
+        ({"steps": 1, "flat": -0.1}, "flat must be at least 0"),
+        ({"steps": 1, "warmup": 0.5, "flat": 0.5}, "flat must leave some of the budget after warm-up"),
         ({"steps": 1, "seed": -1}, "seed"),
         ({"steps": 1, "optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
-        ({"steps": 1, "dtype": "int8"}, "dtype must be one of"),
     ],
 )
 def test_a_setting_out_of_range_is_a_usage_error(wrong: dict[str, Any], part: str) -> None:
@@ -499,7 +447,7 @@ def test_a_setting_out_of_range_is_a_usage_error(wrong: dict[str, Any], part: st
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_answered_at_once_ends_the_step_saves_it_and_a_second_one_at_once_is_the_same(
-    name: str, base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, base: Denoiser, rows: TaskRows, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     signum, answers = signal.Signals[name], []
 
@@ -511,18 +459,15 @@ def test_a_signal_is_answered_at_once_ends_the_step_saves_it_and_a_second_one_at
                 answers.append(capfd.readouterr().err)
             return self.source.batch(step, batch_size, seed)
 
-    method = attached(base, "adapters")
     before = signal.getsignal(signum)
     with pytest.raises(Stopped, match=f"stopped by {name}: step 4 is saved; go on with --resume") as raised:
-        run(base, method.own, Signals(rows, 3), tokenizer, settings(), tmp_path / "run")
+        run(base, "adapters", Signals(rows, 3), settings(), tmp_path / "run")
     assert raised.value.exit_code == 128 + signum and signal.getsignal(signum) == before
     assert answers == ["stopping after this step\n"]
     assert [p.name for p in RunFolder(tmp_path / "run").checkpoints()] == ["00000004"]
 
 
-def test_a_hangup_that_nohup_ignores_stops_nothing(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
@@ -533,7 +478,7 @@ def test_a_hangup_that_nohup_ignores_stops_nothing(
 
 
 def test_training_goes_on_when_nobody_reads_its_progress(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Denoiser, rows: TaskRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
@@ -541,17 +486,12 @@ def test_training_goes_on_when_nobody_reads_its_progress(
 
     monkeypatch.setattr(sys, "stderr", Closed())
     monkeypatch.setattr(Progress.__init__, "__defaults__", (False, 0.0))  # a line at every report
-    objective = Objective(DiffusionConfig(), tokenizer.mask_id, counted=True, seed=0)
-    (tmp_path / "run").mkdir()
-    own = attached(base, "bitfit").own
-    assert train(base, own, rows, objective, settings(), RunFolder(tmp_path / "run"), dict, "test").steps == 8
+    assert run(base, "bitfit", rows, settings(), tmp_path / "run", quiet=False).step == 8
 
 
-def test_the_gradients_of_all_processes_add_up_to_those_of_one(
-    base: Denoiser, rows: TaskRows, tokenizer: Tokenizer
-) -> None:
+def test_the_gradients_of_all_processes_add_up_to_those_of_one(base: Denoiser, rows: TaskRows) -> None:
     batch = rows.batch(0, 5, 0)
-    noised, normaliser = Objective(DiffusionConfig(), tokenizer.mask_id, counted=True, seed=0).noise(batch, 0)
+    noised, normaliser = Objective(DiffusionConfig(), MASK, counted=True, seed=0).noise(batch, 0)
 
     def gradient(parts: list[Any]) -> Tensor:
         base.zero_grad()
@@ -570,35 +510,30 @@ def test_the_gradients_of_all_processes_add_up_to_those_of_one(
 
 @pytest.mark.parametrize("method", ["full", "weight-lora", "trajectory-lora"])
 def test_recomputed_activations_train_the_same_weights(
-    config: ModelConfig, rows: TaskRows, tokenizer: Tokenizer, tmp_path: Path, method: str
+    config: ModelConfig, rows: TaskRows, tmp_path: Path, method: str
 ) -> None:
     found, calls = {}, {}
     for recompute in (False, True):
         model = Denoiser(config, torch.Generator().manual_seed(0))
-        own = attached(model, method).own
+        ours = attached(model, method)
         count: list[int] = []
         model.blocks[1].register_forward_pre_hook(lambda *_: count.append(1))  # noqa: B023
-        run(model, own, rows, tokenizer, settings(recompute=recompute), tmp_path / f"run-{recompute}")
-        found[recompute], calls[recompute] = snapshot(own), len(count)
+        run(model, ours, rows, settings(recompute=recompute), tmp_path / f"run-{recompute}")
+        found[recompute], calls[recompute] = snapshot(ours.own), len(count)
     assert all(torch.equal(found[True][name], tensor) for name, tensor in found[False].items())
     assert calls[False] == 8 and calls[True] == 16
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at it
-def test_compiled_blocks_compute_the_same_and_those_that_cannot_be_stay(
-    base: Denoiser, rows: TaskRows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = rows.batch(0, 5, 0)
-    expected = base.states(batch.x0, attention_mask=batch.attention_mask)
-
-    def breaks(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no C++ compiler\nand more")
-
-    off = torch.autocast("cpu", enabled=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", breaks)
-        assert compile_blocks(base, off) == "no C++ compiler"
-    assert torch.equal(base.states(batch.x0, attention_mask=batch.attention_mask), expected)
-    assert compile_blocks(base, off, backend="eager") is None
-    assert all(block._compiled_call_impl is not None for block in base.blocks)
-    torch.testing.assert_close(base.states(batch.x0, attention_mask=batch.attention_mask), expected)
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+@pytest.mark.parametrize("compiler", [None, "/nowhere/c++"])
+def test_compiled_blocks_train_the_same_and_those_that_cannot_be_compiled_train_too(
+    compiler: str | None, base: Denoiser, rows: TaskRows, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if compiler is not None:
+        monkeypatch.setattr("torch._inductor.config.cpp.cxx", (compiler,))
+    losses = []
+    for compiles in (False, True):
+        run(base, "adapters", rows, settings(steps=2, compile=compiles), tmp_path / str(compiles))
+        losses.append(RunFolder(tmp_path / str(compiles)).metrics()[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

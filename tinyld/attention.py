@@ -6,6 +6,7 @@ softmax(q k^T / sqrt(head width)) v, as in `F.scaled_dot_product_attention`, whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,39 +35,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
     # One vector taken from all keys shifts a query's scores alike, one taken from all values is given back: without
     # their means both are small, and lose less to bf16.
     k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        mixed = ShortAttention.apply(q, k, v - offset, bias)
-    else:
-        mixed, _ = mix_values(q, k, v - offset, bias, keep=False)
-    return (mixed + offset).unflatten(0, (batch, heads))
-
-
-def mix_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """(softmax(q k^T + bias) v, the weights) for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L).
-
-    The weights (N, M, L) are there for the backward pass, and with `keep` alone.
-    """
-    mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
-    weights = q.new_empty(q.shape[0] if keep else 0, q.shape[1], k.shape[1])
-    step = heads_at_a_time(q, k)
-    room = None if keep else q.new_empty(min(step, len(q)), q.shape[1], k.shape[1])
-    for start in range(0, len(q), step):
-        some = slice(start, start + step)
-        scores = weights[some] if room is None else room[: len(q[some])]
-        torch.bmm(q[some], k[some].mT, out=scores)
-        if bias is not None:
-            scores += bias[some]
-        torch.softmax(scores, -1, out=scores)
-        torch.bmm(scores, v[some], out=mixed[some])
-    return mixed, weights
+    return (ShortAttention.apply(q, k, v - offset, bias) + offset).unflatten(0, (batch, heads))
 
 
 class ShortAttention(torch.autograd.Function):
-    """`mix_values` with its gradient, by the same parts."""
+    """softmax(q k^T + bias) v for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L) -> (N, M, W)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        mixed, weights = mix_values(q, k, v, bias, keep=True)
+        mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+        weights = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
+        for some in parts(q, k):
+            torch.bmm(q[some], k[some].mT, out=weights[some])
+            if bias is not None:
+                weights[some] += bias[some]
+            torch.softmax(weights[some], -1, out=weights[some])
+            torch.bmm(weights[some], v[some], out=mixed[some])
         ctx.save_for_backward(q, k, v, mixed, weights)
         return mixed
 
@@ -75,9 +59,7 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, mixed, weights = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         along = (grad * mixed).sum(-1, keepdim=True)  # sum over keys of weight * its gradient: (N, M, 1)
-        step = heads_at_a_time(q, k)
-        for start in range(0, len(q), step):
-            some = slice(start, start + step)
+        for some in parts(q, k):
             torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
             grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
             torch.bmm(grad_scores, k[some], out=grad_q[some])
@@ -85,5 +67,7 @@ class ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def heads_at_a_time(q: Tensor, k: Tensor) -> int:
-    return max(1, AT_A_TIME // max(1, q.shape[1] * k.shape[1]))
+def parts(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """The heads, as many at a time as the cache holds the scores of."""
+    step = max(1, AT_A_TIME // max(1, q.shape[1] * k.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(q), step))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyld.config import ModelConfig, from_dict, to_dict
+from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
@@ -20,7 +21,6 @@ from tinyld.model import Denoiser
 from tinyld.read import finite
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
-from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
 from tinyld.tokenizer import Tokenizer
 from tinyld.write import sha256
 
@@ -112,7 +112,7 @@ def read_model_config(folder: RunFolder) -> ModelConfig:
 
 
 def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
-    """A base from its run folder; every file is checked against the manifest first. dtype: see tinyld.shrink."""
+    """A base from its run folder; every file is checked against the manifest first. dtype: see device.shrink."""
     folder = RunFolder.open(path)
     model_config = read_model_config(folder)
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)

@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tinyld import __version__, options
-from tinyld.distributed import is_writer
+from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
 from tinyld.interrupt import Interrupted, raise_at_signals
 from tinyld.options import ARGUMENT, Options, flag, kinds

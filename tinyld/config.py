@@ -6,8 +6,10 @@ Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,13 +75,38 @@ def check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def check_finite(config: Any) -> None:
-    """Raises UsageError naming the first float field of a config (tuples included) that float32 does not hold."""
+def setting(default: Any, **rules: Any) -> Any:
+    """A field with a default and the RULES that its value, or every member of a tuple, keeps: `least=1, below=4`."""
+    return dataclasses.field(default=default, metadata=rules)
+
+
+RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+    "among": ("one of", lambda value, allowed: value in allowed),
+}
+
+
+def check_fields(config: Any) -> None:
+    """Raises UsageError naming the first field that breaks a rule of its own, or holds what is no finite float32."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            finite = not isinstance(number, float) or abs(number) < 3.4e38
-            check(finite, f"{field.name} must be a finite number, got {number}")
+        given = getattr(config, field.name)
+        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+            for rule, bound in field.metadata.items():
+                words, holds = RULES[rule]
+                limit = ", ".join(bound) if isinstance(bound, tuple) else bound
+                check(holds(value, bound), f"{field.name} must be {words} {limit}, got {value!r}")
+            finite = not isinstance(value, float) or abs(value) < 3.4e38
+            check(finite, f"{field.name} must be a finite number, got {value}")
+
+
+class Settings:
+    """A config whose fields say all its rules."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -158,7 +185,7 @@ class ModelConfig:
         )
         even = self.width_of_head % 2 == 0
         check(even or not self.rotary, "d_model / num_heads must be even for rotary positions")
-        check_finite(self)
+        check_fields(self)
         check(0 < self.norm_eps < 1, f"norm_eps must be between 0 and 1, got {self.norm_eps}")
         check(self.rope_theta > 0, f"rope_theta must be above 0, got {self.rope_theta}")
         count = self.num_parameters()
@@ -229,97 +256,70 @@ LOSSES = ("uniform", "elbo")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """How text is noised while training, and how the loss is weighted over t.
 
     How t is drawn follows from what is noised and from the loss: see `diffusion.noise_batch`.
     """
 
-    schedule: str = "linear"  # t -> keep_prob
-    loss: str = "uniform"  # uniform: plain cross-entropy; elbo: weighted by -keep_prob'(t) / mask_ratio(t)
-
-    def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("loss", self.loss, LOSSES)
+    schedule: str = setting("linear", among=SCHEDULES)  # t -> keep_prob
+    # uniform: plain cross-entropy; elbo: weighted by -keep_prob'(t) / mask_ratio(t)
+    loss: str = setting("uniform", among=LOSSES)
 
 
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-
-
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The training loop, for pretraining and fine-tuning alike. Exactly one budget is set, or `epochs`."""
+class TrainConfig(Settings):
+    """The training loop, for pretraining and fine-tuning alike."""
 
-    steps: int | None = None  # optimizer updates
-    tokens: int | None = None  # tokens read
-    minutes: float | None = None  # wall-clock minutes of training
-    epochs: float | None = None  # passes over the training rows
-    batch_size: int = 32  # rows an optimizer update reads
-    accumulate: int = 1  # micro-batches an update is split into
-    lr: float = 1e-3
-    body_lr: float = 1.0  # share of lr that a warm-started encoder's own tensors train at
-    body_start: float = 0.0  # share of the budget during which they stay frozen
-    optimizer: str = "adamw"  # muon: for the matrices inside blocks and of pushes, AdamW for the rest
-    weight_decay: float = 0.01
-    warmup: float = 0.05  # fraction of the budget
-    flat: float = 0.0  # fraction of the budget at the peak rate after warm-up; then the rate falls linearly to 0
-    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
-    seed: int = 0
-    dtype: str = "auto"  # auto: bf16 where the processor or GPU has it in hardware
+    steps: int | None = setting(None, above=0)  # optimizer updates
+    tokens: int | None = setting(None, above=0)  # tokens read
+    minutes: float | None = setting(None, above=0)  # wall-clock minutes of training
+    epochs: float | None = setting(None, above=0)  # passes over the training rows
+    batch_size: int = setting(32, least=1)  # rows an optimizer update reads
+    accumulate: int = setting(1, least=1)  # micro-batches an update is split into
+    lr: float = setting(1e-3, above=0)
+    body_lr: float = setting(1.0, least=0)  # share of lr that a warm-started encoder's own tensors train at
+    body_start: float = setting(0.0, least=0, most=1)  # share of the budget during which they stay frozen
+    # muon: for the matrices inside blocks and of pushes, AdamW for the rest
+    optimizer: str = setting("adamw", among=OPTIMIZERS)
+    weight_decay: float = setting(0.01, least=0)
+    warmup: float = setting(0.05, least=0, below=1)  # fraction of the budget
+    # fraction of the budget at the peak rate after warm-up; then the rate falls linearly to 0
+    flat: float = setting(0.0, least=0)
+    clip: float = setting(1.0, least=0)  # largest gradient norm; 0 turns clipping off
+    seed: int = setting(0, least=0)
+    dtype: str = setting("auto", among=DTYPES)  # auto: bf16 where the processor or GPU has it in hardware
     device: str = "auto"
     recompute: bool = False  # activation checkpointing: blocks run again in the backward pass, for less memory
     compile: bool = False  # torch.compile for the blocks, where it works
-    eval_every: int = 500  # steps between held-out evaluations
-    save_minutes: float = 5.0  # wall-clock minutes between checkpoints
-    keep: int = 2  # checkpoints kept
+    eval_every: int = setting(500, least=1)  # steps between held-out evaluations
+    save_minutes: float = setting(5.0, least=0)  # wall-clock minutes between checkpoints
+    keep: int = setting(2, least=1)  # checkpoints kept
 
     def __post_init__(self) -> None:
-        budgets = [n for n in BUDGETS if getattr(self, n) is not None]
-        check(len(budgets) == 1, f"give one budget of steps, tokens, minutes, epochs; got {budgets or 'none'}")
-        check(getattr(self, budgets[0]) > 0, f"{budgets[0]} must be above 0, got {getattr(self, budgets[0])}")
-        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        check(self.save_minutes >= 0, f"save_minutes must be at least 0, got {self.save_minutes}")
-        check(self.accumulate >= 1, f"accumulate must be at least 1, got {self.accumulate}")
-        check(self.lr > 0, f"lr must be above 0, got {self.lr}")
-        check(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
-        check(0 <= self.warmup < 1, f"warmup is a fraction of the budget in [0, 1), got {self.warmup}")
-        check(
-            self.flat >= 0 and self.warmup + self.flat < 1,
-            f"flat is a fraction of the budget that leaves some after warm-up ({self.warmup}), got {self.flat}",
-        )
-        check(self.body_lr >= 0, f"body_lr must be at least 0, got {self.body_lr}")
-        check(0 <= self.body_start <= 1, f"body_start is a share of the budget in [0, 1], got {self.body_start}")
-        check(self.clip >= 0, f"clip must be at least 0, got {self.clip}")
-        check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
-        check(self.keep >= 1, f"keep must be at least 1, got {self.keep}")
-        check_finite(self)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("dtype", self.dtype, DTYPES)
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        check(len(given) == 1, f"give one budget of {', '.join(BUDGETS)}; got {given or 'none'}")
+        super().__post_init__()
+        check(self.warmup + self.flat < 1, f"flat must leave some of the budget after warm-up, got {self.flat}")
 
 
 SAMPLERS = ("low_confidence", "threshold", "entropy", "ancestral")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """How masked positions are filled."""
 
-    sampler: str = "low_confidence"  # LLaDA's name: each step keeps the most confident tokens, the rest stay masked
-    steps: int | None = None  # reverse-process steps; None is one a masked token
-    temperature: float = 0.0  # 0 takes the most likely token
-    threshold: float = 0.9  # threshold sampler: every token at least this likely is kept, and one at least (Fast-dLLM)
-    schedule: str = "linear"  # ancestral sampler: t -> keep_prob
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("sampler", self.sampler, SAMPLERS)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        check(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
-        check(0 < self.threshold <= 1, f"threshold must be in (0, 1], got {self.threshold}")
-        check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
-        check_finite(self)
+    # LLaDA's name: each step keeps the most confident tokens, the rest stay masked
+    sampler: str = setting("low_confidence", among=SAMPLERS)
+    steps: int | None = setting(None, least=1)  # reverse-process steps; None is one a masked token
+    temperature: float = setting(0.0, least=0)  # 0 takes the most likely token
+    # threshold sampler: every token at least this likely is kept, and one at least (Fast-dLLM)
+    threshold: float = setting(0.9, above=0, most=1)
+    schedule: str = setting("linear", among=SCHEDULES)  # ancestral sampler: t -> keep_prob
+    seed: int = setting(0, least=0)

@@ -1,29 +1,31 @@
-"""Where a run computes, and in which type."""
+"""Where a run computes, in which type, and in how many bits frozen weights are kept."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from tinyld.config import check_choice
 from tinyld.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BASE_DTYPES = ("fp32", "bf16", "int8")
 
 
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and device.index is not None:
+    device = torch.device(name)
+    if kind == "cuda" and index:
         torch.cuda.set_device(device)  # whose name and memory are then asked for
     return device
 
@@ -50,3 +52,42 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class Int8(nn.Module):
+    """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127."""
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        parts = []
+        for rows in weight.split(4096):  # few at a time, as what is needed on the way is larger than the matrix
+            rows = rows.float()
+            scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            parts.append(((rows / scale).round().to(torch.int8), scale))
+        return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
+
+    def forward(self, values: Tensor, scale: Tensor) -> Tensor:
+        return values.to(scale.dtype) * scale
+
+
+class Bf16(nn.Module):
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        return (weight.to(torch.bfloat16),)  # a tuple: torch lets its parts have types of their own
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.float()
+
+
+def shrink(model: nn.Module, dtype: str) -> None:
+    """Freezes the model's matrices and embeddings and keeps them in `dtype`, widened whenever they are used."""
+    check_choice("base dtype", dtype, BASE_DTYPES)
+    if dtype == "fp32":
+        return
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.requires_grad_(False)
+            parametrize.register_parametrization(module, "weight", Int8() if dtype == "int8" else Bf16(), unsafe=True)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters as they are kept in memory."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -96,10 +96,6 @@ class Noised:
         """At most `parts` micro-batches of about equal numbers of rows, on the same noise."""
         return [self] if parts == 1 else [self.rows(some) for some in torch.arange(len(self.t)).chunk(parts)]
 
-    def shares(self, processes: int) -> list[Noised]:
-        """One part for each process; rows go round, so that every one gets some."""
-        return [self.rows(torch.arange(len(self.t))[i::processes]) for i in range(processes)]
-
     def rows(self, some: Tensor) -> Noised:
         return self._map(lambda tensor: tensor[some])
 
@@ -136,19 +132,22 @@ def noise_batch(
     masked, which decoding knows too.
     """
     if counted:
-        scored = answer_mask if tail_mask is None else answer_mask & ~tail_mask
+        tail_mask = torch.zeros_like(answer_mask) if tail_mask is None else tail_mask
+        scored = answer_mask & ~tail_mask
         xt, is_masked, ratio = add_noise_counted(x0, sample_t(len(x0), generator), scored, mask_id, generator)
         weight, t = 1.0 / ratio, ratio
-        if tail_mask is not None and bool(tail_mask.any()):
+        if bool(tail_mask.any()):
             has_end = scored & tail_mask.roll(-1, 1)  # an [EOS] with something behind it in its slot
             open_tail = tail_mask & (is_masked & has_end).any(1, keepdim=True)
             xt = torch.where(open_tail, mask_id, xt)
             attention_mask = attention_mask & (open_tail | ~tail_mask)
             t = (is_masked | open_tail).sum(1) / (scored | open_tail).sum(1).clamp(min=1)
-        answer_mask = scored
-        prompt_mask = attention_mask & ~scored & ~(tail_mask if tail_mask is not None else torch.zeros_like(scored))
+        answer_mask, prompt_mask = scored, attention_mask & ~scored & ~tail_mask
     elif config.loss == "uniform":
-        return two_views(x0, answer_mask, attention_mask, mask_id, config, generator)
+        is_masked, maskable = two_views(x0, answer_mask, mask_id, config, generator)
+        x0, attention_mask = x0.repeat(2, 1), attention_mask.repeat(2, 1)
+        t = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
+        xt, prompt_mask = torch.where(is_masked, mask_id, x0), attention_mask & ~maskable
     else:
         schedule = SCHEDULES[config.schedule]
         t = sample_t(len(x0), generator)
@@ -158,9 +157,8 @@ def noise_batch(
         weight, normaliser = torch.ones_like(t), float(is_masked.sum())
     else:
         normaliser = float(answer_mask.sum())
-    return Noised(xt, x0, is_masked, t.float(), weight.float(), _or_none(attention_mask), prompt_mask), max(
-        normaliser, 1.0
-    )
+    padded = None if bool(attention_mask.all()) else attention_mask
+    return Noised(xt, x0, is_masked, t.float(), weight.float(), padded, prompt_mask), max(normaliser, 1.0)
 
 
 PREFIXED = 0.5  # share of pretraining rows that keep a prefix clean, as a prompt is
@@ -168,44 +166,28 @@ LONGEST_PREFIX = 0.8  # of a row
 
 
 def two_views(
-    x0: Tensor,
-    maskable: Tensor,
-    attention_mask: Tensor,
-    mask_id: int,
-    config: DiffusionConfig,
-    generator: torch.Generator,
-) -> tuple[Noised, float]:
-    """The pretraining noise of n rows, as 2 n: each under two masks that are each other's complement.
+    x0: Tensor, maskable: Tensor, mask_id: int, config: DiffusionConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(is_masked, maskable), both (2 B, L): pretraining's rows under two masks that are each other's complement.
 
     Every token is predicted once a row read, which halves the noise of the gradient or better (arXiv 2511.18159). Half
     of the rows keep a prefix of up to 80% clean, which is what tasks and writing look like, and are masked at uniform
     times; the others at times of Beta(2, 2).
     """
     n, length = x0.shape
-    schedule = SCHEDULES[config.schedule]
     begins = torch.rand(n, generator=generator) * LONGEST_PREFIX * length
     prefixed = torch.rand(n, generator=generator) < PREFIXED
     maskable = maskable & ~(prefixed[:, None] & (torch.arange(length)[None, :] < begins[:, None]))
     t = torch.where(prefixed, sample_t(n, generator), sample_t(n, generator, bell=True))
-    _, first = add_noise(x0, t, maskable, mask_id, schedule, generator)
-    is_masked = torch.cat([first, maskable & ~first])
-    x0, maskable, attention_mask = x0.repeat(2, 1), maskable.repeat(2, 1), attention_mask.repeat(2, 1)
-    ratio = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
-    xt, prompt_mask = torch.where(is_masked, mask_id, x0), attention_mask & ~maskable
-    noised = Noised(xt, x0, is_masked, ratio, torch.ones(2 * n), _or_none(attention_mask), prompt_mask)
-    return noised, max(float(is_masked.sum()), 1.0)
-
-
-def _or_none(attention_mask: Tensor) -> Tensor | None:
-    return None if bool(attention_mask.all()) else attention_mask
+    _, first = add_noise(x0, t, maskable, mask_id, SCHEDULES[config.schedule], generator)
+    return torch.cat([first, maskable & ~first]), maskable.repeat(2, 1)
 
 
 def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
     """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,)."""
     where = noised.is_masked
     h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached, where)
-    nll = denoiser.nll(h, noised.x0[where])
-    return nll, where.nonzero()[:, 0]
+    return denoiser.nll(h, noised.x0[where]), where.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

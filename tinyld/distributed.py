@@ -1,29 +1,21 @@
 """Several processes at one run: `torchrun --nproc-per-node=N -m tinyld pretrain|finetune ...`, on torch.distributed.
 
 Batches and noise are functions of (seed, step), so every process draws the whole batch and takes its share of the rows;
-gradients are summed and every process makes the same update. Process 0 alone writes. No torch at import.
+gradients are summed and every process makes the same update. Process 0 alone writes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+
+from tinyld.diffusion import Noised
 from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
 from tinyld.runs import RunFolder, Spectator
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from tinyld.diffusion import Noised
-
-
-def is_writer() -> bool:
-    """Whether this is the process that writes: the only one, or torchrun's first."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 class Processes:
@@ -37,8 +29,6 @@ class Processes:
         """Meets the others that torchrun started: gloo on processors, NCCL on GPUs."""
         if not under_torchrun():
             return cls()
-        import torch
-
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not torch.distributed.is_initialized():
@@ -57,16 +47,13 @@ class Processes:
 
     def share(self, noised: Noised, accumulate: int) -> list[Noised]:
         """This process's rows of a batch, in micro-batches; none where there are fewer rows than processes."""
-        if self.size == 1:
-            return noised.split(accumulate)
-        return noised.shares(self.size)[self.rank].split(accumulate) if self.rank < len(noised.t) else []
+        mine = noised if self.size == 1 else noised.rows(torch.arange(len(noised.t))[self.rank :: self.size])
+        return mine.split(accumulate) if len(mine.t) else []
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""
         if self.size == 1:
             return values
-        import torch
-
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         total = torch.tensor(values, dtype=torch.float64, device=device)
         self._reduce(total)
@@ -76,8 +63,6 @@ class Processes:
         """Leaves in every process the sum of all processes' gradients."""
         if self.size == 1:
             return
-        import torch
-
         parameters = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in grads])
@@ -85,9 +70,7 @@ class Processes:
         for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
             parameter.grad = part.view_as(grad).clone()
 
-    def _reduce(self, tensor: torch.Tensor) -> None:
-        import torch
-
+    def _reduce(self, tensor: Tensor) -> None:
         try:
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:

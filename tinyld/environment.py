@@ -40,6 +40,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_writer() -> bool:
+    """Whether this is the process that writes: the only one, or torchrun's first."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a result depends on."""
     import torch

@@ -24,8 +24,8 @@ from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, from_dict, to_d
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.distributed import Processes, is_writer
-from tinyld.environment import check_unchanged, environment
+from tinyld.distributed import Processes
+from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config
@@ -36,7 +36,7 @@ from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, TOKENIZER, RunFolder
 from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.tokenizer import Tokenizer
-from tinyld.train import Noising, Objective, train
+from tinyld.train import Noising, Objective, TrainingRun
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
@@ -164,11 +164,10 @@ def run_training(
         found = evaluate(model, dev_rows, tokenizer, limit=DEV_ROWS, answer=answer).record()
         return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "masked_acc", "nll_bound") if k in found}
 
-    result = train(
+    result = TrainingRun(
         model, method.own, train_rows, objective, job.training, folder, held_out,
-        f"{method.name} {train_rows.task.name}", penalty=method.penalty if method.penalty() is not None else None,
-        after_update=method.after_update, resume=resume, from_step=options.from_step, processes=processes, quiet=quiet,
-    )  # fmt: skip
+        f"{method.name} {train_rows.task.name}", method.penalty, method.after_update, processes=processes, quiet=quiet,
+    ).train(resume, options.from_step)  # fmt: skip
     started_as, metrics = method_record(method), result.metrics
     method.finish()
     changed = method_record(method) != started_as
@@ -187,7 +186,7 @@ def run_training(
         "task": train_rows.task.name,
         "method": method.name,
         "rows": len(train_rows),
-        "steps": result.steps,
+        "steps": result.step,
         "seconds": round(result.seconds + cache_seconds, 2),
         "cache_seconds": round(cache_seconds, 2),
         "peak_memory_mb": result.peak_memory_mb,
@@ -229,20 +228,16 @@ def _objective(
     job: Job, adapted: Adapted, rows: TaskRows, dtype: Any, quiet: bool, say: Callable[[str], None]
 ) -> Noising:
     """What a step is trained on: rows noised anew, or, where they fit, the frozen states of rows noised once."""
-    model, method, config = adapted.base.model, adapted.method, job.training
+    model, config = adapted.base.model, job.training
     device, mask_id = model.embedding.weight.device, adapted.base.tokenizer.mask_id
-    depths = method.first_depth + 1 if method.reads_depths else 1
-    reason = why_not_cached(rows, method.first_depth, model.config.d_model, job.cache_gb, depths)
+    reason = why_not_cached(model, rows, job.cache_gb)
     objective: Noising = Objective(job.diffusion, mask_id, counted=True, seed=config.seed)
     if reason is not None:
-        if method.first_depth > 0:
+        if model.push is not None and model.push.first_depth > 0:
             say(f"frozen states are not cached: {reason}")
         return objective
     with Progress("cache", len(rows), quiet=quiet) as bar:
-        return StateCache(
-            model, rows, objective, method.first_depth, lambda: autocast(device, dtype), bar.advance_to,
-            method.reads_depths,
-        )  # fmt: skip
+        return StateCache(model, rows, objective, lambda: autocast(device, dtype), bar.advance_to)
 
 
 def resume(options: Training) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import Base
 from tinyld.config import ModelConfig, check_choice, to_dict
+from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make, Settings, same
 from tinyld.layers import rotary_tables
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.read import as_object, parse_json, read_object, read_text
-from tinyld.shrink import BASE_DTYPES, shrink, stored_bytes
 from tinyld.tokenizer import ROLES, Tokenizer, check_patterns
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ class Muon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state = self.state[parameter]
@@ -37,7 +37,6 @@ class Muon(torch.optim.Muon):
                 size = 0.2 * max(parameter.shape) ** 0.5  # an entry's RMS as AdamW's (arXiv 2502.16982, eq. 4)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * size)
-        return loss
 
 
 def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
@@ -64,18 +63,18 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
         self.lr, self.body_lr, self.body_start = config.lr, config.body_lr, config.body_start
-        muon: list[dict[str, Any]] = []
-        adamw: list[dict[str, Any]] = []
-        for is_body in (False, True):
-            mine = {n: p for n, p in parameters.items() if (n in body) == is_body}
-            matrices = {n: p for n, p in mine.items() if p.dim() >= 2}
-            inside = {n: p for n, p in matrices.items() if config.optimizer == "muon" and is_inside(n, p)}
-            outside = [p for n, p in matrices.items() if n not in inside]
-            vectors = [p for p in mine.values() if p.dim() < 2]
-            muon.append({"params": list(inside.values()), "weight_decay": config.weight_decay, "body": is_body})
-            adamw.append({"params": outside, "weight_decay": config.weight_decay, "body": is_body})
-            adamw.append({"params": vectors, "weight_decay": 0.0, "body": is_body})
-        muon, adamw = ([g for g in groups if g["params"]] for groups in (muon, adamw))
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            is_inside = parameter.dim() == 2 and name.startswith(("blocks.", "sites."))  # neither embedding nor head
+            groups[is_inside and config.optimizer == "muon", parameter.dim() >= 2, name in body].append(parameter)
+        muon, adamw = (
+            [
+                {"params": some, "weight_decay": config.weight_decay * is_matrix, "body": is_body}
+                for (by_muon, is_matrix, is_body), some in groups.items()
+                if by_muon == wanted
+            ]
+            for wanted in (True, False)
+        )
         self.parts: list[torch.optim.Optimizer] = []
         if adamw:
             self.parts.append(torch.optim.AdamW(adamw, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True))
@@ -109,17 +108,10 @@ class Optimizer:
 
     def load_state(self, flat: Mapping[str, Tensor]) -> None:
         for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    prefix = f"optim.{self.names[id(parameter)]}."
-                    values = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
-                    if values:
-                        part.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
-
-
-def is_inside(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it is a matrix between the embedding and the head, the base's own or an adapter's."""
-    return parameter.dim() == 2 and name.startswith(("blocks.", "sites."))
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                prefix = f"optim.{self.names[id(parameter)]}."
+                values = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+                part.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
 
 
 def lr_factor(progress: float, warmup: float, flat: float = 0.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from tinyld.checkpoint import load_base, load_exactly, save_base
 from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig, check, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
-from tinyld.device import DTYPES, autocast, resolve_device, resolve_dtype
-from tinyld.distributed import Processes, is_writer
-from tinyld.environment import check_unchanged, environment
+from tinyld.device import DTYPES, resolve_device, resolve_dtype
+from tinyld.distributed import Processes
+from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume
@@ -29,7 +29,7 @@ from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
-from tinyld.train import Objective, TrainResult, train
+from tinyld.train import Objective, TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
@@ -232,39 +232,36 @@ def run_pretraining(
 
     objective = Objective(job.diffusion, tokenizer.mask_id, counted=False, seed=config.seed)
     parameters = dict(model.named_parameters())
+    warm = folder.config["warm_start"] if resume else encoder
+    if resume and warm and not folder.checkpoints():
+        raise TinyldError(f"{folder.path} was stopped before its first checkpoint; start it again with --force")
+    body = {n for n in parameters if warm and not n.startswith(("head_transform", "output_bias"))}
+    run = TrainingRun(
+        model, parameters, rows, objective, config, folder, evaluate, "pretrain", body=frozenset(body),
+        processes=processes, quiet=quiet,
+    )  # fmt: skip
     if job.convert_only:
         model.eval()
-        result = TrainResult(0, 0, 0.0, 0.0, evaluate())
+        run.metrics = evaluate()
     else:
-        warm = folder.config["warm_start"] if resume else encoder
-        if resume and warm and not folder.checkpoints():
-            raise TinyldError(f"{folder.path} was stopped before its first checkpoint; start it again with --force")
-        body = (
-            frozenset(n for n in parameters if not n.startswith(("head_transform", "output_bias")))
-            if warm
-            else frozenset()
-        )
         if job.keep_init and not resume:
             folder.write_tensors(INITIAL, parameters)
-        result = train(
-            model, parameters, rows, objective, config, folder, evaluate, "pretrain",
-            body=body, resume=resume, from_step=options.from_step, processes=processes, quiet=quiet,
-        )  # fmt: skip
+        run.train(resume, options.from_step)
         if job.keep_init and is_writer():
             average(parameters, folder.read_tensors(INITIAL), job.keep_init)
-            with autocast(device, resolve_dtype(config.dtype, device)):
-                result = replace(result, metrics=evaluate())
+            with run.autocast():
+                run.metrics = evaluate()
         folder.close_log()
     save_base(folder, model, parameters, tokenizer, job.save_dtype)
     summary = {
         "parameters": model_config.num_parameters(),
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-        "peak_memory_mb": result.peak_memory_mb,
+        "steps": run.step,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens / max(run.seconds, 1e-9),
+        "peak_memory_mb": run.peak_memory_mb,
         "unigram_nll": unigram,
-        **result.metrics,
+        **run.metrics,
     }
     folder.write_json(RESULTS, {"pretrain": summary})
     folder.remove(INITIAL)

@@ -36,17 +36,12 @@ class Progress:
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(
-                TextColumn("{task.fields[here].title}", markup=False),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[here].rate}", markup=False),
-                TimeElapsedColumn(),
-                TextColumn("eta {task.fields[here].eta}"),  # asked for whenever the bar is drawn: it counts down
-                TextColumn("{task.fields[here].note}", markup=False),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            def shown(name: str) -> TextColumn:  # asked for whenever the bar is drawn: the time left counts down
+                return TextColumn(f"{{task.fields[here].{name}}}", markup=False)
+
+            columns = (shown("title"), BarColumn(bar_width=24), TaskProgressColumn(), shown("rate"))
+            columns += (TimeElapsedColumn(), TextColumn("eta"), shown("eta"), shown("note"))
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task("", total=self.total, here=self)
         return self

@@ -24,7 +24,7 @@ from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer, lr_factor
-from tinyld.progress import Progress, say
+from tinyld.progress import Progress
 from tinyld.runs import RunFolder
 
 
@@ -53,96 +53,16 @@ class Objective:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run reports."""
-
-    steps: int
-    tokens: int
-    seconds: float  # of training, held-out evaluation and saving left out
-    peak_memory_mb: float
-    metrics: dict[str, Any]
-
-
-def compile_blocks(model: Denoiser, autocast: torch.autocast, backend: str = "inductor") -> str | None:
-    """Compiles every block in place, for any batch and length; else leaves them as they are and returns the reason."""
-    try:
-        for block in model.blocks:
-            block.compile(backend=backend, dynamic=True)
-        d, device = model.config.d_model, model.embedding.weight.device
-        with autocast, torch.enable_grad():
-            model.run_blocks(torch.zeros(2, 8, d, device=device, requires_grad=True), None, 0, 1).sum().backward()
-    except Exception as error:  # whatever a compiler that is missing or fails raises
-        for block in model.blocks:
-            block._compiled_call_impl = None
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    finally:
-        model.zero_grad(set_to_none=True)
-    return None
+COUNTERS = ("step", "tokens", "seconds", "log_sum", "log_count")  # what a checkpoint keeps beside the tensors
 
 
 @dataclass
-class Counters:
-    """What a run has behind it; a checkpoint keeps them beside the tensors."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # of training, held-out evaluation and saving left out
-    log_sum: float = 0.0  # of the loss, since the last log line
-    log_count: int = 0
-
-
-def train(
-    model: Denoiser,
-    parameters: Mapping[str, nn.Parameter],
-    source: Source,
-    objective: Noising,
-    config: TrainConfig,
-    folder: RunFolder,
-    evaluate: Callable[[], dict[str, float]],
-    label: str,
-    penalty: Callable[[], Tensor] | None = None,
-    after_update: Callable[[float], None] = lambda progress: None,
-    body: frozenset[str] = frozenset(),
-    resume: bool = False,
-    from_step: int | None = None,
-    processes: Processes | None = None,
-    quiet: bool = False,
-) -> TrainResult:
-    """Trains `parameters` in place and leaves them at their last values.
-
-    With `resume` it goes on from the newest checkpoint, or that of `from_step`; a run that was stopped before it had
-    one begins again. A signal ends the step, saves and raises Interrupted.
+class TrainingRun:
+    """What trains `parameters` in place: all that it is given, the optimizer and how far it is.
 
     `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `evaluate` returns
     held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact.
     """
-    device, processes = model.embedding.weight.device, processes or Processes()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    model.recompute = config.recompute
-    bar = Progress(label, 1.0, quiet=quiet)
-    stop = StopSignals("stopping after this step" if processes.rank == 0 else "")
-    run = Run(
-        model, parameters, source, objective, config, folder, evaluate, penalty, after_update, body, processes,
-        bar, stop,
-    )  # fmt: skip
-    if config.compile and (reason := compile_blocks(model, run.autocast())) and not quiet:
-        say(f"the blocks are not compiled: {reason}")
-    if resume:
-        run.go_on(from_step)
-    with stop, bar:
-        run.to_the_end()
-    metrics = run.metrics or run.held_out()  # none yet when a run is resumed after its last step
-    model.eval()
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
-    return TrainResult(run.at.step, run.at.tokens, run.at.seconds, peak, metrics)
-
-
-@dataclass
-class Run:
-    """A training run between its steps: what it is given, as in `train`, the optimizer and how far it is."""
 
     model: Denoiser
     parameters: Mapping[str, nn.Parameter]
@@ -151,12 +71,12 @@ class Run:
     config: TrainConfig
     folder: RunFolder
     evaluate: Callable[[], dict[str, float]]
-    penalty: Callable[[], Tensor] | None
-    after_update: Callable[[float], None]
-    body: frozenset[str]
-    processes: Processes
-    bar: Progress
-    stop: StopSignals
+    label: str
+    penalty: Callable[[], Tensor | None] = lambda: None
+    after_update: Callable[[float], None] = lambda progress: None
+    body: frozenset[str] = frozenset()  # tensors of a warm-started encoder
+    processes: Processes = Processes()
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         config = self.config
@@ -164,12 +84,40 @@ class Run:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.optimizer = Optimizer(self.parameters, config, self.body)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.at, self.saved_step = Counters(), -1
+        self.step = self.tokens = self.log_count = 0  # the log's are of the loss, since its last line
+        self.seconds = self.log_sum = 0.0  # of training, held-out evaluation and saving left out
+        self.saved_step = -1
         self.metrics: dict[str, Any] = {}  # the last held-out ones
+        self.peak_memory_mb = 0.0
         self.told = 0  # the signal that process 0 of several has received
         self.steps = config.steps
         if config.epochs is not None:
             self.steps = max(1, math.ceil(config.epochs * self.source.steps_per_epoch(config.batch_size)))
+        self.bar = Progress(self.label, 1.0, quiet=self.quiet)
+        self.stop = StopSignals("stopping after this step" if self.processes.rank == 0 else "")
+
+    def train(self, resume: bool = False, from_step: int | None = None) -> TrainingRun:
+        """Trains until the budget is used up, and leaves the parameters at their last values.
+
+        With `resume` it goes on from the newest checkpoint, or that of `from_step`; a run that was stopped before it
+        had one begins again. A signal ends the step, saves and raises Interrupted.
+        """
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        self.model.recompute = self.config.recompute
+        if self.config.compile:
+            torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
+            for block in self.model.blocks:
+                block.compile(dynamic=True)
+        if resume:
+            self.go_on(from_step)
+        with self.stop, self.bar:
+            self.to_the_end()
+        self.metrics = self.metrics or self.held_out()  # none yet when a run is resumed after its last step
+        self.model.eval()
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
+        return self
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.dtype)
@@ -178,10 +126,10 @@ class Run:
     def progress(self) -> float:
         """The share of the budget that is used up."""
         if self.steps is not None:
-            return self.at.step / self.steps
+            return self.step / self.steps
         if self.config.tokens is not None:
-            return self.at.tokens / self.config.tokens
-        return self.at.seconds / (60 * self.config.minutes)  # type: ignore[operator]
+            return self.tokens / self.config.tokens
+        return self.seconds / (60 * self.config.minutes)  # type: ignore[operator]
 
     @property
     def rate(self) -> float:
@@ -194,7 +142,8 @@ class Run:
         if found is not None:
             tensors, state = found
             scaler, self.saved_step = state.pop("scaler"), state["step"]
-            self.at = Counters(**state)
+            for name in COUNTERS:
+                setattr(self, name, state[name])
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(tensors[f"model.{name}"])
@@ -208,7 +157,7 @@ class Run:
 
     def to_the_end(self) -> None:
         """Steps, log lines, evaluations and checkpoints until the budget is used up."""
-        config, at = self.config, self.at
+        config = self.config
         if self.saved_step < 0:
             self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
         self.model.train()
@@ -216,23 +165,23 @@ class Run:
         while self.progress < 1.0:
             self.obey()
             loss, norm = self.update()
-            at.log_sum, at.log_count = at.log_sum + loss, at.log_count + 1
+            self.log_sum, self.log_count = self.log_sum + loss, self.log_count + 1
             done = self.progress >= 1.0
-            if at.step % 10 == 0 or done:
+            if self.step % 10 == 0 or done:
                 self.bar.advance_to(
-                    self.progress, f"{at.tokens / max(at.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
+                    self.progress, f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
                 )
-            evaluates = done or at.step % config.eval_every == 0
-            if evaluates or at.step % 50 == 0:
+            evaluates = done or self.step % config.eval_every == 0
+            if evaluates or self.step % 50 == 0:
                 record = {
-                    "step": at.step,
-                    "tokens": at.tokens,
-                    "seconds": at.seconds,
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "seconds": self.seconds,
                     "lr": config.lr * self.rate,
-                    "loss": at.log_sum / at.log_count,
+                    "loss": self.log_sum / self.log_count,
                     "grad_norm": norm,
                 }
-                at.log_sum, at.log_count = 0.0, 0
+                self.log_sum, self.log_count = 0.0, 0
                 self.folder.log(record | (self.held_out() if evaluates else {}))
             if not done and time.monotonic() - saved > 60 * config.save_minutes:
                 self.save()
@@ -242,11 +191,11 @@ class Run:
 
     def update(self) -> tuple[float, float]:
         """One update; (loss, gradient norm). TinyldError where one is not finite, with the parameters as they were."""
-        at, config, started = self.at, self.config, time.perf_counter()
+        config, started = self.config, time.perf_counter()
         self.optimizer.set_lr(self.rate, self.progress)
-        batch = self.source.batch(at.step, config.batch_size, config.seed)
-        noised, normaliser = self.objective.noise(batch, at.step)
-        torch.manual_seed(seed_of(config.seed, 7, at.step, self.processes.rank))  # of dropout
+        batch = self.source.batch(self.step, config.batch_size, config.seed)
+        noised, normaliser = self.objective.noise(batch, self.step)
+        torch.manual_seed(seed_of(config.seed, 7, self.step, self.processes.rank))  # of dropout
         self.optimizer.zero_grad()
         loss = float(self.backward(noised, normaliser))
         for part in self.optimizer.parts:
@@ -257,12 +206,12 @@ class Run:
         for part in self.optimizer.parts:
             self.scaler.step(part)
         self.scaler.update()
-        at.step += 1
-        at.tokens += int(batch.attention_mask.sum())
-        at.seconds += time.perf_counter() - started
+        self.step += 1
+        self.tokens += int(batch.attention_mask.sum())
+        self.seconds += time.perf_counter() - started
         if self.processes.size > 1:  # the clock and the signals are process 0's, too
-            mine = [at.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
-            loss, at.seconds, told = self.processes.sum([loss, *mine])
+            mine = [self.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
+            loss, self.seconds, told = self.processes.sum([loss, *mine])
             self.told = int(told)
         self.after_update(self.progress)
         return loss, norm
@@ -277,15 +226,15 @@ class Run:
             self.scaler.scale(part).backward()
             loss += part.detach()
         self.processes.sum_gradients(self.parameters.values())
-        if self.penalty is not None:
-            self.scaler.scale(self.penalty()).backward()
+        if (penalty := self.penalty()) is not None:
+            self.scaler.scale(penalty).backward()
         return loss
 
     def obey(self) -> None:
         """Saves and raises Interrupted once a signal has come; several processes obey process 0's."""
         if signum := self.stop.received if self.processes.size == 1 else self.told:
             self.save()
-            raise Interrupted(signum, f"step {self.at.step} is saved; go on with --resume {self.folder.path}")
+            raise Interrupted(signum, f"step {self.step} is saved; go on with --resume {self.folder.path}")
 
     def held_out(self) -> dict[str, Any]:
         """The evaluation's numbers; TinyldError where the parameters or one of them is not finite."""
@@ -303,14 +252,14 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint, of finite parameters alone, unless the newest one is of this step."""
-        if self.at.step == self.saved_step:
+        if self.step == self.saved_step:
             return
         self.check_finite()
         self.bar.doing("saving")
         tensors = {f"model.{n}": p for n, p in self.parameters.items()} | self.optimizer.state()
-        state = {k: v for k, v in vars(self.at).items() if k != "step"} | {"scaler": self.scaler.state_dict()}
-        self.folder.save_checkpoint(self.at.step, tensors, state, self.config.keep)
-        self.saved_step = self.at.step
+        state = {name: getattr(self, name) for name in COUNTERS[1:]} | {"scaler": self.scaler.state_dict()}
+        self.folder.save_checkpoint(self.step, tensors, state, self.config.keep)
+        self.saved_step = self.step
         self.bar.doing()
 
     def check_finite(self) -> None:
@@ -319,4 +268,4 @@ class Run:
                 raise self.diverged(name)
 
     def diverged(self, what: str) -> TinyldError:
-        return TinyldError(f"{what} at step {self.at.step} is not finite; {self.folder.last_good()}; lower --lr")
+        return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr")

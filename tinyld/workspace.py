@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tinyld.distributed import is_writer
+from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder

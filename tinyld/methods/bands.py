@@ -10,8 +10,7 @@ from torch import Tensor
 
 # Timestep bands (t_lo, t_hi], from high noise to low as the paper lists them ("early" is high noise). Stated here only.
 BAND_EDGES = (1.0, 2 / 3, 1 / 3, 0.0)
-BAND_NAMES = ("high", "middle", "low")
-NUM_BANDS = len(BAND_NAMES)
+NUM_BANDS = len(BAND_EDGES) - 1
 TIME_WIDTH = 16  # sinusoidal features of t
 
 
@@ -35,4 +34,3 @@ class Noise:
     band: Tensor  # (B,) index of the row's band
     time: Tensor  # (B, TIME_WIDTH)
     prompt_mask: Tensor  # (B, L) bool
-    weight: float  # of the whole push

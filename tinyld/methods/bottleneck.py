@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig, check
-from tinyld.methods.contract import Method
-from tinyld.model import Block, Denoiser
+from tinyld.config import ModelConfig, Settings, setting
+from tinyld.methods.contract import Method, Parts
+from tinyld.model import Denoiser
 
 
 @dataclass(frozen=True)
-class BottleneckConfig:
-    rank: int = 16  # width of the bottleneck
-
-    def __post_init__(self) -> None:
-        check(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
+class BottleneckConfig(Settings):
+    rank: int = setting(16, least=1)  # width of the bottleneck
 
 
 class BottleneckAdapter(nn.Module):
@@ -29,14 +25,13 @@ class BottleneckAdapter(nn.Module):
     def __init__(self, width: int, rank: int, generator: torch.Generator | None):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
-        self.enabled = True
         with torch.no_grad():
             self.down.weight.normal_(0.0, width**-0.5, generator=generator)
             for parameter in (self.down.bias, self.up.weight, self.up.bias):
                 parameter.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.gelu(self.down(x))) if self.enabled else x
+        return x + self.up(F.gelu(self.down(x)))
 
 
 class Bottleneck(Method):
@@ -44,15 +39,12 @@ class Bottleneck(Method):
     summary = "a bottleneck MLP after attention and after the MLP of every block"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        self.modules: list[BottleneckAdapter] = []
         own: dict[str, nn.Parameter] = {}
         device = model.embedding.weight.device
         for i, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
             for seam in ("after_attention", "after_mlp"):
                 adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(device)
                 setattr(block, seam, adapter)
-                self.modules.append(adapter)
                 own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
         return own
 
@@ -61,14 +53,8 @@ class Bottleneck(Method):
         d, r = model_config.d_model, config.rank
         return 2 * model_config.num_layers * (2 * d * r + r + d)
 
-    def set_enabled(self, enabled: bool) -> None:
-        for module in self.modules:
-            module.enabled = enabled
-
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[BottleneckConfig, dict[str, Tensor]]:
         """Bottlenecks side by side: x + sum_i w_i (adapter_i(x) - x), exactly, everywhere."""
         tensors = {}
         for name in parts[0][1]:

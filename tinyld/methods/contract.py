@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -14,8 +13,10 @@ from tinyld.config import ModelConfig, check
 from tinyld.errors import UsageError
 from tinyld.model import Denoiser
 
+Parts = Sequence[tuple[Any, Mapping[str, Tensor], float]]  # (config, own tensors, weight) of each
 
-class Method(ABC):
+
+class Method:
     """An adaptation method, made from its config and the base's model config.
 
     A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
@@ -29,7 +30,6 @@ class Method(ABC):
     rates: ClassVar[dict[str, float]]
     post_norm: ClassVar[dict[str, float] | None] = None
     summary: ClassVar[str]
-    can_disable: ClassVar[bool] = True
 
     def __init__(self, config: Any, model_config: ModelConfig):
         self.config, self.model_config = config, model_config
@@ -68,16 +68,6 @@ class Method(ABC):
                 raise UsageError(f"--{name.replace('_', '-')} is not an option of {cls.name}, which has {own}")
         return replace(config, **given)
 
-    @property
-    def first_depth(self) -> int:
-        """States before this block are the frozen base's, whatever the method's parameters are."""
-        return 0
-
-    @property
-    def reads_depths(self) -> bool:
-        """Whether the method reads the states before all blocks up to `first_depth`, not only before that one."""
-        return False
-
     def attach(self, model: Denoiser, generator: torch.Generator | None = None) -> None:
         """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
         model.requires_grad_(False)
@@ -89,14 +79,14 @@ class Method(ABC):
         counted = sum(p.numel() for p in self.own.values())
         assert counted == expected, f"{self.name}: {counted} parameters, closed form {expected}"
 
-    @abstractmethod
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         """Adds the method to the model; returns its own parameters by name."""
+        raise NotImplementedError
 
     @classmethod
-    @abstractmethod
     def expected_parameters(cls, config: Any, model_config: ModelConfig) -> int:
         """Closed-form count of what the method trains and stores."""
+        raise NotImplementedError
 
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> Any:
@@ -119,29 +109,20 @@ class Method(ABC):
             )
         return cls.with_rank(config, rank)
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Turns the method's effect off and on again; full and bitfit change the base itself and refuse."""
-        raise ValueError(f"{self.name} changes the base's own weights; reload the base instead")
-
     def after_update(self, progress: float) -> None:
         """Called after every optimizer update, with the share of the run that is done."""
-        return None
 
     def finish(self) -> None:
         """Called once after training, before the method is saved; `config` and `own` may change."""
-        return None
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
-        return None
 
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """(config, tensors) of one method that stands for the weighted sum of several; UsageError where undefined.
 
-        parts: (config, own tensors, weight) of each; base: the denoiser's own tensors.
+        base: the denoiser's own tensors.
         """
         raise UsageError(f"{cls.name} adapters add up in the forward pass, not in their tensors")
 

@@ -10,6 +10,7 @@ condition the up-projection as a gate on its columns, A_i(c) = A_i diag(1 + W c)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -39,17 +40,13 @@ class PaperUnits(nn.Module):
         sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T
         self.register_buffer("sigmas", sigmas, persistent=False)  # (NUM_BANDS, units): 0 where it is another band's
 
-    @staticmethod
-    def count(ranks: Sequence[int], width: int) -> int:
-        return MODULES * sum(ranks) * (3 * width + TIME_WIDTH)
-
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
-        c = pool(h, noise.prompt_mask)  # (B, D)
-        scale = self.sigmas[noise.band] * noise.weight  # (B, units)
+        share = noise.prompt_mask.to(h.dtype)
+        share = share / share.sum(1, keepdim=True).clamp(min=1.0)
+        c = (F.layer_norm(h, (width,)) * share[..., None]).sum(1)  # (B, D), the mean over the prompt's tokens
+        scale = self.sigmas[noise.band]  # (B, units)
         if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
             down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]
@@ -61,20 +58,9 @@ class PaperUnits(nn.Module):
 
     def penalty(self) -> Tensor:
         """LAMBDA_RANK * sum_i ||A_i B_i||_* + LAMBDA_ORTH * sum_{i != j} ||A_i^T A_j||_F^2, over the modules."""
-        rank = len(self.down) // MODULES
-        ups, downs = self.up.split(rank, dim=1), self.down.split(rank, dim=0)
-        total = torch.zeros((), device=self.up.device)
-        total = total + LAMBDA_RANK * sum(nuclear_norm(u, d) for u, d in zip(ups, downs, strict=True))
-        return total + LAMBDA_ORTH * sum(
-            (a.T @ b).square().sum() for i, a in enumerate(ups) for j, b in enumerate(ups) if i != j
-        )
-
-
-def pool(h: Tensor, prompt_mask: Tensor) -> Tensor:
-    """Mean of the normalised states over the prompt's tokens: (B, L, D), (B, L) -> (B, D)."""
-    share = prompt_mask.to(h.dtype)
-    share = share / share.sum(1, keepdim=True).clamp(min=1.0)
-    return (F.layer_norm(h, (h.shape[-1],)) * share[..., None]).sum(1)
+        ups, downs = self.up.chunk(MODULES, dim=1), self.down.chunk(MODULES, dim=0)
+        rank = sum(nuclear_norm(up, down) for up, down in zip(ups, downs, strict=True))
+        return LAMBDA_RANK * rank + LAMBDA_ORTH * sum((a.T @ b).square().sum() for a, b in permutations(ups, 2))
 
 
 class _NuclearNorm(torch.autograd.Function):
@@ -98,6 +84,4 @@ class _NuclearNorm(torch.autograd.Function):
         return grad * left @ (right @ down.T), grad * (up.T @ left) @ right
 
 
-def nuclear_norm(up: Tensor, down: Tensor) -> Tensor:
-    """||up @ down||_*, differentiable. up: (D, r), down: (r, E)."""
-    return _NuclearNorm.apply(up, down)
+nuclear_norm = _NuclearNorm.apply  # ||up @ down||_*, differentiable. up: (D, r), down: (r, E)

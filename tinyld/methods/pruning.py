@@ -16,10 +16,10 @@ FROM, TO = 0.2, 0.6  # of the run: while units are dropped
 
 
 class Pruning:
-    """The rank units of `sites`, of which `share` is dropped; `ranks` are each site's, by band."""
+    """The rank units of `sites`, of which `share` is dropped."""
 
-    def __init__(self, sites: Sequence[Any], ranks: Sequence[tuple[int, ...]], share: float):
-        self.sites, self.ranks, self.share = sites, ranks, share
+    def __init__(self, sites: Sequence[Any], share: float):
+        self.sites, self.share = sites, share
         self.dropped: Tensor | None = None  # (units of all sites,) bool
 
     def strengths(self) -> list[Tensor]:
@@ -36,26 +36,24 @@ class Pruning:
             self.dropped = strength == 0
         due = math.ceil(self.share * min(1.0, (progress - FROM) / (TO - FROM)) * len(strength) - 1e-9)
         if due > int(self.dropped.sum()):
-            lasting = torch.cat([self.strongest(site, own) for site, own in enumerate(strengths)])
+            lasting = torch.cat([strongest(site, own) for site, own in zip(self.sites, strengths, strict=True)])
             order = strength.masked_fill(self.dropped, -1.0).masked_fill(lasting, math.inf).argsort(stable=True)
             self.dropped = torch.zeros_like(lasting)
             self.dropped[order[: min(due, int((~lasting).sum()))]] = True
         for site, dropped in zip(self.sites, self.dropped.split(sizes), strict=True):
             site.drop(dropped)
 
-    def strongest(self, site: int, strength: Tensor) -> Tensor:
-        """(units,) bool: the strongest of the units that all bands use, which every site keeps."""
-        found = torch.zeros(len(strength), dtype=torch.bool)
-        found[strength[: min(self.ranks[site])].argmax()] = True
-        return found
-
     @torch.no_grad()
     def finish(self) -> tuple[int, ...]:
         """Forgets the dropped units; the ranks that are left, site by site."""
-        left: list[int] = []
-        for i, strength in enumerate(self.strengths()):
-            is_kept = (strength > 0) | self.strongest(i, strength)
-            ranks = [int(is_kept[:rank].sum()) for rank in self.ranks[i]]
-            self.sites[i].keep(is_kept, ranks)
-            left += ranks
-        return tuple(left)
+        for site, strength in zip(self.sites, self.strengths(), strict=True):
+            is_kept = (strength > 0) | strongest(site, strength)
+            site.keep(is_kept, [int(is_kept[:rank].sum()) for rank in site.ranks])
+        return tuple(rank for site in self.sites for rank in site.ranks)
+
+
+def strongest(site: Any, strength: Tensor) -> Tensor:
+    """(units,) bool: the strongest of the units that all bands use, which every site keeps."""
+    found = torch.zeros(len(strength), dtype=torch.bool)
+    found[strength[: min(site.ranks)].argmax()] = True
+    return found

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig
 from tinyld.errors import UsageError
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import Method, Parts
 from tinyld.model import Denoiser
 
 
@@ -23,12 +22,10 @@ class NoOptions:
 class OwnTensors(Method):
     """A method that trains tensors of the base; such adapters are combined by task arithmetic (arXiv 2212.04089)."""
 
-    Config, can_disable = NoOptions, False
+    Config = NoOptions
 
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[NoOptions, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[NoOptions, dict[str, Tensor]]:
         """base + sum_i w_i (theta_i - base)"""
         names = parts[0][1]
         return NoOptions(), {n: base[n] + sum(w * (own[n] - base[n]) for _, own, w in parts) for n in names}

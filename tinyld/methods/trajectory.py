@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.attention import attention
-from tinyld.config import ModelConfig, check, check_choice, check_finite
+from tinyld.config import ModelConfig, Settings, check, check_choice, setting
 from tinyld.methods import paper
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.methods.contract import Method
@@ -35,30 +35,25 @@ AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins 
 
 
 @dataclass(frozen=True)
-class TrajectoryLoraConfig:
-    recipe: str = "best"
-    ranks: tuple[int, ...] = (64, 64, 64)  # by band, high noise first; once units are pruned, site by site
+class TrajectoryLoraConfig(Settings):
+    recipe: str = setting("best", among=RECIPE_NAMES)
+    # by band, high noise first; once units are pruned, site by site
+    ranks: tuple[int, ...] = setting((64, 64, 64), least=1)
     sigma: tuple[float, ...] = (1.0, 1.0, 1.0)  # by band, high noise first
-    blocks: int = 6  # best: sites before each of the last `blocks` blocks, and on the final state
-    attend: int | None = None  # fast: units that attend to the prompt; None: as many as rank units
-    dropout: float = 0.0  # share of the numbers read that an update does without
-    prune: float = 0.0  # share of the rank units that is dropped while training, the weakest first
+    blocks: int = setting(6, least=0)  # best: sites before each of the last `blocks` blocks, and on the final state
+    attend: int | None = setting(None, least=1)  # fast: units that attend to the prompt; None: as many as rank units
+    dropout: float = setting(0.0, least=0, below=1)  # share of the numbers read that an update does without
+    prune: float = setting(0.0, least=0, below=1)  # share of the rank units that training drops, the weakest first
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        check_choice("recipe", self.recipe, RECIPE_NAMES)
+        super().__post_init__()
         check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
-        check(self.blocks >= 0, f"blocks must be at least 0, got {self.blocks}")
         check(self.recipe == "best" or self.blocks == 0, f"recipe {self.recipe} pushes the final state only: blocks 0")
         check(
             len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites),
             f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}",
         )
-        check(min(self.ranks) >= 1, f"every rank must be at least 1, got {','.join(map(str, self.ranks))}")
         check(self.attend is None or self.recipe == "fast", f"recipe {self.recipe} has no attending units")
-        check(self.attend is None or self.attend >= 1, f"attend must be at least 1, got {self.attend}")
-        check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
-        check(0 <= self.prune < 1, f"prune is a share of the rank units in [0, 1), got {self.prune}")
         fixed = self.prune == 0 and self.dropout == 0
         check(self.recipe != "paper" or fixed, "recipe paper is the paper's own: neither ranks auto nor dropout")
 
@@ -115,21 +110,11 @@ def recipe_of(name: str | None) -> Recipe:
 class RankUnits(nn.Module):
     """The rank units of one site."""
 
-    def __init__(
-        self,
-        config: TrajectoryLoraConfig,
-        site: int,
-        width: int,
-        generator: torch.Generator | None,
-        tied_to: RankUnits | None = None,
-    ):
+    def __init__(self, config: TrajectoryLoraConfig, site: int, width: int, generator: torch.Generator | None):
         super().__init__()
         ranks, self.dropout = config.site_ranks(site), config.dropout
-        if tied_to is None:
-            self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
-            self.up = nn.Parameter(torch.zeros(width, max(ranks)))
-        else:
-            self.down, self.up = tied_to.down, tied_to.up
+        self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
+        self.up = nn.Parameter(torch.zeros(width, max(ranks)))
         self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
         self.register_buffer("scale", torch.empty(0), persistent=False)
@@ -137,27 +122,21 @@ class RankUnits(nn.Module):
 
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """By band. `scale` (NUM_BANDS, units) is sigma where a band uses a unit, else 0."""
+        self.ranks = tuple(ranks)
         is_used = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
         self.scale = self.sigma[:, None] * is_used.to(self.sigma.device)
 
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         h = h if positions is None else take(h, positions)
         x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
-        return self.write(self.read(x, noise), noise)
+        return self.add(x, noise)
 
-    def read(self, x: Tensor, noise: Noise) -> Tensor:
-        """B [x; Emb(t)]: (B, L, D) -> (B, L, units)"""
-        width = x.shape[-1]
-        return x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :]
-
-    def write(self, hidden: Tensor, noise: Noise) -> Tensor:
-        """sigma(t) A ReLU(hidden): (B, L, units) -> (B, L, D)"""
-        up = self.up if self.gain is None else self.up * self.gain
-        scale = self.scale[noise.band] * noise.weight  # (B, units)
-        return (F.relu(hidden) * scale[:, None, :]) @ up.T
+    def add(self, x: Tensor, noise: Noise, attended: Tensor | float = 0.0) -> Tensor:
+        """sigma(t) A ReLU(B [x; Emb(t)] + attended): (B, L, D) -> (B, L, D)"""
+        width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
+        hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :] + attended
+        return (F.relu(hidden) * self.scale[noise.band][:, None, :]) @ up.T
 
     def by_unit(self) -> list[tuple[nn.Parameter, int]]:
         """The parameters that have a part for every rank unit, with the dimension that counts them."""
@@ -188,9 +167,7 @@ class AttendingUnits(RankUnits):
         self.attended = nn.Parameter(torch.zeros(width, units))
         self.down_attended = normal(len(self.down), units, fan_in=units, generator=generator)
 
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         width = h.shape[-1:]
         x = torch.zeros_like(h)
         for state, share in zip([*history[: len(self.mix) - 1], h], self.mix.softmax(0).to(h.dtype), strict=True):
@@ -198,9 +175,8 @@ class AttendingUnits(RankUnits):
         x = F.dropout(x, self.dropout, self.training)
         here = x if positions is None else take(x, positions)
         found = self.attend(here, x, noise.prompt_mask)
-        push = self.write(self.read(here, noise) + found @ self.down_attended.T, noise)
-        sigma = self.sigma[noise.band] * noise.weight
-        return push + (found * sigma[:, None, None]) @ self.attended.T
+        push = self.add(here, noise, found @ self.down_attended.T)
+        return push + (found * self.sigma[noise.band][:, None, None]) @ self.attended.T
 
     def attend(self, here: Tensor, x: Tensor, prompt_mask: Tensor) -> Tensor:
         """What each unit finds in the prompt of x (B, L, D) for the states `here` (B, M, D): (B, M, units)."""
@@ -225,7 +201,6 @@ class TrajectoryPush(nn.Module):
         self.first_depth = last - config.blocks
         self.depths = list(range(self.first_depth, last + 1))
         self.reads_depths, self.reads_others = config.recipe == "fast", config.recipe != "best"
-        self.weight = 1.0  # 0 turns the push off
         self.sites = nn.ModuleList()
         for site in range(config.num_sites):
             if config.recipe == "paper":
@@ -233,11 +208,12 @@ class TrajectoryPush(nn.Module):
             elif config.recipe == "fast":
                 self.sites.append(AttendingUnits(config, width, last + 1, generator))
             else:
-                tied_to = self.sites[0] if config.is_tied and site else None
-                self.sites.append(RankUnits(config, site, width, generator, tied_to))
+                self.sites.append(RankUnits(config, site, width, generator))
+            if config.is_tied:
+                self.sites[-1].down, self.sites[-1].up = self.sites[0].down, self.sites[0].up
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        noise = Noise(band_of(t), time_embedding(t), prompt_mask, self.weight)
+        noise = Noise(band_of(t), time_embedding(t), prompt_mask)
 
         def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
             return self.sites[depth - self.first_depth](h, noise, history, positions)
@@ -279,18 +255,10 @@ class TrajectoryLora(Method):
         own = recipe_of(recipe)
         return own.rates if model_config.norm_first else own.post_norm
 
-    @property
-    def first_depth(self) -> int:
-        return self.model_config.num_layers - self.config.blocks
-
-    @property
-    def reads_depths(self) -> bool:
-        return self.config.recipe == "fast"
-
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         config = self.config
         self.push = TrajectoryPush(config, self.model_config, generator).to(model.embedding.weight.device)
-        self.pruning = Pruning(self.push.sites, [config.site_ranks(i) for i in range(config.num_sites)], config.prune)
+        self.pruning = Pruning(self.push.sites, config.prune)
         model.push = self.push
         return dict(self.push.named_parameters())
 
@@ -298,7 +266,7 @@ class TrajectoryLora(Method):
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
         d, sites = model_config.d_model, config.num_sites
         if config.recipe == "paper":
-            return paper.PaperUnits.count(config.ranks, d)
+            return paper.MODULES * sum(config.ranks) * (3 * d + TIME_WIDTH)
         unit = 2 * d + TIME_WIDTH
         if config.is_tied:
             return max(config.ranks) * (unit + sites)  # and a gain at every site
@@ -312,9 +280,6 @@ class TrajectoryLora(Method):
         """The same proportion between bands, with `rank` in the largest."""
         top = max(config.ranks)
         return replace(config, ranks=tuple(max(1, round(rank * r / top)) for r in config.ranks))
-
-    def set_enabled(self, enabled: bool) -> None:
-        self.push.weight = 1.0 if enabled else 0.0
 
     def after_update(self, progress: float) -> None:
         if self.config.prune:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig, check, check_finite
+from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.errors import UsageError
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import Method, Parts
 from tinyld.model import LINEARS, Denoiser
 
 ALPHA = 16.0
 
 
 @dataclass(frozen=True)
-class WeightLoraConfig:
-    rank: int = 8
-    targets: tuple[str, ...] = LINEARS
+class WeightLoraConfig(Settings):
+    rank: int = setting(8, least=1)
+    targets: tuple[str, ...] = setting(LINEARS, among=LINEARS)
     rslora: bool = False  # scale ALPHA / sqrt(r) (arXiv 2312.03732)
-    dropout: float = 0.0  # share of the numbers that A reads that an update does without
+    dropout: float = setting(0.0, least=0, below=1)  # share of the numbers that A reads that an update does without
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        check(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
-        check(0 <= self.dropout < 1, f"dropout is a share in [0, 1), got {self.dropout}")
+        super().__post_init__()
         check(len(self.targets) > 0, f"targets must name at least one of {', '.join(LINEARS)}")
         check(len(set(self.targets)) == len(self.targets), f"targets names one twice: {', '.join(self.targets)}")
-        for target in self.targets:
-            check(target in LINEARS, f"targets must be among {', '.join(LINEARS)}, got {target!r}")
 
     @property
     def scale(self) -> float:
@@ -44,16 +39,14 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: WeightLoraConfig, generator: torch.Generator | None):
         super().__init__()
-        self.base, self.scale, self.dropout, self.enabled = base, config.scale, config.dropout, True
+        self.base, self.scale, self.dropout = base, config.scale, config.dropout
         a = torch.empty(config.rank, base.in_features)
         bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt 5, as PEFT starts A
         self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.enabled:
-            return y
+        y = self.base(x)  # first: the order of the two decides how gradients add up, to the last bit
         hidden = F.dropout(x, self.dropout, self.training) @ self.lora_A.T
         return y + hidden @ (self.lora_B.T * self.scale)
 
@@ -63,13 +56,11 @@ class WeightLora(Method):
     summary = "a low-rank update of the attention and MLP matrices"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        self.modules: dict[tuple[int, str], LoraLinear] = {}
         own: dict[str, nn.Parameter] = {}
         for i, block in enumerate(model.blocks):
             for name in self.config.targets:
                 lora = LoraLinear(getattr(block, name), self.config, generator)
                 setattr(block, name, lora)
-                self.modules[i, name] = lora
                 own[f"blocks.{i}.{name}.lora_A.weight"] = lora.lora_A
                 own[f"blocks.{i}.{name}.lora_B.weight"] = lora.lora_B
         return own
@@ -79,14 +70,8 @@ class WeightLora(Method):
         sizes = model_config.matrices()
         return model_config.num_layers * config.rank * sum(sum(sizes[t]) for t in config.targets)
 
-    def set_enabled(self, enabled: bool) -> None:
-        for module in self.modules.values():
-            module.enabled = enabled
-
     @classmethod
-    def combine(
-        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor], float]], base: Mapping[str, Tensor]
-    ) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
+    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
         """Ranks side by side, so that B A is the exact weighted sum of the members' scaled products."""
         first = parts[0][0]
         if any(c.targets != first.targets for c, _, _ in parts):
@@ -101,6 +86,9 @@ class WeightLora(Method):
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
-        for (i, name), lora in self.modules.items():
-            lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
-            setattr(model.blocks[i], name, lora.base)
+        for block in model.blocks:
+            for name in self.config.targets:
+                lora = getattr(block, name)
+                lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
+                setattr(block, name, lora.base)
+
