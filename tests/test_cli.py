@@ -522,7 +522,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_behin
     good(*args, "--out", "whole", "--quiet")
     interrupt(monkeypatch, 6, *args, "--out", "cut")
     assert [int(p.name) for p in RunFolder(Path("cut")).checkpoints()] == [4, 5, 6]
-    damaged = RunFolder(Path("cut")).checkpoints()[-1] / "state.safetensors"
+    damaged = RunFolder(Path("cut")).checkpoints()[-1]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert_refused(cli("finetune", "--resume", "cut", "--quiet"), 1, "go on from an older one with --set from_step=5")
     steps = []

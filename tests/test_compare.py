@@ -104,7 +104,7 @@ def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_p
     first, second = (RunFolder(tmp_path / f"reviews_full_lr{lr}_s0") for lr in ("0.001", "0.0005"))
     for folder in (first, second):
         (folder.path / ADAPTER).unlink()
-    (first.path / "checkpoints" / "00000010").mkdir(parents=True)
+    first.save_checkpoint(10, {}, {}, 1)
 
     class Resuming(Trainer):
         def run(self, command: list[str], threads: int | None = None) -> None:

@@ -210,17 +210,17 @@ CONVERTED: dict[str, set[tuple[str, int]]] = {
 
 def publish(site: dict[str, bytes], task: Task, contents: list[bytes], **changes: object) -> Task:
     """Puts the contents where the task's files are; the task without published checksums and counts."""
-    remotes = task.source.files
+    remotes = task.download.files
     for remote, content in zip(remotes, contents, strict=True):
         site["/" + remote.url.split("/", 3)[3]] = content
     files = tuple(RemoteFile(remote.url) for remote in remotes)
-    return replace(task, source=replace(task.source, files=files, **{"label_counts": {}, **changes}))
+    return replace(task, download=replace(task.download, files=files, **{"label_counts": {}, **changes}))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Path, name: str) -> None:
     task = publish(site, load_task(name), PUBLISHED[name])
-    folder = download.download_task(name, task.source)
+    folder = download.download_task(name, task.download)
     rows = []
     for path in folder.glob("*.tsv"):
         header, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -267,7 +267,7 @@ def test_another_file_in_its_place_is_refused(
     site: dict[str, bytes], tmp_path: Path, name: str, content: bytes
 ) -> None:
     task = load_task(name)
-    task = publish(site, task, [content] * len(task.source.files), label_counts=task.label_counts)
+    task = publish(site, task, [content] * len(task.download.files), label_counts=task.label_counts)
     with pytest.raises(TinyldError, match="not the format|expected"):
         load_split(task, "dev" if "dev" in task.splits else "train")
     assert not (tmp_path / "cache").exists()
@@ -298,7 +298,7 @@ def test_a_file_in_the_cache_that_was_not_downloaded_stays_and_has_the_published
     mine.write_text("sentence\tlabel\nmine\t0\n")
     assert load_split(task, "dev")[0].before == "c it was"
     assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"
-    task = replace(task, source=replace(task.source, label_counts={"train": {"negative": 1, "positive": 2}}))
+    task = replace(task, source=replace(task.download, label_counts={"train": {"negative": 1, "positive": 2}}))
     mine.write_text("sentence\tlabel\na\t0\nb\t1\nc\t1\n")
     assert len(load_split(task, "train")) == 3
     mine.write_text("sentence\tlabel\na\t0\nb\t1\n")

@@ -106,7 +106,7 @@ class World:
             self.expected[job] = (self.facts(path / f"whole-{job}"), time.monotonic() - started)
 
     def arguments(self, job: str, out: Path, steps: int = STEPS) -> list[str]:
-        budget = ["--steps", str(steps), "--batch-size", "8", "--eval-every", "4", "--save-minutes", "0"]
+        budget = ["--steps", str(steps), "--batch-size", "8", "--set", "eval_every=4", "--set", "save_minutes=0"]
         common = [*budget, "--dtype", "fp32", "--out", str(out)]
         if job == "pretrain":
             shape = ["--preset", "nano", "--vocab-size", "128", "--max-length", "32"]
@@ -331,7 +331,7 @@ def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, world
     COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name, {read:,} read as they stand"))
 
 
-# ------------------------------------------------------------------------------------------------ disks, writers
+# ------------------------------------------------------------------------------------------------ disks
 
 
 def mounted(path: Path, options: str) -> None:
@@ -373,27 +373,6 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world:
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     COUNTS.append((f"disk {fault}", 1, "one line, exit code 1; the last checkpoint loads"))
-
-
-def test_a_second_writer_is_refused_and_the_first_goes_on(world: World) -> None:
-    out = world.path / "two-writers"
-    first = world.start(world.arguments("full", out, steps=5_000))
-    refusals = 0
-    while first.is_alive() and not RunFolder(out).checkpoints():
-        time.sleep(0.01)
-    while first.is_alive() and refusals < 3:
-        second = forks.Process(target=child, args=(world.go_on("full", out), str(world.path / "log2"), 0))
-        second.start()
-        second.join(LIMIT_S)
-        said = (world.path / "log2").read_text()
-        if second.exitcode == 1:
-            assert "another process is writing" in said
-            refusals += 1
-    os.kill(first.pid, signal.SIGTERM)
-    assert world.end(first) == 128 + signal.SIGTERM and refusals == 3
-    steps = [r["step"] for r in RunFolder(out).metrics()]
-    assert steps == sorted(set(steps)) and RunFolder(out).load_checkpoint() is not None
-    COUNTS.append(("second writer", refusals, "refused; the first went on, its log whole"))
 
 
 # ------------------------------------------------------------------------------------------------ processes

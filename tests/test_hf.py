@@ -185,22 +185,38 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: (d / "model.safetensors").unlink(), "expected model.safetensors"),
         (lambda d: (d / "vocab.txt").unlink(), "expected tokenizer.json or vocab.txt"),
         (lambda d: edit(d, model_type="gpt2"), "model_type must be one of bert"),
-        (lambda d: edit(d, hidden_act="relu"), "needs gelu"),
+        (lambda d: edit(d, hidden_act="relu"), "hidden_act must be 'gelu'"),
         (lambda d: edit(d, num_hidden_layers=4), "no tensor bert.encoder.layer"),
         (lambda d: edit(d, num_hidden_layers=10**8), "num_layers must be at most"),
         (lambda d: edit(d, hidden_size=6 * 10**6), "parameters is asked for; at most"),
-        (lambda d: edit(d, layer_norm_eps="small"), "norm_eps: 'small' is not of type float"),
+        (lambda d: edit(d, layer_norm_eps="small"), "layer_norm_eps must be of type float"),
         (lambda d: (d / "config.json").write_text("[]"), "expected an object"),
         (lambda d: (d / "config.json").write_text("{}"), "model_type must be one of bert"),
-        (lambda d: edit(d, hidden_size="wide"), "hidden_size must be a whole number"),
+        (lambda d: edit(d, hidden_size="wide"), "hidden_size must be of type int"),
+        (lambda d: edit(d, max_position_embeddings=99), r"'positions.weight' has the wrong shape: \(24, "),
+        (lambda d: reshape(d, "word_embeddings.weight", ()), "has [0-9]+ tokens, the model 0"),
+        (lambda d: reshape(d, "word_embeddings.weight", (-1,)), "'embedding.weight' has the wrong shape"),
+        (lambda d: reshape(d, "position_embeddings.weight", ()), "embeddings of another shape than config.json says"),
+        (lambda d: reshape(d, "position_embeddings.weight", (-1, 1)), "embeddings of another shape than"),
+        (lambda d: reshape(d, "token_type_embeddings.weight", (-1, 1)), "embeddings of another shape than"),
+        (lambda d: reshape(d, "1.output.dense.weight", (-1,)), "'blocks.1.down.weight' has the wrong shape"),
+        (lambda d: reshape(d, "predictions.bias", (1, -1)), "'output_bias' has the wrong shape"),
     ],
 )
 def test_an_unfit_folder_is_refused_in_one_line(change: Any, part: str, tmp_path: Path) -> None:
-    make("bert", True, tmp_path)
+    make("bert", True, tmp_path, seed=1)
     change(tmp_path)
     with pytest.raises(TinyldError, match=part) as raised:
         load_encoder(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def reshape(folder: Path, ending: str, shape: tuple[int, ...]) -> None:
+    """Gives the tensor another shape: `()` is its first number."""
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith(ending))
+    tensors[name] = (tensors[name].reshape(-1)[0] if shape == () else tensors[name].reshape(shape)).clone()
+    save_file(tensors, folder / "model.safetensors")
 
 
 def edit(folder: Path, **values: Any) -> None:

@@ -129,8 +129,8 @@ TENSORS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
     (lambda t: t.pop(next(iter(t))), "not a LoRA of this base"),
     (lambda t: next(iter(t.values())).fill_(float("nan")), "values that are not finite"),
     (lambda t: change_type(t, torch.int32), "wrong type: torch.int32, expected floats"),
-    (lambda t: change_type(t, torch.complex64), "has the type 'C64', which tinyld does not read"),
-    (lambda t: change_type(t, torch.float8_e4m3fn), "has the type 'F8_E4M3', which tinyld does not read"),
+    (lambda t: change_type(t, torch.complex64), "has the type torch.complex64, which tinyld does not read"),
+    (lambda t: change_type(t, torch.float8_e4m3fn), "has the type torch.float8_e4m3fn, which tinyld does not read"),
     (lambda t: change_type(t, torch.float64, 1e300), "values that are not finite in float32"),
 ]
 

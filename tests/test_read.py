@@ -29,12 +29,15 @@ BAD_JSON = {
 }
 
 
-@pytest.mark.parametrize("content", BAD_JSON)
-def test_a_strict_reading_of_json(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(content)
-    with pytest.raises(TinyldError, match=f"^{path}: damaged, not JSON .*{BAD_JSON[content]}"):
-        read_json(path)
+def test_a_strict_reading_of_json_and_toml(tmp_path: Path) -> None:
+    for content, message in BAD_JSON.items():
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(TinyldError, match=f"^{tmp_path}/a.json: damaged, not JSON .*{message}"):
+            read_json(tmp_path / "a.json")
+    for content in ("a = nan", "a = 1\na = 2", "a = " + "[" * 70 + "]" * 70, "a =", "a = " + 400 * "9"):
+        (tmp_path / "a.toml").write_text(content)
+        with pytest.raises(TinyldError, match="a.toml: not valid TOML"):
+            read_toml(tmp_path / "a.toml")
 
 
 def test_what_is_well_formed_is_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
@@ -47,15 +50,9 @@ def test_what_is_well_formed_is_read_with_or_without_a_byte_order_mark(tmp_path:
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(TinyldError, match=r"a.json: expected an object, got '\[1\]'"):
         read_object(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize(
-    "content", ["a = nan", "a = 1\na = 2", "a = " + "[" * 70 + "]" * 70, "a =", "a = " + 400 * "9"]
-)
-def test_a_strict_reading_of_toml(content: str, tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text(content)
-    with pytest.raises(TinyldError, match="a.toml: not valid TOML"):
-        read_toml(tmp_path / "a.toml")
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
+    with pytest.raises(TinyldError, match=r"a.txt: line 2: not UTF-8 \(byte 8 of the file\)"):
+        read_text(tmp_path / "a.txt")
 
 
 def test_only_regular_files_of_a_sane_size_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +73,6 @@ def test_only_regular_files_of_a_sane_size_are_opened(tmp_path: Path, monkeypatc
         read_json(tmp_path / "a.json")
 
 
-def test_text_that_is_not_utf8_names_its_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
-    with pytest.raises(TinyldError, match=r"a.txt: line 2: not UTF-8 \(byte 8 of the file\)"):
-        read_text(tmp_path / "a.txt")
-
-
 def header(text: str, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text.encode() + data
 
@@ -91,10 +82,10 @@ def header(text: str, data: bytes = b"") -> bytes:
     [
         (b"", "damaged safetensors"),
         (struct.pack("<Q", 1 << 60), "damaged safetensors"),
-        (header("[]"), "expected an object"),
-        (header('{"a": 1}'), "expected an object"),
-        (header('{"a": {}}'), "missing key 'dtype'"),
-        (header('{"a": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}', b"0"), "'F8_E5M2'"),
+        (header("[]"), "damaged safetensors"),
+        (header('{"a": 1}'), "damaged safetensors"),
+        (header('{"a": {}}'), "damaged safetensors"),
+        (header('{"a": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}', b"0"), "type torch.float8_e5m2"),
         (header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}', b"0000"), "damaged safetensors"),
         (header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b"0000"), "damaged safetensors"),
         (save({"a": torch.tensor([float("nan")])}), "'a' holds values that are not finite"),

@@ -65,10 +65,14 @@ def test_a_row_becomes_the_text_around_the_answer(tmp_path: Path) -> None:
     assert train == [Example("rain, again i feel", ".", "down", 0), Example("sun i feel", ".", "very well", 1)]
 
 
-def test_a_pair_column_fills_both_sides_of_the_answer(tmp_path: Path) -> None:
-    rows_file(tmp_path, "train.tsv", "sentence\tlabel\nit rains ||| it is wet\t1\n")
+def test_fields_of_one_column_are_parted_in_it(tmp_path: Path) -> None:
+    file = rows_file(tmp_path, "train.tsv", "sentence\tlabel\nit rains ||| it is wet\t1\n")
     expected = Example("it rains ?", ", it is wet", "yes", 1)
     assert load_split(load_task("mrpc"), "train", data=tmp_path) == [expected]
+    for text in ("only one half", "a ||| b ||| c", "a |||"):
+        rows_file(tmp_path, "train.tsv", f"sentence\tlabel\n{text}\t1\n")
+        with pytest.raises(TinyldError, match=r"line 2: column 'sentence' must hold 2 texts with ' \|\|\| ' between"):
+            load_split(load_task("rte"), "dev", file=file)
 
 
 @pytest.mark.parametrize(
@@ -87,24 +91,10 @@ def test_every_file_format_reads_the_same(tmp_path: Path, name: str, content: st
     assert load_split(user_task(tmp_path), "train", file=file) == [Example('said "no i feel', ".", "down", 0)]
 
 
-def test_a_ten_megabyte_field_and_a_lone_surrogate_are_read(tmp_path: Path) -> None:
-    task = user_task(tmp_path)
-    big = rows_file(tmp_path, "big.csv", "text,label\n" + "a" * 10_000_000 + ",sad\n")
-    assert len(load_split(task, "train", file=big)[0].before) == 10_000_000 + len(" i feel")
-    odd = rows_file(tmp_path, "odd.jsonl", '{"text": "a\\ud800b", "label": "sad"}\n')
-    load_split(task, "train", file=odd)[0].before.encode()
-
-
 def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
     toml = 'label_column = "y"\n' + MOOD + '[columns]\ntext = "x"\n'
-    file = rows_file(tmp_path, "a.csv", "x,y\nsun,happy\n")
-    assert load_split(user_task(tmp_path, toml), "dev", file=file)[0] == Example("sun i feel", ".", "very well", 1)
-
-
-def test_label_names_that_are_digits_win_over_label_ints(tmp_path: Path) -> None:
-    toml = 'template = "{text} {answer}"\n[verbalizer]\n1 = "bad"\n0 = "good"\n'
-    file = rows_file(tmp_path, "a.csv", "text,label\nx,1\n")
-    assert load_split(user_task(tmp_path, toml), "dev", file=file)[0].answer == "bad"
+    file = rows_file(tmp_path, "a.csv", "x,y\nsun,happy\n,\n")
+    assert load_split(user_task(tmp_path, toml), "dev", file=file) == [Example("sun i feel", ".", "very well", 1)]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +102,7 @@ def test_label_names_that_are_digits_win_over_label_ints(tmp_path: Path) -> None
     [
         (("sad", "happy"), ("1", "0"), [1, 0]),
         (("sad", "happy"), ("happy", "sad"), [1, 0]),
-        (("1", "2"), ("1", "2"), [0, 1]),
+        (("1", "0"), ("1", "0"), [0, 1]),
         (("sad", "happy"), ("1", "sad"), None),
         (("sad", "happy"), ("sad", "1"), None),
         (("1", "2", "3"), ("0", "1"), None),
@@ -172,13 +162,25 @@ def test_a_task_comes_back_from_its_record(tmp_path: Path, name: str, monkeypatc
     assert to_record(again) == record and again.splits == task.splits and again.name == task.name
     (tmp_path / "mood.toml").unlink()
     again = from_record(record, "config.json: task")  # a run that was moved to another machine
-    asked = {name: "rain" for name in again.columns} | {"label": again.label_names[0]}
-    asked |= {again.pair.column: "rain ||| snow"} if again.pair else {}
+    asked = {column: "rain" for column in again.columns.values()} | {"label": again.label_names[0]}
+    asked |= {"sentence": "rain ||| snow"} if name == "mrpc" else {}
     assert to_record(again) == record
     assert prompt_of(again, asked, "line 1") == prompt_of(task, asked, "line 1")
     if not task.builtin:
         with pytest.raises(TinyldError, match="mood.toml is gone; give the train rows by --data DIR"):
             load_split(again, "train")
+
+
+def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path) -> None:
+    record = to_record(user_task(tmp_path)) | {"name": "imdb", "path": str(tmp_path / "imdb.csv")}
+    for _ in range(2):  # without the file, and with it
+        task = from_record(record, "config.json: task")
+        assert (
+            to_record(task) == record and not task.builtin and task.verbalizer == {"sad": "down", "happy": "very well"}
+        )
+        with pytest.raises(TinyldError, match="imdb.csv .*; give the train rows by --data DIR"):
+            load_split(task, "train")
+        rows_file(tmp_path, "imdb.csv", "text,label\nsun,happy\n")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_a_task_that_has_changed_since_is_refused_with_what_differs(
         ({"template": "no slot"}, "must hold {answer} once"),
         ({"verbalizer": {"a": "x"}}, "at least two labels"),
         ({"verbalizer": {"a": 1, "b": "y"}}, "verbalizer: 'a': '1' is not of type str"),
-        ({"pair": {"column": "c"}}, "pair: missing key 'fields'"),
+        ({"metric": None}, "metric: 'None' is not of type str"),
         ({"more": 1}, "unknown key 'more'"),
     ],
 )
@@ -231,8 +233,8 @@ FILE_ERRORS = [
     ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
     ("a.jsonl", '{"txt": 1}\n', ["line 1", "no column 'text'", "'txt'"]),
     ("a.csv", "text,text\na,b\n", ["line 1", "two columns of one name"]),
-    ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "comma"]),
-    ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", "tab"]),
+    ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "stray ','"]),
+    ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", r"stray '\t'"]),
     ("a.csv", 'text,label\na,0\n"b,1\n', ["line 3", "quotes"]),
     ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "0 or sad, 1 or happy"]),
     ("a.csv", "text,label\nb,2\n", ["unknown label '2'"]),
@@ -260,12 +262,6 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(
     assert message.startswith(str(file)) and message.isprintable() and len(message) < len(str(file)) + 300
     for part in parts:
         assert part in message
-
-
-def test_a_pair_without_its_separator_is_refused(tmp_path: Path) -> None:
-    file = rows_file(tmp_path, "a.tsv", "sentence\tlabel\nonly one half\t1\n")
-    with pytest.raises(TinyldError, match=r"line 2: column 'sentence' must hold two texts with ' \|\|\| ' between"):
-        load_split(load_task("rte"), "dev", file=file)
 
 
 VERBALIZER = '[verbalizer]\na = "x"\nb = "y"\n'
@@ -298,11 +294,6 @@ TOML_ERRORS = [
         ["unknown split 'valid'", "train, dev, test"],
     ),
     ('template = "{t} {answer}"\n' + VERBALIZER + '[columns]\nu = "x"\n', ["[columns] maps 'u'"]),
-    ('template = "{t} {answer}"\n' + VERBALIZER + '[pair]\ncolumn = "t"\nfields = ["a", "b"]\n', ["splits off 'a'"]),
-    (
-        'template = "{t} {answer}"\n' + VERBALIZER + '[pair]\ncolumn = "t"\nfields = ["t"]\n',
-        ["fields must be two names"],
-    ),
     ('template = "{t} {answer}"\nsplits = ["dev"]\n' + VERBALIZER, ["for built-in tasks; use [data]"]),
     ('template = "{answer}"\nrows_from = "mood.toml"\n', ["cannot write the rows of", "mood.toml"]),
 ]
@@ -329,15 +320,6 @@ def test_write_takes_only_label_tasks_with_one_text(name: str) -> None:
         load_task(name)
 
 
-def test_splits_a_user_task_lacks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(TinyldError, match="mood.toml has no test split; it has train, dev"):
-        load_split(user_task(tmp_path), "test")
-    with pytest.raises(TinyldError, match=r"mood.csv: no such file"):
-        load_split(user_task(tmp_path), "train")
-    with pytest.raises(UsageError, match="split must be one of train, dev, test, got 'valid'"):
-        load_split(user_task(tmp_path), "valid")
-
-
 # ---------------------------------------------------------------------------------------------- finding files
 
 
@@ -346,7 +328,7 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(rows, "bundled_data_dir", lambda: tmp_path / "bundled")
     monkeypatch.setenv("TINYLD_DATA", str(tmp_path / "own"))
     (tmp_path / "own").mkdir()
-    folder, task = tmp_path / "given", replace(load_task("sst2"), source=None)
+    folder, task = tmp_path / "given", replace(load_task("sst2"), download=None)
     places = [
         tmp_path / "bundled/sst2/dev.tsv",
         tmp_path / "cache/data/sst2/dev.tsv",
@@ -365,22 +347,21 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         assert load_split(task, "dev", data=data, file=file)[0].before == f"row {i} it was"
 
 
-def test_a_given_folder_without_the_rows_is_an_error_not_a_download(tmp_path: Path) -> None:
-    with pytest.raises(TinyldError, match="no dev rows of sst2 in .*: neither sst2/dev.tsv nor dev.tsv in it"):
-        load_split(load_task("sst2"), "dev", data=tmp_path)
-    with pytest.raises(TinyldError, match="no such folder"):
-        load_split(load_task("sst2"), "dev", data=tmp_path / "nowhere")
-
-
-def test_a_mistyped_data_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user_task(tmp_path)
+    for task, split, data, message in (
+        ("sst2", "dev", tmp_path, "no dev rows of sst2 in .*: neither sst2/dev.tsv nor dev.tsv in it"),
+        ("sst2", "dev", tmp_path / "nowhere", "no such folder"),
+        ("sst2", "test", None, "task sst2 has no test split; it has train, dev"),
+        ("sst2", "valid", None, "split must be one of train, dev, test, got 'valid'"),
+        (str(tmp_path / "mood.toml"), "test", None, "mood.toml has no test split; it has train, dev"),
+        (str(tmp_path / "mood.toml"), "train", None, "mood.csv: no such file"),
+    ):
+        with pytest.raises(TinyldError, match=message):
+            load_split(load_task(task), split, data)
     monkeypatch.setenv("TINYLD_DATA", "/no/such/folder")
     with pytest.raises(TinyldError, match="TINYLD_DATA=/no/such/folder is no folder"):
         load_split(load_task("sst2"), "dev")
-
-
-def test_a_missing_test_split_says_which_splits_exist() -> None:
-    with pytest.raises(TinyldError, match="task sst2 has no test split; it has train, dev"):
-        load_split(load_task("sst2"), "test")
 
 
 @pytest.mark.parametrize("name", [n for n in builtin_names() if n not in ("reviews", "topics", "write")])
@@ -400,27 +381,24 @@ def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, name: st
 # ---------------------------------------------------------------------------------------------- hostile rows
 
 
-def test_terminal_escapes_in_a_row_reach_neither_the_text_nor_an_error(tmp_path: Path) -> None:
+def test_hostile_rows_reach_neither_the_text_nor_an_error(tmp_path: Path) -> None:
+    task = user_task(tmp_path)
     rows_file(tmp_path, "mood.csv", "text,label\n\x1b[2Jthe\x07 rain\x00 fell,sad\n")
-    (example,) = load_split(user_task(tmp_path), "train")
+    (example,) = load_split(task, "train")
     assert example.before.isprintable() and "rain" in example.before
-    rows_file(tmp_path, "mood.csv", "text,label\nthe rain,\x1b[31mglad\n")
-    with pytest.raises(TinyldError) as raised:
-        load_split(user_task(tmp_path), "train")
-    assert str(raised.value).isprintable()
-
-
-def test_a_row_of_ten_megabytes_is_read_and_a_million_columns_are_refused_in_a_line(tmp_path: Path) -> None:
-    rows_file(tmp_path, "mood.csv", "text,label\n" + "rain " * 2_000_000 + ",sad\n")
-    assert len(load_split(user_task(tmp_path), "train")) == 1
-    rows_file(tmp_path, "mood.csv", "text,label\nrain" + ",sad" * 1_000_000 + "\n")
-    with pytest.raises(TinyldError) as raised:
-        load_split(user_task(tmp_path), "train")
-    assert len(str(raised.value)) < 1_000 and "1000001 columns" in str(raised.value)
-    rows_file(tmp_path, "mood.csv", ",".join(f"c{i}" for i in range(1_000_000)) + "\n")
-    with pytest.raises(TinyldError) as raised:
-        load_split(user_task(tmp_path), "train")
-    assert len(str(raised.value)) < 1_000
+    rows_file(tmp_path, "mood.csv", "text,label\n" + "a" * 10_000_000 + ",sad\n")
+    assert len(load_split(task, "train")[0].before) == 10_000_000 + len(" i feel")
+    odd = rows_file(tmp_path, "odd.jsonl", '{"text": "a\\ud800b", "label": "sad"}\n')
+    load_split(task, "train", file=odd)[0].before.encode()
+    for content, part in (
+        ("text,label\nthe rain,\x1b[31mglad\n", "unknown label"),
+        ("text,label\nrain" + ",sad" * 1_000_000 + "\n", "1000001 columns"),
+        (",".join(f"c{i}" for i in range(1_000_000)) + "\nrain\n", "1 columns, the header has 1000000"),
+    ):
+        rows_file(tmp_path, "mood.csv", content)
+        with pytest.raises(TinyldError, match=part) as raised:
+            load_split(task, "train")
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 1_000
 
 
 # ---------------------------------------------------------------------------------------------- the built-in tasks
@@ -434,7 +412,7 @@ def test_built_in_label_tasks_are_whole(name: str) -> None:
     assert all(" " not in words and words == words.lower() for words in task.verbalizer.values())
     for counts in task.label_counts.values():
         assert tuple(counts) == task.labels
-    for remote in task.source.files if task.source else ():
+    for remote in task.download.files if task.download else ():
         assert remote.url.startswith("https://") and len(remote.sha256 or "0" * 64) == 64
 
 

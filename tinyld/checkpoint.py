@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyld.config import ModelConfig, from_dict, to_dict
-from tinyld.device import BASE_DTYPES, shrink, stored_bytes
+from tinyld.device import BASE_DTYPES, Int8, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.methods.bands import BAND_EDGES
@@ -72,10 +72,8 @@ def save_base(
 ) -> None:
     """Writes a base's tokenizer and weights, in int8 with one scale a row where that is `dtype`."""
     folder.write(TOKENIZER, tokenizer.to_json().encode())
-    if dtype == torch.int8:
-        folder.write_tensors(MODEL, to_int8(tensors))
-    else:
-        folder.write_tensors(MODEL, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    int8 = dtype == torch.int8
+    folder.write_tensors(MODEL, to_int8(tensors) if int8 else {name: t.to(dtype) for name, t in tensors.items()})
 
 
 def to_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,9 +81,8 @@ def to_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.dim() == 2:
-            scale = tensor.detach().float().abs().amax(1).clamp(min=1e-12) / 127
-            stored[name] = (tensor.detach().float() / scale[:, None]).round().to(torch.int8)
-            stored[f"{name}.scale"] = scale
+            stored[name], scale = Int8().right_inverse(tensor.detach().float())
+            stored[f"{name}.scale"] = scale[:, 0]
         else:
             stored[name] = tensor.detach().bfloat16()
     return stored
@@ -95,10 +92,10 @@ def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors that `to_int8` stored, matrices as floats again; any other tensors as they are."""
     scales = {n: tensors[f"{n}.scale"] for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}.scale" in tensors}
     found = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".scale") not in scales}
-    for name, scale in scales.items():
+    for name, scale in finite(scales, path).items():
         if tensors[name].dim() != 2 or scale.shape != tensors[name].shape[:1]:
             raise TinyldError(f"{path}: tensor {name!r} needs one scale a row, got {tuple(scale.shape)}")
-        found[name] = tensors[name].float() * finite({name: scale}, path)[name][:, None]
+        found[name] = Int8()(tensors[name], scale[:, None])
     return found
 
 
@@ -135,19 +132,22 @@ def check_amount(asked: int, tensors: Mapping[str, Tensor], path: Path) -> None:
         raise TinyldError(f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}")
 
 
-@torch.no_grad()
-def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Copies `tensors` into `parameters`; names and shapes must be the same on both sides. `path` is for the error."""
+def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """TinyldError unless names and shapes are the same on both sides."""
     missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or extra:
-        parts = [
-            f"{word} {', '.join(names[:3])}" for word, names in (("missing", missing), ("unexpected", extra)) if names
-        ]
+        parts = [f"{word} {', '.join(n[:3])}" for word, n in (("missing", missing), ("unexpected", extra)) if n]
         raise TinyldError(f"{path}: the tensors do not fit: {'; '.join(parts)}")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
             raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
+
+
+@torch.no_grad()
+def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copies `tensors` into `parameters`; names and shapes must be the same on both sides. `path` is for the error."""
+    check_fit(parameters, tensors, path)
     for name, tensor in finite(tensors, path).items():
         parameters[name].copy_(tensor)
 
@@ -163,37 +163,35 @@ def base_record(config: Mapping[str, Any], where: object) -> BaseRecord:
     return record
 
 
-def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
-    """The folder of a run's base, which its fingerprint names: `override`, else a released one, else as recorded."""
-    record = base_record(config, run / CONFIG)
-    if override is not None:
-        check_fingerprint(record, fingerprint(RunFolder.open(override)), override, run)
-        return override
-    places = [*(bundled_data_dir() / name for name in RELEASED), Path(record.path)]
-    for path in places:
-        if os.path.isfile(path / CONFIG) and RunFolder(path).config["kind"] == "base":
-            if fingerprint(RunFolder(path)) == record.fingerprint:
-                return path
-    if os.path.isfile(places[-1] / CONFIG):
-        check_fingerprint(record, fingerprint(RunFolder(places[-1])), places[-1], run)
-    released = " and ".join(str(path) for path in places[:-1])
-    raise TinyldError(
-        f"the base of {run}, {record.fingerprint}, is neither a released one ({released}) nor at {record.path}; "
-        "give its folder with --base"
-    )
-
-
 def base_dtype(config: Mapping[str, Any], where: object) -> str:
     """The type that a run's base was kept in when it was trained."""
     return base_record(config, where).dtype
 
 
+def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
+    """The folder of a run's base, which its fingerprint names: `override`, else a released one, else as recorded."""
+    record = base_record(config, run / CONFIG)
+    released, recorded = [bundled_data_dir() / name for name in RELEASED], Path(record.path)
+    for path in [*released, recorded] if override is None else []:
+        if os.path.isfile(path / CONFIG) and RunFolder(path).config["kind"] == "base":
+            if fingerprint(RunFolder(path)) == record.fingerprint:
+                return path
+    if override is None and not os.path.isfile(recorded / CONFIG):
+        raise TinyldError(
+            f"the base of {run}, {record.fingerprint}, is neither a released one ({' and '.join(map(str, released))}) "
+            f"nor at {recorded}; give its folder with --base"
+        )
+    path = recorded if override is None else override
+    _check_fingerprint(record, fingerprint(RunFolder.open(path)), path, run)
+    return path
+
+
 def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
     """TinyldError when a run was trained on a base other than this one."""
-    check_fingerprint(base_record(config, run / CONFIG), base.fingerprint, base.path, run)
+    _check_fingerprint(base_record(config, run / CONFIG), base.fingerprint, base.path, run)
 
 
-def check_fingerprint(record: BaseRecord, found: str, path: Path, run: Path) -> None:
+def _check_fingerprint(record: BaseRecord, found: str, path: Path, run: Path) -> None:
     if record.fingerprint != found:
         raise TinyldError(
             f"{run} was trained on base {record.fingerprint}, but {path} is base {found}; give its own with --base"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,14 +30,6 @@ class Batch:
     tail_mask: Tensor | None = None  # (B, L) bool: what a slot holds behind its answer's [EOS]; None: nothing
 
 
-class Source(Protocol):
-    """Rows that training reads."""
-
-    def __len__(self) -> int: ...
-    def steps_per_epoch(self, batch_size: int) -> int: ...
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch: ...
-
-
 def seeded(*key: int) -> np.random.Generator:
     """A numpy generator that is a function of `key` alone."""
     return np.random.default_rng(np.random.SeedSequence(key))
@@ -53,16 +45,28 @@ def torch_seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+class Source:
+    """Rows that training reads; which ones a step takes is a function of (seed, step)."""
+
+    _epoch: tuple[tuple[int, int, int], list[Any]] | None = None  # the last epoch asked for, and its batches
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        epoch, i = divmod(step, self.steps_per_epoch(batch_size))
+        key = (epoch, batch_size, seed)
+        if self._epoch is None or self._epoch[0] != key:
+            self._epoch = (key, self._batches(*key))
+        return self.take(*self._epoch[1][i])
+
+
 # ---------------------------------------------------------------------------------------------- pretraining text
 
 
-class TextRows:
+class TextRows(Source):
     """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch."""
 
     def __init__(self, stream: np.ndarray, length: int, bos_id: int):
         self.stream, self.width, self.bos_id = stream, length - 1, bos_id
         self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
-        self._order: tuple[tuple[int, int], np.ndarray, int] | None = None
         if self.num_rows < 1:
             raise TinyldError(
                 f"too little text: {len(stream)} tokens; rows of {length} tokens need at least {2 * self.width}"
@@ -74,14 +78,13 @@ class TextRows:
     def steps_per_epoch(self, batch_size: int) -> int:
         return max(1, self.num_rows // batch_size)
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        epoch, i = divmod(step, self.steps_per_epoch(batch_size))
-        if self._order is None or self._order[0] != (epoch, seed):
-            rng = seeded(seed, 1, epoch)
-            offset = int(rng.integers(self.width)) if epoch else 0
-            self._order = ((epoch, seed), rng.permutation(self.num_rows), offset)
-        _, order, offset = self._order
-        return self.take(order[i * batch_size : (i + 1) * batch_size], offset)
+    def _batches(self, epoch: int, batch_size: int, seed: int) -> list[tuple[np.ndarray, int]]:
+        """(rows, where the cut is) of each batch."""
+        rng = seeded(seed, 1, epoch)
+        offset = int(rng.integers(self.width)) if epoch else 0
+        order = rng.permutation(self.num_rows)
+        starts = [i * batch_size for i in range(self.steps_per_epoch(batch_size))]
+        return [(order[start : start + batch_size], offset) for start in starts]
 
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
@@ -94,7 +97,7 @@ class TextRows:
 # ---------------------------------------------------------------------------------------------- tasks
 
 
-class TaskRows:
+class TaskRows(Source):
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
     An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text (`tail_mask`). A row
@@ -106,9 +109,8 @@ class TaskRows:
         self.task = task
         self.slot = slot_width(task, tokenizer)
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
-        before = tokenizer.encode_batch([e.before for e in examples])
-        after = tokenizer.encode_batch([e.after for e in examples])
-        answers = tokenizer.encode_batch([e.answer for e in examples])
+        parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]
+        before, answers, after = map(tokenizer.encode_batch, parts)
         room = max_length - self.slot - 2
         if room < 1:
             raise TinyldError(
@@ -128,7 +130,6 @@ class TaskRows:
             self.ids.append(np.array(row, dtype=np.int32))
         self.lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
         self.pad_id = tokenizer.pad_id
-        self._order: tuple[tuple[int, int, int], list[np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -146,14 +147,7 @@ class TaskRows:
     def steps_per_epoch(self, batch_size: int) -> int:
         return -(-len(self.ids) // batch_size)
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        epoch, i = divmod(step, self.steps_per_epoch(batch_size))
-        key = (epoch, batch_size, seed)
-        if self._order is None or self._order[0] != key:
-            self._order = (key, self._epoch_batches(*key))
-        return self.take(self._order[1][i])
-
-    def _epoch_batches(self, epoch: int, batch_size: int, seed: int) -> list[np.ndarray]:
+    def _batches(self, epoch: int, batch_size: int, seed: int) -> list[tuple[np.ndarray]]:
         """Rows of like length together, drawn from pools of 64 batches so that batches differ between epochs."""
         rng = seeded(seed, 1, epoch)
         order = rng.permutation(len(self.ids))
@@ -162,7 +156,7 @@ class TaskRows:
             pool = order[start : start + 64 * batch_size]
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        return [(batches[i],) for i in rng.permutation(len(batches))]
 
     def in_length_order(self, batch_size: int) -> list[np.ndarray]:
         """Every row once, in batches of like length: the order for evaluation and caching."""
@@ -172,9 +166,7 @@ class TaskRows:
     def take(self, rows: np.ndarray) -> Batch:
         width = int(self.lengths[rows].max())
         x0 = np.full((len(rows), width), self.pad_id, dtype=np.int64)
-        answer = np.zeros((len(rows), width), dtype=bool)
-        real = np.zeros((len(rows), width), dtype=bool)
-        tail = np.zeros((len(rows), width), dtype=bool)
+        answer, real, tail = np.zeros((3, len(rows), width), dtype=bool)
         for i, row in enumerate(rows):
             ids, start = self.ids[row], self.starts[row]
             x0[i, : len(ids)] = ids

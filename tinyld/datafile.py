@@ -70,13 +70,12 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Tas
         "template": options.template,
         "verbalizer": dict(zip(labels, answer_words(labels, tokenizer), strict=True)),
         "columns": {"text": text},
-        "pair": None,
         "label_column": label,
         "label_names": labels,
         "answer_column": None,
         "answer_tokens": 0,
         "metric": "accuracy",
-        "path": None,
+        "path": str(file.resolve()),
     }
     return from_record(record, str(file))
 

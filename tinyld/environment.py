@@ -12,6 +12,7 @@ from typing import Any
 
 import tinyld
 from tinyld.errors import TinyldError
+from tinyld.runs import TOKENIZER, RunFolder
 
 
 def check_unchanged(
@@ -21,16 +22,14 @@ def check_unchanged(
 
     An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
     """
-    from tinyld.runs import TOKENIZER, RunFolder
-
     if config["kind"] == "base":
         RunFolder(path).read(TOKENIZER)
     then, now = config["environment"], environment()
     depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
     pairs = [(name, then[name], now[name]) for name in depends]
-    pairs.append(("data", str(config["data"]["sha256"])[:12], data_sha256[:12]))
+    pairs.append(("data", config["data"]["sha256"][:12], data_sha256[:12]))
     if dev_sha256 is not None:
-        pairs.append(("dev rows", str(config["data"]["dev_sha256"])[:12], dev_sha256[:12]))
+        pairs.append(("dev rows", config["data"]["dev_sha256"][:12], dev_sha256[:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
         raise TinyldError(f"{path} began otherwise: {changed}; --set allow_changed=true goes on all the same")

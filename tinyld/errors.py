@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 def plain(text: object) -> str:
     """Text from outside as it may go to a terminal: on one line, and a "?" for what does not print.
@@ -32,3 +35,12 @@ class UsageError(TinyldError):
     """A bad option value or combination, found before any work is done."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def failing(path: object, done: str) -> Iterator[None]:
+    """What the system refuses within becomes the line "`path`: cannot be `done`"."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise TinyldError(f"{path}: cannot be {done} ({getattr(error, 'strerror', None) or error})") from None

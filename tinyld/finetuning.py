@@ -266,7 +266,6 @@ def _go_on(folder: RunFolder, options: Training) -> dict[str, Any]:
         if is_writer():  # it may have been killed while it tidied up
             folder.remove(INITIAL)
             folder.remove_checkpoints()
-            folder.remove_leftovers()
         return results[verb]
     where = str(out / CONFIG)
     diffusion = from_dict(DiffusionConfig, config["diffusion"], where)

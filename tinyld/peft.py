@@ -18,7 +18,8 @@ from tinyld.methods import WeightLora
 from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
 from tinyld.model import LINEARS
 from tinyld.read import finite, read_object, read_tensors
-from tinyld.write import make_folder, to_json, write_atomic
+from tinyld.runs import RunFolder
+from tinyld.write import to_json, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 BASE = "tinyld base "
@@ -52,9 +53,7 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
     """Writes a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
     from safetensors.torch import save
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TinyldError(f"{out} exists and is not empty: choose another --out")
-    make_folder(out)
+    RunFolder.create(out)
     settings = PLAIN | {
         "task_type": None,
         "base_model_name_or_path": BASE + fingerprint,

@@ -210,9 +210,8 @@ def refuse_another(asked: Task, own: Task, run: Path) -> None:
 
 def input_columns(task: Task) -> list[str]:
     """The columns that asking takes: all that the task reads but the answer."""
-    pair = [task.pair.column] if task.pair else []
     label = [task.label_column] if task.is_generation and task.label_column else []
-    return list(dict.fromkeys([*task.columns.values(), *pair, *label]))
+    return list(dict.fromkeys([*task.columns.values(), *label]))
 
 
 def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Any]:

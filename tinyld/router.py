@@ -169,7 +169,7 @@ def stranger_rows(base: Base, task: Task) -> TaskRows | None:
 
     Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
     """
-    if len(task.columns) != 1 or task.pair is not None or task.is_generation:
+    if len(task.columns) != 1 or task.is_generation:
         return None
     (column,) = task.columns.values()
     lines = islice(read_lines([bundled_data_dir() / "corpus.txt.gz"]), STRANGERS)

@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import string
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,13 +15,18 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check, check_choice
 from tinyld.errors import TinyldError, show
+from tinyld.formats import PAIR
 from tinyld.read import ROWS_BYTES, as_object, clean, parse_json, read_text
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
 
 SPLITS = ("train", "dev", "test")
-SUFFIXES = (".tsv", ".csv", ".jsonl")
+TABLES: dict[str, dict[str, Any]] = {  # how csv reads each; in a TSV a quote is an ordinary character
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+    ".csv": {"delimiter": ",", "strict": True},
+}
+SUFFIXES = (*TABLES, ".jsonl")
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
 
 
@@ -56,35 +60,30 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
         what = "no such folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
         raise TinyldError(f"no {split} rows of {task.name} in {data}: {what} (.csv and .jsonl are read too)")
     if split in task.data:
-        return task.data[split]
-    cache = download.cache_dir() / "data"
-    if task.builtin:
-        own = os.environ.get("TINYLD_DATA")
-        if own and not os.path.isdir(own):
-            raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
-        for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
-            if found := _in_folder(folder, (name,), split):
-                if folder == cache:
-                    download.check_cached(found, task.label_counts.get(split))
-                return found
-    elif not task.splits:
-        raise TinyldError(f"task {task.name}: its file {task.path} is gone; give the {split} rows by --data DIR")
-    if split not in task.splits:
-        which = f"task {task.name}" if task.builtin else str(task.path)
-        raise TinyldError(f"{which} has no {split} split; it has {', '.join(task.splits)}")
+        return Path(task.data[split])
     if not task.builtin:
-        raise TinyldError(f"{task.path}: names no file for {split}; add it to the [data] table or pass --data DIR")
-    columns = (*task.columns.values(), task.pair and task.pair.column, task.answer_column, task.label_column)
+        lacks = f"has no {split} split; it has {', '.join(task.data) or 'none'}"
+        state = lacks if os.path.lexists(task.path) else "is gone"
+        raise TinyldError(f"{task.path} {state}; give the {split} rows by --data DIR")
+    cache, own = download.cache_dir() / "data", os.environ.get("TINYLD_DATA")
+    if own and not os.path.isdir(own):
+        raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
+    for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
+        if found := _in_folder(folder, (name,), split):
+            if folder == cache:
+                download.check_cached(found, task.label_counts.get(split))
+            return found
+    if split not in task.splits:
+        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
+    columns = dict.fromkeys(filter(None, (*task.columns.values(), task.answer_column, task.label_column)))
     way_out = (
-        f"put the file ({', '.join(dict.fromkeys(filter(None, columns)))} columns) at {cache / name / split}.tsv "
+        f"put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv "
         f"or at DIR/{name}/{split}.tsv with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
     )
-    if name in BUNDLED_TASKS:
-        raise TinyldError(f"no {split} rows of {name} in {bundled_data_dir()}: they are gone; reinstall tinyld")
-    if task.source is None:
+    if task.download is None:
         raise TinyldError(f"no {split} rows of {task.name}, which has no official download: {way_out}")
     try:
-        return download.download_task(name, task.source) / f"{split}.tsv"
+        return download.download_task(name, task.download) / f"{split}.tsv"
     except download.NetworkError as error:
         raise TinyldError(f"no {split} rows of {task.name}: {error}; {way_out}") from None
 
@@ -97,42 +96,34 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = read_text(path, ROWS_BYTES)
     if not text.strip():
         raise TinyldError(f"{path}: the file is empty")
-    if suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"{path}: line {number}"
-                yield where, as_object(parse_json(line, where), where)
+    if suffix in TABLES:
+        yield from _read_table(text, path, TABLES[suffix])
         return
-    header: list[str] | None = None
-    for number, values in _csv_lines(text, path) if suffix == ".csv" else _tsv_lines(text):
-        where = f"{path}: line {number}"
-        if header is None:
-            header = [clean(value) for value in values]
-            if len(set(header)) != len(header):
-                raise TinyldError(f"{where}: two columns of one name in {show(', '.join(header))}")
-        elif len(values) != len(header):
-            kind = "comma" if suffix == ".csv" else "tab"
-            raise TinyldError(f"{where}: {len(values)} columns, the header has {len(header)}; look for a stray {kind}")
-        else:
-            yield where, dict(zip(header, values, strict=True))
-
-
-def _tsv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    """No quoting: a quote is an ordinary character (csv.QUOTE_NONE)."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, line.removesuffix("\r").split("\t")
+            where = f"{path}: line {number}"
+            yield where, as_object(parse_json(line, where), where)
 
 
-def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the largest that a C long holds everywhere
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
+    reader = csv.reader(io.StringIO(text, newline=""), **table)
+    header: list[str] | None = None
     start = 1
     try:
         for values in reader:
-            if values:
-                yield start, values
-            start = reader.line_num + 1
+            where, start = f"{path}: line {start}", reader.line_num + 1
+            if not any(value.strip() for value in values):
+                continue
+            if header is None:
+                header = [clean(value) for value in values]
+                if len(set(header)) != len(header):
+                    raise TinyldError(f"{where}: two columns of one name in {show(', '.join(header))}")
+            elif len(values) != len(header):
+                stray = f"the header has {len(header)}; look for a stray {table['delimiter']!r}"
+                raise TinyldError(f"{where}: {len(values)} columns, {stray}")
+            else:
+                yield where, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
 
@@ -160,16 +151,16 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
 
 def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
     """Template field -> text."""
-    fields = {name: _cell(row, column, where) for name, column in task.columns.items()}
-    if task.pair:
-        text = _cell(row, task.pair.column, where)
-        parts = [part.strip() for part in text.split(clean(task.pair.separator))]
-        if len(parts) != 2 or not all(parts):
+    fields: dict[str, str] = {}
+    for column in dict.fromkeys(task.columns.values()):
+        names = [name for name, own in task.columns.items() if own == column]
+        text = _cell(row, column, where)
+        parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
+        if len(parts) != len(names) or not all(parts):
             raise TinyldError(
-                f"{where}: column {show(task.pair.column)} must hold two texts with {task.pair.separator!r} between, "
-                f"got {show(text)}"
+                f"{where}: column {show(column)} must hold {len(names)} texts with {PAIR!r} between, got {show(text)}"
             )
-        fields |= zip(task.pair.fields, parts, strict=True)
+        fields |= zip(names, parts, strict=True)
     return fields
 
 
@@ -196,7 +187,7 @@ def load_split(
     """
     check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
     check_choice("split", split, SPLITS)
-    path = Path(file) if file is not None else find_file(task, split, Path(data) if data is not None else None)
+    path = file if file is not None else find_file(task, split, data)
     rows = list(islice(read_rows(path), limit))
     if not rows:
         raise TinyldError(f"{path}: a header but no rows")

@@ -2,8 +2,9 @@
 
 A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
 (`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
-(evaluations), `checkpoints/` and `manifest.json`. Only what a manifest lists or what bears our temporary names is
-ever deleted, and nothing through a link. torch is imported only where tensors are, so that `tinyld info` needs none.
+(evaluations), `manifest.json`, and while it trains `checkpoints/`, a folder of the same kind with a file a step. Only
+what a manifest lists or what bears our temporary names is ever deleted, and nothing through a link. torch is imported
+only where tensors are, so that `tinyld info` needs none.
 """
 
 from __future__ import annotations
@@ -11,17 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyld.environment import check_unchanged as check_unchanged
-from tinyld.environment import environment as environment
-from tinyld.environment import under_torchrun as under_torchrun
-from tinyld.errors import TinyldError
-from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_json, read_text
-from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, temporary_name, to_json, write_atomic
+from tinyld.errors import TinyldError, failing, show
+from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_object, read_text
+from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,19 +27,20 @@ CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.j
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
 INITIAL = "initial.safetensors"  # what pretraining with --keep-init began with, until it is finished
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
-CHECKPOINTS, STATE, STATE_TENSORS = "checkpoints", "state.json", "state.safetensors"
+CHECKPOINTS = "checkpoints"
 KINDS = ("base", "adapter", "composition")  # of a run, in its config
-
-
-# ------------------------------------------------------------------------------------------------ run folders
+# What a config says of rows or text, as far as it is read again.
+DATA: dict[str, Any] = {
+    "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
+    "files": list, "tokens": int,
+}  # fmt: skip
 
 
 class RunFolder:
     """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run.
 
-    A file and its line in the manifest cannot change in one step, so the manifest first names the new content as
-    pending, then the file takes its name, then the manifest is settled: wherever the process dies, the file on the
-    disk is one that the manifest knows.
+    A file and its line in the manifest cannot change in one step, so the manifest first names the new content and the
+    one `before` it, then the file takes its name: wherever the process dies, the file is one that the manifest knows.
     """
 
     def __init__(self, path: Path):
@@ -53,10 +51,8 @@ class RunFolder:
     def check_free(path: Path, force: bool = False) -> None:
         """TinyldError unless `path` is new or empty, or holds a run that `force` may replace."""
         folder = RunFolder(path)
-        if not os.path.lexists(path) or folder._holds_nothing():
-            return
         is_run = folder.is_run() and not path.is_symlink()
-        if not (force and is_run):
+        if os.path.lexists(path) and not folder._holds_nothing() and not (force and is_run):
             go_on = f"go on with it by --resume {path}, " if folder.checkpoints() else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
@@ -68,7 +64,7 @@ class RunFolder:
         folder = cls(path)
         if folder.is_run():
             with folder.locked():
-                files = [name for name in folder._manifest()["files"] if name != CONFIG]
+                files = [name for name in folder._manifest() if name != CONFIG]
                 folder.remove_checkpoints()
                 clear(path, [METRICS, *files, CONFIG, MANIFEST])  # last what tells that it is a run
         make_folder(path)
@@ -83,15 +79,15 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether this is one of ours: a config that says which kind of run it is, and a manifest that lists it."""
         try:
-            return CONFIG in self._manifest()["files"] and read_json(self.path / CONFIG).get("kind") in KINDS
-        except (TinyldError, AttributeError):
+            return CONFIG in self._manifest() and read_object(self.path / CONFIG).get("kind") in KINDS
+        except TinyldError:
             return False
 
     def _holds_nothing(self) -> bool:
         """Whether the folder is empty, or holds only what a writer that was killed before its config leaves."""
         try:
             names = {name for name in os.listdir(self.path) if not is_temporary(name)}
-            return names <= {MANIFEST, TOKENIZER} and (not names or (MANIFEST in names and bool(self._manifest())))
+            return names <= {MANIFEST, TOKENIZER} & {MANIFEST, *self._manifest()}
         except (TinyldError, OSError):
             return False
 
@@ -110,26 +106,23 @@ class RunFolder:
 
     @property
     def config(self) -> Record:
-        config = self.read_json(CONFIG)
+        """The run's config.json, in which `data` holds what DATA says."""
+        config, path = self.read_json(CONFIG), self.path / CONFIG
         if not isinstance(config, Record) or config.get("kind") not in KINDS:
-            raise TinyldError(f"{self.path / CONFIG}: not the config of a run (no 'kind')")
+            raise TinyldError(f"{path}: not the config of a run (no 'kind')")
+        for name, value in as_object(config.get("data", {}), f"{path}: data").items():
+            if not isinstance(value, DATA.get(name, object)):
+                raise TinyldError(f"{path}: data: {name} is of the wrong type: {show(value)}")
         return config
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file and its SHA-256 into the manifest."""
-        entry = {"sha256": sha256(content), "bytes": len(content)}
         with self.locked():
-            manifest = self._manifest()
-            for dead, left in manifest.get("pending", {}).items():  # by a writer that died: did its file take its name?
-                with contextlib.suppress(TinyldError):
-                    if sha256(self.read(dead)) == left["sha256"]:
-                        manifest["files"][dead] = left
-            manifest["pending"] = {name: entry}
-            write_atomic(self.path / MANIFEST, to_json(manifest))
+            files, entry = self._manifest(), {"sha256": sha256(content), "bytes": len(content)}
+            with contextlib.suppress(TinyldError):
+                entry["before"] = sha256(self.read(name))
+            write_atomic(self.path / MANIFEST, to_json({"files": files | {name: entry}}))
             write_atomic(self.path / name, content)
-            manifest["files"][name] = entry
-            del manifest["pending"]
-            write_atomic(self.path / MANIFEST, to_json(manifest))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, to_json(value))
@@ -142,23 +135,20 @@ class RunFolder:
     def remove(self, name: str) -> None:
         """Removes a file that the manifest lists, and its line there."""
         with self.locked():
-            manifest = self._manifest()
-            if manifest["files"].pop(name, None):
+            files = self._manifest()
+            if files.pop(name, None):
                 clear(self.path, [name])  # first, so that --resume tries again should this process die between the two
-                write_atomic(self.path / MANIFEST, to_json(manifest))
+                write_atomic(self.path / MANIFEST, to_json({"files": files}))
 
     def read(self, name: str) -> bytes:
         """A file's bytes, checked against the manifest."""
         path = self.path / name
-        for wait in (0.05, None):
-            if not path.exists():
-                raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
-            content = read_bytes(path, TENSORS_BYTES)
-            if sha256(content) in [entry["sha256"] for entry in self._entries(name)]:
-                return content
-            if wait is not None:
-                time.sleep(wait)  # a writer may have been between the two
-        raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
+        if not path.exists():
+            raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
+        content, entry = read_bytes(path, TENSORS_BYTES), self._entry(name)
+        if sha256(content) not in (entry["sha256"], entry.get("before")):
+            raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
+        return content
 
     def read_json(self, name: str) -> Any:
         return parse_json(self.read(name), self.path / name)
@@ -168,46 +158,40 @@ class RunFolder:
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file, from the manifest."""
-        entries = self._entries(name)
-        return str(entries[0]["sha256"]) if len(entries) == 1 else sha256(self.read(name))
+        entry = self._entry(name)
+        return sha256(self.read(name)) if "before" in entry else entry["sha256"]
 
     def files(self) -> dict[str, int]:
         """Every file of the manifest with its size in bytes."""
-        return {name: int(self._entries(name)[0]["bytes"]) for name in self._manifest()["files"]}
+        return {name: entry["bytes"] for name, entry in self._manifest().items()}
 
-    def _entries(self, name: str) -> list[dict[str, Any]]:
-        """What the manifest knows of a file: one entry, or two when its writer died between file and manifest."""
-        manifest = self._manifest()
-        entries = [part[name] for part in (manifest["files"], manifest.get("pending", {})) if name in part]
-        if not entries:
+    def _entry(self, name: str) -> dict[str, Any]:
+        files = self._manifest()
+        if name not in files:
             raise TinyldError(f"{self.path / name}: not listed in {MANIFEST}; it was not written by tinyld")
-        return entries
+        return files[name]
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
         if not os.path.lexists(path):
-            return {"files": {}}
-        manifest = as_object(read_json(path), path)
-        for part in (manifest["files"], manifest.get("pending", {})):
-            for name, entry in as_object(part, f"{path}: files").items():
-                entry = as_object(entry, f"{path}: {name!r}")
-                if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
-                    raise TinyldError(f"{path}: damaged, the entry for {name!r} has no sha256 and bytes")
-                if Path(name).name != name:
-                    raise TinyldError(f"{path}: the name {name!r} leaves the run folder")
-        return manifest
+            return {}
+        files = as_object(read_object(path)["files"], f"{path}: files")
+        for name, entry in files.items():
+            entry = as_object(entry, f"{path}: {name!r}")
+            if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
+                raise TinyldError(f"{path}: damaged, the entry for {name!r} has no sha256 and bytes")
+            if Path(name).name != name:
+                raise TinyldError(f"{path}: the name {name!r} leaves the run folder")
+        return files
 
     # ---- the metrics log
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
-        path = self.path / METRICS
-        try:
+        with failing(self.path / METRICS, "written"):
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            with open(os.open(path, flags, 0o666), "ab") as file:
+            with open(os.open(self.path / METRICS, flags, 0o666), "ab") as file:
                 file.write(to_json(record, None))
-        except OSError as error:
-            raise TinyldError(f"{path}: cannot be written ({error.strerror})") from None
 
     def metrics(self) -> list[Record]:
         """The log's records; a last line without its end, which a killed writer leaves, is not one."""
@@ -231,31 +215,26 @@ class RunFolder:
 
     # ---- checkpoints
 
-    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-        """Writes `checkpoints/<step>` whole, then removes all but the newest `keep`."""
-        folder = self.path / CHECKPOINTS
-        final, partial, replaced = folder / f"{step:08d}", temporary_name(folder), temporary_name(folder)
+    @property
+    def _checkpoints(self) -> RunFolder:
+        return RunFolder(self.path / CHECKPOINTS)
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> None:
+        """Writes `checkpoints/<step>`, with the state's JSON as a tensor, then removes all but the newest `keep`."""
+        import torch
+
+        folder = self._checkpoints
+        about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
         try:
-            if (self.path / METRICS).exists():
-                sync(self.path / METRICS)
-            folder.mkdir(exist_ok=True)
-            partial.mkdir()
-            inner = RunFolder(partial)
-            inner.write_tensors(STATE_TENSORS, tensors)
-            inner.write_json(STATE, {"step": step, **state})
-            if final.exists():
-                os.replace(final, replaced)
-            os.replace(partial, final)
-            sync(folder)
-        except (OSError, TinyldError) as error:
-            reason = str(error) if isinstance(error, TinyldError) else f"{final}: cannot be written ({error.strerror})"
-            with contextlib.suppress(TinyldError):
-                _clear_checkpoint(partial)
-            raise TinyldError(f"{reason}; {self.last_good()}") from None
-        for old in [replaced, *self.checkpoints()[:-keep]]:
-            with contextlib.suppress(TinyldError):
-                _clear_checkpoint(old)
-        return final
+            with failing(self.path, "written"):
+                if (self.path / METRICS).exists():
+                    sync(self.path / METRICS)
+                folder.path.mkdir(exist_ok=True)
+            folder.write_tensors(f"{step:08d}", {**tensors, "state": about})
+        except TinyldError as error:
+            raise TinyldError(f"{error}; {self.last_good()}") from None
+        for old in self.checkpoints()[:-keep]:
+            folder.remove(old.name)
 
     def last_good(self) -> str:
         """For an error: what can be gone on with."""
@@ -263,51 +242,38 @@ class RunFolder:
         return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoint folders, oldest first."""
-        return [path for path in self._checkpoint_folders() if re.fullmatch(r"\d{8,12}", path.name)]
-
-    def _checkpoint_folders(self) -> list[Path]:
+        """Checkpoint files, oldest first."""
         folder = self.path / CHECKPOINTS
         if folder.is_symlink() or not folder.is_dir():
             return []
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        return sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8,12}", path.name) and path.is_file())
 
     def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], Record] | None:
         """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
-        found = {int(p.name): p for p in self.checkpoints()}
-        if step is not None and step not in found:
-            steps = ", ".join(map(str, found)) or "none"
-            raise TinyldError(f"no checkpoint at step {step} in {self.path}; there are {steps}")
-        if not found:
+        steps = [int(path.name) for path in self.checkpoints()]
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise TinyldError(f"no checkpoint at step {step} in {self.path}; there are {there}")
+        if not steps:
             return None
-        chosen = max(found) if step is None else step
-        inner = RunFolder(found[chosen])
+        chosen = max(steps) if step is None else step
+        path = self.path / CHECKPOINTS / f"{chosen:08d}"
         try:
-            return inner.read_tensors(STATE_TENSORS), as_object(inner.read_json(STATE), inner.path / STATE)
+            tensors = self._checkpoints.read_tensors(path.name)
+            return tensors, as_object(parse_json(tensors.pop("state").numpy().tobytes(), path), path)
         except TinyldError as error:
-            older = [s for s in found if s < chosen]
+            older = [s for s in steps if s < chosen]
             way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"
             raise TinyldError(f"{error}; {way_out}") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
-        """Removes the checkpoints of steps after `after`; all of them, and what is half-written, by default."""
+        """Removes the checkpoints of steps after `after`, by default all of them, and what is half-written."""
+        folder = self._checkpoints
         for path in self.checkpoints():
             if int(path.name) > after:
-                _clear_checkpoint(path)
-        if after < 0:
-            self.remove_leftovers()
-            clear(self.path / CHECKPOINTS, with_folder=True)
-
-    def remove_leftovers(self) -> None:
-        """Removes what a killed writer left half-written."""
+                folder.remove(path.name)
         clear(self.path)
-        for path in self._checkpoint_folders():
-            if is_temporary(path.name):
-                _clear_checkpoint(path)
-
-
-def _clear_checkpoint(path: Path) -> None:
-    clear(path, [STATE_TENSORS, STATE, MANIFEST], with_folder=True)
+        clear(folder.path, [] if self.checkpoints() else [MANIFEST], with_folder=True)
 
 
 def _found(path: Path) -> str:
@@ -326,5 +292,4 @@ class Spectator(RunFolder):
     def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path
 
-    write = write_tensors = remove = log = close_log = rewind_metrics = _leave
-    save_checkpoint = remove_checkpoints = remove_leftovers = _leave
+    write = write_tensors = remove = log = close_log = rewind_metrics = save_checkpoint = remove_checkpoints = _leave

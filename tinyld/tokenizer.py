@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections import Counter
@@ -212,21 +211,9 @@ def check_patterns(value: Any, path: Path) -> None:
 
 def detokenize(pieces: list[str]) -> str:
     """Word pieces joined as people write: no blank before closing punctuation or inside contractions."""
-    text = ""
-    glue = True
-    open_quote = False
-    for piece in pieces:
-        if piece.startswith("##"):
-            text += piece[2:]
-            glue = False
-            continue
-        if piece in ".,!?;:)%'" or (piece == '"' and open_quote):
-            glue = True
-        text += piece if glue or not text else " " + piece
-        glue = piece in "('$" or (piece == '"' and not open_quote)
-        if piece == '"':
-            open_quote = not open_quote
-    return text
+    text = f" {' '.join(pieces)}".replace(" ##", "").strip()
+    text = re.sub(r"(?<=[('$]) | (?=[.,!?;:)%'])", "", text)
+    return re.sub(r'" ?([^"]*?) ?("|$)', r'"\1\2', text)
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
@@ -242,10 +229,6 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
                     line = " ".join(line.split())
                     if line:
                         yield line
-        except UnicodeDecodeError as error:
-            raise TinyldError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
-            ) from None
         except (EOFError, zlib.error) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
 
@@ -264,15 +247,11 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
     """The text files among `paths` and inside its folders, sorted; TinyldError when one is missing or none is there."""
     found: list[Path] = []
     for path in paths:
-        if os.path.isdir(path):
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(TEXT_SUFFIXES))
-            if not inside:
-                raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
-            found += inside
-        elif not os.path.isfile(path):
+        if not path.exists():
             raise TinyldError(f"no such file or folder: {path}")
-        elif path.name.endswith(TEXT_SUFFIXES):
-            found.append(path)
-        else:
-            raise TinyldError(f"{path}: expected a file ending in {', '.join(TEXT_SUFFIXES)}")
+        inside = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+        texts = [p for p in inside if p.name.endswith(TEXT_SUFFIXES)]
+        if not texts:
+            raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
+        found += texts
     return found

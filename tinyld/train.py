@@ -151,7 +151,6 @@ class TrainingRun:
             if scaler:
                 self.scaler.load_state_dict(scaler)
         self.processes.meet()  # before process 0 removes what another may still read
-        self.folder.remove_leftovers()
         self.folder.remove_checkpoints(after=max(self.saved_step, 0))
         self.folder.rewind_metrics(self.saved_step)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, failing
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -30,26 +30,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     A temporary name that nobody foresees, fsync, rename, fsync of the folder. What is there and is no regular file is
     not replaced: a pipe or a device (/dev/stdout) takes the bytes as they come, a folder or link is refused.
     """
-    temporary = None
-    try:
+    temporary = path.parent / f".tinyld-{secrets.token_hex(8)}.tmp"
+    with failing(path, "written"):
         if _is_stream(path):
             with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as file:
                 yield file
             return
-        temporary = temporary_name(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, ValueError) as error:
-        raise TinyldError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        if temporary is not None:
+        try:
+            with open(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def is_temporary(name: str) -> bool:
+    return re.fullmatch(r"\.tinyld-[0-9a-f]{16}\.tmp", name) is not None
 
 
 def _is_stream(path: Path) -> bool:
@@ -64,14 +65,6 @@ def _is_stream(path: Path) -> bool:
     raise OSError(0, "it is a folder" if path.is_dir() else "it is no regular file; where it is a link, name the file")
 
 
-def temporary_name(folder: Path) -> Path:
-    return folder / f".tinyld-{secrets.token_hex(8)}.tmp"
-
-
-def is_temporary(name: str) -> bool:
-    return re.fullmatch(r"\.tinyld-[0-9a-f]{16}\.tmp", name) is not None
-
-
 def sync(path: Path) -> None:
     """Puts a file or a folder's names on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -82,10 +75,8 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    try:
+    with failing(path, "made"):
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise TinyldError(f"{path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
 
 
 def clear(folder: Path, ours: Iterable[str] = (), with_folder: bool = False) -> None:
@@ -95,15 +86,13 @@ def clear(folder: Path, ours: Iterable[str] = (), with_folder: bool = False) -> 
     """
     if folder.is_symlink() or not folder.is_dir():
         return
-    try:
-        for name in [*(n for n in sorted(os.listdir(folder)) if is_temporary(n)), *ours]:
+    with failing(folder, "removed"):
+        for name in [*filter(is_temporary, sorted(os.listdir(folder))), *ours]:
             path = folder / name
             if path.name == name and os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode):
                 path.unlink()
         if with_folder and not os.listdir(folder):
             folder.rmdir()
-    except OSError as error:
-        raise TinyldError(f"{folder}: cannot be removed ({error.strerror})") from None
 
 
 def to_json(value: Any, indent: int | None = 2) -> bytes:
@@ -112,9 +101,7 @@ def to_json(value: Any, indent: int | None = 2) -> bytes:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise TinyldError("a result is not a finite number, so nothing was written") from None
-    return text.encode(
-        errors="backslashreplace"
-    )  # half a surrogate pair, of an undecodable path, becomes JSON's \udc80
+    return text.encode(errors="backslashreplace")  # half of a surrogate pair, of an undecodable path
 
 
 def sha256(content: bytes) -> str:
@@ -128,14 +115,13 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with failing(folder, "written"):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.fstat(descriptor).st_ino != os.stat(folder).st_ino:  # replaced by --force meanwhile
-                raise BlockingIOError
-        except BlockingIOError:
-            raise TinyldError(f"{folder}: another process is writing in it; wait for that") from None
-        except OSError as error:
-            raise TinyldError(f"{folder}: cannot be written ({error.strerror})") from None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if os.fstat(descriptor).st_ino != os.stat(folder).st_ino:  # replaced by --force meanwhile
+                    raise BlockingIOError
+            except BlockingIOError:
+                raise TinyldError(f"{folder}: another process is writing in it; wait for that") from None
         yield

@@ -91,4 +91,3 @@ class WeightLora(Method):
                 lora = getattr(block, name)
                 lora.base.weight += lora.scale * lora.lora_B @ lora.lora_A
                 setattr(block, name, lora.base)
-
