@@ -216,7 +216,7 @@ def test_half_an_answer_is_unreadable_and_masked_acc_is_another_number(tokenizer
 
 def test_a_verbalizer_is_read_only_when_it_is_the_whole_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 3, lambda i: i)
-    verbalizers = Verbalizers(rows, tokenizer)
+    verbalizers = Verbalizers(rows.task, rows.slot, tokenizer)
     assert verbalizers.ids.shape == (3, 3)
     assert verbalizers.ids[2].tolist() == [*tokenizer.encode("dull"), tokenizer.eos_id, tokenizer.eos_id]
     assert [verbalizers.read(text) for text in SEVERAL.values()] == [0, 1, 2]

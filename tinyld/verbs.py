@@ -6,7 +6,7 @@ from typing import Any
 
 from tinyld.config import ModelConfig, SampleConfig, from_dict
 from tinyld.environment import environment
-from tinyld.errors import TinyldError, UsageError, plain
+from tinyld.errors import TinyldError, plain
 from tinyld.options import (
     ComposeOptions,
     DemoOptions,
@@ -80,18 +80,19 @@ def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
 
 def sample(options: SampleOptions) -> dict[str, Any]:
     """Fills `length` masked tokens at `{answer}`, or after the prompt."""
-    if options.run is None and options.base is not None:
-        raise UsageError("--base is where an adapter's base is, and no run is given; sample from it by its path alone")
     from tinyld.predict import load, sampling_of
 
-    sampling = sampling_of(options)
-    run = load(options.run or default_base(), options.base, options.device, options.dtype)
-    texts, passes = run.fill(options.prompt, options.length, options.num, sampling)
-    return {"samples": texts, "forward_passes": passes}
+    sampling, steps = sampling_of(options), []
+    path = options.run or options.base or default_base()
+    run = load(path, options.base if options.run else None, options.device, options.dtype)
+    texts, passes = run.fill(options.prompt, options.length, options.num, sampling, steps.append)
+    return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
 
 
 def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
-    for text in result["samples"]:
+    for i, text in enumerate(result["samples"]):
+        for n, step in enumerate(result.get("steps", ()), 1):
+            print(plain(f"{n:>4}  {step[i]}"))
         print(plain(text))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinyld.distributed import is_writer
 from tinyld.errors import TinyldError, plain
+from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
 
@@ -32,14 +33,8 @@ def default_base() -> Path:
 
 
 def say_to_stderr(quiet: bool) -> Callable[[str], None]:
-    """Says a line on stderr, if anybody reads it."""
-
-    def say(text: str) -> None:
-        if not quiet and is_writer():
-            with contextlib.suppress(OSError):
-                print(plain(text), file=sys.stderr, flush=True)
-
-    return say
+    """Says a line on stderr, unless `quiet`, and by one process of several."""
+    return lambda text: None if quiet or not is_writer() else say(plain(text))
 
 
 def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int) -> None:
