@@ -421,7 +421,7 @@ def test_an_adapter_of_other_bands_is_refused(pair: tuple[Path, Path], verb: str
     assert ran.code == 1 and "its bands end at [1.0, 0.5, 0.2, 0.0]" in ran.stderr and not Path("new").exists()
 
 
-@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "ancestral"])
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy", "ancestral"])
 def test_text_is_sampled_from_a_base_and_an_adapter(
     sampler: str, place: Path, adapters: dict[str, tuple[Path, Ran]]
 ) -> None:
@@ -432,6 +432,8 @@ def test_text_is_sampled_from_a_base_and_an_adapter(
         assert first == good(*args)
         assert all("[MASK]" not in s and "_" not in s for s in first.json["samples"])
     assert len(good("sample", place / "base", "--num", 3, "--length", 2).stdout.splitlines()) == 3
+    shown = good("sample", "--base", place / "base", "--num", 1, "--length", 3, "--show-steps").stdout.splitlines()
+    assert shown[0].count("_") > shown[-2].count("_") == 0 and shown[0].strip().startswith("1 ")
 
 
 def test_info_says_what_a_run_is(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
@@ -548,7 +550,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(place: Path, mon
 
 def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(place / "base", "base")
-    args = ["finetune", "--base", "base", "--task", place / "mood.toml", "--method", "bitfit", "--steps", 7]
+    args = ["finetune", "--base", "./base", "--task", place / "mood.toml", "--method", "bitfit", "--steps", 7]
     interrupt(monkeypatch, 5, *args, "--set", "save_minutes=1e-9", "--out", "cut")
     shutil.rmtree("base")
     shutil.copytree(place / "other", "base")
@@ -721,10 +723,9 @@ ERRORS = [
     ("info {place}", 1, "expected config.json, found"),
     ("report nowhere", 1, "nowhere"),
     ("report {place}/base", 1, "holds a base; report takes adapters"),
-    (EVAL + "--set threshold=0.5", 2, "threshold goes with --sampler threshold"),
+    (EVAL + "--set threshold=0.5", 2, "threshold goes with --sampler threshold or entropy"),
     (EVAL + "--text {place}/text.txt --limit 3", 2, "limit has no effect on it"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
-    ("sample --base {place}/base", 2, "no run is given"),
     ("sample nowhere", 1, "no run in nowhere"),
     ("sample {place}/base --length 900", 2, "the base takes 48"),
     ("sample {place}/base --temperature nan", 2, "temperature must be at least 0"),
@@ -853,7 +854,7 @@ def test_a_truncated_base_is_named(name: str, place: Path) -> None:
     shutil.copytree(place / "base", "base")
     file = Path("base") / name
     file.write_bytes(file.read_bytes()[:-10])
-    args = ["finetune", "--base", "base", "--task", place / "mood.toml", "--method", "bitfit", "--out", "new"]
+    args = ["finetune", "--base", "./base", "--task", place / "mood.toml", "--method", "bitfit", "--out", "new"]
     assert_refused(cli(*args), 1, f"base/{name}")
     assert not Path("new").exists()
 

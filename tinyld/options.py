@@ -245,7 +245,7 @@ class PretrainOptions(Training):
     keep_init: float = option(0.0, "With --init: share of its weights in what is written.")
     body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
     body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
-    save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=("fp32", "bf16"))
+    save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=BASE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
