@@ -45,7 +45,7 @@ VERBS = {
         "tinyld finetune --data mine.csv --out runs/mine",
     ),
     "predict": Verb(
-        options.PredictOptions, "predict:predict", "Answer new texts with what was trained, by many tasks at once.",
+        options.PredictOptions, "texts:predict", "Answer new texts with what was trained, by many tasks at once.",
         "tinyld predict runs/mine new.csv --out answered.csv",
     ),
     "eval": Verb(

@@ -1,4 +1,4 @@
-"""Rows in, answers out: a loaded run, several that share one pass of their base, and the verb `predict`."""
+"""Rows in, answers out: a loaded run, and several that share one pass of their base."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from tinyld.composition import attach_static, load_composition, read_member
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, on_device, slot_logits
 from tinyld.methods import TrajectoryLora, WeightLora
-from tinyld.options import PredictOptions, Sampling, base_folder
+from tinyld.options import Sampling, base_folder
 from tinyld.peft import is_peft, load_peft
 from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.sampler import decode
 from tinyld.tasks import Task, from_record, load_task, to_record
-from tinyld.texts import chunks, printer
-from tinyld.workspace import default_base, keep_freed_memory, say_to_stderr, say_truncated
+from tinyld.workspace import default_base
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter", "tasks")
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
@@ -351,33 +350,3 @@ def sampling_of(options: Sampling) -> SampleConfig:
     check(options.threshold is None or options.sampler in reads, f"threshold goes with --sampler {' or '.join(reads)}")
     config = SampleConfig(options.sampler, options.steps, options.temperature, seed=options.seed)
     return config if options.threshold is None else replace(config, threshold=options.threshold)
-
-
-def predict(options: PredictOptions) -> None:
-    """Answers every text of the input, in its order; prints as soon as a chunk is done, or writes `out` whole."""
-    keep_freed_memory()
-    sampling, say = sampling_of(options), say_to_stderr(options.quiet)
-    paths, source = options.runs_and_input()
-    if len(paths) == 1:
-        run: Any = load(paths[0], options.base, options.device, options.dtype, task=options.task)
-        task, bases = run.task_named(options.task), [run.base]
-    else:
-        if options.task is not None:
-            raise UsageError("--task is for one run; several answer for their own tasks")
-        run = load(paths, options.base, options.device, options.dtype)
-        run.decoded = options.decoded
-        task, bases = run.task, [r.base for r in run.runs.values()]
-        groups = run.groups()
-        if len(groups) > 1:
-            shares = "; ".join(", ".join(names) for names in groups)
-            say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
-    truncated = total = 0
-    with printer(options) as write:
-        for rows in chunks(options, source, input_columns(task)):
-            records = run.answer(rows, task, sampling)
-            write(records)
-            total += len(records)
-            truncated += sum(
-                any(r["truncated"] for r in record.get("tasks", {"": record}).values()) for record in records
-            )
-    say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))

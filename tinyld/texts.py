@@ -1,4 +1,4 @@
-"""What `predict` reads and writes: lines as soon as they are there, files; JSON Lines, CSV, a table. No torch."""
+"""`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines, CSV, or a table."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 from tinyld.config import check
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
+from tinyld.predict import input_columns, load, sampling_of
 from tinyld.read import opened
 from tinyld.rows import SUFFIXES, read_rows
+from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
@@ -81,12 +83,36 @@ def _split(stream: BinaryIO, name: str) -> Iterator[list[tuple[int, str]]]:
             yield found
 
 
+def predict(options: PredictOptions) -> None:
+    """Answers every text of the input, in its order; prints as soon as a chunk is done, or writes `out` whole."""
+    keep_freed_memory()
+    sampling, say = sampling_of(options), say_to_stderr(options.quiet)
+    paths, source = options.runs_and_input()
+    if len(paths) == 1:
+        run: Any = load(paths[0], options.base, options.device, options.dtype, task=options.task)
+        task, bases = run.task_named(options.task), [run.base]
+    else:
+        check(options.task is None, "--task is for one run; several answer for their own tasks")
+        run = load(paths, options.base, options.device, options.dtype)
+        run.decoded, task, bases = options.decoded, run.task, [r.base for r in run.runs.values()]
+        if len(groups := run.groups()) > 1:
+            shares = "; ".join(", ".join(names) for names in groups)
+            say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
+    truncated = total = 0
+    with printer(options) as write:
+        for rows in chunks(options, source, input_columns(task)):
+            records = run.answer(rows, task, sampling)
+            write(records)
+            total += len(records)
+            truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
+    say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
+
+
 @contextmanager
 def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """Writes records: to stdout at once, or to a file when all of them are there."""
     out = options.out
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise TinyldError(f"{out}: cannot be written (not a file in a folder that exists)")
+    check_writable(out)
     as_csv = options.csv or (out is not None and out.suffix == ".csv")
     table = out is None and not as_csv and not options.json and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()

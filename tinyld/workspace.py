@@ -56,3 +56,9 @@ def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
+
+
+def check_writable(path: Path | None) -> None:
+    """TinyldError, before any work, for a file that could not be written after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")
