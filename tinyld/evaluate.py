@@ -78,8 +78,8 @@ class Verbalizers:
 
 
 def all_finite(logits: Tensor) -> Tensor:
-    """The logits as floats; TinyldError where one is not a number, or infinite."""
-    if not bool(torch.isfinite(logits).all()):
+    """The logits as floats; TinyldError where one is not a number, or too large. -inf is what cannot be written."""
+    if not bool((logits < torch.inf).all()):
         raise TinyldError("the denoiser's logits are not finite: its weights are too large for this arithmetic")
     return logits.float()
 
@@ -238,11 +238,15 @@ def slot_logits(
     last, position = model.config.num_layers, batch.answer_mask.nonzero()[:, 1:]  # (B, 1)
     h = model.run_blocks(model.embed(xt), real, 0, last, history=history)
     depths = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in [*history, h]])
-    here, weight, bias = take(h, position), model.embedding.weight, model.output_bias
+    here, weight, bias = take(h, position), model.vocabulary, model.output_bias
     for push, only in zip(pushes, ids, strict=True):
         push_at = push.start(t, prompt_mask, depths if push.reads_depths else history)
-        z = model.head_transform(model.final_norm((here + push_at(last, h, position))[:, 0]))
-        yield all_finite(F.linear(z, weight, bias) if only is None else F.linear(z, weight[only], bias[only]))
+        pushed = (here + push_at(last, h, position))[:, 0]
+        if only is None:
+            yield all_finite(model.head(pushed))
+        else:
+            z = model.head_transform(model.final_norm(pushed))
+            yield all_finite(F.linear(z, weight[only], None if bias is None else bias[only]))
 
 
 def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int) -> tuple[Tensor, Tensor, int, int]:
