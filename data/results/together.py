@@ -49,7 +49,8 @@ def main() -> None:
         paths = args.adapters
         if not paths:
             first, *copies = paths = [Path(folder) / f"task-{i}" for i in range(max(COUNTS))]
-            tinyld.finetune("reviews", out=first, recipe="fast", steps=1, limit=64, base=args.base)
+            rows = [(text, "good" if i % 2 else "bad") for i, text in enumerate(texts[:64])]
+            tinyld.finetune(rows, out=first, recipe="fast", steps=1, base=args.base)
             for copy in copies:
                 shutil.copytree(first, copy)
         answers, each = [], []
