@@ -98,7 +98,7 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        found, first = label_logp(model, batch, verbalizers, tokenizer.mask_id)
+        found = label_logp(model, batch, verbalizers, tokenizer.mask_id)
         took = len(passes)
         for k, answer in enumerate(ids):
             total = 0.0
@@ -113,9 +113,8 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
                     break
             assert found[0, k] == found[1, k] == pytest.approx(total, abs=1e-4)
         assert took == 1 + 3 + 2, "one for the first token, three for the second ones, two for what has not ended"
-        assert first.shape == (2, tokenizer.vocab_size)
-    record = by_label(torch.tensor([0.0, 1.0]), ["a", "b"])
-    assert record["label"] == "b" and sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    record = by_label(torch.tensor([[0.0, 1.0]]), ["a", "b"])
+    assert record["label"] == ["b"] and sum(record["probabilities"][0].values()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mood", "reviewed"])
@@ -222,6 +221,71 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     assert ran.exit_code == 2 and "has tasks mood, same; say which with --task" in ran.stderr
 
 
+@pytest.fixture(scope="module")
+def fast(place: Path) -> list[Path]:
+    """Adapters that share a pass: tasks of one template whose fields have other names, and one that does not."""
+    options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
+    rows = "".join(f'"{text}",{label}\n' for text, label in ROWS)
+    paths = []
+    for name, field, words in (("a", "text", "was"), ("b", "said", "was"), ("c", "text", "was"), ("d", "text", "is")):
+        task = f'template = "{{{field}}} it {words} {{answer}} ."\n[verbalizer]\nsad = "down"\nhappy = "well"\n'
+        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
+        (place / f"{name}.csv").write_text(f"{field},label\n{rows}")
+        run = tinyld.finetune(place / f"{name}.toml", out=place / f"fast-{name}", seed=len(paths), **options)
+        paths.append(run.path)
+    return paths
+
+
+def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
+    fast: list[Path], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the rain", "sun and sea", "", "very " * 60]
+    alone = {path.name: tinyld.load(path).predict(texts) for path in fast}
+    passes = []
+    blocks = Denoiser.run_blocks
+    monkeypatch.setattr(Denoiser, "run_blocks", lambda self, *a, **k: passes.append(a[2]) or blocks(self, *a, **k))
+    for paths, groups in ((fast[:3], 1), (fast, 2), ([*fast, place / "mood"], 3)):
+        runs = tinyld.load(paths)
+        passes.clear()
+        found = runs.predict(texts)
+        assert [r["text"] for r in found] == texts and len(runs.groups()) == groups
+        assert groups == 3 or passes.count(0) == groups, "the base runs once a template"
+        for name in (path.name for path in fast if path in paths):
+            one = [{"text": r["text"]} | r["tasks"][name] for r in found]
+            shares = all("decoded" not in r for r in one)
+            assert one == [{k: v for k, v in r.items() if k != "decoded" or not shares} for r in alone[name]]
+        runs.decoded = True
+        assert all(
+            {"text": r["text"]} | r["tasks"]["fast-a"] == a
+            for r, a in zip(runs.predict(texts), alone["fast-a"], strict=True)
+        )
+    assert set(found[0]["tasks"]["mood"]) == {"label", "probability", "probabilities", "decoded", "truncated"}
+    assert len({json.dumps(r["probabilities"]) for r in found[0]["tasks"].values()}) == 5
+    runs = tinyld.load(fast[:1])
+    base = runs.runs["fast-a"].base
+    assert runs.add(fast[1]).base is base and list(runs.predict("rain")[0]["tasks"]) == ["fast-a", "fast-b"]
+    with pytest.raises(tinyld.TinyldError, match="is given twice"):
+        runs.add(fast[1])
+    with pytest.raises(tinyld.UsageError, match="was made for no task"):
+        runs.add(place / "base")
+    with pytest.raises(tinyld.UsageError, match="same reads a, b"):
+        tinyld.load([fast[0], place / "same"]).predict("rain")
+
+
+def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path) -> None:
+    Path("new.csv").write_text("id,text\n1,rain\n2,the sun\n")
+    expected = [{"id": str(i), **r} for i, r in enumerate(tinyld.load(fast[:2]).predict(["rain", "the sun"]), 1)]
+    ran = cli(*fast[:2], "new.csv")
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == expected and ran.stderr == ""
+    ran = cli(*fast, text="rain\n")
+    assert "2 passes a text, as templates, bases or methods differ: fast-a, fast-b, fast-c; fast-d" in ran.stderr
+    (row,) = csv.DictReader(io.StringIO(cli(*fast[:2], "--csv", text="rain\n").stdout))
+    assert set(row) == {"text", "fast-a", "p(fast-a)", "fast-b", "p(fast-b)"}
+    alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]
+    assert {"text": "rain"} | records(*fast[:2], "--temperature", 0.5, text="rain\n")[0]["tasks"]["fast-a"] == alone
+    assert "--task is for one run" in cli(*fast, "--task", "a", text="rain\n").stderr
+
+
 def test_a_run_predicts_the_same_when_it_was_moved_and_its_task_file_is_gone(place: Path) -> None:
     before = records(place / "mood", text="rain\nsun\n")
     files = {p.name: p.read_bytes() for p in (place / "mood").iterdir()}
@@ -247,14 +311,14 @@ def test_another_task_of_the_same_name_is_refused_with_the_difference(place: Pat
         ("{place}/base", "rain", 2, "was made for no task"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
         ("{place}/mood new.csv", "", 1, "new.csv"),
-        ("{place}/mood new.txt", "", 1, "new.txt: cannot be read"),
+        ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
         ("{place}/mood new.txt --text rain", "", 2, "give INPUT or --text, not both"),
         ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
         ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
         ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
-        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold"),
+        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold or entropy"),
         ("nowhere", "rain", 1, "no run in nowhere"),
     ],
 )

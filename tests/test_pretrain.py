@@ -17,7 +17,7 @@ from tinyld.checkpoint import load_base
 from tinyld.data import TextRows
 from tinyld.errors import TinyldError
 from tinyld.options import PretrainOptions
-from tinyld.pretrain import INITIAL, pretrain, save_dtype_of, unigram_nll
+from tinyld.pretrain import INITIAL, SAVED, pretrain, unigram_nll
 from tinyld.runs import MODEL, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer
 
@@ -151,7 +151,7 @@ def test_weights_are_stored_in_the_type_asked_for(name: str, dtype: torch.dtype,
     run(tmp_path / "run", text, save_dtype=name, steps=1)
     folder = RunFolder(tmp_path / "run")
     assert {t.dtype for t in load((tmp_path / "run" / MODEL).read_bytes()).values()} == {dtype}
-    assert save_dtype_of(folder.config) == dtype
+    assert SAVED[folder.config["save_dtype"]] == dtype
     assert load_base(tmp_path / "run").model.embedding.weight.dtype == torch.float32
 
 

@@ -12,9 +12,8 @@ import re
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")  # typer's pydantic looks for some at every start: 10 ms
 
@@ -29,68 +28,61 @@ from tinyld.options import ARGUMENT, Options, flag, kinds
 from tinyld.tables import print_record, print_table
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """`run` takes the options and returns what is printed: as JSON, or by `show`. Both are named `module:function`."""
 
     options: type[Options]
     run: str
     help: str
     example: str
-    main: bool = False
     show: str | None = None  # of (result, options); a table with a line a field if there is none
 
 
+MAIN = ("finetune", "predict", "eval", "compose", "pretrain")  # whose examples stand in the first help
 VERBS = {
     "finetune": Verb(
         options.FinetuneOptions, "finetuning:finetune", "Teach a base your task: a small adapter is trained.",
-        "tinyld finetune --data mine.csv --out runs/mine", main=True,
+        "tinyld finetune --data mine.csv --out runs/mine",
     ),
     "predict": Verb(
-        options.PredictOptions, "predict:predict", "Answer new texts with what was trained.",
-        "tinyld predict runs/mine new.csv --out answered.csv", main=True,
+        options.PredictOptions, "texts:predict", "Answer new texts with what was trained, by many tasks at once.",
+        "tinyld predict runs/mine new.csv --out answered.csv",
     ),
     "eval": Verb(
         options.EvalOptions, "scores:eval", "Measure a run on rows whose labels are known.",
-        "tinyld eval runs/mine --split dev", main=True, show="scores:show",
+        "tinyld eval runs/mine --split dev", "scores:show",
     ),
     "compose": Verb(
         options.ComposeOptions, "compose:compose", "Use several adapters of one base at once.",
-        "tinyld compose runs/reviews runs/topics --out runs/both", main=True, show="compose:show",
+        "tinyld compose runs/reviews runs/topics --out runs/both", "compose:show",
     ),
     "pretrain": Verb(
         options.PretrainOptions, "pretrain:pretrain", "Make a base from running text (10 minutes if not told).",
-        "tinyld pretrain --data texts/ --minutes 20 --out runs/base", main=True,
+        "tinyld pretrain --data texts/ --minutes 20 --out runs/base",
     ),
     "sample": Verb(
         options.SampleOptions, "verbs:sample", "Write text, or fill in {answer}.",
-        "tinyld sample --prompt 'the film was {answer} .' --length 3", show="verbs:show_samples",
+        "tinyld sample --prompt 'the film was {answer} .' --length 3", "verbs:show_samples",
     ),
     "compare": Verb(
         options.CompareOptions, "compare:compare", "Tune and run every method alike on your task.",
-        "tinyld compare --task mine.toml --seeds 3", show="report:show",
+        "tinyld compare --task mine.toml --seeds 3", "report:show",
     ),
     "report": Verb(
-        options.ReportOptions, "report:report", "One table of many evaluated runs.",
-        "tinyld report runs/*", show="report:show",
+        options.ReportOptions, "report:report", "One table of many evaluated runs.", "tinyld report runs/*",
+        "report:show",
     ),
-    "info": Verb(
-        options.InfoOptions, "verbs:info", "Say what a run is, and check its files.", "tinyld info runs/mine",
-    ),
-    "tasks": Verb(
-        options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", show="verbs:show_tasks",
-    ),
+    "info": Verb(options.InfoOptions, "verbs:info", "Say what a run is, and check its files.", "tinyld info runs/mine"),
+    "tasks": Verb(options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", "verbs:show_tasks"),
     "merge": Verb(
         options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",
         "tinyld merge runs/mine --out runs/merged",
     ),
     "export": Verb(
         options.ExportOptions, "verbs:export", "Write a base for transformers, or a LoRA for peft.",
-        "tinyld export runs/mine --to peft --out lora", show="verbs:show_export",
+        "tinyld export runs/mine --to peft --out lora", "verbs:show_export",
     ),
-    "demo": Verb(
-        options.DemoOptions, "verbs:demo", "See it all in two minutes, without a network.", "tinyld demo",
-    ),
+    "demo": Verb(options.DemoOptions, "verbs:demo", "See it all in two minutes, without a network.", "tinyld demo"),
 }  # fmt: skip
 
 
@@ -133,7 +125,7 @@ class Group(TyperGroup):
         for name, verb in VERBS.items():
             if name == "sample":
                 formatter.write("\nOthers:\n\n")
-            formatter.write(f"  {name:<9} {verb.help}\n" + (f"            {verb.example}\n" if verb.main else ""))
+            formatter.write(f"  {name:<9} {verb.help}\n" + (f"            {verb.example}\n" if name in MAIN else ""))
         formatter.write("\nAlso: --version, --install-completion.\n")
 
     def invoke(self, ctx: Any) -> Any:
@@ -188,6 +180,13 @@ def root(
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[Path]: "PATH", list[str]: "TEXT", list[int]: "N"}
 
 
+def keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
+    """A parameter as typer wants it; with no default it is required."""
+    kind, missing = (kind | None, None) if default is None else (kind, inspect.Parameter.empty)
+    default = missing if default in (None, dataclasses.MISSING) else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
 def parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """A field of an options class as typer wants it."""
     default, choices, group = field.default, field.metadata["choices"], field.metadata["group"]
@@ -196,28 +195,17 @@ def parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     elif field.metadata["read"] is not None:
         kind = str
     elif typing.get_origin(kind) is tuple:
-        kind, default = list[typing.get_args(kind)[0]], list(default or ()) or None  # type: ignore[misc]
+        kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
+        default = list(default) or None if isinstance(default, tuple) else default
     metavar = None if choices or kind is bool else METAVARS.get(kind)
     extra = {"min": field.metadata["minimum"], "help": field.metadata["help"], "metavar": metavar}
     if group == ARGUMENT:
-        info: Any = typer.Argument(**extra | {"metavar": field.name.upper()}, show_default=default not in (None, "-"))
-    else:
-        info = typer.Option(flag(field.name), **extra)
-    if default is not None and default is not dataclasses.MISSING:
-        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default,
-                                 annotation=Annotated[kind, info])  # fmt: skip
-    required = default is dataclasses.MISSING
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if required else None,
-        annotation=Annotated[kind if required else kind | None, info],
-    )  # fmt: skip
+        return keyword(field.name, kind, default, typer.Argument(**extra | {"metavar": field.name.upper()}))
+    return keyword(field.name, kind, default, typer.Option(flag(field.name), **extra))
 
 
 def add(name: str, verb: Verb) -> None:
     """Makes the typer command of a verb."""
-    shown = [f for f in dataclasses.fields(verb.options) if f.metadata["group"] is not None]
-    kind_of = kinds(verb.options)
-    has_sets = len(shown) < len(kind_of)
 
     def call(**given: Any) -> None:
         sets = given.pop("set", None) or []
@@ -225,12 +213,6 @@ def add(name: str, verb: Verb) -> None:
             return list_options(name, verb.options)
         chosen = verb.options.of({k: v for k, v in given.items() if v is not None}, sets)
         result = load(verb.run)(chosen)
-        show(result, chosen)
-        for record in result if isinstance(result, list) else [result or {}]:
-            if "problem" in record:  # an error, but only now that all is shown
-                raise TinyldError(record["problem"])
-
-    def show(result: Any, chosen: Options) -> None:
         if result is None or not is_writer():
             return
         if getattr(chosen, "json", False):
@@ -239,12 +221,15 @@ def add(name: str, verb: Verb) -> None:
             load(verb.show)(result, chosen)
         else:
             print_record(name, result)
+        for record in result if isinstance(result, list) else [result]:
+            if "problem" in record:  # an error, but only now that all is shown
+                raise TinyldError(record["problem"])
 
-    parameters = [parameter(f, kind_of[f.name]) for f in shown]
-    if has_sets:
+    fields, kind_of = dataclasses.fields(verb.options), kinds(verb.options)
+    parameters = [parameter(f, kind_of[f.name]) for f in fields if f.metadata["group"] is not None]
+    if len(parameters) < len(fields):
         info = typer.Option("--set", metavar="NAME=VALUE", help="Any option, and experts' ones; --set help lists all.")
-        parameters.append(inspect.Parameter("set", inspect.Parameter.KEYWORD_ONLY, default=None,
-                                            annotation=Annotated[list[str] | None, info]))  # fmt: skip
+        parameters.append(keyword("set", list[str], None, info))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(name, cls=Command, help=f"{verb.help}\n\n\b\n{verb.example}")(call)

@@ -10,20 +10,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld.config import DiffusionConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
 from tinyld.diffusion import Estimate, nll_bound, noise_batch, ratio_estimate
 from tinyld.errors import TinyldError
-from tinyld.model import Denoiser
+from tinyld.model import Denoiser, take
 from tinyld.sampler import decode
-from tinyld.statistics import macro_f1, wilson
+from tinyld.statistics import wilson
+from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
 
 EVAL_BATCH = 64
-NOISE_LEVELS = 8  # equal parts of (0, 1], the masked share of an answer
 UNREADABLE = -1
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, but for the numbers of its rows."""
+    return Batch(batch.x0.to(device), batch.answer_mask.to(device), batch.attention_mask.to(device), batch.rows)
 
 
 @dataclass
@@ -32,6 +38,13 @@ class Evaluation:
 
     task: str
     n: int
+    nll_bound: float
+    nll_stderr: float
+    masked_acc: float  # token accuracy at masked positions: never a task accuracy
+    truncated: int  # rows that were too long and were cut
+    rows_per_second: float = 0.0
+    forward_passes: int = 0
+    predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # (prompt, gold, decoded)
     accuracy: float | None = None  # of decoded answers; an unreadable one is wrong
     low: float | None = None  # 95% Wilson interval
     high: float | None = None
@@ -41,14 +54,6 @@ class Evaluation:
     majority: float | None = None  # accuracy of always giving the most frequent label
     classes: dict[str, dict[str, float]] | None = None  # label -> n, precision, recall, f1 of decoded answers
     confusion: dict[str, dict[str, int]] | None = None  # gold label -> decoded label or "unreadable" -> rows
-    truncated: int = 0  # rows that were too long and were cut
-    masked_acc: float = 0.0  # token accuracy at masked positions: never a task accuracy
-    masked_acc_by_noise: list[tuple[float, float]] | None = None  # (masked share up to, masked_acc), of longer answers
-    nll_bound: float = 0.0
-    nll_stderr: float = 0.0
-    rows_per_second: float = 0.0
-    forward_passes: int = 0
-    predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # (prompt, gold, decoded)
 
     def correct(self) -> np.ndarray:
         """(n,) of 0 or 1: whether the decoded answer is the gold one, in the order of the rows."""
@@ -61,9 +66,9 @@ class Evaluation:
 class Verbalizers:
     """Label <-> answer tokens of one task, every answer filled to the slot's width with [EOS]."""
 
-    def __init__(self, rows: TaskRows, tokenizer: Tokenizer):
-        ids = [tokenizer.encode(words) for words in rows.task.verbalizer.values()]
-        self.ids = torch.tensor([i + [tokenizer.eos_id] * (rows.slot - len(i)) for i in ids])  # (labels, slot)
+    def __init__(self, task: Task, slot: int, tokenizer: Tokenizer):
+        ids = [tokenizer.encode(words) for words in task.verbalizer.values()]
+        self.ids = torch.tensor([i + [tokenizer.eos_id] * (slot - len(i)) for i in ids])  # (labels, slot)
         self.label = {tokenizer.decode(i): label for label, i in enumerate(ids)}
         self.eos_id = tokenizer.eos_id
 
@@ -72,16 +77,22 @@ class Verbalizers:
         return self.label.get(text, UNREADABLE)
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, but for the numbers of its rows."""
-    return Batch(batch.x0.to(device), batch.answer_mask.to(device), batch.attention_mask.to(device), batch.rows)
-
-
 def all_finite(logits: Tensor) -> Tensor:
-    """The logits as they are; TinyldError where one is not a number, or infinite."""
-    if not bool(torch.isfinite(logits).all()):
+    """The logits as floats; TinyldError where one is not a number, or too large. -inf is what cannot be written."""
+    if not bool((logits < torch.inf).all()):
         raise TinyldError("the denoiser's logits are not finite: its weights are too large for this arithmetic")
-    return logits
+    return logits.float()
+
+
+def fill_slots(
+    model: Denoiser, batch: Batch, tokenizer: Tokenizer, sampling: SampleConfig, generator: torch.Generator
+) -> tuple[list[str], int]:
+    """(what the reverse process writes into each row's slot, forward passes)."""
+    out, passes = decode(
+        model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling,
+        generator, tokenizer.eos_id,
+    )  # fmt: skip
+    return [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)], passes
 
 
 @torch.no_grad()
@@ -91,83 +102,58 @@ def evaluate(
     tokenizer: Tokenizer,
     sampling: SampleConfig | None = None,
     draws: int = 4,
-    seed: int = 0,
     limit: int | None = None,
-    score: bool = True,
     answer: bool = True,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Decodes every row's answer and, separately, scores it.
 
     `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). `limit` reads the
-    first rows only. With `score` off only decoding runs; with `answer` off, for a generation task, only scoring.
+    first rows only. With `answer` off, for a generation task, nothing is decoded.
     """
     assert answer or rows.task.is_generation
     sampling = sampling or SampleConfig()
     n = len(rows) if limit is None else min(limit, len(rows))
     device = model.embedding.weight.device
-    order = np.argsort(rows.lengths[:n], kind="stable")
-    labelled = not rows.task.is_generation
-    verbalizers = Verbalizers(rows, tokenizer) if labelled else None
+    verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, rows.slot, tokenizer)
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
     nll_sum, tokens = torch.zeros(n), torch.zeros(n)
-    hits, masked = np.zeros((2, NOISE_LEVELS))  # of masked tokens, by noise level
-    passes = 0
-    seconds, done = 0.0, 0
+    hits = masked = passes = done = 0
+    seconds = 0.0
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    for chunk in np.array_split(order, math.ceil(n / EVAL_BATCH)):
+    for chunk in np.array_split(np.argsort(rows.lengths[:n], kind="stable"), math.ceil(n / EVAL_BATCH)):
         batch = rows.take(chunk)
+        asked = on_device(batch, device)
         if answer:
             started = time.perf_counter()
-            asked = on_device(batch, device)
-            out, used = decode(
-                model, asked.x0, asked.answer_mask, asked.attention_mask, tokenizer.mask_id, tokenizer.never_written,
-                sampling, generator, tokenizer.eos_id,
-            )  # fmt: skip
+            decoded, used = fill_slots(model, asked, tokenizer, sampling, generator)
             passes += used
-            answers = out[asked.answer_mask].view(len(chunk), rows.slot).tolist()
-            decoded = [tokenizer.decode(a) for a in answers]
             seconds += time.perf_counter() - started
             for row, text in zip(chunk, decoded, strict=True):
-                if verbalizers is not None:
-                    predicted[row] = verbalizers.read(text)
+                predicted[row] = UNREADABLE if verbalizers is None else verbalizers.read(text)
                 start = rows.starts[row]
                 gold = rows.ids[row][start : start + rows.slot].tolist()
                 texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), tokenizer.decode(gold), text)
-        if score:
-            nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws, seed)
-            hits += hit
-            masked += seen
-            if verbalizers is not None:
-                logp, _ = label_logp(model, on_device(batch, device), verbalizers, tokenizer.mask_id)
-                scored[chunk] = logp.argmax(1).cpu().numpy()
+        nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws)
+        hits, masked = hits + hit, masked + seen
+        if verbalizers is not None:
+            scored[chunk] = label_logp(model, asked, verbalizers, tokenizer.mask_id).argmax(1).cpu().numpy()
         done += len(chunk)
         advance(done)
+    bound: Estimate = ratio_estimate(nll_sum, tokens)
     result = Evaluation(
-        rows.task.name, n, truncated=int(rows.cut[:n].sum()), rows_per_second=n / seconds if answer else 0.0,
-        forward_passes=passes, predictions=texts,
+        rows.task.name, n, bound.mean, bound.stderr, hits / max(masked, 1), int(rows.cut[:n].sum()),
+        n / seconds if answer else 0.0, passes, texts,
     )  # fmt: skip
-    if score:
-        bound: Estimate = ratio_estimate(nll_sum, tokens)
-        result.nll_bound, result.nll_stderr = bound.mean, bound.stderr
-        result.masked_acc = float(hits.sum() / max(masked.sum(), 1))
-        if rows.slot > 1:
-            shares = np.arange(1, NOISE_LEVELS + 1) / NOISE_LEVELS
-            met = masked > 0
-            accuracies = hits[met] / masked[met]
-            result.masked_acc_by_noise = list(zip(shares[met].tolist(), accuracies.tolist(), strict=True))
-    if labelled:
-        gold = rows.labels[:n]
-        correct = int((predicted == gold).sum())
-        result.accuracy = correct / n
-        result.low, result.high = wilson(correct, n)
+    if verbalizers is not None:
+        gold, correct = rows.labels[:n], int((predicted == rows.labels[:n]).sum())
+        result.accuracy, (result.low, result.high) = correct / n, wilson(correct, n)
         result.unreadable = float((predicted == UNREADABLE).mean())
-        result.macro_f1 = macro_f1(gold, predicted, len(rows.task.labels))
         result.majority = float(np.bincount(gold).max() / n)
         result.classes, result.confusion = by_class(gold, predicted, rows.task.labels)
-        if score:
-            result.scored_accuracy = float((scored == gold).mean())
+        result.macro_f1 = float(np.mean([c["f1"] for c in result.classes.values()]))
+        result.scored_accuracy = float((scored == gold).mean())
     return result
 
 
@@ -177,17 +163,13 @@ def by_class(
     """(label -> n, precision, recall and F1; gold label -> decoded label -> rows). gold, predicted: (n,) labels."""
     counts = np.zeros((len(labels), len(labels) + 1), dtype=int)
     np.add.at(counts, (gold, np.where(predicted == UNREADABLE, len(labels), predicted)), 1)
-    classes = {}
-    for i, label in enumerate(labels):
-        hits, given, there = int(counts[i, i]), int(counts[:, i].sum()), int(counts[i].sum())
-        classes[label] = {
-            "n": there,
-            "precision": hits / given if given else 0.0,
-            "recall": hits / there if there else 0.0,
-            "f1": 2 * hits / (given + there) if given + there else 0.0,
-        }
+    hits, given, there = counts.diagonal(), counts.sum(0)[:-1], counts.sum(1)
+    columns = (there, *(a / np.maximum(b, 1) for a, b in ((hits, given), (hits, there), (2 * hits, given + there))))
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    names = ("n", "precision", "recall", "f1")
+    classes = {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, rows, strict=True)}
     said = [*labels, "unreadable"]
-    return classes, {label: dict(zip(said, counts[i].tolist(), strict=True)) for i, label in enumerate(labels)}
+    return classes, {k: dict(zip(said, row, strict=True)) for k, row in zip(labels, counts.tolist(), strict=True)}
 
 
 def text_nll(
@@ -213,8 +195,8 @@ def text_nll(
     return nll_bound(model, triples(), mask_id, draws=draws, counted=True)
 
 
-def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id: int) -> tuple[Tensor, Tensor]:
-    """(log p of every label's answer (B, labels), logits of the slot's first token (B, V)).
+def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id: int) -> Tensor:
+    """log p of every label's answer, (B, labels).
 
     The chain rule from the left: the answer's i-th token, given those before it, with the rest masked. A row's score
     depends on no other row and no draw, and an answer of one token takes one forward pass for all labels.
@@ -225,7 +207,6 @@ def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id:
     real = None if bool(batch.attention_mask.all()) else batch.attention_mask
     prompt_mask = batch.attention_mask & ~batch.answer_mask
     total = torch.zeros(size, len(ids), device=batch.x0.device)
-    first = torch.empty(0)
     for i in range(slot):
         t = torch.full((size,), (slot - i) / slot, device=batch.x0.device)
         here = torch.zeros_like(batch.answer_mask).scatter_(1, positions[:, i : i + 1], True)
@@ -234,38 +215,60 @@ def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id:
                 continue
             xt = torch.where(batch.answer_mask, mask_id, batch.x0)
             xt = xt.scatter(1, positions[:, :i], torch.tensor(prefix, device=xt.device, dtype=xt.dtype).expand(size, i))
-            logits = all_finite(model(xt, t, real, prompt_mask, where=here).float())  # (B, V)
-            first = logits if i == 0 else first
-            logp = logits.log_softmax(-1)
+            logp = all_finite(model(xt, t, real, prompt_mask, where=here)).log_softmax(-1)  # (B, V)
             for label, answer in enumerate(ids):
                 if answer[:i] == prefix:
                     total[:, label] += logp[:, answer[i]]
-    return total, first
+    return total
 
 
-def _score(
-    model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int, seed: int
-) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-    """(nll sum, answer tokens) by row, and (hits, masked tokens) by noise level."""
+def slot_logits(
+    model: Denoiser, batch: Batch, mask_id: int, pushes: Sequence[Any] = (), ids: Sequence[Tensor | None] = ()
+) -> Iterator[Tensor]:
+    """Logits (B, V) of answers of one token: by the denoiser as it is or, on one pass of the base, by each of `pushes`,
+    which push its final state alone; of the tokens in `ids` where a push has some, (B, len(ids))."""
+    xt = torch.where(batch.answer_mask, mask_id, batch.x0)
+    t = torch.ones(len(xt), device=xt.device)
+    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
+    prompt_mask = batch.attention_mask & ~batch.answer_mask
+    if not pushes:
+        yield all_finite(model(xt, t, real, prompt_mask, where=batch.answer_mask))
+        return
+    history: Any = []
+    last, position = model.config.num_layers, batch.answer_mask.nonzero()[:, 1:]  # (B, 1)
+    h = model.run_blocks(model.embed(xt), real, 0, last, history=history)
+    depths = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in [*history, h]])
+    here, weight, bias = take(h, position), model.vocabulary, model.output_bias
+    for push, only in zip(pushes, ids, strict=True):
+        push_at = push.start(t, prompt_mask, depths if push.reads_depths else history)
+        pushed = (here + push_at(last, h, position))[:, 0]
+        if only is None:
+            yield all_finite(model.head(pushed))
+        else:
+            z = model.head_transform(model.final_norm(pushed))
+            yield all_finite(F.linear(z, weight[only], None if bias is None else bias[only]))
+
+
+def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int) -> tuple[Tensor, Tensor, int, int]:
+    """(nll sum and answer tokens by row, hits, masked tokens)."""
     device, size = model.embedding.weight.device, len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
-    elbo = DiffusionConfig(loss="elbo")
-    generator = torch_seeded(seed, 3, int(batch.rows[0]))
+    generator = torch_seeded(0, 3, int(batch.rows[0]))
     total = torch.zeros(size)
-    hits, masked = np.zeros((2, NOISE_LEVELS))
+    hits = masked = 0
     for _ in range(draws):
         noised, _ = noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, mask_id, elbo, generator, True, batch.tail_mask
-        )
+            batch.x0, batch.answer_mask, batch.attention_mask, mask_id, DiffusionConfig(loss="elbo"), generator, True,
+            batch.tail_mask,
+        )  # fmt: skip
         noised = noised.to(device)
         where = noised.is_masked
         row, target = where.nonzero()[:, 0], noised.x0[where]
-        logits = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where).float()
+        logits = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where)
         logp = all_finite(logits).log_softmax(-1)
         gold = logp.gather(1, target[:, None])[:, 0]
         total += torch.zeros(size).index_add_(0, row.cpu(), (-gold * noised.weight[row]).cpu())
-        level = (torch.ceil(noised.t[row] * NOISE_LEVELS - 1e-6).long() - 1).cpu().numpy()
-        masked += np.bincount(level, minlength=NOISE_LEVELS)
-        hits += np.bincount(level, (logp.argmax(-1) == target).cpu().numpy(), NOISE_LEVELS)
+        masked += len(target)
+        hits += int((logp.argmax(-1) == target).sum())
     assert batch.tail_mask is not None
     return total / draws, (batch.answer_mask & ~batch.tail_mask).sum(1).float(), hits, masked

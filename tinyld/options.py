@@ -108,6 +108,15 @@ def _typed(kind: Any, text: str, whole: str) -> Any:
         raise UsageError(f"--set {whole}: {text!r} is not a number") from None
 
 
+def base_folder(name: str | Path, option: str = "--base") -> Path:
+    """The released base of that name, where there is one, else a path; a Path is one."""
+    from tinyld.rows import bundled_data_dir
+
+    released = bundled_data_dir() / name
+    named = isinstance(name, str) and Path(name).name == name and (released / "config.json").is_file()
+    return released if named else Path(name)
+
+
 def numbers(text: str, name: str, kind: type = float) -> Any:
     """Numbers with commas between them; `auto` stays as it is."""
     try:
@@ -152,7 +161,7 @@ class Sampling(Options):
     steps: int | None = option(None, "Denoising steps; one an answer token if not given.", "Writing", 1)
     temperature: float = option(0.0, "0 takes the most likely token.", "Writing")
     seed: int = option(0, "Seed of what is drawn.", "Writing", 0)
-    threshold: float | None = option(None, "Sampler threshold: keep every token at least this likely (0.9).")
+    threshold: float | None = option(None, "Sampler threshold: least probability (0.9); entropy: most nats left open.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +198,7 @@ class FinetuneOptions(Training):
         None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.", "Method")
-    base: Path | None = option(None, "Base run folder; the released base if not given.", "Method")
+    base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
     epochs: float | None = option(None, "Passes over the rows; 3 if no other budget is given.", "Training")
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
@@ -216,6 +225,8 @@ class FinetuneOptions(Training):
 class PretrainOptions(Training):
     data: tuple[Path, ...] = option((), "Text file or folder (.txt, .txt.gz, .jsonl); may be repeated.", "Text")
     valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
+    batch_size: int = option(16, "Rows an update reads, each under two complementary masks.", "Training", 1)
+    flat: float = option(0.8, "Share of the budget at the peak learning rate.")
     preset: str = option("small", "Model size.", "Model", choices=PRESETS)
     max_length: int | None = option(None, "Tokens in a row.", "Model")
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", 64)
@@ -234,7 +245,7 @@ class PretrainOptions(Training):
     keep_init: float = option(0.0, "With --init: share of its weights in what is written.")
     body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
     body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
-    save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=("fp32", "bf16"))
+    save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=BASE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +256,7 @@ class EvalOptions(Sampling, OnDevice, Printed):
     data: Path | None = option(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
     text: tuple[Path, ...] = option((), "Running text to measure the NLL bound on instead.", "Data")
     limit: int | None = option(None, "Read the first so many rows.", "Data", 1)
-    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data")
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
     predictions: Path | None = option(None, "Write prompt, gold and decoded answer as TSV.", "Output")
     wide: bool = option(False, "All columns, however wide.", "Output")
     draws: int = option(4, "Noise levels a row for the NLL bound of longer answers.", None, 1)
@@ -254,14 +265,21 @@ class EvalOptions(Sampling, OnDevice, Printed):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(Sampling, OnDevice, Printed):
-    run: Path = option(dataclasses.MISSING, "An adapter, a composition or a full fine-tuning.", ARGUMENT)
-    input: str = option("-", "A .txt, .csv, .tsv or .jsonl; - reads a text a line from stdin.", ARGUMENT)
+    runs: tuple[Path, ...] = option(
+        dataclasses.MISSING, "One run or several; then a .txt, .csv, .tsv or .jsonl, or stdin's lines.", ARGUMENT
+    )
     text: tuple[str, ...] = option((), "A text to answer instead of INPUT; may be repeated.", "Data")
     column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
     task: str | None = option(None, "Which task, where the run has several or none.", "Data")
-    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data")
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
     out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
     csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
+    decoded: bool = option(False, "Several runs on one pass: also what each would write, of the whole vocabulary.")
+
+    def runs_and_input(self) -> tuple[list[Path], str]:
+        """The run folders, and what follows them: a file of texts, or - for stdin."""
+        *paths, last = self.runs
+        return (paths, str(last)) if paths and not last.is_dir() else ([*paths, last], "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +288,10 @@ class SampleOptions(Sampling, OnDevice, Options):
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in.", "Writing", 1)
     num: int = option(3, "How many samples.", "Writing", 1)
-    base: Path | None = option(None, "Where an adapter's base is, if it has moved.", "Writing")
+    base: Path | None = option(None, "Where an adapter's base is, if it has moved.", "Writing", read=base_folder)
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", choices=SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
+    show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
     json: bool = option(False, "Print the result as JSON.", "Output")
 
 
@@ -284,7 +303,7 @@ class ComposeOptions(OnDevice, Written, Printed):
     split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", 1)
-    base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data")
+    base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +311,7 @@ class CompareOptions(Printed):
     task: tuple[str, ...] = option(("reviews",), "Task to compare on; may be repeated.", "Task")
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task")
-    base: Path | None = option(None, "Base run folder; the released base if not given.", "Task")
+    base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
     methods: str = option("all", "all, or some with options: full,weight-lora:rank=1,trajectory-lora:blocks=3.", "Grid")
     seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", 1)
     trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", 1)
@@ -323,7 +342,7 @@ class InfoOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Options):
     run: Path = option(dataclasses.MISSING, "A weight-lora adapter, or a composition of such.", ARGUMENT)
-    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output")
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("runs/merged"), "Base to write.", "Output")
     force: bool = option(False, "Replace the run that is in --out.", "Output")
     json: bool = option(False, "Print the result as JSON.", "Output")

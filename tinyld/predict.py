@@ -1,34 +1,34 @@
-"""Rows in, answers out: a loaded run, and the one loop that serves the filter, files and Python."""
+"""Rows in, answers out: a loaded run, and several that share one pass of their base."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, find_base, load_adapter, load_base
-from tinyld.composition import attach_static, load_composition
+from tinyld.checkpoint import Base, base_dtype, base_record, find_base, load_adapter, load_base
+from tinyld.composition import attach_static, load_composition, read_member
 from tinyld.config import SampleConfig, check
-from tinyld.data import Batch, TaskRows
+from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.errors import TinyldError, UsageError
-from tinyld.evaluate import EVAL_BATCH, Verbalizers, label_logp, on_device
-from tinyld.methods import WeightLora
-from tinyld.options import PredictOptions, Sampling
+from tinyld.errors import TinyldError
+from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, on_device, slot_logits
+from tinyld.methods import TrajectoryLora, WeightLora
+from tinyld.options import Sampling, base_folder
 from tinyld.peft import is_peft, load_peft
 from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.sampler import decode
 from tinyld.tasks import Task, from_record, load_task, to_record
-from tinyld.texts import chunks, printer
-from tinyld.workspace import default_base, keep_freed_memory, say_to_stderr, say_truncated
+from tinyld.workspace import default_base
 
-OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter")
+OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter", "tasks")
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
+Record = dict[str, Any]
 
 
 @dataclass
@@ -36,24 +36,17 @@ class Run:
     """A run that was loaded: an adapter, composition, full fine-tuning or base, ready to answer."""
 
     path: Path
-    base: Base  # with the adapters on it
+    base: Base  # with the adapters on it, but for `push`
     tasks: list[Task]  # that it was made for; none for a base
     config: dict[str, Any]  # the run's config.json; empty for a LoRA in PEFT's layout
     dtype: str = "auto"
+    push: nn.Module | None = None  # of an adapter that shares its base with others
 
-    def predict(self, texts: Iterable[Any], task: str | None = None) -> list[dict[str, Any]]:
+    def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
         `truncated`; `answer` where the task writes. A text is a string, or a dict by column where a task reads two."""
         chosen = self.task_named(task)
-        columns = input_columns(chosen)
-        rows = []
-        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
-            if not isinstance(text, Mapping):
-                values = [text] if isinstance(text, str) else list(text)
-                check(len(values) == len(columns), f"task {chosen.name} reads {', '.join(columns)}; got {text!r}")
-                text = dict(zip(columns, values, strict=True))
-            rows.append((f"text {i + 1}", dict(text)))
-        return self.answer(rows, chosen, SampleConfig())
+        return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def write(
         self, prompts: str | Iterable[str], length: int = 24, temperature: float = 0.0, seed: int = 0
@@ -64,91 +57,52 @@ class Run:
         writer = next((t for t in self.tasks if t.is_generation), None)
         if writer is None:
             return [self.fill(prompt, length, 1, sampling)[0][0] for prompt in prompts]
-        columns = input_columns(writer)
-        rows = [(f"prompt {i + 1}", dict.fromkeys(columns, prompt)) for i, prompt in enumerate(prompts)]
+        rows = [("prompt", dict.fromkeys(input_columns(writer), prompt)) for prompt in prompts]
         return [found["answer"] for found in self.answer(rows, writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
-        if not self.tasks:
-            if name is None:
-                raise UsageError(f"{self.path} was made for no task: say which with --task")
-            return load_task(name)
-        known = {task.name: task for task in self.tasks}
         if name is None:
-            check(len(known) == 1, f"{self.path} has tasks {', '.join(known)}; say which with --task")
+            check(len(self.tasks) > 0, f"{self.path} was made for no task: say which with --task")
+            names = ", ".join(dict.fromkeys(task.name for task in self.tasks))
+            check(len(self.tasks) == 1, f"{self.path} has tasks {names}; say which with --task")
             return self.tasks[0]
+        known = {task.name: task for task in self.tasks}
         if name in known:
             return known[name]
-        asked = load_task(name)
-        own = known.get(asked.name)
-        if own is None:  # such as another set of reviews, which it may know how to read
-            return asked
-        refuse_another(asked, own, self.path)
-        return own
+        asked = load_task(name)  # maybe another set of reviews, which the run may know how to read
+        if own := known.get(asked.name):
+            then, now = to_record(own), to_record(asked)
+            differs = [f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k != "path" and then[k] != now[k]]
+            if differs:
+                raise TinyldError(f"{self.path} was made for another task {own.name}: {'; '.join(differs)}")
+        return own or asked
 
-    def answer(self, rows: Sequence[tuple[str, dict[str, Any]]], task: Task, sampling: SampleConfig) -> list[dict]:
+    def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns."""
-        columns = input_columns(task)
-        examples = []
-        for where, row in rows:
-            asked = {k: EMPTY for k in columns if isinstance(row.get(k), str) and not row[k].strip()}
-            examples.append(prompt_of(task, row | asked, where))
-        records = []
-        for (_, row), found in zip(rows, self._answers(examples, task, sampling), strict=True):
-            one = columns[0] if len(columns) == 1 else None
-            kept = {f"given_{k}" if k in OURS else str(k): v for k, v in row.items() if k != one}
-            records.append(kept | ({} if one is None else {"text": row[one]}) | found)
-        return records
+        self.base.model.push = self.push or self.base.model.push
+        (found,) = answers([self], [task], rows, sampling)
+        return [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
 
-    @torch.no_grad()
-    def _answers(self, examples: Sequence[Example], task: Task, sampling: SampleConfig) -> list[dict[str, Any]]:
-        base, device = self.base, self.base.model.embedding.weight.device
-        rows = TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
-        verbalizers = None if task.is_generation else Verbalizers(rows, base.tokenizer)
-        generator = torch.Generator(device).manual_seed(sampling.seed)
-        found: list[dict[str, Any]] = [{}] * len(rows)
-        with autocast(device, resolve_dtype(self.dtype, device)):
-            for chosen in rows.in_length_order(EVAL_BATCH):
-                batch = on_device(rows.take(chosen), device)
-                scores, decoded = None, None
-                if verbalizers is not None:
-                    scores, first = label_logp(base.model, batch, verbalizers, base.tokenizer.mask_id)
-                    if rows.slot == 1 and sampling.temperature == 0:  # what decode would take, from the same pass
-                        first[:, base.tokenizer.never_written] = -torch.inf
-                        decoded = [base.tokenizer.decode([i]) for i in first.argmax(1).tolist()]
-                if decoded is None:
-                    out, _ = decode(
-                        base.model, batch.x0, batch.answer_mask, batch.attention_mask, base.tokenizer.mask_id,
-                        base.tokenizer.never_written, sampling, generator, base.tokenizer.eos_id,
-                    )  # fmt: skip
-                    ids = out[batch.answer_mask].view(len(chosen), rows.slot).tolist()
-                    decoded = [base.tokenizer.decode(i) for i in ids]
-                answered_by = self._answered_by(batch)
-                for i, row in enumerate(chosen):
-                    record: dict[str, Any] = {"answer": decoded[i]}
-                    if scores is not None:
-                        record = by_label(scores[i], task.labels) | {"decoded": decoded[i]}
-                    record["truncated"] = bool(rows.cut[row])
-                    found[row] = record | ({} if answered_by is None else {"adapter": answered_by[i]})
-        return found
-
-    def _answered_by(self, batch: Batch) -> list[str | None] | None:
+    def answered_by(self, batch: Batch) -> list[str | None] | None:
         """Of a composition, the member whose share of each row is the largest, None if no member has one; all of them
         where it does not route."""
         if self.config.get("kind") != "composition":
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
-        push = self.base.model.push
         if self.config["router"] is None:
             return [" + ".join(members)] * len(batch.x0)
-        shares = push.shares(self.base.model.embed(batch.x0), batch.attention_mask & ~batch.answer_mask)
-        return [
-            members[i] if share > 0 else None for share, i in zip(*(x.tolist() for x in shares.max(1)), strict=True)
-        ]
+        model = self.base.model
+        shares = model.push.shares(model.embed(batch.x0), batch.attention_mask & ~batch.answer_mask)
+        return [members[i] if s > 0 else None for s, i in zip(*(x.tolist() for x in shares.max(1)), strict=True)]
 
-    def fill(self, prompt: str, length: int, num: int, sampling: SampleConfig) -> tuple[list[str], int]:
-        """(num texts of `length` tokens at {answer} or after the prompt, forward passes)."""
+    def fill(
+        self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
+    ) -> tuple[list[str], int]:
+        """(num texts of `length` tokens at {answer} or after the prompt, forward passes).
+
+        `watch` gets the texts after every pass, with a `_` for each token that is not written yet.
+        """
         tokenizer, model = self.base.tokenizer, self.base.model
         before, mark, after = prompt.partition("{answer}")
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
@@ -158,27 +112,198 @@ class Run:
         x = torch.tensor([row] * num, device=model.embedding.weight.device)
         answer_mask = torch.zeros_like(x, dtype=torch.bool)
         answer_mask[:, 1 + len(head) : 1 + len(head) + length] = True
+
+        def texts(x: Tensor) -> list[str]:
+            return [tokenizer.decode(r[answer_mask[0]].tolist()) for r in x]
+
+        def steps(x: Tensor) -> None:
+            slots = [r[answer_mask[0]].tolist() for r in x]
+            watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
+
         out, passes = decode(
             model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written, sampling,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_id, watch=watch and steps,
         )  # fmt: skip
-        return [tokenizer.decode(r[answer_mask[0]].tolist()) for r in out], passes
+        return texts(out), passes
 
 
+@torch.no_grad()
+def answers(
+    runs: Sequence[Run],
+    tasks: Sequence[Task],
+    rows: Sequence[tuple[str, Record]],
+    sampling: SampleConfig,
+    decoded: bool = True,
+) -> list[list[Record]]:
+    """What each run finds of each row for its task: of one run, or of several with pushes that share every pass.
+
+    Those have one base, and tasks whose prompts are the same tokens around one masked place. Without `decoded` they run
+    the vocabulary's head for their labels' words alone.
+    """
+    base, task, device = runs[0].base, tasks[0], runs[0].base.model.embedding.weight.device
+    model, tokenizer = base.model, base.tokenizer
+    data = TaskRows(examples_of(rows, task), task, tokenizer, model.config.max_length)
+    labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    at_once = data.slot == 1 and sampling.temperature == 0 and not task.is_generation
+    pushes, ids = [run.push for run in runs], [of and of.ids[:, 0].to(device) for of in labels]
+    if len(runs) == 1:
+        pushes, decoded = [], True
+    found: list[list[Record]] = [[{}] * len(data) for _ in runs]
+    with autocast(device, resolve_dtype(runs[0].dtype, device)):
+        for chosen in data.in_length_order(EVAL_BATCH):
+            batch = on_device(data.take(chosen), device)
+            passes: Iterable[Any] = [None]
+            if at_once:  # one pass scores the labels and writes what decode would
+                passes = slot_logits(model, batch, tokenizer.mask_id, pushes, [None] * len(ids) if decoded else ids)
+            for i, logits in enumerate(passes):
+                columns: dict[str, Sequence[Any]] = {}
+                if logits is not None:
+                    columns = by_label(logits[:, ids[i]] if decoded else logits, tasks[i].labels)
+                    if decoded:
+                        logits[:, tokenizer.never_written] = -torch.inf
+                        columns["decoded"] = [tokenizer.decode([token]) for token in logits.argmax(1).tolist()]
+                else:
+                    if labels[i] is not None:
+                        columns = by_label(label_logp(model, batch, labels[i], tokenizer.mask_id), tasks[i].labels)
+                    written, _ = fill_slots(model, batch, tokenizer, sampling, generator)
+                    columns["decoded" if columns else "answer"] = written
+                columns["truncated"] = data.cut[chosen].tolist()
+                if (by := runs[i].answered_by(batch)) is not None:
+                    columns["adapter"] = by
+                for row, values in zip(chosen, zip(*columns.values(), strict=True), strict=True):
+                    found[i][row] = dict(zip(columns, values, strict=True))
+    return found
+
+
+def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]:
+    columns = input_columns(task)
+    empty = [{k: EMPTY for k in columns if isinstance(row.get(k), str) and not row[k].strip()} for _, row in rows]
+    return [prompt_of(task, row | asked, where) for (where, row), asked in zip(rows, empty, strict=True)]
+
+
+def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]:
+    """Of each row its `text`, where the task reads one, and its other columns."""
+    columns = input_columns(task)
+    one = columns[0] if len(columns) == 1 else None
+    return [
+        {f"given_{k}" if k in OURS else str(k): v for k, v in row.items() if k != one}
+        | ({} if one is None else {"text": row[one]})
+        for _, row in rows
+    ]
+
+
+def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
+    """Python's texts as rows: (where it stands, column -> value)."""
+    columns, rows = input_columns(task), []
+    for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if not isinstance(text, Mapping):
+            values = [text] if isinstance(text, str) else list(text)
+            check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
+            text = dict(zip(columns, values, strict=True))
+        rows.append((f"text {i + 1}", dict(text)))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+
+@dataclass
+class Runs:
+    """Several runs that answer each text. Adapters that push the final state alone (`--recipe fast`) share one pass of
+    their base, where their prompts are the same tokens and the answer is one; another one costs little more."""
+
+    options: Record = field(default_factory=dict)  # how runs are loaded
+    decoded: bool = False  # where a pass is shared, also what each run would write, which takes the whole vocabulary
+    runs: dict[str, Run] = field(default_factory=dict)  # by name: the folder's, or its whole path where two are alike
+
+    def add(self, path: str | Path) -> Run:
+        """Loads one more run; on a base that is loaded already that takes milliseconds."""
+        path = Path(path)
+        name = str(path) if path.name in self.runs else path.name
+        check(path not in [run.path for run in self.runs.values()], f"{path} is given twice")
+        bases = [run.base for run in self.runs.values() if run.push is not None]
+        run = load_push(path, bases, **self.options) or load(path, **self.options)
+        run.task_named(None)  # refuses what has no task
+        self.runs[name] = run
+        return run
+
+    def predict(self, texts: Iterable[Any]) -> list[Record]:
+        """A dict for each text: `text`, and under `tasks` what each run says of it, by the run's name."""
+        return self.answer(as_rows(texts, self.task), self.task, SampleConfig())
+
+    @property
+    def task(self) -> Task:
+        """The first run's, by whose columns rows are read."""
+        return next(iter(self.runs.values())).tasks[0]
+
+    def groups(self) -> list[list[str]]:
+        """The names of the runs that share a pass, group by group."""
+        found: dict[Any, list[str]] = {}
+        for name, run in self.runs.items():
+            task, key = run.tasks[0], (name,)
+            if run.push is not None and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
+                template = task.template
+                for i, column in enumerate(task.columns):
+                    template = template.replace(f"{{{column}}}", f"{{{i}}}")
+                key = (id(run.base), template, task.pair)
+            found.setdefault(key, []).append(name)
+        return list(found.values())
+
+    def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
+        columns, kept = input_columns(task), kept_columns(rows, task)
+        found: dict[str, list[Record]] = {}
+        for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
+            runs = [self.runs[name] for name in names]
+            tasks = [run.tasks[0] for run in runs]
+            own = input_columns(tasks[0])
+            check(len(own) == len(columns), f"{names[0]} reads {', '.join(own)}, {task.name} {', '.join(columns)}")
+            renamed = [(w, r | {new: r[old] for new, old in zip(own, columns, strict=True)}) for w, r in rows]
+            runs[0].base.model.push = runs[0].push or runs[0].base.model.push
+            found |= zip(names, answers(runs, tasks, renamed, sampling, self.decoded), strict=True)
+        return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
+
+
+def load_push(
+    path: Path, bases: Sequence[Base], base: str | Path | None = None, device: str = "auto", dtype: str = "auto"
+) -> Run | None:
+    """An adapter that pushes the final state alone, to be hung on one of `bases` or on its own; None for other runs."""
+    config = {} if is_peft(path) else RunFolder.open(path).config
+    method = config.get("method", {})
+    if method.get("name") != TrajectoryLora.name or method.get("blocks") != 0:
+        return None
+    record = base_record(config, path / CONFIG)
+    shared = next((b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, record.dtype)), None)
+    if shared is None:
+        where = find_base(config, path, None if base is None else base_folder(base))
+        shared = load_base(where, resolve_device(device), record.dtype)
+    push = read_member(RunFolder(path), shared).push(shared)
+    return Run(path, shared, [from_record(config["task"], str(path / CONFIG))], config, dtype, push)
+
+
+@overload
+def load(path: str | Path, *args: Any, **options: Any) -> Run: ...
+@overload
+def load(path: Sequence[str | Path], *args: Any, **options: Any) -> Runs: ...
 def load(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     kept_in: str | None = None,
     task: str | None = None,
-) -> Run:
-    """A run from its folder, on its base: where the run says, or in `base`, or the released one.
+) -> Run | Runs:
+    """A run from its folder, on its base: where the run says, or in `base`, or the released one. Of several: `Runs`.
 
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
     composition that routes its rows, all go to the adapter of `task` where that is named.
     """
-    path, base_path, on = Path(path), None if base is None else Path(base), resolve_device(device)
+    if not isinstance(path, str | Path):
+        several = Runs({"base": base, "device": device, "dtype": dtype})
+        for each in path:
+            several.add(each)
+        return several
+    path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     if is_peft(path):
         loaded = load_base(base_path or default_base(), on, kept_in or "fp32")
@@ -190,22 +315,13 @@ def load(
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         return Run(path, load_base(path, on, kept_in or "fp32"), [], config, dtype)
     if config["kind"] == "adapter":
-        task = from_record(config["task"], where)
         adapted = load_adapter(folder, base_path, on, kept_in)
-        return Run(path, adapted.base, [task], config, dtype)
+        return Run(path, adapted.base, [from_record(config["task"], where)], config, dtype)
     kept_in = kept_in or base_dtype(config, str(path))
     loaded = load_base(find_base(config, path, base_path), on, kept_in)
     load_composition(folder, loaded, task)
     tasks = {m["task"]["name"]: from_record(m["task"], where) for m in config["members"]}
     return Run(path, loaded, list(tasks.values()), config, dtype)
-
-
-def refuse_another(asked: Task, own: Task, run: Path) -> None:
-    """TinyldError with the difference where a task goes by the name of a run's own and is not the same."""
-    then, now = to_record(own), to_record(asked)
-    differs = [f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k != "path" and then[k] != now[k]]
-    if differs:
-        raise TinyldError(f"{run} was made for another task {own.name}: {'; '.join(differs)}")
 
 
 def input_columns(task: Task) -> list[str]:
@@ -214,35 +330,21 @@ def input_columns(task: Task) -> list[str]:
     return list(dict.fromkeys([*task.columns.values(), *label]))
 
 
-def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Any]:
-    """The likeliest label and every label's probability among them. scores: (labels,) log-probabilities."""
-    probabilities = [round(p, 4) for p in scores.softmax(0).tolist()]
-    best = int(scores.argmax())
+def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """Of each row the likeliest label and every label's probability among them. scores: (B, labels), log-probabilities
+    or logits."""
+    shares = [[round(p, 4) for p in row] for row in scores.softmax(1).tolist()]
+    best = scores.argmax(1).tolist()
     return {
-        "label": labels[best],
-        "probability": probabilities[best],
-        "probabilities": dict(zip(labels, probabilities, strict=True)),
+        "label": [labels[i] for i in best],
+        "probability": [row[i] for row, i in zip(shares, best, strict=True)],
+        "probabilities": [dict(zip(labels, row, strict=True)) for row in shares],
     }
 
 
 def sampling_of(options: Sampling) -> SampleConfig:
     """How answers are written; UsageError for a threshold that the sampler does not read."""
-    check(options.threshold is None or options.sampler == "threshold", "threshold goes with --sampler threshold")
+    reads = ("threshold", "entropy")
+    check(options.threshold is None or options.sampler in reads, f"threshold goes with --sampler {' or '.join(reads)}")
     config = SampleConfig(options.sampler, options.steps, options.temperature, seed=options.seed)
     return config if options.threshold is None else replace(config, threshold=options.threshold)
-
-
-def predict(options: PredictOptions) -> None:
-    """Answers every text of the input, in its order; prints as soon as a chunk is done, or writes `out` whole."""
-    keep_freed_memory()
-    sampling = sampling_of(options)
-    run = load(options.run, options.base, options.device, options.dtype, task=options.task)
-    task = run.task_named(options.task)
-    truncated = total = 0
-    with printer(options) as write:
-        for rows in chunks(options, input_columns(task)):
-            records = run.answer(rows, task, sampling)
-            write(records)
-            total += len(records)
-            truncated += sum(r["truncated"] for r in records)
-    say_truncated(say_to_stderr(options.quiet), truncated, total, run.base.model.config.max_length)

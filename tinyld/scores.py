@@ -26,7 +26,7 @@ from tinyld.runs import RESULTS, RunFolder
 from tinyld.tables import print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
-from tinyld.workspace import default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
+from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
 Record = dict[str, Any]
@@ -59,10 +59,8 @@ def eval(options: EvalOptions) -> list[Record]:
         return eval_text(options)
     sampling, say = sampling_of(options), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
-    if predictions is not None and (predictions.is_dir() or not predictions.parent.is_dir()):
-        raise TinyldError(f"{predictions}: cannot be written (not a file in a folder that exists)")
-    records = []
-    lines = ["run\ttask\tprompt\tgold\tanswer"]
+    check_writable(predictions)
+    records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else options.split
     for path in options.runs or [newest_run(("adapter", "composition"))]:
         run = load(path, options.base, options.device, options.dtype, options.base_dtype)
@@ -111,8 +109,8 @@ def eval_text(options: EvalOptions) -> list[Record]:
     device, files = resolve_device(options.device), find_text_files(options.text)
 
     @functools.cache
-    def bound_of(path: Path, alone_in: str | None) -> tuple[Estimate, int]:
-        """Of a run, or of a base alone whose matrices are kept in `alone_in`."""
+    def bound_of(path: Path, alone_in: str | None = None) -> tuple[Estimate, int]:
+        """(bound, tokens) of a run, or of a base alone whose matrices are kept in `alone_in`."""
         base = load(path, options.base, options.device).base if alone_in is None else load_base(path, device, alone_in)
         stream = tokenize(read_lines(files), base.tokenizer).stream
         rows = TextRows(stream, base.model.config.max_length, base.tokenizer.bos_id)
@@ -129,11 +127,8 @@ def eval_text(options: EvalOptions) -> list[Record]:
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if not is_base:
-            below, kept_in = options.base or default_base(), "fp32"
-            if config:
-                below = find_base(config, path, options.base)
-                kept_in = base_dtype(config, str(path))
-            alone, _ = bound_of(below.resolve(), kept_in)
+            below = find_base(config, path, options.base) if config else options.base or default_base()
+            alone, _ = bound_of(below.resolve(), base_dtype(config, str(path)) if config else "fp32")
             forgotten = bound.minus(alone)
             record |= {"base_nll_bound": alone.mean, "base_nll_stderr": alone.stderr}
             record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
@@ -173,19 +168,17 @@ def show(records: list[Record], options: EvalOptions) -> None:
 
 def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) -> None:
     """One row an evaluation; rates in percent, NLL in nats per answer token."""
-    columns = ("run", "rows of", "n", "accuracy %", "95% interval", "NLL bound")
-    more = ("± NLL", "macro-F1 %", "scored %", "unreadable %", "masked_acc %", "rows/s") if wide else ()
+    columns = ["run", "rows of", "n", "accuracy %", "95% interval", "NLL bound"]
+    more = {"macro-F1 %": "macro_f1", "scored %": "scored_accuracy", "unreadable %": "unreadable"}
+    more |= {"masked_acc %": "masked_acc"}
     rows = []
     for r in records:
         interval = f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" if "low" in r else None
         name = f"{r['task']} {r['split']}"
         row = [r["run"], name, r["n"], percent(r.get("accuracy")), interval, f"{r['nll_bound']:.4f}"]
-        if wide:
-            row.append(f"{r['nll_stderr']:.4f}")
-            row += [percent(r.get(k)) for k in ("macro_f1", "scored_accuracy", "unreadable", "masked_acc")]
-            row.append(round(r["rows_per_second"]))
-        rows.append(row)
-    print_table(title, (*columns, *more), rows, wide)
+        own = [f"{r['nll_stderr']:.4f}", *(percent(r.get(k)) for k in more.values()), round(r["rows_per_second"])]
+        rows.append(row + (own if wide else []))
+    print_table(title, columns + (["± NLL", *more, "rows/s"] if wide else []), rows, wide)
 
 
 def show_classes(record: Record) -> None:

@@ -17,16 +17,6 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside
 
 
-def macro_f1(gold: np.ndarray, predicted: np.ndarray, num_labels: int) -> float:
-    """Mean over labels of F1; an unreadable prediction is a miss of its gold label and a hit of none."""
-    scores = []
-    for label in range(num_labels):
-        hit = int(((gold == label) & (predicted == label)).sum())
-        seen = int((gold == label).sum()) + int((predicted == label).sum())
-        scores.append(2 * hit / seen if seen else 0.0)
-    return float(np.mean(scores))
-
-
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, z: float = 1.959964) -> tuple[float, float, float]:
     """(mean, low, high) of ours - theirs over the same rows, with their 95% interval.
 

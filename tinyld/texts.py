@@ -1,4 +1,4 @@
-"""What `predict` reads and writes: lines as soon as they are there, files; JSON Lines, CSV, a table. No torch."""
+"""`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines, CSV, or a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from typing import Any, BinaryIO
 from tinyld.config import check
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
+from tinyld.predict import input_columns, load, sampling_of
+from tinyld.read import opened
 from tinyld.rows import SUFFIXES, read_rows
+from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
@@ -25,102 +28,125 @@ LONGEST = 1 << 24  # bytes of a line
 Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
 
-def chunks(options: PredictOptions, columns: Sequence[str]) -> Iterator[Rows]:
+def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iterator[Rows]:
     """The rows to answer, in parts. columns: what the task reads; a text alone is enough where it is one."""
-    path = Path(options.input)
-    lines = bool(options.text) or options.input == "-" or path.suffix == ".txt"
-    check(not options.text or options.input == "-", "give INPUT or --text, not both")
-    check(not lines or options.column is None, "--column is for a file with columns; a line is one text")
+    path, column = Path(source), options.column
+    lines = source == "-" or path.suffix == ".txt"
+    check(not options.text or source == "-", "give INPUT or --text, not both")
+    check(not lines or column is None, "--column is for a file with columns; a line is one text")
     if lines:
         check(len(columns) == 1, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
-        parts = [list(enumerate(options.text, 1))] if options.text else _lines_of(options.input)
-        for part in parts:
-            yield [(f"{options.input}: line {number}", {columns[0]: text}) for number, text in part]
+        for part in [enumerate(options.text, 1)] if options.text else lines_of(source):
+            yield [(f"{source}: line {number}", {columns[0]: text}) for number, text in part]
         return
     check(path.suffix.lower() in SUFFIXES, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}")
-    check(options.column is None or len(columns) == 1, f"--column is for tasks of one text, not {', '.join(columns)}")
+    check(column is None or len(columns) == 1, f"--column is for tasks of one text, not {', '.join(columns)}")
     rows = iter(read_rows(path))
     while part := list(islice(rows, CHUNK)):
-        if options.column is not None:
-            for where, row in part:
-                check(options.column in row, f"{where}: no column {options.column!r}, found {', '.join(row)}")
-            part = [(w, {**{k: v for k, v in r.items() if k != options.column}, columns[0]: r[options.column]})
-                    for w, r in part]  # fmt: skip
+        for where, row in part if column is not None else ():
+            check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
+            row[columns[0]] = row.pop(column)
         yield part
 
 
-def _lines_of(name: str) -> Iterator[list[tuple[int, str]]]:
+def lines_of(name: str) -> Iterator[list[tuple[int, str]]]:
     """(number, text) of the lines that are there: of a pipe what was written so far, with no waiting for more."""
-    if name == "-":
-        if sys.stdin is None:
-            raise TinyldError("stdin is closed: give a file, or --text")
-        if sys.stdin.isatty():
-            print("a text a line; Ctrl-D ends", file=sys.stderr)
-        yield from _split(sys.stdin.buffer, "stdin")
-        return
-    try:
-        with open(name, "rb") as file:
+    if name != "-":
+        with opened(Path(name)) as file:
             yield from _split(file, name)
-    except OSError as error:
-        raise TinyldError(f"{name}: cannot be read ({error.strerror})") from None
+        return
+    if sys.stdin is None:
+        raise TinyldError("stdin is closed: give a file, or --text")
+    if sys.stdin.isatty():
+        print("a text a line; Ctrl-D ends", file=sys.stderr)
+    yield from _split(sys.stdin.buffer, "stdin")
 
 
 def _split(stream: BinaryIO, name: str) -> Iterator[list[tuple[int, str]]]:
-    done, rest = 0, b""
-
-    def text(line: bytes, number: int) -> tuple[int, str]:
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        try:
-            return number, line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError:
-            raise TinyldError(f"{name}: line {number}: not UTF-8; save it as UTF-8") from None
-
-    while part := stream.read1(READ):  # type: ignore[attr-defined]
+    done, rest, part = 0, b"", b"-"
+    while part:
+        part = stream.read1(READ)  # type: ignore[attr-defined]
         *lines, rest = (rest + part).split(b"\n")
-        if len(rest) > LONGEST:
-            raise TinyldError(f"{name}: line {done + len(lines) + 1} is longer than {LONGEST >> 20} MB; is it text?")
-        if lines:
-            yield [text(line, done + i) for i, line in enumerate(lines, 1)]
+        if not part and rest:  # a last line without its end
+            lines, rest = [rest], b""
+        found = []
+        for number, line in enumerate(lines, done + 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise TinyldError(f"{name}: line {number}: not UTF-8; save it as UTF-8") from None
+            found.append((number, text.removesuffix("\r")))
         done += len(lines)
-    if rest:
-        yield [text(rest, done + 1)]
+        if len(rest) > LONGEST:
+            raise TinyldError(f"{name}: line {done + 1} is longer than {LONGEST >> 20} MB; is it text?")
+        if found:
+            yield found
+
+
+def predict(options: PredictOptions) -> None:
+    """Answers every text of the input, in its order; prints as soon as a chunk is done, or writes `out` whole."""
+    keep_freed_memory()
+    sampling, say = sampling_of(options), say_to_stderr(options.quiet)
+    paths, source = options.runs_and_input()
+    if len(paths) == 1:
+        run: Any = load(paths[0], options.base, options.device, options.dtype, task=options.task)
+        task, bases = run.task_named(options.task), [run.base]
+    else:
+        check(options.task is None, "--task is for one run; several answer for their own tasks")
+        run = load(paths, options.base, options.device, options.dtype)
+        run.decoded, task, bases = options.decoded, run.task, [r.base for r in run.runs.values()]
+        if len(groups := run.groups()) > 1:
+            shares = "; ".join(", ".join(names) for names in groups)
+            say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
+    truncated = total = 0
+    with printer(options) as write:
+        for rows in chunks(options, source, input_columns(task)):
+            records = run.answer(rows, task, sampling)
+            write(records)
+            total += len(records)
+            truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
+    say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
 @contextmanager
-def printer(options: PredictOptions) -> Iterator[Callable[[Rows], None]]:
+def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """Writes records: to stdout at once, or to a file when all of them are there."""
-    as_csv = options.csv or (options.out is not None and options.out.suffix == ".csv")
-    table = options.out is None and not as_csv and not options.json and sys.stdout.isatty()
+    out = options.out
+    check_writable(out)
+    as_csv = options.csv or (out is not None and out.suffix == ".csv")
+    table = out is None and not as_csv and not options.json and sys.stdout.isatty()
+    ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     whole: list[str] = []
     header: list[str] = []
-    ascii_only = options.out is None and "utf" not in (sys.stdout.encoding or "").lower()
 
-    def write(records: Any) -> None:
+    def write(records: list[dict[str, Any]]) -> None:
         if as_csv:
             text = _csv(records, header)
         elif table:
             text = "".join(map(_table_line, records))
         else:
             text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
-        if options.out is not None:
+        if out is not None:
             whole.append(text)
         else:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
-        raise TinyldError(f"{options.out}: cannot be written (not a file in a folder that exists)")
     yield write
-    if options.out is not None:
-        write_atomic(options.out, "".join(whole).encode(errors="surrogatepass"))
+    if out is not None:
+        write_atomic(out, "".join(whole).encode(errors="surrogatepass"))
 
 
 def _csv(records: Sequence[dict[str, Any]], header: list[str]) -> str:
-    """Lines of CSV; every label's probability is a column. `header` is filled by the first record."""
+    """Lines of CSV; every label's probability is a column, and of several runs each one's answer and its probability.
+    `header` is filled by the first record."""
     flat = []
     for record in records:
-        shares = {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
-        flat.append({k: v for k, v in record.items() if k != "probabilities"} | shares)
+        row = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
+        row |= {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
+        for name, found in record.get("tasks", {}).items():
+            row |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
+        flat.append(row)
     file = io.StringIO()
     if flat and not header:
         header += flat[0]
@@ -130,14 +156,12 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str]) -> str:
 
 
 def _table_line(record: dict[str, Any]) -> str:
-    """label, probability and text in the width of the terminal."""
+    """What was answered, and the text, in the width of the terminal."""
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
-    names = [str(v) for k, v in record.items() if k not in ("label", "probability", "probabilities", "decoded",
-             "truncated", "adapter", "answer")]  # fmt: skip
-    text = record.get("text") or " | ".join(names)
-    if "answer" in record:
-        line = f"{text} -> {record['answer']}"
-    else:
-        line = f"{record['label']:<12} {100 * record['probability']:5.1f}%  {text}"
-    line = plain(line)
+    ours = ("label", "probability", "probabilities", "decoded", "truncated", "adapter", "answer", "tasks")
+    text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in ours)
+    several = record.get("tasks", {"": record}).items()
+    said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
+    written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
+    line = plain("  ".join([*said, text, *written]))
     return (line if len(line) <= width else line[: width - 3] + "...") + "\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 from tinyld.config import ModelConfig, SampleConfig, from_dict
 from tinyld.environment import environment
-from tinyld.errors import TinyldError, UsageError, plain
+from tinyld.errors import TinyldError, plain
 from tinyld.options import (
     ComposeOptions,
     DemoOptions,
@@ -80,18 +80,19 @@ def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
 
 def sample(options: SampleOptions) -> dict[str, Any]:
     """Fills `length` masked tokens at `{answer}`, or after the prompt."""
-    if options.run is None and options.base is not None:
-        raise UsageError("--base is where an adapter's base is, and no run is given; sample from it by its path alone")
     from tinyld.predict import load, sampling_of
 
-    sampling = sampling_of(options)
-    run = load(options.run or default_base(), options.base, options.device, options.dtype)
-    texts, passes = run.fill(options.prompt, options.length, options.num, sampling)
-    return {"samples": texts, "forward_passes": passes}
+    sampling, steps = sampling_of(options), []
+    path = options.run or options.base or default_base()
+    run = load(path, options.base if options.run else None, options.device, options.dtype)
+    texts, passes = run.fill(options.prompt, options.length, options.num, sampling, steps.append)
+    return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
 
 
 def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
-    for text in result["samples"]:
+    for i, text in enumerate(result["samples"]):
+        for n, step in enumerate(result.get("steps", ()), 1):
+            print(plain(f"{n:>4}  {step[i]}"))
         print(plain(text))
 
 
@@ -177,14 +178,12 @@ def demo(options: DemoOptions) -> None:
     out, say = options.out, say_to_stderr(options.quiet)
     if out.exists() and not options.force:
         raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
-    runs = [out / name for name in DEMO_TEXTS]
+    runs = tuple(out / name for name in DEMO_TEXTS)
+    alike = {"force": options.force, "dtype": options.dtype, "quiet": options.quiet}
     records = []
     for (name, text), path in zip(DEMO_TEXTS.items(), runs, strict=True):
         say(f"-- tinyld finetune --task {name} --recipe fast --out {path}")
-        finetune(FinetuneOptions(
-            task=name, recipe="fast", out=path, force=options.force, dtype=options.dtype, limit=options.limit,
-            quiet=options.quiet,
-        ))  # fmt: skip
+        finetune(FinetuneOptions(task=name, recipe="fast", out=path, limit=options.limit, **alike))
         say(f"-- tinyld eval {path} --split test; tinyld predict {path} --text {text!r}")
         run = load(path, dtype=options.dtype)
         found = measure(run, rows_for(run, run.tasks[0], "test"), SampleConfig(), quiet=options.quiet)
@@ -193,17 +192,8 @@ def demo(options: DemoOptions) -> None:
         answer = run.predict([text])[0]
         print(plain(f"{name}: {text!r} is {answer['label']} ({100 * answer['probability']:.0f}%)"))
     show_evaluations("each adapter on its own task", records)
-    both = out / "composed"
-    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --limit 200 --out {both}")
-    asked = ComposeOptions(
-        runs=tuple(runs),
-        split="test",
-        limit=200,
-        out=both,
-        force=options.force,
-        dtype=options.dtype,
-        quiet=options.quiet,
-    )
+    asked = ComposeOptions(runs=runs, split="test", limit=200, out=out / "composed", **alike)
+    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --limit 200 --out {asked.out}")
     show_composition(compose(asked), asked)
     print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
     print("      tinyld predict runs/mine new.csv --out answered.csv")

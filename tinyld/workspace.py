@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
+from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
 
@@ -32,14 +33,8 @@ def default_base() -> Path:
 
 
 def say_to_stderr(quiet: bool) -> Callable[[str], None]:
-    """Says a line on stderr, if anybody reads it."""
-
-    def say(text: str) -> None:
-        if not quiet and is_writer():
-            with contextlib.suppress(OSError):
-                print(plain(text), file=sys.stderr, flush=True)
-
-    return say
+    """Says a line on stderr, unless `quiet`, and by one process of several."""
+    return lambda text: None if quiet or not is_writer() else say(plain(text))
 
 
 def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int) -> None:
@@ -61,3 +56,9 @@ def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
+
+
+def check_writable(path: Path | None) -> None:
+    """TinyldError, before any work, for a file that could not be written after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")

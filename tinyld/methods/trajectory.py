@@ -167,11 +167,16 @@ class AttendingUnits(RankUnits):
         self.attended = nn.Parameter(torch.zeros(width, units))
         self.down_attended = normal(len(self.down), units, fan_in=units, generator=generator)
 
-    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
-        width = h.shape[-1:]
-        x = torch.zeros_like(h)
-        for state, share in zip([*history[: len(self.mix) - 1], h], self.mix.softmax(0).to(h.dtype), strict=True):
-            x = x + F.layer_norm(state, width) * share
+    def forward(
+        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(history, Tensor):  # (depths, B, L, D) of all, normalised once for several pushes that read them
+            with torch.autocast(h.device.type, enabled=False):
+                x = (self.mix.softmax(0) @ history.flatten(1)).view(h.shape)
+        else:
+            x = torch.zeros_like(h)
+            for state, share in zip([*history[: len(self.mix) - 1], h], self.mix.softmax(0).to(h.dtype), strict=True):
+                x = x + F.layer_norm(state, h.shape[-1:]) * share
         x = F.dropout(x, self.dropout, self.training)
         here = x if positions is None else take(x, positions)
         found = self.attend(here, x, noise.prompt_mask)
