@@ -716,7 +716,7 @@ ERRORS = [
     (TEXT + "--steps 1 --trim-vocab 99", 2, "--trim-vocab needs --init"),
     (TEXT + "--minutes 0", 2, "minutes must be above 0"),
     ("pretrain {tiny} --quiet --steps 1 --out new --data missing.txt", 1, "no such file or folder: missing.txt"),
-    ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/notes.md", 1, "expected a file ending in"),
+    ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/notes.md", 1, "expected files ending in"),
     ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/latin1.txt", 1, "not UTF-8"),
     ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/short.txt", 1, "too little text"),
     ("pretrain {tiny} --quiet --steps 1 --out {place}/text.txt --data {place}/text.txt", 1, "is not empty"),

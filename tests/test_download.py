@@ -298,7 +298,7 @@ def test_a_file_in_the_cache_that_was_not_downloaded_stays_and_has_the_published
     mine.write_text("sentence\tlabel\nmine\t0\n")
     assert load_split(task, "dev")[0].before == "c it was"
     assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"
-    task = replace(task, source=replace(task.download, label_counts={"train": {"negative": 1, "positive": 2}}))
+    task = replace(task, download=replace(task.download, label_counts={"train": {"negative": 1, "positive": 2}}))
     mine.write_text("sentence\tlabel\na\t0\nb\t1\nc\t1\n")
     assert len(load_split(task, "train")) == 3
     mine.write_text("sentence\tlabel\na\t0\nb\t1\n")

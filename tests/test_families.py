@@ -384,7 +384,7 @@ def test_kept_states_give_the_same_answer_logits(kind: str, tmp_path: Path) -> N
     x, answer, real = answer_batch(base)
     history: list[Tensor] = []
     with torch.no_grad():
-        h = model.run_blocks(model.embed(x), real, 0, method.first_depth, history=history)
+        h = model.run_blocks(model.embed(x), real, 0, method.push.first_depth, history=history)
         kept = torch.stack([*history, h], 2)
         told = (x, torch.ones(len(x)), real, real & ~answer)
         whole = model(*told, where=answer)

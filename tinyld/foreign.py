@@ -289,8 +289,7 @@ def describe(folder: Path, mask_token: str | None = None, rows: int = 8, length:
         stored = method.expected_parameters(settings, config)
         if stored == 0:  # bitfit, where there are no biases
             continue
-        first = method(settings, config).first_depth
-        through = max(config.num_layers - first, 1) * block  # at least the one block that runs
+        through = max(getattr(settings, "blocks", config.num_layers), 1) * block  # at least the one block that runs
         kept = base["fp32"] if name == "full" else base["bf16"]
         memory = kept + (12 if name == "full" else 16) * stored + through
         methods[name] = {"stored_parameters": stored, "stored_bytes": 4 * stored, "memory_bytes": memory}

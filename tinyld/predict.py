@@ -243,10 +243,10 @@ class Runs:
         for name, run in self.runs.items():
             task, key = run.tasks[0], (name,)
             if run.push is not None and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
-                template = task.template
-                for i, column in enumerate(task.columns):
-                    template = template.replace(f"{{{column}}}", f"{{{i}}}")
-                key = (id(run.base), template, task.pair)
+                template, columns = task.template, list(task.columns.values())
+                for i, field in enumerate(task.columns):
+                    template = template.replace(f"{{{field}}}", f"{{{i}}}")
+                key = (id(run.base), template, *map(columns.index, columns))
             found.setdefault(key, []).append(name)
         return list(found.values())
 
