@@ -525,3 +525,33 @@ def test_damaged_folders_are_refused_in_one_line_and_none_loads_as_something_els
             assert torch.equal(base.model(x, attention_mask=mask), expected) and base.tokenizer.roles == roles, what
         shutil.rmtree(tmp_path / "bad")
     assert refused >= 160
+
+
+@pytest.mark.parametrize("kind", ["llada", "mdlm"])
+def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: str, tmp_path: Path) -> None:
+    """finetune, predict, sample, eval and info take the folder as it is; a changed one is refused by its run."""
+    from typer.testing import CliRunner
+
+    from tinyld.cli import app
+
+    make(kind, tmp_path / "model")
+    texts = [f"{a} {b}" for a in "abcdefgh" for b in "abcdefgh"]
+    rows = "".join(f"{text},{'yes' if text[0] < 'e' else 'no'}\n" for text in texts)
+    (tmp_path / "rows.csv").write_text("text,label\n" + rows)
+
+    def run(*words: str) -> str:
+        ran = CliRunner().invoke(app, list(words))
+        assert ran.exit_code == 0, ran.output
+        return ran.stdout
+
+    base, out = str(tmp_path / "model"), str(tmp_path / "run")
+    for method in ("trajectory-lora", "weight-lora"):
+        run("finetune", "--data", str(tmp_path / "rows.csv"), "--base", base, "--method", method, "--steps", "2",
+            "--out", out, "--force", "--quiet")  # fmt: skip
+        assert json.loads(run("predict", out, "--text", "a b"))["label"] in ("yes", "no")
+    assert json.loads(run("eval", out, "--json", "--quiet"))[0]["n"] > 0
+    assert json.loads(run("sample", base, "--length", "2", "--num", "1", "--json"))["samples"]
+    assert json.loads(run("info", base, "--json"))["family"] == kind
+    make(kind, tmp_path / "model", seed=1)
+    ran = CliRunner().invoke(app, ["predict", out, "--text", "a b"])
+    assert ran.exit_code == 1 and "was trained on base" in ran.output

@@ -20,7 +20,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.model import Denoiser
 from tinyld.read import finite
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer
 from tinyld.write import sha256
 
@@ -99,17 +99,41 @@ def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return found
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether this is the folder of a public model, as its authors saved it, and no run of ours."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return not os.path.lexists(path / MANIFEST) and any(os.path.isfile(path / name) for name in names)
+
+
 def read_model_config(folder: RunFolder) -> ModelConfig:
-    """What a base says of its denoiser; TinyldError when the run is an adapter."""
-    config = folder.config
+    """What a base says of its denoiser, ours or a public one; TinyldError when the run is an adapter."""
+    if is_foreign(folder.path):
+        from tinyld.foreign import read_foreign
+
+        return read_foreign(folder.path).config
+    config = RunFolder.open(folder.path).config
     if config["kind"] != "base":
         record = base_record(config, folder.path / CONFIG)
         raise TinyldError(f"{folder.path} is an adapter, not a base; its base is {record.path}")
     return from_dict(ModelConfig, config["model"], str(folder.path / CONFIG))
 
 
+def read_base_tokenizer(path: Path) -> Tokenizer:
+    """A base's tokenizer, ours or a public model's."""
+    if is_foreign(path):
+        from tinyld.foreign import read_foreign
+
+        return read_foreign(path).tokenizer
+    return Tokenizer.load(path / TOKENIZER)
+
+
 def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
-    """A base from its run folder; every file is checked against the manifest first. dtype: see device.shrink."""
+    """A base from its run folder, every file of which is checked against the manifest first, or a public model from its
+    own. dtype: see device.shrink."""
+    if is_foreign(path):
+        from tinyld.foreign import load_foreign
+
+        return load_foreign(path, device, dtype)
     folder = RunFolder.open(path)
     model_config = read_model_config(folder)
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
@@ -173,15 +197,17 @@ def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Pa
     record = base_record(config, run / CONFIG)
     released, recorded = [bundled_data_dir() / name for name in RELEASED], Path(record.path)
     for path in [*released, recorded] if override is None else []:
-        if os.path.isfile(path / CONFIG) and RunFolder(path).config["kind"] == "base":
+        if RunFolder(path).is_run() and RunFolder(path).config["kind"] == "base":
             if fingerprint(RunFolder(path)) == record.fingerprint:
                 return path
-    if override is None and not os.path.isfile(recorded / CONFIG):
+    if override is None and not os.path.isfile(recorded / CONFIG) and not is_foreign(recorded):
         raise TinyldError(
             f"the base of {run}, {record.fingerprint}, is neither a released one ({' and '.join(map(str, released))}) "
             f"nor at {recorded}; give its folder with --base"
         )
     path = recorded if override is None else override
+    if is_foreign(path):  # whose fingerprint is known once it is read
+        return path
     _check_fingerprint(record, fingerprint(RunFolder.open(path)), path, run)
     return path
 
@@ -220,6 +246,7 @@ def load_adapter(
     check_frozen(read_config(config["method"], path)[0].name, dtype)
     check_bands(config, path)
     base = load_base(find_base(config, folder.path, base_path), device, dtype)
+    check_base(config, base, folder.path)
     tensors = folder.read_tensors(ADAPTER)
     method, settings = read_method(config["method"], tensors, base, folder)
     adapted = attach(base, method.name, settings, config["task"])

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.cache import StateCache, why_not_cached
-from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_model_config, sizes
+from tinyld.checkpoint import (
+    attach,
+    check_base,
+    check_frozen,
+    load_base,
+    method_record,
+    read_base_tokenizer,
+    read_model_config,
+    sizes,
+)
 from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
@@ -26,9 +35,8 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
-from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, TOKENIZER, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
-from tinyld.tokenizer import Tokenizer
 from tinyld.train import Noising, Objective, TrainingRun
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
@@ -56,7 +64,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     """A new run's config.json, but for what only its base and rows can tell: what was left open is filled in, the task
     of a file, the method's learning rate and optimizer, 3 epochs."""
     base, method, data = options.base or default_base(), options.method, options.data
-    shape = read_model_config(RunFolder.open(base))
+    shape = read_model_config(RunFolder(base))
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
@@ -72,7 +80,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, Tokenizer.load(base / TOKENIZER))
+        task = make_task(options, file, read_base_tokenizer(base))
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
     return {
         "kind": "adapter",

@@ -335,7 +335,7 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(Options):
-    run: Path = option(dataclasses.MISSING, "A run folder.", ARGUMENT)
+    run: Path = option(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
     json: bool = option(False, "Print the result as JSON.", "Output")
 
 

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, base_record, find_base, load_adapter, load_base
+from tinyld.checkpoint import Base, base_dtype, base_record, find_base, is_foreign, load_adapter, load_base
 from tinyld.composition import attach_static, load_composition, read_member
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows, slot_width
@@ -309,6 +309,8 @@ def load(
         loaded = load_base(base_path or default_base(), on, kept_in or "fp32")
         attach_static(loaded, (WeightLora.name, *load_peft(path, loaded.model.config, loaded.fingerprint)), path)
         return Run(path, loaded, [], {}, dtype)
+    if is_foreign(path):
+        return Run(path, load_base(path, on, kept_in or "fp32"), [], {"kind": "base"}, dtype)
     folder = RunFolder.open(path)
     config, where = folder.config, str(path / CONFIG)
     if config["kind"] == "base":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinyld.checkpoint import is_foreign
 from tinyld.config import ModelConfig, SampleConfig, from_dict
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
@@ -26,6 +27,10 @@ from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
 def info(options: InfoOptions) -> dict[str, Any]:
     """What a run is, from its JSON files; every file is checked against the manifest."""
+    if is_foreign(options.run):
+        from tinyld.foreign import describe
+
+        return {"folder": str(options.run), **describe(options.run)}
     folder = RunFolder.open(options.run)
     config, files = folder.config, folder.files()
     for name in files:
