@@ -26,17 +26,16 @@ from tinyld.tasks import prompt_of
 CELL, GAP, LINE, LEFT, FONT = 7.4, 5, 27, 150, 12.5
 
 
-class Sized:
-    """A push that keeps the size of what it adds beside that of the states, for the positions that are masked."""
+class Sized(torch.nn.Module):
+    """A push that keeps the size of what it adds beside that of the states it is added to."""
 
     def __init__(self, push: Any):
-        self.push, self.masked, self.sizes = push, None, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.push, name)
+        super().__init__()
+        self.inner, self.sizes = push, []
+        self.first_depth, self.reads_depths, self.reads_others = push.first_depth, push.reads_depths, push.reads_others
 
     def start(self, *args: Any) -> Any:
-        push_at = self.push.start(*args)
+        push_at = self.inner.start(*args)
         self.sizes.append([])
 
         def sized(depth: int, h: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
