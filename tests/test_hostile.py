@@ -247,6 +247,7 @@ def all_cases(world: Path) -> Iterator[Case]:
             every = [(f, m) for f in formats for m in KINDS.get(f, ())] if (world / path).is_file() else []
             for format, mutation in every:
                 free = verb in ("info", "report") or command == "finetune data" or path.startswith("text/")
+                free = free or (verb == "predict" and "label" in mutation)
                 free = free or (mutation in LAX and re.search(FREE, path) is not None)
                 yield Case(command, mutation, path, format, free=free)
             yield from (Case(command, kind, path, free=path.startswith("text/")) for kind in PLACES)
