@@ -69,6 +69,7 @@ COMMANDS = {  # by names that begin with the verb
     "predict": "predict push rows.csv --base base --dtype fp32 --quiet",
     "predict lora": "predict lora asked.jsonl --base base --dtype fp32 --quiet",
     "predict both": "predict both asked.txt --base base --task mood --dtype fp32 --quiet",
+    "predict several": "predict push push2 rows.csv --base base --dtype fp32 --quiet",
     "predict peft": "predict lora.peft asked.jsonl --base base --task mood.toml --dtype fp32 --quiet",
     "eval": f"eval push --base base {END}",
     "eval data": f"eval lora --base base --data rows.csv {END}",
