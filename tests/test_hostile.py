@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ import sys
 import time
 import tomllib
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,10 +183,8 @@ def mutate(format: str, name: str, rng: random.Random, content: bytes) -> bytes:
         return len(header).to_bytes(8, "little") + header + content[end:]
     if format == "state":
         found = load(content)
-        found["state"] = torch.frombuffer(
-            bytearray(mutate("json", name, rng, found["state"].numpy().tobytes())), dtype=torch.uint8
-        )
-        return save(found)
+        state = bytearray(mutate("json", name, rng, found["state"].numpy().tobytes()))
+        return save(found | {"state": torch.frombuffer(state, dtype=torch.uint8)})
     if format == "safetensors" and name in TENSORS:
         found = load(content)
         TENSORS[name](found, next((n for n, t in found.items() if t.dim() > 1 and t.is_floating_point()), min(found)))
@@ -243,15 +242,15 @@ def all_cases(world: Path) -> Iterator[Case]:
         named = [w for w, before in zip(words, line.split(), strict=False) if (world / w).exists() and before != "--to"]
         inside = [p for w in (*named, *extra) for p in [world / w, *(world / w).rglob("*")]]
         for path in (str(p.relative_to(world)) for p in inside):
-            suffix = path.rpartition(".")[2]
-            formats = ("safetensors", "state") if re.search(r"/\d{8}$", path) else (suffix,)
-            every = [(f, m) for f in formats for m in KINDS.get(f, ())] if (world / path).is_file() else []
-            for format, mutation in every:
-                free = verb in ("info", "report") or command == "finetune data" or path.startswith("text/")
-                free = free or (verb == "predict" and "label" in mutation)
-                free = free or (mutation in LAX and re.search(FREE, path) is not None)
-                yield Case(command, mutation, path, format, free=free)
-            yield from (Case(command, kind, path, free=path.startswith("text/")) for kind in PLACES)
+            is_checkpoint, text = re.search(r"/\d{8}$", path), path.startswith("text/")
+            formats = ("safetensors", "state") if is_checkpoint else (path.rpartition(".")[2],)
+            for format in formats if (world / path).is_file() else ():
+                for mutation in KINDS.get(format, ()):
+                    free = text or verb in ("info", "report") or command == "finetune data"
+                    free = free or (verb == "predict" and "label" in mutation)
+                    free = free or (mutation in LAX and re.search(FREE, path) is not None)
+                    yield Case(command, mutation, path, format, free=free)
+            yield from (Case(command, kind, path, free=text) for kind in PLACES)
         for field in dataclasses.fields(options):
             kind, name, group = kinds(options)[field.name], flag(field.name), field.metadata["group"]
             if kind is Path and field.name in ("out", "predictions", "csv") and command != "finetune resume":
@@ -271,13 +270,11 @@ def all_cases(world: Path) -> Iterator[Case]:
 
 def chosen(world: Path, verb: str) -> list[Case]:
     """The cases of a verb that are run: one of every mutation, then another one of each, and so on, up to the total."""
-    cases, seen, ranked = list(all_cases(world)), Counter(), []
+    cases, seen = list(all_cases(world)), defaultdict(itertools.count)
     random.Random(0).shuffle(cases)
-    for i, case in enumerate(cases):
-        ranked.append((seen[key := (case.command.split()[0], case.mutation)], i, case))
-        seen[key] += 1
-    few = [case for _, _, case in sorted(ranked)[: round(TOTAL * SHARE)]]
-    return sorted((case for case in few if case.command.split()[0] == verb), key=lambda case: case.command)
+    cases.sort(key=lambda case: next(seen[case.command.split()[0], case.mutation]))
+    few = [case for case in cases[: round(TOTAL * SHARE)] if case.command.split()[0] == verb]
+    return sorted(few, key=lambda case: case.command)
 
 
 # ------------------------------------------------------------------------------------------------ a process of its own
@@ -424,11 +421,9 @@ def work(pipe: Any, world: Path, cases: list[Case]) -> None:
         slow = time.process_time() - began > LIMIT_S
         os.close(reader)
         outcome = REFUSED if ran[0] else SAME if told(ran[1]) == without[case.command] else OTHER
-        pipe.send(
-            ("slow", f"{ran}")
-            if slow
-            else fault(case, before, *ran) or (outcome, "" if case.free or outcome != OTHER else f"{ran}")
-        )
+        outcome = "slow" if slow else outcome
+        problem = f"{ran}" if slow or (outcome == OTHER and not case.free) else ""
+        pipe.send(fault(case, before, *ran) or (outcome, problem))
 
 
 def fault(case: Case, before: dict[str, Any], code: int, out: str, err: str, trace: str) -> tuple[str, str] | None:
