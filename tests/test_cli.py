@@ -654,7 +654,7 @@ ERRORS = [
     (ON.replace("--steps 1", "--epochs inf") + "--method bitfit", 2, "epochs"),
     (ON + "--method bitfit --lr 0", 2, "lr must be above 0"),
     (ON + "--method bitfit --lr -1", 2, "lr must be above 0"),
-    (ON + "--method bitfit --lr nan", 2, "lr must be above 0"),
+    (ON + "--method bitfit --lr nan", 2, "lr must be a finite number"),
     (ON + "--method bitfit --set warmup=1", 2, "warmup must be below 1"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),
     (ON + "--method bitfit --device cuda:99", 2, "torch sees"),
@@ -684,7 +684,7 @@ ERRORS = [
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
     ("sample nowhere", 1, "no run in nowhere"),
     ("sample {place}/base --length 900", 2, "the base takes 48"),
-    ("sample {place}/base --temperature nan", 2, "temperature must be at least 0"),
+    ("sample {place}/base --temperature nan", 2, "temperature must be a finite number"),
     # composing
     ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
     ("compose {place}/mood-full {place}/mood-bitfit --out new", 2, "bitfit and full cannot be combined"),

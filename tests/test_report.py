@@ -32,7 +32,12 @@ def row(method: str, seed: int, accuracy: float | None, **changes: Any) -> dict[
 def run_folder(path: Path, **changes: Any) -> RunFolder:
     """An evaluated adapter, as finetune and eval leave it."""
     method = {"name": "weight-lora", **to_dict(METHODS["weight-lora"].Config())}
-    config = {"kind": "adapter", "task": "mood", "method": method, "base": {"path": "/x/small", "fingerprint": "f"}}
+    config = {
+        "kind": "adapter",
+        "task": {"name": "mood"},
+        "method": method,
+        "base": {"path": "/x/small", "fingerprint": "f"},
+    }
     config["train"] = to_dict(TrainConfig(epochs=3.0, seed=2, lr=1e-3))
     config |= {"diffusion": to_dict(DiffusionConfig()), "data": {"rows": 9}}
     config["parameters"] = {"stored_parameters": 5, "stored_percent": 0.5, "stored_bytes": 20}

@@ -49,7 +49,7 @@ def write_adapter(path: Path, base_path: Path, name: str = "adapters") -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=torch_seeded(2)), alpha=0.1)
     folder = RunFolder.create(path)
     record = {
-        "kind": "adapter", "task": "reviews", "method": method_record(adapted.method), "parameters": {},
+        "kind": "adapter", "task": {"name": "reviews"}, "method": method_record(adapted.method), "parameters": {},
         "base": {"path": str(base_path), "fingerprint": base.fingerprint}, "environment": {},
     }  # fmt: skip
     folder.write_json(CONFIG, record)
@@ -338,7 +338,7 @@ def test_tensors_that_do_not_fit_are_named(run: str, name: str, base: Path, adap
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("base", {"kind": "tent"}, "not the config of a run"),
-    ("base", {"data": 3}, "data: expected an object, got '3'"),
+    ("base", {"data": 3}, "data is of the wrong type: '3'"),
     ("base", {"data": {"tokens": "many"}}, "data: tokens is of the wrong type: 'many'"),
     ("adapter", {"data": {"folder": [], "held_out": True}}, "data: folder is of the wrong type"),
     ("adapter", {"data": {"held_out": 1}}, "data: held_out is of the wrong type: '1'"),

@@ -183,7 +183,7 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
 
 
 BAD_FILES = [
-    ("a.txt", b"caf\xe9\n", "can't decode byte 0xe9"),
+    ("a.txt", b"caf\xe9\n", "not UTF-8 .invalid continuation byte"),
     ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
     ("a.jsonl", b'{"body": "a"}\n', "string field 'text'"),
     ("a.txt.gz", b"plain", "cannot be read"),

@@ -459,12 +459,17 @@ def test_a_signal_is_answered_at_once_ends_the_step_saves_it_and_a_second_one_at
                 answers.append(capfd.readouterr().err)
             return self.source.batch(step, batch_size, seed)
 
+    ignored = signal.getsignal(signum) == signal.SIG_IGN  # as under nohup, where a hangup is not to stop it
+    if ignored:
+        signal.signal(signum, signal.SIG_DFL)
     before = signal.getsignal(signum)
     with pytest.raises(Stopped, match=f"stopped by {name}: step 4 is saved; go on with --resume") as raised:
         run(base, "adapters", Signals(rows, 3), settings(), tmp_path / "run")
     assert raised.value.exit_code == 128 + signum and signal.getsignal(signum) == before
     assert answers == ["stopping after this step\n"]
     assert [p.name for p in RunFolder(tmp_path / "run").checkpoints()] == ["00000004"]
+    if ignored:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:

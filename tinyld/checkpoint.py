@@ -20,7 +20,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.model import Denoiser
 from tinyld.read import finite
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, TOKENIZER, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder, is_foreign
 from tinyld.tokenizer import Tokenizer
 from tinyld.write import sha256
 
@@ -97,12 +97,6 @@ def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise TinyldError(f"{path}: tensor {name!r} needs one scale a row, got {tuple(scale.shape)}")
         found[name] = Int8()(tensors[name], scale[:, None])
     return found
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether this is the folder of a public model, as its authors saved it, and no run of ours."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return not os.path.lexists(path / MANIFEST) and any(os.path.isfile(path / name) for name in names)
 
 
 def read_model_config(folder: RunFolder) -> ModelConfig:

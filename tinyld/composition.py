@@ -24,6 +24,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
 from tinyld.options import HOWS
+from tinyld.read import finite
 from tinyld.router import Router, prompt_features, prototype_shapes
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
@@ -183,10 +184,11 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     dtype = base_dtype(config, str(path))
     if dtype != base.dtype:
         raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
-    prototype = folder.read_tensors(PROTOTYPE) if PROTOTYPE in folder.files() else None
+    where = folder.path / PROTOTYPE
+    prototype = finite(folder.read_tensors(PROTOTYPE), where) if PROTOTYPE in folder.files() else None
     shapes = prototype_shapes(base.model.config.d_model)
     if prototype is not None and {name: tuple(t.shape) for name, t in prototype.items()} != shapes:
-        raise TinyldError(f"{folder.path / PROTOTYPE}: no prototype for this base; train the adapter again")
+        raise TinyldError(f"{where}: no prototype for this base; train the adapter again")
     tensors = folder.read_tensors(ADAPTER)
     method, settings = read_method(config["method"], tensors, base, folder)
     return Member(str(folder.path), config["task"], 1.0, method.name, settings, tensors, prototype)

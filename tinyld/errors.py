@@ -28,7 +28,8 @@ class TinyldError(Exception):
     exit_code = 1
 
     def __init__(self, message: object):
-        super().__init__(plain(message))
+        text = plain(message)
+        super().__init__(text if len(text) <= 4_000 else f"{text[:2_000]} ... {text[-2_000:]}")
 
 
 class UsageError(TinyldError):

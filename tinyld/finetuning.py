@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tinyld.checkpoint import (
     read_model_config,
     sizes,
 )
-from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, from_dict, to_dict
+from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -191,6 +192,9 @@ def resume(options: Training) -> dict[str, Any]:
     from tinyld import pretrain  # which resumes by this module, as either verb takes a run of either kind
 
     assert options.resume is not None
+    for field in fields(options):
+        kept = field.name in ("resume", "from_step", "allow_changed", "json", "quiet")
+        check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
         out, config = folder.path, folder.config

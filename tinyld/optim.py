@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tinyld.config import TrainConfig
 from tinyld.device import fast_dtype
+from tinyld.errors import TinyldError
 
 
 class Muon(torch.optim.Muon):
@@ -111,6 +112,8 @@ class Optimizer:
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 prefix = f"optim.{self.names[id(parameter)]}."
                 values = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+                if any(v.shape not in ((), parameter.shape) for v in values.values()):
+                    raise TinyldError(f"the checkpoint's {prefix[:-1]} has the wrong shape")
                 part.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
 
 

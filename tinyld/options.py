@@ -70,6 +70,8 @@ class Options:
                 value = tuple([value] if isinstance(value, str) else value)
             if value is not None and choices:
                 check(value in choices, f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
+            if isinstance(value, int | float):
+                check(abs(value) < 1 << 63, f"{flag(field.name)} must be a finite number below 2^63, got {value}")
             if value is not None and minimum is not None:
                 check(value >= minimum, f"{flag(field.name)} must be at least {minimum:g}, got {value}")
             object.__setattr__(self, field.name, value)

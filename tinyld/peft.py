@@ -53,6 +53,11 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
     """Writes a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
     from safetensors.torch import save
 
+    blocks = range(len(tensors) // (2 * len(config.targets)))
+    names = {f"blocks.{i}.{target}.lora_{x}.weight" for i in blocks for target in config.targets for x in "AB"}
+    shapes = all(t.dim() == 2 and t.shape["lora_B" in n] == config.rank for n, t in finite(tensors, "the run").items())
+    if set(tensors) != names or not shapes:
+        raise TinyldError("the run's tensors are not those of a LoRA of its settings")
     RunFolder.create(out)
     settings = PLAIN | {
         "task_type": None,
@@ -101,7 +106,7 @@ def load_peft(
     path = folder / WEIGHTS
     if not path.is_file():
         raise TinyldError(f"no {WEIGHTS} in {folder}; pickled adapters are not read")
-    tensors = read_tensors(path)
+    tensors = finite(read_tensors(path), path)
     foreign = [name for name in tensors if not name.startswith(PREFIX)]
     if foreign:
         raise TinyldError(f"{path}: tensor {foreign[0]!r} does not begin with {PREFIX}")

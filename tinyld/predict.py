@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, base_record, find_base, is_foreign, load_adapter, load_base
+from tinyld.checkpoint import Base, base_dtype, base_record, find_base, load_adapter, load_base
 from tinyld.composition import attach_static, load_composition, read_member
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows, slot_width
@@ -21,7 +21,7 @@ from tinyld.methods import TrajectoryLora, WeightLora
 from tinyld.options import Sampling, base_folder
 from tinyld.peft import is_peft, load_peft
 from tinyld.rows import Example, prompt_of
-from tinyld.runs import CONFIG, RunFolder
+from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.workspace import default_base

@@ -55,7 +55,7 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
     return decode(read_bytes(path, limit), path)
 
 
-def decode(content: bytes, path: Path) -> str:
+def decode(content: bytes, path: object) -> str:
     """UTF-8 text, with or without a byte-order mark."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -84,8 +84,9 @@ class Record(dict[str, Any]):
         raise TinyldError(f"{self.path}: missing key {key!r}")
 
 
-def parse_json(text: str | bytes, path: object) -> Any:
-    """The JSON value in `text`: no key twice, no NaN or huge number, no bottomless nesting. `path` is for the error."""
+def parse_json(text: str | bytes, path: object, types: Any = None) -> Any:
+    """The JSON value in `text`: no key twice, no NaN or huge number, no bottomless nesting, nothing of another type
+    than `types` has it: a dict by key ("*" is all others), [x] a list of x, None anything. `path` is for the error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Record:
         record = Record(pairs)
@@ -96,10 +97,12 @@ def parse_json(text: str | bytes, path: object) -> Any:
         return record
 
     try:
+        text = text if isinstance(text, str) else decode(text, path)  # by itself json takes UTF-16 too
         value = json.loads(text, object_pairs_hook=unique)
         _check_sane(value)
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
+    _check_types(value, types, path)
     return value
 
 
@@ -117,6 +120,14 @@ def as_object(value: Any, path: object) -> Record:
     record = value if isinstance(value, Record) else Record(value)
     record.path = path
     return record
+
+
+def _check_types(value: Any, types: Any, where: object) -> None:
+    kind = dict if isinstance(types, dict) else list if isinstance(types, list) else types
+    if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise TinyldError(f"{where} is of the wrong type: {show(value)}")
+    for key, inner in value.items() if kind is dict else enumerate(value, 1) if kind is list else ():
+        _check_types(inner, types[0] if kind is list else types.get(key, types.get("*")), f"{where}: {key}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

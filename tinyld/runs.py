@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyld.errors import TinyldError, failing, show
+from tinyld.errors import TinyldError, failing
 from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_object, read_text
 from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, to_json, write_atomic
 
@@ -29,11 +29,34 @@ INITIAL = "initial.safetensors"  # what pretraining with --keep-init began with,
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
 CHECKPOINTS = "checkpoints"
 KINDS = ("base", "adapter", "composition")  # of a run, in its config
-# What a config says of rows or text, as far as it is read again.
-DATA: dict[str, Any] = {
-    "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
-    "files": list, "tokens": int,
+NUMBER = int | float
+TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see read.parse_json
+    CONFIG: {
+        "base": {"path": str, "fingerprint": str, "dtype": str},
+        "train": {},
+        "diffusion": {},
+        "data": {
+            "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
+            "files": [str], "tokens": int,
+        },
+        "parameters": {"*": NUMBER},
+        "task": {"name": str, "verbalizer": {"*": str}},
+        "method": {"name": str},
+        "environment": {"command": str},
+        "members": [{"run": str, "task": {"name": str}, "weight": NUMBER}],
+        "parts": [{}],
+    },
+    RESULTS: {"eval": {"*": dict.fromkeys(("n", "accuracy", "low", "high", "nll_bound", "nll_stderr"), NUMBER)}}
+    | dict.fromkeys(("pretrain", "finetune"), {"seconds": NUMBER, "dev_accuracy": NUMBER, "dev_nll_bound": NUMBER}),
+    CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
+    | dict.fromkeys(("seconds", "log_sum"), NUMBER) | {"scaler": {"*": NUMBER}},
 }  # fmt: skip
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether this is the folder of a public model, as its authors saved it, and no run of ours."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return not os.path.lexists(path / MANIFEST) and any(os.path.isfile(path / name) for name in names)
 
 
 class RunFolder:
@@ -106,13 +129,10 @@ class RunFolder:
 
     @property
     def config(self) -> Record:
-        """The run's config.json, in which `data` holds what DATA says."""
+        """The run's config.json."""
         config, path = self.read_json(CONFIG), self.path / CONFIG
-        if not isinstance(config, Record) or config.get("kind") not in KINDS:
+        if config.get("kind") not in KINDS:
             raise TinyldError(f"{path}: not the config of a run (no 'kind')")
-        for name, value in as_object(config.get("data", {}), f"{path}: data").items():
-            if not isinstance(value, DATA.get(name, object)):
-                raise TinyldError(f"{path}: data: {name} is of the wrong type: {show(value)}")
         return config
 
     def write(self, name: str, content: bytes) -> None:
@@ -151,7 +171,7 @@ class RunFolder:
         return content
 
     def read_json(self, name: str) -> Any:
-        return parse_json(self.read(name), self.path / name)
+        return parse_json(self.read(name), self.path / name, TYPES.get(name))
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         return parse_tensors(self.read(name), self.path / name)
@@ -178,7 +198,8 @@ class RunFolder:
         files = as_object(read_object(path)["files"], f"{path}: files")
         for name, entry in files.items():
             entry = as_object(entry, f"{path}: {name!r}")
-            if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
+            digest, size = entry["sha256"], entry["bytes"]
+            if not (isinstance(digest, str) and digest.isascii() and isinstance(size, int)):
                 raise TinyldError(f"{path}: damaged, the entry for {name!r} has no sha256 and bytes")
             if Path(name).name != name:
                 raise TinyldError(f"{path}: the name {name!r} leaves the run folder")
@@ -260,7 +281,7 @@ class RunFolder:
         path = self.path / CHECKPOINTS / f"{chosen:08d}"
         try:
             tensors = self._checkpoints.read_tensors(path.name)
-            return tensors, as_object(parse_json(tensors.pop("state").numpy().tobytes(), path), path)
+            return tensors, parse_json(tensors.pop("state").numpy().tobytes(), path, TYPES[CHECKPOINTS])
         except TinyldError as error:
             older = [s for s in steps if s < chosen]
             way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"

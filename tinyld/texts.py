@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from tinyld.write import write_atomic
 
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
 READ = 1 << 17  # bytes of text read at once: some thousand lines
+HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSON leaves as they are
 LONGEST = 1 << 24  # bytes of a line
 Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
@@ -126,6 +128,7 @@ def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]]
             text = "".join(map(_table_line, records))
         else:
             text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
+            text = re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
         if out is not None:
             whole.append(text)
         else:

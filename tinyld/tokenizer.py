@@ -240,6 +240,7 @@ def _text_field(line: str, where: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as scraped text has
 
 
+TEXT_BYTES = 1 << 40
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
 
@@ -254,4 +255,6 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
         if not texts:
             raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
         found += texts
+    if vast := [path for path in found if path.stat().st_size > TEXT_BYTES]:
+        raise TinyldError(f"{vast[0]}: {vast[0].stat().st_size:,} bytes are more than the {TEXT_BYTES:,} of a text")
     return found

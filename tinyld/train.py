@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tinyld.checkpoint import load_exactly
 from tinyld.config import DiffusionConfig, TrainConfig
 from tinyld.data import Batch, Source, seed_of, torch_seeded
 from tinyld.device import autocast, resolve_dtype
@@ -144,9 +145,8 @@ class TrainingRun:
             scaler, self.saved_step = state.pop("scaler"), state["step"]
             for name in COUNTERS:
                 setattr(self, name, state[name])
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(tensors[f"model.{name}"])
+            saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+            load_exactly(self.parameters, saved, state.path)
             self.optimizer.load_state(tensors)
             if scaler:
                 self.scaler.load_state_dict(scaler)

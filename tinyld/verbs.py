@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinyld.checkpoint import is_foreign
 from tinyld.config import ModelConfig, SampleConfig, from_dict
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
@@ -19,7 +18,7 @@ from tinyld.options import (
     SampleOptions,
 )  # fmt: skip
 from tinyld.rows import BUNDLED_TASKS
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr

@@ -33,7 +33,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.parent / f".tinyld-{secrets.token_hex(8)}.tmp"
     with failing(path, "written"):
         if _is_stream(path):
-            with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as file:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)  # an error where nobody reads a pipe
+            os.set_blocking(descriptor, True)
+            with open(descriptor, "wb") as file:
                 yield file
             return
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
