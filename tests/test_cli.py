@@ -793,7 +793,7 @@ def test_a_truncated_file_is_named(args: str, name: str, place: Path, pair: tupl
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(place: Path) -> None:
-    args = ON.replace("--steps 1", "--steps 9") + "--method full --lr 1e30 --set clip=0"
+    args = ON.replace("--steps 1", "--steps 9") + "--method full --lr 1e18 --set clip=0"
     assert_refused(cli(*fill(args, place)), 1, "is not finite")
     assert not (Path("new") / ADAPTER).exists()
     assert_refused(cli("eval", "new", "--quiet"), 1, f"no {ADAPTER} in new")

@@ -43,13 +43,17 @@ class Trainer:
             folder = RunFolder(Path(command[1]))
             results = folder.read_json(RESULTS)
             found = {"n": 500, "rows_per_second": 9.0, "nll_bound": 0.7, "nll_stderr": 0.1}
-            if folder.config["task"] == "reviews":
+            if folder.config["task"]["name"] == "reviews":
                 found |= {"accuracy": 0.5, "unreadable": 0.0}
             results["eval"] = {f"{folder.config['task']}/{option['--split']}": found}
             return folder.write_json(RESULTS, results)
         lr, seed = float(option["--lr"]), int(option["--seed"])
         folder = RunFolder.create(Path(option["--out"]), "--force" in command)
-        config: dict[str, Any] = {"kind": "adapter", "task": option["--task"], "method": {"name": option["--method"]}}
+        config: dict[str, Any] = {
+            "kind": "adapter",
+            "task": {"name": option["--task"]},
+            "method": {"name": option["--method"]},
+        }
         config["train"] = {"epochs": 1.0, "batch_size": 32, "lr": lr, "seed": seed, "optimizer": "adamw"}
         config |= {"base": {"path": "base", "fingerprint": "f"}, "diffusion": {}, "data": {"rows": 10}}
         config["parameters"] = {"stored_percent": 1.0, "stored_bytes": 4, "stored_parameters": 1}
