@@ -247,6 +247,8 @@ class RunFolder:
         folder = self._checkpoints
         about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
         try:
+            if folder.path.is_symlink():
+                raise TinyldError(f"{folder.path}: cannot be written (it is a link)")
             with failing(self.path, "written"):
                 if (self.path / METRICS).exists():
                     sync(self.path / METRICS)
