@@ -45,7 +45,7 @@ class Trainer:
             found = {"n": 500, "rows_per_second": 9.0, "nll_bound": 0.7, "nll_stderr": 0.1}
             if folder.config["task"]["name"] == "reviews":
                 found |= {"accuracy": 0.5, "unreadable": 0.0}
-            results["eval"] = {f"{folder.config['task']}/{option['--split']}": found}
+            results["eval"] = {f"{folder.config['task']['name']}/{option['--split']}": found}
             return folder.write_json(RESULTS, results)
         lr, seed = float(option["--lr"]), int(option["--seed"])
         folder = RunFolder.create(Path(option["--out"]), "--force" in command)
