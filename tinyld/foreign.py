@@ -26,8 +26,8 @@ from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make,
 from tinyld.layers import rotary_tables
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
-from tinyld.read import as_object, parse_json, read_object, read_text
-from tinyld.tokenizer import ROLES, Tokenizer, check_patterns
+from tinyld.read import as_object, parse_json, read_object, read_text, refuse_pickled
+from tinyld.tokenizer import ROLES, Tokenizer, check_patterns, malformed_refused
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
@@ -49,12 +49,8 @@ class Weights:
             if not set(map(str, index.values())) <= set(whole):
                 raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
         elif len(whole) != 1:
-            pickled = next((n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
-            if pickled and not whole:
-                raise TinyldError(
-                    f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
-                    "where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
-                )
+            if not whole:
+                refuse_pickled(folder, names)
             raise TinyldError(f"no model in {folder}: expected one safetensors file, or {INDEX}; found {len(whole)}")
         for name in whole if index is None else sorted(set(index.values())):
             with self.opened(folder / name) as file:
@@ -175,12 +171,8 @@ def read_tokenizer(folder: Path, settings: Settings, family: Family, rows: int, 
         raise TinyldError(f"no tokenizer in {folder}: put the tokenizer.json that its model was trained with there")
     text = read_text(path)
     check_patterns(parse_json(text, path), path)
-    try:
+    with malformed_refused(path):
         inner = HFTokenizer.from_str(text)
-    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:80]})") from None
     extra = folder / "tokenizer_config.json"
     named = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}

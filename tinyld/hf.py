@@ -24,7 +24,7 @@ from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError, show
 from tinyld.families import Settings, alike
 from tinyld.model import Denoiser
-from tinyld.read import TENSORS_BYTES, finite, parse_tensors, read_bytes, read_object, read_text
+from tinyld.read import TENSORS_BYTES, finite, parse_tensors, read_bytes, read_object, read_text, refuse_pickled
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.tokenizer import Tokenizer, add_spelling_rules
 from tinyld.write import sha256, to_json, write_atomic
@@ -167,13 +167,8 @@ def find_encoder(init: str) -> Path:
 def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     """A folder of one of FAMILIES in our names; TinyldError where it is not. `max_length` keeps the first ones."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ["no such folder"]
-    pickled = next((name for name in names if name.endswith((".bin", ".pt", ".ckpt"))), None)
-    if WEIGHTS not in names and pickled:
-        raise TinyldError(
-            f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
-            f"where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
-        )
     if WEIGHTS not in names:
+        refuse_pickled(folder, names)
         found = ", ".join(names[:8]) or "nothing"
         raise TinyldError(f"no encoder in {folder}: expected {WEIGHTS} and {CONFIG}, found {found}")
     raw, path = read_object(folder / CONFIG), folder / WEIGHTS

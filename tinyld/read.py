@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -155,6 +155,16 @@ def _check_sane(value: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- tensors
+
+
+def refuse_pickled(folder: Path, names: Iterable[str]) -> None:
+    """TinyldError with the way out where a folder without safetensors holds pickled weights."""
+    pickled = next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
+    if pickled:
+        raise TinyldError(
+            f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
+            "where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
+        )
 
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:

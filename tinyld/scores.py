@@ -23,7 +23,7 @@ from tinyld.peft import is_peft
 from tinyld.predict import Run, load, sampling_of
 from tinyld.progress import Progress
 from tinyld.runs import RESULTS, RunFolder
-from tinyld.tables import print_table
+from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
@@ -151,10 +151,6 @@ def remember(run: Path, key: str, record: Record, kind: str = "eval") -> dict[st
     except TinyldError as error:
         return {"problem": str(error)}
     return {}
-
-
-def percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.1f}"
 
 
 def show(records: list[Record], options: EvalOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -79,6 +80,19 @@ def _pipeline(model: models.Model) -> HFTokenizer:
     return inner
 
 
+@contextlib.contextmanager
+def malformed_refused(path: Path) -> Iterator[None]:
+    """Within it, what the library makes of a file that is no tokenizer's becomes one line."""
+    try:
+        yield
+    except TinyldError:
+        raise
+    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
+
+
 class Tokenizer:
     """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece.
 
@@ -152,15 +166,9 @@ class Tokenizer:
         raw = parse_json(text, path)
         check_patterns(raw, path)
         roles = raw.pop("roles", None) if isinstance(raw, dict) else None
-        try:
+        with malformed_refused(path):
             tokenizer = cls(HFTokenizer.from_str(text if roles is None else json.dumps(raw)), str(path), roles)
             tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
-        except TinyldError:
-            raise
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
         return tokenizer
 
     def to_json(self) -> str:
