@@ -187,6 +187,7 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: edit(d, model_type="gpt2"), "model_type must be one of bert"),
         (lambda d: edit(d, hidden_act="relu"), "hidden_act must be 'gelu'"),
         (lambda d: edit(d, num_hidden_layers=4), "no tensor bert.encoder.layer"),
+        (lambda d: rename(d, "token_type_embeddings.weight"), "no tensor bert.embeddings.token_type_embeddings.weight"),
         (lambda d: edit(d, num_hidden_layers=10**8), "num_layers must be at most"),
         (lambda d: edit(d, hidden_size=6 * 10**6), "parameters is asked for; at most"),
         (lambda d: edit(d, layer_norm_eps="small"), "layer_norm_eps must be of type float"),
@@ -217,6 +218,12 @@ def reshape(folder: Path, ending: str, shape: tuple[int, ...]) -> None:
     name = next(n for n in tensors if n.endswith(ending))
     tensors[name] = (tensors[name].reshape(-1)[0] if shape == () else tensors[name].reshape(shape)).clone()
     save_file(tensors, folder / "model.safetensors")
+
+
+def rename(folder: Path, ending: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith(ending))
+    save_file({f"{n}_" if n == name else n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors")
 
 
 def edit(folder: Path, **values: Any) -> None:

@@ -186,7 +186,7 @@ def mutate(format: str, name: str, rng: random.Random, content: bytes) -> bytes:
         state = bytearray(mutate("json", name, rng, found["state"].numpy().tobytes()))
         return save(found | {"state": torch.frombuffer(state, dtype=torch.uint8)})
     if format == "safetensors" and name in TENSORS:
-        found = load(content)
+        found = dict(sorted(load(content).items()))  # in an order that is the same in every run
         TENSORS[name](found, next((n for n, t in found.items() if t.dim() > 1 and t.is_floating_point()), min(found)))
         return save({n: t.contiguous() for n, t in found.items()})
     if format == "safetensors":

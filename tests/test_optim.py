@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
+from tinyld.errors import TinyldError
 from tinyld.optim import Muon, Optimizer, lr_factor
 
 
@@ -67,6 +68,18 @@ def test_a_restored_state_gives_the_same_next_updates(name: str) -> None:
     for key, parameter in first.items():
         assert torch.equal(parameter, resumed[key]), key
         assert not torch.allclose(parameter, fresh[key], atol=1e-4), f"{key}: the state made no difference"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_that_lacks_a_part_of_a_parameters_is_refused(name: str) -> None:
+    params = parameters(0)
+    optimizer = Optimizer(params, TrainConfig(steps=1, optimizer=name))
+    update(optimizer, params, 0)
+    state = optimizer.state()
+    for key in (k for k in state if k.endswith(("exp_avg", "momentum_buffer"))):
+        damaged = {f"{k}_" if k == key else k: v for k, v in state.items()}
+        with pytest.raises(TinyldError, match=f"the checkpoint's {key.rpartition('.')[0]} holds "):
+            optimizer.load_state(damaged)
 
 
 def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> None:

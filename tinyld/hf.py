@@ -189,6 +189,8 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     if absent:
         raise TinyldError(f"{path}: no tensor {absent[0]}; it is not the encoder its {CONFIG} says")
     types = f"{family.prefix}embeddings.token_type_embeddings.weight"
+    if raw.get("type_vocab_size") and types not in source:  # folded into the positions, and missed nowhere else
+        raise TinyldError(f"{path}: no tensor {types}; it is not the encoder its {CONFIG} says")
     tensors = {ours: source[theirs] for ours, theirs in {**places, types: types}.items() if theirs in source}
     tensors = finite(tensors, path)
     words = len(tensors["embedding.weight"]) if tensors["embedding.weight"].dim() else 0

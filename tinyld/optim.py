@@ -109,9 +109,12 @@ class Optimizer:
 
     def load_state(self, flat: Mapping[str, Tensor]) -> None:
         for part in self.parts:
+            keys = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 prefix = f"optim.{self.names[id(parameter)]}."
                 values = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+                if values and set(values) != keys:  # none at all where it never had a gradient
+                    raise TinyldError(f"the checkpoint's {prefix[:-1]} holds {', '.join(sorted(values))}")
                 if any(v.shape not in ((), parameter.shape) for v in values.values()):
                     raise TinyldError(f"the checkpoint's {prefix[:-1]} has the wrong shape")
                 part.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
