@@ -55,6 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
     (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
     (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
+    (place / "header.csv").write_text("text,label\n")
     (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad\nsun,it is good\n" * 5)
     for name in ("mood", "same", "tell"):
         tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
@@ -309,6 +310,7 @@ def test_another_task_of_the_same_name_is_refused_with_the_difference(place: Pat
     ("args", "text", "code", "part"),
     [
         ("{place}/base", "rain", 2, "was made for no task"),
+        ("{place}/mood {place}/header.csv", "", 1, "header.csv: a header but no rows"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
         ("{place}/mood new.csv", "", 1, "new.csv"),
         ("{place}/mood new.txt", "", 1, "new.txt: no such file"),

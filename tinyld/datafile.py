@@ -56,8 +56,6 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Tas
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
     check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
     rows = [row for _, row in read_rows(file)]
-    if not rows:
-        raise TinyldError(f"{file}: a header but no rows")
     text, label = _columns(options, file, rows)
     labels = list(dict.fromkeys(clean(str(row.get(label, ""))) for row in rows))
     check("" not in labels, f"{file}: column {label!r} is empty in some rows; fill it in or delete them")

@@ -109,7 +109,7 @@ def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
     reader = csv.reader(io.StringIO(text, newline=""), **table)
     header: list[str] | None = None
-    start = 1
+    start, any_rows = 1, False
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
@@ -123,9 +123,12 @@ def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[
                 stray = f"the header has {len(header)}; look for a stray {table['delimiter']!r}"
                 raise TinyldError(f"{where}: {len(values)} columns, {stray}")
             else:
+                any_rows = True
                 yield where, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
+    if not any_rows:
+        raise TinyldError(f"{path}: a header but no rows")
 
 
 # ---------------------------------------------------------------------------------------------- prompts, answers
@@ -189,8 +192,6 @@ def load_split(
     check_choice("split", split, SPLITS)
     path = file if file is not None else find_file(task, split, data)
     rows = list(islice(read_rows(path), limit))
-    if not rows:
-        raise TinyldError(f"{path}: a header but no rows")
     prompts = _prompts(task, rows)
     if task.is_generation:
         answers = [_cell(row, str(task.answer_column), where) for where, row in rows]
