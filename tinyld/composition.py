@@ -1,31 +1,24 @@
-"""Several adapters on one base, which runs once.
-
-Trajectory adapters add up in the forward pass: sum_j w_j * push_j, with w fixed or, by a router, from the row's prompt.
-Adapters of another method are combined into one of that method (ranks side by side, or task arithmetic), with fixed
-weights; trajectory adapters may stand on top of them.
-"""
+"""Several trajectory adapters on one base, which runs once: their pushes add up, sum_j w_j * push_j, with w fixed or,
+by a router, from the row's prompt."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, check_frozen, load_exactly, read_method
-from tinyld.config import check, from_dict, to_dict
+from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, load_exactly, method_record, read_method
+from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError
-from tinyld.methods import METHODS, Method, TrajectoryLora
+from tinyld.methods import TrajectoryLora
 from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
-from tinyld.options import HOWS
 from tinyld.read import finite
-from tinyld.router import Router, prompt_features, prototype_shapes
+from tinyld.router import Router, prompt_features, prototype_shape
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
 ROUTER = "prototypes"  # the one kind there is
@@ -37,84 +30,24 @@ class Member:
 
     run: str
     task: dict[str, Any]  # `tasks.to_record`
-    weight: float
-    method: str
-    config: Any
+    method: TrajectoryLora
     tensors: dict[str, Tensor]
-    prototype: dict[str, Tensor] | None = None  # see router.prompt_prototype
-
-    @property
-    def is_push(self) -> bool:
-        return self.method == TrajectoryLora.name
+    prototype: Tensor | None = None  # see router.prompt_prototype
 
     def push(self, base: Base) -> TrajectoryPush:
         """The member's push, for its base's shape."""
-        push = TrajectoryPush(self.config, base.model.config, None)
+        push = TrajectoryPush(self.method.config, base.model.config, None)
         load_exactly(dict(push.named_parameters()), self.tensors, self.run)
         return push.requires_grad_(False).eval().to(base.model.embedding.weight.device)
-
-
-@dataclass(frozen=True)
-class Composition:
-    """Members and how much each counts."""
-
-    members: tuple[Member, ...]
-    how: str
-    router: Router | None = None
-
-    def __post_init__(self) -> None:
-        check(len(self.members) > 0, "a composition needs at least one adapter")
-        check(self.how in HOWS, f"--how must be one of {', '.join(HOWS)}, got {self.how!r}")
-        check(all(math.isfinite(m.weight) for m in self.members), "weights must be finite numbers")
-        static = sorted({m.method for m in self.members if not m.is_push})
-        names = " and ".join(static)
-        check(len(static) < 2, f"{names} cannot be combined; give one method, or trajectory-lora over it")
-        if self.how == "router":
-            check(not static, f"a router weighs trajectory-lora adapters; for {names} use --how average")
-
-    def parts(self, base: Base) -> list[Member]:
-        """What is attached and saved: the pushes, after the members that are none as one of their method."""
-        pushes = [m for m in self.members if m.is_push]
-        static = [m for m in self.members if not m.is_push]
-        if len(static) > 1 or any(m.weight != 1 for m in static):
-            own = {n: p.detach().cpu() for n, p in base.model.named_parameters()}
-            method = METHODS[static[0].method]
-            found = method.combine([(m.config, m.tensors, m.weight) for m in static], own)
-            static = [Member("combined adapters", {}, 1.0, method.name, *found)]
-        return [*static, *pushes]
-
-    def attach(self, base: Base) -> Method | None:
-        """Puts the composition on a plain base's denoiser; returns what of it is no push."""
-        method, pushes = None, []
-        for part in self.parts(base):
-            if part.is_push:
-                pushes.append(part)
-            else:
-                method = attach_static(base, (part.method, part.config, part.tensors), part.run)
-        if pushes:
-            base.model.push = SharedPush([m.push(base) for m in pushes], [m.weight for m in pushes], self.router)
-        base.model.requires_grad_(False)
-        return method
-
-
-def attach_static(base: Base, adapter: tuple[str, Any, dict[str, Tensor]], path: Path | str) -> Method:
-    """Puts an adapter, (method, config, tensors), on a base; `path` is for the error."""
-    name, config, tensors = adapter
-    method = METHODS[name](config, base.model.config)
-    method.attach(base.model)
-    load_exactly(method.own, tensors, path)
-    base.model.requires_grad_(False)
-    return method
 
 
 class SharedPush(nn.Module):
     """Hangs on `Denoiser.push`: sum_j w_j * push_j, each computed on the same states.
 
-    With a router, a row's w is the router's for its prompt, times the member's own weight. Each push runs on the rows
-    that have a share of it only.
+    With a router, a row's w is the router's for its prompt. Each push runs on the rows that have a share of it only.
     """
 
-    def __init__(self, pushes: Sequence[TrajectoryPush], weights: Sequence[float], router: nn.Module | None = None):
+    def __init__(self, pushes: Sequence[TrajectoryPush], weights: Sequence[float], router: Router | None = None):
         super().__init__()
         device = next(pushes[0].parameters()).device
         self.pushes, self.router = nn.ModuleList(pushes), router and router.to(device)
@@ -127,12 +60,7 @@ class SharedPush(nn.Module):
         """(B, k) weights of the members. embedded: (B, L, D) token embeddings."""
         if self.router is None:
             return self.weights.expand(len(embedded), -1)
-        return self.router(prompt_features(embedded, prompt_mask)) * self.weights
-
-    def answered_by(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-        """(B,) the member that a routed row belongs to, or NONE where it belongs to no task."""
-        assert self.router is not None
-        return self.router.choose(prompt_features(embedded, prompt_mask))
+        return self.router(prompt_features(embedded, prompt_mask))
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         started: list[tuple[Sequence[float], Tensor, Tensor, PushAt]] = []  # depths, rows, their shares, the push
@@ -171,11 +99,32 @@ class SomeRows(Sequence[Tensor]):
         return [state[self.rows] for state in found] if isinstance(index, slice) else found[self.rows]
 
 
+def hang(base: Base, members: Sequence[Member], weights: Sequence[float], router: Router | None = None) -> None:
+    """Puts members on their base's denoiser, instead of what pushes it now."""
+    base.model.push = SharedPush([m.push(base) for m in members], weights, router)
+    base.model.requires_grad_(False)
+
+
+def prototype_router(members: Sequence[Member]) -> Router:
+    """UsageError when a member has no prototype."""
+    without = ", ".join(m.run for m in members if m.prototype is None)
+    check(not without, f"{without} has no prototype to route by; use --how average")
+    return Router(torch.stack([m.prototype for m in members if m.prototype is not None]))
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
+def read_trajectory(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryLora:
+    """The method that a run recorded; TinyldError where it is not one whose pushes add up."""
+    if record.get("name") != TrajectoryLora.name:
+        raise TinyldError(f"{folder.path} holds {record.get('name')}; only trajectory-lora adapters are composed")
+    _, settings = read_method(record, tensors, base, folder)
+    return TrajectoryLora(settings, base.model.config)
+
+
 def read_member(folder: RunFolder, base: Base) -> Member:
-    """An adapter run as a member of weight 1; refuses what is no adapter, and another base."""
+    """A trajectory-lora run as a member; refuses any other, and another base."""
     config, path = folder.config, folder.path / CONFIG
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
@@ -184,22 +133,15 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     dtype = base_dtype(config, str(path))
     if dtype != base.dtype:
         raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
-    where = folder.path / PROTOTYPE
-    prototype = finite(folder.read_tensors(PROTOTYPE), where) if PROTOTYPE in folder.files() else None
-    shapes = prototype_shapes(base.model.config.d_model)
-    if prototype is not None and {name: tuple(t.shape) for name, t in prototype.items()} != shapes:
-        raise TinyldError(f"{where}: no prototype for this base; train the adapter again")
+    prototype = None
+    if PROTOTYPE in folder.files():
+        where = folder.path / PROTOTYPE
+        prototype = finite(folder.read_tensors(PROTOTYPE), where).get("prototype")
+        if prototype is None or tuple(prototype.shape) != prototype_shape(base.model.config.d_model):
+            raise TinyldError(f"{where}: no prototype for this base; train the adapter again")
     tensors = folder.read_tensors(ADAPTER)
-    method, settings = read_method(config["method"], tensors, base, folder)
-    return Member(str(folder.path), config["task"], 1.0, method.name, settings, tensors, prototype)
-
-
-def prototype_router(members: Sequence[Member]) -> Router:
-    """UsageError when a member has no prototype."""
-    found = [m.prototype for m in members if m.prototype is not None]
-    without = ", ".join(m.run for m in members if m.prototype is None)
-    check(not without, f"{without} has no prototype to route by; use --how average")
-    return Router(**{name: torch.stack([prototype[name] for prototype in found]) for name in found[0]})
+    method = read_trajectory(config["method"], tensors, base, folder)
+    return Member(str(folder.path), config["task"], method, tensors, prototype)
 
 
 @dataclass(frozen=True)
@@ -210,17 +152,25 @@ class Saved:
     method: dict[str, Any]
 
 
-def save_composition(folder: RunFolder, base: Base, composed: Composition, environment: dict[str, Any]) -> None:
-    """Writes one self-contained run: what is attached, and how each part is weighted."""
-    parts, router = composed.parts(base), composed.router
-    tensors = {f"{i}.{n}": p for i, m in enumerate(parts) for n, p in m.tensors.items()}
+def save_composition(
+    folder: RunFolder,
+    base: Base,
+    members: Sequence[Member],
+    how: str,
+    weights: Sequence[float],
+    router: Router | None,
+    environment: dict[str, Any],
+) -> None:
+    """Writes one self-contained run: what is hung on the base, and how each part is weighted."""
+    tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.tensors.items()}
     if router is not None:
-        tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
+        tensors["router.prototype"] = router.prototype
+    weighted = list(zip(members, weights, strict=True))
     config = {
         "kind": "composition",
-        "how": composed.how,
-        "members": [{"run": m.run, "task": m.task, "weight": m.weight} for m in composed.members],
-        "parts": [to_dict(Saved(m.weight, {"name": m.method, **to_dict(m.config)})) for m in parts],
+        "how": how,
+        "members": [{"run": m.run, "task": m.task, "weight": weight} for m, weight in weighted],
+        "parts": [{"weight": weight, "method": method_record(m.method)} for m, weight in weighted],
         "router": None if router is None else ROUTER,
         "band_edges": list(BAND_EDGES),
         "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
@@ -229,30 +179,29 @@ def save_composition(folder: RunFolder, base: Base, composed: Composition, envir
     folder.write_tensors(ADAPTER, tensors)
 
 
-def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> Method | None:
-    """Attaches a composition that `save_composition` wrote to its base; returns what of it is no push.
+def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> None:
+    """Hangs a composition that `save_composition` wrote on its base.
 
     With the name of a `task`, a routed composition gives every row to that task's adapter, whatever its prompt.
     """
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
     check_bands(config, where)
-    if config["how"] not in HOWS or config["router"] not in (None, ROUTER):
-        raise TinyldError(f"{where}: unknown kind of composition: how {config['how']!r}, router {config['router']!r}")
-    tensors, parts, router = folder.read_tensors(ADAPTER), [], None
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
+    if config["router"] not in (None, ROUTER):
+        raise TinyldError(f"{where}: unknown kind of router: {config['router']!r}")
+    tensors, members, weights, router = folder.read_tensors(ADAPTER), [], [], None
     for i, record in enumerate(config["parts"]):
-        saved, own = from_dict(Saved, record, where), under(f"{i}.")
-        method, settings = read_method(saved.method, own, base, folder)
-        check_frozen(method.name, base.dtype)
-        parts.append(Member(str(folder.path / ADAPTER), {}, saved.weight, method.name, settings, own))
+        saved = from_dict(Saved, record, where)
+        own = {n.removeprefix(f"{i}."): v for n, v in tensors.items() if n.startswith(f"{i}.")}
+        method = read_trajectory(saved.method, own, base, folder)
+        members.append(Member(str(folder.path / ADAPTER), {}, method, own))
+        weights.append(saved.weight)
+    if not members:
+        raise TinyldError(f"{where}: a composition needs at least one adapter")
     if config["router"] is not None:
-        shapes = prototype_shapes(base.model.config.d_model)
-        router = Router(**{name: torch.zeros(len(parts), *shape) for name, shape in shapes.items()})
-        load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
+        router = Router(torch.zeros(len(members), *prototype_shape(base.model.config.d_model)))
+        kept = {name: tensor for name, tensor in tensors.items() if name == "router.prototype"}
+        load_exactly({"router.prototype": router.prototype}, kept, folder.path / ADAPTER)
         names = [member["task"]["name"] for member in config["members"]]
         router.only = names.index(task) if task in names else None
-    return Composition(tuple(parts), config["how"], router).attach(base)
+    hang(base, members, weights, router)

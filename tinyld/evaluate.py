@@ -55,10 +55,6 @@ class Evaluation:
     classes: dict[str, dict[str, float]] | None = None  # label -> n, precision, recall, f1 of decoded answers
     confusion: dict[str, dict[str, int]] | None = None  # gold label -> decoded label or "unreadable" -> rows
 
-    def correct(self) -> np.ndarray:
-        """(n,) of 0 or 1: whether the decoded answer is the gold one, in the order of the rows."""
-        return np.array([int(gold == decoded) for _, gold, decoded in self.predictions])
-
     def record(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "predictions" and v is not None}
 

@@ -166,7 +166,7 @@ def _train(
             say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
-            folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))
+            folder.write_tensors(PROTOTYPE, {"prototype": prompt_prototype(base, train_rows)})
         if changed and is_writer():
             now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
             folder.write_json(CONFIG, folder.config | now)

@@ -21,7 +21,7 @@ from tinyld.errors import UsageError
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
-RECIPE_NAMES, HOWS = ("best", "fast", "paper"), ("sum", "average", "weights", "router")
+RECIPE_NAMES, HOWS = ("best", "fast", "paper"), ("router", "average")
 BASE_DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -299,9 +299,11 @@ class SampleOptions(Sampling, OnDevice, Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeOptions(OnDevice, Written, Printed):
-    runs: tuple[Path, ...] = option((), "Two or more adapters of one base.", ARGUMENT)
-    how: str | None = option(None, "Fixed coefficients, or by each prompt (router).", "Coefficients", choices=HOWS)
-    weights: tuple[float, ...] | None = option(None, "One an adapter: 0.7,0.3.", "Coefficients", read=numbers)
+    runs: tuple[Path, ...] = option((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
+    how: str | None = option(None, "By each prompt (router), or the mean.", "Coefficients", choices=HOWS)
+    weights: tuple[float, ...] | None = option(
+        None, "Fixed ones, one an adapter: 0.7,0.3.", "Coefficients", read=numbers
+    )
     split: str = option("dev", "Rows to measure it on.", "Data", choices=("train", "dev", "test"))
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", 1)
@@ -343,7 +345,7 @@ class InfoOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Options):
-    run: Path = option(dataclasses.MISSING, "A weight-lora adapter, or a composition of such.", ARGUMENT)
+    run: Path = option(dataclasses.MISSING, "A weight-lora adapter.", ARGUMENT)
     base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("runs/merged"), "Base to write.", "Output")
     force: bool = option(False, "Replace the run that is in --out.", "Output")

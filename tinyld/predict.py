@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, base_record, find_base, load_adapter, load_base
-from tinyld.composition import attach_static, load_composition, read_member
+from tinyld.checkpoint import Base, attach, base_dtype, base_record, find_base, load_adapter, load_base, load_exactly
+from tinyld.composition import load_composition, read_member
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -84,9 +84,8 @@ class Run:
         (found,) = answers([self], [task], rows, sampling)
         return [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
 
-    def answered_by(self, batch: Batch) -> list[str | None] | None:
-        """Of a composition, the member whose share of each row is the largest, None if no member has one; all of them
-        where it does not route."""
+    def answered_by(self, batch: Batch) -> list[str] | None:
+        """Of a composition, the member that each row goes to; all of them where it does not route."""
         if self.config.get("kind") != "composition":
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
@@ -94,7 +93,7 @@ class Run:
             return [" + ".join(members)] * len(batch.x0)
         model = self.base.model
         shares = model.push.shares(model.embed(batch.x0), batch.attention_mask & ~batch.answer_mask)
-        return [members[i] if s > 0 else None for s, i in zip(*(x.tolist() for x in shares.max(1)), strict=True)]
+        return [members[i] for i in shares.argmax(1).tolist()]
 
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
@@ -307,7 +306,8 @@ def load(
     resolve_dtype(dtype, on)
     if is_peft(path):
         loaded = load_base(base_path or default_base(), on, kept_in or "fp32")
-        attach_static(loaded, (WeightLora.name, *load_peft(path, loaded.model.config, loaded.fingerprint)), path)
+        config, tensors = load_peft(path, loaded.model.config, loaded.fingerprint)
+        load_exactly(attach(loaded, WeightLora.name, config, None).method.own, tensors, path)
         return Run(path, loaded, [], {}, dtype)
     if is_foreign(path):
         return Run(path, load_base(path, on, kept_in or "fp32"), [], {"kind": "base"}, dtype)

@@ -1,4 +1,4 @@
-"""Which adapter a prompt belongs to, or none: the nearest prototype of the prompts that each was trained on.
+"""Which adapter a prompt belongs to: the nearest prototype of the prompts that each was trained on.
 
 Prompts are read by the base's token embeddings alone, normalised: averaged over the whole prompt, and one by one for
 the few tokens next to the answer, where a task's template stands. Nothing is trained.
@@ -6,8 +6,6 @@ the few tokens next to the answer, where a task's template stands. Nothing is tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,18 +15,10 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import Base
 from tinyld.data import TaskRows
-from tinyld.rows import bundled_data_dir, prompt_of
-from tinyld.tasks import Task
-from tinyld.tokenizer import read_lines
 
 NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
-WIDTHS = 1 + len(NEAR)  # of the base's width, in a prompt's features
 PROTOTYPE_ROWS = 1_000
-DIRECTIONS = 64  # in which a task's prompts are known to vary
-STRANGERS = 500  # texts that belong to no task, to count wrong acceptances on
-KNOWN = 0.99  # share of a task's own prompts that its limit takes in
 FLOOR = 0.01  # under variances: a template's tokens have none
-NONE = -1
 
 
 def answer_slot(prompt_mask: Tensor) -> Tensor:
@@ -72,106 +62,47 @@ def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tenso
     return torch.cat(found)
 
 
-def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
-    """What a router knows of a task's prompts; each adapter keeps its own.
-
-    "prototype" (2, 5 D): mean and variance of their features; "directions" (m, D): those in which their mean embedding
-    varies most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
-    """
+def prompt_prototype(base: Base, rows: TaskRows) -> Tensor:
+    """(2, 5 D), what a router knows of a task's prompts: mean and variance of their features."""
     features = task_features(base, rows, PROTOTYPE_ROWS).cpu()
-    width = base.model.config.d_model
-    kept = prototype_shapes(width)["directions"][0]
-    values, vectors = torch.linalg.eigh(torch.cov(features[:, :width].T, correction=0))  # smallest first
-    rest = values[:-kept].mean().clamp(min=1e-8)
-    share = 1 - rest / values[-kept:].clamp(min=rest)
-    prototype = torch.stack([features.mean(0), features.var(0, correction=0)])
-    return {"prototype": prototype, "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
+    return torch.stack([features.mean(0), features.var(0, correction=0)])
 
 
-def prototype_shapes(width: int) -> dict[str, tuple[int, int]]:
-    """Of the tensors of `prompt_prototype`, for a base of that width."""
-    return {"prototype": (2, WIDTHS * width), "directions": (min(DIRECTIONS, width // 2), width)}
+def prototype_shape(width: int) -> tuple[int, int]:
+    """Of `prompt_prototype`, for a base of that width."""
+    return 2, (1 + len(NEAR)) * width
 
 
 class Router(nn.Module):
     """Names the member whose mean is nearest, in units of the members' mean variance (linear discriminant analysis
-    with a diagonal covariance), and says whether a prompt is nearer to that member than its limit."""
+    with a diagonal covariance)."""
 
-    def __init__(self, prototype: Tensor, directions: Tensor):
-        """prototype: (k, 2, 5 D), directions: (k, m, D). No prompt is refused before `set_limits`."""
+    def __init__(self, prototype: Tensor):
+        """prototype: (k, 2, 5 D)"""
         super().__init__()
         self.register_buffer("prototype", prototype)
-        self.register_buffer("directions", directions)
-        self.register_buffer("limits", torch.full((len(prototype),), torch.finfo(torch.float32).max))
         self.only: int | None = None  # the member that answers all rows, whatever their prompts
 
     def nearest(self, features: Tensor) -> Tensor:
-        """(B,) the member to answer each row, whether or not it is near. features: (B, 5 D)."""
+        """(B,) the member to answer each row. features: (B, 5 D)."""
         if self.only is not None:
             return torch.full((len(features),), self.only, device=features.device)
         mean, variance = self.prototype[:, 0], self.prototype[:, 1].mean(0)
         scale = (variance + FLOOR).rsqrt()
         return torch.cdist(features * scale, mean * scale).argmin(1)
 
-    def distance(self, features: Tensor, member: int) -> Tensor:
-        """(B,) squared distance of the mean embedding from a member's, less what its own prompts vary by."""
-        directions = self.directions[member]  # (m, D)
-        off = features[:, : directions.shape[1]] - self.prototype[member, 0, : directions.shape[1]]
-        return off.square().sum(1) - (off @ directions.T).square().sum(1)
-
-    def choose(self, features: Tensor) -> Tensor:
-        """(B,) the member to answer each row, or NONE where the row is unlike all of that member's own."""
-        chosen = self.nearest(features)
-        for member, limit in enumerate(self.limits):
-            chosen[(chosen == member) & (self.distance(features, member) > limit)] = NONE
-        return chosen
-
-    def set_limits(self, features: Sequence[Tensor]) -> None:
-        """Each member's limit: its distance from the KNOWN share of the prompts (rows, 5 D) of its own task."""
-        for member, own in enumerate(features):
-            self.limits[member] = torch.quantile(self.distance(own, member), KNOWN)
-
     def forward(self, features: Tensor) -> Tensor:
         """(B, k) one-hot weights of the members that answer."""
-        return F.one_hot(self.nearest(features), len(self.limits)).to(features.dtype)
+        return F.one_hot(self.nearest(features), len(self.prototype)).to(features.dtype)
 
 
-def measure_routing(
-    base: Base, router: Router, owners: Sequence[TaskRows], names: Sequence[str], limit: int | None
-) -> list[dict[str, Any]]:
-    """Sets the router's limits by every other row of each task, and counts on the rest: the share that goes to each
-    member ("right": to those of the task), the share that is refused, and that of texts of no task that is taken for
-    the task's."""
-    features = [task_features(base, rows, limit) for rows in owners]
-    router.set_limits([own[::2] for own in features])
+def measure_routing(base: Base, router: Router, owners: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
+    """Of each member's rows the share that goes to each member, and "right": to those of the same task. owners: the
+    members' names, with the rows of their task."""
     found = []
-    for name, rows, own in zip(names, owners, features, strict=True):
-        rest, strangers = own[1::2] if len(own) > 1 else own, stranger_rows(base, rows.task)
-        goes = {other: share(router.nearest(rest) == j) for j, other in enumerate(names)}
-        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
-        found.append({
-            "task": name,
-            "n": len(rest),
-            "right": sum(goes[other] for other, of in zip(names, owners, strict=True) if of is rows),
-            "goes_to": goes,
-            "wrongly_refused": share(router.choose(rest) == NONE),
-            "wrongly_accepted": accepted,
-        })  # fmt: skip
+    for name, rows in owners.items():
+        nearest = router.nearest(task_features(base, rows, limit))
+        goes = {other: float((nearest == i).float().mean()) for i, other in enumerate(owners)}
+        right = sum(share for share, of in zip(goes.values(), owners.values(), strict=True) if of is rows)
+        found.append({"task": name, "n": len(nearest), "right": right, "goes_to": goes})
     return found
-
-
-def share(hits: Tensor) -> float:
-    return float(hits.float().mean())
-
-
-def stranger_rows(base: Base, task: Task) -> TaskRows | None:
-    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text.
-
-    Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
-    """
-    if len(task.columns) != 1 or task.is_generation:
-        return None
-    (column,) = task.columns.values()
-    lines = islice(read_lines([bundled_data_dir() / "corpus.txt.gz"]), STRANGERS)
-    examples = [prompt_of(task, {column: line.partition(". ")[0]}, "corpus.txt.gz") for line in lines]
-    return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)

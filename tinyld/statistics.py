@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-import numpy as np
-
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95% Wilson score interval of a proportion (Wilson 1927)."""
@@ -15,20 +13,6 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside
-
-
-def paired_difference(ours: np.ndarray, theirs: np.ndarray, z: float = 1.959964) -> tuple[float, float, float]:
-    """(mean, low, high) of ours - theirs over the same rows, with their 95% interval.
-
-    ours, theirs: (n,) of 0 or 1. The interval is Bonett and Price's (2012): normal, with a row more won and one more
-    lost, as rows that all agree do not show that none ever would differ.
-    """
-    n = len(ours)
-    won, lost = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
-    up, down = (won + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = z * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
-    mean, low, high = (won - lost) / n, up - down - half, up - down + half
-    return mean, min(mean, max(low, -1.0)), max(mean, min(high, 1.0))
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.

@@ -129,11 +129,10 @@ def show_export(result: dict[str, Any], options: ExportOptions) -> None:
 
 
 def merge(options: MergeOptions) -> dict[str, Any]:
-    """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
+    """Folds a weight-lora adapter into its base, and writes a base."""
     import torch
 
-    from tinyld.checkpoint import base_dtype, find_base, load_adapter, load_base, save_base
-    from tinyld.composition import load_composition
+    from tinyld.checkpoint import base_dtype, load_adapter, save_base
 
     run, out = options.run, options.out
     folder = RunFolder.open(run)
@@ -144,17 +143,10 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         raise TinyldError(f"{run} is a base already")
     if base_dtype(config, str(run)) != "fp32":
         raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
-    if config["kind"] == "adapter":
-        adapted = load_adapter(folder, options.base)
-        base, method = adapted.base, adapted.method
-    else:
-        base = load_base(find_base(config, run, options.base))
-        found = load_composition(folder, base)
-        if found is None or base.model.push is not None:
-            raise TinyldError(f"{run} holds trajectory-lora adapters, which depend on t and cannot be merged")
-        method = found
+    adapted = load_adapter(folder, options.base)
+    base = adapted.base
     try:
-        method.merge(base.model)
+        adapted.method.merge(base.model)
     except ValueError as error:
         raise TinyldError(f"{run}: {error}") from None
     refuse_inside(out, [base.path])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, Settings, setting
-from tinyld.methods.contract import Method, Parts
+from tinyld.methods.contract import Method
 from tinyld.model import Denoiser
 
 
@@ -36,7 +35,6 @@ class BottleneckAdapter(nn.Module):
 
 class Bottleneck(Method):
     name, Config, rates = "adapters", BottleneckConfig, {"adamw": 2e-3}
-    summary = "a bottleneck MLP after attention and after the MLP of every block"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         own: dict[str, nn.Parameter] = {}
@@ -52,18 +50,3 @@ class Bottleneck(Method):
     def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:
         d, r = model_config.d_model, config.rank
         return 2 * model_config.num_layers * (2 * d * r + r + d)
-
-    @classmethod
-    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[BottleneckConfig, dict[str, Tensor]]:
-        """Bottlenecks side by side: x + sum_i w_i (adapter_i(x) - x), exactly, everywhere."""
-        tensors = {}
-        for name in parts[0][1]:
-            own = [t[name] for _, t, _ in parts]
-            weighted = [w * t[name] for _, t, w in parts]
-            if name.endswith("up.weight"):
-                tensors[name] = torch.cat(weighted, dim=1)
-            elif name.endswith("up.bias"):
-                tensors[name] = torch.stack(weighted).sum(0)
-            else:
-                tensors[name] = torch.cat(own, dim=0)
-        return BottleneckConfig(sum(c.rank for c, _, _ in parts)), tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from tinyld.config import ModelConfig, check
 from tinyld.errors import UsageError
 from tinyld.model import Denoiser
-
-Parts = Sequence[tuple[Any, Mapping[str, Tensor], float]]  # (config, own tensors, weight) of each
 
 
 class Method:
@@ -29,7 +27,6 @@ class Method:
     Config: ClassVar[type]
     rates: ClassVar[dict[str, float]]
     post_norm: ClassVar[dict[str, float] | None] = None
-    summary: ClassVar[str]
 
     def __init__(self, config: Any, model_config: ModelConfig):
         self.config, self.model_config = config, model_config
@@ -117,14 +114,6 @@ class Method:
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
-
-    @classmethod
-    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """(config, tensors) of one method that stands for the weighted sum of several; UsageError where undefined.
-
-        base: the denoiser's own tensors.
-        """
-        raise UsageError(f"{cls.name} adapters add up in the forward pass, not in their tensors")
 
     def merge(self, model: Denoiser) -> None:
         """Folds the method into the base's weights, where that is possible."""

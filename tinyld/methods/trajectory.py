@@ -229,7 +229,6 @@ class TrajectoryPush(nn.Module):
 class TrajectoryLora(Method):
     name, Config = "trajectory-lora", TrajectoryLoraConfig
     rates, post_norm = BEST_RATES
-    summary = "a low-rank push on the states, with rank by noise level"
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
         super().__init__(config, model_config)

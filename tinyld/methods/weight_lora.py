@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, Settings, check, setting
-from tinyld.errors import UsageError
-from tinyld.methods.contract import Method, Parts
+from tinyld.methods.contract import Method
 from tinyld.model import LINEARS, Denoiser
 
 ALPHA = 16.0
@@ -53,7 +51,6 @@ class LoraLinear(nn.Module):
 
 class WeightLora(Method):
     name, Config, rates = "weight-lora", WeightLoraConfig, {"adamw": 2e-3, "muon": 5e-3}
-    summary = "a low-rank update of the attention and MLP matrices"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         own: dict[str, nn.Parameter] = {}
@@ -69,20 +66,6 @@ class WeightLora(Method):
     def expected_parameters(cls, config: WeightLoraConfig, model_config: ModelConfig) -> int:
         sizes = model_config.matrices()
         return model_config.num_layers * config.rank * sum(sum(sizes[t]) for t in config.targets)
-
-    @classmethod
-    def combine(cls, parts: Parts, base: Mapping[str, Tensor]) -> tuple[WeightLoraConfig, dict[str, Tensor]]:
-        """Ranks side by side, so that B A is the exact weighted sum of the members' scaled products."""
-        first = parts[0][0]
-        if any(c.targets != first.targets for c, _, _ in parts):
-            raise UsageError("weight-lora adapters of different targets cannot be combined")
-        config, tensors = WeightLoraConfig(sum(c.rank for c, _, _ in parts), first.targets), {}
-        for name in parts[0][1]:
-            if name.endswith("lora_A.weight"):
-                tensors[name] = torch.cat([t[name] for _, t, _ in parts], dim=0)
-            else:
-                tensors[name] = torch.cat([w * c.scale / config.scale * t[name] for c, t, w in parts], dim=1)
-        return config, tensors
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
