@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyld.compare import Grid, Launcher, threads_each, variants
+from tinyld import compare
+from tinyld.compare import Grid, variants
 from tinyld.config import PRESETS, ModelConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.interrupt import Interrupted, raise_at_signals, stop_signals
+from tinyld.interrupt import Interrupted
 from tinyld.options import CompareOptions
 from tinyld.report import aggregate
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
@@ -29,15 +26,9 @@ class Trainer:
 
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
-        self.given: set[int | None] = set()  # threads
-        self.told = threading.Event()
 
-    def stop(self) -> None:
-        self.told.set()
-
-    def run(self, command: list[str], threads: int | None = None) -> None:
+    def run(self, command: list[str]) -> None:
         self.ran.append(command)
-        self.given.add(threads)
         option = {command[i]: command[i + 1] for i in range(1, len(command) - 1) if command[i].startswith("--")}
         if command[0] == "eval":
             folder = RunFolder(Path(command[1]))
@@ -66,10 +57,17 @@ class Trainer:
         folder.write(ADAPTER, b"")
 
 
+@pytest.fixture(autouse=True)
+def real_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `grid` replaces is put back."""
+    monkeypatch.setattr(compare, "launch", compare.launch)
+
+
 def grid(out: Path, trainer: Any, task: tuple[str, ...] = ("reviews",), base: str = "f", **changes: Any) -> Grid:
     options = CompareOptions(**{"out": out, "task": task, "epochs": 1.0, "device": "cpu", "quiet": True} | changes)
     methods = variants("full:lr=0.001,bitfit:lr=0.01", MODEL)
-    return Grid(options, [load_task(name) for name in task], methods, base, trainer)
+    compare.launch = trainer.run
+    return Grid(options, [load_task(name) for name in task], methods, base)
 
 
 def trained(trainer: Trainer) -> list[str]:
@@ -111,9 +109,9 @@ def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_p
     first.save_checkpoint(10, {}, {}, 1)
 
     class Resuming(Trainer):
-        def run(self, command: list[str], threads: int | None = None) -> None:
+        def run(self, command: list[str]) -> None:
             if "--resume" not in command:
-                return super().run(command, threads)
+                return super().run(command)
             self.ran.append(command)
             first.write(ADAPTER, b"")
 
@@ -137,10 +135,10 @@ def test_a_run_that_was_made_otherwise_is_refused_before_anything_runs(
 
 def test_two_grids_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
     class Meanwhile(Trainer):
-        def run(self, command: list[str], threads: int | None = None) -> None:
+        def run(self, command: list[str]) -> None:
             with pytest.raises(TinyldError, match="another process is writing"):
-                grid(tmp_path, Trainer()).run()
-            super().run(command, threads)
+                grid(tmp_path, self).run()
+            super().run(command)
 
     trainer = Meanwhile()
     assert len(grid(tmp_path, trainer, trials=1, seeds=1).run()) == 2 and len(trainer.ran) == 4
@@ -151,8 +149,8 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
     assert one.flags == ["--method", "weight-lora", "--set", "budget=0.7%", "--set", "targets=query,key"]
     (moved,) = variants("weight-lora:lr=0.2:rank=3:rslora", MODEL)
     assert moved.lr == 0.2 and moved.name == "weight-lora-rank=3-rslora=true"
-    compare = grid(tmp_path, Trainer())
-    cell = compare.cell(compare.tasks[0], 50, moved, 0.2, 1)
+    made = grid(tmp_path, Trainer())
+    cell = made.cell(made.tasks[0], 50, moved, 0.2, 1)
     assert cell.folder.path.name == "reviews_weight-lora-rank=3-rslora=true_lr0.2_n50_s1"
     adamw, muon = variants("trajectory-lora:optimizer=adamw,trajectory-lora", MODEL)
     assert muon.lr != adamw.lr
@@ -202,108 +200,26 @@ def test_every_number_of_rows_is_tuned_and_run_for_itself(tmp_path: Path) -> Non
     assert first[first.index("--limit") + 1] == "50"
 
 
-def test_runs_go_side_by_side_with_a_share_of_the_threads_and_end_in_the_same_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where fewer are left: a seed that is added later would have other bits and seconds than those before it."""
+def test_a_process_that_fails_is_an_error_and_a_stop_is_handed_on_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TinyldError, match="tinyld info nowhere failed; finished runs are kept"):
+        compare.launch(["info", "nowhere"])
+    told: list[str] = []
 
-    class Meeting(Trainer):
-        """The first runs of the two methods end when both have begun."""
+    class Process:
+        """Stands in for one that trains while the signal comes."""
 
-        def run(self, command: list[str], threads: int | None = None) -> None:
-            if any(lr in command for lr in ("0.001", "0.01")):
-                both.wait(10)
-            super().run(command, threads)
+        def __init__(self, command: list[str], **options: Any):
+            pass
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "14")
-    both, trainer = threading.Barrier(2), Meeting()
-    grid(tmp_path / "two", trainer, jobs=2, seeds=1).run()
-    both, more = threading.Barrier(1), Meeting()
-    found = grid(tmp_path / "two", more, jobs=2).run()
-    alone = grid(tmp_path / "one", Trainer()).run()
-    assert aggregate(found) == aggregate(alone) and [r["run"] for r in found] == [r["run"] for r in alone]
-    assert trainer.given == more.given == {7} and all("--quiet" in c for c in trainer.ran)
+        def wait(self) -> int:
+            if not told:
+                raise Interrupted(signal.SIGTERM)
+            return 143
 
+        def terminate(self) -> None:
+            told.append("terminate")
 
-class Failing(Trainer):
-    """Bitfit fails, or is interrupted, while full trains."""
-
-    def __init__(self, interrupted: bool) -> None:
-        super().__init__()
-        self.both, self.interrupted = threading.Barrier(2), interrupted
-
-    def run(self, command: list[str], threads: int | None = None) -> None:
-        self.both.wait(10)
-        if "bitfit" in command and not self.interrupted:
-            raise TinyldError("no")
-        if "bitfit" in command:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert self.told.wait(10)
-        self.ran.append(command)
-        raise TinyldError("it was stopped")
-
-
-def test_when_one_fails_or_a_signal_comes_the_others_are_stopped_and_no_more_begin(tmp_path: Path) -> None:
-    trainer = Failing(interrupted=False)
-    with pytest.raises(TinyldError, match="^no$"):
-        grid(tmp_path / "fails", trainer, jobs=2).run()
-    assert len(trainer.ran) == 1
-    before = {signum: signal.getsignal(signum) for signum in stop_signals()}
-    trainer = Failing(interrupted=True)
-    try:
-        raise_at_signals()
-        with pytest.raises(Interrupted) as stopped:
-            grid(tmp_path / "stops", trainer, jobs=2).run()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    assert stopped.value.exit_code == 143 and len(trainer.ran) == 2
-
-
-class Process:
-    """Stands in for subprocess.Popen: ends once it is told to, or after its time."""
-
-    seconds = 10.0
-    started: list[Process] = []
-
-    def __init__(self, command: list[str], env: dict[str, str], **options: Any):
-        self.told, self.threads = threading.Event(), env.get("OMP_NUM_THREADS")
-        self.started.append(self)
-
-    def wait(self) -> int:
-        return 143 if self.told.wait(self.seconds) else 0
-
-    def terminate(self) -> None:
-        self.told.set()
-
-
-def test_a_stop_is_handed_on_to_every_process_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinyld.compare.subprocess.Popen", Process)
-    monkeypatch.setattr(Process, "started", [])
-    launcher = Launcher()
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(launcher.run, ["finetune"]) for _ in range(2)]
-        while len(launcher.running) < 2:
-            time.sleep(0.001)
-        launcher.stop()
-        for run in [*runs, pool.submit(launcher.run, ["eval"])]:  # nor may one begin after it
-            with pytest.raises(TinyldError, match="failed; finished runs are kept|another run of the grid failed"):
-                run.result(5)
-    assert all(p.told.is_set() for p in Process.started) and len(Process.started) == 2
-
-
-@pytest.mark.parametrize(("given", "jobs", "threads"), [(None, 2, 4), (None, 9, 1), ("6", 2, 3), ("1", 2, 1)])
-def test_methods_side_by_side_share_the_threads(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, jobs: int, threads: int
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    monkeypatch.setattr("tinyld.compare.os.sched_getaffinity", lambda process: set(range(8)), raising=False)
-    assert threads_each(jobs) == threads
-    monkeypatch.setattr("tinyld.compare.subprocess.Popen", Process)
-    monkeypatch.setattr(Process, "started", [])
-    monkeypatch.setattr(Process, "seconds", 0.0)
-    for count in (threads, None):
-        Launcher().run(["eval"], count)
-    assert [p.threads for p in Process.started] == [str(threads), given]
+    with pytest.raises(Interrupted) as stopped:
+        compare.launch(["finetune"])
+    assert stopped.value.exit_code == 143 and told == ["terminate"]

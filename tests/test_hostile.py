@@ -298,7 +298,7 @@ def tinyld(arguments: list[str]) -> tuple[int, str, str, str]:
     return ran.exit_code, ran.stdout, ran.stderr, "".join(trace)
 
 
-def launch(launcher: Any, command: list[str], threads: int | None = None) -> None:
+def launch(command: list[str]) -> None:
     """Stands in for compare's processes."""
     if (ran := tinyld(command))[0]:
         raise TinyldError(ran)
@@ -334,7 +334,7 @@ def build(world: Path) -> None:
                         embedding_norm=True, head_transform=True)  # fmt: skip
     parameters = dict(Denoiser(shape, torch.Generator().manual_seed(0)).named_parameters())
     export_bert(copy, shape, parameters, tokenizer, Path("bert"))
-    compare.Launcher.run = launch  # type: ignore[method-assign]
+    compare.launch = launch
     for line in SETUP:
         if "stopped" in line:
             RunFolder.close_log = None  # type: ignore[assignment,method-assign]  # ends it behind its last checkpoint
@@ -404,7 +404,7 @@ def prepare(case: Case, world: Path) -> None:
 def work(pipe: Any, world: Path, cases: list[Case]) -> None:
     """Runs the cases in turn, and sends (what came of it, what is wrong with that)."""
     torch.set_num_threads(1)
-    compare.Launcher.run = launch  # type: ignore[method-assign]
+    compare.launch = launch
     most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     without: dict[str, Any] = {}

@@ -7,14 +7,11 @@ dev by accuracy (then by NLL bound) goes on to the other seeds. Test rows are re
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, product
 
 from tinyld.checkpoint import fingerprint, read_model_config
@@ -115,16 +112,12 @@ class Cell:
 
 @dataclass
 class Grid:
-    """What is asked for; `run` does it, a row of the table after the other or `--jobs` of them side by side.
-
-    With several jobs each has as many threads as if all were going.
-    """
+    """What is asked for; `run` does it, a row of the table after the other."""
 
     options: CompareOptions
     tasks: Sequence[Task]
     methods: Sequence[Variant]
     fingerprint: str  # of the base, as its path may hold another one later
-    launcher: Launcher = field(default_factory=lambda: Launcher())
 
     def __post_init__(self) -> None:
         options, names = self.options, [task.name for task in self.tasks]
@@ -135,7 +128,7 @@ class Grid:
         self.say, self.met = say_to_stderr(options.quiet), count(1)  # runs that were met so far
         self.rows = list(product(self.tasks, options.limit or (None,), self.methods))
         paths = {"--data": options.data, "--base": options.base, "--device": options.device}
-        self.where = [word for flag, path in paths.items() if path is not None for word in (flag, str(path))]
+        self.more = [word for flag, path in paths.items() if path is not None for word in (flag, str(path))]
         self.total = len(self.rows) * (options.trials + options.seeds - 1)
 
     def cell(self, task: Task, limit: int | None, variant: Variant, lr: float, seed: int) -> Cell:
@@ -144,7 +137,7 @@ class Grid:
         asked = options.task[self.tasks.index(task)]
         budget = ["--epochs", f"{options.epochs:g}"] if options.steps is None else ["--steps", str(options.steps)]
         command = ["finetune", "--task", asked, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *budget]
-        command += ["--batch-size", str(options.batch_size), *rows, *self.where, "--out", str(options.out / name)]
+        command += ["--batch-size", str(options.batch_size), *rows, *self.more, "--out", str(options.out / name)]
         return Cell(lr, RunFolder(options.out / name), [*command, "--json", "--force"])
 
     def rates(self, variant: Variant) -> list[float]:
@@ -153,18 +146,11 @@ class Grid:
     def run(self) -> list[Row]:
         """Runs what is missing; a row for every run that was chosen."""
         make_folder(self.options.out)
-        with RunFolder(self.options.out).locked(), ThreadPoolExecutor(self.options.jobs) as pool:
+        with RunFolder(self.options.out).locked():
             for row in self.rows:
                 for lr, seed in product(self.rates(row[-1]), range(self.options.seeds)):
                     self.check_cell(self.cell(*row, lr, seed))
-            try:
-                jobs = [pool.submit(self.run_row, *row) for row in self.rows]
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException:
-                self.launcher.stop()  # the others save and end
-                raise
-        return [row for job in jobs for row in job.result()]
+            return [found for row in self.rows for found in self.run_row(*row)]
 
     def run_row(self, task: Task, limit: int | None, variant: Variant) -> list[Row]:
         """Every rate with seed 0, the other seeds at the best rate, their evaluation."""
@@ -175,10 +161,11 @@ class Grid:
         chosen = [best, *(self.cell(task, limit, variant, best.lr, seed) for seed in range(1, self.options.seeds))]
         for cell in chosen[1:]:
             self.train(cell)
+        quiet = ["--quiet"] if self.options.quiet else []
         for cell in chosen:
             if f"{task.name}/{tested_on(task)}" not in cell.folder.read_json(RESULTS).get("eval", {}):
                 once = ["--steps", "1"] if task.is_generation else []  # what is written has no accuracy: its nats count
-                self.launch(["eval", str(cell.folder.path), "--split", tested_on(task), *once, *self.where, "--json"])
+                launch(["eval", str(cell.folder.path), "--split", tested_on(task), *once, *self.more, "--json", *quiet])
         return [row for cell in chosen for row in run_rows(cell.folder, len(tried))]
 
     def check_cell(self, cell: Cell) -> None:
@@ -199,45 +186,22 @@ class Grid:
             return
         self.say(f"-- run {number} of {self.total}: tinyld {' '.join(cell.command)}")
         resume = ["finetune", "--resume", str(cell.folder.path), "--json"]
-        self.launch(resume if cell.folder.checkpoints() else cell.command)
+        launch([*(resume if cell.folder.checkpoints() else cell.command), *(["--quiet"] if self.options.quiet else [])])
         accuracy, bound = cell.score
         self.say(f"   {cell.folder.path.name}: dev {100 * accuracy:.1f}%, NLL bound {-bound:.4f}")
 
-    def launch(self, command: list[str]) -> None:
-        """Runs tinyld; bars of progress are shown where only one process has them."""
-        several = self.options.jobs > 1
-        quiet = ["--quiet"] if self.options.quiet or several else []
-        self.launcher.run([*command, *quiet], threads_each(self.options.jobs) if several else None)
 
+def launch(command: list[str]) -> None:
+    """Runs tinyld in a process of its own, so that its memory and its failures are its own; TinyldError when it fails.
 
-def threads_each(jobs: int) -> int:
-    """Every job's share of the threads that this process may use."""
-    may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, int(os.environ.get("OMP_NUM_THREADS") or may_use or 1) // jobs)
-
-
-class Launcher:
-    """Runs tinyld in processes of their own, so that their memory and their failures are their own."""
-
-    def __init__(self) -> None:
-        self.running: list[subprocess.Popen[bytes]] = []
-        self.stopped, self.lock = False, threading.Lock()
-
-    def run(self, command: list[str], threads: int | None = None) -> None:
-        """Runs one process to its end, with that many threads or all; TinyldError when it fails."""
-        limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        with self.lock:
-            if self.stopped:
-                raise TinyldError("another run of the grid failed")
-            words = [sys.executable, "-m", "tinyld", *command]
-            process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | limit)
-            self.running.append(process)
-        if process.wait():
-            raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")
-
-    def stop(self) -> None:
-        """Hands a stop on to all of them: they end their step and save."""
-        with self.lock:
-            self.stopped = True
-            for process in self.running:
-                process.terminate()  # which does nothing to one that has ended
+    A stop is handed on to it: it ends its step and saves.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "tinyld", *command], stdout=subprocess.DEVNULL)
+    try:
+        failed = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if failed:
+        raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")

@@ -115,7 +115,9 @@ def prototype_router(members: Sequence[Member]) -> Router:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_trajectory(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryLora:
+def read_trajectory(
+    record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder
+) -> TrajectoryLora:
     """The method that a run recorded; TinyldError where it is not one whose pushes add up."""
     if record.get("name") != TrajectoryLora.name:
         raise TinyldError(f"{folder.path} holds {record.get('name')}; only trajectory-lora adapters are composed")

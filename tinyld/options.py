@@ -322,7 +322,6 @@ class CompareOptions(Printed):
     epochs: float = option(3.0, "Passes over the rows.", "Grid")
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", 1)
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", 1)
-    jobs: int = option(1, "Runs side by side, which share the threads.", "Grid", 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
     csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
