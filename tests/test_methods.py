@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.checkpoint import load_exactly
 from tinyld.composition import SharedPush
-from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.errors import UsageError
@@ -90,7 +90,7 @@ def noised_batch(config: ModelConfig, seed: int = 0, rows: int = 6) -> Noised:
         answer_mask[row, start : start + 6] = True
         attention_mask[row, :length] = True
     x0[~attention_mask] = 0
-    noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, DiffusionConfig(), generator, counted=True)
+    noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, "uniform", generator, counted=True)
     assert len(band_of(noised.t).unique()) == NUM_BANDS
     return noised
 
@@ -690,7 +690,7 @@ def no_autocast() -> torch.autocast:
 
 
 def objective(tokenizer: Tokenizer) -> Objective:
-    return Objective(DiffusionConfig(), tokenizer.mask_id, counted=True, seed=0)
+    return Objective("uniform", tokenizer.mask_id, counted=True, seed=0)
 
 
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])

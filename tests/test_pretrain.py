@@ -17,7 +17,7 @@ from tinyld.checkpoint import load_base
 from tinyld.data import TextRows
 from tinyld.errors import TinyldError
 from tinyld.options import PretrainOptions
-from tinyld.pretrain import INITIAL, SAVED, pretrain, unigram_nll
+from tinyld.pretrain import SAVED, pretrain, unigram_nll
 from tinyld.runs import MODEL, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer
 
@@ -112,27 +112,6 @@ def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
     for name in (MODEL, TOKENIZER):
         assert RunFolder(tmp_path / "whole").digest(name) == RunFolder(tmp_path / "cut").digest(name)
     assert not (tmp_path / "cut" / "checkpoints").exists()
-
-
-def test_weights_may_be_averaged_with_those_they_began_from(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path / "first", text)
-    run(tmp_path / "second", text, init=str(tmp_path / "first"), seed=1)
-    summary = run(tmp_path / "kept", text, init=str(tmp_path / "first"), keep_init=0.25, seed=1)
-    first, second, kept = (load_base(tmp_path / n).model.state_dict() for n in ("first", "second", "kept"))
-    for name, tensor in kept.items():
-        torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
-    assert not torch.equal(first["embedding.weight"], second["embedding.weight"])
-    assert INITIAL not in RunFolder(tmp_path / "kept").files() and not (tmp_path / "kept" / INITIAL).exists()
-    assert summary["nll_bound"] != RunFolder(tmp_path / "kept").metrics()[-1]["nll_bound"]  # measured as written
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "close_log", lambda self: (_ for _ in ()).throw(Interrupted))
-        with pytest.raises(Interrupted):
-            run(tmp_path / "cut", text, init=str(tmp_path / "first"), keep_init=0.25, seed=1)
-    run(tmp_path / "cut", text, resume=True)
-    assert RunFolder(tmp_path / "cut").digest(MODEL) == RunFolder(tmp_path / "kept").digest(MODEL)
 
 
 def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

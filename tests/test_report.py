@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tinyld.config import DiffusionConfig, TrainConfig, to_dict
+from tinyld.config import TrainConfig, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
@@ -39,7 +39,7 @@ def run_folder(path: Path, **changes: Any) -> RunFolder:
         "base": {"path": "/x/small", "fingerprint": "f"},
     }
     config["train"] = to_dict(TrainConfig(epochs=3.0, seed=2, lr=1e-3))
-    config |= {"diffusion": to_dict(DiffusionConfig()), "data": {"rows": 9}}
+    config |= {"diffusion": {"loss": "uniform"}, "data": {"rows": 9}}
     config["parameters"] = {"stored_parameters": 5, "stored_percent": 0.5, "stored_bytes": 20}
     config["environment"] = {"threads": 2, "command": "tinyld finetune --task mood"}
     folder = RunFolder.create(path)
@@ -97,7 +97,7 @@ def test_whatever_sets_two_runs_apart_is_told_in_words(tmp_path: Path) -> None:
     assert unlike({"ranks": [9, 9, 9]}, {}) == "ranks 9" and unlike({"ranks": [9, 4, 1]}, {}) == "ranks 9/4/1"
     told = {"steps", "epochs", "batch_size", "lr", "optimizer", "seed"}  # these have columns
     silent = {"eval_every", "save_minutes", "keep", "recompute", "device"}  # these change no result
-    trained = {"train": to_dict(TrainConfig(epochs=1.0)), "diffusion": to_dict(DiffusionConfig())}
+    trained = {"train": to_dict(TrainConfig(epochs=1.0)), "diffusion": {"loss": "uniform"}}
     for part, field in [(of, name) for of in trained for name in trained[of]]:
         changes = {part: trained[part] | {field: "other"}, "base": {"path": "b", "fingerprint": "f", "dtype": "int8"}}
         (row, _) = run_rows(run_folder(tmp_path / field, **trained | changes))

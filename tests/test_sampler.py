@@ -68,7 +68,7 @@ CONFIGS = [
     SampleConfig(sampler="threshold", threshold=0.05, temperature=1.0),
     SampleConfig(sampler="threshold", threshold=1.0, steps=2),
     SampleConfig(sampler="ancestral"),
-    SampleConfig(sampler="ancestral", steps=3, temperature=1.0, schedule="cosine"),
+    SampleConfig(sampler="ancestral", steps=3, temperature=1.0),
     SampleConfig(sampler="ancestral", steps=40, temperature=1.0),
 ]
 
@@ -215,22 +215,14 @@ def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
     assert len(seen) > 1 or len(kinds) == 1
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ancestral_leaves_as_much_masked_as_the_schedule_says(tokenizer: Tokenizer, schedule: str) -> None:
+def test_ancestral_leaves_as_much_masked_as_t_says(tokenizer: Tokenizer) -> None:
     recording = Recording(lambda x, t, attention, prompt, where: torch.zeros(int(where.sum()), 8))
     steps, width, n = 4, 36, 400
-    out, _ = decode(
-        recording,
-        *rows(tokenizer, [width] * n),
-        MASK,
-        FORBIDDEN,
-        SampleConfig(sampler="ancestral", steps=steps, schedule=schedule),
-    )
+    config = SampleConfig(sampler="ancestral", steps=steps)
+    out, _ = decode(recording, *rows(tokenizer, [width] * n), MASK, FORBIDDEN, config)
     assert len(recording.masked) == steps and not (out == MASK).any()
     for step, counts in enumerate(recording.masked):
-        t = torch.tensor(1 - step / steps, dtype=torch.float64)
-        ratio = float(t if schedule == "linear" else torch.cos(torch.pi / 2 * (1 - t)))
-        assert sum(counts) / (n * width) == pytest.approx(ratio, abs=4 * (0.25 / (n * width)) ** 0.5)
+        assert sum(counts) / (n * width) == pytest.approx(1 - step / steps, abs=4 * (0.25 / (n * width)) ** 0.5)
 
 
 BATCHED = [
@@ -274,7 +266,6 @@ BAD = [
     ({"temperature": -0.1}, "temperature must be at least 0"),
     ({"threshold": 0.0}, "threshold must be"),
     ({"threshold": 1.1}, "threshold must be"),
-    ({"schedule": "square"}, "schedule must be one of"),
 ]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyld.config import DiffusionConfig, ModelConfig, TrainConfig
+from tinyld.config import ModelConfig, TrainConfig
 from tinyld.data import Batch, TaskRows, torch_seeded
 from tinyld.diffusion import token_nll
 from tinyld.distributed import Processes
@@ -125,7 +125,7 @@ def run(
         model = copy.deepcopy(model)
         method = attached(model, method)
     path.mkdir(exist_ok=True)
-    objective = Objective(DiffusionConfig(), MASK, counted=True, seed=config.seed)
+    objective = Objective("uniform", MASK, counted=True, seed=config.seed)
     given = (model, method.own, source, objective, config, RunFolder(path), evaluation, "test")
     return TrainingRun(*given, **{"quiet": True} | kwargs).train(resume)
 
@@ -496,7 +496,7 @@ def test_training_goes_on_when_nobody_reads_its_progress(
 
 def test_the_gradients_of_all_processes_add_up_to_those_of_one(base: Denoiser, rows: TaskRows) -> None:
     batch = rows.batch(0, 5, 0)
-    noised, normaliser = Objective(DiffusionConfig(), MASK, counted=True, seed=0).noise(batch, 0)
+    noised, normaliser = Objective("uniform", MASK, counted=True, seed=0).noise(batch, 0)
 
     def gradient(parts: list[Any]) -> Tensor:
         base.zero_grad()

@@ -251,22 +251,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
 
-SCHEDULES = ("linear", "cosine")
-LOSSES = ("uniform", "elbo")
-
-
-@dataclass(frozen=True)
-class DiffusionConfig(Settings):
-    """How text is noised while training, and how the loss is weighted over t.
-
-    How t is drawn follows from what is noised and from the loss: see `diffusion.noise_batch`.
-    """
-
-    schedule: str = setting("linear", among=SCHEDULES)  # t -> keep_prob
-    # uniform: plain cross-entropy; elbo: weighted by -keep_prob'(t) / mask_ratio(t)
-    loss: str = setting("uniform", among=LOSSES)
-
-
+LOSSES = ("uniform", "elbo")  # plain cross-entropy; weighted to the bound. See diffusion.noise_batch
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
@@ -321,5 +306,4 @@ class SampleConfig(Settings):
     temperature: float = setting(0.0, least=0)  # 0 takes the most likely token
     # threshold sampler: every token at least this likely is kept, and one at least (Fast-dLLM)
     threshold: float = setting(0.9, above=0, most=1)
-    schedule: str = setting("linear", among=SCHEDULES)  # ancestral sampler: t -> keep_prob
     seed: int = setting(0, least=0)

@@ -1,11 +1,11 @@
-"""Masked diffusion: schedules, forward masking, losses and the NLL bound. Takes any callable denoiser.
+"""Masked diffusion: forward masking, losses and the NLL bound. Takes any callable denoiser.
 
-t is in [0, 1]: 0 is clean, 1 fully masked. `keep_prob(t)` is the papers' alpha_t. Formulas: MDLM (arXiv 2406.07524).
+t is in [0, 1], the chance that a token is masked: 0 is clean, 1 fully masked (the linear schedule: the papers' alpha_t
+is 1 - t). Formulas: MDLM (arXiv 2406.07524).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,33 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import DiffusionConfig
-
 T_MIN = 1e-3  # smallest t drawn: the ELBO's weight 1/t is finite there
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A noise schedule: `keep_prob(t)` and its derivative, both on tensors of any shape."""
-
-    keep_prob: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-
-    def mask_ratio(self, t: Tensor) -> Tensor:
-        """Chance that a token is masked at time t."""
-        return 1.0 - self.keep_prob(t)
-
-    def weight(self, t: Tensor) -> Tensor:
-        """The ELBO's loss weight -keep_prob'(t) / (1 - keep_prob(t)) (MDLM, eq. 10)."""
-        return -self.derivative(t) / self.mask_ratio(t)
-
-
-SCHEDULES: dict[str, Schedule] = {
-    "linear": Schedule(lambda t: 1.0 - t, lambda t: -torch.ones_like(t)),
-    "cosine": Schedule(
-        lambda t: 1.0 - torch.cos(math.pi / 2 * (1.0 - t)), lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1.0 - t))
-    ),
-}
 
 
 def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
@@ -54,13 +28,9 @@ def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
     return T_MIN + (1.0 - T_MIN) * u
 
 
-def add_noise(
-    x0: Tensor, t: Tensor, maskable: Tensor, mask_id: int, schedule: Schedule, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(xt, is_masked), both (B, L): each maskable token of x0 is masked with chance mask_ratio(t), independently."""
-    chance = schedule.mask_ratio(t)[:, None]  # (B, 1)
-    is_masked = (torch.rand(x0.shape, generator=generator) < chance) & maskable
-    return torch.where(is_masked, mask_id, x0), is_masked
+def mask_some(t: Tensor, maskable: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, L) bool: each maskable token is masked with chance t, independently."""
+    return (torch.rand(maskable.shape, generator=generator) < t[:, None]) & maskable
 
 
 def add_noise_counted(
@@ -114,12 +84,13 @@ def noise_batch(
     answer_mask: Tensor,
     attention_mask: Tensor,
     mask_id: int,
-    config: DiffusionConfig,
+    loss: str,
     generator: torch.Generator,
     counted: bool,
     tail_mask: Tensor | None = None,
 ) -> tuple[Noised, float]:
     """(noised batch, normaliser): the loss of the batch is sum(weight * CE over masked tokens) / normaliser.
+    Under the loss `uniform` the weight is 1, under `elbo` 1 / t (MDLM, eq. 10: -alpha_t' / (1 - alpha_t)).
 
     `counted` masks an exact number of tokens, at uniform times (tasks: answers are short). Otherwise tokens are masked
     independently: under the ELBO, whose weights are a bound under no others, at uniform times; for plain cross-entropy
@@ -143,17 +114,16 @@ def noise_batch(
             attention_mask = attention_mask & (open_tail | ~tail_mask)
             t = (is_masked | open_tail).sum(1) / (scored | open_tail).sum(1).clamp(min=1)
         answer_mask, prompt_mask = scored, attention_mask & ~scored & ~tail_mask
-    elif config.loss == "uniform":
-        is_masked, maskable = two_views(x0, answer_mask, mask_id, config, generator)
+    elif loss == "uniform":
+        is_masked, maskable = two_views(answer_mask, generator)
         x0, attention_mask = x0.repeat(2, 1), attention_mask.repeat(2, 1)
         t = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
         xt, prompt_mask = torch.where(is_masked, mask_id, x0), attention_mask & ~maskable
     else:
-        schedule = SCHEDULES[config.schedule]
         t = sample_t(len(x0), generator)
-        xt, is_masked = add_noise(x0, t, answer_mask, mask_id, schedule, generator)
-        weight, prompt_mask = schedule.weight(t), attention_mask & ~answer_mask
-    if config.loss == "uniform":
+        is_masked, weight, prompt_mask = mask_some(t, answer_mask, generator), 1.0 / t, attention_mask & ~answer_mask
+        xt = torch.where(is_masked, mask_id, x0)
+    if loss == "uniform":
         weight, normaliser = torch.ones_like(t), float(is_masked.sum())
     else:
         normaliser = float(answer_mask.sum())
@@ -165,21 +135,19 @@ PREFIXED = 0.5  # share of pretraining rows that keep a prefix clean, as a promp
 LONGEST_PREFIX = 0.8  # of a row
 
 
-def two_views(
-    x0: Tensor, maskable: Tensor, mask_id: int, config: DiffusionConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def two_views(maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(is_masked, maskable), both (2 B, L): pretraining's rows under two masks that are each other's complement.
 
     Every token is predicted once a row read, which halves the noise of the gradient or better (arXiv 2511.18159). Half
     of the rows keep a prefix of up to 80% clean, which is what tasks and writing look like, and are masked at uniform
     times; the others at times of Beta(2, 2).
     """
-    n, length = x0.shape
+    n, length = maskable.shape
     begins = torch.rand(n, generator=generator) * LONGEST_PREFIX * length
     prefixed = torch.rand(n, generator=generator) < PREFIXED
     maskable = maskable & ~(prefixed[:, None] & (torch.arange(length)[None, :] < begins[:, None]))
     t = torch.where(prefixed, sample_t(n, generator), sample_t(n, generator, bell=True))
-    _, first = add_noise(x0, t, maskable, mask_id, SCHEDULES[config.schedule], generator)
+    first = mask_some(t, maskable, generator)
     return torch.cat([first, maskable & ~first]), maskable.repeat(2, 1)
 
 
@@ -219,23 +187,21 @@ def nll_bound(
     denoiser: Any,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     mask_id: int,
-    schedule: str = "linear",
     draws: int = 1,
     seed: int = 0,
     counted: bool = False,
 ) -> Estimate:
     """Upper bound on the NLL in nats per answer token (the negative ELBO), with its standard error over rows.
 
-    batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row. Any schedule bounds the
-    same quantity; `counted` has the lower variance.
+    batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row; `counted` has the lower
+    variance.
     """
-    config = DiffusionConfig(schedule=schedule, loss="elbo")
     generator = torch.Generator().manual_seed(seed)
     sums, counts = [], []
     for x0, answer_mask, attention_mask in batches:
         total = torch.zeros(len(x0))
         for _ in range(draws):
-            noised, _ = noise_batch(x0, answer_mask, attention_mask, mask_id, config, generator, counted)
+            noised, _ = noise_batch(x0, answer_mask, attention_mask, mask_id, "elbo", generator, counted)
             noised = noised.to(next(denoiser.parameters()).device)
             nll, row = token_nll(denoiser, noised)
             total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll * noised.weight[row]).float().cpu())

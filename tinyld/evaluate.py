@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyld.config import DiffusionConfig, SampleConfig
+from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
 from tinyld.diffusion import Estimate, nll_bound, noise_batch, ratio_estimate
 from tinyld.errors import TinyldError
@@ -254,7 +254,7 @@ def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: i
     hits = masked = 0
     for _ in range(draws):
         noised, _ = noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, mask_id, DiffusionConfig(loss="elbo"), generator, True,
+            batch.x0, batch.answer_mask, batch.attention_mask, mask_id, "elbo", generator, True,
             batch.tail_mask,
         )  # fmt: skip
         noised = noised.to(device)

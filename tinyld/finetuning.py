@@ -23,7 +23,7 @@ from tinyld.checkpoint import (
     read_model_config,
     sizes,
 )
-from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, check, from_dict, to_dict
+from tinyld.config import BUDGETS, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -36,7 +36,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
-from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Noising, Objective, TrainingRun
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
@@ -89,7 +89,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         "method": {"name": method, **to_dict(settings)},
         "base": {"path": str(base.resolve()), "dtype": options.base_dtype},
         "band_edges": list(BAND_EDGES),
-        "diffusion": to_dict(DiffusionConfig(loss=options.loss)),
+        "diffusion": {"loss": options.loss},
         "train": to_dict(config),
         "cache_gb": options.cache_gb,
         "data": {"folder": data and str(data.resolve()), "held_out": held_out, "limit": options.limit},
@@ -137,8 +137,7 @@ def _train(
         )
         say_truncated(say, train_rows.truncated, len(train_rows), model.config.max_length)
         started = time.perf_counter()
-        diffusion = from_dict(DiffusionConfig, config["diffusion"], where)
-        objective: Noising = Objective(diffusion, tokenizer.mask_id, counted=True, seed=training.seed)
+        objective: Noising = Objective(config["diffusion"]["loss"], tokenizer.mask_id, counted=True, seed=training.seed)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         if reason is None:
             with Progress("cache", len(train_rows), quiet=quiet) as bar:
@@ -213,6 +212,5 @@ def resume(options: Training) -> dict[str, Any]:
             raise TinyldError(f"{out} is finished already; step {options.from_step} has no checkpoint to go on from")
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
-            folder.remove(INITIAL)
             folder.remove_checkpoints()
         return {"run": str(out), **results[verb]}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, SCHEDULES, DiffusionConfig, TrainConfig, check
+from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, TrainConfig, check
 from tinyld.errors import UsageError
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
@@ -181,7 +181,7 @@ class Training(OnDevice, Written, Printed):
     compile: bool = option(False, "torch.compile for the blocks, where it works.")
     clip: float = option(TrainConfig.clip, "Largest gradient norm; 0 for none.")
     flat: float = option(0.0, "Share of the budget at the peak learning rate.")
-    loss: str = option(DiffusionConfig.loss, "Plain cross-entropy, or weighted to the bound.", None, choices=LOSSES)
+    loss: str = option(LOSSES[0], "Plain cross-entropy, or weighted to the bound.", None, choices=LOSSES)
     eval_every: int = option(TrainConfig.eval_every, "Updates between held-out evaluations.", None, 1)
     save_minutes: float = option(TrainConfig.save_minutes, "Minutes between checkpoints.")
     keep: int = option(TrainConfig.keep, "Checkpoints kept while training.", None, 1)
@@ -239,12 +239,10 @@ class PretrainOptions(Training):
     optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", choices=OPTIMIZERS)
     weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
     warmup: float = option(0.02, "Share of the budget with a rising learning rate.")
-    schedule: str = option(DiffusionConfig.schedule, "Noise schedule.", None, choices=SCHEDULES)
     d_model: int | None = option(None, "Width; the preset's if not given.")
     num_layers: int | None = option(None, "Blocks; the preset's if not given.")
     num_heads: int | None = option(None, "Attention heads; the preset's if not given.")
     d_ff: int | None = option(None, "Width inside the MLP; the preset's if not given.")
-    keep_init: float = option(0.0, "With --init: share of its weights in what is written.")
     body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
     body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
     save_dtype: str = option("fp32", "Type of the stored weights.", None, choices=BASE_DTYPES)

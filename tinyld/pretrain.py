@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from tinyld.checkpoint import load_base, load_exactly, save_base
-from tinyld.config import PRESETS, VOCAB_SIZES, DiffusionConfig, ModelConfig, TrainConfig, check, from_dict, to_dict
+from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, TrainConfig, check, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
@@ -27,7 +26,7 @@ from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training, flag
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import CONFIG, INITIAL, MODEL, RESULTS, TOKENIZER, RunFolder
+from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
@@ -43,13 +42,6 @@ def load_start(folder: Path, max_length: int) -> Encoder:
     base = load_base(folder)
     origin = {"folder": str(folder.resolve()), "sha256": RunFolder(folder).digest(MODEL)}
     return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, origin, has_head=True)
-
-
-@torch.no_grad()
-def average(parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Tensor], share: float) -> None:
-    """Moves the parameters `share` of the way back to their initial values."""
-    for name, parameter in parameters.items():
-        parameter.lerp_(initial[name].to(parameter), share)
 
 
 def unigram_nll(counts: np.ndarray, held_out: np.ndarray) -> float:
@@ -88,13 +80,12 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
     path = None if options.init is None else find_encoder(options.init)
     own = path is not None and RunFolder(path).is_run()
     if path is None:
-        for name in ("trim_vocab", "keep_init", "body_lr", "body_start"):
+        for name in ("trim_vocab", "body_lr", "body_start"):
             check(not getattr(options, name), f"{flag(name)} needs --init")
     else:
         fixed = [name for name in (*sizes[:-1], "vocab_size") if getattr(options, name)]
         check(not fixed, "--init brings its own sizes; only --max-length and --trim-vocab may change them")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
-    check(0 <= options.keep_init < 1, f"keep_init is a share between 0 and 1, got {options.keep_init:g}")
     training = options.only(TrainConfig)
     if path is not None and options.minutes == 0:  # the encoder is written as it is, untrained
         training |= {"steps": 1, "minutes": None}
@@ -109,12 +100,11 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
     return {
         "kind": "base",
         "model": to_dict(ModelConfig(**shape)),
-        "diffusion": to_dict(DiffusionConfig(schedule=options.schedule, loss=options.loss)),
+        "diffusion": {"loss": options.loss},
         "train": to_dict(train),
         "save_dtype": options.save_dtype,
         "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},
         "valid": [str(p) for p in options.valid],
-        "keep_init": options.keep_init,
     }
 
 
@@ -134,9 +124,7 @@ def train_base(
     """
     where = str(out / CONFIG)
     quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
-    training, diffusion = (
-        from_dict(kind, config[name], where) for kind, name in ((TrainConfig, "train"), (DiffusionConfig, "diffusion"))
-    )
+    training = from_dict(TrainConfig, config["train"], where)
     device = resolve_device(training.device)
     processes = Processes.join(device)
     files, valid = (find_text_files(list(map(Path, paths))) for paths in (config["data"]["files"], config["valid"]))
@@ -203,7 +191,7 @@ def train_base(
 
         parameters = dict(model.named_parameters())
         body = [n for n in parameters if config["warm_start"] and not n.startswith(("head_transform", "output_bias"))]
-        objective = Objective(diffusion, tokenizer.mask_id, counted=False, seed=training.seed)
+        objective = Objective(config["diffusion"]["loss"], tokenizer.mask_id, counted=False, seed=training.seed)
         run = TrainingRun(
             model, parameters, rows, objective, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,
@@ -212,13 +200,7 @@ def train_base(
             model.eval()
             run.metrics = evaluate()
         else:
-            if config["keep_init"] and not resume:
-                folder.write_tensors(INITIAL, parameters)
             run.train(resume, options.from_step)
-            if config["keep_init"] and is_writer():
-                average(parameters, folder.read_tensors(INITIAL), config["keep_init"])
-                with run.autocast():
-                    run.metrics = evaluate()
             folder.close_log()
         save_base(folder, model, parameters, tokenizer, SAVED[config["save_dtype"]])
         summary = {
@@ -232,6 +214,5 @@ def train_base(
             **run.metrics,
         }
         folder.write_json(RESULTS, {"pretrain": summary})
-        folder.remove(INITIAL)
         folder.remove_checkpoints()
     return summary

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinyld.config import DiffusionConfig, TrainConfig, to_dict
+from tinyld.config import LOSSES, TrainConfig, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
@@ -63,7 +63,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     method, train, base = dict(config["method"]), config["train"], config["base"]
     name, recipe = method.pop("name"), method.pop("recipe", None)
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
-    trained = {f.name: f.default for kind in (TrainConfig, DiffusionConfig) for f in fields(kind)}
+    trained = {f.name: f.default for f in fields(TrainConfig)} | {"loss": LOSSES[0], "schedule": "linear"}
     about = {
         "run": folder.path.name,
         "base": Path(base["path"]).name,

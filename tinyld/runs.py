@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.json", "results.json"
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
-INITIAL = "initial.safetensors"  # what pretraining with --keep-init began with, until it is finished
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
 CHECKPOINTS = "checkpoints"
 KINDS = ("base", "adapter", "composition")  # of a run, in its config

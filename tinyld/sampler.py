@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tinyld.config import SampleConfig
-from tinyld.diffusion import SCHEDULES
 
 SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
 
@@ -128,14 +127,13 @@ def accept(
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
-    - ancestral (MDLM, arXiv 2406.07524): first a length, then each position with the schedule's chance, in no order.
+    - ancestral (MDLM, arXiv 2406.07524): first a length, then each position with the same chance, in no order.
     """
     masked, confidence = choice.masked, choice.confidence
     end, at = choice.end_confidence.max(1)  # (B,) the likeliest end, and where
     if config.sampler == "ancestral":
         now, then = (torch.tensor(1.0 - min(step + i, steps) / steps, device=masked.device) for i in (0, 1))
-        schedule = SCHEDULES[config.schedule]
-        chance = (schedule.keep_prob(then) - schedule.keep_prob(now)) / schedule.mask_ratio(now).clamp(min=1e-6)
+        chance = (now - then) / now.clamp(min=1e-6)  # of those that are masked at t = now
         draw, length = torch.rand((2, *masked.shape), generator=generator, device=masked.device)
         tokens = masked & ((draw < chance) | (step + 1 >= steps))
         reached = choice.end_confidence.cumsum(1) > length[:, :1]  # the length is drawn first, in the first pass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
-from tinyld.config import DiffusionConfig, TrainConfig
+from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, seed_of, torch_seeded
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Noised, noise_batch, token_nll
@@ -41,7 +41,7 @@ class Noising(Protocol):
 class Objective:
     """Noise drawn anew at every step."""
 
-    diffusion: DiffusionConfig
+    loss: str  # of config.LOSSES
     mask_id: int
     counted: bool  # exact mask counts, for tasks
     seed: int
@@ -49,7 +49,7 @@ class Objective:
     def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
         generator = torch_seeded(self.seed, 2, step)
         return noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.diffusion, generator, self.counted,
+            batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.loss, generator, self.counted,
             batch.tail_mask,
         )  # fmt: skip
 
