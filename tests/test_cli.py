@@ -384,16 +384,6 @@ def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters
     assert refused.code == 2 and "is for frozen weights; full trains them all" in refused.stderr
 
 
-@pytest.mark.parametrize("verb", ["eval", "compose"])
-def test_an_adapter_of_other_bands_is_refused(pair: tuple[Path, Path], verb: str) -> None:
-    shutil.copytree(pair[1], "other")
-    folder = RunFolder(Path("other"))
-    folder.write_json(CONFIG, folder.config | {"band_edges": [1.0, 0.5, 0.2, 0.0]})
-    args = ["eval", "other"] if verb == "eval" else ["compose", pair[0], "other", "--out", "new"]
-    ran = cli(*args)
-    assert ran.code == 1 and "its bands end at [1.0, 0.5, 0.2, 0.0]" in ran.stderr and not Path("new").exists()
-
-
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy", "ancestral"])
 def test_text_is_sampled_from_a_base_and_an_adapter(
     sampler: str, place: Path, adapters: dict[str, tuple[Path, Ran]]

@@ -22,7 +22,6 @@ from tinyld.config import ModelConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, make_config
-from tinyld.methods.bands import BAND_EDGES
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
 from tinyld.router import NEAR, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
@@ -279,10 +278,7 @@ def runs(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> list[Path
         run = RunFolder.create(tmp_path / name)
         about = {"path": str(tmp_path / "base"), "fingerprint": base.fingerprint, "dtype": "fp32"}
         method = method_record(member.method)
-        edges = {"band_edges": list(BAND_EDGES)}
-        run.write_json(
-            "config.json", {"kind": "adapter", "task": to_record(task), "method": method, "base": about} | edges
-        )
+        run.write_json("config.json", {"kind": "adapter", "task": to_record(task), "method": method, "base": about})
         run.write_tensors("adapter.safetensors", member.tensors)
         examples = TaskRows(load_split(task, "train"), task, tokenizer, config.max_length)
         run.write_tensors("prototype.safetensors", {"prototype": prompt_prototype(base, examples)})

@@ -349,7 +349,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("base", {"model": {"vocab_size": 10, "num_heads": 0}}, "num_heads"),
     ("base", {"model": {"vocab_size": 10}}, "the tokenizer has"),
     # rotary tables are as long as a row may be, and no weight tells how long that is
-    ("base", {"model": {"vocab_size": 10, "max_length": 10**9}}, "max_length must be from 2 to 131072, got 1000000000"),
+    ("base", {"model": {"vocab_size": 10, "max_length": 10**9}}, "max_length must be at most 131072, got 1000000000"),
     ("base", {"model": {"vocab_size": 160, "d_model": 2**20, "d_ff": 2**20}}, "parameters is asked for; at most"),
     ("adapter", {"method": {"name": "adapters", "rank": 10**12}}, "values, but config.json asks for"),
     ("adapter", {"method": {"name": "weight-lora", "rank": 10**12}}, "values, but config.json asks for"),

@@ -16,7 +16,6 @@ from tinyld.config import ModelConfig, from_dict, to_dict
 from tinyld.device import BASE_DTYPES, Int8, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
-from tinyld.methods.bands import BAND_EDGES
 from tinyld.model import Denoiser
 from tinyld.read import finite
 from tinyld.rows import bundled_data_dir
@@ -238,7 +237,6 @@ def load_adapter(
     path = str(folder.path / CONFIG)
     dtype = base_dtype(config, path) if dtype is None else dtype
     check_frozen(read_config(config["method"], path)[0].name, dtype)
-    check_bands(config, path)
     base = load_base(find_base(config, folder.path, base_path), device, dtype)
     check_base(config, base, folder.path)
     tensors = folder.read_tensors(ADAPTER)
@@ -280,9 +278,3 @@ def check_frozen(method: str, dtype: str) -> None:
     """UsageError when a method's own weights would be what `dtype` makes smaller."""
     if dtype != "fp32" and method == Full.name:
         raise UsageError(f"--base-dtype {dtype} is for frozen weights; full trains them all")
-
-
-def check_bands(config: Mapping[str, Any], path: str) -> None:
-    """TinyldError when a run was made for other timestep bands than this tinyld's."""
-    if config.get("band_edges", list(BAND_EDGES)) != list(BAND_EDGES):
-        raise TinyldError(f"{path}: its bands end at {config['band_edges']}, this tinyld's at {list(BAND_EDGES)}")

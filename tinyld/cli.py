@@ -189,7 +189,7 @@ def keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
 
 def parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """A field of an options class as typer wants it."""
-    default, choices, group = field.default, field.metadata["choices"], field.metadata["group"]
+    default, choices, group = field.default, field.metadata.get("among"), field.metadata["group"]
     if choices:
         kind = Literal[tuple(choices)]
     elif field.metadata["read"] is not None:
@@ -198,7 +198,7 @@ def parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
         kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
         default = list(default) or None if isinstance(default, tuple) else default
     metavar = None if choices or kind is bool else METAVARS.get(kind)
-    extra = {"min": field.metadata["minimum"], "help": field.metadata["help"], "metavar": metavar}
+    extra = {"min": field.metadata.get("least"), "help": field.metadata["help"], "metavar": metavar}
     if group == ARGUMENT:
         return keyword(field.name, kind, default, typer.Argument(**extra | {"metavar": field.name.upper()}))
     return keyword(field.name, kind, default, typer.Option(flag(field.name), **extra))

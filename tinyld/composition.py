@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, check_bands, check_base, load_exactly, method_record, read_method
+from tinyld.checkpoint import Base, base_dtype, check_base, load_exactly, method_record, read_method
 from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
-from tinyld.methods.bands import BAND_EDGES
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
 from tinyld.read import finite
@@ -131,7 +130,6 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
     check_base(config, base, folder.path)
-    check_bands(config, str(path))
     dtype = base_dtype(config, str(path))
     if dtype != base.dtype:
         raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
@@ -174,7 +172,6 @@ def save_composition(
         "members": [{"run": m.run, "task": m.task, "weight": weight} for m, weight in weighted],
         "parts": [{"weight": weight, "method": method_record(m.method)} for m, weight in weighted],
         "router": None if router is None else ROUTER,
-        "band_edges": list(BAND_EDGES),
         "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
     }
     folder.write_json(CONFIG, config | {"environment": environment})
@@ -188,7 +185,6 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     """
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
-    check_bands(config, where)
     if config["router"] not in (None, ROUTER):
         raise TinyldError(f"{where}: unknown kind of router: {config['router']!r}")
     tensors, members, weights, router = folder.read_tensors(ADAPTER), [], [], None

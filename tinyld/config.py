@@ -75,9 +75,13 @@ def check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def setting(default: Any, **rules: Any) -> Any:
-    """A field with a default and the RULES that its value, or every member of a tuple, keeps: `least=1, below=4`."""
-    return dataclasses.field(default=default, metadata=rules)
+def setting(default: Any, help: str = "", group: str | None = None, read: Any = None, **rules: Any) -> Any:
+    """A field with a default and the RULES that its value, or every member of a tuple, keeps: `least=1, below=4`.
+
+    Of an option: what it means, the group of the help it stands in (none: for experts, by --set alone), and `read`,
+    which makes its value of (text, option's name).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "read": read} | rules)
 
 
 RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -89,24 +93,25 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 
 
-def check_fields(config: Any) -> None:
-    """Raises UsageError naming the first field that breaks a rule of its own, or holds what is no finite float32."""
-    for field in dataclasses.fields(config):
-        given = getattr(config, field.name)
-        for value in given if isinstance(given, tuple) else () if given is None else (given,):
-            for rule, bound in field.metadata.items():
-                words, holds = RULES[rule]
-                limit = ", ".join(bound) if isinstance(bound, tuple) else bound
-                check(holds(value, bound), f"{field.name} must be {words} {limit}, got {value!r}")
-            finite = not isinstance(value, float) or abs(value) < 3.4e38
-            check(finite, f"{field.name} must be a finite number, got {value}")
-
-
 class Settings:
-    """A config whose fields say all its rules."""
+    """A config whose fields say their rules."""
+
+    @staticmethod
+    def called(name: str) -> str:
+        """A field's name in errors."""
+        return name
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        """UsageError naming the first field that breaks a rule of its own, or holds what is no finite float32."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            given, name = getattr(self, field.name), self.called(field.name)
+            for value in given if isinstance(given, tuple) else () if given is None else (given,):
+                for rule, (words, holds) in RULES.items():
+                    bound = field.metadata.get(rule)
+                    limit = ", ".join(bound) if isinstance(bound, tuple) else bound
+                    check(bound is None or holds(value, bound), f"{name} must be {words} {limit}, got {value!r}")
+                most = {int: 1 << 63, float: 3.4e38}.get(type(value))
+                check(most is None or abs(value) < most, f"{name} must be a finite number, got {value}")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -119,75 +124,57 @@ MAX_LAYERS, MAX_PARAMETERS = 100_000, 20_000_000_000
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Shape of the denoiser. `vocab_size` is known once the tokenizer is.
 
     The switches after `norm_eps` are what BERT-family encoders need to run on the same denoiser.
     """
 
-    vocab_size: int
-    d_model: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
-    d_ff: int = 1024
-    max_length: int = 256  # tokens a row may have, answer and markers included
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    vocab_size: int = setting(dataclasses.MISSING, least=1)
+    d_model: int = setting(256, least=1)
+    num_layers: int = setting(6, least=1, most=MAX_LAYERS)
+    num_heads: int = setting(4, least=1)
+    d_ff: int = setting(1024, least=1)
+    max_length: int = setting(256, least=2, most=MAX_LENGTH)  # tokens a row may have, answer and markers included
+    rope_theta: float = setting(10_000.0, above=0)
+    norm_eps: float = setting(1e-5, above=0, below=1)
     norm_first: bool = True  # norm before each sublayer and a final norm; False: after each sublayer, as BERT
     rotary: bool = True  # rotary positions; False: a learned embedding of each position
     embedding_norm: bool = False  # a norm on the summed embeddings
     head_transform: bool = False  # dense + GELU + norm before the tied vocabulary matrix
-    d_embed: int = 0  # width of the embeddings where it is not d_model (ELECTRA); 0: d_model
+    d_embed: int = setting(0, least=0)  # width of the embeddings where it is not d_model (ELECTRA); 0: d_model
     # What the families of tinyld.families need besides.
-    norm: str = "layer"  # or rms, which has neither mean nor bias
+    norm: str = setting("layer", among=("layer", "rms"))  # rms has neither mean nor bias
     norm_bias: bool = True
     first_norm: bool = True  # the first block normalises what its attention reads (ModernBERT: no)
-    activation: str = "gelu"
+    activation: str = setting("gelu", among=("gelu", "gelu_tanh", "silu"))
     gated: bool = False  # the MLP's `up` gives twice d_ff numbers: activation(first half) * second half
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
-    kv_heads: int = 0  # heads that keys and values have, each for a group of queries; 0: num_heads
-    head_width: int = 0  # 0: d_model / num_heads
+    kv_heads: int = setting(0, least=0)  # heads of keys and values, each for a group of queries; 0: num_heads
+    head_width: int = setting(0, least=0)  # 0: d_model / num_heads
     head_norms: bool = False  # an RMS norm of each head's queries, and of its keys (Qwen3)
-    local_window: int = 0  # in the local blocks a token reads others at most half of this away; 0: none is local
+    local_window: int = setting(0, least=0)  # in local blocks a token reads others at most half of it away; 0: no such
     local_theta: float = 10_000.0  # rope_theta of the local blocks
-    global_every: int = 1  # every how many blocks, from the first on, is not local
+    global_every: int = setting(1, least=1)  # every how many blocks, from the first on, is not local
     tied: bool = True  # the vocabulary matrix is the embedding's
     head_bias: bool = True
-    head_rows: int = 0  # of an untied vocabulary matrix that has none for the last ids, the mask's; 0: vocab_size
+    head_rows: int = setting(0, least=0)  # of an untied vocabulary matrix without the last ids, the mask's; 0: all
     embedding_scale: float = 1.0
     shifted: bool = False  # trained to predict the next position: logits of i are read at i - 1 (Dream)
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, ("layer", "rms"))
-        check_choice("activation", self.activation, ("gelu", "gelu_tanh", "silu"))
-        for name in ("kv_heads", "head_width", "local_window", "head_rows"):
-            check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
-        check(
-            self.num_heads >= 1 and self.num_heads % (self.kv_heads or self.num_heads) == 0,
-            f"kv_heads must divide num_heads, got {self.kv_heads} and {self.num_heads}",
-        )
-        check(
-            self.head_rows <= (0 if self.tied else self.vocab_size),
-            f"head_rows must be at most vocab_size, and needs an untied head, got {self.head_rows}",
-        )
-        check(self.global_every >= 1, f"global_every must be at least 1, got {self.global_every}")
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        check(self.num_layers <= MAX_LAYERS, f"num_layers must be at most {MAX_LAYERS:,}, got {self.num_layers:,}")
-        check(2 <= self.max_length <= MAX_LENGTH, f"max_length must be from 2 to {MAX_LENGTH}, got {self.max_length}")
-        check(self.d_embed >= 0, f"d_embed must be at least 0, got {self.d_embed}")
-        check(self.d_embed in (0, self.d_model) or self.head_transform, "d_embed needs head_transform")
-        check(
-            self.head_width > 0 or self.d_model % self.num_heads == 0,
-            f"num_heads must divide d_model, got d_model {self.d_model} and num_heads {self.num_heads}",
-        )
+        super().__post_init__()
+        kv, heads, d = self.kv_heads, self.num_heads, self.d_model
+        check(heads % (kv or heads) == 0, f"kv_heads must divide num_heads, got {kv} and {heads}")
+        most = 0 if self.tied else self.vocab_size
+        check(self.head_rows <= most, f"head_rows must be at most {most} (untied: vocab_size), got {self.head_rows}")
+        check(self.d_embed in (0, d) or self.head_transform, "d_embed needs head_transform")
+        whole = self.head_width > 0 or d % heads == 0
+        check(whole, f"num_heads must divide d_model, got d_model {d} and num_heads {heads}")
         even = self.width_of_head % 2 == 0
         check(even or not self.rotary, "d_model / num_heads must be even for rotary positions")
-        check_fields(self)
-        check(0 < self.norm_eps < 1, f"norm_eps must be between 0 and 1, got {self.norm_eps}")
-        check(self.rope_theta > 0, f"rope_theta must be above 0, got {self.rope_theta}")
         count = self.num_parameters()
         check(count <= MAX_PARAMETERS, f"a denoiser of {count:,} parameters is asked for; at most {MAX_PARAMETERS:,}")
 
@@ -257,8 +244,25 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
 
 
-@dataclass(frozen=True)
-class TrainConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class Loop(Settings):
+    """What of the training loop is the same option of every verb that trains."""
+
+    accumulate: int = setting(1, "Micro-batches an update is split into, for less memory.", least=1)
+    recompute: bool = setting(False, "Activation checkpointing: less memory, a forward pass more.")
+    compile: bool = setting(False, "torch.compile for the blocks, where it works.")
+    clip: float = setting(1.0, "Largest gradient norm; 0 for none.", least=0)
+    # the rate rises for `warmup`, stays at its peak for `flat`, then falls linearly to 0
+    warmup: float = setting(0.05, "Share of the budget with a rising learning rate.", least=0, below=1)
+    flat: float = setting(0.0, "Share of the budget at the peak learning rate.", least=0)
+    weight_decay: float = setting(0.01, "Decoupled weight decay of matrices.", least=0)
+    eval_every: int = setting(500, "Updates between held-out evaluations.", least=1)
+    save_minutes: float = setting(5.0, "Minutes between checkpoints.", least=0)
+    keep: int = setting(2, "Checkpoints kept while training.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Loop):
     """The training loop, for pretraining and fine-tuning alike."""
 
     steps: int | None = setting(None, above=0)  # optimizer updates
@@ -266,25 +270,14 @@ class TrainConfig(Settings):
     minutes: float | None = setting(None, above=0)  # wall-clock minutes of training
     epochs: float | None = setting(None, above=0)  # passes over the training rows
     batch_size: int = setting(32, least=1)  # rows an optimizer update reads
-    accumulate: int = setting(1, least=1)  # micro-batches an update is split into
     lr: float = setting(1e-3, above=0)
     body_lr: float = setting(1.0, least=0)  # share of lr that a warm-started encoder's own tensors train at
     body_start: float = setting(0.0, least=0, most=1)  # share of the budget during which they stay frozen
     # muon: for the matrices inside blocks and of pushes, AdamW for the rest
     optimizer: str = setting("adamw", among=OPTIMIZERS)
-    weight_decay: float = setting(0.01, least=0)
-    warmup: float = setting(0.05, least=0, below=1)  # fraction of the budget
-    # fraction of the budget at the peak rate after warm-up; then the rate falls linearly to 0
-    flat: float = setting(0.0, least=0)
-    clip: float = setting(1.0, least=0)  # largest gradient norm; 0 turns clipping off
     seed: int = setting(0, least=0)
     dtype: str = setting("auto", among=DTYPES)  # auto: bf16 where the processor or GPU has it in hardware
     device: str = "auto"
-    recompute: bool = False  # activation checkpointing: blocks run again in the backward pass, for less memory
-    compile: bool = False  # torch.compile for the blocks, where it works
-    eval_every: int = setting(500, least=1)  # steps between held-out evaluations
-    save_minutes: float = setting(5.0, least=0)  # wall-clock minutes between checkpoints
-    keep: int = setting(2, least=1)  # checkpoints kept
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]

@@ -32,7 +32,6 @@ from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
-from tinyld.methods.bands import BAND_EDGES
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
@@ -88,7 +87,6 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         "task": to_record(task),
         "method": {"name": method, **to_dict(settings)},
         "base": {"path": str(base.resolve()), "dtype": options.base_dtype},
-        "band_edges": list(BAND_EDGES),
         "diffusion": {"loss": options.loss},
         "train": to_dict(config),
         "cache_gb": options.cache_gb,
