@@ -41,11 +41,6 @@ def test_values_and_gradients_are_those_of_torchs_own_in_float64(
         torch.testing.assert_close(one, other)
 
 
-def test_gradients_are_the_slopes_of_the_values() -> None:
-    q, k, v = (random_heads(2, 3, 2, seed=seed) for seed in range(3))
-    assert torch.autograd.gradcheck(lambda *heads: ShortAttention.apply(*heads, None), (q, k, v))
-
-
 def error(found: Tensor, exact: Tensor) -> float:
     return float((found.detach().double() - exact).norm() / exact.norm())
 

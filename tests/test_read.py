@@ -116,7 +116,7 @@ def test_what_reaches_a_model_is_finite_in_float32() -> None:
         ({"vocab_size": True}, "vocab_size: 'True' is not of type int"),
         ({"vocab_size": 9.0}, "vocab_size: '9.0' is not of type int"),
         ({"vocab_size": 9, "rotary": "false"}, "rotary: 'false' is not of type bool"),
-        ({"vocab_size": 9, "norm_eps": 1e39}, "norm_eps must be a finite number"),
+        ({"vocab_size": 9, "norm_eps": 1e39}, "norm_eps must be below 1"),
         ({"vocab_size": 9, "depth": 1}, "unknown key 'depth'"),
     ],
 )

@@ -381,26 +381,6 @@ def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, name: st
 # ---------------------------------------------------------------------------------------------- hostile rows
 
 
-def test_hostile_rows_reach_neither_the_text_nor_an_error(tmp_path: Path) -> None:
-    task = user_task(tmp_path)
-    rows_file(tmp_path, "mood.csv", "text,label\n\x1b[2Jthe\x07 rain\x00 fell,sad\n")
-    (example,) = load_split(task, "train")
-    assert example.before.isprintable() and "rain" in example.before
-    rows_file(tmp_path, "mood.csv", "text,label\n" + "a" * 10_000_000 + ",sad\n")
-    assert len(load_split(task, "train")[0].before) == 10_000_000 + len(" i feel")
-    odd = rows_file(tmp_path, "odd.jsonl", '{"text": "a\\ud800b", "label": "sad"}\n')
-    load_split(task, "train", file=odd)[0].before.encode()
-    for content, part in (
-        ("text,label\nthe rain,\x1b[31mglad\n", "unknown label"),
-        ("text,label\nrain" + ",sad" * 1_000_000 + "\n", "1000001 columns"),
-        (",".join(f"c{i}" for i in range(1_000_000)) + "\nrain\n", "1 columns, the header has 1000000"),
-    ):
-        rows_file(tmp_path, "mood.csv", content)
-        with pytest.raises(TinyldError, match=part) as raised:
-            load_split(task, "train")
-        assert str(raised.value).isprintable() and len(str(raised.value)) < 1_000
-
-
 # ---------------------------------------------------------------------------------------------- the built-in tasks
 
 
@@ -414,16 +394,6 @@ def test_built_in_label_tasks_are_whole(name: str) -> None:
         assert tuple(counts) == task.labels
     for remote in task.download.files if task.download else ():
         assert remote.url.startswith("https://") and len(remote.sha256 or "0" * 64) == 64
-
-
-def test_official_row_counts_are_the_published_ones() -> None:
-    rows = {name: load_task(name).rows for name in LABEL_TASKS}
-    assert rows["sst2"] == {"train": 67_349, "dev": 872} and rows["cola"] == {"train": 8_551, "dev": 1_043}
-    assert rows["rte"] == {"train": 2_490, "dev": 277} and rows["trec"] == {"train": 5_452, "test": 500}
-    assert rows["mrpc"] == {"train": 3_668, "dev": 408, "test": 1_725}
-    assert rows["ag-news"] == {"train": 120_000, "test": 7_600} and rows["imdb"] == {"train": 25_000, "test": 25_000}
-    assert rows["subj"] == {"all": 10_000} and rows["mr"] == {"all": 10_662}
-    assert rows["reviews"] == {}
 
 
 @pytest.mark.parametrize("name", ["reviews", "topics", "write"])

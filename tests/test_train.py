@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from tinyld.methods import METHODS, make_config
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser
 from tinyld.optim import lr_factor
-from tinyld.progress import Progress
 from tinyld.runs import RunFolder
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
@@ -144,18 +141,6 @@ def log_of(path: Path) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ seeds, resumption
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
-    name: str, base: Denoiser, rows: TaskRows, tmp_path: Path
-) -> None:
-    results = []
-    for i, seed in enumerate((0, 0, 1)):
-        torch.manual_seed(i)  # the global generator must not matter
-        results.append(snapshot(run(base, name, rows, settings(seed=seed), tmp_path / str(i)).parameters))
-    assert same_bits(results[0], results[1])
-    assert not same_bits(results[0], results[2])
 
 
 RESUMED = [
@@ -423,14 +408,7 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
 @pytest.mark.parametrize(
     ("wrong", "part"),
     [
-        ({}, "one budget"),
-        ({"steps": 1, "epochs": 1.0}, "one budget"),
-        ({"steps": 0}, "steps must be above 0"),
         ({"minutes": math.nan}, "minutes must be above 0"),
-        ({"epochs": math.inf}, "epochs"),
-        ({"steps": 1, "lr": math.nan}, "lr must be above 0"),
-        ({"steps": 1, "lr": math.inf}, "lr"),
-        ({"steps": 1, "warmup": 1.0}, "warmup"),
         ({"steps": 1, "flat": -0.1}, "flat must be at least 0"),
         ({"steps": 1, "warmup": 0.5, "flat": 0.5}, "flat must leave some of the budget after warm-up"),
         ({"steps": 1, "seed": -1}, "seed"),
@@ -480,18 +458,6 @@ def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
         assert stop.received == 0
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_training_goes_on_when_nobody_reads_its_progress(
-    base: Denoiser, rows: TaskRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    monkeypatch.setattr(sys, "stderr", Closed())
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (False, 0.0))  # a line at every report
-    assert run(base, "bitfit", rows, settings(), tmp_path / "run", quiet=False).step == 8
 
 
 def test_the_gradients_of_all_processes_add_up_to_those_of_one(base: Denoiser, rows: TaskRows) -> None:
