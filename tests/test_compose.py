@@ -17,14 +17,25 @@ from torch import Tensor
 
 from tinyld.checkpoint import Base, load_base, method_record, save_base
 from tinyld.compose import compose, default_how, labels, show
-from tinyld.composition import Member, hang, load_composition, prototype_router, save_composition
+from tinyld.composition import (
+    NEAR,
+    Member,
+    Router,
+    answer_slot,
+    hang,
+    load_composition,
+    measure_routing,
+    prompt_features,
+    prompt_prototype,
+    prototype_router,
+    save_composition,
+)  # fmt: skip
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
-from tinyld.router import NEAR, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
 from tinyld.rows import load_split
 from tinyld.runs import RunFolder
 from tinyld.tasks import load_task, to_record

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.cache import StateCache, why_not_cached
 from tinyld.checkpoint import load_exactly
 from tinyld.composition import SharedPush
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
@@ -32,7 +31,7 @@ from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
 from tinyld.tasks import load_split, load_task
 from tinyld.tokenizer import Tokenizer
-from tinyld.train import Objective
+from tinyld.train import Objective, StateCache, why_not_cached
 
 MASK = 4
 MIDDLES = tuple((hi + lo) / 2 for hi, lo in itertools.pairwise(BAND_EDGES))  # a t inside each band, high noise first

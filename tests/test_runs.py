@@ -43,17 +43,17 @@ def write_base(path: Path, config: ModelConfig, tokenizer: Tokenizer, seed: int 
 def write_adapter(path: Path, base_path: Path, name: str = "adapters") -> Path:
     """An adapter whose weights are random, so that it is not the identity."""
     base = load_base(base_path)
-    adapted = attach(base, name, make_config(name, {}, base.model.config), "reviews", torch_seeded(1))
+    method = attach(base, name, make_config(name, {}, base.model.config), torch_seeded(1))
     with torch.no_grad():
-        for parameter in adapted.method.own.values():
+        for parameter in method.own.values():
             parameter.add_(torch.randn(parameter.shape, generator=torch_seeded(2)), alpha=0.1)
     folder = RunFolder.create(path)
     record = {
-        "kind": "adapter", "task": {"name": "reviews"}, "method": method_record(adapted.method), "parameters": {},
+        "kind": "adapter", "task": {"name": "reviews"}, "method": method_record(method), "parameters": {},
         "base": {"path": str(base_path), "fingerprint": base.fingerprint}, "environment": {},
     }  # fmt: skip
     folder.write_json(CONFIG, record)
-    folder.write_tensors(ADAPTER, adapted.method.own)
+    folder.write_tensors(ADAPTER, method.own)
     return path
 
 
@@ -68,7 +68,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 
 
 def load(run: Path) -> Any:
-    """Loads a base or an adapter as the commands do."""
+    """Loads a base, or an adapter on its base, as the commands do."""
     folder = RunFolder.open(run)
     return load_base(run) if folder.config["kind"] == "base" else load_adapter(folder)
 
@@ -188,10 +188,10 @@ def test_a_base_and_an_adapter_come_back_with_their_bits(base: Path, adapter: Pa
     first = Denoiser(config, torch_seeded(0))
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, first.get_parameter(name))
-    adapted = load(adapter)
+    _, method = load(adapter)
     stored = RunFolder(adapter).read_tensors(ADAPTER)
-    assert stored.keys() == adapted.method.own.keys()
-    assert all(torch.equal(p, stored[n]) for n, p in adapted.method.own.items())
+    assert stored.keys() == method.own.keys()
+    assert all(torch.equal(p, stored[n]) for n, p in method.own.items())
 
 
 def test_a_base_is_named_by_weights_tokenizer_and_shape(
@@ -404,11 +404,11 @@ def test_a_base_is_found_by_its_fingerprint_where_it_is_given_or_released(
     monkeypatch.setattr(checkpoint, "bundled_data_dir", lambda: tmp_path / "bundled")
     (tmp_path / "bundled").mkdir()
     base.rename(tmp_path / "bundled" / "small")
-    assert load(adapter).base.path == tmp_path / "bundled" / "small"
+    assert load(adapter)[0].path == tmp_path / "bundled" / "small"
     (tmp_path / "bundled" / "small").rename(tmp_path / "moved")
     message = refusal(adapter)
     assert str(base) in message and "--base" in message and str(tmp_path / "bundled" / "small") in message
-    assert load_adapter(RunFolder(adapter), tmp_path / "moved").base.path == tmp_path / "moved"
+    assert load_adapter(RunFolder(adapter), tmp_path / "moved")[0].path == tmp_path / "moved"
     with pytest.raises(TinyldError, match="nowhere"):  # no silent fallback
         find_base(RunFolder(adapter).config, adapter, tmp_path / "nowhere")
 

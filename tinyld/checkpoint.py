@@ -38,16 +38,6 @@ class Base:
     bytes: int = 0  # of its weights in memory
 
 
-@dataclass
-class Adapted:
-    """A base with a method attached; `base.model` is the adapted denoiser."""
-
-    base: Base
-    method: Method
-    task: Any  # as the run recorded it
-    config: dict[str, Any]  # the run's config.json; empty for a method that was just attached
-
-
 @dataclass(frozen=True)
 class BaseRecord:
     """What a run's config says of its base."""
@@ -220,17 +210,17 @@ def _check_fingerprint(record: BaseRecord, found: str, path: Path, run: Path) ->
 # ------------------------------------------------------------------------------------------------ adapters
 
 
-def attach(base: Base, name: str, config: Any, task: Any, generator: torch.Generator | None = None) -> Adapted:
+def attach(base: Base, name: str, config: Any, generator: torch.Generator | None = None) -> Method:
     """A fresh method on a base; it changes no logit until it is trained."""
     method = METHODS[name](config, base.model.config)
     method.attach(base.model, generator)
-    return Adapted(base, method, task, {})
+    return method
 
 
 def load_adapter(
     folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None
-) -> Adapted:
-    """An adapter on its base, kept in `dtype` or else as in training. Where the base is looked for: see find_base."""
+) -> tuple[Base, Method]:
+    """(base, method): an adapter on its base, kept in `dtype` or else as in training, and found as `find_base` says."""
     config = folder.config
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
@@ -241,10 +231,9 @@ def load_adapter(
     check_base(config, base, folder.path)
     tensors = folder.read_tensors(ADAPTER)
     method, settings = read_method(config["method"], tensors, base, folder)
-    adapted = attach(base, method.name, settings, config["task"])
-    load_exactly(adapted.method.own, tensors, folder.path / ADAPTER)
-    adapted.config = config
-    return adapted
+    attached = attach(base, method.name, settings)
+    load_exactly(attached.own, tensors, folder.path / ADAPTER)
+    return base, attached
 
 
 def read_method(

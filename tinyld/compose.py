@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.checkpoint import base_dtype, find_base, load_base
-from tinyld.composition import Member, hang, prototype_router, read_member, save_composition
+from tinyld.composition import Member, hang, measure_routing, prototype_router, read_member, save_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.device import resolve_device
@@ -18,7 +18,6 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run
-from tinyld.router import measure_routing
 from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.scores import measure

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.cache import StateCache, why_not_cached
 from tinyld.checkpoint import (
     attach,
     check_base,
@@ -23,6 +22,7 @@ from tinyld.checkpoint import (
     read_model_config,
     sizes,
 )
+from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
@@ -34,10 +34,9 @@ from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
-from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
-from tinyld.train import Noising, Objective, TrainingRun
+from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
@@ -116,7 +115,7 @@ def _train(
     train_rows, dev_rows = (TaskRows(rows, task, tokenizer, model.config.max_length) for rows in examples)
     started_as = config.get("started_as", config["method"])
     kind, settings = read_config(started_as, where)
-    method = attach(base, kind.name, settings, task.name, torch_seeded(training.seed, 0)).method
+    method = attach(base, kind.name, settings, torch_seeded(training.seed, 0))
     counts, began = sizes(method, base), method_record(method)
     folder = processes.open_run(out, open_folder)
     with folder.locked():
@@ -135,7 +134,9 @@ def _train(
         )
         say_truncated(say, train_rows.truncated, len(train_rows), model.config.max_length)
         started = time.perf_counter()
-        objective: Noising = Objective(config["diffusion"]["loss"], tokenizer.mask_id, counted=True, seed=training.seed)
+        objective: Objective | StateCache = Objective(
+            config["diffusion"]["loss"], tokenizer.mask_id, counted=True, seed=training.seed
+        )
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         if reason is None:
             with Progress("cache", len(train_rows), quiet=quiet) as bar:

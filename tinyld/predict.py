@@ -307,7 +307,7 @@ def load(
     if is_peft(path):
         loaded = load_base(base_path or default_base(), on, kept_in or "fp32")
         config, tensors = load_peft(path, loaded.model.config, loaded.fingerprint)
-        load_exactly(attach(loaded, WeightLora.name, config, None).method.own, tensors, path)
+        load_exactly(attach(loaded, WeightLora.name, config).own, tensors, path)
         return Run(path, loaded, [], {}, dtype)
     if is_foreign(path):
         return Run(path, load_base(path, on, kept_in or "fp32"), [], {"kind": "base"}, dtype)
@@ -317,8 +317,8 @@ def load(
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         return Run(path, load_base(path, on, kept_in or "fp32"), [], config, dtype)
     if config["kind"] == "adapter":
-        adapted = load_adapter(folder, base_path, on, kept_in)
-        return Run(path, adapted.base, [from_record(config["task"], where)], config, dtype)
+        loaded, _ = load_adapter(folder, base_path, on, kept_in)
+        return Run(path, loaded, [from_record(config["task"], where)], config, dtype)
     kept_in = kept_in or base_dtype(config, str(path))
     loaded = load_base(find_base(config, path, base_path), on, kept_in)
     load_composition(folder, loaded, task)

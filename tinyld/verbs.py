@@ -143,10 +143,9 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         raise TinyldError(f"{run} is a base already")
     if base_dtype(config, str(run)) != "fp32":
         raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
-    adapted = load_adapter(folder, options.base)
-    base = adapted.base
+    base, method = load_adapter(folder, options.base)
     try:
-        adapted.method.merge(base.model)
+        method.merge(base.model)
     except ValueError as error:
         raise TinyldError(f"{run}: {error}") from None
     refuse_inside(out, [base.path])

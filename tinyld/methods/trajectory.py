@@ -23,20 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.attention import attention
-from tinyld.config import ModelConfig, Settings, check, check_choice, setting
+from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.methods.contract import Method
 from tinyld.methods.pruning import Pruning
 from tinyld.model import Denoiser, PushAt, take
 
-RECIPE_NAMES = ("best", "fast", "paper")
 AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped
 
 
 @dataclass(frozen=True)
 class TrajectoryLoraConfig(Settings):
-    recipe: str = setting("best", among=RECIPE_NAMES)
+    recipe: str = setting("best", among=("best", "fast", "paper"))
     # by band, high noise first; once units are pruned, site by site
     ranks: tuple[int, ...] = setting((64, 64, 64), least=1)
     sigma: tuple[float, ...] = (1.0, 1.0, 1.0)  # by band, high noise first
@@ -98,13 +97,6 @@ RECIPES = {
     ),
     "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *BEST_RATES),
 }
-
-
-def recipe_of(name: str | None) -> Recipe:
-    """The named recipe, or `best`; UsageError where there is none such."""
-    name = name or RECIPE_NAMES[0]
-    check_choice("recipe", name, RECIPE_NAMES)
-    return RECIPES[name]
 
 
 class RankUnits(nn.Module):
@@ -238,7 +230,7 @@ class TrajectoryLora(Method):
     @classmethod
     def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
         given = {name: value for name, value in options.items() if value is not None}
-        recipe = recipe_of(given.pop("recipe", None))
+        recipe = RECIPES[given.pop("recipe", "best")]
         if given.get("ranks") == AUTO:
             given["prune"] = PRUNED
             del given["ranks"]
@@ -256,7 +248,7 @@ class TrajectoryLora(Method):
 
     @classmethod
     def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
-        own = recipe_of(recipe)
+        own = RECIPES[recipe or "best"]
         return own.rates if model_config.norm_first else own.post_norm
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
