@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -30,19 +29,7 @@ IDLE = (
     "auto_mapping", "ensure_weight_tying", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 )  # fmt: skip
-# Of all others a value that is not this one, or not empty where there is none here, makes another kind of adapter.
-PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "modules_to_save": None,
-    "lora_bias": False,
-    "target_parameters": None,
-}
+PLAIN = {"peft_type": "LORA", "bias": "none"}  # any other, and all else that is set, makes another kind of adapter
 
 
 def is_peft(folder: Path) -> bool:
@@ -83,10 +70,8 @@ def load_peft(
     where = folder / CONFIG
     raw = read_object(where)
     for key, value in raw.items():
-        plain = PLAIN.get(key)
-        same = type(value) is type(plain) and value == plain
-        if key not in READ + IDLE and not same and not (value in (None, [], {}) or (plain is None and value is False)):
-            raise TinyldError(f"{where}: {key} must be {plain!r} to be a plain LoRA, got {show(value)}")
+        if key not in READ + IDLE and not (value == PLAIN[key] if key in PLAIN else value in (None, False, [], {})):
+            raise TinyldError(f"{where}: {key} must be {PLAIN.get(key)!r} to be a plain LoRA, got {show(value)}")
     if raw.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise TinyldError(f"{where}: init_lora_weights {raw['init_lora_weights']!r} changes the base's own weights")
     named = str(raw.get("base_model_name_or_path"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinyld.config import ModelConfig, SampleConfig, from_dict
-from tinyld.environment import environment
+from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError, plain
 from tinyld.options import (
     ComposeOptions,
     DemoOptions,
+    EvalOptions,
     ExportOptions,
     FinetuneOptions,
     InfoOptions,
@@ -21,7 +21,7 @@ from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_table
 from tinyld.tasks import builtin_tasks
-from tinyld.workspace import default_base, refuse_inside, say_to_stderr
+from tinyld.workspace import default_base, environment, refuse_inside, say_to_stderr
 
 
 def info(options: InfoOptions) -> dict[str, Any]:
@@ -168,7 +168,8 @@ def demo(options: DemoOptions) -> None:
     from tinyld.compose import show as show_composition
     from tinyld.finetuning import finetune
     from tinyld.predict import load
-    from tinyld.scores import measure, remember, rows_for, show_evaluations
+    from tinyld.scores import eval as evaluate
+    from tinyld.scores import show_evaluations
 
     out, say = options.out, say_to_stderr(options.quiet)
     if out.exists() and not options.force:
@@ -180,11 +181,8 @@ def demo(options: DemoOptions) -> None:
         say(f"-- tinyld finetune --task {name} --recipe fast --out {path}")
         finetune(FinetuneOptions(task=name, recipe="fast", out=path, limit=options.limit, **alike))
         say(f"-- tinyld eval {path} --split test; tinyld predict {path} --text {text!r}")
-        run = load(path, dtype=options.dtype)
-        found = measure(run, rows_for(run, run.tasks[0], "test"), SampleConfig(), quiet=options.quiet)
-        records.append({"run": str(path), "split": "test", **found.record()})
-        remember(path, f"{name}/test", {**records[-1], "environment": environment()})
-        answer = run.predict([text])[0]
+        records += evaluate(EvalOptions(runs=(path,), split="test", dtype=options.dtype, quiet=options.quiet))
+        answer = load(path, dtype=options.dtype).predict([text])[0]
         print(plain(f"{name}: {text!r} is {answer['label']} ({100 * answer['probability']:.0f}%)"))
     show_evaluations("each adapter on its own task", records)
     asked = ComposeOptions(runs=runs, split="test", limit=200, out=out / "composed", **alike)
