@@ -110,8 +110,8 @@ LORA = METHODS["weight-lora"](make_config("weight-lora", {"rank": 1}, ModelConfi
 DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c.update(router="TrainedRouter"), "unknown kind of router: 'TrainedRouter'"),
     (lambda c: c.update(parts=[]), "needs at least one adapter"),
-    (lambda c: c["parts"][0].update(weight="heavy"), "weight: 'heavy' is not of type float"),
-    (lambda c: c["parts"][0].update(weight=True), "weight: 'True' is not of type float"),
+    (lambda c: c["parts"][0].update(weight="heavy"), "parts: 1: weight is of the wrong type: 'heavy'"),
+    (lambda c: c["parts"][0].update(weight=True), "parts: 1: weight is of the wrong type: 'True'"),
     (lambda c: c["parts"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
     (lambda c: c["parts"][0].update(method=method_record(LORA)), "holds weight-lora; only trajectory-lora adapters"),
 ]

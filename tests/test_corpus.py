@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tinyld import corpus
-from tinyld.corpus import held_out_part, in_chunks, read_corpus, sample, text_bytes, tokenize
+from tinyld.corpus import held_out_part, in_chunks, sample, text_bytes, tokenize
 from tinyld.errors import TinyldError
 from tinyld.tokenizer import Tokenizer
 
@@ -50,13 +50,6 @@ def test_a_stream_is_mapped_and_leaves_no_file(
         tokenize(LINES, tokenizer)
 
 
-def test_chunks_hold_every_document_once_and_are_of_like_size() -> None:
-    lines = ["a" * 10] * 50 + ["b" * 400] + ["c"] * 30
-    chunks = list(in_chunks(lines, 100))
-    assert [line for chunk in chunks for line in chunk] == lines
-    assert max(sum(map(len, chunk)) for chunk in chunks) < 100 + 400 and len(chunks[0]) == 10
-
-
 def test_which_documents_are_held_out_depends_on_their_text_alone() -> None:
     kept, held = (list(held_out_part(LINES, part, 0.1)) for part in (False, True))
     assert sorted(kept + held) == sorted(LINES) and 130 < len(held) < 270  # 200 of 2,000, five standard deviations
@@ -82,13 +75,3 @@ def test_the_size_of_a_compressed_text_is_known(tmp_path: Path) -> None:
     assert text_bytes([plain, packed]) == 2 * plain.stat().st_size
     with pytest.raises(TinyldError, match="gone.txt: no such file"):
         text_bytes([tmp_path / "gone.txt"])
-
-
-def test_a_corpus_is_its_files_in_order_or_a_part_of_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for name, lines in (("a.txt", LINES[:1000]), ("b.txt", LINES[1000:])):
-        (tmp_path / name).write_text("\n".join(lines))
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    parts = {part: read_corpus(files, tokenizer, part, lambda done: None) for part in (None, False, True)}
-    assert np.array_equal(parts[None].stream, tokenize(LINES, tokenizer).stream)
-    assert parts[True].documents + parts[False].documents == parts[None].documents == 2000
-    assert (parts[True].counts + parts[False].counts == parts[None].counts).all() and parts[True].documents > 5

@@ -162,18 +162,11 @@ app = typer.Typer(
 )
 
 
-def version(value: bool) -> None:
-    if value:
-        print(f"tinyld {__version__}")
-        raise typer.Exit()
-
-
 @app.callback(invoke_without_command=True)
-def root(
-    ctx: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
-) -> None:
-    if ctx.invoked_subcommand is None:
+def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version")] = False) -> None:
+    if version:
+        print(f"tinyld {__version__}")
+    elif ctx.invoked_subcommand is None:
         print(ctx.get_help())
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, base_dtype, check_base, load_exactly, method_record, read_method
-from tinyld.config import check, from_dict
+from tinyld.config import check
 from tinyld.data import TaskRows
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
@@ -244,14 +244,6 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     return Member(str(folder.path), config["task"], method, tensors, prototype)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What a composition's config says of each of its parts."""
-
-    weight: float
-    method: dict[str, Any]
-
-
 def save_composition(
     folder: RunFolder,
     base: Base,
@@ -289,11 +281,10 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
         raise TinyldError(f"{where}: unknown kind of router: {config['router']!r}")
     tensors, members, weights, router = folder.read_tensors(ADAPTER), [], [], None
     for i, record in enumerate(config["parts"]):
-        saved = from_dict(Saved, record, where)
         own = {n.removeprefix(f"{i}."): v for n, v in tensors.items() if n.startswith(f"{i}.")}
-        method = read_trajectory(saved.method, own, base, folder)
+        method = read_trajectory(record["method"], own, base, folder)
         members.append(Member(str(folder.path / ADAPTER), {}, method, own))
-        weights.append(saved.weight)
+        weights.append(record["weight"])
     if not members:
         raise TinyldError(f"{where}: a composition needs at least one adapter")
     if config["router"] is not None:

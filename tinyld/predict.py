@@ -112,9 +112,6 @@ class Run:
         answer_mask = torch.zeros_like(x, dtype=torch.bool)
         answer_mask[:, 1 + len(head) : 1 + len(head) + length] = True
 
-        def texts(x: Tensor) -> list[str]:
-            return [tokenizer.decode(r[answer_mask[0]].tolist()) for r in x]
-
         def steps(x: Tensor) -> None:
             slots = [r[answer_mask[0]].tolist() for r in x]
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
@@ -123,7 +120,7 @@ class Run:
             model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written, sampling,
             eos_id=tokenizer.eos_id, watch=watch and steps,
         )  # fmt: skip
-        return texts(out), passes
+        return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], passes
 
 
 @torch.no_grad()

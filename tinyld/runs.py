@@ -43,7 +43,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
         "method": {"name": str},
         "environment": {"command": str},
         "members": [{"run": str, "task": {"name": str}, "weight": NUMBER}],
-        "parts": [{}],
+        "parts": [{"weight": NUMBER, "method": {}}],
     },
     RESULTS: {"eval": {"*": dict.fromkeys(("n", "accuracy", "low", "high", "nll_bound", "nll_stderr"), NUMBER)}}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": NUMBER, "dev_accuracy": NUMBER, "dev_nll_bound": NUMBER}),
