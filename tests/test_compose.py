@@ -17,25 +17,14 @@ from torch import Tensor
 
 from tinyld.checkpoint import Base, load_base, method_record, save_base
 from tinyld.compose import compose, default_how, labels, show
-from tinyld.composition import (
-    NEAR,
-    Member,
-    Router,
-    answer_slot,
-    hang,
-    load_composition,
-    measure_routing,
-    prompt_features,
-    prompt_prototype,
-    prototype_router,
-    save_composition,
-)  # fmt: skip
+from tinyld.composition import Member, hang, load_composition, prototype_router, save_composition
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import TaskRows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
+from tinyld.router import NEAR, NONE, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
 from tinyld.rows import load_split
 from tinyld.runs import RunFolder
 from tinyld.tasks import load_task, to_record
@@ -165,11 +154,29 @@ def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) 
 
 def test_the_nearest_prototype_is_in_units_of_the_mean_variance() -> None:
     mean = torch.tensor([[0.0, 0.0], [4.0, 1.0]])
-    router = Router(torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1))
+    prototypes = torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1)
     features = torch.tensor([[3.9, 0.1], [0.1, 0.9]])  # near in the wide first feature, far in the narrow second
-    assert router(features).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert Router(prototypes, torch.zeros(2, 1, 2))(features).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
+    """What lies off the directions in which a task's prompts vary is strange; along them it may lie far."""
+    router = Router(torch.zeros(2, 2, 10), torch.tensor([[[0.99, 0.0]], [[0.0, 0.99]]]))
+    router.prototype[1, 0, 0] = 20.0  # the second task's mean
+    along = torch.linspace(-3, 3, 200)[:, None]
+    own = [torch.zeros(200, 10), torch.zeros(200, 10)]
+    own[0][:, :1], own[1][:, 1:2] = along, along
+    own[1][:, 0] += 20.0
+    assert (router.choose(torch.full((1, 10), 99.0)) != NONE).all(), "nothing is refused before limits are known"
+    router.set_limits(own)
+    assert float((router.choose(own[0]) == 0).float().mean()) >= 0.98
+    assert float((router.choose(own[1]) == 1).float().mean()) >= 0.98
+    strange = torch.zeros(2, 10)
+    strange[0, 1], strange[1, 0] = 2.0, 17.0
+    assert router.choose(strange).tolist() == [NONE, NONE] and router.nearest(strange).tolist() == [0, 1]
     router.only = 0  # the task was named
-    assert router(features).tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    assert router.nearest(strange).tolist() == [0, 0] and router.choose(torch.zeros(1, 10)).tolist() == [0]
+    assert router.choose(own[1]).max() == NONE, "a text of another task is strange to this one"
 
 
 class Rows:
@@ -190,16 +197,21 @@ class Rows:
         return type("Batch", (), {"x0": ids, "attention_mask": torch.ones_like(answer), "answer_mask": answer})
 
 
-def test_routing_is_measured_task_by_task(config: ModelConfig) -> None:
+def test_routing_is_measured_on_rows_that_set_no_limit(config: ModelConfig) -> None:
     base, words = base_of(fresh_base(config)), (range(5, 29), range(29, 53))
     known = [prompt_prototype(base, Rows(config, words[i], i)) for i in (0, 1)]
     held_out = {name: Rows(config, words[i], 2 + i) for i, name in enumerate(("one", "two"))}
-    one, two = measure_routing(base, Router(torch.stack(known)), held_out, 200)
+
+    def router(*members: dict[str, Tensor]) -> Router:
+        return Router(*(torch.stack([k[name] for k in members]) for name in ("prototype", "directions")))
+
+    both = router(*known)
+    one, two = measure_routing(base, both, held_out, None)
     assert one["right"] > 0.95 and two["right"] > 0.95 and one["goes_to"]["one"] == one["right"] and one["n"] == 200
-    alike = Router(torch.stack([known[0]] * 2))
-    assert measure_routing(base, alike, held_out, None)[1]["right"] == 0.0
+    assert one["wrongly_refused"] < 0.06 and two["wrongly_refused"] < 0.06
+    assert measure_routing(base, router(known[0], known[0]), held_out, None)[1]["right"] == 0.0
     same = dict.fromkeys(("a", "b"), held_out["one"])  # two adapters of one task: either is right
-    assert measure_routing(base, alike, same, None)[1]["right"] == 1.0
+    assert measure_routing(base, router(known[0], known[0]), same, None)[1]["right"] == 1.0
 
 
 def test_a_router_gives_every_row_the_push_of_its_own_adapter(
@@ -214,7 +226,8 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
     members = []
     for i, case in ((0, "best-0"), (1, "fast")):
         own = features[[row for row, o in enumerate(owner) if o == i]]
-        prototype = torch.stack([own.mean(0), own.var(0, correction=0)])
+        prototype = {"prototype": torch.stack([own.mean(0), own.var(0, correction=0)])}
+        prototype["directions"] = torch.zeros(config.d_model // 2, config.d_model)
         members.append(replace(trained_member(config, case, i)[0], prototype=prototype, run=case))
     assert default_how(members) == "router" and default_how([members[0]] * 2) == "average"
     router, base = prototype_router(members), base_of(fresh_base(config))
@@ -245,6 +258,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
         load_composition(folder, again, task)
         with torch.no_grad():
             repeated = again.model(x, t, real, prompt_mask)
+            assert again.model.push.answered_by(again.model.embed(x), prompt_mask).tolist() == answered_by
         if answered_by == owner:
             assert torch.equal(repeated, found)
         for row, member in enumerate(answered_by):
@@ -292,7 +306,7 @@ def runs(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> list[Path
         run.write_json("config.json", {"kind": "adapter", "task": to_record(task), "method": method, "base": about})
         run.write_tensors("adapter.safetensors", member.tensors)
         examples = TaskRows(load_split(task, "train"), task, tokenizer, config.max_length)
-        run.write_tensors("prototype.safetensors", {"prototype": prompt_prototype(base, examples)})
+        run.write_tensors("prototype.safetensors", prompt_prototype(base, examples))
         made.append(tmp_path / name)
     return made
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.checkpoint import base_dtype, find_base, load_base
-from tinyld.composition import Member, hang, measure_routing, prototype_router, read_member, save_composition
+from tinyld.composition import Member, hang, prototype_router, read_member, save_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.device import resolve_device
@@ -17,6 +17,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run
+from tinyld.router import measure_routing
 from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.scores import measure
@@ -123,6 +124,9 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
     print_table(title, ("task", "rows", "own %", "composed %", "points lost"), rows)
     if result["routing"]:
         names = [r["task"] for r in result["routing"]]
-        rows = [(r["task"], *(percent(r["goes_to"][n]) for n in names)) for r in result["routing"]]
-        print_table("% of each task's rows that go to", ("task", *names), rows)
+        rows = [
+            (r["task"], *(percent(r["goes_to"][n]) for n in names), percent(r["wrongly_refused"]))
+            for r in result["routing"]
+        ]
+        print_table("% of each task's rows that go to", ("task", *names, "none"), rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

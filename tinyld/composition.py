@@ -1,10 +1,5 @@
 """Several trajectory adapters on one base, which runs once: their pushes add up, sum_j w_j * push_j, with w fixed or,
-by a router, from the row's prompt.
-
-The router names the adapter with the nearest prototype of the prompts that it was trained on. Prompts are read by the
-base's token embeddings alone, normalised: averaged over the whole prompt, and one by one for the few tokens next to the
-answer, where a task's template stands. Nothing of it is trained.
-"""
+by a router, from the row's prompt."""
 
 from __future__ import annotations
 
@@ -12,115 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, base_dtype, check_base, load_exactly, method_record, read_method
 from tinyld.config import check
-from tinyld.data import TaskRows
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
 from tinyld.read import finite
+from tinyld.router import Router, prompt_features, prototype_shapes
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
 ROUTER = "prototypes"  # the one kind there is
-NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
-PROTOTYPE_ROWS = 1_000
-FLOOR = 0.01  # under variances: a template's tokens have none
-
-
-def answer_slot(prompt_mask: Tensor) -> Tensor:
-    """(B, L) bool: positions that are no prompt and have some prompt after them; what comes last is padding."""
-    follows = prompt_mask.flip(1).cumsum(1).flip(1) > 0
-    return ~prompt_mask & follows
-
-
-def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-    """(B, 5 D) of token embeddings (B, L, D): their mean over the prompt, and those of the tokens next to the answer.
-
-    What stands next to the answer is the task's template, the same in every row; apart from the rest, it tells tasks
-    apart whose texts are alike, or longer than those that a prototype was made from. A token that is missing is zero.
-    """
-    normal = F.layer_norm(embedded, embedded.shape[-1:])
-
-    def mean(chosen: Tensor) -> Tensor:
-        share = chosen.to(normal.dtype) / chosen.sum(1, keepdim=True).clamp(min=1)
-        return (normal * share[..., None]).sum(1)
-
-    slot, length = answer_slot(prompt_mask).int(), prompt_mask.shape[1]
-    first = slot.argmax(1)
-    last = first + slot.sum(1) - 1
-    parts = [mean(prompt_mask)]
-    for offset in NEAR:
-        position = (first if offset < 0 else last) + offset
-        parts.append(mean(prompt_mask & (torch.arange(length, device=position.device) == position[:, None])))
-    return torch.cat(parts, dim=1).float()
-
-
-@torch.no_grad()
-def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tensor:
-    """(rows, 5 D) prompt features of a task's first `limit` rows."""
-    device = base.model.embedding.weight.device
-    n = len(rows) if limit is None else min(limit, len(rows))
-    found = []
-    for chunk in np.array_split(np.arange(n), -(-n // 100)):
-        batch = rows.take(chunk)
-        prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
-        found.append(prompt_features(base.model.embed(batch.x0.to(device)), prompt_mask))
-    return torch.cat(found)
-
-
-def prompt_prototype(base: Base, rows: TaskRows) -> Tensor:
-    """(2, 5 D), what a router knows of a task's prompts: mean and variance of their features."""
-    features = task_features(base, rows, PROTOTYPE_ROWS).cpu()
-    return torch.stack([features.mean(0), features.var(0, correction=0)])
-
-
-def prototype_shape(width: int) -> tuple[int, int]:
-    """Of `prompt_prototype`, for a base of that width."""
-    return 2, (1 + len(NEAR)) * width
-
-
-class Router(nn.Module):
-    """Names the member whose mean is nearest, in units of the members' mean variance (linear discriminant analysis
-    with a diagonal covariance)."""
-
-    def __init__(self, prototype: Tensor):
-        """prototype: (k, 2, 5 D)"""
-        super().__init__()
-        self.register_buffer("prototype", prototype)
-        self.only: int | None = None  # the member that answers all rows, whatever their prompts
-
-    def nearest(self, features: Tensor) -> Tensor:
-        """(B,) the member to answer each row. features: (B, 5 D)."""
-        if self.only is not None:
-            return torch.full((len(features),), self.only, device=features.device)
-        mean, variance = self.prototype[:, 0], self.prototype[:, 1].mean(0)
-        scale = (variance + FLOOR).rsqrt()
-        return torch.cdist(features * scale, mean * scale).argmin(1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, k) one-hot weights of the members that answer."""
-        return F.one_hot(self.nearest(features), len(self.prototype)).to(features.dtype)
-
-
-def measure_routing(base: Base, router: Router, owners: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
-    """Of each member's rows the share that goes to each member, and "right": to those of the same task. owners: the
-    members' names, with the rows of their task."""
-    found = []
-    for name, rows in owners.items():
-        nearest = router.nearest(task_features(base, rows, limit))
-        goes = {other: float((nearest == i).float().mean()) for i, other in enumerate(owners)}
-        right = sum(share for share, of in zip(goes.values(), owners.values(), strict=True) if of is rows)
-        found.append({"task": name, "n": len(nearest), "right": right, "goes_to": goes})
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ pushes
 
 
 @dataclass(frozen=True)
@@ -131,7 +31,7 @@ class Member:
     task: dict[str, Any]  # `tasks.to_record`
     method: TrajectoryLora
     tensors: dict[str, Tensor]
-    prototype: Tensor | None = None  # see router.prompt_prototype
+    prototype: dict[str, Tensor] | None = None  # see router.prompt_prototype
 
     def push(self, base: Base) -> TrajectoryPush:
         """The member's push, for its base's shape."""
@@ -160,6 +60,11 @@ class SharedPush(nn.Module):
         if self.router is None:
             return self.weights.expand(len(embedded), -1)
         return self.router(prompt_features(embedded, prompt_mask))
+
+    def answered_by(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
+        """(B,) the member that a routed row belongs to, or NONE where it belongs to no task."""
+        assert self.router is not None
+        return self.router.choose(prompt_features(embedded, prompt_mask))
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         started: list[tuple[Sequence[float], Tensor, Tensor, PushAt]] = []  # depths, rows, their shares, the push
@@ -208,7 +113,8 @@ def prototype_router(members: Sequence[Member]) -> Router:
     """UsageError when a member has no prototype."""
     without = ", ".join(m.run for m in members if m.prototype is None)
     check(not without, f"{without} has no prototype to route by; use --how average")
-    return Router(torch.stack([m.prototype for m in members if m.prototype is not None]))
+    found = [m.prototype for m in members if m.prototype is not None]
+    return Router(**{name: torch.stack([prototype[name] for prototype in found]) for name in found[0]})
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -236,8 +142,8 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     prototype = None
     if PROTOTYPE in folder.files():
         where = folder.path / PROTOTYPE
-        prototype = finite(folder.read_tensors(PROTOTYPE), where).get("prototype")
-        if prototype is None or tuple(prototype.shape) != prototype_shape(base.model.config.d_model):
+        prototype = finite(folder.read_tensors(PROTOTYPE), where)
+        if {name: tuple(t.shape) for name, t in prototype.items()} != prototype_shapes(base.model.config.d_model):
             raise TinyldError(f"{where}: no prototype for this base; train the adapter again")
     tensors = folder.read_tensors(ADAPTER)
     method = read_trajectory(config["method"], tensors, base, folder)
@@ -256,7 +162,7 @@ def save_composition(
     """Writes one self-contained run: what is hung on the base, and how each part is weighted."""
     tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.tensors.items()}
     if router is not None:
-        tensors["router.prototype"] = router.prototype
+        tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
     weighted = list(zip(members, weights, strict=True))
     config = {
         "kind": "composition",
@@ -273,24 +179,28 @@ def save_composition(
 def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> None:
     """Hangs a composition that `save_composition` wrote on its base.
 
-    With the name of a `task`, a routed composition gives every row to that task's adapter, whatever its prompt.
+    With the name of a `task` that one adapter is for, a routed composition gives every row to it, whatever its prompt.
     """
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
     if config["router"] not in (None, ROUTER):
         raise TinyldError(f"{where}: unknown kind of router: {config['router']!r}")
     tensors, members, weights, router = folder.read_tensors(ADAPTER), [], [], None
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
     for i, record in enumerate(config["parts"]):
-        own = {n.removeprefix(f"{i}."): v for n, v in tensors.items() if n.startswith(f"{i}.")}
+        own = under(f"{i}.")
         method = read_trajectory(record["method"], own, base, folder)
         members.append(Member(str(folder.path / ADAPTER), {}, method, own))
         weights.append(record["weight"])
     if not members:
         raise TinyldError(f"{where}: a composition needs at least one adapter")
     if config["router"] is not None:
-        router = Router(torch.zeros(len(members), *prototype_shape(base.model.config.d_model)))
-        kept = {name: tensor for name, tensor in tensors.items() if name == "router.prototype"}
-        load_exactly({"router.prototype": router.prototype}, kept, folder.path / ADAPTER)
+        shapes = prototype_shapes(base.model.config.d_model)
+        router = Router(**{name: torch.zeros(len(members), *shape) for name, shape in shapes.items()})
+        load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
         names = [member["task"]["name"] for member in config["members"]]
-        router.only = names.index(task) if task in names else None
+        router.only = names.index(task) if names.count(task or "") == 1 else None
     hang(base, members, weights, router)

@@ -22,7 +22,6 @@ from tinyld.checkpoint import (
     read_model_config,
     sizes,
 )
-from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
@@ -33,6 +32,7 @@ from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
+from tinyld.router import prompt_prototype
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
@@ -173,7 +173,7 @@ def _train(
             say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
-            folder.write_tensors(PROTOTYPE, {"prototype": prompt_prototype(base, train_rows)})
+            folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))
         if changed and is_writer():
             now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
             folder.write_json(CONFIG, folder.config | now)

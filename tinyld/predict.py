@@ -20,6 +20,7 @@ from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, on_
 from tinyld.methods import TrajectoryLora, WeightLora
 from tinyld.options import Sampling, base_folder
 from tinyld.peft import is_peft, load_peft
+from tinyld.router import NONE
 from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
@@ -84,16 +85,16 @@ class Run:
         (found,) = answers([self], [task], rows, sampling)
         return [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
 
-    def answered_by(self, batch: Batch) -> list[str] | None:
-        """Of a composition, the member that each row goes to; all of them where it does not route."""
+    def answered_by(self, batch: Batch) -> list[str | None] | None:
+        """Of a composition, the member that each row belongs to, or None if to no task; all, if it does not route."""
         if self.config.get("kind") != "composition":
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
         if self.config["router"] is None:
             return [" + ".join(members)] * len(batch.x0)
-        model = self.base.model
-        shares = model.push.shares(model.embed(batch.x0), batch.attention_mask & ~batch.answer_mask)
-        return [members[i] for i in shares.argmax(1).tolist()]
+        embedded = self.base.model.embed(batch.x0)
+        owners = self.base.model.push.answered_by(embedded, batch.attention_mask & ~batch.answer_mask)
+        return [None if i == NONE else members[i] for i in owners.tolist()]
 
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
