@@ -181,8 +181,7 @@ def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]
 
 def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]:
     """Of each row its `text`, where the task reads one, and its other columns."""
-    columns = input_columns(task)
-    one = columns[0] if len(columns) == 1 else None
+    one = columns[0] if len(columns := input_columns(task)) == 1 else None
     return [
         {f"given_{k}" if k in OURS else str(k): v for k, v in row.items() if k != one}
         | ({} if one is None else {"text": row[one]})
@@ -307,10 +306,8 @@ def load(
         config, tensors = load_peft(path, loaded.model.config, loaded.fingerprint)
         load_exactly(attach(loaded, WeightLora.name, config).own, tensors, path)
         return Run(path, loaded, [], {}, dtype)
-    if is_foreign(path):
-        return Run(path, load_base(path, on, kept_in or "fp32"), [], {"kind": "base"}, dtype)
-    folder = RunFolder.open(path)
-    config, where = folder.config, str(path / CONFIG)
+    config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
+    folder = RunFolder(path)
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         return Run(path, load_base(path, on, kept_in or "fp32"), [], config, dtype)
