@@ -75,12 +75,13 @@ def check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def setting(default: Any, help: str = "", group: str | None = None, read: Any = None, **rules: Any) -> Any:
+def setting(default: Any, help: str = "", group: str | None = None, *, read: Any = None, **rules: Any) -> Any:
     """A field with a default and the RULES that its value, or every member of a tuple, keeps: `least=1, below=4`.
 
     Of an option: what it means, the group of the help it stands in (none: for experts, by --set alone), and `read`,
     which makes its value of (text, option's name).
     """
+    assert rules.keys() <= RULES.keys(), rules
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "read": read} | rules)
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, Loop, Settings, TrainConfig, check, setting
+from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, Loop, Settings, TrainConfig, check
+from tinyld.config import setting as option
 from tinyld.errors import UsageError
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
@@ -123,130 +124,130 @@ def share(text: str, name: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Printed(Options):
-    json: bool = setting(False, "Print the result as JSON.", "Output")
-    quiet: bool = setting(False, "Nothing on stderr but errors.", "Output")
+    json: bool = option(False, "Print the result as JSON.", "Output")
+    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Options):
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N.", "Machine")
-    dtype: str = setting("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Machine")
+    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written(Options):
-    out: Path | None = setting(None, "Run folder to write; made if missing.", "Output")
-    force: bool = setting(False, "Replace the run that is in --out.", "Output")
+    out: Path | None = option(None, "Run folder to write; made if missing.", "Output")
+    force: bool = option(False, "Replace the run that is in --out.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Options):
-    sampler: str = setting("low_confidence", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    steps: int | None = setting(None, "Denoising steps; one an answer token if not given.", "Writing", least=1)
-    temperature: float = setting(0.0, "0 takes the most likely token.", "Writing")
-    seed: int = setting(0, "Seed of what is drawn.", "Writing", least=0)
-    threshold: float | None = setting(None, "Sampler threshold: least probability (0.9); entropy: most nats left open.")
+    sampler: str = option("low_confidence", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
+    steps: int | None = option(None, "Denoising steps; one an answer token if not given.", "Writing", least=1)
+    temperature: float = option(0.0, "0 takes the most likely token.", "Writing")
+    seed: int = option(0, "Seed of what is drawn.", "Writing", least=0)
+    threshold: float | None = option(None, "Sampler threshold: least probability (0.9); entropy: most nats left open.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(OnDevice, Written, Printed, Loop):
-    steps: int | None = setting(None, "Train for so many updates.", "Training", least=1)
-    minutes: float | None = setting(None, "Train for so many minutes on the clock.", "Training")
-    tokens: int | None = setting(None, "Train on so many tokens.", least=1)
-    batch_size: int = setting(TrainConfig.batch_size, "Rows an update reads.", "Training", least=1)
-    seed: int = setting(0, "Seed of initialisation, data order and noise.", "Training", least=0)
-    resume: Path | None = setting(None, "Run folder to go on with; needs no other option.", "Output")
-    from_step: int | None = setting(None, "With --resume: from this checkpoint instead of the newest.")
-    allow_changed: bool = setting(False, "With --resume: go on though data, torch or threads differ.")
-    loss: str = setting(LOSSES[0], "Plain cross-entropy, or weighted to the bound.", among=LOSSES)
+    steps: int | None = option(None, "Train for so many updates.", "Training", least=1)
+    minutes: float | None = option(None, "Train for so many minutes on the clock.", "Training")
+    tokens: int | None = option(None, "Train on so many tokens.", least=1)
+    batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Training", least=1)
+    seed: int = option(0, "Seed of initialisation, data order and noise.", "Training", least=0)
+    resume: Path | None = option(None, "Run folder to go on with; needs no other option.", "Output")
+    from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
+    allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
+    loss: str = option(LOSSES[0], "Plain cross-entropy, or weighted to the bound.", among=LOSSES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Training):
-    task: str | None = setting(None, "Built-in task or task file; reviews if nothing is given.", "Task")
-    data: Path | None = setting(None, "A CSV, TSV or JSONL of texts and labels; a folder with train and dev.", "Task")
-    text_column: str | None = setting(None, "With --data and no --task: the column of texts.", "Task")
-    label_column: str | None = setting(None, "With --data and no --task: the column of labels.", "Task")
-    limit: int | None = setting(None, "Train on the first so many rows.", "Task", least=1)
-    method: str = setting("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
-    recipe: str | None = setting(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
-    budget: float | None = setting(
+    task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
+    data: Path | None = option(None, "A CSV, TSV or JSONL of texts and labels; a folder with train and dev.", "Task")
+    text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
+    label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
+    limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
+    method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
+    recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
+    budget: float | None = option(
         None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
     )
-    rank: int | None = setting(None, "weight-lora, adapters: the rank.", "Method")
-    base: Path | None = setting(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
-    epochs: float | None = setting(None, "Passes over the rows; 3 if no other budget is given.", "Training")
-    minutes: float | None = setting(None, "Train for so many minutes on the clock.")
-    lr: float | None = setting(None, "Peak learning rate; the method's if not given.", "Training")
-    optimizer: str | None = setting(None, "The method's if not given.", among=OPTIMIZERS)
-    ranks: tuple[int, ...] | None = setting(
+    rank: int | None = option(None, "weight-lora, adapters: the rank.", "Method")
+    base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
+    epochs: float | None = option(None, "Passes over the rows; 3 if no other budget is given.", "Training")
+    minutes: float | None = option(None, "Train for so many minutes on the clock.")
+    lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
+    optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
+    ranks: tuple[int, ...] | None = option(
         None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
     )
-    sigma: tuple[float, ...] | None = setting(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)
-    blocks: int | None = setting(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
-    attend: int | None = setting(None, "trajectory-lora: units that attend to the prompt.")
-    dropout: float | None = setting(None, "Share of the numbers read that an update does without.")
-    targets: tuple[str, ...] | None = setting(
+    sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)
+    blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
+    attend: int | None = option(None, "trajectory-lora: units that attend to the prompt.")
+    dropout: float | None = option(None, "Share of the numbers read that an update does without.")
+    targets: tuple[str, ...] | None = option(
         None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))
     )
-    rslora: bool | None = setting(None, "weight-lora: scale by 1 / sqrt(rank).")
-    base_dtype: str = setting("fp32", "Type of the base's frozen matrices.", among=BASE_DTYPES)
-    cache_gb: float = setting(4.0, "Memory for frozen states; 0 keeps none.", least=0)
-    template: str = setting("{text} it was {answer} .", "With --data and no --task: the prompt.")
+    rslora: bool | None = option(None, "weight-lora: scale by 1 / sqrt(rank).")
+    base_dtype: str = option("fp32", "Type of the base's frozen matrices.", among=BASE_DTYPES)
+    cache_gb: float = option(4.0, "Memory for frozen states; 0 keeps none.", least=0)
+    template: str = option("{text} it was {answer} .", "With --data and no --task: the prompt.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(Training):
-    data: tuple[Path, ...] = setting((), "Text file or folder (.txt, .txt.gz, .jsonl); may be repeated.", "Text")
-    valid: tuple[Path, ...] = setting((), "Held-out text; 1% of the documents if not given.", "Text")
-    batch_size: int = setting(16, "Rows an update reads, each under two complementary masks.", "Training", least=1)
-    flat: float = setting(0.8, "Share of the budget at the peak learning rate.")
-    preset: str = setting("small", "Model size.", "Model", among=PRESETS)
-    max_length: int | None = setting(None, "Tokens in a row.", "Model")
-    vocab_size: int | None = setting(None, "Pieces in the tokenizer.", "Model", least=64)
-    init: str | None = setting(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
-    trim_vocab: int | None = setting(None, "With --init: keep this many pieces.", "Model", least=64)
-    tokens: int | None = setting(None, "Train on so many tokens.", "Training", least=1)
-    lr: float = setting(3e-3, "Peak learning rate.", "Training")
-    optimizer: str = setting("muon", "muon: Muon for matrices inside blocks.", "Training", among=OPTIMIZERS)
-    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.")
-    warmup: float = setting(0.02, "Share of the budget with a rising learning rate.")
-    d_model: int | None = setting(None, "Width; the preset's if not given.")
-    num_layers: int | None = setting(None, "Blocks; the preset's if not given.")
-    num_heads: int | None = setting(None, "Attention heads; the preset's if not given.")
-    d_ff: int | None = setting(None, "Width inside the MLP; the preset's if not given.")
-    body_lr: float | None = setting(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
-    body_start: float | None = setting(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
-    save_dtype: str = setting("fp32", "Type of the stored weights.", among=BASE_DTYPES)
+    data: tuple[Path, ...] = option((), "Text file or folder (.txt, .txt.gz, .jsonl); may be repeated.", "Text")
+    valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
+    batch_size: int = option(16, "Rows an update reads, each under two complementary masks.", "Training", least=1)
+    flat: float = option(0.8, "Share of the budget at the peak learning rate.")
+    preset: str = option("small", "Model size.", "Model", among=PRESETS)
+    max_length: int | None = option(None, "Tokens in a row.", "Model")
+    vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", least=64)
+    init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
+    trim_vocab: int | None = option(None, "With --init: keep this many pieces.", "Model", least=64)
+    tokens: int | None = option(None, "Train on so many tokens.", "Training", least=1)
+    lr: float = option(3e-3, "Peak learning rate.", "Training")
+    optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=OPTIMIZERS)
+    weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
+    warmup: float = option(0.02, "Share of the budget with a rising learning rate.")
+    d_model: int | None = option(None, "Width; the preset's if not given.")
+    num_layers: int | None = option(None, "Blocks; the preset's if not given.")
+    num_heads: int | None = option(None, "Attention heads; the preset's if not given.")
+    d_ff: int | None = option(None, "Width inside the MLP; the preset's if not given.")
+    body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
+    body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
+    save_dtype: str = option("fp32", "Type of the stored weights.", among=BASE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(Sampling, OnDevice, Printed):
-    runs: tuple[Path, ...] = setting((), "Run folders; the newest in runs/ if none is given.", ARGUMENT)
-    task: str | None = setting(None, "The task, for a base, which has none of its own.", "Data")
-    split: str = setting("dev", "Which rows.", "Data", among=("train", "dev", "test"))
-    data: Path | None = setting(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
-    text: tuple[Path, ...] = setting((), "Running text to measure the NLL bound on instead.", "Data")
-    limit: int | None = setting(None, "Read the first so many rows.", "Data", least=1)
-    base: Path | None = setting(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
-    predictions: Path | None = setting(None, "Write prompt, gold and decoded answer as TSV.", "Output")
-    wide: bool = setting(False, "All columns, however wide.", "Output")
-    draws: int = setting(4, "Noise levels a row for the NLL bound of longer answers.", least=1)
-    base_dtype: str | None = setting(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
+    runs: tuple[Path, ...] = option((), "Run folders; the newest in runs/ if none is given.", ARGUMENT)
+    task: str | None = option(None, "The task, for a base, which has none of its own.", "Data")
+    split: str = option("dev", "Which rows.", "Data", among=("train", "dev", "test"))
+    data: Path | None = option(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
+    text: tuple[Path, ...] = option((), "Running text to measure the NLL bound on instead.", "Data")
+    limit: int | None = option(None, "Read the first so many rows.", "Data", least=1)
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
+    predictions: Path | None = option(None, "Write prompt, gold and decoded answer as TSV.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
+    draws: int = option(4, "Noise levels a row for the NLL bound of longer answers.", least=1)
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(Sampling, OnDevice, Printed):
-    runs: tuple[Path, ...] = setting(
+    runs: tuple[Path, ...] = option(
         dataclasses.MISSING, "One run or several; then a .txt, .csv, .tsv or .jsonl, or stdin's lines.", ARGUMENT
     )
-    text: tuple[str, ...] = setting((), "A text to answer instead of INPUT; may be repeated.", "Data")
-    column: str | None = setting(None, "Column of the texts, where it is not the task's.", "Data")
-    task: str | None = setting(None, "Which task, where the run has several or none.", "Data")
-    base: Path | None = setting(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
-    out: Path | None = setting(None, "Write a file, whole or not at all, instead of stdout.", "Output")
-    csv: bool = setting(False, "CSV instead of JSON Lines.", "Output")
-    decoded: bool = setting(False, "Several runs on one pass: also what each would write, of the whole vocabulary.")
+    text: tuple[str, ...] = option((), "A text to answer instead of INPUT; may be repeated.", "Data")
+    column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
+    task: str | None = option(None, "Which task, where the run has several or none.", "Data")
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
+    out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
+    csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
+    decoded: bool = option(False, "Several runs on one pass: also what each would write, of the whole vocabulary.")
 
     def runs_and_input(self) -> tuple[list[Path], str]:
         """The run folders, and what follows them: a file of texts, or - for stdin."""
@@ -256,82 +257,82 @@ class PredictOptions(Sampling, OnDevice, Printed):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Sampling, OnDevice, Options):
-    run: Path | None = setting(None, "Base or adapter; the released base if not given.", ARGUMENT)
-    prompt: str = setting("", "Text before the answer, or around {answer}.", "Writing")
-    length: int = setting(24, "Masked tokens to fill in.", "Writing", least=1)
-    num: int = setting(3, "How many samples.", "Writing", least=1)
-    base: Path | None = setting(None, "Where an adapter's base is, if it has moved.", "Writing", read=base_folder)
-    sampler: str = setting("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    temperature: float = setting(0.8, "0 takes the most likely token.", "Writing")
-    show_steps: bool = setting(False, "What stands there after every pass, with _ for a mask.", "Output")
-    json: bool = setting(False, "Print the result as JSON.", "Output")
+    run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
+    prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
+    length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
+    num: int = option(3, "How many samples.", "Writing", least=1)
+    base: Path | None = option(None, "Where an adapter's base is, if it has moved.", "Writing", read=base_folder)
+    sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
+    temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
+    show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
+    json: bool = option(False, "Print the result as JSON.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeOptions(OnDevice, Written, Printed):
-    runs: tuple[Path, ...] = setting((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
-    how: str | None = setting(None, "By each prompt (router), or the mean.", "Coefficients", among=HOWS)
-    weights: tuple[float, ...] | None = setting(
+    runs: tuple[Path, ...] = option((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
+    how: str | None = option(None, "By each prompt (router), or the mean.", "Coefficients", among=HOWS)
+    weights: tuple[float, ...] | None = option(
         None, "Fixed ones, one an adapter: 0.7,0.3.", "Coefficients", read=numbers
     )
-    split: str = setting("dev", "Rows to measure it on.", "Data", among=("train", "dev", "test"))
-    data: Path | None = setting(None, "Folder with <task>/train.tsv and so on.", "Data")
-    limit: int | None = setting(None, "Read the first so many rows of a task.", "Data", least=1)
-    base: Path | None = setting(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
+    split: str = option("dev", "Rows to measure it on.", "Data", among=("train", "dev", "test"))
+    data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
+    limit: int | None = option(None, "Read the first so many rows of a task.", "Data", least=1)
+    base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Printed):
-    task: tuple[str, ...] = setting(("reviews",), "Task to compare on; may be repeated.", "Task")
-    data: Path | None = setting(None, "Folder with <task>/train.tsv and so on.", "Task")
-    limit: tuple[int, ...] = setting((), "Train on so many rows; repeat it for data efficiency.", "Task")
-    base: Path | None = setting(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
-    methods: str = setting("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
-    seeds: int = setting(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)
-    trials: int = setting(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1)
-    epochs: float = setting(3.0, "Passes over the rows.", "Grid")
-    steps: int | None = setting(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
-    batch_size: int = setting(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N.", "Grid")
-    out: Path = setting(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
-    csv: Path | None = setting(None, "Write a row a run to this file, which tinyld report reads.", "Output")
-    wide: bool = setting(False, "All columns, however wide.", "Output")
+    task: tuple[str, ...] = option(("reviews",), "Task to compare on; may be repeated.", "Task")
+    data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
+    limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task")
+    base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
+    methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
+    seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)
+    trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1)
+    epochs: float = option(3.0, "Passes over the rows.", "Grid")
+    steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
+    batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
+    out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
+    csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    runs: tuple[Path, ...] = setting((), "Evaluated adapters and compositions.", ARGUMENT)
-    csv: Path | None = setting(None, "Write a row a run to this file, which tinyld report reads.", "Output")
-    json: bool = setting(False, "Print the table as JSON.", "Output")
-    wide: bool = setting(False, "All columns, however wide.", "Output")
+    runs: tuple[Path, ...] = option((), "Evaluated adapters and compositions.", ARGUMENT)
+    csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
+    json: bool = option(False, "Print the table as JSON.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(Options):
-    run: Path = setting(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
-    json: bool = setting(False, "Print the result as JSON.", "Output")
+    run: Path = option(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
+    json: bool = option(False, "Print the result as JSON.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Options):
-    run: Path = setting(dataclasses.MISSING, "A weight-lora adapter.", ARGUMENT)
-    base: Path | None = setting(None, "Where the run's base is, if it has moved.", "Output", read=base_folder)
-    out: Path = setting(Path("runs/merged"), "Base to write.", "Output")
-    force: bool = setting(False, "Replace the run that is in --out.", "Output")
-    json: bool = setting(False, "Print the result as JSON.", "Output")
+    run: Path = option(dataclasses.MISSING, "A weight-lora adapter.", ARGUMENT)
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output", read=base_folder)
+    out: Path = option(Path("runs/merged"), "Base to write.", "Output")
+    force: bool = option(False, "Replace the run that is in --out.", "Output")
+    json: bool = option(False, "Print the result as JSON.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    run: Path = setting(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
-    to: str = setting("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
-    out: Path = setting(Path("exported"), "Folder to write.", "Output")
+    run: Path = option(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
+    to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
+    out: Path = option(Path("exported"), "Folder to write.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(Options):
-    out: Path = setting(Path("runs/demo"), "Folder for the demo's runs.", "Output")
-    force: bool = setting(False, "Replace what is in --out.", "Output")
-    dtype: str = setting("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
-    limit: int | None = setting(None, "Train on the first so many rows.", "Machine", least=1)
-    quiet: bool = setting(False, "Nothing on stderr but errors.", "Output")
+    out: Path = option(Path("runs/demo"), "Folder for the demo's runs.", "Output")
+    force: bool = option(False, "Replace what is in --out.", "Output")
+    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
+    limit: int | None = option(None, "Train on the first so many rows.", "Machine", least=1)
+    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
