@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
-from tinyld.config import TrainConfig
+from tinyld.config import LOSSES, TrainConfig, check_choice
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Noised, noise_batch, token_nll
@@ -38,6 +38,9 @@ class Objective:
     mask_id: int
     counted: bool  # exact mask counts, for tasks
     seed: int
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
 
     def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
         """(noised batch, normaliser of its summed loss)."""
