@@ -348,27 +348,6 @@ def used_units(config: TrajectoryLoraConfig, site: int, band: int) -> list[int]:
     return [module * sum(ranks) + first + unit for module in range(MODULES) for unit in range(ranks[band])]
 
 
-@pytest.mark.parametrize("case", ["best-0", "best-1", "best-2", "by-site", "paper"])
-@pytest.mark.parametrize("bands", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
-def test_only_the_units_of_the_bands_in_the_batch_get_gradient(
-    config: ModelConfig, case: str, bands: tuple[int, ...]
-) -> None:
-    method = lively_push(config, case)
-    generator = torch.Generator().manual_seed(3)
-    h, prompt_mask = torch.randn(6, 30, 32, generator=generator), torch.ones(6, 30, dtype=torch.bool)
-    times = torch.tensor([MIDDLES[bands[i % len(bands)]] for i in range(6)])
-    push_at = method.push.start(times, prompt_mask)
-    for depth in method.push.depths:
-        push_at(depth, h).square().sum().backward()
-    for name, parameter in method.own.items():
-        expected = sorted({u for band in bands for u in used_units(method.config, int(name.split(".")[1]), band)})
-        gradient = (parameter.grad.T if name.endswith("up") else parameter.grad).flatten(
-            1 if parameter.dim() > 1 else 0
-        )
-        gradient = gradient.reshape(len(gradient), -1)
-        assert gradient.abs().amax(1).nonzero()[:, 0].tolist() == expected, name
-
-
 @of_trajectory
 def test_a_batch_that_mixes_bands_equals_its_rows_run_alone(config: ModelConfig, case: str) -> None:
     model, noised = on_base(config, lively_push(config, case).push), noised_batch(config)

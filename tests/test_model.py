@@ -218,21 +218,6 @@ class RecordingPush:
         return push_at
 
 
-@pytest.mark.parametrize("reads", [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize("first_depth", [0, 1, 2])
-@torch.no_grad()
-def test_what_a_push_reads_is_there_when_few_positions_are_asked_for(
-    lively: Denoiser, first_depth: int, reads: tuple[bool, bool]
-) -> None:
-    x, mask = random_ids(lively, 3, 9), torch.ones(3, 9, dtype=torch.bool)
-    lively.push = RecordingPush(first_depth, *reads)
-    told, where = (
-        (x, torch.tensor([0.2, 0.5, 1.0]), None, mask),
-        torch.arange(9)[None, :] == torch.tensor([[2], [0], [8]]),
-    )
-    torch.testing.assert_close(lively.states(*told, where=where), lively.states(*told)[where], atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("reads_depths", [False, True])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
 def test_a_cached_continuation_equals_the_uncached_pass(lively: Denoiser, first_depth: int, reads_depths: bool) -> None:

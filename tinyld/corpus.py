@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyld.errors import TinyldError
 from tinyld.read import opened
-from tinyld.tokenizer import Tokenizer, read_lines
+from tinyld.tokenizer import Tokenizer
 
 CHARACTERS = 4_000_000  # tokenised at once, on all cores
 SAMPLE = 128_000_000  # characters that a tokenizer is trained on, at most (about), spread through the text
@@ -98,11 +98,3 @@ def text_bytes(files: Sequence[Path]) -> int:
                 size = int.from_bytes(file.read(4), "little")
         total += size
     return total
-
-
-def read_corpus(
-    files: Sequence[Path], tokenizer: Tokenizer, held_out: bool | None, advance: Callable[[int], None]
-) -> Corpus:
-    """The files' documents as ids: all of them when `held_out` is None, else the held-out ones, or the rest."""
-    lines = read_lines(files)
-    return tokenize(lines if held_out is None else held_out_part(lines, held_out), tokenizer, advance)

@@ -13,7 +13,7 @@ import torch
 
 from tinyld.checkpoint import load_base, load_exactly, save_base
 from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, TrainConfig, check, from_dict, to_dict
-from tinyld.corpus import Corpus, held_out_part, read_corpus, sample, text_bytes
+from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
 from tinyld.distributed import Processes
@@ -139,8 +139,9 @@ def train_base(
 
     def read(which: str, tokenizer: Tokenizer) -> Corpus:
         paths, part = (files, parts[0]) if which == "text" else (valid or files, parts[1])
+        lines = read_lines(paths) if part is None else held_out_part(read_lines(paths), part)
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
-            corpus = read_corpus(paths, tokenizer, part, bar.advance_to)
+            corpus = tokenize(lines, tokenizer, bar.advance_to)
         if not corpus.documents:
             raise TinyldError(f"too little text in {', '.join(map(str, paths))}: no document to be {which}")
         return corpus
