@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tinyld import finetuning as verb
 from tinyld.config import check
+from tinyld.errors import TinyldError
 from tinyld.options import FinetuneOptions
 from tinyld.predict import Run, load
+from tinyld.read import read_bytes
 from tinyld.runs import RunFolder
 from tinyld.workspace import RUNS
 from tinyld.write import make_folder, write_atomic
@@ -37,6 +40,10 @@ def finetune(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None
         records.append(json.dumps(dict(row), ensure_ascii=False))
     RunFolder.check_free(out, options.get("force", False))
     make_folder(out.parent)
-    file = out.with_name(f"{out.name}-rows.jsonl")
-    write_atomic(file, "".join(f"{record}\n" for record in records).encode(errors="surrogatepass"))
+    file, run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out)
+    content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
+    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == str(file.resolve())
+    if os.path.lexists(file) and not is_ours and read_bytes(file) != content:
+        raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
+    write_atomic(file, content)
     return load(verb.finetune(FinetuneOptions(data=file, out=out, quiet=quiet, **options))["run"], options.get("base"))

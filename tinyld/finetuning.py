@@ -193,7 +193,7 @@ def resume(options: Training) -> dict[str, Any]:
 
     assert options.resume is not None
     for field in fields(options):
-        kept = field.name in ("resume", "from_step", "allow_changed", "json", "quiet")
+        kept = field.name in ("resume", "from_step", "allow_changed", "lr", "json", "quiet")
         check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
@@ -207,6 +207,10 @@ def resume(options: Training) -> dict[str, Any]:
         verb = "pretrain" if config["kind"] == "base" else "finetune"
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
+            if (lr := options.lr) != type(options).lr:  # it may have diverged at its own
+                config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
+                if is_writer():
+                    folder.write_json(CONFIG, config)
             go_on = pretrain.train_base if verb == "pretrain" else _train
             return {"run": str(out), **go_on(config, out, lambda: folder, options, True)}
         if options.from_step is not None:

@@ -23,7 +23,7 @@ from tinyld.peft import is_peft, load_peft
 from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import Task, from_record, load_task, to_record
+from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
 from tinyld.workspace import default_base
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter", "tasks")
@@ -70,12 +70,13 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name in known:
             return known[name]
-        asked = load_task(name)  # maybe another set of reviews, which the run may know how to read
-        if own := known.get(asked.name):
-            then, now = to_record(own), to_record(asked)
-            differs = [f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k != "path" and then[k] != now[k]]
-            if differs:
-                raise TinyldError(f"{self.path} was made for another task {own.name}: {'; '.join(differs)}")
+        asked = load_task(name)  # maybe another set of reviews, which the run knows how to read
+        own = known.get(asked.name)
+        if self.tasks and (own is not None or asked.asks not in [task.asks for task in self.tasks]):
+            before = own or self.tasks[0]
+            keys = KEPT if own else ("template", "verbalizer", "answer_tokens")
+            if differs := unlike(to_record(before), to_record(asked), keys):
+                raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
         return own or asked
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
@@ -243,10 +244,7 @@ class Runs:
         for name, run in self.runs.items():
             task, key = run.tasks[0], (name,)
             if run.push is not None and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
-                template, columns = task.template, list(task.columns.values())
-                for i, field in enumerate(task.columns):
-                    template = template.replace(f"{{{field}}}", f"{{{i}}}")
-                key = (id(run.base), template, *map(columns.index, columns))
+                key = (id(run.base), *task.reads)
             found.setdefault(key, []).append(name)
         return list(found.values())
 

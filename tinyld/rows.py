@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -171,12 +172,14 @@ def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]
     """The rows' labels as ints: all of them names, or all of them numbers where the task's names are none."""
     texts = [_cell(row, str(task.label_column), where) for where, row in rows]
     known = {name: i for i, name in enumerate(task.label_names)}
-    if texts[:1] != [] and texts[0] not in known and not any(name.isdigit() for name in known):
-        known = {str(i): i for i in range(len(known))}
+    allowed = ", ".join(known)
+    if not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
+        allowed += f", or all of them numbers from 0 to {len(known) - 1}"
+        if texts[:1] != [] and texts[0] not in known:
+            known = {str(i): i for i in range(len(known))}
     for (where, _), text in zip(rows, texts, strict=True):
         if text not in known:
-            names = ", ".join(f"{i} or {name}" for i, name in enumerate(task.label_names))
-            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {names}; all numbers or all names")
+            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {allowed}")
     return [known[text] for text in texts]
 
 

@@ -59,7 +59,7 @@ def eval(options: EvalOptions) -> list[Record]:
         return eval_text(options)
     sampling, say = sampling_of(options), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
-    check_writable(predictions)
+    check_writable(predictions, [data])
     records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else options.split
     for path in options.runs or [newest_run(("adapter", "composition"))]:

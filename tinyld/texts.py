@@ -114,7 +114,7 @@ def predict(options: PredictOptions) -> None:
 def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """Writes records: to stdout at once, or to a file when all of them are there."""
     out = options.out
-    check_writable(out)
+    check_writable(out, [*options.runs])
     as_csv = options.csv or (out is not None and out.suffix == ".csv")
     table = out is None and not as_csv and not options.json and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()

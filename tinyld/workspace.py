@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, CONFIG, MODEL, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RunFolder
 
 RUNS = Path("runs")
 
@@ -58,7 +59,15 @@ def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
 
 
-def check_writable(path: Path | None) -> None:
-    """TinyldError, before any work, for a file that could not be written after it."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """TinyldError, before any work, for a file that could not be written after it, or that a run or `inputs` need."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")
+    both = [p for p in inputs if p is not None and os.path.exists(p) and os.path.exists(path)]
+    folder = RunFolder(path.parent)
+    if any(os.path.samefile(path, p) for p in both) or (
+        folder.is_run() and path.name in (MANIFEST, METRICS, *folder.files())
+    ):
+        raise TinyldError(f"{path}: cannot be written (it is an input or a file of a run); choose another name")
