@@ -42,7 +42,7 @@ def finetune(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None
     make_folder(out.parent)
     file, run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out)
     content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
-    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == str(file.resolve())
+    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == os.path.realpath(file)
     if os.path.lexists(file) and not is_ours and read_bytes(file) != content:
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
     write_atomic(file, content)

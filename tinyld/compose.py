@@ -26,7 +26,7 @@ from tinyld.scores import measure
 from tinyld.statistics import paired_difference
 from tinyld.tables import percent, print_record, print_table
 from tinyld.tasks import from_record
-from tinyld.workspace import refuse_inside
+from tinyld.workspace import refuse_inside, say_to_stderr, say_truncated
 
 TOLD_APART = 0.95  # least share of a task's rows that must be routed to it
 
@@ -67,6 +67,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         task = from_record(m.task, f"{m.run}/{CONFIG}")
         examples = load_split(task, options.split, options.data)
         rows[name] = TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
+        say_truncated(say_to_stderr(options.quiet), rows[name].truncated, len(examples), base.model.config.max_length)
     owners = [rows[m.task["name"]] for m in members]
     routing = [] if router is None else measure_routing(base, router, owners, labels(members), options.limit)
     for unlike in [r for r in routing if r["right"] < TOLD_APART]:

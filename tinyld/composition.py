@@ -237,7 +237,7 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
     check_bands(config, where)
-    if config["how"] not in HOWS or config["router"] not in (None, ROUTER):
+    if config["how"] not in HOWS or config["router"] != (ROUTER if config["how"] == "router" else None):
         raise TinyldError(f"{where}: unknown kind of composition: how {config['how']!r}, router {config['router']!r}")
     tensors, parts, router = folder.read_tensors(ADAPTER), [], None
 
@@ -254,5 +254,7 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
         router = Router(**{name: torch.zeros(len(parts), *shape) for name, shape in shapes.items()})
         load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
         names = [member["task"]["name"] for member in config["members"]]
+        if len(names) != len(parts):
+            raise TinyldError(f"{where}: {len(names)} members, but {len(parts)} parts")
         router.only = names.index(task) if task in names else None
     return Composition(tuple(parts), config["how"], router).attach(base)

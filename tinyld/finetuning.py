@@ -5,6 +5,7 @@ What a run is, from the options of a new one or as an old one recorded it, is it
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -92,7 +93,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         "diffusion": to_dict(DiffusionConfig(loss=options.loss)),
         "train": to_dict(config),
         "cache_gb": options.cache_gb,
-        "data": {"folder": data and str(data.resolve()), "held_out": held_out, "limit": options.limit},
+        "data": {"folder": data and os.path.realpath(data), "held_out": held_out, "limit": options.limit},
     }
 
 
@@ -135,7 +136,8 @@ def _train(
             f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
             f"base {counts['base_parameters']:,} ({base.bytes / 2**20:.1f} MiB as {base.dtype})"
         )
-        say_truncated(say, train_rows.truncated, len(train_rows), model.config.max_length)
+        for rows in (train_rows, dev_rows):
+            say_truncated(say, rows.truncated, len(rows), model.config.max_length)
         started = time.perf_counter()
         diffusion = from_dict(DiffusionConfig, config["diffusion"], where)
         objective: Noising = Objective(diffusion, tokenizer.mask_id, counted=True, seed=training.seed)

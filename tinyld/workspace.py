@@ -40,7 +40,10 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
 
 def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int) -> None:
     if truncated:
-        say(f"{truncated:,} of {rows:,} rows are longer than the base's {max_length} tokens and were cut")
+        say(
+            f"{truncated:,} of {rows:,} rows are longer than the base's {max_length} tokens, or their answers than the "
+            "task's, and were cut; what stands next to the answer is kept"
+        )
 
 
 def newest_run(kinds: Sequence[str]) -> Path:
@@ -55,7 +58,8 @@ def newest_run(kinds: Sequence[str]) -> Path:
 def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
     """TinyldError when --force would remove a folder that the command reads."""
     for path in inputs:
-        if out.resolve() in (path.resolve(), *path.resolve().parents):
+        real = Path(os.path.realpath(path))
+        if Path(os.path.realpath(out)) in (real, *real.parents):
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
 
 
