@@ -99,6 +99,8 @@ class Command(TyperCommand):
             name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
             if name and name in kinds(VERBS[self.name or ""].options):
                 raise UsageError(f"{flag(name)} goes by --set {name}=value; --set help lists all such") from None
+            if hasattr(error, "message"):
+                error.message = plain(error.message)
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -130,6 +130,7 @@ class Grid:
     def __post_init__(self) -> None:
         options, names = self.options, [task.name for task in self.tasks]
         check(options.trials <= len(RATES), f"--trials must be from 1 to {len(RATES)}, got {options.trials}")
+        check(options.steps is None or options.epochs == CompareOptions.epochs, "give --steps or --epochs, not both")
         check(len(names) > 0, "compare needs at least one --task")
         check(len(set(options.limit)) == len(options.limit), "--limit names a number of rows twice")
         check(len(set(names)) == len(names), f"--task names one twice: {', '.join(names)}")

@@ -77,7 +77,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
         task = load_task(options.task or "reviews")
-        unused = [name for name in ("text_column", "label_column") if getattr(options, name) is not None]
+        mine = ("text_column", "label_column", "template")
+        unused = [name for name in mine if getattr(options, name) != getattr(FinetuneOptions, name)]
         if unused:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:

@@ -187,6 +187,11 @@ class Training(OnDevice, Written, Printed):
     save_minutes: float = option(TrainConfig.save_minutes, "Minutes between checkpoints.")
     keep: int = option(TrainConfig.keep, "Checkpoints kept while training.", None, 1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = self.resume is None and (self.from_step is not None or self.allow_changed)
+        check(not alone, "from_step and allow_changed are for --resume")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Training):

@@ -27,6 +27,7 @@ from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
 from tinyld.workspace import default_base
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter", "tasks")
+MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
 Record = dict[str, Any]
 
@@ -109,6 +110,7 @@ class Run:
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 2, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
+        check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
         row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
         x = torch.tensor([row] * num, device=model.embedding.weight.device)
         answer_mask = torch.zeros_like(x, dtype=torch.bool)

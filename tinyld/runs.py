@@ -273,7 +273,7 @@ class RunFolder:
     def last_good(self) -> str:
         """For an error: what can be gone on with."""
         found = self.checkpoints()
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
+        return f"the last good checkpoint is {found[-1]}" if found else "there is no good checkpoint"
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""

@@ -242,8 +242,8 @@ class TrainingRun:
         try:
             with self.autocast():
                 self.metrics = self.evaluate()
-        except TinyldError as error:
-            raise self.diverged(f"the evaluation ({error})") from None
+        except TinyldError:
+            raise self.diverged("what the denoiser gives") from None
         self.model.train()
         self.bar.doing()
         for name, value in self.metrics.items():
@@ -269,5 +269,7 @@ class TrainingRun:
                 raise self.diverged(name)
 
     def diverged(self, what: str) -> TinyldError:
+        """For an error; removes a checkpoint of these very parameters, from which nothing can go on."""
+        self.folder.remove_checkpoints(after=self.step - 1)
         also = f", also with --resume {self.folder.path}" if self.folder.checkpoints() else ""
         return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr{also}")
