@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyld import finetuning as verb
 from tinyld.config import check
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, UsageError
 from tinyld.options import FinetuneOptions
 from tinyld.predict import Run, load
 from tinyld.read import read_bytes
@@ -35,15 +35,25 @@ def finetune(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None
     records = []
     for row in rows_or_task:
         if not isinstance(row, Mapping):
-            check(len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
+            check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
             row = dict(zip(("text", "label"), row, strict=True))
-        records.append(json.dumps(dict(row), ensure_ascii=False))
+        try:
+            records.append(json.dumps(dict(row), ensure_ascii=False))
+        except TypeError:
+            raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
     RunFolder.check_free(out, options.get("force", False))
     make_folder(out.parent)
     file, run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out)
     content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
     is_ours = run.is_run() and run.config.get("data", {}).get("folder") == os.path.realpath(file)
-    if os.path.lexists(file) and not is_ours and read_bytes(file) != content:
+    is_new = not os.path.lexists(file)
+    if not (is_new or is_ours or read_bytes(file) == content):
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
     write_atomic(file, content)
-    return load(verb.finetune(FinetuneOptions(data=file, out=out, quiet=quiet, **options))["run"], options.get("base"))
+    try:
+        verb.finetune(FinetuneOptions(data=file, out=out, quiet=quiet, **options))
+    except TinyldError:
+        if is_new and not run.is_run():
+            file.unlink()  # so that the next try may have other rows
+        raise
+    return load(out, options.get("base"))

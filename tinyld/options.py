@@ -15,8 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, SCHEDULES, DiffusionConfig, TrainConfig, check
-from tinyld.errors import UsageError
+from tinyld.config import (
+    DTYPES,
+    LOSSES,
+    OPTIMIZERS,
+    PRESETS,
+    SAMPLERS,
+    SCHEDULES,
+    DiffusionConfig,
+    TrainConfig,
+    check,
+    check_type,
+)
+from tinyld.errors import TinyldError, UsageError
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
@@ -39,10 +50,16 @@ def option(
 
 
 @functools.cache
+def types_of(options: type[Options]) -> dict[str, Any]:
+    """Option -> the type of its value."""
+    return typing.get_type_hints(options)
+
+
+@functools.cache
 def kinds(options: type[Options]) -> dict[str, Any]:
-    """Option -> the type of its value, None left out."""
+    """Option -> the first type of its value, None left out."""
     found = {}
-    for name, hint in typing.get_type_hints(options).items():
+    for name, hint in types_of(options).items():
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[name] = next(part for part in parts if part is not types.NoneType)
     return found
@@ -68,6 +85,10 @@ class Options:
                 value = tuple(map(Path, [value] if isinstance(value, str | Path) else value))
             elif typing.get_origin(kind) is tuple and value is not None:
                 value = tuple([value] if isinstance(value, str) else value)
+            try:
+                value = check_type(value, types_of(type(self))[field.name], flag(field.name))
+            except TinyldError as error:
+                raise UsageError(error) from None
             if value is not None and choices:
                 check(value in choices, f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
             if isinstance(value, int | float):
@@ -212,7 +233,7 @@ class FinetuneOptions(Training):
     optimizer: str | None = option(None, "The method's if not given.", None, choices=OPTIMIZERS)
     weight_decay: float = option(TrainConfig.weight_decay, "Decoupled weight decay.")
     warmup: float = option(TrainConfig.warmup, "Share of the budget with a rising learning rate.")
-    ranks: tuple[int, ...] | None = option(
+    ranks: tuple[int, ...] | str | None = option(
         None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
     )
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)

@@ -110,6 +110,7 @@ class Run:
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 2, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
+        check(length >= 1, f"length must be at least 1, got {length}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
         row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
         x = torch.tensor([row] * num, device=model.embedding.weight.device)
@@ -199,9 +200,9 @@ def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]
 def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = input_columns(task), []
-    for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+    for i, text in enumerate([texts] if isinstance(texts, str | Mapping) else texts):
         if not isinstance(text, Mapping):
-            values = [text] if isinstance(text, str) else list(text)
+            values = list(text) if isinstance(text, list | tuple) else [text]
             check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
             text = dict(zip(columns, values, strict=True))
         rows.append((f"text {i + 1}", dict(text)))
@@ -251,7 +252,9 @@ class Runs:
         return list(found.values())
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
-        columns, kept = input_columns(task), kept_columns(rows, task)
+        columns = input_columns(task)
+        examples_of([row for row in rows if not set(columns) <= set(row[1])], task)  # refuses them
+        kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
             runs = [self.runs[name] for name in names]
@@ -302,6 +305,7 @@ def load(
         several = Runs({"base": base, "device": device, "dtype": dtype})
         for each in path:
             several.add(each)
+        check(len(several.runs) > 0, "no run is given")
         return several
     path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
