@@ -58,38 +58,38 @@ TEMPORARY = f".tinyld-{'0' * 16}.tmp"
 HEADING = "\n## Hostile and careless inputs\n\n"
 
 END = "--dtype fp32 --json --quiet"
-TUNE = f"--steps 2 --batch-size 4 {END} --base base"
+TUNE = f"--steps 2 --batch-size 4 {END} --base tiny"
 TEXT = f"--data text --preset nano --vocab-size 128 --max-length 32 --steps 2 --batch-size 4 {END}"
 LORA = f"finetune --method weight-lora --rank 2 --task mood.toml {TUNE} --out"
-COMPOSE = f"compose push push2 --base base --limit 8 --how router {END} --out"
+COMPOSE = f"compose push push2 --base tiny --limit 8 --how router {END} --out"
 GRID = "--methods bitfit --seeds 1 --trials 1 --steps 2 --json --quiet"
 COMMANDS = {  # by names that begin with the verb
     "finetune": f"{LORA} out",
     "finetune data": f"finetune --data rows.csv --method bitfit {TUNE} --out out",
     "finetune resume": "finetune --resume stopped --json --quiet",
-    "predict": "predict push rows.csv --base base --dtype fp32 --quiet",
-    "predict lora": "predict lora asked.jsonl --base base --dtype fp32 --quiet",
-    "predict both": "predict both asked.txt --base base --task mood --dtype fp32 --quiet",
-    "predict several": "predict push push2 rows.csv --base base --dtype fp32 --quiet",
-    "predict peft": "predict lora.peft asked.jsonl --base base --task mood.toml --dtype fp32 --quiet",
-    "eval": f"eval push --base base {END}",
-    "eval data": f"eval lora --base base --data rows.csv {END}",
-    "eval text": f"eval base --text text --draws 1 {END}",
+    "predict": "predict push rows.csv --base tiny --dtype fp32 --quiet",
+    "predict lora": "predict lora asked.jsonl --base tiny --dtype fp32 --quiet",
+    "predict both": "predict both asked.txt --base tiny --task mood --dtype fp32 --quiet",
+    "predict several": "predict push push2 rows.csv --base tiny --dtype fp32 --quiet",
+    "predict peft": "predict lora.peft asked.jsonl --base tiny --task mood.toml --dtype fp32 --quiet",
+    "eval": f"eval push --base tiny {END}",
+    "eval data": f"eval lora --base tiny --data rows.csv {END}",
+    "eval text": f"eval tiny --text text --draws 1 {END}",
     "compose": f"{COMPOSE} out",
     "pretrain": f"pretrain {TEXT} --out out",
     "pretrain init": f"pretrain --init bert --minutes 0 --data text {END} --out out",
-    "sample": "sample base --length 4 --num 1 --dtype fp32 --json",
-    "compare": f"compare --task mood.toml --base base {GRID} --out grid",
+    "sample": "sample tiny --length 4 --num 1 --dtype fp32 --json",
+    "compare": f"compare --task mood.toml --base tiny {GRID} --out grid",
     "report": "report push lora --json",
     "info": "info push --json",
     "tasks": "tasks --json",
-    "merge": "merge lora --base base --json --out out",
+    "merge": "merge lora --base tiny --json --out out",
     "export": "export lora --to peft --out out",
     "export hf": "export encoder --out out",
 }
 WRITES = {"finetune resume": "stopped/", "eval": "push/", "eval data": "lora/", "compare": "grid/"}  # beside out
 SETUP = (
-    f"pretrain {TEXT} --out base", "pretrain --init bert --minutes 0 --data text --quiet --out encoder", f"{LORA} lora",
+    f"pretrain {TEXT} --out tiny", "pretrain --init bert --minutes 0 --data text --quiet --out encoder", f"{LORA} lora",
     f"finetune --recipe fast --task mood.toml {TUNE} --out push",
     f"finetune --recipe fast --task tint.toml {TUNE} --out push2", f"{COMPOSE} both", COMMANDS["eval"],
     COMMANDS["eval data"], COMMANDS["compare"], "export lora --to peft --out lora.peft",

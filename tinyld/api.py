@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tinyld import finetuning as verb
 from tinyld.config import check
+from tinyld.errors import TinyldError, UsageError
 from tinyld.options import FinetuneOptions
 from tinyld.predict import Run, load
+from tinyld.read import read_bytes
 from tinyld.runs import RunFolder
 from tinyld.workspace import RUNS
 from tinyld.write import make_folder, write_atomic
@@ -26,17 +29,30 @@ def finetune(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None
     if isinstance(rows_or_task, str | Path):
         source = "data" if Path(rows_or_task).suffix in (".csv", ".tsv", ".jsonl") else "task"
         options[source] = str(rows_or_task)
-    else:
-        out = Path(out) if out is not None else RUNS / "mine"
-        records = []
-        for row in rows_or_task:
-            if not isinstance(row, Mapping):
-                check(len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
-                row = dict(zip(("text", "label"), row, strict=True))
+        return load(verb.finetune(FinetuneOptions(**{"out": out, "quiet": True} | options))["run"], options.get("base"))
+    out = Path(out) if out is not None else RUNS / "mine"
+    records = []
+    for row in rows_or_task:
+        if not isinstance(row, Mapping):
+            check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
+            row = dict(zip(("text", "label"), row, strict=True))
+        try:
             records.append(json.dumps(dict(row), ensure_ascii=False))
-        RunFolder.check_free(out, options.get("force", False))
-        make_folder(out.parent)
-        options["data"] = out.with_name(f"{out.name}-rows.jsonl")
-        write_atomic(options["data"], "".join(f"{record}\n" for record in records).encode(errors="surrogatepass"))
-    run = verb.finetune(FinetuneOptions(**{"out": out, "quiet": True} | options))["run"]
-    return load(run, options.get("base"))
+        except TypeError:
+            raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
+    RunFolder.check_free(out, options.get("force", False))
+    make_folder(out.parent)
+    file, run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out)
+    content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
+    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == os.path.realpath(file)
+    is_new = not os.path.lexists(file)
+    if not (is_new or is_ours or read_bytes(file) == content):
+        raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
+    write_atomic(file, content)
+    try:
+        verb.finetune(FinetuneOptions(**{"data": file, "out": out, "quiet": True} | options))
+    except TinyldError:
+        if is_new and not run.is_run():
+            file.unlink()  # so that the next try may have other rows
+        raise
+    return load(out, options.get("base"))

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import importlib
 import inspect
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from tinyld.interrupt import Interrupted, raise_at_signals
 from tinyld.options import ARGUMENT, Options, flag, kinds
 from tinyld.tables import print_record, print_table
 from tinyld.workspace import is_writer
+from tinyld.write import to_json
 
 
 class Verb(NamedTuple):
@@ -99,6 +99,8 @@ class Command(TyperCommand):
             name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
             if name and name in kinds(VERBS[self.name or ""].options):
                 raise UsageError(f"{flag(name)} goes by --set {name}=value; --set help lists all such") from None
+            if hasattr(error, "message"):
+                error.message = plain(error.message)
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -209,7 +211,7 @@ def add(name: str, verb: Verb) -> None:
         if result is None or not is_writer():
             return
         if getattr(chosen, "json", False):
-            print(json.dumps(result))
+            print(to_json(result, None, ascii=True).decode(), end="")
         elif verb.show is not None:
             load(verb.show)(result, chosen)
         else:

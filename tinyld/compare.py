@@ -23,7 +23,7 @@ from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.tasks import Task, load_task
-from tinyld.workspace import default_base, say_to_stderr
+from tinyld.workspace import check_writable, default_base, say_to_stderr
 from tinyld.write import make_folder
 
 RATES = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's usual learning rate, in the order they are tried
@@ -33,6 +33,7 @@ SET_HERE += ("device", "out", "force", "resume", "json", "quiet")
 
 def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
+    check_writable(options.csv)
     base = RunFolder.open(options.base or default_base())
     methods = variants(options.methods, read_model_config(base))
     grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base))
@@ -122,6 +123,7 @@ class Grid:
     def __post_init__(self) -> None:
         options, names = self.options, [task.name for task in self.tasks]
         check(options.trials <= len(RATES), f"--trials must be from 1 to {len(RATES)}, got {options.trials}")
+        check(options.steps is None or options.epochs == CompareOptions.epochs, "give --steps or --epochs, not both")
         check(len(names) > 0, "compare needs at least one --task")
         check(len(set(options.limit)) == len(options.limit), "--limit names a number of rows twice")
         check(len(set(names)) == len(names), f"--task names one twice: {', '.join(names)}")

@@ -23,7 +23,7 @@ from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.scores import measure
 from tinyld.tables import percent, print_record, print_table
 from tinyld.tasks import from_record
-from tinyld.workspace import environment, refuse_inside
+from tinyld.workspace import environment, refuse_inside, say_to_stderr, say_truncated
 
 TOLD_APART = 0.95  # least share of a task's rows that must be routed to it
 
@@ -59,9 +59,9 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
                 f"the tasks of {m.run} and {other.run} are both called {name}; rename one and train again"
             )
         if name not in rows:
-            task = from_record(m.task, f"{m.run}/{CONFIG}")
-            examples = load_split(task, options.split, options.data)
-            rows[name] = TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
+            task, most = from_record(m.task, f"{m.run}/{CONFIG}"), base.model.config.max_length
+            rows[name] = TaskRows(load_split(task, options.split, options.data), task, base.tokenizer, most)
+            say_truncated(say_to_stderr(options.quiet), rows[name].truncated, len(rows[name]), most)
     owners = {label: rows[m.task["name"]] for label, m in zip(labels(members), members, strict=True)}
     routing = [] if router is None else measure_routing(base, router, owners, options.limit)
     for unlike in [r for r in routing if r["right"] < TOLD_APART]:

@@ -183,8 +183,8 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     """
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
-    if config["router"] not in (None, ROUTER):
-        raise TinyldError(f"{where}: unknown kind of router: {config['router']!r}")
+    if config["router"] != (ROUTER if config["how"] == "router" else None):
+        raise TinyldError(f"{where}: unknown kind of composition: how {config['how']!r}, router {config['router']!r}")
     tensors, members, weights, router = folder.read_tensors(ADAPTER), [], [], None
 
     def under(prefix: str) -> dict[str, Tensor]:
@@ -202,5 +202,7 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
         router = Router(**{name: torch.zeros(len(members), *shape) for name, shape in shapes.items()})
         load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
         names = [member["task"]["name"] for member in config["members"]]
+        if len(names) != len(members):
+            raise TinyldError(f"{where}: {len(names)} members, but {len(members)} parts")
         router.only = names.index(task) if names.count(task or "") == 1 else None
     hang(base, members, weights, router)

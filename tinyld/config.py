@@ -34,7 +34,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     hints = typing.get_type_hints(cls)
     kwargs = {}
     for name, value in values.items():
-        kwargs[name] = _check_type(value, hints[name], f"{where}: {name}")
+        kwargs[name] = check_type(value, hints[name], f"{where}: {name}")
     missing = [
         n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in kwargs
     ]
@@ -46,7 +46,8 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
         raise TinyldError(f"{where}: {error}") from None
 
 
-def _check_type(value: Any, hint: Any, where: str) -> Any:
+def check_type(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         origin, args = typing.get_origin(option) or option, typing.get_args(option)
@@ -62,9 +63,9 @@ def _check_type(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if isinstance(origin, type) and isinstance(value, origin):
             if origin is tuple and args:
-                return tuple(_check_type(v, args[0], where) for v in value)
+                return tuple(check_type(v, args[0], where) for v in value)
             if origin is dict and args:
-                return {k: _check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
+                return {k: check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
             return value
     raise TinyldError(f"{where}: {show(value)} is not of type {hint if len(options) > 1 else options[0].__name__}")
 

@@ -139,9 +139,10 @@ class TaskRows(Source):
             )
         self.ids: list[np.ndarray] = []
         self.starts, self.ends = np.zeros((2, len(examples)), dtype=np.int64)  # of answers; of their [EOS] in the slot
-        self.cut = np.array([len(h) + len(t) > room for h, t in zip(before, after, strict=True)], dtype=bool)
+        self.cut = np.zeros(len(examples), dtype=bool)  # whether prompt or answer had no room
         for i, (head, answer, tail) in enumerate(zip(before, answers, after, strict=True)):
-            if self.cut[i]:
+            self.cut[i] = len(head) + len(tail) > room or len(answer) > self.slot
+            if len(head) + len(tail) > room:
                 tail = tail[: max(room - len(head), room // 2)]
                 head = head[len(head) + len(tail) - room :]
             self.ends[i] = min(len(answer), self.slot)

@@ -10,8 +10,7 @@ from typing import Any
 from tinyld.config import check
 from tinyld.errors import TinyldError
 from tinyld.options import FinetuneOptions
-from tinyld.read import clean
-from tinyld.rows import SUFFIXES, Example, load_split, read_rows
+from tinyld.rows import SUFFIXES, Example, cell, load_split, read_rows
 from tinyld.tasks import Task, from_record
 from tinyld.tokenizer import Tokenizer
 
@@ -55,10 +54,10 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Tas
     """The task of a file that holds texts and their labels and nothing else is known of."""
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
     check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
-    rows = [row for _, row in read_rows(file)]
+    numbered = list(read_rows(file))
+    rows = [row for _, row in numbered]
     text, label = _columns(options, file, rows)
-    labels = list(dict.fromkeys(clean(str(row.get(label, ""))) for row in rows))
-    check("" not in labels, f"{file}: column {label!r} is empty in some rows; fill it in or delete them")
+    labels = list(dict.fromkeys(cell(row, label, where) for where, row in numbered))
     check(len(labels) >= 2, f"{file}: column {label!r} holds the one label {labels[0]!r}; at least two are needed")
     many = len(labels) > MAX_LABELS or (len(labels) == len(rows) and len(rows) > 2)
     check(not many, f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?")

@@ -47,6 +47,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such."""
     if name == "fp16" and device.type == "cpu":
         raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
+    check_choice("dtype", name, ("auto", *DTYPES))
     return DTYPES[fast_dtype(device) if name == "auto" else name]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyld.errors import TinyldError
+
 T_MIN = 1e-3  # smallest t drawn: the ELBO's weight 1/t is finite there
 
 
@@ -158,6 +160,14 @@ def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
     return denoiser.nll(h, noised.x0[where]), where.nonzero()[:, 0]
 
 
+def all_finite(found: Tensor) -> Tensor:
+    """What a denoiser gave, as floats; TinyldError where it is not a number, or too large. -inf is what cannot be
+    written."""
+    if not bool((found < torch.inf).all()):
+        raise TinyldError("the denoiser's logits are not finite: its weights are too large for this arithmetic")
+    return found.float()
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its standard error, over n rows: what each added up, and over how much."""
@@ -179,7 +189,8 @@ def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
     mean = numerator.sum() / denominator.sum()
     residual = numerator - mean * denominator
     stderr = (residual.square().sum() / max(n - 1, 1) * n).sqrt() / denominator.sum()
-    return Estimate(float(mean), float(stderr), n, numerator, denominator)
+    mean, stderr = all_finite(torch.stack([mean, stderr])).tolist()
+    return Estimate(mean, stderr, n, numerator, denominator)
 
 
 @torch.no_grad()

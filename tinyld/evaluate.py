@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
-from tinyld.diffusion import Estimate, nll_bound, noise_batch, ratio_estimate
-from tinyld.errors import TinyldError
+from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_batch, ratio_estimate
 from tinyld.model import Denoiser, take
 from tinyld.sampler import decode
 from tinyld.statistics import wilson
@@ -71,13 +70,6 @@ class Verbalizers:
     def read(self, text: str) -> int:
         """The label whose answer is exactly `text`, else UNREADABLE."""
         return self.label.get(text, UNREADABLE)
-
-
-def all_finite(logits: Tensor) -> Tensor:
-    """The logits as floats; TinyldError where one is not a number, or too large. -inf is what cannot be written."""
-    if not bool((logits < torch.inf).all()):
-        raise TinyldError("the denoiser's logits are not finite: its weights are too large for this arithmetic")
-    return logits.float()
 
 
 def fill_slots(

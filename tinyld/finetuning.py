@@ -5,6 +5,7 @@ What a run is, from the options of a new one or as an old one recorded it, is it
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -83,7 +84,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
         task = load_task(options.task or "reviews")
-        unused = [name for name in ("text_column", "label_column") if getattr(options, name) is not None]
+        mine = ("text_column", "label_column", "template")
+        unused = [name for name in mine if getattr(options, name) != getattr(FinetuneOptions, name)]
         if unused:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:
@@ -98,7 +100,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         "diffusion": {"loss": options.loss},
         "train": to_dict(config),
         "cache_gb": options.cache_gb,
-        "data": {"folder": data and str(data.resolve()), "held_out": held_out, "limit": options.limit},
+        "data": {"folder": data and os.path.realpath(data), "held_out": held_out, "limit": options.limit},
     }
 
 
@@ -141,7 +143,8 @@ def _train(
             f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
             f"base {counts['base_parameters']:,} ({base.bytes / 2**20:.1f} MiB as {base.dtype})"
         )
-        say_truncated(say, train_rows.truncated, len(train_rows), model.config.max_length)
+        for rows in (train_rows, dev_rows):
+            say_truncated(say, rows.truncated, len(rows), model.config.max_length)
         started = time.perf_counter()
         objective: Objective | StateCache = Objective(
             config["diffusion"]["loss"], tokenizer.mask_id, counted=True, seed=training.seed
@@ -200,7 +203,7 @@ def resume(options: Training) -> dict[str, Any]:
 
     assert options.resume is not None
     for field in fields(options):
-        kept = field.name in ("resume", "from_step", "allow_changed", "json", "quiet")
+        kept = field.name in ("resume", "from_step", "allow_changed", "lr", "json", "quiet")
         check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
@@ -214,6 +217,10 @@ def resume(options: Training) -> dict[str, Any]:
         verb = "pretrain" if config["kind"] == "base" else "finetune"
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
+            if (lr := options.lr) != type(options).lr:  # it may have diverged at its own
+                config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
+                if is_writer():
+                    folder.write_json(CONFIG, config)
             go_on = pretrain.train_base if verb == "pretrain" else _train
             return {"run": str(out), **go_on(config, out, lambda: folder, options, True)}
         if options.from_step is not None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, Loop, Settings, TrainConfig, check
+from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, Loop, Settings, TrainConfig, check, check_type
 from tinyld.config import setting as option
-from tinyld.errors import UsageError
+from tinyld.errors import TinyldError, UsageError
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
@@ -27,10 +27,16 @@ BASE_DTYPES = ("fp32", "bf16", "int8")
 
 
 @functools.cache
+def types_of(options: type[Options]) -> dict[str, Any]:
+    """Option -> the type of its value."""
+    return typing.get_type_hints(options)
+
+
+@functools.cache
 def kinds(options: type[Options]) -> dict[str, Any]:
-    """Option -> the type of its value, None left out."""
+    """Option -> the first type of its value, None left out."""
     found = {}
-    for name, hint in typing.get_type_hints(options).items():
+    for name, hint in types_of(options).items():
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[name] = next(part for part in parts if part is not types.NoneType)
     return found
@@ -57,6 +63,10 @@ class Options(Settings):
                 value = tuple(parsed(v, member, field.name) for v in ([value] if is_text else value))
             elif is_text:
                 value = parsed(value, kind, field.name)
+            try:
+                value = check_type(value, types_of(type(self))[field.name], flag(field.name))
+            except TinyldError as error:
+                raise UsageError(error) from None
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 
@@ -155,11 +165,17 @@ class Training(OnDevice, Written, Printed, Loop):
     minutes: float | None = option(None, "Train for so many minutes on the clock.", "Training")
     tokens: int | None = option(None, "Train on so many tokens.", least=1)
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Training", least=1)
+    lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
     seed: int = option(0, "Seed of initialisation, data order and noise.", "Training", least=0)
-    resume: Path | None = option(None, "Run folder to go on with; needs no other option.", "Output")
+    resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, no other option.", "Output")
     from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
     loss: str = option(LOSSES[0], "Plain cross-entropy, or weighted to the bound.", among=LOSSES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = self.resume is None and (self.from_step is not None or self.allow_changed)
+        check(not alone, "from_step and allow_changed are for --resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +194,8 @@ class FinetuneOptions(Training):
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
     epochs: float | None = option(None, "Passes over the rows; 3 if no other budget is given.", "Training")
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
-    lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
     optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
-    ranks: tuple[int, ...] | None = option(
+    ranks: tuple[int, ...] | str | None = option(
         None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
     )
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)

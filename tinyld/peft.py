@@ -16,7 +16,7 @@ from tinyld.errors import TinyldError, show
 from tinyld.methods import WeightLora
 from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
 from tinyld.model import LINEARS
-from tinyld.read import finite, read_object, read_tensors
+from tinyld.read import as_object, finite, parse_json, read_tensors, read_text
 from tinyld.runs import RunFolder
 from tinyld.write import to_json, write_atomic
 
@@ -30,6 +30,8 @@ IDLE = (
     "qalora_group_size", "revision", "runtime_config", "task_type",
 )  # fmt: skip
 PLAIN = {"peft_type": "LORA", "bias": "none"}  # any other, and all else that is set, makes another kind of adapter
+
+TYPES = {"inference_mode": bool, "ensure_weight_tying": bool, "use_rslora": bool}
 
 
 def is_peft(folder: Path) -> bool:
@@ -68,12 +70,12 @@ def load_peft(
     A folder that `export_peft` wrote names its base, which must then be the one of `fingerprint`.
     """
     where = folder / CONFIG
-    raw = read_object(where)
+    raw = as_object(parse_json(read_text(where), where, TYPES), where)
     for key, value in raw.items():
         if key not in READ + IDLE and not (value == PLAIN[key] if key in PLAIN else value in (None, False, [], {})):
             raise TinyldError(f"{where}: {key} must be {PLAIN.get(key)!r} to be a plain LoRA, got {show(value)}")
-    if raw.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise TinyldError(f"{where}: init_lora_weights {raw['init_lora_weights']!r} changes the base's own weights")
+    if not isinstance(init := raw.get("init_lora_weights", True), bool) and init != "gaussian":
+        raise TinyldError(f"{where}: init_lora_weights {show(init)} changes the base's own weights")
     named = str(raw.get("base_model_name_or_path"))
     if fingerprint is not None and named.startswith(BASE) and named != BASE + fingerprint:
         raise TinyldError(

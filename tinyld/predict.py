@@ -24,10 +24,11 @@ from tinyld.router import NONE
 from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import Task, from_record, load_task, to_record
+from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
 from tinyld.workspace import default_base
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter", "tasks")
+MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
 Record = dict[str, Any]
 
@@ -71,12 +72,13 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name in known:
             return known[name]
-        asked = load_task(name)  # maybe another set of reviews, which the run may know how to read
-        if own := known.get(asked.name):
-            then, now = to_record(own), to_record(asked)
-            differs = [f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k != "path" and then[k] != now[k]]
-            if differs:
-                raise TinyldError(f"{self.path} was made for another task {own.name}: {'; '.join(differs)}")
+        asked = load_task(name)  # maybe another set of reviews, which the run knows how to read
+        own = known.get(asked.name)
+        if self.tasks and (own is not None or asked.asks not in [task.asks for task in self.tasks]):
+            before = own or self.tasks[0]
+            keys = KEPT if own else ("template", "verbalizer", "answer_tokens")
+            if differs := unlike(to_record(before), to_record(asked), keys):
+                raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
         return own or asked
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
@@ -108,6 +110,8 @@ class Run:
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 2, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
+        check(length >= 1, f"length must be at least 1, got {length}")
+        check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
         row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
         x = torch.tensor([row] * num, device=model.embedding.weight.device)
         answer_mask = torch.zeros_like(x, dtype=torch.bool)
@@ -192,9 +196,9 @@ def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]
 def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = input_columns(task), []
-    for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+    for i, text in enumerate([texts] if isinstance(texts, str | Mapping) else texts):
         if not isinstance(text, Mapping):
-            values = [text] if isinstance(text, str) else list(text)
+            values = list(text) if isinstance(text, list | tuple) else [text]
             check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
             text = dict(zip(columns, values, strict=True))
         rows.append((f"text {i + 1}", dict(text)))
@@ -239,15 +243,14 @@ class Runs:
         for name, run in self.runs.items():
             task, key = run.tasks[0], (name,)
             if run.push is not None and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
-                template, columns = task.template, list(task.columns.values())
-                for i, field in enumerate(task.columns):
-                    template = template.replace(f"{{{field}}}", f"{{{i}}}")
-                key = (id(run.base), template, *map(columns.index, columns))
+                key = (id(run.base), *task.reads)
             found.setdefault(key, []).append(name)
         return list(found.values())
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
-        columns, kept = input_columns(task), kept_columns(rows, task)
+        columns = input_columns(task)
+        examples_of([row for row in rows if not set(columns) <= set(row[1])], task)  # refuses them
+        kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
             runs = [self.runs[name] for name in names]
@@ -298,6 +301,7 @@ def load(
         several = Runs({"base": base, "device": device, "dtype": dtype})
         for each in path:
             several.add(each)
+        check(len(several.runs) > 0, "no run is given")
         return several
     path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)

@@ -165,6 +165,8 @@ def train_base(
     held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)
     unigram = unigram_nll(text.counts, held_out.counts)
     model = Denoiser(shape, torch_seeded(training.seed, 0))
+    if encoder is not None:
+        load_exactly(dict(model.named_parameters()), encoder.tensors, encoder.origin["folder"])
     with ExitStack() as stack:
         folder = processes.open_run(out, open_folder)
         stack.enter_context(folder.locked())
@@ -185,8 +187,6 @@ def train_base(
             config |= {"warm_start": encoder and encoder.origin, "environment": environment()}
             folder.write(TOKENIZER, tokenizer.to_json().encode())
             folder.write_json(CONFIG, config)
-        if encoder is not None:
-            load_exactly(dict(model.named_parameters()), encoder.tensors, out)
         model.to(device)
         say(
             f"{shape.num_parameters():,} parameters, {len(text.stream):,} tokens of text; "

@@ -21,6 +21,7 @@ from tinyld.options import ReportOptions
 from tinyld.runs import CONFIG, RESULTS, RunFolder
 from tinyld.statistics import interval, over_seeds
 from tinyld.tables import percent, print_table
+from tinyld.workspace import check_writable
 from tinyld.write import write_atomic
 
 Row = dict[str, Any]
@@ -37,6 +38,7 @@ TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and wha
 
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
+    check_writable(options.csv)
     rows = []
     for path in options.runs:
         inside = [path] if (path / CONFIG).exists() else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[
 # ---------------------------------------------------------------------------------------------- prompts, answers
 
 
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
+def cell(row: dict[str, Any], column: str, where: str) -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
     if column not in row:
         raise TinyldError(
@@ -155,7 +156,7 @@ def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
     fields: dict[str, str] = {}
     for column in dict.fromkeys(task.columns.values()):
         names = [name for name, own in task.columns.items() if own == column]
-        text = _cell(row, column, where)
+        text = cell(row, column, where)
         parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
         if len(parts) != len(names) or not all(parts):
             raise TinyldError(
@@ -167,14 +168,16 @@ def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
 
 def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
     """The rows' labels as ints: all of them names, or all of them numbers where the task's names are none."""
-    texts = [_cell(row, str(task.label_column), where) for where, row in rows]
+    texts = [cell(row, str(task.label_column), where) for where, row in rows]
     known = {name: i for i, name in enumerate(task.label_names)}
-    if texts[:1] != [] and texts[0] not in known and not any(name.isdigit() for name in known):
-        known = {str(i): i for i in range(len(known))}
+    allowed = ", ".join(known)
+    if not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
+        allowed += f", or all of them numbers from 0 to {len(known) - 1}"
+        if texts[:1] != [] and texts[0] not in known:
+            known = {str(i): i for i in range(len(known))}
     for (where, _), text in zip(rows, texts, strict=True):
         if text not in known:
-            names = ", ".join(f"{i} or {name}" for i, name in enumerate(task.label_names))
-            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {names}; all numbers or all names")
+            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {allowed}")
     return [known[text] for text in texts]
 
 
@@ -192,7 +195,7 @@ def load_split(
     rows = list(islice(read_rows(path), limit))
     prompts = _prompts(task, rows)
     if task.is_generation:
-        answers = [_cell(row, str(task.answer_column), where) for where, row in rows]
+        answers = [cell(row, str(task.answer_column), where) for where, row in rows]
         return [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
     answers = list(task.verbalizer.values())
     labels = _labels(task, rows)

@@ -48,7 +48,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
     RESULTS: {"eval": {"*": dict.fromkeys(("n", "accuracy", "low", "high", "nll_bound", "nll_stderr"), NUMBER)}}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": NUMBER, "dev_accuracy": NUMBER, "dev_nll_bound": NUMBER}),
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
-    | dict.fromkeys(("seconds", "log_sum"), NUMBER) | {"scaler": {"*": NUMBER}},
+    | dict.fromkeys(("seconds", "log_sum"), NUMBER) | {"scaler": {"*": NUMBER}, "log": str},
 }  # fmt: skip
 
 
@@ -228,30 +228,41 @@ class RunFolder:
         """Puts the finished log into the manifest."""
         self.write(METRICS, read_bytes(self.path / METRICS))
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run writes again."""
-        kept = [r for r in self.metrics() if r["step"] <= step]
-        write_atomic(self.path / METRICS, b"".join(to_json(r, None) for r in kept))
+    def rewind(self, step: int, log: str | None = None) -> None:
+        """Drops the checkpoints and the log's lines after `step`, which a resumed run writes again.
+
+        log: SHA-256 of the lines that stay; TinyldError where a log is there and they are others.
+        """
+        path = self.path / METRICS
+        kept = b"".join(to_json(r, None) for r in self.metrics() if r["step"] <= step)
+        if path.exists() and log not in (None, sha256(kept)):
+            raise TinyldError(
+                f"{path}: changed since step {step} was saved; put it back, or delete it to go on without"
+            )
+        self.remove_checkpoints(after=max(step, 0))
+        write_atomic(path, kept)
 
     # ---- checkpoints
 
     @property
     def _checkpoints(self) -> RunFolder:
-        return RunFolder(self.path / CHECKPOINTS)
+        path = self.path / CHECKPOINTS
+        if path.is_symlink():
+            raise TinyldError(f"{path}: is a link; put the folder itself in its place, or remove the link")
+        return RunFolder(path)
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> None:
         """Writes `checkpoints/<step>`, with the state's JSON as a tensor, then removes all but the newest `keep`."""
         import torch
 
-        folder = self._checkpoints
-        about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
         try:
-            if folder.path.is_symlink():
-                raise TinyldError(f"{folder.path}: cannot be written (it is a link)")
             with failing(self.path, "written"):
                 if (self.path / METRICS).exists():
                     sync(self.path / METRICS)
+                    state["log"] = sha256(read_bytes(self.path / METRICS))
+                folder = self._checkpoints
                 folder.path.mkdir(exist_ok=True)
+            about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
             folder.write_tensors(f"{step:08d}", {**tensors, "state": about})
         except TinyldError as error:
             raise TinyldError(f"{error}; {self.last_good()}") from None
@@ -261,7 +272,7 @@ class RunFolder:
     def last_good(self) -> str:
         """For an error: what can be gone on with."""
         found = self.checkpoints()
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
+        return f"the last good checkpoint is {found[-1]}" if found else "there is no good checkpoint"
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
@@ -314,4 +325,4 @@ class Spectator(RunFolder):
     def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path
 
-    write = write_tensors = remove = log = close_log = rewind_metrics = save_checkpoint = remove_checkpoints = _leave
+    write = write_tensors = remove = log = close_log = rewind = save_checkpoint = remove_checkpoints = _leave

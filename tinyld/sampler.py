@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyld.config import SampleConfig
+from tinyld.diffusion import all_finite
 
 SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
 
@@ -55,13 +56,14 @@ def decode(
         masked, real = masked[rows], attended[rows]
         length = int(real.any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
         masked, real = masked[:, :length], real[:, :length]
-        logits = denoiser(
+        given = denoiser(
             x[rows, :length],
             masked.sum(1) / inside[rows].sum(1),
             None if bool(real.all()) else real,
             prompt_mask[rows, :length],
             where=masked,
-        ).float()  # (N, V)
+        )  # (N, V)
+        logits = all_finite(given)
         logits[:, forbidden] = -torch.inf
         open_ended = torch.ones(len(rows), dtype=torch.bool, device=x.device)
         if eos_id is not None:

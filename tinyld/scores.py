@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import Estimate
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
-from tinyld.options import EvalOptions
+from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.peft import is_peft
 from tinyld.predict import Run, load, sampling_of
 from tinyld.progress import Progress
@@ -66,9 +67,10 @@ def eval(options: EvalOptions) -> list[Record]:
         return eval_text(options)
     sampling, say = sampling_of(options), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
-    check_writable(predictions)
+    check_writable(predictions, [data])
     records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else options.split
+    check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")
     for path in options.runs or [newest_run(("adapter", "composition"))]:
         run = load(path, options.base, options.device, options.dtype, options.base_dtype)
         named = options.task is not None or not run.tasks
@@ -110,8 +112,8 @@ def eval_text(options: EvalOptions) -> list[Record]:
 
     All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
     """
-    unread = ("task", "data", "limit", "predictions", "base_dtype")
-    given = [name for name in unread if getattr(options, name) is not None]
+    unread = {"task", "split", "data", "limit", "predictions", "base_dtype", *kinds(Sampling)}
+    given = [f.name for f in fields(options) if f.name in unread and getattr(options, f.name) != f.default]
     check(not given, f"--text measures running text; {', '.join(given)} has no effect on it")
     device, files = resolve_device(options.device), find_text_files(options.text)
 

@@ -44,7 +44,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for i, column in enumerate(columns):
         number = all(not NUMBERS.sub("", row[i]) for row in cells)
         justify = "right" if number and any(columns) else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=number)
+        table.add_column(escape(plain(column)), justify=justify, overflow="fold", no_wrap=number)
     for row in cells:
         table.add_row(*map(escape, row))
     console, needed = Console(), Console(width=1 << 20).measure(table)
@@ -66,6 +66,5 @@ def print_record(title: str, record: Mapping[str, Any]) -> None:
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The table as Markdown."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(plain(show(v)).replace("|", "\\|") for v in row) + " |" for row in rows]
-    return "\n".join(lines)
+    lines = ["| " + " | ".join(plain(show(v)).replace("|", "\\|") for v in row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])

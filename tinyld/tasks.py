@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import string
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,19 @@ class Task(TaskFile):
     @property
     def is_generation(self) -> bool:
         return not self.verbalizer
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What a run is asked, whatever the columns' names: the template with numbers for them."""
+        template, columns = self.template, list(self.columns.values())
+        for i, name in enumerate(self.columns):
+            template = template.replace(f"{{{name}}}", f"{{{i}}}")
+        return template, *map(columns.index, columns)
+
+    @property
+    def asks(self) -> tuple[Any, ...]:
+        """What a run learns: what it is asked, and the answers."""
+        return *self.reads, self.answer_tokens, *sorted(self.verbalizer.values())
 
     @property
     def label_counts(self) -> dict[str, dict[str, int]]:
@@ -230,11 +244,14 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     if not is_here:
         return task
     today = load_task(spec)
-    now = to_record(today)
-    changed = [f"{key} was {show(record[key])}, is {show(now[key])}" for key in KEPT if record[key] != now[key]]
-    if changed:
+    if changed := unlike(record, to_record(today)):
         raise TinyldError(
-            f"{where}: its task {name} has changed since then in {today.path}: {'; '.join(changed)}; "
+            f"{where}: its task {name} has changed since then in {today.path}: {changed}; "
             "put that back, or give the new task a name of its own"
         )
     return today
+
+
+def unlike(then: dict[str, Any], now: dict[str, Any], keys: Iterable[str] = KEPT) -> str:
+    """How two records of a task differ, in words."""
+    return "; ".join(f"{key} was {show(then[key])}, is {show(now[key])}" for key in keys if then[key] != now[key])

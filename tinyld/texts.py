@@ -90,6 +90,8 @@ def predict(options: PredictOptions) -> None:
     keep_freed_memory()
     sampling, say = sampling_of(options), say_to_stderr(options.quiet)
     paths, source = options.runs_and_input()
+    check(not (options.csv and options.json), "give --csv or --json, not both")
+    check(len(paths) > 1 or not options.decoded, "decoded is for several runs; one says what it would write anyway")
     if len(paths) == 1:
         run: Any = load(paths[0], options.base, options.device, options.dtype, task=options.task)
         task, bases = run.task_named(options.task), [run.base]
@@ -114,7 +116,7 @@ def predict(options: PredictOptions) -> None:
 def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """Writes records: to stdout at once, or to a file when all of them are there."""
     out = options.out
-    check_writable(out)
+    check_writable(out, [*options.runs])
     as_csv = options.csv or (out is not None and out.suffix == ".csv")
     table = out is None and not as_csv and not options.json and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
@@ -123,7 +125,7 @@ def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]]
 
     def write(records: list[dict[str, Any]]) -> None:
         if as_csv:
-            text = _csv(records, header)
+            text = _csv(records, header, str if out is not None else plain)  # a file keeps control characters
         elif table:
             text = "".join(map(_table_line, records))
         else:
@@ -140,7 +142,7 @@ def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]]
         write_atomic(out, "".join(whole).encode(errors="surrogatepass"))
 
 
-def _csv(records: Sequence[dict[str, Any]], header: list[str]) -> str:
+def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[object], str]) -> str:
     """Lines of CSV; every label's probability is a column, and of several runs each one's answer and its probability.
     `header` is filled by the first record."""
     flat = []
@@ -149,7 +151,7 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str]) -> str:
         row |= {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
         for name, found in record.get("tasks", {}).items():
             row |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
-        flat.append(row)
+        flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
     file = io.StringIO()
     if flat and not header:
         header += flat[0]

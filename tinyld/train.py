@@ -196,10 +196,10 @@ class TrainingRun:
 
     def go_on(self, from_step: int | None) -> None:
         """Takes up a checkpoint, if there is one, and removes what came after it."""
-        found = self.folder.load_checkpoint(from_step)
+        found, log = self.folder.load_checkpoint(from_step), None
         if found is not None:
             tensors, state = found
-            scaler, self.saved_step = state.pop("scaler"), state["step"]
+            scaler, log, self.saved_step = state["scaler"], state.get("log"), state["step"]
             for name in COUNTERS:
                 setattr(self, name, state[name])
             saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -208,8 +208,7 @@ class TrainingRun:
             if scaler:
                 self.scaler.load_state_dict(scaler)
         self.processes.meet()  # before process 0 removes what another may still read
-        self.folder.remove_checkpoints(after=max(self.saved_step, 0))
-        self.folder.rewind_metrics(self.saved_step)
+        self.folder.rewind(self.saved_step, log)
 
     def to_the_end(self) -> None:
         """Steps, log lines, evaluations and checkpoints until the budget is used up."""
@@ -297,8 +296,11 @@ class TrainingRun:
         self.check_finite()
         self.bar.doing("dev evaluation")
         self.model.eval()
-        with self.autocast():
-            self.metrics = self.evaluate()
+        try:
+            with self.autocast():
+                self.metrics = self.evaluate()
+        except TinyldError:
+            raise self.diverged("what the denoiser gives") from None
         self.model.train()
         self.bar.doing()
         for name, value in self.metrics.items():
@@ -324,4 +326,7 @@ class TrainingRun:
                 raise self.diverged(name)
 
     def diverged(self, what: str) -> TinyldError:
-        return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr")
+        """For an error; removes a checkpoint of these very parameters, from which nothing can go on."""
+        self.folder.remove_checkpoints(after=self.step - 1)
+        also = f", also with --resume {self.folder.path}" if self.folder.checkpoints() else ""
+        return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr{also}")

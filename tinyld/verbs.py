@@ -17,6 +17,7 @@ from tinyld.options import (
     Printed,
     SampleOptions,
 )  # fmt: skip
+from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_table
@@ -148,11 +149,12 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         method.merge(base.model)
     except ValueError as error:
         raise TinyldError(f"{run}: {error}") from None
+    tensors = finite(dict(base.model.named_parameters()), f"{run} in {base.path}")
     refuse_inside(out, [base.path])
     target = RunFolder.create(out, options.force)
     merged = RunFolder(base.path).config | {"merged": {"run": str(run), "base": base.fingerprint}}
     target.write_json(CONFIG, merged | {"environment": environment()})
-    save_base(target, base.model, dict(base.model.named_parameters()), base.tokenizer, torch.float32)
+    save_base(target, base.model, tensors, base.tokenizer, torch.float32)
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 

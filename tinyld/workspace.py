@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import tinyld
 from tinyld.errors import TinyldError, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, TOKENIZER, RunFolder
 
 RUNS = Path("runs")
 
@@ -43,7 +43,10 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
 
 def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int) -> None:
     if truncated:
-        say(f"{truncated:,} of {rows:,} rows are longer than the base's {max_length} tokens and were cut")
+        say(
+            f"{truncated:,} of {rows:,} rows are longer than the base's {max_length} tokens, or their answers than the "
+            "task's, and were cut; what stands next to the answer is kept"
+        )
 
 
 def newest_run(kinds: Sequence[str]) -> Path:
@@ -58,14 +61,23 @@ def newest_run(kinds: Sequence[str]) -> Path:
 def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
     """TinyldError when --force would remove a folder that the command reads."""
     for path in inputs:
-        if out.resolve() in (path.resolve(), *path.resolve().parents):
+        real = Path(os.path.realpath(path))
+        if Path(os.path.realpath(out)) in (real, *real.parents):
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
 
 
-def check_writable(path: Path | None) -> None:
-    """TinyldError, before any work, for a file that could not be written after it."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """TinyldError, before any work, for a file that could not be written after it, or that a run or `inputs` need."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")
+    both = [p for p in inputs if p is not None and os.path.exists(p) and os.path.exists(path)]
+    folder = RunFolder(path.parent)
+    if any(os.path.samefile(path, p) for p in both) or (
+        folder.is_run() and path.name in (MANIFEST, METRICS, *folder.files())
+    ):
+        raise TinyldError(f"{path}: cannot be written (it is an input or a file of a run); choose another name")
 
 
 # ------------------------------------------------------------------------------------------------ environment

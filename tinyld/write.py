@@ -97,10 +97,10 @@ def clear(folder: Path, ours: Iterable[str] = (), with_folder: bool = False) -> 
             folder.rmdir()
 
 
-def to_json(value: Any, indent: int | None = 2) -> bytes:
+def to_json(value: Any, indent: int | None = 2, ascii: bool = False) -> bytes:
     """JSON as it is written everywhere, with a line end; never a NaN."""
     try:
-        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(value, indent=indent, ensure_ascii=ascii, allow_nan=False) + "\n"
     except ValueError:
         raise TinyldError("a result is not a finite number, so nothing was written") from None
     return text.encode(errors="backslashreplace")  # half of a surrogate pair, of an undecodable path
