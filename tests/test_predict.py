@@ -23,11 +23,12 @@ from tinyld.cli import app
 from tinyld.data import Batch, TaskRows
 from tinyld.evaluate import Verbalizers
 from tinyld.model import Denoiser
-from tinyld.options import PretrainOptions
+from tinyld.options import EvalOptions, PretrainOptions
 from tinyld.predict import by_label, label_logp
 from tinyld.pretrain import pretrain
 from tinyld.rows import prompt_of
-from tinyld.runs import ADAPTER, RunFolder
+from tinyld.runs import ADAPTER, RESULTS, RunFolder
+from tinyld.scores import eval
 from tinyld.tasks import load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
     (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
     (place / "header.csv").write_text("text,label\n")
-    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad\nsun,it is good\n" * 5)
+    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad ||| so bad\nsun,it is good\n" * 5)
     for name in ("mood", "same", "tell"):
         tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
     return place
@@ -116,6 +117,18 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
         assert took == 1 + 3 + 2, "one for the first token, three for the second ones, two for what has not ended"
     record = by_label(torch.tensor([[0.0, 1.0]]), ["a", "b"])
     assert record["label"] == ["b"] and sum(record["probabilities"][0].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(place: Path) -> None:
+    found = RunFolder(place / "tell").read_json(RESULTS)["finetune"]
+    assert found["rows"] == 15 and found["dev_written"] == 10, "ten rows, five of them with two references"
+    assert 0 <= found["dev_rouge_l"] <= 1 and "dev_nll_bound" in found and "dev_accuracy" not in found
+    (record,) = eval(EvalOptions(runs=(place / "tell",), quiet=True))
+    assert record["rouge_l"] == pytest.approx(found["dev_rouge_l"])
+    kept = RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"]
+    assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
+    eval(EvalOptions(runs=(place / "tell",), quiet=True, sampler="ancestral"))
+    assert RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"] == kept, "decoded otherwise, so not kept"
 
 
 @pytest.mark.parametrize("name", ["mood", "reviewed"])

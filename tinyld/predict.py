@@ -124,7 +124,7 @@ class Run:
             model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written, sampling,
             eos_id=tokenizer.eos_id, watch=watch and steps,
         )  # fmt: skip
-        return texts(out), passes
+        return texts(out), int(passes.max())
 
 
 @torch.no_grad()

@@ -36,6 +36,16 @@ class Example:
     after: str  # prompt text behind it
     answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
     label: int | None  # index into `Task.labels`; None for a generation task
+    references: tuple[str, ...] = ()  # generation, where several texts are right: all of them, `answer` the first
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """Every answer that is right."""
+        return self.references or (self.answer,)
+
+    def each(self) -> list[Example]:
+        """An example for each right answer, to learn from all of them."""
+        return [replace(self, answer=text) for text in self.right]
 
 
 def bundled_data_dir() -> Path:
@@ -152,6 +162,15 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
     return text
 
 
+def _references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+    """The texts in a row's answer column: a JSON list of them, or one cell with ` ||| ` between."""
+    value = row.get(column)
+    parts = value if isinstance(value, list) else _cell(row, column, where).split(PAIR.strip())
+    if not parts:
+        raise TinyldError(f"{where}: column {show(column)} is an empty list; fill it in or delete the row")
+    return tuple(_cell({column: part}, column, where) for part in parts)
+
+
 def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
     """Template field -> text."""
     fields: dict[str, str] = {}
@@ -194,8 +213,11 @@ def load_split(
     rows = list(islice(read_rows(path), limit))
     prompts = _prompts(task, rows)
     if task.is_generation:
-        answers = [_cell(row, str(task.answer_column), where) for where, row in rows]
-        return [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        texts = [_references(row, str(task.answer_column), where) for where, row in rows]
+        return [
+            replace(prompt, answer=own[0], references=own if len(own) > 1 else ())
+            for prompt, own in zip(prompts, texts, strict=True)
+        ]
     answers = list(task.verbalizer.values())
     labels = _labels(task, rows)
     return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]

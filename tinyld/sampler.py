@@ -33,8 +33,8 @@ def decode(
     generator: torch.Generator | None = None,
     eos_id: int | None = None,
     watch: Any = None,
-) -> tuple[Tensor, int]:
-    """(ids, forward passes): x with its answer slots decoded from all [MASK], and [EOS] from a text's end on.
+) -> tuple[Tensor, Tensor]:
+    """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
     slot. The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch.
@@ -47,7 +47,7 @@ def decode(
     prompt_mask = attention_mask & ~answer_mask
     width = int(answer_mask.sum(1).max()) if len(x) else 0
     steps = config.steps or width
-    passes = 0
+    passes, step = torch.zeros(len(x), dtype=torch.long), 0
     while True:
         masked = (x == mask_id) & inside
         rows = masked.any(1).nonzero()[:, 0]
@@ -68,7 +68,7 @@ def decode(
         if eos_id is not None:
             open_ended = (inside[rows] == answer_mask[rows]).all(1)  # its end is not known yet
         choice = Candidates(logits, masked, open_ended, eos_id, config.temperature, generator)
-        tokens, ends = accept(choice, config, steps, passes, generator)
+        tokens, ends = accept(choice, config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
         for row, end in ends.nonzero().tolist():
             i = int(rows[row])
@@ -77,7 +77,8 @@ def decode(
             inside[i] &= ~rest
             rest[end] = False
             attended[i] &= ~rest
-        passes += 1
+        passes[rows.cpu()] += 1
+        step += 1
         if watch is not None:
             watch(x)
 

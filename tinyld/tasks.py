@@ -39,7 +39,8 @@ class TaskFile:
     verbalizer: dict[str, str] = field(default_factory=dict)  # label -> answer words; empty for a generation task
     columns: dict[str, str] = field(default_factory=dict)  # template field -> file column, where their names differ
     label_column: str | None = None  # else "label"
-    answer_column: str | None = None  # generation: the column that is the answer
+    # generation: the column that is the answer; several that are all right are a JSON list, or have ` ||| ` between
+    answer_column: str | None = None
     answer_tokens: int | None = None  # generation: width of the answer slot in tokens; else 32
     rows_from: str | None = None  # generation: the label task whose text it writes
     splits: tuple[str, ...] = ()  # of a built-in task
