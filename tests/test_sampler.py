@@ -269,7 +269,10 @@ def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: 
 
 
 BAD = [
-    ({"sampler": "greedy"}, "sampler must be one of low_confidence, threshold, entropy, ancestral, got 'greedy'"),
+    (
+        {"sampler": "greedy"},
+        "sampler must be one of low_confidence, threshold, klass, entropy, ancestral, got 'greedy'",
+    ),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"temperature": -0.1}, "temperature must be at least 0"),
     ({"threshold": 0.0}, "threshold must be"),

@@ -48,12 +48,13 @@ def decode(
     width = int(answer_mask.sum(1).max()) if len(x) else 0
     steps = config.steps or width
     passes, step = torch.zeros(len(x), dtype=torch.long), 0
+    last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while True:
         masked = (x == mask_id) & inside
         rows = masked.any(1).nonzero()[:, 0]
         if len(rows) == 0:
             return x, passes
-        masked, real = masked[rows], attended[rows]
+        whole, masked, real = masked, masked[rows], attended[rows]
         length = int(real.any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
         masked, real = masked[:, :length], real[:, :length]
         logits = denoiser(
@@ -64,10 +65,14 @@ def decode(
             where=masked,
         ).float()  # (N, V)
         logits[:, forbidden] = -torch.inf
-        open_ended = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+        open_ended = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
         if eos_id is not None:
             open_ended = (inside[rows] == answer_mask[rows]).all(1)  # its end is not known yet
         choice = Candidates(logits, masked, open_ended, eos_id, config.temperature, generator)
+        if config.sampler == "klass":
+            if last is not None:
+                choice.moved = choice.spread(divergence(choice.logp, last[1][whole[last[0]]]), torch.inf)
+            last = whole, choice.logp
         tokens, ends = accept(choice, config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
         for row, end in ends.nonzero().tolist():
@@ -97,25 +102,40 @@ class Candidates:
     ):
         """logits: (N, V) at the N positions of masked (B, L), row by row; open_ended: (B,)."""
         self.masked = masked
-        zeros = torch.zeros(masked.shape, device=logits.device)
-        hazard = zeros
+        self.logp = logp = logits.log_softmax(-1)
+        end = torch.zeros_like(logp[:, 0])
         if eos_id is not None:
-            hazard = zeros.masked_scatter(masked, logits.softmax(-1)[:, eos_id]) * open_ended[:, None]
-            logits[:, eos_id] = -torch.inf
-        logp = logits.log_softmax(-1)
-        entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+            end = logp[:, eos_id].exp().clamp(max=1 - 1e-6)
+            logp[:, eos_id] = -torch.inf
         if temperature == 0:
             best, token = logp.max(-1)
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
             best = logp.gather(1, token[:, None])[:, 0]
-        stays = (1.0 - hazard).clamp(min=1e-9).log().cumsum(1)
-        self.comes_so_far = (stays - (1.0 - hazard).clamp(min=1e-9).log()).exp()  # S_j, before j's own chance to end
-        self.token = torch.zeros(masked.shape, dtype=torch.long, device=logits.device).masked_scatter(masked, token)
+        hazard = self.spread(end) * open_ended[:, None]
+        stays = torch.log1p(-hazard).cumsum(1)
+        self.comes_so_far = (stays - torch.log1p(-hazard)).exp()  # S_j, before j's own chance to end
+        self.token = self.spread(token)
         self.survives = stays.exp() * masked  # that there is a token at j and not an end before or at it
-        self.confidence = zeros.masked_scatter(masked, best.exp()) * self.survives
-        self.entropy = torch.full_like(zeros, torch.inf).masked_scatter(masked, entropy)
+        self.confidence = self.spread(best.exp() / (1 - end)) * self.survives
         self.end_confidence = self.comes_so_far * hazard
+        self.moved: Tensor | None = None  # klass: how far each distribution is from that of the last pass
+
+    def spread(self, values: Tensor, elsewhere: float = 0) -> Tensor:
+        """(N,) values at the masked positions -> (B, L)."""
+        return (
+            torch.full(self.masked.shape, elsewhere, dtype=values.dtype).to(values).masked_scatter(self.masked, values)
+        )
+
+    def entropy(self) -> Tensor:
+        """Nats that each position leaves open."""
+        p = self.logp.softmax(-1)
+        return self.spread(-(p * p.clamp(min=1e-30).log()).sum(-1), torch.inf)
+
+
+def divergence(logp: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) of each pair of rows, (N,), from log-probabilities."""
+    return (logp.exp() * (logp.clamp(min=-1e4) - other.clamp(min=-1e4))).sum(-1)
 
 
 def accept(
@@ -127,6 +147,8 @@ def accept(
 
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
+    - klass (arXiv 2511.05664): of those whose confidence is at least `threshold` all that moved by less than `kl` nats
+      since the last pass.
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): first a length, then each position with the schedule's chance, in no order.
@@ -145,13 +167,17 @@ def accept(
         tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
     else:
         if config.sampler == "entropy":
-            order = choice.entropy.argsort(1)
-            rising = choice.entropy.gather(1, order)
+            entropy = choice.entropy()
+            order = entropy.argsort(1)
+            rising = entropy.gather(1, order)
             open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
-            tokens = torch.zeros_like(masked).scatter(1, order, open_before <= config.threshold)
+            tokens = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough)
             tokens &= masked & (choice.survives > 0.5)
+        elif config.sampler == "klass":
+            stable = torch.zeros_like(masked) if choice.moved is None else choice.moved <= config.kl
+            tokens = masked & stable & (confidence >= config.enough)
         elif config.sampler == "threshold":
-            tokens = masked & (confidence >= config.threshold)
+            tokens = masked & (confidence >= config.enough)
         else:
             count = torch.ceil(masked.sum(1) / (steps - step))
             best = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
