@@ -26,7 +26,7 @@ from tinyld.model import Denoiser
 from tinyld.options import EvalOptions, PretrainOptions
 from tinyld.predict import by_label, label_logp
 from tinyld.pretrain import pretrain
-from tinyld.rows import prompt_of
+from tinyld.rows import GAPS, prompt_of
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
 from tinyld.tasks import load_task
@@ -129,6 +129,18 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
     assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
     eval(EvalOptions(runs=(place / "tell",), quiet=True, sampler="ancestral"))
     assert RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"] == kept, "decoded otherwise, so not kept"
+
+
+def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
+    tinyld.finetune(place / "text.txt", base=place / "base", out="fill", limit=20, **QUICK)
+    found = RunFolder(Path("fill")).read_json(RESULTS)["finetune"]
+    assert found["rows"] == 20 * GAPS and "dev_rouge_l" in found
+    one, other, empty = records("fill", text="the rain ____ sun .\n____ and the sea\n\n")
+    assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
+    assert empty["filled"] == "" and "label" not in one
+    assert cli("fill", "--text", "the rain").stderr.endswith("-: line 1: 0 gaps in the text; mark one with ____\n")
+    (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
+    assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
 
 
 @pytest.mark.parametrize("name", ["mood", "reviewed"])
@@ -333,7 +345,7 @@ def test_another_task_of_the_same_name_is_refused_with_the_difference(place: Pat
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
         ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
-        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold or entropy"),
+        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold, klass, entropy"),
         ("nowhere", "rain", 1, "no run in nowhere"),
     ],
 )

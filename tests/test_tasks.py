@@ -12,6 +12,7 @@ import pytest
 
 from tinyld import rows, tasks
 from tinyld.errors import TinyldError, UsageError
+from tinyld.rows import GAPS, to_learn
 from tinyld.tasks import (
     Example,
     builtin_names,
@@ -161,6 +162,38 @@ def test_references_that_are_none_are_refused(tmp_path: Path, reply: str) -> Non
         TinyldError, match=r"a.jsonl: line 1: column 'reply' (is empty|is an empty list|must hold text)"
     ):
         load_split(task, "dev", file=rows_file(tmp_path, "a.jsonl", f'{{"label": "x", "reply": {reply}}}'))
+
+
+INFILL = 'template = "{text}"\nanswer_tokens = 6\n[data]\ntrain = "texts.txt"\n'
+
+
+def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
+    lines = ["the rain fell on the town all day", "sun", "a form ____ with a _____ gap"]
+    rows_file(tmp_path, "texts.txt", "\n\n".join(lines))
+    task = user_task(tmp_path, INFILL)
+    assert (task.is_infill, task.is_generation, task.answer_tokens, task.labels) == (True, True, 6, ())
+    examples = load_split(task, "train")
+    whole = [" ".join(f"{e.before} {e.answer} {e.after}".split()) for e in examples]
+    assert whole == [lines[0], "sun", "a form with a gap"]
+    assert all(1 <= len(e.answer.split()) <= 3 for e in examples), "half as many words as the answer has tokens"
+    assert examples == load_split(task, "train"), "the gaps of a text are always the same"
+    learnt = to_learn(task, examples)
+    assert len(learnt) == GAPS * 3 and len({(e.before, e.after) for e in learnt[:GAPS]}) > 1
+    assert {len(e.answer.split()) for e in examples[0].cut(200, 3)} == {1, 2, 3}
+    assert (
+        {e.before == "" for e in examples[0].cut(200, 3)}
+        == {e.after == "" for e in examples[0].cut(200, 3)}
+        == {True, False}
+    )
+
+
+def test_a_gap_is_asked_for_where_it_is_marked(tmp_path: Path) -> None:
+    task = user_task(tmp_path, INFILL)
+    assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)
+    assert prompt_of(task, {"text": "_____"}, "") == Example("", "", "", None)
+    for text, count in (("the rain", 0), ("a ____ b ___ c", 2)):
+        with pytest.raises(UsageError, match=f"line 3: {count} gaps in the text; mark one with ____"):
+            prompt_of(task, {"text": text}, "line 3")
 
 
 def test_webnlg_has_its_official_rows_and_several_references() -> None:

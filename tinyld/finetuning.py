@@ -36,6 +36,7 @@ from tinyld.methods.bands import BAND_EDGES
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
+from tinyld.rows import to_learn
 from tinyld.runs import ADAPTER, CONFIG, INITIAL, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Noising, Objective, TrainingRun
@@ -112,7 +113,7 @@ def _train(
         read_split(task, split, folder_of_rows, limit, data["held_out"])
         for split, limit in (("train", data["limit"]), ("dev", None))
     ]
-    examples[0] = [own for example in examples[0] for own in example.each()]
+    examples[0] = to_learn(task, examples[0])
     base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"])
     if resume:
         check_base(config, base, out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
+import random
+import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +29,8 @@ TABLES: dict[str, dict[str, Any]] = {  # how csv reads each; in a TSV a quote is
     ".csv": {"delimiter": ",", "strict": True},
 }
 SUFFIXES = (*TABLES, ".jsonl")
+GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
+GAPS = 4  # that training makes in each text
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
 
 
@@ -46,6 +50,17 @@ class Example:
     def each(self) -> list[Example]:
         """An example for each right answer, to learn from all of them."""
         return [replace(self, answer=text) for text in self.right]
+
+    def cut(self, n: int, longest: int) -> list[Example]:
+        """n examples of the same text, each with a gap of 1 to `longest` words where the text itself decides."""
+        words = f"{self.before} {self.answer} {self.after}".split()
+        rng = random.Random(" ".join(words))
+        spans = []
+        for _ in range(n):
+            length = rng.randint(1, max(1, min(longest, len(words) - 1)))
+            start = rng.randrange(len(words) - length + 1)
+            spans.append((words[:start], words[start + length :], words[start : start + length]))
+        return [Example(*map(" ".join, span), None) for span in spans]
 
 
 def bundled_data_dir() -> Path:
@@ -98,10 +113,11 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
         raise TinyldError(f"no {split} rows of {task.name}: {error}; {way_out}") from None
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank."""
+def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank. With `lines` also of
+    a .txt file, whose lines are the column `text`."""
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in SUFFIXES and not (lines and suffix == ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
     text = read_text(path, ROWS_BYTES)
     if not text.strip():
@@ -112,7 +128,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}: line {number}"
-            yield where, as_object(parse_json(line, where), where)
+            yield where, {"text": line} if suffix == ".txt" else as_object(parse_json(line, where), where)
 
 
 def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -210,7 +226,11 @@ def load_split(
     check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
     check_choice("split", split, SPLITS)
     path = file if file is not None else find_file(task, split, data)
-    rows = list(islice(read_rows(path), limit))
+    rows = list(islice(read_rows(path, task.is_infill), limit))
+    if task.is_infill:
+        (column,) = task.columns.values()
+        texts = [GAP.sub(" ", _cell(row, column, where)) for where, row in rows]
+        return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
     prompts = _prompts(task, rows)
     if task.is_generation:
         texts = [_references(row, str(task.answer_column), where) for where, row in rows]
@@ -223,6 +243,16 @@ def load_split(
     return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
 
 
+def _longest(task: Task) -> int:
+    """Words of a gap, at most: so many fit the answer's tokens nearly always."""
+    return max(1, task.answer_tokens // 2)
+
+
+def to_learn(task: Task, examples: Sequence[Example]) -> list[Example]:
+    """What training reads: every right answer; of a text that is filled, several gaps."""
+    return [own for e in examples for own in (e.cut(GAPS, _longest(task)) if task.is_infill else e.each())]
+
+
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     """An example without an answer, of a row that needs no label: what `predict` asks."""
     return _prompts(task, [(where, row)])[0]
@@ -233,6 +263,11 @@ def _prompts(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Exa
     if task.is_generation and task.label_column is not None:  # its label is a part of the prompt
         for row, label in zip(fields, _labels(task, rows), strict=True):
             row["label"] = task.label_names[label]
+    if task.is_infill:
+        halves = [GAP.split(text) for row in fields for text in row.values()]
+        for (where, _), parts in zip(rows, halves, strict=True):
+            check(len(parts) == 2, f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
+        return [Example(before.strip(), after.strip(), "", None) for before, after in halves]
     return [Example(*_fill(task.template, row), "", None) for row in fields]
 
 
