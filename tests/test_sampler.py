@@ -67,6 +67,8 @@ CONFIGS = [
     SampleConfig(sampler="threshold"),
     SampleConfig(sampler="threshold", threshold=0.05, temperature=1.0),
     SampleConfig(sampler="threshold", threshold=1.0, steps=2),
+    SampleConfig(sampler="klass", threshold=0.05, kl=1.0),
+    SampleConfig(sampler="entropy", threshold=4.0),
     SampleConfig(sampler="ancestral"),
     SampleConfig(sampler="ancestral", steps=3, temperature=1.0, schedule="cosine"),
     SampleConfig(sampler="ancestral", steps=40, temperature=1.0),
@@ -213,6 +215,42 @@ def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
         assert torch.equal(written, expected)
         kinds.add(int(expected.sum()))
     assert len(seen) > 1 or len(kinds) == 1
+
+
+def test_klass_waits_until_a_distribution_has_settled(tokenizer: Tokenizer) -> None:
+    """The last position is sure, each time of another word; the first pass has none before it to compare with."""
+    batch = rows(tokenizer, [5])
+    last = int(batch[1][0].nonzero()[-1])
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = torch.zeros(*x.shape, 8)
+        logits[..., 6] = 9.0
+        logits[:, last, 5:] = torch.tensor([0.0, 7.0, 0.0] if len(recording.masked) % 2 else [0.0, 0.0, 7.0])
+        return logits[where]
+
+    for sampler, masked in (("klass", [5, 4, 1]), ("threshold", [5])):
+        recording = Recording(denoiser)
+        decode(recording, *batch, MASK, FORBIDDEN, SampleConfig(sampler, threshold=0.5))
+        assert [counts[0] for counts in recording.masked] == masked
+    recording = Recording(denoiser)
+    decode(recording, *batch, MASK, FORBIDDEN, SampleConfig("klass", threshold=0.5, kl=99.0))
+    assert [counts[0] for counts in recording.masked] == [5, 4], "however far they moved"
+
+
+@pytest.mark.parametrize(("nats", "masked"), [(0.5, [6, 5, 4, 3, 2, 1]), (1.0, [6, 4, 2]), (1.5, [6, 3]), (9.0, [6])])
+def test_entropy_leaves_as_many_nats_open_together_as_it_may(
+    tokenizer: Tokenizer, nats: float, masked: list[int]
+) -> None:
+    """Two words to choose from at each position: 0.69 nats; one of those that are written does not count."""
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = torch.full((*x.shape, 8), -30.0)
+        logits[..., 6:] = 0.0
+        return logits[where]
+
+    recording = Recording(denoiser)
+    decode(recording, *rows(tokenizer, [6]), MASK, FORBIDDEN, SampleConfig("entropy", threshold=nats))
+    assert [counts[0] for counts in recording.masked] == masked
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -18,6 +18,7 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.diffusion import SCHEDULES
 
+LEAST = 1  # tokens that a pass writes, the most confident, whether or not they are sure
 SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
 
 
@@ -166,28 +167,24 @@ def accept(
     elif config.steps is not None and step + 1 >= steps:
         tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
     else:
+        least = LEAST
         if config.sampler == "entropy":
             entropy = choice.entropy()
             order = entropy.argsort(1)
             rising = entropy.gather(1, order)
             open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
-            tokens = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough)
-            tokens &= masked & (choice.survives > 0.5)
-        elif config.sampler == "klass":
-            stable = torch.zeros_like(masked) if choice.moved is None else choice.moved <= config.kl
-            tokens = masked & stable & (confidence >= config.enough)
-        elif config.sampler == "threshold":
-            tokens = masked & (confidence >= config.enough)
+            sure = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough) & (choice.survives > 0.5)
+        elif config.sampler == "low_confidence":
+            sure, least = torch.zeros_like(masked), torch.ceil(masked.sum(1, keepdim=True) / (steps - step))
         else:
-            count = torch.ceil(masked.sum(1) / (steps - step))
-            best = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
-            tokens = masked & (best < count[:, None])
+            sure = confidence >= config.enough
+            if config.sampler == "klass":
+                sure &= False if choice.moved is None else choice.moved <= config.kl
+        rank = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
+        tokens = masked & (sure | (rank < least))
         first = masked & (masked.cumsum(1) == 1)
         over = (first & (choice.end_confidence > 0.5)).any(1)  # all before is written, and it ends rather than goes on
         at = torch.where(over, first.int().argmax(1), at)
         ends_now = over | ((end >= SURE) & (end > 0))
-        most = confidence.masked_fill(~masked, -1.0).argmax(1)
-        none = ~tokens.any(1) & ~ends_now
-        tokens |= torch.zeros_like(masked).scatter(1, most[:, None], none[:, None])
     ends = torch.zeros_like(masked).scatter(1, at[:, None], ends_now[:, None]) & masked
     return tokens & ~(ends.cumsum(1) > 0), ends  # from the end on nothing is written
