@@ -89,15 +89,14 @@ def test_every_rate_is_tried_once_and_the_best_on_dev_gets_the_other_seeds(tmp_p
     assert grid(tmp_path, again).run() == rows and again.ran == [], "the same command again runs nothing"
 
 
-def test_a_generation_task_goes_by_its_nats_and_is_written_in_one_pass(tmp_path: Path) -> None:
+def test_a_generation_task_goes_by_its_nats(tmp_path: Path) -> None:
     trainer = Trainer()
     rows = grid(tmp_path, trainer, ("write", "reviews")).run()
     assert [row["lr"] for row in rows[:3]] == [2e-3] * 3
     row = next(row for row in aggregate(rows) if row["task"] == "write")
     assert row["nats"] == pytest.approx(0.7) and row["nats_half"] == pytest.approx(0.196)
     assert row["accuracy"] is row["low"] is row["of_full"] is row["unreadable"] is None
-    asked = {Path(c[1]).name.partition("_")[0]: "--steps" in c for c in trainer.ran if c[0] == "eval"}
-    assert asked == {"write": True, "reviews": False}
+    assert not any("--steps" in c for c in trainer.ran if c[0] == "eval"), "written as users write"
 
 
 def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_denoiser_that_knows_nothing_has_the_bound_log_v(
 def test_answers_of_several_tokens_are_decoded_and_scored(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 30, lambda i: i % 3)
     found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer)
-    assert rows.slot == 3 and found.forward_passes == 3
+    assert rows.slot == 3 and found.passes_per_row == 2, "two words; three, and one, whose end is sure at once: one"
     assert (found.accuracy, found.scored_accuracy, found.macro_f1, found.masked_acc) == (1, 1, 1, 1)
     assert {text for _, _, text in found.predictions} == set(SEVERAL.values())
 
@@ -259,6 +259,20 @@ def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenize
     record = evaluate(model, rows, tokenizer).record()
     assert not {"accuracy", "low", "high", "unreadable", "macro_f1", "scored_accuracy"} & set(record)
     assert record["nll_bound"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.1)  # an untrained denoiser
-    assert record["n"] == 4
+    assert record["n"] == 4 and 0 <= record["rouge_l"] < 1 and "exact_match" in record
     scored = evaluate(model, rows, tokenizer, answer=False)
-    assert scored.forward_passes == 0 and scored.record()["nll_bound"] == record["nll_bound"], "nothing is written"
+    assert scored.passes_per_row == 0 and scored.record()["nll_bound"] == record["nll_bound"], "nothing is written"
+
+
+def test_written_texts_are_scored_beside_all_their_references(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tale.toml").write_text('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n')
+    task = load_task(str(tmp_path / "tale.toml"))
+    right = ("a bad plot", "The film was bad.")
+    examples = [Example("Film :", "", right[0], None, right), Example("The music :", "", "it was dull", None)]
+    rows = TaskRows(examples, task, tokenizer, 48)
+    second = [*tokenizer.encode("the film was bad."), tokenizer.eos_id]
+    model = oracle(rows, tokenizer, lambda i, gold: [*second, *gold][:8] if i == 0 else gold)
+    found = evaluate(model, rows, tokenizer)
+    assert found.texts["exact_match"] == 1 and found.texts["names_held"] == 1  # of Film
+    assert found.predictions[0][1:] == ("a bad plot ||| The film was bad.", "the film was bad.")
+    assert found.record()["rouge_l"] == 1 and 1 <= found.passes_per_row <= 6

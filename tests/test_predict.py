@@ -23,11 +23,12 @@ from tinyld.cli import app
 from tinyld.data import Batch, TaskRows
 from tinyld.evaluate import Verbalizers
 from tinyld.model import Denoiser
-from tinyld.options import PretrainOptions
+from tinyld.options import EvalOptions, PretrainOptions
 from tinyld.predict import by_label, label_logp
 from tinyld.pretrain import pretrain
-from tinyld.rows import prompt_of
-from tinyld.runs import ADAPTER, RunFolder
+from tinyld.rows import GAPS, prompt_of
+from tinyld.runs import ADAPTER, RESULTS, RunFolder
+from tinyld.scores import eval
 from tinyld.tasks import load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
     (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
     (place / "header.csv").write_text("text,label\n")
-    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad\nsun,it is good\n" * 5)
+    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad ||| so bad\nsun,it is good\n" * 5)
     for name in ("mood", "same", "tell"):
         tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
     return place
@@ -116,6 +117,30 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
         assert took == 1 + 3 + 2, "one for the first token, three for the second ones, two for what has not ended"
     record = by_label(torch.tensor([[0.0, 1.0]]), ["a", "b"])
     assert record["label"] == ["b"] and sum(record["probabilities"][0].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(place: Path) -> None:
+    found = RunFolder(place / "tell").read_json(RESULTS)["finetune"]
+    assert found["rows"] == 15 and found["dev_written"] == 10, "ten rows, five of them with two references"
+    assert 0 <= found["dev_rouge_l"] <= 1 and "dev_nll_bound" in found and "dev_accuracy" not in found
+    (record,) = eval(EvalOptions(runs=(place / "tell",), quiet=True))
+    assert record["rouge_l"] == pytest.approx(found["dev_rouge_l"])
+    kept = RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"]
+    assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
+    eval(EvalOptions(runs=(place / "tell",), quiet=True, sampler="ancestral"))
+    assert RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"] == kept, "decoded otherwise, so not kept"
+
+
+def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
+    tinyld.finetune(place / "text.txt", base=place / "base", out="fill", limit=20, **QUICK)
+    found = RunFolder(Path("fill")).read_json(RESULTS)["finetune"]
+    assert found["rows"] == 20 * GAPS and "dev_rouge_l" in found
+    one, other, empty = records("fill", text="the rain ____ sun .\n____ and the sea\n\n")
+    assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
+    assert empty["filled"] == "" and "label" not in one
+    assert cli("fill", "--text", "the rain").stderr.endswith("-: line 1: 0 gaps in the text; mark one with ____\n")
+    (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
+    assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
 
 
 @pytest.mark.parametrize("name", ["mood", "reviewed"])
@@ -332,7 +357,7 @@ def test_another_task_of_the_same_name_is_refused_with_the_difference(place: Pat
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
         ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
-        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold or entropy"),
+        ("{place}/mood --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold, klass, entropy"),
         ("nowhere", "rain", 1, "no run in nowhere"),
     ],
 )

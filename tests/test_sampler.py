@@ -66,6 +66,8 @@ CONFIGS = [
     SampleConfig(sampler="threshold"),
     SampleConfig(sampler="threshold", threshold=0.05, temperature=1.0),
     SampleConfig(sampler="threshold", threshold=1.0, steps=2),
+    SampleConfig(sampler="klass", threshold=0.05, kl=1.0),
+    SampleConfig(sampler="entropy", threshold=4.0),
     SampleConfig(sampler="ancestral"),
     SampleConfig(sampler="ancestral", steps=3, temperature=1.0),
     SampleConfig(sampler="ancestral", steps=40, temperature=1.0),
@@ -88,7 +90,7 @@ def test_every_slot_is_filled_and_nothing_else_is_touched(
     assert torch.equal(x, before), "the input is not changed in place"
     assert torch.equal(out[~answer_mask], x[~answer_mask])
     assert not torch.isin(out[answer_mask], torch.tensor(FORBIDDEN)).any()
-    assert 1 <= passes <= (sampling.steps or 8)
+    assert (1 <= passes).all() and (passes <= (sampling.steps or 8)).all()
 
 
 @pytest.mark.parametrize("sampling", CONFIGS, ids=name_of)
@@ -205,6 +207,42 @@ def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
     assert len(seen) > 1 or len(kinds) == 1
 
 
+def test_klass_waits_until_a_distribution_has_settled(tokenizer: Tokenizer) -> None:
+    """The last position is sure, each time of another word; the first pass has none before it to compare with."""
+    batch = rows(tokenizer, [5])
+    last = int(batch[1][0].nonzero()[-1])
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = torch.zeros(*x.shape, 8)
+        logits[..., 6] = 9.0
+        logits[:, last, 5:] = torch.tensor([0.0, 7.0, 0.0] if len(recording.masked) % 2 else [0.0, 0.0, 7.0])
+        return logits[where]
+
+    for sampler, masked in (("klass", [5, 4, 1]), ("threshold", [5])):
+        recording = Recording(denoiser)
+        decode(recording, *batch, MASK, FORBIDDEN, SampleConfig(sampler, threshold=0.5))
+        assert [counts[0] for counts in recording.masked] == masked
+    recording = Recording(denoiser)
+    decode(recording, *batch, MASK, FORBIDDEN, SampleConfig("klass", threshold=0.5, kl=99.0))
+    assert [counts[0] for counts in recording.masked] == [5, 4], "however far they moved"
+
+
+@pytest.mark.parametrize(("nats", "masked"), [(0.5, [6, 5, 4, 3, 2, 1]), (1.0, [6, 4, 2]), (1.5, [6, 3]), (9.0, [6])])
+def test_entropy_leaves_as_many_nats_open_together_as_it_may(
+    tokenizer: Tokenizer, nats: float, masked: list[int]
+) -> None:
+    """Two words to choose from at each position: 0.69 nats; one of those that are written does not count."""
+
+    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
+        logits = torch.full((*x.shape, 8), -30.0)
+        logits[..., 6:] = 0.0
+        return logits[where]
+
+    recording = Recording(denoiser)
+    decode(recording, *rows(tokenizer, [6]), MASK, FORBIDDEN, SampleConfig("entropy", threshold=nats))
+    assert [counts[0] for counts in recording.masked] == masked
+
+
 def test_ancestral_leaves_as_much_masked_as_t_says(tokenizer: Tokenizer) -> None:
     recording = Recording(lambda x, t, attention, prompt, where: torch.zeros(int(where.sum()), 8))
     steps, width, n = 4, 36, 400
@@ -240,14 +278,14 @@ def test_rows_decoded_together_equal_rows_decoded_alone(
 
 def test_rows_that_are_done_leave_the_batch(lively: Denoiser, tokenizer: Tokenizer) -> None:
     recording = Recording(lively)
-    decode(recording, *rows(tokenizer, [1, 3, 2]), MASK, FORBIDDEN, SampleConfig())
-    assert recording.masked == [[1, 3, 2], [2, 1], [1]]
+    _, passes = decode(recording, *rows(tokenizer, [1, 3, 2]), MASK, FORBIDDEN, SampleConfig())
+    assert recording.masked == [[1, 3, 2], [2, 1], [1]] and passes.tolist() == [1, 3, 2]
 
 
 def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: Tokenizer) -> None:
     x, answer_mask, attention_mask = rows(tokenizer, [2, 3])
     out, passes = decode(lively, x, torch.zeros_like(answer_mask), attention_mask, MASK, FORBIDDEN, SampleConfig())
-    assert torch.equal(out, x) and passes == 0
+    assert torch.equal(out, x) and not passes.any()
 
 
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold"])

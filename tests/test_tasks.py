@@ -12,6 +12,7 @@ import pytest
 
 from tinyld import rows, tasks
 from tinyld.errors import TinyldError, UsageError
+from tinyld.rows import GAPS, to_learn
 from tinyld.tasks import (
     Example,
     builtin_names,
@@ -136,6 +137,71 @@ def test_a_generation_task_of_the_user_reads_its_answer_from_a_column(tmp_path: 
     task = user_task(tmp_path, toml)
     assert (task.is_generation, task.labels, task.answer_tokens, task.metric) == (True, (), 8, "nll")
     assert load_split(task, "train") == [Example("hello :", "", "good day", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "label,reply\nhello,good day ||| hi there\n"),
+        ("a.jsonl", '{"label": "hello", "reply": ["good day", " hi  there"]}\n'),
+        ("a.jsonl", '{"label": "hello", "reply": "good day|||hi there"}\n'),
+    ],
+)
+def test_a_row_may_have_several_references(tmp_path: Path, name: str, content: str) -> None:
+    task = user_task(tmp_path, 'template = "{label} : {answer}"\nanswer_column = "reply"\n')
+    (example,) = load_split(task, "train", file=rows_file(tmp_path, name, content))
+    assert example == Example("hello :", "", "good day", None, ("good day", "hi there"))
+    assert [(e.before, e.answer) for e in example.each()] == [("hello :", "good day"), ("hello :", "hi there")]
+    assert Example("a", "b", "c", 0).each() == [Example("a", "b", "c", 0)]
+
+
+@pytest.mark.parametrize("reply", ["[]", '["a", ""]', '["a", ["b"]]', '"a ||| "', "[[1]]", "null"])
+def test_references_that_are_none_are_refused(tmp_path: Path, reply: str) -> None:
+    task = user_task(tmp_path, 'template = "{label} : {answer}"\nanswer_column = "reply"\n')
+    with pytest.raises(
+        TinyldError, match=r"a.jsonl: line 1: column 'reply' (is empty|is an empty list|must hold text)"
+    ):
+        load_split(task, "dev", file=rows_file(tmp_path, "a.jsonl", f'{{"label": "x", "reply": {reply}}}'))
+
+
+INFILL = 'template = "{text}"\nanswer_tokens = 6\n[data]\ntrain = "texts.txt"\n'
+
+
+def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
+    lines = ["the rain fell on the town all day", "sun", "a form ____ with a _____ gap"]
+    rows_file(tmp_path, "texts.txt", "\n\n".join(lines))
+    task = user_task(tmp_path, INFILL)
+    assert (task.is_infill, task.is_generation, task.answer_tokens, task.labels) == (True, True, 6, ())
+    examples = load_split(task, "train")
+    whole = [" ".join(f"{e.before} {e.answer} {e.after}".split()) for e in examples]
+    assert whole == [lines[0], "sun", "a form with a gap"]
+    assert all(1 <= len(e.answer.split()) <= 3 for e in examples), "half as many words as the answer has tokens"
+    assert examples == load_split(task, "train"), "the gaps of a text are always the same"
+    learnt = to_learn(task, examples)
+    assert len(learnt) == GAPS * 3 and len({(e.before, e.after) for e in learnt[:GAPS]}) > 1
+    assert {len(e.answer.split()) for e in examples[0].cut(200, 3)} == {1, 2, 3}
+    assert (
+        {e.before == "" for e in examples[0].cut(200, 3)}
+        == {e.after == "" for e in examples[0].cut(200, 3)}
+        == {True, False}
+    )
+
+
+def test_a_gap_is_asked_for_where_it_is_marked(tmp_path: Path) -> None:
+    task = user_task(tmp_path, INFILL)
+    assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)
+    assert prompt_of(task, {"text": "_____"}, "") == Example("", "", "", None)
+    for text, count in (("the rain", 0), ("a ____ b ___ c", 2)):
+        with pytest.raises(UsageError, match=f"line 3: {count} gaps in the text; mark one with ____"):
+            prompt_of(task, {"text": text}, "line 3")
+
+
+def test_webnlg_has_its_official_rows_and_several_references() -> None:
+    if not (SHARED / "webnlg").is_dir():
+        pytest.skip("no such data set in shared/data")
+    found = {split: load_split(load_task("webnlg"), split, data=SHARED) for split in tasks.SPLITS}
+    assert [len(rows) for rows in found.values()] == [6_940, 872, 971]
+    assert [sum(len(e.each()) for e in rows) for rows in found.values()] == [18_102, 2_268, 2_495]
 
 
 def test_write_borrows_rows_and_label_words_of_any_label_task(tmp_path: Path) -> None:
@@ -369,11 +435,11 @@ def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, name: st
     with pytest.raises(TinyldError) as caught:
         load_split(load_task(name), "train")
     message = str(caught.value)
-    assert f"put the file (sentence, label columns) at {tmp_path}/cache/data/{name}/train.tsv" in message
+    columns = "input, references" if name == "webnlg" else "sentence, label"
+    assert f"put the file ({columns} columns) at {tmp_path}/cache/data/{name}/train.tsv" in message
     assert f"DIR/{name}/train.tsv with --data DIR" in message and "task reviews needs no download" in message
-    cause = (
-        "no official download" if name in ("sst2-sentences", "rt-critics") else "could not download http://127.0.0.1:9"
-    )
+    bare = name in ("sst2-sentences", "rt-critics", "webnlg")
+    cause = "no official download" if bare else "could not download http://127.0.0.1:9"
     assert cause in message and message.isprintable()
     assert not list(tmp_path.rglob("*.tsv")) and not list(tmp_path.rglob("*.part"))
 

@@ -21,13 +21,14 @@ from tinyld.write import make_folder, write_atomic
 
 def finetune(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None = None, **options: Any) -> Run:
     """Trains an adapter and loads it. Rows are (text, label) pairs or dicts with a text and a label column; a task is a
-    built-in one's name or a task file, and a path that ends in .csv, .tsv or .jsonl is a file of rows.
+    built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, one in .txt of texts
+    in which gaps are to be filled.
 
     `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on. Rows in memory are kept
     beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev.
     """
     if isinstance(rows_or_task, str | Path):
-        source = "data" if Path(rows_or_task).suffix in (".csv", ".tsv", ".jsonl") else "task"
+        source = "data" if Path(rows_or_task).suffix in (".csv", ".tsv", ".jsonl", ".txt") else "task"
         options[source] = str(rows_or_task)
         return load(verb.finetune(FinetuneOptions(**{"out": out, "quiet": True} | options))["run"], options.get("base"))
     out = Path(out) if out is not None else RUNS / "mine"

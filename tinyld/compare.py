@@ -166,8 +166,7 @@ class Grid:
         quiet = ["--quiet"] if self.options.quiet else []
         for cell in chosen:
             if f"{task.name}/{tested_on(task)}" not in cell.folder.read_json(RESULTS).get("eval", {}):
-                once = ["--steps", "1"] if task.is_generation else []  # what is written has no accuracy: its nats count
-                launch(["eval", str(cell.folder.path), "--split", tested_on(task), *once, *self.more, "--json", *quiet])
+                launch(["eval", str(cell.folder.path), "--split", tested_on(task), *self.more, "--json", *quiet])
         return [row for cell in chosen for row in run_rows(cell.folder, len(tried))]
 
     def check_cell(self, cell: Cell) -> None:

@@ -288,17 +288,29 @@ class TrainConfig(Loop):
         check(self.warmup + self.flat < 1, f"flat must leave some of the budget after warm-up, got {self.flat}")
 
 
-SAMPLERS = ("low_confidence", "threshold", "entropy", "ancestral")
+# how sure is sure enough, where it is not told: the least probability of a token, or for entropy the nats left open
+THRESHOLDS = {"threshold": 0.9, "klass": 0.6, "entropy": 0.5}
+SAMPLERS = ("low_confidence", *THRESHOLDS, "ancestral")
 
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
-    """How masked positions are filled."""
+    """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
-    # LLaDA's name: each step keeps the most confident tokens, the rest stay masked
     sampler: str = setting("low_confidence", among=SAMPLERS)
     steps: int | None = setting(None, least=1)  # reverse-process steps; None is one a masked token
     temperature: float = setting(0.0, least=0)  # 0 takes the most likely token
-    # threshold sampler: every token at least this likely is kept, and one at least (Fast-dLLM)
-    threshold: float = setting(0.9, above=0, most=1)
+    threshold: float | None = setting(None, above=0)  # None: the sampler's own in THRESHOLDS
+    kl: float = setting(0.01, above=0)  # klass: most nats that a position's distribution moved since the last pass
     seed: int = setting(0, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None:
+            check(
+                self.threshold <= 1 or self.sampler == "entropy", f"threshold must be at most 1, got {self.threshold:g}"
+            )
+
+    @property
+    def enough(self) -> float:
+        return THRESHOLDS[self.sampler] if self.threshold is None else self.threshold

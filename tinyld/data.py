@@ -127,7 +127,7 @@ class TaskRows(Source):
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):
-        self.task = task
+        self.task, self.examples = task, examples
         self.slot = slot_width(task, tokenizer)
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]

@@ -11,11 +11,12 @@ from tinyld.config import check
 from tinyld.errors import TinyldError
 from tinyld.options import FinetuneOptions
 from tinyld.rows import SUFFIXES, Example, cell, load_split, read_rows
-from tinyld.tasks import Task, from_record
+from tinyld.tasks import KEPT, Task, from_record
 from tinyld.tokenizer import Tokenizer
 
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 MAX_LABELS = 200
+GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
 
 
 def read_split(
@@ -51,7 +52,12 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
 
 
 def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Task:
-    """The task of a file that holds texts and their labels and nothing else is known of."""
+    """The task of a file that nothing else is known of: of a .txt to fill gaps in texts, else to label them."""
+    name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else file.resolve().parent.name).strip("-.")
+    record: dict[str, Any] = dict.fromkeys(KEPT) | {"name": name or "mine", "path": str(file.resolve())}
+    if file.suffix.lower() == ".txt":
+        own = {"template": "{text}", "columns": {"text": "text"}, "answer_tokens": GAP_TOKENS, "metric": "nll"}
+        return from_record(record | {"verbalizer": {}, "label_names": []} | own, str(file))
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
     check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
     numbered = list(read_rows(file))
@@ -61,18 +67,14 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Tas
     check(len(labels) >= 2, f"{file}: column {label!r} holds the one label {labels[0]!r}; at least two are needed")
     many = len(labels) > MAX_LABELS or (len(labels) == len(rows) and len(rows) > 2)
     check(not many, f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?")
-    name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else file.resolve().parent.name).strip("-.")
-    record: dict[str, Any] = {
-        "name": name or "mine",
+    record |= {
         "template": options.template,
         "verbalizer": dict(zip(labels, answer_words(labels, tokenizer), strict=True)),
         "columns": {"text": text},
         "label_column": label,
         "label_names": labels,
-        "answer_column": None,
         "answer_tokens": 0,
         "metric": "accuracy",
-        "path": str(file.resolve()),
     }
     return from_record(record, str(file))
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_batch, ratio_estimate
+from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
 from tinyld.sampler import decode
 from tinyld.statistics import wilson
 from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
+from tinyld.writing import text_scores
 
 EVAL_BATCH = 64
 UNREADABLE = -1
@@ -42,7 +44,7 @@ class Evaluation:
     masked_acc: float  # token accuracy at masked positions: never a task accuracy
     truncated: int  # rows that were too long and were cut
     rows_per_second: float = 0.0
-    forward_passes: int = 0
+    passes_per_row: float = 0.0
     predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # (prompt, gold, decoded)
     accuracy: float | None = None  # of decoded answers; an unreadable one is wrong
     low: float | None = None  # 95% Wilson interval
@@ -53,9 +55,11 @@ class Evaluation:
     majority: float | None = None  # accuracy of always giving the most frequent label
     classes: dict[str, dict[str, float]] | None = None  # label -> n, precision, recall, f1 of decoded answers
     confusion: dict[str, dict[str, int]] | None = None  # gold label -> decoded label or "unreadable" -> rows
+    texts: dict[str, float | str] = field(default_factory=dict)  # of a generation task: `writing.text_scores`
 
     def record(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "predictions" and v is not None}
+        own = {k: v for k, v in vars(self).items() if k not in ("predictions", "texts") and v is not None}
+        return own | self.texts
 
 
 class Verbalizers:
@@ -74,8 +78,8 @@ class Verbalizers:
 
 def fill_slots(
     model: Denoiser, batch: Batch, tokenizer: Tokenizer, sampling: SampleConfig, generator: torch.Generator
-) -> tuple[list[str], int]:
-    """(what the reverse process writes into each row's slot, forward passes)."""
+) -> tuple[list[str], Tensor]:
+    """(what the reverse process writes into each row's slot, forward passes of each row)."""
     out, passes = decode(
         model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling,
         generator, tokenizer.eos_id,
@@ -116,13 +120,14 @@ def evaluate(
         if answer:
             started = time.perf_counter()
             decoded, used = fill_slots(model, asked, tokenizer, sampling, generator)
-            passes += used
+            passes += int(used.sum())
             seconds += time.perf_counter() - started
             for row, text in zip(chunk, decoded, strict=True):
                 predicted[row] = UNREADABLE if verbalizers is None else verbalizers.read(text)
                 start = rows.starts[row]
-                gold = rows.ids[row][start : start + rows.slot].tolist()
-                texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), tokenizer.decode(gold), text)
+                gold = tokenizer.decode(rows.ids[row][start : start + rows.slot].tolist())
+                gold = PAIR.join(rows.examples[row].references) or gold
+                texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), gold, text)
         nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws)
         hits, masked = hits + hit, masked + seen
         if verbalizers is not None:
@@ -132,8 +137,12 @@ def evaluate(
     bound: Estimate = ratio_estimate(nll_sum, tokens)
     result = Evaluation(
         rows.task.name, n, bound.mean, bound.stderr, hits / max(masked, 1), int(rows.cut[:n].sum()),
-        n / seconds if answer else 0.0, passes, texts,
+        n / seconds if answer else 0.0, passes / n, texts,
     )  # fmt: skip
+    if verbalizers is None and answer:
+        prompts = [f"{example.before} {example.after}" for example in rows.examples[:n]]
+        right = [example.right for example in rows.examples[:n]]
+        result.texts = text_scores(prompts, [text for _, _, text in texts], right)
     if verbalizers is not None:
         gold, correct = rows.labels[:n], int((predicted == rows.labels[:n]).sum())
         result.accuracy, (result.low, result.high) = correct / n, wilson(correct, n)

@@ -34,6 +34,7 @@ from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
+from tinyld.rows import to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
@@ -50,6 +51,7 @@ from tinyld.workspace import (
 )
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
+WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def _train(
         read_split(task, split, folder_of_rows, limit, data["held_out"])
         for split, limit in (("train", data["limit"]), ("dev", None))
     ]
+    examples[0] = to_learn(task, examples[0])
     base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"])
     if resume:
         check_base(config, base, out)
@@ -158,8 +161,7 @@ def _train(
         cache_seconds = time.perf_counter() - started
 
         def held_out() -> dict[str, float]:
-            answer = not task.is_generation  # a text that was written has no accuracy, and takes a pass a token
-            found = evaluate(model, dev_rows, tokenizer, limit=DEV_ROWS, answer=answer).record()
+            found = evaluate(model, dev_rows, tokenizer, limit=DEV_ROWS, answer=not task.is_generation).record()
             return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "masked_acc", "nll_bound") if k in found}
 
         result = TrainingRun(
@@ -174,6 +176,10 @@ def _train(
             with autocast(device, dtype):
                 metrics = held_out()
             say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
+        if task.is_generation:
+            with autocast(device, dtype):
+                written = evaluate(model, dev_rows, tokenizer, draws=1, limit=WRITTEN)
+            metrics = metrics | {f"dev_{k}": v for k, v in written.texts.items()} | {"dev_written": written.n}
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
             folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))

@@ -15,7 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tinyld.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, Loop, Settings, TrainConfig, check, check_type
+from tinyld.config import (
+    DTYPES,
+    LOSSES,
+    OPTIMIZERS,
+    PRESETS,
+    SAMPLERS,
+    Loop,
+    SampleConfig,
+    Settings,
+    TrainConfig,
+    check,
+    check_type,
+)  # fmt: skip
 from tinyld.config import setting as option
 from tinyld.errors import TinyldError, UsageError
 
@@ -152,11 +164,14 @@ class Written(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Options):
-    sampler: str = option("low_confidence", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
+    sampler: str = option(SampleConfig.sampler, "How masked tokens are filled in.", "Writing", among=SAMPLERS)
     steps: int | None = option(None, "Denoising steps; one an answer token if not given.", "Writing", least=1)
     temperature: float = option(0.0, "0 takes the most likely token.", "Writing")
     seed: int = option(0, "Seed of what is drawn.", "Writing", least=0)
-    threshold: float | None = option(None, "Sampler threshold: least probability (0.9); entropy: most nats left open.")
+    threshold: float | None = option(
+        None, "threshold, klass: least probability (0.9, 0.6); entropy: most nats left open."
+    )
+    kl: float = option(SampleConfig.kl, "klass: most nats that a distribution moved since the last pass.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +196,9 @@ class Training(OnDevice, Written, Printed, Loop):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Training):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
-    data: Path | None = option(None, "A CSV, TSV or JSONL of texts and labels; a folder with train and dev.", "Task")
+    data: Path | None = option(
+        None, "CSV, TSV or JSONL of texts and labels, or a folder with train and dev; .txt: fill gaps in it.", "Task"
+    )
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)

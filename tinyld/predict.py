@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, attach, base_dtype, base_record, find_base, load_adapter, load_base, load_exactly
 from tinyld.composition import load_composition, read_member
-from tinyld.config import SampleConfig, check
+from tinyld.config import THRESHOLDS, SampleConfig, check
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
@@ -21,13 +21,13 @@ from tinyld.methods import TrajectoryLora, WeightLora
 from tinyld.options import Sampling, base_folder
 from tinyld.peft import is_peft, load_peft
 from tinyld.router import NONE
-from tinyld.rows import Example, prompt_of
+from tinyld.rows import GAP, GAP_MARK, Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
 from tinyld.workspace import default_base
 
-OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "truncated", "adapter", "tasks")
+OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
 Record = dict[str, Any]
@@ -85,7 +85,10 @@ class Run:
         """What is found of each row, (where it stands, column -> value), with the row's other columns."""
         self.base.model.push = self.push or self.base.model.push
         (found,) = answers([self], [task], rows, sampling)
-        return [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
+        records = [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
+        if task.is_infill:
+            return [r | {"filled": GAP.sub(lambda _, r=r: r["answer"], str(r["text"]))} for r in records]
+        return records
 
     def answered_by(self, batch: Batch) -> list[str | None] | None:
         """Of a composition, the member that each row belongs to, or None if to no task; all, if it does not route."""
@@ -125,7 +128,7 @@ class Run:
             model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written, sampling,
             eos_id=tokenizer.eos_id, watch=watch and steps,
         )  # fmt: skip
-        return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], passes
+        return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], int(passes.max())
 
 
 @torch.no_grad()
@@ -179,7 +182,8 @@ def answers(
 
 def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]:
     columns = input_columns(task)
-    empty = [{k: EMPTY for k in columns if isinstance(row.get(k), str) and not row[k].strip()} for _, row in rows]
+    nothing = GAP_MARK if task.is_infill else EMPTY
+    empty = [{k: nothing for k in columns if isinstance(row.get(k), str) and not row[k].strip()} for _, row in rows]
     return [prompt_of(task, row | asked, where) for (where, row), asked in zip(rows, empty, strict=True)]
 
 
@@ -345,7 +349,6 @@ def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
 
 def sampling_of(options: Sampling) -> SampleConfig:
     """How answers are written; UsageError for a threshold that the sampler does not read."""
-    reads = ("threshold", "entropy")
-    check(options.threshold is None or options.sampler in reads, f"threshold goes with --sampler {' or '.join(reads)}")
-    config = SampleConfig(options.sampler, options.steps, options.temperature, seed=options.seed)
-    return config if options.threshold is None else replace(config, threshold=options.threshold)
+    reads = options.threshold is None or options.sampler in THRESHOLDS
+    check(reads, f"threshold goes with --sampler {', '.join(THRESHOLDS)}")
+    return SampleConfig(**options.only(SampleConfig))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import random
 import re
 import string
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ TABLES: dict[str, dict[str, Any]] = {  # how csv reads each; in a TSV a quote is
     ".csv": {"delimiter": ",", "strict": True},
 }
 SUFFIXES = (*TABLES, ".jsonl")
+GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
+GAPS = 4  # that training makes in each text
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
 
 
@@ -37,6 +40,27 @@ class Example:
     after: str  # prompt text behind it
     answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
     label: int | None  # index into `Task.labels`; None for a generation task
+    references: tuple[str, ...] = ()  # generation, where several texts are right: all of them, `answer` the first
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """Every answer that is right."""
+        return self.references or (self.answer,)
+
+    def each(self) -> list[Example]:
+        """An example for each right answer, to learn from all of them."""
+        return [replace(self, answer=text) for text in self.right]
+
+    def cut(self, n: int, longest: int) -> list[Example]:
+        """n examples of the same text, each with a gap of 1 to `longest` words where the text itself decides."""
+        words = f"{self.before} {self.answer} {self.after}".split()
+        rng = random.Random(" ".join(words))
+        spans = []
+        for _ in range(n):
+            length = rng.randint(1, max(1, min(longest, len(words) - 1)))
+            start = rng.randrange(len(words) - length + 1)
+            spans.append((words[:start], words[start + length :], words[start : start + length]))
+        return [Example(*map(" ".join, span), None) for span in spans]
 
 
 def bundled_data_dir() -> Path:
@@ -87,10 +111,11 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
         raise TinyldError(f"no {split} rows of {task.name}: {error}; {way_out}") from None
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank."""
+def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank. With `lines` also of
+    a .txt file, whose lines are the column `text`."""
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in SUFFIXES and not (lines and suffix == ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
     text = read_text(path, ROWS_BYTES)
     if not text.strip():
@@ -101,7 +126,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}: line {number}"
-            yield where, as_object(parse_json(line, where), where)
+            yield where, {"text": line} if suffix == ".txt" else as_object(parse_json(line, where), where)
 
 
 def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,6 +176,15 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
     return text
 
 
+def _references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+    """The texts in a row's answer column: a JSON list of them, or one cell with ` ||| ` between."""
+    value = row.get(column)
+    parts = value if isinstance(value, list) else cell(row, column, where).split(PAIR.strip())
+    if not parts:
+        raise TinyldError(f"{where}: column {show(column)} is an empty list; fill it in or delete the row")
+    return tuple(cell({column: part}, column, where) for part in parts)
+
+
 def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
     """Template field -> text."""
     fields: dict[str, str] = {}
@@ -192,14 +226,31 @@ def load_split(
     check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
     check_choice("split", split, SPLITS)
     path = file if file is not None else find_file(task, split, data)
-    rows = list(islice(read_rows(path), limit))
+    rows = list(islice(read_rows(path, task.is_infill), limit))
+    if task.is_infill:
+        (column,) = task.columns.values()
+        texts = [GAP.sub(" ", cell(row, column, where)) for where, row in rows]
+        return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
     prompts = _prompts(task, rows)
     if task.is_generation:
-        answers = [cell(row, str(task.answer_column), where) for where, row in rows]
-        return [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        texts = [_references(row, str(task.answer_column), where) for where, row in rows]
+        return [
+            replace(prompt, answer=own[0], references=own if len(own) > 1 else ())
+            for prompt, own in zip(prompts, texts, strict=True)
+        ]
     answers = list(task.verbalizer.values())
     labels = _labels(task, rows)
     return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
+
+
+def _longest(task: Task) -> int:
+    """Words of a gap, at most: so many fit the answer's tokens nearly always."""
+    return max(1, task.answer_tokens // 2)
+
+
+def to_learn(task: Task, examples: Sequence[Example]) -> list[Example]:
+    """What training reads: every right answer; of a text that is filled, several gaps."""
+    return [own for e in examples for own in (e.cut(GAPS, _longest(task)) if task.is_infill else e.each())]
 
 
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
@@ -212,6 +263,11 @@ def _prompts(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Exa
     if task.is_generation and task.label_column is not None:  # its label is a part of the prompt
         for row, label in zip(fields, _labels(task, rows), strict=True):
             row["label"] = task.label_names[label]
+    if task.is_infill:
+        halves = [GAP.split(text) for row in fields for text in row.values()]
+        for (where, _), parts in zip(rows, halves, strict=True):
+            check(len(parts) == 2, f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
+        return [Example(before.strip(), after.strip(), "", None) for before, after in halves]
     return [Example(*_fill(task.template, row), "", None) for row in fields]
 
 

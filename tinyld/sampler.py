@@ -18,6 +18,7 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.diffusion import all_finite
 
+LEAST = 1  # tokens that a pass writes, the most confident, whether or not they are sure
 SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
 
 
@@ -33,8 +34,8 @@ def decode(
     generator: torch.Generator | None = None,
     eos_id: int | None = None,
     watch: Any = None,
-) -> tuple[Tensor, int]:
-    """(ids, forward passes): x with its answer slots decoded from all [MASK], and [EOS] from a text's end on.
+) -> tuple[Tensor, Tensor]:
+    """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
     slot. The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch.
@@ -47,13 +48,14 @@ def decode(
     prompt_mask = attention_mask & ~answer_mask
     width = int(answer_mask.sum(1).max()) if len(x) else 0
     steps = config.steps or width
-    passes = 0
+    passes, step = torch.zeros(len(x), dtype=torch.long), 0
+    last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while True:
         masked = (x == mask_id) & inside
         rows = masked.any(1).nonzero()[:, 0]
         if len(rows) == 0:
             return x, passes
-        masked, real = masked[rows], attended[rows]
+        whole, masked, real = masked, masked[rows], attended[rows]
         length = int(real.any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
         masked, real = masked[:, :length], real[:, :length]
         given = denoiser(
@@ -65,11 +67,15 @@ def decode(
         )  # (N, V)
         logits = all_finite(given)
         logits[:, forbidden] = -torch.inf
-        open_ended = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+        open_ended = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
         if eos_id is not None:
             open_ended = (inside[rows] == answer_mask[rows]).all(1)  # its end is not known yet
         choice = Candidates(logits, masked, open_ended, eos_id, config.temperature, generator)
-        tokens, ends = accept(choice, config, steps, passes, generator)
+        if config.sampler == "klass":
+            if last is not None:
+                choice.moved = choice.spread(divergence(choice.logp, last[1][whole[last[0]]]), torch.inf)
+            last = whole, choice.logp
+        tokens, ends = accept(choice, config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
         for row, end in ends.nonzero().tolist():
             i = int(rows[row])
@@ -78,7 +84,8 @@ def decode(
             inside[i] &= ~rest
             rest[end] = False
             attended[i] &= ~rest
-        passes += 1
+        passes[rows.cpu()] += 1
+        step += 1
         if watch is not None:
             watch(x)
 
@@ -97,25 +104,40 @@ class Candidates:
     ):
         """logits: (N, V) at the N positions of masked (B, L), row by row; open_ended: (B,)."""
         self.masked = masked
-        zeros = torch.zeros(masked.shape, device=logits.device)
-        hazard = zeros
+        self.logp = logp = logits.log_softmax(-1)
+        end = torch.zeros_like(logp[:, 0])
         if eos_id is not None:
-            hazard = zeros.masked_scatter(masked, logits.softmax(-1)[:, eos_id]) * open_ended[:, None]
-            logits[:, eos_id] = -torch.inf
-        logp = logits.log_softmax(-1)
-        entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+            end = logp[:, eos_id].exp().clamp(max=1 - 1e-6)
+            logp[:, eos_id] = -torch.inf
         if temperature == 0:
             best, token = logp.max(-1)
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
             best = logp.gather(1, token[:, None])[:, 0]
-        stays = (1.0 - hazard).clamp(min=1e-9).log().cumsum(1)
-        self.comes_so_far = (stays - (1.0 - hazard).clamp(min=1e-9).log()).exp()  # S_j, before j's own chance to end
-        self.token = torch.zeros(masked.shape, dtype=torch.long, device=logits.device).masked_scatter(masked, token)
+        hazard = self.spread(end) * open_ended[:, None]
+        stays = torch.log1p(-hazard).cumsum(1)
+        self.comes_so_far = (stays - torch.log1p(-hazard)).exp()  # S_j, before j's own chance to end
+        self.token = self.spread(token)
         self.survives = stays.exp() * masked  # that there is a token at j and not an end before or at it
-        self.confidence = zeros.masked_scatter(masked, best.exp()) * self.survives
-        self.entropy = torch.full_like(zeros, torch.inf).masked_scatter(masked, entropy)
+        self.confidence = self.spread(best.exp() / (1 - end)) * self.survives
         self.end_confidence = self.comes_so_far * hazard
+        self.moved: Tensor | None = None  # klass: how far each distribution is from that of the last pass
+
+    def spread(self, values: Tensor, elsewhere: float = 0) -> Tensor:
+        """(N,) values at the masked positions -> (B, L)."""
+        return (
+            torch.full(self.masked.shape, elsewhere, dtype=values.dtype).to(values).masked_scatter(self.masked, values)
+        )
+
+    def entropy(self) -> Tensor:
+        """Nats that each position leaves open."""
+        p = self.logp.softmax(-1)
+        return self.spread(-(p * p.clamp(min=1e-30).log()).sum(-1), torch.inf)
+
+
+def divergence(logp: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) of each pair of rows, (N,), from log-probabilities."""
+    return (logp.exp() * (logp.clamp(min=-1e4) - other.clamp(min=-1e4))).sum(-1)
 
 
 def accept(
@@ -127,6 +149,8 @@ def accept(
 
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
+    - klass (arXiv 2511.05664): of those whose confidence is at least `threshold` all that moved by less than `kl` nats
+      since the last pass.
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): first a length, then each position with the same chance, in no order.
@@ -143,24 +167,24 @@ def accept(
     elif config.steps is not None and step + 1 >= steps:
         tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
     else:
+        least = LEAST
         if config.sampler == "entropy":
-            order = choice.entropy.argsort(1)
-            rising = choice.entropy.gather(1, order)
+            entropy = choice.entropy()
+            order = entropy.argsort(1)
+            rising = entropy.gather(1, order)
             open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
-            tokens = torch.zeros_like(masked).scatter(1, order, open_before <= config.threshold)
-            tokens &= masked & (choice.survives > 0.5)
-        elif config.sampler == "threshold":
-            tokens = masked & (confidence >= config.threshold)
+            sure = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough) & (choice.survives > 0.5)
+        elif config.sampler == "low_confidence":
+            sure, least = torch.zeros_like(masked), torch.ceil(masked.sum(1, keepdim=True) / (steps - step))
         else:
-            count = torch.ceil(masked.sum(1) / (steps - step))
-            best = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
-            tokens = masked & (best < count[:, None])
+            sure = confidence >= config.enough
+            if config.sampler == "klass":
+                sure &= False if choice.moved is None else choice.moved <= config.kl
+        rank = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
+        tokens = masked & (sure | (rank < least))
         first = masked & (masked.cumsum(1) == 1)
         over = (first & (choice.end_confidence > 0.5)).any(1)  # all before is written, and it ends rather than goes on
         at = torch.where(over, first.int().argmax(1), at)
         ends_now = over | ((end >= SURE) & (end > 0))
-        most = confidence.masked_fill(~masked, -1.0).argmax(1)
-        none = ~tokens.any(1) & ~ends_now
-        tokens |= torch.zeros_like(masked).scatter(1, most[:, None], none[:, None])
     ends = torch.zeros_like(masked).scatter(1, at[:, None], ends_now[:, None]) & masked
     return tokens & ~(ends.cumsum(1) > 0), ends  # from the end on nothing is written

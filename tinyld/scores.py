@@ -39,6 +39,18 @@ from tinyld.write import write_atomic
 
 Record = dict[str, Any]
 MOST_CONFUSED = 8  # labels whose confusion matrix is shown
+# Column -> what it shows of a record, in percent where its name ends so; and, in a wide table, more of them.
+OF_LABELS = (
+    {"accuracy %": "accuracy", "95% interval": "interval"},
+    {"± NLL": "nll_stderr", "macro-F1 %": "macro_f1", "scored %": "scored_accuracy", "unreadable %": "unreadable"}
+    | {"masked_acc %": "masked_acc", "rows/s": "rows_per_second"},
+)
+OF_TEXTS = (
+    {"BLEU": "bleu", "chrF": "chrf", "ROUGE-L %": "rouge_l", "exact %": "exact_match", "names %": "names_held"},
+    {"± NLL": "nll_stderr", "length ratio": "length_ratio", "repeated 4-grams %": "repeated_4grams"}
+    | {"repeated sentence %": "repeated_sentence", "masked_acc %": "masked_acc"}
+    | {"rows/s": "rows_per_second", "passes a row": "passes_per_row"},
+)
 
 
 def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None) -> TaskRows:
@@ -82,7 +94,7 @@ def eval(options: EvalOptions) -> list[Record]:
             records.append(record)
             lines += [f"{path}\t{task.name}\t" + "\t".join(map(plain, p)) for p in found.predictions]
             key = f"{task.name}/{source}"
-            why = why_unusual(run, task, sampling, options)
+            why = why_unusual(run, sampling, options)
             if why is None:
                 record |= remember(path, key, {**record, "environment": environment()})
             else:
@@ -92,11 +104,9 @@ def eval(options: EvalOptions) -> list[Record]:
     return records
 
 
-def why_unusual(run: Run, task: Task, sampling: SampleConfig, options: EvalOptions) -> str | None:
-    """Why an evaluation is not the run's own result: decoded otherwise, or of other rows than go with its own.
-
-    How a generation task's texts are sampled makes no difference to their nats; a file of rows has a name of its own.
-    """
+def why_unusual(run: Run, sampling: SampleConfig, options: EvalOptions) -> str | None:
+    """Why an evaluation is not the run's own result: decoded otherwise, or of other rows than go with its own (a file
+    of rows has a name of its own)."""
     if options.limit is not None:
         return f"of {options.limit:,} rows at most"
     if options.base_dtype is not None:
@@ -104,7 +114,7 @@ def why_unusual(run: Run, task: Task, sampling: SampleConfig, options: EvalOptio
     data, own = options.data, run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
     if data is not None and data.is_dir() and (own is None or data.resolve() != Path(own).resolve()):
         return f"of the rows in {data}"
-    return None if task.is_generation or sampling == SampleConfig() else "decoded otherwise than by default"
+    return None if sampling == SampleConfig() else "decoded otherwise than by default"
 
 
 def eval_text(options: EvalOptions) -> list[Record]:
@@ -172,18 +182,21 @@ def show(records: list[Record], options: EvalOptions) -> None:
 
 
 def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) -> None:
-    """One row an evaluation; rates in percent, NLL in nats per answer token."""
-    columns = ["run", "rows of", "n", "accuracy %", "95% interval", "NLL bound"]
-    more = {"macro-F1 %": "macro_f1", "scored %": "scored_accuracy", "unreadable %": "unreadable"}
-    more |= {"masked_acc %": "masked_acc"}
-    rows = []
-    for r in records:
-        interval = f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" if "low" in r else None
-        name = f"{r['task']} {r['split']}"
-        row = [r["run"], name, r["n"], percent(r.get("accuracy")), interval, f"{r['nll_bound']:.4f}"]
-        own = [f"{r['nll_stderr']:.4f}", *(percent(r.get(k)) for k in more.values()), round(r["rows_per_second"])]
-        rows.append(row + (own if wide else []))
-    print_table(title, columns + (["± NLL", *more, "rows/s"] if wide else []), rows, wide)
+    """One row an evaluation, those of written texts in a table of their own; NLL in nats per answer token."""
+    for name, (columns, more) in {"accuracy": OF_LABELS, "rouge_l": OF_TEXTS}.items():
+        rows = [
+            r
+            | {"rows of": f"{r['task']} {r['split']}", "nll": f"{r['nll_bound']:.4f}"}
+            | {"interval": f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" if "low" in r else None}
+            for r in records
+            if name in r
+        ]
+        shown = {"run": "run", "rows of": "rows of", "n": "n", **columns, "NLL bound": "nll", **(more if wide else {})}
+        cells = [[percent(r.get(k)) if c.endswith("%") else r.get(k) for c, k in shown.items()] for r in rows]
+        if rows:
+            print_table(title, list(shown), cells, wide)
+    for note in dict.fromkeys(r["note"] for r in records if "note" in r):
+        print(note)
 
 
 def show_classes(record: Record) -> None:

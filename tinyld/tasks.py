@@ -33,14 +33,15 @@ KEPT = (
 class TaskFile:
     """The keys of a task's TOML file."""
 
-    template: str  # e.g. "{sentence} it was {answer} ."; exactly one {answer}
+    template: str  # e.g. "{sentence} it was {answer} ."; exactly one {answer}; "{text}" alone: a gap in it is filled
     name: str | None = None  # else the file's name
     description: str = ""
     metric: str | None = None  # else accuracy for a label task, nll for a generation task
     verbalizer: dict[str, str] = field(default_factory=dict)  # label -> answer words; empty for a generation task
     columns: dict[str, str] = field(default_factory=dict)  # template field -> file column, where their names differ
     label_column: str | None = None  # else "label"
-    answer_column: str | None = None  # generation: the column that is the answer
+    # generation: the column that is the answer; several that are all right are a JSON list, or have ` ||| ` between
+    answer_column: str | None = None
     answer_tokens: int | None = None  # generation: width of the answer slot in tokens; else 32
     rows_from: str | None = None  # generation: the label task whose text it writes
     splits: tuple[str, ...] = ()  # of a built-in task
@@ -54,9 +55,17 @@ class TaskFile:
                 mixed = f"{key} is for generation tasks, a [verbalizer] for label tasks; drop one"
                 check(getattr(self, key) is None, mixed)
             return
-        has_answer = (self.answer_column is None) != (self.rows_from is None)
-        check(has_answer, "give one of: a [verbalizer] (label task), answer_column or rows_from (generation task)")
+        way_out = "give one of: a [verbalizer] (label task), answer_column or rows_from (generation task)"
+        check(self.answer_column is None or self.rows_from is None, way_out)
+        check(
+            not self.is_infill or "{answer}" not in self.template, f"{way_out}, or no {{answer}} (fill a gap in a text)"
+        )
         check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
+
+    @property
+    def is_infill(self) -> bool:
+        """Whether what is written is a gap inside a text."""
+        return not self.verbalizer and self.answer_column is None and self.rows_from is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,7 @@ class Task(TaskFile):
         check(plain_name, f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
             check(split in SPLITS, f"unknown split {show(split)}; allowed: {', '.join(SPLITS)}")
-        fields = _template_fields(self.template)
+        fields = _template_fields(self.template, self.is_infill)
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
         if self.is_generation:
@@ -175,7 +184,7 @@ def _read(spec: str, lends: bool = False) -> Task:
     }
     try:
         check(builtin or not (file.download or file.splits), "download and splits are for built-in tasks; use [data]")
-        given["columns"] = {name: name for name in _template_fields(template)} | file.columns
+        given["columns"] = {name: name for name in _template_fields(template, file.is_infill)} | file.columns
         task = Task(
             **vars(file) | given, label_names=tuple(verbalizer), path=path, rows_name=name, builtin=builtin,
             spec=spec if builtin else str(path.resolve()),
@@ -187,7 +196,7 @@ def _read(spec: str, lends: bool = False) -> Task:
     return _borrow_rows(task, str(path.parent / file.rows_from) if file.rows_from.endswith(".toml") else file.rows_from)
 
 
-def _template_fields(template: str) -> list[str]:
+def _template_fields(template: str, is_infill: bool = False) -> list[str]:
     """The names in the template other than {answer}, each once."""
     try:
         parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
@@ -197,6 +206,10 @@ def _template_fields(template: str) -> list[str]:
         is_plain = name.isidentifier() and not spec and not conversion
         check(is_plain, f"template {show(template)}: a field is a plain name in braces, got {show(name)}")
     names = [name for name, _, _ in parts]
+    if is_infill:
+        alone = f"template {show(template)}: without {{answer}} it is one text and nothing else, e.g. {{text}}"
+        check(len(names) == 1 and template == f"{{{names[0]}}}", alone)
+        return names
     count = names.count("answer")
     check(count == 1, f"template {show(template)} must hold {{answer}} once, not {count} times")
     return [name for name in dict.fromkeys(names) if name != "answer"]

@@ -163,7 +163,7 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[o
 def _table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
-    ours = ("label", "probability", "probabilities", "decoded", "truncated", "adapter", "answer", "tasks")
+    ours = ("label", "probability", "probabilities", "decoded", "truncated", "adapter", "answer", "filled", "tasks")
     text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in ours)
     several = record.get("tasks", {"": record}).items()
     said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]

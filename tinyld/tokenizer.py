@@ -218,9 +218,12 @@ def check_patterns(value: Any, path: Path) -> None:
 
 
 def detokenize(pieces: list[str]) -> str:
-    """Word pieces joined as people write: no blank before closing punctuation or inside contractions."""
+    """Word pieces joined as people write: no blank before closing punctuation, or inside contractions, numbers (30.5),
+    initials (u.s.) and what has a hyphen or a slash."""
     text = f" {' '.join(pieces)}".replace(" ##", "").strip()
     text = re.sub(r"(?<=[('$]) | (?=[.,!?;:)%'])", "", text)
+    text = re.sub(r"(?<=\d[.:]) (?=\d)|(?<=\d,) (?=\d{3}\b)|(?<=\b[^\W\d_]\.) (?=[^\W\d_]\.)", "", text)
+    text = re.sub(r"(?<=\w) ([-/]) (?=\w)", r"\1", text)
     return re.sub(r'" ?([^"]*?) ?("|$)', r'"\1\2', text)
 
 
