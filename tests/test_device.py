@@ -98,3 +98,13 @@ def test_a_method_trains_on_a_shrunk_base_and_leaves_its_bits(config: ModelConfi
 def test_an_unknown_type_is_refused(config: ModelConfig) -> None:
     with pytest.raises(UsageError, match="base dtype must be one of fp32, bf16, int8, got 'int4'"):
         shrink(fresh_base(config), "int4")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_product_in_fewer_bits_is_that_of_weights_which_are_widened_first(dtype: str) -> None:
+    layer = torch.nn.Linear(24, 5000)
+    shrink(layer, dtype)
+    wide, x = layer.weight.detach(), torch.randn(3, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer.weight.dtype == torch.bfloat16, "no copy in float32 is made of a large matrix"
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, wide, layer.bias))

@@ -54,8 +54,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in there now: autocast's type where it is on, else float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
 class Int8(nn.Module):
-    """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127."""
+    """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127; given in `product_dtype`."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         parts = []
@@ -66,7 +71,10 @@ class Int8(nn.Module):
         return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
 
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        return values.to(scale.dtype) * scale
+        dtype = product_dtype(values.device)
+        if dtype == torch.float32:
+            return values.to(scale.dtype) * scale
+        return torch.cat([(v * s).to(dtype) for v, s in zip(values.split(4096), scale.split(4096), strict=True)])
 
 
 class Bf16(nn.Module):
@@ -74,7 +82,7 @@ class Bf16(nn.Module):
         return (weight.to(torch.bfloat16),)  # a tuple: torch lets its parts have types of their own
 
     def forward(self, values: Tensor) -> Tensor:
-        return values.float()
+        return values.to(product_dtype(values.device))
 
 
 def shrink(model: nn.Module, dtype: str) -> None:

@@ -22,7 +22,9 @@ def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
     if not parametrize.is_parametrized(embedding):
         return embedding(ids)
     kept = embedding.parametrizations.weight
-    return kept[0](*(part[ids] for _, part in kept.named_parameters(recurse=False)))
+    parts = (part[ids] for _, part in kept.named_parameters(recurse=False))
+    with torch.autocast(ids.device.type, enabled=False):
+        return kept[0](*parts)
 
 
 def activate(x: Tensor, name: str, gated: bool) -> Tensor:
