@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
+from tinyld.checkpoint import Reading
 from tinyld.config import SampleConfig
 from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
@@ -31,7 +32,7 @@ from tinyld.tokenizer import Tokenizer
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved
 TEXT = ["the film was not great, but very good", "a dull plot, naïve cafés", "it's bright: 漢字 and 🙂"] * 4
 HF = ("a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream")
-KINDS = tuple(FAMILIES)
+KINDS = tuple(kind for kind, family in FAMILIES.items() if not family.prefix)
 
 
 @pytest.fixture(autouse=True)
@@ -411,9 +412,9 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
     edit(tmp_path, mask_token_id=size + 1)  # Dream's, in the tokenizer that it was begun with
     assert (base := load_foreign(tmp_path)).tokenizer.mask_id == size + 1 == base.model.config.vocab_size - 1
     edit(tmp_path, mask_token_id=size - 1)
-    assert load_foreign(tmp_path, mask_token="<|im_end|>").tokenizer.mask_id == size - 2
+    assert load_foreign(tmp_path, reading=Reading(mask_token="<|im_end|>")).tokenizer.mask_id == size - 2
     with pytest.raises(TinyldError, match="is no token"):
-        load_foreign(tmp_path, mask_token="<|other|>")
+        load_foreign(tmp_path, reading=Reading(mask_token="<|other|>"))
     names = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": {"content": "<|im_end|>"}}))
     with pytest.raises(TinyldError, match="say --mask-token"):

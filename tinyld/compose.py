@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import Base, base_dtype, find_base, load_base
+from tinyld.checkpoint import Base, load_base_of
 from tinyld.composition import Composition, Member, prototype_router, read_member, save_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
@@ -43,13 +43,12 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     first = folders[0].config
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
-    path = find_base(first, runs[0], options.base)
-    base = load_base(path, resolve_device(options.device), base_dtype(first, str(runs[0])))
+    base = load_base_of(first, runs[0], options.base, resolve_device(options.device))
     members = [read_member(folder, base) for folder in folders]
     how = options.how or ("weights" if weights else default_how(members))
     weights = weights or [1 / len(members) if how == "average" else 1.0] * len(members)
     members = [replace(m, weight=float(w)) for m, w in zip(members, weights, strict=True)]
-    router = prototype_router(members).to(base.model.embedding.weight.device) if how == "router" else None
+    router = prototype_router(members).to(base.model.device) if how == "router" else None
     composed = Composition(tuple(members), how, router)
     composed.parts(base)  # refuses what cannot be combined before anything is read or written
     known = {m.task["name"]: m for m in members}

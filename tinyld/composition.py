@@ -51,7 +51,7 @@ class Member:
         """The member's push, for its base's shape."""
         push = TrajectoryPush(self.config, base.model.config, None)
         load_exactly(dict(push.named_parameters()), self.tensors, self.run)
-        return push.requires_grad_(False).eval().to(base.model.embedding.weight.device)
+        return push.requires_grad_(False).eval().to(base.model.device)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def save_composition(folder: RunFolder, base: Base, composed: Composition, envir
         "parts": [to_dict(Saved(m.weight, {"name": m.method, **to_dict(m.config)})) for m in parts],
         "router": None if router is None else ROUTER,
         "band_edges": list(BAND_EDGES),
-        "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
+        "base": base.record(),
     }
     folder.write_json(CONFIG, config | {"environment": environment})
     folder.write_tensors(ADAPTER, tensors)

@@ -1,7 +1,6 @@
-"""Families of public diffusion language models: one row each. No files are read here.
+"""Families of public models, a row each: how a config gives our shape, and which of their tensors are ours.
 
-A row says how a family's config gives our shape, and which of its tensors are ours; what is not understood is refused
-by name. tinyld.foreign reads folders by it.
+No files are read here. What is not understood is refused by name; tinyld.foreign reads folders by these rows.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
 
 
-class Settings:
-    """A config.json, of which every key that says something must be understood."""
+class Said:
+    """What a config.json says; every key that says something must be understood."""
 
-    def __init__(self, raw: Mapping[str, Any], where: Path, ignored: str):
+    def __init__(self, raw: Mapping[str, Any], where: Path, ignored: str = ""):
         self.raw, self.where, self.seen = raw, where, set(ignored.split())
 
     def refuse(self, key: str, wanted: str) -> typing.NoReturn:
@@ -57,7 +56,7 @@ class Settings:
         plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
         if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
             self.refuse(name, "plain rotary positions (no scaling is read)")
-        return float(Settings({key: rope.get("rope_theta", self.raw.get(key))}, self.where, "").get(key, float))
+        return float(Said({key: rope.get("rope_theta", self.raw.get(key))}, self.where).get(key, float))
 
     def finish(self) -> None:
         """Refuses a key that nobody asked for, unless it is off."""
@@ -68,7 +67,7 @@ class Settings:
 
 # ------------------------------------------------------------------------------------------------ their tensors, ours
 
-Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor
+Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor; ValueError and the like where they do not fit
 
 
 def same(config: ModelConfig, tensor: Tensor) -> Tensor:
@@ -94,6 +93,16 @@ def third(part: int) -> Make:
 def interleaved(part: int) -> Make:
     """The same, where a head's query, key and value are side by side (lit-gpt)."""
     return lambda config, fused: fused.unflatten(0, (config.num_heads, 3, -1))[:, part].flatten(0, 1)
+
+
+def places(skipped: int) -> Make:
+    """Learned positions after the first `skipped`, with the embedding of token type 0, the only one we use, in them."""
+
+    def make(config: ModelConfig, positions: Tensor, *types: Tensor) -> Tensor:
+        kept = positions[skipped:][: config.max_length]
+        return kept + alike(types[0][0], kept[0]) if types else kept
+
+    return make
 
 
 def adaln(chunk: int, of: int, use: Callable[[Tensor, Tensor], Tensor]) -> Make:
@@ -129,7 +138,8 @@ def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
 
 
 def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Our module -> theirs, or (how it is made, theirs ...); those of a block behind its prefix."""
+    """Our module or tensor -> theirs, or (how it is made, theirs ...; a name that ends in ? may be missing); those of a
+    block behind its prefix."""
 
     def behind(theirs: Any) -> Any:
         return prefix + theirs if isinstance(theirs, str) else (theirs[0], *(prefix + name for name in theirs[1:]))
@@ -139,6 +149,24 @@ def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> di
 
 def fused(name: str, split: Callable[[int], Make]) -> dict[str, Any]:
     return {ours: (split(part), name) for part, ours in enumerate(("query", "key", "value"))}
+
+
+def encoder(prefix: str, head: str, blocks: str = "encoder.layer", block: str = "", skipped: int = 0) -> dict[str, Any]:
+    """`head` and `block`: their names, in the order of ours here."""
+    at = f"{prefix}embeddings."
+    dense, norm, bias = head.split()
+    ours = "query key value out attention_norm up down mlp_norm".split()
+    block = block or (
+        "attention.self.query attention.self.key attention.self.value attention.output.dense "
+        "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
+    )
+    types = (places(skipped), f"{at}position_embeddings.weight", f"{at}token_type_embeddings.weight?")
+    return parts(
+        {"embedding": f"{at}word_embeddings", "positions.weight": types, "embedding_norm": f"{at}LayerNorm",
+         "embedding_projection": f"{prefix}embeddings_project", "head_transform.0": dense, "head_transform.2": norm,
+         "output_bias": (same, bias)},
+        f"{prefix}{blocks}.{{i}}.", dict(zip(ours, block.split(), strict=True)),
+    )  # fmt: skip
 
 
 HF = parts(
@@ -191,7 +219,7 @@ for _ours, _theirs, _chunk, _use in (
 # ------------------------------------------------------------------------------------------------ one row a family
 
 Shapes = Mapping[str, tuple[int, ...]]  # of their tensors
-More = Callable[[Settings, Shapes], Mapping[str, Any]]
+More = Callable[[Said, Shapes], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -202,7 +230,10 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)  # keys that may have this value only
     mask: str | None = None  # the mask token where nothing says it; None: it has the last id
     ignored: str = ""  # keys that change no logit, besides IGNORED; and tensors
-    more: More = lambda settings, shapes: {}  # fields that no table can say
+    more: More = lambda said, shapes: {}  # fields that no table can say
+    # Of an encoder: what its tensors' names begin with, but where it was saved alone. Its folder may lack our head, and
+    # hold keys and tensors of others.
+    prefix: str = ""
 
 
 IGNORED = """architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range
@@ -222,26 +253,39 @@ HF_ONLY = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False
 QWEN2 = RMS | {"out_bias": False, "mlp_bias": False}
 
 
-def full_attention(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
+    at = f"{s.raw['model_type']}.embeddings."
+    if s.raw.get("type_vocab_size") and f"{at}token_type_embeddings.weight" not in shapes:
+        raise TinyldError(f"{s.where.parent}: no tensor {at}token_type_embeddings.weight, which its config asks for")
+    d, e = s.get("dim" if "dim" in s.raw else "hidden_size", int), s.get("embedding_size?", int)
+    skipped = 2 if s.raw["model_type"] == "roberta" else 0
+    return {
+        "vocab_size": (*shapes.get(f"{at}word_embeddings.weight", ()), 0)[0], "d_embed": 0 if e == d else e,
+        "norm_eps": s.get("layer_norm_eps?", float) or 1e-12,
+        "max_length": s.get("max_position_embeddings", int) - skipped,
+    }  # fmt: skip
+
+
+def full_attention(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.seen.add("layer_types")
     if any(kind != "full_attention" for kind in s.raw.get("layer_types") or ()):
         s.refuse("layer_types", "full_attention throughout")
     return {"rope_theta": s.theta()}
 
 
-def dream(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def dream(s: Said, shapes: Shapes) -> dict[str, Any]:
     if s.raw.get("architectures") != ["DreamModel"]:
         s.refuse("architectures", "['DreamModel'] (another class of this model_type is not shifted)")
     return full_attention(s, shapes)
 
 
-def llada(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def llada(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.only({"embedding_size": s.raw.get("vocab_size")})
     root = float(s.get("d_model", int)) ** 0.5
     return {"rope_theta": s.theta(), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
 
 
-def mdlm(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def mdlm(s: Said, shapes: Shapes) -> dict[str, Any]:
     if "backbone_config" in s.raw:
         raise TinyldError(f"{s.where}: this mdlm is e2d2's (it has a backbone_config), which tinyld does not read")
     if s.get("time_conditioning", bool):
@@ -249,7 +293,7 @@ def mdlm(s: Settings, shapes: Shapes) -> dict[str, Any]:
     return {"d_ff": 4 * s.get("hidden_dim", int)}
 
 
-def smdm(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def smdm(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Sizes by shape; heads, which no shape tells, by the widths of the published sizes."""
     rows, d = (*shapes.get("transformer.wte.weight", ()), 0, 0)[:2]
     d_ff = (*shapes.get("transformer.h.0.mlp.swiglu.w1.weight", ()), 0)[0]
@@ -264,7 +308,7 @@ def smdm(s: Settings, shapes: Shapes) -> dict[str, Any]:
 SMDM_WIDTHS = (256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1408, 1536, 1792, 2048, 2176)
 
 
-def modernbert(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Which blocks are local, in today's words or in those of its first files; and both rotary bases."""
     layers, kinds = s.get("num_hidden_layers", int), s.raw.get("layer_types")
     s.seen.add("layer_types")
@@ -281,7 +325,28 @@ def modernbert(s: Settings, shapes: Shapes) -> dict[str, Any]:
     }  # fmt: skip
 
 
+BERT = {"d_model": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+        "d_ff": "intermediate_size"}  # fmt: skip
+DISTILBERT = {"d_model": "dim", "num_layers": "n_layers", "num_heads": "n_heads", "d_ff": "hidden_dim"}
+POST_NORM = {"norm_first": False, "rotary": False, "embedding_norm": True, "head_transform": True, "tied": True}
+BERT_ONLY = {
+    "hidden_act": "gelu",
+    "activation": "gelu",
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+}
 FAMILIES: dict[str, Family] = {
+    kind: Family(encoder(f"{kind}.", *names), sizes, POST_NORM, BERT_ONLY, more=bert, prefix=f"{kind}.")
+    for kind, sizes, *names in (
+        ("bert", BERT, "cls.predictions.transform.dense cls.predictions.transform.LayerNorm cls.predictions.bias"),
+        ("roberta", BERT, "lm_head.dense lm_head.layer_norm lm_head.bias", "encoder.layer", "", 2),
+        ("distilbert", DISTILBERT, "vocab_transform vocab_layer_norm vocab_projector.bias", "transformer.layer",
+         "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
+         "output_layer_norm"),
+        ("electra", BERT, "generator_predictions.dense generator_predictions.LayerNorm generator_lm_head.bias"),
+    )
+}  # fmt: skip
+FAMILIES |= {
     "a2d-qwen3": Family(
         HF, HF_SIZES | ATTENTION_BIAS | {"head_width": "head_dim"}, RMS | {"mlp_bias": False, "head_norms": True},
         HF_ONLY, "<|mask|>", more=full_attention,

@@ -14,6 +14,7 @@ from typing import Any
 
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.checkpoint import (
+    Reading,
     attach,
     check_base,
     check_frozen,
@@ -65,7 +66,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     """A new run's config.json, but for what only its base and rows can tell: what was left open is filled in, the task
     of a file, the method's learning rate and optimizer, 3 epochs."""
     base, method, data = options.base or default_base(), options.method, options.data
-    shape = read_model_config(RunFolder(base))
+    reading = Reading(**options.only(Reading))
+    shape = read_model_config(RunFolder(base), reading)
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
@@ -81,13 +83,14 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, read_base_tokenizer(base))
+        task = make_task(options, file, read_base_tokenizer(base, reading))
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
     return {
         "kind": "adapter",
         "task": to_record(task),
         "method": {"name": method, **to_dict(settings)},
-        "base": {"path": str(base.resolve()), "dtype": options.base_dtype},
+        "base": {"path": str(base.resolve()), "dtype": options.base_dtype}
+        | ({} if reading == Reading() else {"reading": to_dict(reading)}),
         "band_edges": list(BAND_EDGES),
         "diffusion": to_dict(DiffusionConfig(loss=options.loss)),
         "train": to_dict(config),
@@ -111,7 +114,8 @@ def _train(
         read_split(task, split, folder_of_rows, limit, data["held_out"])
         for split, limit in (("train", data["limit"]), ("dev", None))
     ]
-    base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"])
+    reading = from_dict(Reading, config["base"].get("reading", {}), where)
+    base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"], reading)
     if resume:
         check_base(config, base, out)
     model, tokenizer = base.model, base.tokenizer

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_dtype, base_record, find_base, load_adapter, load_base
+from tinyld.checkpoint import Base, Reading, base_record, check_ours, load_adapter, load_base, load_base_of
 from tinyld.composition import attach_static, load_composition, read_member
 from tinyld.config import SampleConfig, check
 from tinyld.data import Batch, TaskRows, slot_width
@@ -105,13 +105,13 @@ class Run:
         """
         tokenizer, model = self.base.tokenizer, self.base.model
         before, mark, after = prompt.partition("{answer}")
-        head, tail = tokenizer.encode(before), tokenizer.encode(after)
-        total, most = len(head) + length + len(tail) + 2, model.config.max_length
+        head, tail = [*tokenizer.start, *tokenizer.encode(before), *tokenizer.turn], tokenizer.encode(after)
+        total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
-        row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
-        x = torch.tensor([row] * num, device=model.embedding.weight.device)
+        row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
+        x = torch.tensor([row] * num, device=model.device)
         answer_mask = torch.zeros_like(x, dtype=torch.bool)
-        answer_mask[:, 1 + len(head) : 1 + len(head) + length] = True
+        answer_mask[:, len(head) : len(head) + length] = True
 
         def texts(x: Tensor) -> list[str]:
             return [tokenizer.decode(r[answer_mask[0]].tolist()) for r in x]
@@ -140,7 +140,7 @@ def answers(
     Those have one base, and tasks whose prompts are the same tokens around one masked place. Without `decoded` they run
     the vocabulary's head for their labels' words alone.
     """
-    base, task, device = runs[0].base, tasks[0], runs[0].base.model.embedding.weight.device
+    base, task, device = runs[0].base, tasks[0], runs[0].base.model.device
     model, tokenizer = base.model, base.tokenizer
     data = TaskRows(examples_of(rows, task), task, tokenizer, model.config.max_length)
     labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
@@ -275,8 +275,7 @@ def load_push(
     record = base_record(config, path / CONFIG)
     shared = next((b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, record.dtype)), None)
     if shared is None:
-        where = find_base(config, path, None if base is None else base_folder(base))
-        shared = load_base(where, resolve_device(device), record.dtype)
+        shared = load_base_of(config, path, None if base is None else base_folder(base), resolve_device(device))
     push = read_member(RunFolder(path), shared).push(shared)
     return Run(path, shared, [from_record(config["task"], str(path / CONFIG))], config, dtype, push)
 
@@ -292,11 +291,13 @@ def load(
     dtype: str = "auto",
     kept_in: str | None = None,
     task: str | None = None,
+    reading: Reading | None = None,
 ) -> Run | Runs:
     """A run from its folder, on its base: where the run says, or in `base`, or the released one. Of several: `Runs`.
 
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
-    composition that routes its rows, all go to the adapter of `task` where that is named.
+    composition that routes its rows, all go to the adapter of `task` where that is named. `reading`: how the folder of
+    a public model is read; a run says itself how its base was.
     """
     if not isinstance(path, str | Path):
         several = Runs({"base": base, "device": device, "dtype": dtype})
@@ -310,7 +311,8 @@ def load(
         attach_static(loaded, (WeightLora.name, *load_peft(path, loaded.model.config, loaded.fingerprint)), path)
         return Run(path, loaded, [], {}, dtype)
     if is_foreign(path):
-        return Run(path, load_base(path, on, kept_in or "fp32"), [], {"kind": "base"}, dtype)
+        return Run(path, load_base(path, on, kept_in or "fp32", reading), [], {"kind": "base"}, dtype)
+    check_ours(reading)
     folder = RunFolder.open(path)
     config, where = folder.config, str(path / CONFIG)
     if config["kind"] == "base":
@@ -319,8 +321,7 @@ def load(
     if config["kind"] == "adapter":
         adapted = load_adapter(folder, base_path, on, kept_in)
         return Run(path, adapted.base, [from_record(config["task"], where)], config, dtype)
-    kept_in = kept_in or base_dtype(config, str(path))
-    loaded = load_base(find_base(config, path, base_path), on, kept_in)
+    loaded = load_base_of(config, path, base_path, on, kept_in)
     load_composition(folder, loaded, task)
     tasks = {m["task"]["name"]: from_record(m["task"], where) for m in config["members"]}
     return Run(path, loaded, list(tasks.values()), config, dtype)

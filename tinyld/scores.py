@@ -47,7 +47,7 @@ def measure(
 ) -> Evaluation:
     """What `run` makes of rows, with a bar of progress."""
     model, n = run.base.model, len(rows) if limit is None else min(limit, len(rows))
-    device = model.embedding.weight.device
+    device = model.device
     with Progress(f"eval {rows.task.name}", n, quiet=quiet) as bar, autocast(device, resolve_dtype(run.dtype, device)):
         return evaluate(model, rows, run.base.tokenizer, sampling, draws, limit=limit, advance=bar.advance_to)
 

@@ -81,7 +81,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.device = self.model.embedding.weight.device
+        self.device = self.model.device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.optimizer = Optimizer(self.parameters, config, self.body)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
