@@ -18,8 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
-from tinyld.checkpoint import Reading
-from tinyld.config import SampleConfig
+from tinyld.config import Reading, SampleConfig
 from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES

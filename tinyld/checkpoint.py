@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import ModelConfig, check, from_dict, to_dict
+from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
 from tinyld.device import BASE_DTYPES, Int8, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
@@ -25,15 +25,6 @@ from tinyld.tokenizer import Tokenizer
 from tinyld.write import sha256
 
 RELEASED = ("base", "small")  # folders of the bundled data that hold a base
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a public model's folder is read, where its own files say otherwise or nothing."""
-
-    mask_token: str | None = None
-    max_length: int | None = None  # tokens of a row
-    chat: bool = False  # prompts are framed as its chat template has a user's turn
 
 
 @dataclass
@@ -79,6 +70,8 @@ class BaseRecord:
 
 def fingerprint(folder: RunFolder) -> str:
     """Names a base: a digest of its stored weights, its tokenizer and its model config."""
+    if is_foreign(folder.path):  # whose weights are all read for it
+        return load_base(folder.path, dtype="bf16").fingerprint
     parts = [folder.digest(MODEL), folder.digest(TOKENIZER), json.dumps(folder.config["model"], sort_keys=True)]
     return sha256(" ".join(parts).encode())[:16]
 
@@ -127,11 +120,6 @@ def read_model_config(folder: RunFolder, reading: Reading | None = None) -> Mode
         record = base_record(config, folder.path / CONFIG)
         raise TinyldError(f"{folder.path} is an adapter, not a base; its base is {record.path}")
     return from_dict(ModelConfig, config["model"], str(folder.path / CONFIG))
-
-
-def check_ours(reading: Reading | None) -> None:
-    given = reading not in (None, Reading())
-    check(not given, "--mask-token, --max-length and --chat are for the folder of a public model")
 
 
 def read_base_tokenizer(path: Path, reading: Reading | None = None) -> Tokenizer:

@@ -6,10 +6,8 @@ No files are read here. What is not understood is refused by name; tinyld.foreig
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,52 +16,7 @@ from torch import Tensor
 
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
-
-
-class Said:
-    """What a config.json says; every key that says something must be understood."""
-
-    def __init__(self, raw: Mapping[str, Any], where: Path, ignored: str = ""):
-        self.raw, self.where, self.seen = raw, where, set(ignored.split())
-
-    def refuse(self, key: str, wanted: str) -> typing.NoReturn:
-        raise TinyldError(f"{self.where}: {key} must be {wanted}, got {str(self.raw.get(key))[:40]!r}")
-
-    def get(self, key: str, kind: type) -> Any:
-        """A value of type `kind`; one whose key ends in ? may be missing or null, and is then 0."""
-        optional, key = key.endswith("?"), key.rstrip("?")
-        self.seen.add(key)
-        value = self.raw.get(key)
-        if optional and value is None:
-            return kind(0)
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, int if kind is bool else (int, kind)):
-            self.refuse(key, f"of type {kind.__name__}")
-        return value
-
-    def only(self, allowed: Mapping[str, Any]) -> None:
-        """Refuses a key with another value than the one given; missing and null are as good."""
-        for key, value in allowed.items():
-            self.seen.add(key)
-            if self.raw.get(key) not in (value, None):
-                self.refuse(key, repr(value))
-
-    def theta(self, kind: str = "", key: str = "rope_theta") -> float:
-        """The base of plain rotary positions, of one kind of block where there are several."""
-        self.seen |= {"rope_parameters", "rope_scaling", key}
-        name = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
-        rope = self.raw.get(name) or {}
-        rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
-        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
-        if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
-            self.refuse(name, "plain rotary positions (no scaling is read)")
-        return float(Said({key: rope.get("rope_theta", self.raw.get(key))}, self.where).get(key, float))
-
-    def finish(self) -> None:
-        """Refuses a key that nobody asked for, unless it is off."""
-        for key, value in self.raw.items():
-            if key not in self.seen and value not in (None, False, "", [], {}):
-                self.refuse(key, "left out: tinyld does not know what it changes")
-
+from tinyld.read import Said
 
 # ------------------------------------------------------------------------------------------------ their tensors, ours
 
@@ -105,8 +58,15 @@ def places(skipped: int) -> Make:
     return make
 
 
-def adaln(chunk: int, of: int, use: Callable[[Tensor, Tensor], Tensor]) -> Make:
-    """use(tensor, m), m one of the vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
+def gate(weight: Tensor, by: Tensor) -> Tensor:
+    return weight * (by[:, None].expand_as(weight) if weight.dim() == 2 else alike(by, weight))
+
+
+ADALN = (lambda norm, by: by, lambda norm, by: norm * (1.0 + alike(by, norm)), gate)  # shift, scale, gate
+
+
+def adaln(chunk: int, of: int) -> Make:
+    """A tensor under one of the `of` vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = weight @ x
@@ -116,21 +76,9 @@ def adaln(chunk: int, of: int, use: Callable[[Tensor, Tensor], Tensor]) -> Make:
         half = layers[0].shape[1] // 2
         time = torch.cat([layers[0].new_ones(half), layers[0].new_zeros(half)])  # cosines and sines of 0
         time = F.silu(linear(F.silu(linear(time, *layers[:2])), *layers[2:4]))
-        return use(tensor, linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk])
+        return ADALN[chunk % 3](tensor, linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk])
 
     return make
-
-
-def scale(norm: Tensor, by: Tensor) -> Tensor:
-    return norm * (1.0 + alike(by, norm))
-
-
-def shift(norm: Tensor, by: Tensor) -> Tensor:
-    return by
-
-
-def gate(weight: Tensor, by: Tensor) -> Tensor:
-    return weight * (by[:, None].expand_as(weight) if weight.dim() == 2 else alike(by, weight))
 
 
 def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
@@ -200,20 +148,16 @@ MDLM = parts(
      "output_bias": (never_the_mask, "backbone.output_layer.linear.bias")}, "backbone.blocks.{i}.",
     {**fused("attn_qkv", third), "up": "mlp.0"},
 )  # fmt: skip
-for _ours, _theirs, _chunk, _use in (
-    ("blocks.attention_norm.bias", "blocks.{i}.norm1.weight", 0, shift),
-    ("blocks.attention_norm.weight", "blocks.{i}.norm1.weight", 1, scale),
-    ("blocks.out.weight", "blocks.{i}.attn_out.weight", 2, gate),
-    ("blocks.mlp_norm.bias", "blocks.{i}.norm2.weight", 3, shift),
-    ("blocks.mlp_norm.weight", "blocks.{i}.norm2.weight", 4, scale),
-    ("blocks.down.weight", "blocks.{i}.mlp.2.weight", 5, gate),
-    ("blocks.down.bias", "blocks.{i}.mlp.2.bias", 5, gate),
-    ("final_norm.bias", "output_layer.norm_final.weight", 0, shift),
-    ("final_norm.weight", "output_layer.norm_final.weight", 1, scale),
-):
-    _at = "backbone." + ("blocks.{i}" if _ours.startswith("blocks") else "output_layer") + ".adaLN_modulation"
-    MDLM[_ours] = (adaln(_chunk, 6 if _ours.startswith("blocks") else 2, _use), f"backbone.{_theirs}", *SIGMA,
-                   f"{_at}.weight", f"{_at}.bias")  # fmt: skip
+for _at, _chunks in (
+    ("blocks.{i}", {"blocks.attention_norm.bias": "norm1", "blocks.attention_norm.weight": "norm1",
+                    "blocks.out.weight": "attn_out", "blocks.mlp_norm.bias": "norm2",
+                    "blocks.mlp_norm.weight": "norm2", "blocks.down.weight": "mlp.2"}),
+    ("output_layer", {"final_norm.bias": "norm_final", "final_norm.weight": "norm_final"}),
+):  # fmt: skip
+    _layers = (*SIGMA, *(f"backbone.{_at}.adaLN_modulation.{part}" for part in ("weight", "bias")))
+    for _chunk, (_ours, _theirs) in enumerate(_chunks.items()):
+        MDLM[_ours] = (adaln(_chunk, len(_chunks)), f"backbone.{_at}.{_theirs}.weight", *_layers)
+MDLM["blocks.down.bias"] = (adaln(5, 6), "backbone.blocks.{i}.mlp.2.bias", *MDLM["blocks.down.weight"][2:])
 
 
 # ------------------------------------------------------------------------------------------------ one row a family
@@ -266,11 +210,23 @@ def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def theta(s: Said, kind: str = "", key: str = "rope_theta") -> float:
+    """The base of plain rotary positions, of one kind of block where there are several."""
+    s.seen |= {"rope_parameters", "rope_scaling", key}
+    name = "rope_parameters" if s.raw.get("rope_parameters") else "rope_scaling"
+    rope = s.raw.get(name) or {}
+    rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
+    plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
+        s.refuse(name, "plain rotary positions (no scaling is read)")
+    return float(Said({key: rope.get("rope_theta", s.raw.get(key))}, s.where).get(key, float))
+
+
 def full_attention(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.seen.add("layer_types")
     if any(kind != "full_attention" for kind in s.raw.get("layer_types") or ()):
         s.refuse("layer_types", "full_attention throughout")
-    return {"rope_theta": s.theta()}
+    return {"rope_theta": theta(s)}
 
 
 def dream(s: Said, shapes: Shapes) -> dict[str, Any]:
@@ -282,7 +238,7 @@ def dream(s: Said, shapes: Shapes) -> dict[str, Any]:
 def llada(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.only({"embedding_size": s.raw.get("vocab_size")})
     root = float(s.get("d_model", int)) ** 0.5
-    return {"rope_theta": s.theta(), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
+    return {"rope_theta": theta(s), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
 
 
 def mdlm(s: Said, shapes: Shapes) -> dict[str, Any]:
@@ -320,8 +276,8 @@ def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     if every < 1 or not isinstance(kinds, list | None):
         s.refuse("layer_types", "full_attention for every n-th block, from the first on")
     return {
-        "global_every": every, "rope_theta": s.theta("full_attention", "global_rope_theta"),
-        "local_theta": s.theta("sliding_attention", "local_rope_theta"),
+        "global_every": every, "rope_theta": theta(s, "full_attention", "global_rope_theta"),
+        "local_theta": theta(s, "sliding_attention", "local_rope_theta"),
     }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from tinyld.cache import StateCache, why_not_cached
 from tinyld.checkpoint import (
-    Reading,
     attach,
     check_base,
     check_frozen,
@@ -24,7 +23,7 @@ from tinyld.checkpoint import (
     read_model_config,
     sizes,
 )
-from tinyld.config import BUDGETS, DiffusionConfig, TrainConfig, check, from_dict, to_dict
+from tinyld.config import BUDGETS, DiffusionConfig, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, Reading
-from tinyld.config import ModelConfig, check_choice, to_dict
+from tinyld.checkpoint import Base
+from tinyld.config import ModelConfig, Reading, check_choice, to_dict
 from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make, Said, same

@@ -17,8 +17,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
-from tinyld.checkpoint import Reading
-from tinyld.config import ModelConfig
+from tinyld.config import ModelConfig, Reading
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import read_foreign, theirs_of

@@ -10,9 +10,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, Reading, base_record, check_ours, load_adapter, load_base, load_base_of
+from tinyld.checkpoint import Base, base_record, load_adapter, load_base, load_base_of
 from tinyld.composition import attach_static, load_composition, read_member
-from tinyld.config import SampleConfig, check
+from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError

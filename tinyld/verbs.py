@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinyld.config import ModelConfig, SampleConfig, from_dict
+from tinyld.config import ModelConfig, Reading, SampleConfig, check_ours, from_dict, to_dict
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.options import (
@@ -29,7 +29,8 @@ def info(options: InfoOptions) -> dict[str, Any]:
     if is_foreign(options.run):
         from tinyld.foreign import describe
 
-        return {"folder": str(options.run), **describe(options.run)}
+        return {"folder": str(options.run), **describe(options.run, Reading(**options.only(Reading)))}
+    check_ours(Reading(**options.only(Reading)))
     folder = RunFolder.open(options.run)
     config, files = folder.config, folder.files()
     for name in files:
@@ -88,7 +89,8 @@ def sample(options: SampleOptions) -> dict[str, Any]:
 
     sampling, steps = sampling_of(options), []
     path = options.run or options.base or default_base()
-    run = load(path, options.base if options.run else None, options.device, options.dtype)
+    run = load(path, options.base if options.run else None, options.device, options.dtype,
+               reading=Reading(**options.only(Reading)))  # fmt: skip
     texts, passes = run.fill(options.prompt, options.length, options.num, sampling, steps.append)
     return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
 
@@ -108,6 +110,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     from tinyld.peft import export_peft
 
     run, out = options.run, options.out
+    if is_foreign(run):
+        raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
     if options.to == "hf":
         base = load_base(run)
         export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
@@ -132,7 +136,7 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter, or a composition of such, into its base, and writes a base."""
     import torch
 
-    from tinyld.checkpoint import base_dtype, find_base, load_adapter, load_base, save_base
+    from tinyld.checkpoint import base_dtype, load_adapter, load_base_of, save_base
     from tinyld.composition import load_composition
 
     run, out = options.run, options.out
@@ -148,7 +152,7 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         adapted = load_adapter(folder, options.base)
         base, method = adapted.base, adapted.method
     else:
-        base = load_base(find_base(config, run, options.base))
+        base = load_base_of(config, run, options.base, "cpu")
         found = load_composition(folder, base)
         if found is None or base.model.push is not None:
             raise TinyldError(f"{run} holds trajectory-lora adapters, which depend on t and cannot be merged")
@@ -159,7 +163,9 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         raise TinyldError(f"{run}: {error}") from None
     refuse_inside(out, [base.path])
     target = RunFolder.create(out, options.force)
-    merged = RunFolder(base.path).config | {"merged": {"run": str(run), "base": base.fingerprint}}
+    made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
+    merged = made if is_foreign(base.path) else RunFolder(base.path).config
+    merged |= {"merged": {"run": str(run), "base": base.fingerprint}}
     target.write_json(CONFIG, merged | {"environment": environment()})
     save_base(target, base.model, dict(base.model.named_parameters()), base.tokenizer, torch.float32)
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
