@@ -28,7 +28,6 @@ from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make, Said, same
 from tinyld.layers import rotary_tables
-from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.read import as_object, opened, read_bytes, read_object, read_text, refuse_pickled
 from tinyld.tokenizer import ROLES, Tokenizer
@@ -92,7 +91,7 @@ class Weights:
         with safetensors(path) as file:
             tensor = file.get_tensor(stored)
             tensor = tensor.float() if kind == "F64" else tensor.clone()
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(1 << 22)):
             raise TinyldError(f"{path}: tensor {stored!r} holds values that are not finite")
         return tensor
 
@@ -332,41 +331,3 @@ def load_foreign(
         if is_shrunk:
             shrink(module, dtype)
     return Base(folder, model, tokenizer, digest.hexdigest()[:16], dtype, stored_bytes(model), reading or Reading())
-
-
-def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length: int = 256) -> dict[str, Any]:
-    """What a folder is and what adapting it takes, by method, for batches of `rows` rows of `length` tokens.
-
-    No weights are read. Memory is an estimate: the base in bf16, what is trained in fp32 with its gradient and AdamW's
-    two moments, and the activations that the backward pass needs.
-    """
-    foreign = read_foreign(folder, reading)
-    config = foreign.config
-    with torch.device("meta"):
-        tensors = list(Denoiser(config).parameters())
-    flat = sum(p.numel() for p in tensors if p.dim() == 1)
-    matrices, heights = (sum(n) for n in zip(*((p.numel(), p.shape[0]) for p in tensors if p.dim() == 2), strict=True))
-    base = {"fp32": 4 * (flat + matrices), "bf16": 4 * flat + 2 * matrices, "int8": 4 * (flat + heights) + matrices}
-    sizes = config.matrices()
-    block = rows * length * (8 * config.d_model + 2 * sum(outputs for _, outputs in sizes.values()))  # bytes
-    methods = {}
-    for name, method in METHODS.items():
-        try:
-            settings = make_config(name, {}, config)
-        except UsageError:
-            continue
-        stored = method.expected_parameters(settings, config)
-        if stored == 0:  # bitfit, where there are no biases
-            continue
-        through = max(getattr(settings, "blocks", config.num_layers), 1) * block  # at least the one block that runs
-        kept = base["fp32"] if name == "full" else base["bf16"]
-        memory = kept + (12 if name == "full" else 16) * stored + through
-        methods[name] = {"stored_parameters": stored, "stored_bytes": 4 * stored, "memory_bytes": memory}
-    return {
-        "family": foreign.family, "parameters": config.num_parameters(), "layers": config.num_layers,
-        "d_model": config.d_model, "heads": config.num_heads, "vocab_size": config.vocab_size,
-        "longest_row": foreign.longest, "shifted": config.shifted,
-        "mask_token": foreign.tokenizer.inner.id_to_token(foreign.tokenizer.mask_id),
-        "end_token": foreign.tokenizer.inner.id_to_token(foreign.tokenizer.eos_id), "base_bytes": base,
-        "batch": {"rows": rows, "tokens": length}, "methods": methods,
-    }  # fmt: skip

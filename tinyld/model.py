@@ -130,7 +130,7 @@ class Block(nn.Module):
         asking = h if positions is None else take(h, positions)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
         if self.query_norm is not None:
-            q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+            q, k = self.query_norm(q.float()).to(v.dtype), self.key_norm(k.float()).to(v.dtype)
         if angles is not None:
             angles = (angles[0][:, int(self.is_local)], angles[1][:, int(self.is_local)])
             cos, sin = angles if positions is None else (angle[positions][:, None] for angle in angles)

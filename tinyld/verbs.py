@@ -19,7 +19,7 @@ from tinyld.options import (
 )  # fmt: skip
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
-from tinyld.tables import print_table
+from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
@@ -27,7 +27,7 @@ from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 def info(options: InfoOptions) -> dict[str, Any]:
     """What a run is, from its JSON files; every file is checked against the manifest."""
     if is_foreign(options.run):
-        from tinyld.foreign import describe
+        from tinyld.costs import describe
 
         return {"folder": str(options.run), **describe(options.run, Reading(**options.only(Reading)))}
     check_ours(Reading(**options.only(Reading)))
@@ -61,6 +61,17 @@ def info(options: InfoOptions) -> dict[str, Any]:
         record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
     record["command"] = config["environment"]["command"]
     return record
+
+
+def show_info(record: dict[str, Any], options: InfoOptions) -> None:
+    methods = record.pop("methods", [])
+    print_record(str(options.run), record)
+    if methods:
+        columns = ("method", "stored MB", "GB, base in fp32", "bf16", "int8")
+        keys = ("stored_bytes", "memory_fp32", "memory_bf16", "memory_int8")
+        unit = {key: 1e9 for key in keys} | {"stored_bytes": 1e6}
+        shown = [[m["method"], *(m[k] and round(m[k] / unit[k], 2) for k in keys)] for m in methods]
+        print_table("memory to adapt it, estimated for that batch", columns, shown)
 
 
 def tasks(options: Printed) -> list[dict[str, Any]]:
