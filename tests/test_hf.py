@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import check_damaged
 
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
+from tinyld.foreign import load_foreign
 from tinyld.hf import Encoder, export_bert, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
 from tinyld.runs import RunFolder
@@ -208,6 +210,25 @@ def test_an_unfit_folder_is_refused_in_one_line(change: Any, part: str, tmp_path
     with pytest.raises(TinyldError, match=part) as raised:
         load_encoder(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.prefix])
+def test_damaged_folders_are_refused_in_one_line_and_none_loads_as_something_else(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    make(kind, True, tmp_path / "good")
+    (tmp_path / "good" / "tokenizer.json").write_text(load_encoder(tmp_path / "good").tokenizer.to_json())
+    check_damaged(kind, tmp_path, 110)  # fewer, as an encoder's folder may hold what is others'
+
+
+def test_an_encoder_is_a_base_as_it_is_unless_it_has_no_head_to_write_with(tmp_path: Path) -> None:
+    for head in (True, False):
+        (tmp_path / str(head)).mkdir()
+        make("roberta", head, tmp_path / str(head))
+    base, encoder = load_foreign(tmp_path / "True"), load_encoder(tmp_path / "True")
+    x, mask = batch(base.model.config.vocab_size)
+    assert torch.equal(base.model(x, attention_mask=mask), ours(encoder)(x, attention_mask=mask))
+    with pytest.raises(TinyldError, match="begin a base with it: tinyld pretrain --init"):
+        load_foreign(tmp_path / "False")
 
 
 def reshape(folder: Path, ending: str, shape: tuple[int, ...]) -> None:

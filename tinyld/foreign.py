@@ -195,8 +195,7 @@ def plan(
     """`theirs_of`, tried on shapes alone, and what is ours; `padding` rows of a vocabulary are theirs."""
     weights, (make, names) = foreign.weights, theirs_of(family, name)
     names = [n.rstrip("?") for n in names if not n.endswith("?") or n.rstrip("?") in weights.shapes]
-    of_head = bool(family.prefix) and name.startswith(("head_transform", "output_bias"))
-    if of_head and not (foreign.has_head and (names[0] in weights.shapes or name != "output_bias")):
+    if not foreign.has_head and name.startswith(("head_transform", "output_bias")):
         ones = float(name == "head_transform.2.weight")
         return lambda config: torch.eye(*shape) if len(shape) == 2 else torch.full(shape, ones), [], shape
     missing = next((n for n in names if n not in weights.shapes), None)
