@@ -38,16 +38,6 @@ def pair(config: ModelConfig, gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([gate, alike(up, gate)])
 
 
-def third(part: int) -> Make:
-    """Queries (0), keys (1) or values (2) of one matrix for all three, one after another."""
-    return lambda config, fused: fused.unflatten(0, (3, -1))[part]
-
-
-def interleaved(part: int) -> Make:
-    """The same, where a head's query, key and value are side by side (lit-gpt)."""
-    return lambda config, fused: fused.unflatten(0, (config.num_heads, 3, -1))[:, part].flatten(0, 1)
-
-
 def places(skipped: int) -> Make:
     """Learned positions after the first `skipped`, with the embedding of token type 0, the only one we use, in them."""
 
@@ -86,8 +76,7 @@ def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
 
 
 def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Our module or tensor -> theirs, or (how it is made, theirs ...; a name that ends in ? may be missing); those of a
-    block behind its prefix."""
+    """Our module or tensor -> theirs, or (how it is made, theirs ...); one that ends in ? may be missing."""
 
     def behind(theirs: Any) -> Any:
         return prefix + theirs if isinstance(theirs, str) else (theirs[0], *(prefix + name for name in theirs[1:]))
@@ -95,25 +84,34 @@ def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> di
     return {**edges, **{f"blocks.{ours}": behind(theirs) for ours, theirs in block.items()}}
 
 
-def fused(name: str, split: Callable[[int], Make]) -> dict[str, Any]:
+def fused(name: str, by_head: bool = False) -> dict[str, Any]:
+    """Queries, keys and values of one matrix: one after another, or side by side in every head (lit-gpt)."""
+
+    def split(part: int) -> Make:
+        return lambda config, all3: all3.unflatten(0, (config.num_heads if by_head else 1, 3, -1))[:, part].flatten(
+            0, 1
+        )
+
     return {ours: (split(part), name) for part, ours in enumerate(("query", "key", "value"))}
 
 
-def encoder(prefix: str, head: str, blocks: str = "encoder.layer", block: str = "", skipped: int = 0) -> dict[str, Any]:
-    """`head` and `block`: their names, in the order of ours here."""
-    at = f"{prefix}embeddings."
+SKIPPED = {"roberta": 2}  # learned positions that are never used
+BERT_BLOCK = (
+    "attention.self.query attention.self.key attention.self.value attention.output.dense attention.output.LayerNorm "
+    "intermediate.dense output.dense output.LayerNorm"
+)
+
+
+def encoder(kind: str, head: str, blocks: str = "encoder.layer", block: str = BERT_BLOCK) -> dict[str, Any]:
+    """`head` and `block`: the family's names of the parts here, in this order."""
+    at, ours = f"{kind}.embeddings.", "query key value out attention_norm up down mlp_norm".split()
     dense, norm, bias = head.split()
-    ours = "query key value out attention_norm up down mlp_norm".split()
-    block = block or (
-        "attention.self.query attention.self.key attention.self.value attention.output.dense "
-        "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
-    )
-    types = (places(skipped), f"{at}position_embeddings.weight", f"{at}token_type_embeddings.weight?")
+    positions = (places(SKIPPED.get(kind, 0)), f"{at}position_embeddings.weight", f"{at}token_type_embeddings.weight?")
     return parts(
-        {"embedding": f"{at}word_embeddings", "positions.weight": types, "embedding_norm": f"{at}LayerNorm",
-         "embedding_projection": f"{prefix}embeddings_project", "head_transform.0": dense, "head_transform.2": norm,
+        {"embedding": f"{at}word_embeddings", "positions.weight": positions, "embedding_norm": f"{at}LayerNorm",
+         "embedding_projection": f"{kind}.embeddings_project", "head_transform.0": dense, "head_transform.2": norm,
          "output_bias": (same, bias)},
-        f"{prefix}{blocks}.{{i}}.", dict(zip(ours, block.split(), strict=True)),
+        f"{kind}.{blocks}.{{i}}.", dict(zip(ours, block.split(), strict=True)),
     )  # fmt: skip
 
 
@@ -132,21 +130,21 @@ LLADA = parts(
 )  # fmt: skip
 SMDM = parts(
     {"embedding": "transformer.wte", "final_norm": "transformer.ln_f", "output": "lm_head"}, "transformer.h.{i}.",
-    {"attention_norm": "norm_1", **fused("attn.attn", interleaved), "out": "attn.proj", "mlp_norm": "norm_2",
+    {"attention_norm": "norm_1", **fused("attn.attn", by_head=True), "out": "attn.proj", "mlp_norm": "norm_2",
      "up": (pair, "mlp.swiglu.w1", "mlp.swiglu.w2"), "down": "mlp.swiglu.w3"},
 )  # fmt: skip
 MODERNBERT = parts(
     {"embedding": "model.embeddings.tok_embeddings", "embedding_norm": "model.embeddings.norm",
      "final_norm": "model.final_norm", "head_transform.0": "head.dense", "head_transform.2": "head.norm",
      "output": "decoder", "output_bias": (same, "decoder.bias")}, "model.layers.{i}.",
-    {"attention_norm": "attn_norm", **fused("attn.Wqkv", third), "out": "attn.Wo", "mlp_norm": "mlp_norm",
+    {"attention_norm": "attn_norm", **fused("attn.Wqkv"), "out": "attn.Wo", "mlp_norm": "mlp_norm",
      "up": "mlp.Wi", "down": "mlp.Wo"},
 )  # fmt: skip
 SIGMA = tuple(f"backbone.sigma_map.mlp.{i}.{part}" for i in (0, 2) for part in ("weight", "bias"))
 MDLM = parts(
     {"embedding.weight": (same, "backbone.vocab_embed.embedding"), "output": "backbone.output_layer.linear",
      "output_bias": (never_the_mask, "backbone.output_layer.linear.bias")}, "backbone.blocks.{i}.",
-    {**fused("attn_qkv", third), "up": "mlp.0"},
+    {**fused("attn_qkv"), "up": "mlp.0"},
 )  # fmt: skip
 for _at, _chunks in (
     ("blocks.{i}", {"blocks.attention_norm.bias": "norm1", "blocks.attention_norm.weight": "norm1",
@@ -198,15 +196,15 @@ QWEN2 = RMS | {"out_bias": False, "mlp_bias": False}
 
 
 def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
-    at = f"{s.raw['model_type']}.embeddings."
+    kind = s.raw["model_type"]
+    at = f"{kind}.embeddings."
     if s.raw.get("type_vocab_size") and f"{at}token_type_embeddings.weight" not in shapes:
         raise TinyldError(f"{s.where.parent}: no tensor {at}token_type_embeddings.weight, which its config asks for")
     d, e = s.get("dim" if "dim" in s.raw else "hidden_size", int), s.get("embedding_size?", int)
-    skipped = 2 if s.raw["model_type"] == "roberta" else 0
     return {
         "vocab_size": (*shapes.get(f"{at}word_embeddings.weight", ()), 0)[0], "d_embed": 0 if e == d else e,
         "norm_eps": s.get("layer_norm_eps?", float) or 1e-12,
-        "max_length": s.get("max_position_embeddings", int) - skipped,
+        "max_length": s.get("max_position_embeddings", int) - SKIPPED.get(kind, 0),
     }  # fmt: skip
 
 
@@ -292,10 +290,10 @@ BERT_ONLY = {
     "tie_word_embeddings": True,
 }
 FAMILIES: dict[str, Family] = {
-    kind: Family(encoder(f"{kind}.", *names), sizes, POST_NORM, BERT_ONLY, more=bert, prefix=f"{kind}.")
+    kind: Family(encoder(kind, *names), sizes, POST_NORM, BERT_ONLY, more=bert, prefix=f"{kind}.")
     for kind, sizes, *names in (
         ("bert", BERT, "cls.predictions.transform.dense cls.predictions.transform.LayerNorm cls.predictions.bias"),
-        ("roberta", BERT, "lm_head.dense lm_head.layer_norm lm_head.bias", "encoder.layer", "", 2),
+        ("roberta", BERT, "lm_head.dense lm_head.layer_norm lm_head.bias"),
         ("distilbert", DISTILBERT, "vocab_transform vocab_layer_norm vocab_projector.bias", "transformer.layer",
          "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
          "output_layer_norm"),

@@ -3,6 +3,7 @@
     python data/results/foreign.py                  # Qwen3-0.6B's shape, random weights, in a temporary folder
     python data/results/foreign.py --shape tiny     # a try of the same
     python data/results/foreign.py --folder PATH --device cuda --dtype int8
+    python data/results/foreign.py --estimate --csv data/results/foreign.csv     # LLaDA-8B, by tinyld's arithmetic
 
 Every row is a process of its own, so that its peak is its own. `fast` is trajectory LoRA's recipe on kept states: the
 seconds that keeping them took are a column. Rows are random tokens: nothing is learned here, only paid for.
@@ -31,6 +32,8 @@ SHAPES = {
 RUNS = ("fast", "fast-unkept", "best", "weight-lora", "adapters", "bitfit", "full", "peft-lora")
 SHARD = 300 * 2**20  # bytes
 EPOCHS, ROWS = 3, 500  # of the whole run that steps are scaled to
+LLADA = dict(vocab_size=126_464, d_model=4096, num_heads=32, num_layers=32, d_ff=12_288, norm="rms", activation="silu",
+             gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, head_bias=False, tied=False)  # fmt: skip
 COLUMNS = ("model", "run", "base", "rows", "length", "steps", "device", "read_seconds", "read_peak", "base_bytes",
            "peak", "step_seconds", "keep_seconds_a_row", "keep_bytes_a_row", "predict_seconds_a_row", "stored_bytes",
            "whole_seconds", "whole_gb")  # fmt: skip
@@ -199,6 +202,30 @@ def whole_run(row: dict[str, Any]) -> dict[str, Any]:
     return {"whole_seconds": round(seconds), "whole_gb": round((float(row["peak"]) + max(more, 0)) / 1e9, 2)}
 
 
+def estimate(rows: int, length: int, measured: Path | None) -> None:
+    """Prints tinyld's estimate of memory for LLaDA-8B and, where there are measured rows, what it was for those."""
+    from tinyld.config import ModelConfig
+    from tinyld.costs import costs
+
+    print(f"LLaDA-8B, batches of {rows} rows of {length} tokens\n")
+    print("| method | GB, base in bf16 | int8 | stored MB |\n|---|---|---|---|")
+    for found in costs(ModelConfig(**LLADA), rows, length):
+        bf16, int8 = (found[f"memory_{t}"] or found["memory_fp32"] for t in ("bf16", "int8"))
+        print(f"| {found['method']} | {bf16 / 1e9:.1f} | {int8 / 1e9:.1f} | {found['stored_bytes'] / 1e6:.1f} |")
+    if measured is None:
+        return
+    print("\n| measured | base | rows x tokens | GB | estimated |\n|---|---|---|---|---|")
+    for row in csv.DictReader(measured.open(newline="")):
+        shape = dict(zip(("vocab_size", "d_model", "num_layers", "num_heads", "kv_heads", "head_width", "d_ff"),
+                         SHAPES[row["model"]].values(), strict=True))  # fmt: skip
+        config = ModelConfig(**LLADA | shape | {"tied": True, "head_norms": True})
+        for found in costs(config, int(row["rows"]), int(row["length"])):
+            if found["method"].removeprefix("trajectory-lora ") == row["run"].removesuffix("-unkept"):
+                wanted = found["memory_" + row["base"]] / 1e9
+                gigabytes = f"{float(row['peak']) / 1e9:.2f} | {wanted:.2f}"
+                print(f"| {row['run']} | {row['base']} | {row['rows']} x {row['length']} | {gigabytes} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="a real checkpoint; without it one of --shape is made")
@@ -211,11 +238,14 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=RUNS, help=f"of {', '.join(RUNS)}")
     parser.add_argument("--csv", type=Path, help="a file that the rows are added to")
     parser.add_argument("--write", type=Path, help="only make the folder, here")
+    parser.add_argument("--estimate", action="store_true", help="only say what LLaDA-8B takes, and --csv's models")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one row
     args = parser.parse_args()
     if args.one:
         print(json.dumps(run_peft(args) if args.one == "peft-lora" else run_ours(args.one, args)))
         return
+    if args.estimate:
+        return estimate(args.rows, args.length, args.csv)
     if args.write:
         args.write.mkdir(parents=True)
         return write_model(args.write, SHAPES[args.shape])
