@@ -320,6 +320,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
         load_composition(folder, again, task)
         with torch.no_grad():
             repeated = again.model(x, t, real, prompt_mask)
+            assert again.model.push.answered_by(again.model.embed(x), prompt_mask).tolist() == answered_by
         if answered_by == owner:
             assert torch.equal(repeated, found)
         for row, member in enumerate(answered_by):

@@ -219,6 +219,27 @@ def test_a_text_batch_is_a_function_of_seed_and_step() -> None:
             TextRows(np.zeros(tokens, dtype=np.uint16), 8, bos_id=2)
 
 
+def test_an_eighth_of_the_rows_say_part_of_themselves_twice() -> None:
+    """Every token of the stream is another one, so that what stands twice in a row was echoed."""
+    stream, eos = np.arange(100, 60_100, dtype=np.uint16), 3
+    rows = TextRows(stream, 64, bos_id=2, eos_id=eos)
+    found = rows.take(np.arange(len(rows))).x0[:, 1:]
+    assert torch.equal(found, rows.take(np.arange(len(rows))).x0[:, 1:]), "the same rows each time"
+    echoed = [row.tolist() for row in found if eos in row]
+    assert 0.085 < len(echoed) / len(rows) < 0.165, "an eighth of 951 rows, within four standard errors"
+    distances = set()
+    for row in echoed:
+        end = row.index(eos)
+        where = row.index(row[end + 1])
+        again = row[end + 1 : end + 1 + min(end - where, len(row) - end - 1)]
+        assert where < end and again == row[where : where + len(again)] and len(again) >= 8
+        distances.add(end + 1 - where)
+    assert len(distances) > 20
+    assert len(set(rows.stream[:630])) == 630 and torch.equal(
+        TextRows(stream, 64, bos_id=2).take(np.arange(9)).x0[:, 1:].flatten(), torch.arange(100, 100 + 9 * 63)
+    ), "the stream itself stays, and rows that are scored are as they are"
+
+
 def test_a_seed_key_decides_its_stream_alone() -> None:
     keys = [(0, 1, 0), (0, 1, 1), (1, 1, 0), (0, 2, 0), (0, 2, 1), (2, 1, 0)]
     numpy_draws = [seeded(*k).integers(2**60) for k in keys]

@@ -232,7 +232,7 @@ def save_composition(folder: RunFolder, base: Base, composed: Composition, envir
 def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> Method | None:
     """Attaches a composition that `save_composition` wrote to its base; returns what of it is no push.
 
-    With the name of a `task`, a routed composition gives every row to that task's adapter, whatever its prompt.
+    With the name of a `task` that one adapter is for, a routed composition gives every row to it, whatever its prompt.
     """
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
@@ -254,5 +254,5 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
         router = Router(**{name: torch.zeros(len(parts), *shape) for name, shape in shapes.items()})
         load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
         names = [member["task"]["name"] for member in config["members"]]
-        router.only = names.index(task) if task in names else None
+        router.only = names.index(task) if names.count(task or "") == 1 else None
     return Composition(tuple(parts), config["how"], router).attach(base)

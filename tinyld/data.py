@@ -61,11 +61,19 @@ class Source:
 # ---------------------------------------------------------------------------------------------- pretraining text
 
 
-class TextRows(Source):
-    """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch."""
+ECHOED = 0.125  # share of pretraining rows that say part of themselves twice
 
-    def __init__(self, stream: np.ndarray, length: int, bos_id: int):
-        self.stream, self.width, self.bos_id = stream, length - 1, bos_id
+
+class TextRows(Source):
+    """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch.
+
+    With an `eos_id`, an eighth of the rows end in a second saying of a stretch of what they began with, [EOS] between,
+    at a distance that differs from row to row: copying, which text by itself asks for too seldom for a small model to
+    learn it.
+    """
+
+    def __init__(self, stream: np.ndarray, length: int, bos_id: int, eos_id: int | None = None):
+        self.stream, self.width, self.bos_id, self.eos_id = stream, length - 1, bos_id, eos_id
         self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
         if self.num_rows < 1:
             raise TinyldError(
@@ -89,9 +97,22 @@ class TextRows(Source):
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
         ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
+        for row, number in zip(ids, rows.tolist(), strict=True):
+            rng = seeded(offset, number, 3)
+            if self.eos_id is not None and len(row) > 3 and rng.random() < ECHOED:
+                self._echo(row, rng)
         x0 = torch.from_numpy(np.concatenate([np.full((len(rows), 1), self.bos_id), ids], axis=1))
         real = torch.ones_like(x0, dtype=torch.bool)
         return Batch(x0, real & (x0 != self.bos_id), real, torch.from_numpy(rows.astype(np.int64)))
+
+    def _echo(self, row: np.ndarray, rng: np.random.Generator) -> None:
+        """Puts an [EOS] into a row (length - 1,), and behind it a stretch of what stands before."""
+        first = int(rng.integers(len(row) * 3 // 8, len(row) * 3 // 4))
+        rest = len(row) - first - 1
+        start = int(rng.integers(max(first - rest, 0) + 1))
+        again = row[start : min(start + rest, first)].copy()
+        row[first] = self.eos_id
+        row[first + 1 : first + 1 + len(again)] = again
 
 
 # ---------------------------------------------------------------------------------------------- tasks

@@ -20,6 +20,7 @@ from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, on_
 from tinyld.methods import TrajectoryLora, WeightLora
 from tinyld.options import Sampling, base_folder
 from tinyld.peft import is_peft, load_peft
+from tinyld.router import NONE
 from tinyld.rows import Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
@@ -85,16 +86,15 @@ class Run:
         return [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
 
     def answered_by(self, batch: Batch) -> list[str | None] | None:
-        """Of a composition, the member whose share of each row is the largest, None if no member has one; all of them
-        where it does not route."""
+        """Of a composition, the member that each row belongs to, or None if to no task; all, if it does not route."""
         if self.config.get("kind") != "composition":
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
         if self.config["router"] is None:
             return [" + ".join(members)] * len(batch.x0)
-        model = self.base.model
-        shares = model.push.shares(model.embed(batch.x0), batch.attention_mask & ~batch.answer_mask)
-        return [members[i] if s > 0 else None for s, i in zip(*(x.tolist() for x in shares.max(1)), strict=True)]
+        embedded = self.base.model.embed(batch.x0)
+        owners = self.base.model.push.answered_by(embedded, batch.attention_mask & ~batch.answer_mask)
+        return [None if i == NONE else members[i] for i in owners.tolist()]
 
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
@@ -184,8 +184,7 @@ def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]
 
 def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]:
     """Of each row its `text`, where the task reads one, and its other columns."""
-    columns = input_columns(task)
-    one = columns[0] if len(columns) == 1 else None
+    one = columns[0] if len(columns := input_columns(task)) == 1 else None
     return [
         {f"given_{k}" if k in OURS else str(k): v for k, v in row.items() if k != one}
         | ({} if one is None else {"text": row[one]})
@@ -310,14 +309,12 @@ def load(
         loaded = load_base(base_path or default_base(), on, kept_in or "fp32")
         attach_static(loaded, (WeightLora.name, *load_peft(path, loaded.model.config, loaded.fingerprint)), path)
         return Run(path, loaded, [], {}, dtype)
-    if is_foreign(path):
-        return Run(path, load_base(path, on, kept_in or "fp32", reading), [], {"kind": "base"}, dtype)
-    check_ours(reading)
-    folder = RunFolder.open(path)
-    config, where = folder.config, str(path / CONFIG)
+    config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
+    folder = RunFolder(path)
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
-        return Run(path, load_base(path, on, kept_in or "fp32"), [], config, dtype)
+        return Run(path, load_base(path, on, kept_in or "fp32", reading), [], config, dtype)
+    check_ours(reading)
     if config["kind"] == "adapter":
         adapted = load_adapter(folder, base_path, on, kept_in)
         return Run(path, adapted.base, [from_record(config["task"], where)], config, dtype)

@@ -164,7 +164,7 @@ def train_base(
         tokenizer = Tokenizer.train(lines if valid else held_out_part(lines, held_out=False), shape.vocab_size)
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
     text, held_out = read("text", tokenizer), read("held-out text", tokenizer)
-    rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id)
+    rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, tokenizer.eos_id)
     held_out_length = min(shape.max_length, max(2, len(held_out.stream) // 2))
     held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)
     unigram = unigram_nll(text.counts, held_out.counts)

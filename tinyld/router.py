@@ -120,7 +120,7 @@ class Router(nn.Module):
         return off.square().sum(1) - (off @ directions.T).square().sum(1)
 
     def choose(self, features: Tensor) -> Tensor:
-        """(B,) the member to answer each row, or NONE where the row is unlike all of that member's own."""
+        """(B,) the member that each row belongs to, or NONE where the row is unlike all of that member's own."""
         chosen = self.nearest(features)
         for member, limit in enumerate(self.limits):
             chosen[(chosen == member) & (self.distance(features, member) > limit)] = NONE
