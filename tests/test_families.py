@@ -42,13 +42,16 @@ def a_tiny_smdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "SMDM_WIDTHS", (128,))
 
 
+SPARE = ("<|spare|>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
 def write_tokenizer(folder: Path, mask: str | None) -> int:
     """A byte-level BPE with an end and, unless None, a mask token; returns how many tokens it has."""
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False))
-    inner.add_special_tokens(["<|spare|>", "<|im_start|>", "<|endoftext|>", "<|im_end|>", *([mask] if mask else [])])
+    inner.add_special_tokens([*SPARE, "<|endoftext|>", "<|im_end|>", *([mask] if mask else [])])
     inner.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
@@ -428,24 +431,34 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content"
+    " + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
 
 
-def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused_unrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("template", "last"), [(CHATML, "<|im_end|>"), (HEADERS, "<|eot_id|>")])
+def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused_unrun(
+    template: str, last: str, tmp_path: Path
+) -> None:
     jinja2 = pytest.importorskip("jinja2", reason="needs the extra `interop`")
     make("Dream", tmp_path)
     chat = Reading(chat=True)
     with pytest.raises(TinyldError, match="leave --chat out"):
         load_foreign(tmp_path, reading=chat)
     path = tmp_path / "chat_template.jinja"
-    for unknown in ("{{ messages }}", CHATML + "<|start_header_id|>", "{{ '<|start_header_id|>' }}"):
+    for unknown in ("{{ messages }}", CHATML + HEADERS, 7 * "{{ '<|user|>' }}"):
         path.write_text(unknown)
         with pytest.raises(TinyldError, match="of no form that tinyld knows"):
             load_foreign(tmp_path, reading=chat)
-    path.write_text(CHATML)
+    path.write_text(template)
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|spare|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer, plain = load_foreign(tmp_path, reading=chat).tokenizer, load_foreign(tmp_path).tokenizer
     said = [{"role": "user", "content": "was the film good? it was"}]
-    theirs = jinja2.Template(CHATML).render(messages=said, add_generation_prompt=True)
-    end = plain.inner.token_to_id("<|im_end|>")
+    text = jinja2.Template(template, keep_trailing_newline=True)
+    theirs = text.render(messages=said, add_generation_prompt=True, bos_token="<|spare|>")
+    end = plain.inner.token_to_id(last)
     task = load_task("reviews")
     for of in (tokenizer, Tokenizer.parse(tokenizer.to_json().encode(), path)):
         rows = TaskRows([Example(said[0]["content"], ".", " good", 1)], task, of, 64)

@@ -254,11 +254,11 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
         size = max(inner.get_vocab().values(), default=-1) + 1
         if size <= mask < min(rows, size + 300):  # rows of the model's that the tokenizer has no name for
             inner.add_special_tokens([f"<|token {i}|>" for i in range(size, mask + 1)])
-        eos = token(inner, "eos", "sep")
-        chat = read_chat(folder, inner, named.get("chat_template")) if reading.chat else {}
+        eos, bos = token(inner, "eos", "sep"), token(inner, "bos", "cls")
+        chat = read_chat(folder, inner, named.get("chat_template"), bos) if reading.chat else {}
         if eos is None and not chat:
             raise TinyldError(f"{folder}: neither {CONFIG} nor {extra.name} says which token ends a text (eos_token)")
-        bos, pad, unk = token(inner, "bos", "cls"), token(inner, "pad"), named.get("unk_token")
+        pad, unk = token(inner, "pad"), named.get("unk_token")
         ids = (eos if pad is None else pad, inner.token_to_id(unk) if isinstance(unk, str) else None,
                eos if bos is None else bos, eos, mask)  # fmt: skip
         return dict(zip(ROLES, ids, strict=True)) | chat
@@ -285,7 +285,7 @@ def from_vocabulary(path: Path, lowercase: bool) -> Tokenizer:
     return Tokenizer(inner, str(path))
 
 
-def read_chat(folder: Path, inner: HFTokenizer, template: Any) -> dict[str, Any]:
+def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) -> dict[str, Any]:
     """What a chat puts around a prompt, as ids: `start`, `turn` and its end; without a system's turn."""
     path = folder / "chat_template.jinja"
     template = read_text(path) if path.is_file() else template
@@ -297,7 +297,8 @@ def read_chat(folder: Path, inner: HFTokenizer, template: Any) -> dict[str, Any]
         raise TinyldError(f"{folder}: its chat template is of no form that tinyld knows ({', '.join(CHATS)}); "
                           "leave --chat out")  # fmt: skip
     start, turn, end = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
-    return {"start": start, "turn": turn, "eos": end[0]}
+    begin = [] if bos is None or "bos_token" not in template else [bos]
+    return {"start": begin + start, "turn": turn, "eos": end[0]}
 
 
 # ------------------------------------------------------------------------------------------------ what others call
