@@ -71,3 +71,38 @@ def test_a_method_trains_on_a_shrunk_base_and_leaves_its_bits(config: ModelConfi
     for name, parameter in model.named_parameters():
         if name in kept and id(parameter) not in own:
             assert torch.equal(parameter, kept[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_product_in_fewer_bits_is_that_of_weights_which_are_widened_first(dtype: str) -> None:
+    layer = torch.nn.Linear(24, 5000)
+    shrink(layer, dtype)
+    wide, x = layer.weight.detach(), torch.randn(3, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer.weight.dtype == torch.bfloat16, "no copy in float32 is made of a large matrix"
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, wide, layer.bias))
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_the_backward_pass_keeps_no_widened_copy_of_a_matrix(dtype: str, low: bool) -> None:
+    layer, kept = torch.nn.Linear(24, 50), []
+    shrink(layer, dtype)
+    layer = copy.deepcopy(layer)
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    wide, y, bias = layer.weight.detach(), x.detach().requires_grad_(), layer.bias.detach().requires_grad_()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ours = layer(x)
+        theirs = torch.nn.functional.linear(y, wide, bias)
+    own = {p.data_ptr() for p in layer.parameters()}
+    assert kept and all(t.data_ptr() in own for t in kept if t.numel() >= wide.numel())
+    ours.float().square().sum().backward()
+    theirs.float().square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    torch.testing.assert_close(layer.bias.grad, bias.grad)

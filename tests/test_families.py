@@ -18,25 +18,31 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
-from tinyld.config import SampleConfig
+from tinyld.config import Reading, SampleConfig
+from tinyld.costs import describe
+from tinyld.data import TaskRows
 from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES
-from tinyld.foreign import describe, load_foreign
+from tinyld.foreign import load_foreign
 from tinyld.layers import look_up
 from tinyld.methods import METHODS, make_config
 from tinyld.sampler import decode
+from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved
 TEXT = ["the film was not great, but very good", "a dull plot, naïve cafés", "it's bright: 漢字 and 🙂"] * 4
 HF = ("a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream")
-KINDS = tuple(FAMILIES)
+KINDS = tuple(kind for kind, family in FAMILIES.items() if not family.prefix)
 
 
 @pytest.fixture(autouse=True)
 def a_tiny_smdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "SMDM_WIDTHS", (128,))
+
+
+SPARE = ("<|spare|>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 def write_tokenizer(folder: Path, mask: str | None) -> int:
@@ -45,7 +51,7 @@ def write_tokenizer(folder: Path, mask: str | None) -> int:
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False))
-    inner.add_special_tokens(["<|endoftext|>", "<|im_end|>", *([mask] if mask else [])])
+    inner.add_special_tokens([*SPARE, "<|endoftext|>", "<|im_end|>", *([mask] if mask else [])])
     inner.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
@@ -297,6 +303,7 @@ def test_a_wrong_norm_shift_or_rotation_would_show(
     right = gap(tmp_path, reference)
     plain = foreign.ModelConfig
     monkeypatch.setattr(foreign, "ModelConfig", lambda **values: plain(**values | change))
+    foreign._read.cache_clear()
     assert gap(tmp_path, reference) > 10 * max(right, 5e-5)
 
 
@@ -366,7 +373,7 @@ def test_fewer_bits_are_those_of_a_model_that_is_shrunk_afterwards(kind: str, tm
     for dtype in ("bf16", "int8"):
         base, whole = load_foreign(tmp_path, dtype=dtype), load_foreign(tmp_path).model
         shrink(whole, dtype)
-        assert base.bytes == stored_bytes(whole) == describe(tmp_path)["base_bytes"][dtype]
+        assert base.bytes == stored_bytes(whole) == describe(tmp_path)[f"{dtype}_bytes"]
         assert torch.equal(base.model(x, attention_mask=mask), whole(x, attention_mask=mask))
         assert torch.equal(look_up(whole.embedding, x), whole.embedding(x))
 
@@ -411,13 +418,55 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
     edit(tmp_path, mask_token_id=size + 1)  # Dream's, in the tokenizer that it was begun with
     assert (base := load_foreign(tmp_path)).tokenizer.mask_id == size + 1 == base.model.config.vocab_size - 1
     edit(tmp_path, mask_token_id=size - 1)
-    assert load_foreign(tmp_path, mask_token="<|im_end|>").tokenizer.mask_id == size - 2
+    assert load_foreign(tmp_path, reading=Reading(mask_token="<|im_end|>")).tokenizer.mask_id == size - 2
     with pytest.raises(TinyldError, match="is no token"):
-        load_foreign(tmp_path, mask_token="<|other|>")
+        load_foreign(tmp_path, reading=Reading(mask_token="<|other|>"))
     names = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": {"content": "<|im_end|>"}}))
     with pytest.raises(TinyldError, match="say --mask-token"):
         load_foreign(tmp_path)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content"
+    " + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+@pytest.mark.parametrize(("template", "last"), [(CHATML, "<|im_end|>"), (HEADERS, "<|eot_id|>")])
+def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused_unrun(
+    template: str, last: str, tmp_path: Path
+) -> None:
+    jinja2 = pytest.importorskip("jinja2", reason="needs the extra `interop`")
+    make("Dream", tmp_path)
+    chat = Reading(chat=True)
+    with pytest.raises(TinyldError, match="leave --chat out"):
+        load_foreign(tmp_path, reading=chat)
+    path = tmp_path / "chat_template.jinja"
+    for unknown in ("{{ messages }}", CHATML + HEADERS, 7 * "{{ '<|user|>' }}"):
+        path.write_text(unknown)
+        with pytest.raises(TinyldError, match="of no form that tinyld knows"):
+            load_foreign(tmp_path, reading=chat)
+    path.write_text(template)
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|spare|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer, plain = load_foreign(tmp_path, reading=chat).tokenizer, load_foreign(tmp_path).tokenizer
+    said = [{"role": "user", "content": "was the film good? it was"}]
+    text = jinja2.Template(template, keep_trailing_newline=True)
+    theirs = text.render(messages=said, add_generation_prompt=True, bos_token="<|spare|>")
+    end = plain.inner.token_to_id(last)
+    task = load_task("reviews")
+    for of in (tokenizer, Tokenizer.parse(tokenizer.to_json().encode(), path)):
+        rows = TaskRows([Example(said[0]["content"], ".", " good", 1)], task, of, 64)
+        assert of.inner.decode(rows.ids[0], skip_special_tokens=False).startswith(theirs)
+        assert rows.ids[0].tolist() == [*of.inner.encode(theirs).ids, *rows.ids[0][rows.starts[0] :]]
+        assert rows.ids[0][-1] == of.eos_id == end and of.eos_id not in of.never_written
+    rows = TaskRows([Example("a b", ".", " good", 1)], task, plain, 64)
+    assert rows.ids[0].tolist()[:3] == [plain.bos_id, *plain.encode("a b")][:3] and end not in rows.ids[0]
 
 
 def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,9 +474,11 @@ def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, mon
     monkeypatch.setattr(foreign.Weights, "read", None)
     said = describe(tmp_path)
     assert said["family"] == "llada" and said["mask_token"] == "<|mdm_mask|>" and said["longest_row"] == 64
-    assert set(METHODS) - {"bitfit"} == set(said["methods"])
-    assert said["methods"]["full"]["stored_parameters"] == said["parameters"]
-    assert said["methods"]["full"]["memory_bytes"] > said["methods"]["trajectory-lora"]["memory_bytes"]
+    methods = {found["method"]: found for found in said["methods"]}
+    assert set(methods) == {"trajectory-lora fast", "trajectory-lora best", "weight-lora", "adapters", "full"}
+    assert methods["full"]["stored_parameters"] == said["parameters"]
+    assert methods["full"]["memory_fp32"] > methods["weight-lora"]["memory_bf16"] > said["bf16_bytes"]
+    assert methods["trajectory-lora fast"]["memory_int8"] < methods["trajectory-lora fast"]["memory_bf16"]
 
 
 # ------------------------------------------------------------------ what is not understood
@@ -506,14 +557,16 @@ def damage(folder: Path, rng: random.Random) -> str:
     return f"{what} {name}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_damaged_folders_are_refused_in_one_line_and_none_loads_as_something_else(kind: str, tmp_path: Path) -> None:
-    make(kind, tmp_path / "good")
-    x, mask = batch(50)
+FEW_AND_MANY = pytest.mark.parametrize("changes", [40, pytest.param(200, marks=pytest.mark.faults)])
+
+
+def check_damaged(kind: str, tmp_path: Path, changes: int, least: float) -> None:
+    """Of seeded changes to the folder `good` a share of `least` or more is refused, and the others change nothing."""
     good = load_foreign(tmp_path / "good")
+    x, mask = batch(50, min(24, good.model.config.max_length))
     expected, roles = good.model(x, attention_mask=mask), good.tokenizer.roles
     refused = 0
-    for seed in range(200):
+    for seed in range(changes):
         shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
         what = damage(tmp_path / "bad", random.Random(f"{kind} {seed}"))
         try:
@@ -524,7 +577,16 @@ def test_damaged_folders_are_refused_in_one_line_and_none_loads_as_something_els
         else:  # a key that says nothing, or what is found elsewhere as well: the same model to the last bit
             assert torch.equal(base.model(x, attention_mask=mask), expected) and base.tokenizer.roles == roles, what
         shutil.rmtree(tmp_path / "bad")
-    assert refused >= 160
+    assert refused >= least * changes
+
+
+@FEW_AND_MANY
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_folders_are_refused_in_one_line_and_none_loads_otherwise(
+    kind: str, changes: int, tmp_path: Path
+) -> None:
+    make(kind, tmp_path / "good")
+    check_damaged(kind, tmp_path, changes, 0.8)
 
 
 @pytest.mark.parametrize("kind", ["llada", "mdlm"])
@@ -552,6 +614,21 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: 
     assert json.loads(run("eval", out, "--json", "--quiet"))[0]["n"] > 0
     assert json.loads(run("sample", base, "--length", "2", "--num", "1", "--json"))["samples"]
     assert json.loads(run("info", base, "--json"))["family"] == kind
+    (tmp_path / "task.toml").write_text(
+        'template = "{text} is {answer} ."\n[verbalizer]\nyes = "yes"\nno = "no"\n'
+        '[data]\ntrain = "rows.csv"\ndev = "rows.csv"'
+    )
+    read_so = ("--mask-token", "<|spare|>", "--max-length", "40", "--chat")
+    (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
+    for name in ("one", "two"):  # how a model was read is kept in a run and a composition of runs
+        run("finetune", "--task", str(tmp_path / "task.toml"), "--base", base, "--method", "weight-lora", "--quiet",
+            "--steps", "2", "--out", str(tmp_path / name), *read_so)  # fmt: skip
+    kept = {"mask_token": "<|spare|>", "max_length": 40, "chat": True}
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["base"]["reading"] == kept
+    both = str(tmp_path / "both")
+    run("compose", str(tmp_path / "one"), str(tmp_path / "two"), "--limit", "4", "--out", both, "--quiet")
+    for path in (str(tmp_path / "one"), both):
+        assert json.loads(run("predict", path, "--text", "a b"))["label"] in ("yes", "no")
     make(kind, tmp_path / "model", seed=1)
     ran = CliRunner().invoke(app, ["predict", out, "--text", "a b"])
     assert ran.exit_code == 1 and "was trained on base" in ran.output

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import FEW_AND_MANY, check_damaged
 
 from tinyld.errors import TinyldError
-from tinyld.hf import FAMILIES, Encoder, export_bert, find_encoder, load_encoder, trim_vocabulary
+from tinyld.families import FAMILIES
+from tinyld.foreign import load_foreign
+from tinyld.hf import Encoder, export_bert, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
 from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
@@ -22,7 +25,7 @@ transformers.logging.set_verbosity_error()
 
 WORDS = "the a film plot was is not great terrible good bad dull bright it and but very music food of to in".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz'.,"
-CASES = [(family, head) for family in FAMILIES for head in (True, False)]
+CASES = [(kind, head) for kind, family in FAMILIES.items() if family.prefix for head in (True, False)]
 
 
 def write_vocab(folder: Path, special: tuple[str, ...] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")) -> int:
@@ -165,12 +168,9 @@ def test_trimming_keeps_the_pieces_of_the_text_that_was_counted(tmp_path: Path) 
 
 
 def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None:
-    write_vocab(tmp_path)
+    make("bert", True, tmp_path)
     theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    from tinyld.hf import load_tokenizer
-
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = load_encoder(tmp_path).tokenizer
     assert isinstance(tokenizer, Tokenizer)
     rng = random.Random(0)
     for _ in range(200):
@@ -197,9 +197,9 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: edit(d, max_position_embeddings=99), r"'positions.weight' has the wrong shape: \(24, "),
         (lambda d: reshape(d, "word_embeddings.weight", ()), "has [0-9]+ tokens, the model 0"),
         (lambda d: reshape(d, "word_embeddings.weight", (-1,)), "'embedding.weight' has the wrong shape"),
-        (lambda d: reshape(d, "position_embeddings.weight", ()), "embeddings of another shape than config.json says"),
-        (lambda d: reshape(d, "position_embeddings.weight", (-1, 1)), "embeddings of another shape than"),
-        (lambda d: reshape(d, "token_type_embeddings.weight", (-1, 1)), "embeddings of another shape than"),
+        (lambda d: reshape(d, "position_embeddings.weight", ()), "'positions.weight' has the wrong shape"),
+        (lambda d: reshape(d, "position_embeddings.weight", (-1, 1)), "'positions.weight' has the wrong shape"),
+        (lambda d: reshape(d, "token_type_embeddings.weight", (-1, 1)), "'positions.weight' has the wrong shape"),
         (lambda d: reshape(d, "1.output.dense.weight", (-1,)), "'blocks.1.down.weight' has the wrong shape"),
         (lambda d: reshape(d, "predictions.bias", (1, -1)), "'output_bias' has the wrong shape"),
     ],
@@ -210,6 +210,28 @@ def test_an_unfit_folder_is_refused_in_one_line(change: Any, part: str, tmp_path
     with pytest.raises(TinyldError, match=part) as raised:
         load_encoder(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@FEW_AND_MANY
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.prefix])
+def test_damaged_folders_are_refused_in_one_line_and_none_loads_otherwise(
+    kind: str, changes: int, tmp_path: Path
+) -> None:
+    (tmp_path / "good").mkdir()
+    make(kind, True, tmp_path / "good")
+    (tmp_path / "good" / "tokenizer.json").write_text(load_encoder(tmp_path / "good").tokenizer.to_json())
+    check_damaged(kind, tmp_path, changes, 0.55)  # fewer, as an encoder's folder may hold what is others'
+
+
+def test_an_encoder_is_a_base_as_it_is_unless_it_has_no_head_to_write_with(tmp_path: Path) -> None:
+    for head in (True, False):
+        (tmp_path / str(head)).mkdir()
+        make("roberta", head, tmp_path / str(head))
+    base, encoder = load_foreign(tmp_path / "True"), load_encoder(tmp_path / "True")
+    x, mask = batch(base.model.config.vocab_size)
+    assert torch.equal(base.model(x, attention_mask=mask), ours(encoder)(x, attention_mask=mask))
+    with pytest.raises(TinyldError, match="begin a base with it: tinyld pretrain --init"):
+        load_foreign(tmp_path / "False")
 
 
 def reshape(folder: Path, ending: str, shape: tuple[int, ...]) -> None:

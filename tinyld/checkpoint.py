@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import ModelConfig, from_dict, to_dict
+from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
 from tinyld.device import BASE_DTYPES, Int8, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
@@ -36,6 +36,12 @@ class Base:
     fingerprint: str
     dtype: str = "fp32"  # that its frozen weights are kept in
     bytes: int = 0  # of its weights in memory
+    reading: Reading = Reading()
+
+    def record(self) -> dict[str, Any]:
+        """What a run's config says of its base: see BaseRecord."""
+        own = {"path": str(self.path.resolve()), "fingerprint": self.fingerprint, "dtype": self.dtype}
+        return own | ({} if self.reading == Reading() else {"reading": to_dict(self.reading)})
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class BaseRecord:
     path: str
     fingerprint: str
     dtype: str = "fp32"  # that it was kept in while training
+    reading: Reading = Reading()
 
 
 # ------------------------------------------------------------------------------------------------ bases
@@ -52,6 +59,8 @@ class BaseRecord:
 
 def fingerprint(folder: RunFolder) -> str:
     """Names a base: a digest of its stored weights, its tokenizer and its model config."""
+    if is_foreign(folder.path):  # whose weights are all read for it
+        return load_base(folder.path, dtype="bf16").fingerprint
     parts = [folder.digest(MODEL), folder.digest(TOKENIZER), json.dumps(folder.config["model"], sort_keys=True)]
     return sha256(" ".join(parts).encode())[:16]
 
@@ -88,12 +97,13 @@ def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_model_config(folder: RunFolder) -> ModelConfig:
+def read_model_config(folder: RunFolder, reading: Reading | None = None) -> ModelConfig:
     """What a base says of its denoiser, ours or a public one; TinyldError when the run is an adapter."""
     if is_foreign(folder.path):
         from tinyld.foreign import read_foreign
 
-        return read_foreign(folder.path).config
+        return read_foreign(folder.path, reading).config
+    check_ours(reading)
     config = RunFolder.open(folder.path).config
     if config["kind"] != "base":
         record = base_record(config, folder.path / CONFIG)
@@ -101,22 +111,25 @@ def read_model_config(folder: RunFolder) -> ModelConfig:
     return from_dict(ModelConfig, config["model"], str(folder.path / CONFIG))
 
 
-def read_base_tokenizer(path: Path) -> Tokenizer:
+def read_base_tokenizer(path: Path, reading: Reading | None = None) -> Tokenizer:
     """A base's tokenizer, ours or a public model's."""
     if is_foreign(path):
         from tinyld.foreign import read_foreign
 
-        return read_foreign(path).tokenizer
+        return read_foreign(path, reading).tokenizer
     return Tokenizer.load(path / TOKENIZER)
 
 
-def load_base(path: Path, device: torch.device | str = "cpu", dtype: str = "fp32") -> Base:
+def load_base(
+    path: Path, device: torch.device | str = "cpu", dtype: str = "fp32", reading: Reading | None = None
+) -> Base:
     """A base from its run folder, every file of which is checked against the manifest first, or a public model from its
     own. dtype: see device.shrink."""
     if is_foreign(path):
         from tinyld.foreign import load_foreign
 
-        return load_foreign(path, device, dtype)
+        return load_foreign(path, device, dtype, reading)
+    check_ours(reading)
     folder = RunFolder.open(path)
     model_config = read_model_config(folder)
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
@@ -195,6 +208,16 @@ def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Pa
     return path
 
 
+def load_base_of(
+    config: Mapping[str, Any], run: Path, override: Path | None, device: torch.device | str, dtype: str | None = None
+) -> Base:
+    """The base of a run as it was read then, kept in `dtype` or else as in training. Where it is: see find_base."""
+    record = base_record(config, run / CONFIG)
+    base = load_base(find_base(config, run, override), device, dtype or record.dtype, record.reading)
+    check_base(config, base, run)
+    return base
+
+
 def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
     """TinyldError when a run was trained on a base other than this one."""
     _check_fingerprint(base_record(config, run / CONFIG), base.fingerprint, base.path, run)
@@ -227,8 +250,7 @@ def load_adapter(
     path = str(folder.path / CONFIG)
     dtype = base_dtype(config, path) if dtype is None else dtype
     check_frozen(read_config(config["method"], path)[0].name, dtype)
-    base = load_base(find_base(config, folder.path, base_path), device, dtype)
-    check_base(config, base, folder.path)
+    base = load_base_of(config, folder.path, base_path, device, dtype)
     tensors = folder.read_tensors(ADAPTER)
     method, settings = read_method(config["method"], tensors, base, folder)
     attached = attach(base, method.name, settings)

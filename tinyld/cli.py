@@ -72,7 +72,8 @@ VERBS = {
         options.ReportOptions, "report:report", "One table of many evaluated runs.", "tinyld report runs/*",
         "report:show",
     ),
-    "info": Verb(options.InfoOptions, "verbs:info", "Say what a run is, and check its files.", "tinyld info runs/mine"),
+    "info": Verb(options.InfoOptions, "verbs:info", "Say what a run is, and check its files.", "tinyld info runs/mine",
+                 "verbs:show_info"),
     "tasks": Verb(options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", "verbs:show_tasks"),
     "merge": Verb(
         options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",
@@ -86,7 +87,7 @@ VERBS = {
 }  # fmt: skip
 
 
-GROUPS_LAST = "Writing Training Machine Output"  # in this order behind all others
+GROUPS_LAST = "Writing Training A public model Machine Output"  # in this order behind all others
 
 
 class Command(TyperCommand):

@@ -34,7 +34,7 @@ SET_HERE += ("device", "out", "force", "resume", "json", "quiet")
 def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
     check_writable(options.csv)
-    base = RunFolder.open(options.base or default_base())
+    base = RunFolder(options.base or default_base())
     methods = variants(options.methods, read_model_config(base))
     grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base))
     for task in grid.tasks:

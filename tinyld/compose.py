@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import base_dtype, find_base, load_base
+from tinyld.checkpoint import load_base_of
 from tinyld.composition import Member, hang, prototype_router, read_member, save_composition
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
@@ -40,12 +40,11 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     first = folders[0].config
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
-    path = find_base(first, runs[0], options.base)
-    base = load_base(path, resolve_device(options.device), base_dtype(first, str(runs[0])))
+    base = load_base_of(first, runs[0], options.base, resolve_device(options.device))
     members = [read_member(folder, base) for folder in folders]
     how = "weights" if weights is not None else options.how or default_how(members)
     weights = weights or [1.0 if how == "router" else 1 / len(members)] * len(members)
-    router = prototype_router(members).to(base.model.embedding.weight.device) if how == "router" else None
+    router = prototype_router(members).to(base.model.device) if how == "router" else None
     known = {m.task["name"]: m for m in members}
     out = options.out or Path("runs") / f"compose-{'-'.join(known).replace(':', '-')}"
     RunFolder.check_free(out, options.force)

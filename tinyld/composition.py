@@ -37,7 +37,7 @@ class Member:
         """The member's push, for its base's shape."""
         push = TrajectoryPush(self.method.config, base.model.config, None)
         load_exactly(dict(push.named_parameters()), self.tensors, self.run)
-        return push.requires_grad_(False).eval().to(base.model.embedding.weight.device)
+        return push.requires_grad_(False).eval().to(base.model.device)
 
 
 class SharedPush(nn.Module):
@@ -170,7 +170,7 @@ def save_composition(
         "members": [{"run": m.run, "task": m.task, "weight": weight} for m, weight in weighted],
         "parts": [{"weight": weight, "method": method_record(m.method)} for m, weight in weighted],
         "router": None if router is None else ROUTER,
-        "base": {"path": str(base.path.resolve()), "fingerprint": base.fingerprint, "dtype": base.dtype},
+        "base": base.record(),
     }
     folder.write_json(CONFIG, config | {"environment": environment})
     folder.write_tensors(ADAPTER, tensors)

@@ -232,6 +232,21 @@ class ModelConfig(Settings):
         return self.num_biases() + self.num_layers * block + self._norms() + embedding + head
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a public model's folder is read, where its own files say otherwise or nothing."""
+
+    mask_token: str | None = None
+    max_length: int | None = None  # tokens of a row
+    chat: bool = False  # prompts are framed as its chat template has a user's turn
+
+
+def check_ours(reading: Reading | None) -> None:
+    """UsageError where a base of our own is to be read otherwise than it says."""
+    given = reading not in (None, Reading())
+    check(not given, "--mask-token, --max-length and --chat are for the folder of a public model")
+
+
 # About 0.15M, 7M and 110M parameters at the vocabulary sizes of VOCAB_SIZES.
 PRESETS: dict[str, dict[str, int]] = {
     "nano": {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 256, "max_length": 128},

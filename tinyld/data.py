@@ -132,7 +132,8 @@ class TaskRows(Source):
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]
         before, answers, after = map(tokenizer.encode_batch, parts)
-        room = max_length - self.slot - 2
+        first, turn = tokenizer.start, tokenizer.turn
+        room = max_length - self.slot - len(first) - len(turn) - 1
         if room < 1:
             raise TinyldError(
                 f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens"
@@ -147,8 +148,8 @@ class TaskRows(Source):
                 head = head[len(head) + len(tail) - room :]
             self.ends[i] = min(len(answer), self.slot)
             answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
-            self.starts[i] = 1 + len(head)
-            row = [tokenizer.bos_id, *head, *answer, *tail, tokenizer.eos_id]
+            self.starts[i] = len(first) + len(head) + len(turn)
+            row = [*first, *head, *turn, *answer, *tail, tokenizer.eos_id]
             self.ids.append(np.array(row, dtype=np.int32))
         self.lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
         self.pad_id = tokenizer.pad_id

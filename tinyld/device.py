@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -55,8 +59,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in there now: autocast's type where it is on, else float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
 class Int8(nn.Module):
-    """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127."""
+    """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127; given in `product_dtype`."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         parts = []
@@ -67,7 +76,14 @@ class Int8(nn.Module):
         return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
 
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        return values.to(scale.dtype) * scale
+        dtype = product_dtype(values.device)
+        if dtype == torch.float32:
+            return values.to(scale.dtype) * scale
+        wide = torch.empty(values.shape, dtype=dtype, device=values.device)
+        for start in range(0, len(values), 4096):  # few rows at a time, as their float32 is larger than the matrix
+            rows = slice(start, start + 4096)
+            wide[rows] = values[rows] * scale[rows]
+        return wide
 
 
 class Bf16(nn.Module):
@@ -75,7 +91,28 @@ class Bf16(nn.Module):
         return (weight.to(torch.bfloat16),)  # a tuple: torch lets its parts have types of their own
 
     def forward(self, values: Tensor) -> Tensor:
-        return values.float()
+        return values.to(product_dtype(values.device))
+
+
+class Product(torch.autograd.Function):
+    """x W^T + bias, of which the backward pass keeps what W is made of, and makes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, make: nn.Module, *parts: Tensor) -> Tensor:
+        ctx.make, ctx.dtype = make, x.dtype
+        ctx.save_for_backward(*parts)
+        return F.linear(x, make(*parts), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias, *others = ctx.needs_input_grad
+        grad_x = (grad @ ctx.make(*ctx.saved_tensors).to(grad.dtype)).to(ctx.dtype) if need_x else None
+        return grad_x, grad.flatten(0, -2).sum(0).float() if need_bias else None, *(None for _ in others)
+
+
+def product(self: nn.Linear, x: Tensor) -> Tensor:
+    kept = self.parametrizations.weight
+    return Product.apply(x, self.bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
 
 
 def shrink(model: nn.Module, dtype: str) -> None:
@@ -87,6 +124,8 @@ def shrink(model: nn.Module, dtype: str) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.requires_grad_(False)
             parametrize.register_parametrization(module, "weight", Int8() if dtype == "int8" else Bf16(), unsafe=True)
+            if isinstance(module, nn.Linear):
+                module.forward = types.MethodType(product, module)
 
 
 def stored_bytes(model: nn.Module) -> int:

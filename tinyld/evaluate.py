@@ -106,7 +106,7 @@ def evaluate(
     assert answer or rows.task.is_generation
     sampling = sampling or SampleConfig()
     n = len(rows) if limit is None else min(limit, len(rows))
-    device = model.embedding.weight.device
+    device = model.device
     verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, rows.slot, tokenizer)
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
@@ -248,7 +248,7 @@ def slot_logits(
 
 def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int) -> tuple[Tensor, Tensor, int, int]:
     """(nll sum and answer tokens by row, hits, masked tokens)."""
-    device, size = model.embedding.weight.device, len(batch.x0)
+    device, size = model.device, len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
     generator = torch_seeded(0, 3, int(batch.rows[0]))
     total = torch.zeros(size)

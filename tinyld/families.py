@@ -1,16 +1,13 @@
-"""Families of public diffusion language models: one row each. No files are read here.
+"""Families of public models, a row each: how a config gives our shape, and which of their tensors are ours.
 
-A row says how a family's config gives our shape, and which of its tensors are ours; what is not understood is refused
-by name. tinyld.foreign reads folders by it.
+No files are read here. What is not understood is refused by name; tinyld.foreign reads folders by these rows.
 """
 
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,56 +16,11 @@ from torch import Tensor
 
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
-
-
-class Settings:
-    """A config.json, of which every key that says something must be understood."""
-
-    def __init__(self, raw: Mapping[str, Any], where: Path, ignored: str):
-        self.raw, self.where, self.seen = raw, where, set(ignored.split())
-
-    def refuse(self, key: str, wanted: str) -> typing.NoReturn:
-        raise TinyldError(f"{self.where}: {key} must be {wanted}, got {str(self.raw.get(key))[:40]!r}")
-
-    def get(self, key: str, kind: type) -> Any:
-        """A value of type `kind`; one whose key ends in ? may be missing or null, and is then 0."""
-        optional, key = key.endswith("?"), key.rstrip("?")
-        self.seen.add(key)
-        value = self.raw.get(key)
-        if optional and value is None:
-            return kind(0)
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, int if kind is bool else (int, kind)):
-            self.refuse(key, f"of type {kind.__name__}")
-        return value
-
-    def only(self, allowed: Mapping[str, Any]) -> None:
-        """Refuses a key with another value than the one given; missing and null are as good."""
-        for key, value in allowed.items():
-            self.seen.add(key)
-            if self.raw.get(key) not in (value, None):
-                self.refuse(key, repr(value))
-
-    def theta(self, kind: str = "", key: str = "rope_theta") -> float:
-        """The base of plain rotary positions, of one kind of block where there are several."""
-        self.seen |= {"rope_parameters", "rope_scaling", key}
-        name = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
-        rope = self.raw.get(name) or {}
-        rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
-        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
-        if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
-            self.refuse(name, "plain rotary positions (no scaling is read)")
-        return float(Settings({key: rope.get("rope_theta", self.raw.get(key))}, self.where, "").get(key, float))
-
-    def finish(self) -> None:
-        """Refuses a key that nobody asked for, unless it is off."""
-        for key, value in self.raw.items():
-            if key not in self.seen and value not in (None, False, "", [], {}):
-                self.refuse(key, "left out: tinyld does not know what it changes")
-
+from tinyld.read import Said
 
 # ------------------------------------------------------------------------------------------------ their tensors, ours
 
-Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor
+Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor; ValueError and the like where they do not fit
 
 
 def same(config: ModelConfig, tensor: Tensor) -> Tensor:
@@ -86,18 +38,25 @@ def pair(config: ModelConfig, gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([gate, alike(up, gate)])
 
 
-def third(part: int) -> Make:
-    """Queries (0), keys (1) or values (2) of one matrix for all three, one after another."""
-    return lambda config, fused: fused.unflatten(0, (3, -1))[part]
+def places(skipped: int) -> Make:
+    """Learned positions after the first `skipped`, with the embedding of token type 0, the only one we use, in them."""
+
+    def make(config: ModelConfig, positions: Tensor, *types: Tensor) -> Tensor:
+        kept = positions[skipped:][: config.max_length]
+        return kept + alike(types[0][0], kept[0]) if types else kept
+
+    return make
 
 
-def interleaved(part: int) -> Make:
-    """The same, where a head's query, key and value are side by side (lit-gpt)."""
-    return lambda config, fused: fused.unflatten(0, (config.num_heads, 3, -1))[:, part].flatten(0, 1)
+def gate(weight: Tensor, by: Tensor) -> Tensor:
+    return weight * (by[:, None].expand_as(weight) if weight.dim() == 2 else alike(by, weight))
 
 
-def adaln(chunk: int, of: int, use: Callable[[Tensor, Tensor], Tensor]) -> Make:
-    """use(tensor, m), m one of the vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
+ADALN = (lambda norm, by: by, lambda norm, by: norm * (1.0 + alike(by, norm)), gate)  # shift, scale, gate
+
+
+def adaln(chunk: int, of: int) -> Make:
+    """A tensor under one of the `of` vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = weight @ x
@@ -107,21 +66,9 @@ def adaln(chunk: int, of: int, use: Callable[[Tensor, Tensor], Tensor]) -> Make:
         half = layers[0].shape[1] // 2
         time = torch.cat([layers[0].new_ones(half), layers[0].new_zeros(half)])  # cosines and sines of 0
         time = F.silu(linear(F.silu(linear(time, *layers[:2])), *layers[2:4]))
-        return use(tensor, linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk])
+        return ADALN[chunk % 3](tensor, linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk])
 
     return make
-
-
-def scale(norm: Tensor, by: Tensor) -> Tensor:
-    return norm * (1.0 + alike(by, norm))
-
-
-def shift(norm: Tensor, by: Tensor) -> Tensor:
-    return by
-
-
-def gate(weight: Tensor, by: Tensor) -> Tensor:
-    return weight * (by[:, None].expand_as(weight) if weight.dim() == 2 else alike(by, weight))
 
 
 def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
@@ -129,7 +76,7 @@ def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
 
 
 def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Our module -> theirs, or (how it is made, theirs ...); those of a block behind its prefix."""
+    """Our module or tensor -> theirs, or (how it is made, theirs ...); one that ends in ? may be missing."""
 
     def behind(theirs: Any) -> Any:
         return prefix + theirs if isinstance(theirs, str) else (theirs[0], *(prefix + name for name in theirs[1:]))
@@ -137,8 +84,35 @@ def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> di
     return {**edges, **{f"blocks.{ours}": behind(theirs) for ours, theirs in block.items()}}
 
 
-def fused(name: str, split: Callable[[int], Make]) -> dict[str, Any]:
+def fused(name: str, by_head: bool = False) -> dict[str, Any]:
+    """Queries, keys and values of one matrix: one after another, or side by side in every head (lit-gpt)."""
+
+    def split(part: int) -> Make:
+        return lambda config, all3: all3.unflatten(0, (config.num_heads if by_head else 1, 3, -1))[:, part].flatten(
+            0, 1
+        )
+
     return {ours: (split(part), name) for part, ours in enumerate(("query", "key", "value"))}
+
+
+SKIPPED = {"roberta": 2}  # learned positions that are never used
+BERT_BLOCK = (
+    "attention.self.query attention.self.key attention.self.value attention.output.dense attention.output.LayerNorm "
+    "intermediate.dense output.dense output.LayerNorm"
+)
+
+
+def encoder(kind: str, head: str, blocks: str = "encoder.layer", block: str = BERT_BLOCK) -> dict[str, Any]:
+    """`head` and `block`: the family's names of the parts here, in this order."""
+    at, ours = f"{kind}.embeddings.", "query key value out attention_norm up down mlp_norm".split()
+    dense, norm, bias = head.split()
+    positions = (places(SKIPPED.get(kind, 0)), f"{at}position_embeddings.weight", f"{at}token_type_embeddings.weight?")
+    return parts(
+        {"embedding": f"{at}word_embeddings", "positions.weight": positions, "embedding_norm": f"{at}LayerNorm",
+         "embedding_projection": f"{kind}.embeddings_project", "head_transform.0": dense, "head_transform.2": norm,
+         "output_bias": (same, bias)},
+        f"{kind}.{blocks}.{{i}}.", dict(zip(ours, block.split(), strict=True)),
+    )  # fmt: skip
 
 
 HF = parts(
@@ -156,42 +130,38 @@ LLADA = parts(
 )  # fmt: skip
 SMDM = parts(
     {"embedding": "transformer.wte", "final_norm": "transformer.ln_f", "output": "lm_head"}, "transformer.h.{i}.",
-    {"attention_norm": "norm_1", **fused("attn.attn", interleaved), "out": "attn.proj", "mlp_norm": "norm_2",
+    {"attention_norm": "norm_1", **fused("attn.attn", by_head=True), "out": "attn.proj", "mlp_norm": "norm_2",
      "up": (pair, "mlp.swiglu.w1", "mlp.swiglu.w2"), "down": "mlp.swiglu.w3"},
 )  # fmt: skip
 MODERNBERT = parts(
     {"embedding": "model.embeddings.tok_embeddings", "embedding_norm": "model.embeddings.norm",
      "final_norm": "model.final_norm", "head_transform.0": "head.dense", "head_transform.2": "head.norm",
      "output": "decoder", "output_bias": (same, "decoder.bias")}, "model.layers.{i}.",
-    {"attention_norm": "attn_norm", **fused("attn.Wqkv", third), "out": "attn.Wo", "mlp_norm": "mlp_norm",
+    {"attention_norm": "attn_norm", **fused("attn.Wqkv"), "out": "attn.Wo", "mlp_norm": "mlp_norm",
      "up": "mlp.Wi", "down": "mlp.Wo"},
 )  # fmt: skip
 SIGMA = tuple(f"backbone.sigma_map.mlp.{i}.{part}" for i in (0, 2) for part in ("weight", "bias"))
 MDLM = parts(
     {"embedding.weight": (same, "backbone.vocab_embed.embedding"), "output": "backbone.output_layer.linear",
      "output_bias": (never_the_mask, "backbone.output_layer.linear.bias")}, "backbone.blocks.{i}.",
-    {**fused("attn_qkv", third), "up": "mlp.0"},
+    {**fused("attn_qkv"), "up": "mlp.0"},
 )  # fmt: skip
-for _ours, _theirs, _chunk, _use in (
-    ("blocks.attention_norm.bias", "blocks.{i}.norm1.weight", 0, shift),
-    ("blocks.attention_norm.weight", "blocks.{i}.norm1.weight", 1, scale),
-    ("blocks.out.weight", "blocks.{i}.attn_out.weight", 2, gate),
-    ("blocks.mlp_norm.bias", "blocks.{i}.norm2.weight", 3, shift),
-    ("blocks.mlp_norm.weight", "blocks.{i}.norm2.weight", 4, scale),
-    ("blocks.down.weight", "blocks.{i}.mlp.2.weight", 5, gate),
-    ("blocks.down.bias", "blocks.{i}.mlp.2.bias", 5, gate),
-    ("final_norm.bias", "output_layer.norm_final.weight", 0, shift),
-    ("final_norm.weight", "output_layer.norm_final.weight", 1, scale),
-):
-    _at = "backbone." + ("blocks.{i}" if _ours.startswith("blocks") else "output_layer") + ".adaLN_modulation"
-    MDLM[_ours] = (adaln(_chunk, 6 if _ours.startswith("blocks") else 2, _use), f"backbone.{_theirs}", *SIGMA,
-                   f"{_at}.weight", f"{_at}.bias")  # fmt: skip
+for _at, _chunks in (
+    ("blocks.{i}", {"blocks.attention_norm.bias": "norm1", "blocks.attention_norm.weight": "norm1",
+                    "blocks.out.weight": "attn_out", "blocks.mlp_norm.bias": "norm2",
+                    "blocks.mlp_norm.weight": "norm2", "blocks.down.weight": "mlp.2"}),
+    ("output_layer", {"final_norm.bias": "norm_final", "final_norm.weight": "norm_final"}),
+):  # fmt: skip
+    _layers = (*SIGMA, *(f"backbone.{_at}.adaLN_modulation.{part}" for part in ("weight", "bias")))
+    for _chunk, (_ours, _theirs) in enumerate(_chunks.items()):
+        MDLM[_ours] = (adaln(_chunk, len(_chunks)), f"backbone.{_at}.{_theirs}.weight", *_layers)
+MDLM["blocks.down.bias"] = (adaln(5, 6), "backbone.blocks.{i}.mlp.2.bias", *MDLM["blocks.down.weight"][2:])
 
 
 # ------------------------------------------------------------------------------------------------ one row a family
 
 Shapes = Mapping[str, tuple[int, ...]]  # of their tensors
-More = Callable[[Settings, Shapes], Mapping[str, Any]]
+More = Callable[[Said, Shapes], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -202,7 +172,10 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)  # keys that may have this value only
     mask: str | None = None  # the mask token where nothing says it; None: it has the last id
     ignored: str = ""  # keys that change no logit, besides IGNORED; and tensors
-    more: More = lambda settings, shapes: {}  # fields that no table can say
+    more: More = lambda said, shapes: {}  # fields that no table can say
+    # Of an encoder: what its tensors' names begin with, but where it was saved alone. Its folder may lack our head, and
+    # hold keys and tensors of others.
+    prefix: str = ""
 
 
 IGNORED = """architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range
@@ -222,26 +195,51 @@ HF_ONLY = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False
 QWEN2 = RMS | {"out_bias": False, "mlp_bias": False}
 
 
-def full_attention(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
+    kind = s.raw["model_type"]
+    at = f"{kind}.embeddings."
+    if s.raw.get("type_vocab_size") and f"{at}token_type_embeddings.weight" not in shapes:
+        raise TinyldError(f"{s.where.parent}: no tensor {at}token_type_embeddings.weight, which its config asks for")
+    d, e = s.get("dim" if "dim" in s.raw else "hidden_size", int), s.get("embedding_size?", int)
+    return {
+        "vocab_size": (*shapes.get(f"{at}word_embeddings.weight", ()), 0)[0], "d_embed": 0 if e == d else e,
+        "norm_eps": s.get("layer_norm_eps?", float) or 1e-12,
+        "max_length": s.get("max_position_embeddings", int) - SKIPPED.get(kind, 0),
+    }  # fmt: skip
+
+
+def theta(s: Said, kind: str = "", key: str = "rope_theta") -> float:
+    """The base of plain rotary positions, of one kind of block where there are several."""
+    s.seen |= {"rope_parameters", "rope_scaling", key}
+    name = "rope_parameters" if s.raw.get("rope_parameters") else "rope_scaling"
+    rope = s.raw.get(name) or {}
+    rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
+    plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
+        s.refuse(name, "plain rotary positions (no scaling is read)")
+    return float(Said({key: rope.get("rope_theta", s.raw.get(key))}, s.where).get(key, float))
+
+
+def full_attention(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.seen.add("layer_types")
     if any(kind != "full_attention" for kind in s.raw.get("layer_types") or ()):
         s.refuse("layer_types", "full_attention throughout")
-    return {"rope_theta": s.theta()}
+    return {"rope_theta": theta(s)}
 
 
-def dream(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def dream(s: Said, shapes: Shapes) -> dict[str, Any]:
     if s.raw.get("architectures") != ["DreamModel"]:
         s.refuse("architectures", "['DreamModel'] (another class of this model_type is not shifted)")
     return full_attention(s, shapes)
 
 
-def llada(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def llada(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.only({"embedding_size": s.raw.get("vocab_size")})
     root = float(s.get("d_model", int)) ** 0.5
-    return {"rope_theta": s.theta(), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
+    return {"rope_theta": theta(s), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
 
 
-def mdlm(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def mdlm(s: Said, shapes: Shapes) -> dict[str, Any]:
     if "backbone_config" in s.raw:
         raise TinyldError(f"{s.where}: this mdlm is e2d2's (it has a backbone_config), which tinyld does not read")
     if s.get("time_conditioning", bool):
@@ -249,7 +247,7 @@ def mdlm(s: Settings, shapes: Shapes) -> dict[str, Any]:
     return {"d_ff": 4 * s.get("hidden_dim", int)}
 
 
-def smdm(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def smdm(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Sizes by shape; heads, which no shape tells, by the widths of the published sizes."""
     rows, d = (*shapes.get("transformer.wte.weight", ()), 0, 0)[:2]
     d_ff = (*shapes.get("transformer.h.0.mlp.swiglu.w1.weight", ()), 0)[0]
@@ -264,7 +262,7 @@ def smdm(s: Settings, shapes: Shapes) -> dict[str, Any]:
 SMDM_WIDTHS = (256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1408, 1536, 1792, 2048, 2176)
 
 
-def modernbert(s: Settings, shapes: Shapes) -> dict[str, Any]:
+def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Which blocks are local, in today's words or in those of its first files; and both rotary bases."""
     layers, kinds = s.get("num_hidden_layers", int), s.raw.get("layer_types")
     s.seen.add("layer_types")
@@ -276,12 +274,33 @@ def modernbert(s: Settings, shapes: Shapes) -> dict[str, Any]:
     if every < 1 or not isinstance(kinds, list | None):
         s.refuse("layer_types", "full_attention for every n-th block, from the first on")
     return {
-        "global_every": every, "rope_theta": s.theta("full_attention", "global_rope_theta"),
-        "local_theta": s.theta("sliding_attention", "local_rope_theta"),
+        "global_every": every, "rope_theta": theta(s, "full_attention", "global_rope_theta"),
+        "local_theta": theta(s, "sliding_attention", "local_rope_theta"),
     }  # fmt: skip
 
 
+BERT = {"d_model": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+        "d_ff": "intermediate_size"}  # fmt: skip
+DISTILBERT = {"d_model": "dim", "num_layers": "n_layers", "num_heads": "n_heads", "d_ff": "hidden_dim"}
+POST_NORM = {"norm_first": False, "rotary": False, "embedding_norm": True, "head_transform": True, "tied": True}
+BERT_ONLY = {
+    "hidden_act": "gelu",
+    "activation": "gelu",
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+}
 FAMILIES: dict[str, Family] = {
+    kind: Family(encoder(kind, *names), sizes, POST_NORM, BERT_ONLY, more=bert, prefix=f"{kind}.")
+    for kind, sizes, *names in (
+        ("bert", BERT, "cls.predictions.transform.dense cls.predictions.transform.LayerNorm cls.predictions.bias"),
+        ("roberta", BERT, "lm_head.dense lm_head.layer_norm lm_head.bias"),
+        ("distilbert", DISTILBERT, "vocab_transform vocab_layer_norm vocab_projector.bias", "transformer.layer",
+         "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
+         "output_layer_norm"),
+        ("electra", BERT, "generator_predictions.dense generator_predictions.LayerNorm generator_lm_head.bias"),
+    )
+}  # fmt: skip
+FAMILIES |= {
     "a2d-qwen3": Family(
         HF, HF_SIZES | ATTENTION_BIAS | {"head_width": "head_dim"}, RMS | {"mlp_bias": False, "head_norms": True},
         HF_ONLY, "<|mask|>", more=full_attention,

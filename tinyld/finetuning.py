@@ -23,7 +23,7 @@ from tinyld.checkpoint import (
     read_model_config,
     sizes,
 )
-from tinyld.config import BUDGETS, TrainConfig, check, from_dict, to_dict
+from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -75,7 +75,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     """A new run's config.json, but for what only its base and rows can tell: what was left open is filled in, the task
     of a file, the method's learning rate and optimizer, 3 epochs."""
     base, method, data = options.base or default_base(), options.method, options.data
-    shape = read_model_config(RunFolder(base))
+    reading = Reading(**options.only(Reading))
+    shape = read_model_config(RunFolder(base), reading)
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
@@ -92,13 +93,14 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, read_base_tokenizer(base))
+        task = make_task(options, file, read_base_tokenizer(base, reading))
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
     return {
         "kind": "adapter",
         "task": to_record(task),
         "method": {"name": method, **to_dict(settings)},
-        "base": {"path": str(base.resolve()), "dtype": options.base_dtype},
+        "base": {"path": str(base.resolve()), "dtype": options.base_dtype}
+        | ({} if reading == Reading() else {"reading": to_dict(reading)}),
         "diffusion": {"loss": options.loss},
         "train": to_dict(config),
         "cache_gb": options.cache_gb,
@@ -122,7 +124,8 @@ def _train(
         for split, limit in (("train", data["limit"]), ("dev", None))
     ]
     examples[0] = to_learn(task, examples[0])
-    base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"])
+    reading = from_dict(Reading, config["base"].get("reading", {}), where)
+    base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"], reading)
     if resume:
         check_base(config, base, out)
     model, tokenizer = base.model, base.tokenizer

@@ -17,12 +17,14 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
 
 
-def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """Embeddings of ids; where the table is kept in fewer bits (tinyld.shrink), only their rows are widened."""
+def look_up(embedding: nn.Module, ids: Tensor | slice) -> Tensor:
+    """Embeddings of ids; where the table is kept in fewer bits (device.shrink), only their rows are widened."""
     if not parametrize.is_parametrized(embedding):
-        return embedding(ids)
+        return embedding.weight[ids] if isinstance(ids, slice) else embedding(ids)
     kept = embedding.parametrizations.weight
-    return kept[0](*(part[ids] for _, part in kept.named_parameters(recurse=False)))
+    parts = [part[ids] for _, part in kept.named_parameters(recurse=False)]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return kept[0](*parts)
 
 
 def activate(x: Tensor, name: str, gated: bool) -> Tensor:

@@ -130,7 +130,7 @@ class Block(nn.Module):
         asking = h if positions is None else take(h, positions)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
         if self.query_norm is not None:
-            q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+            q, k = self.query_norm(q.float()).to(v.dtype), self.key_norm(k.float()).to(v.dtype)
         if angles is not None:
             angles = (angles[0][:, int(self.is_local)], angles[1][:, int(self.is_local)])
             cos, sin = angles if positions is None else (angle[positions][:, None] for angle in angles)
@@ -203,7 +203,7 @@ class Denoiser(nn.Module):
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
         if self.positions is not None:
-            h = h + self.positions.weight[: xt.shape[1]]
+            h = h + look_up(self.positions, slice(xt.shape[1]))
         return self.embedding_projection(self.embedding_norm(h))
 
     def run_blocks(
@@ -280,6 +280,11 @@ class Denoiser(nn.Module):
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
             h = h if where is None else h[where]
         return h
+
+    @property
+    def device(self) -> torch.device:
+        """Of its first parameter: a `weight` that is kept in fewer bits is widened by asking for it."""
+        return next(self.parameters()).device
 
     @property
     def vocabulary(self) -> Tensor:

@@ -175,6 +175,13 @@ class Sampling(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfPublicModel(Options):
+    mask_token: str | None = option(None, "Which of its tokens is the mask.", "A public model")
+    max_length: int | None = option(None, "Tokens of a row; else 2048 or the model's.", "A public model", least=2)
+    chat: bool = option(False, "Ask in the turns of its chat template.", "A public model")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training(OnDevice, Written, Printed, Loop):
     steps: int | None = option(None, "Train for so many updates.", "Training", least=1)
     minutes: float | None = option(None, "Train for so many minutes on the clock.", "Training")
@@ -194,7 +201,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Training):
+class FinetuneOptions(OfPublicModel, Training):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     data: Path | None = option(
         None, "CSV, TSV or JSONL of texts and labels, or a folder with train and dev; .txt: fill gaps in it.", "Task"
@@ -288,7 +295,7 @@ class PredictOptions(Sampling, OnDevice, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(Sampling, OnDevice, Options):
+class SampleOptions(Sampling, OfPublicModel, OnDevice, Options):
     run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
@@ -340,7 +347,7 @@ class ReportOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions(Options):
+class InfoOptions(OfPublicModel, Options):
     run: Path = option(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
     json: bool = option(False, "Print the result as JSON.", "Output")
 

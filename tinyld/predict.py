@@ -10,9 +10,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, attach, base_dtype, base_record, find_base, load_adapter, load_base, load_exactly
+from tinyld.checkpoint import Base, attach, base_record, load_adapter, load_base, load_base_of, load_exactly
 from tinyld.composition import load_composition, read_member
-from tinyld.config import THRESHOLDS, SampleConfig, check
+from tinyld.config import THRESHOLDS, Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
@@ -110,15 +110,15 @@ class Run:
         """
         tokenizer, model = self.base.tokenizer, self.base.model
         before, mark, after = prompt.partition("{answer}")
-        head, tail = tokenizer.encode(before), tokenizer.encode(after)
-        total, most = len(head) + length + len(tail) + 2, model.config.max_length
+        head, tail = [*tokenizer.start, *tokenizer.encode(before), *tokenizer.turn], tokenizer.encode(after)
+        total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(length >= 1, f"length must be at least 1, got {length}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
-        row = [tokenizer.bos_id, *head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
-        x = torch.tensor([row] * num, device=model.embedding.weight.device)
+        row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
+        x = torch.tensor([row] * num, device=model.device)
         answer_mask = torch.zeros_like(x, dtype=torch.bool)
-        answer_mask[:, 1 + len(head) : 1 + len(head) + length] = True
+        answer_mask[:, len(head) : len(head) + length] = True
 
         def steps(x: Tensor) -> None:
             slots = [r[answer_mask[0]].tolist() for r in x]
@@ -144,7 +144,7 @@ def answers(
     Those have one base, and tasks whose prompts are the same tokens around one masked place. Without `decoded` they run
     the vocabulary's head for their labels' words alone.
     """
-    base, task, device = runs[0].base, tasks[0], runs[0].base.model.embedding.weight.device
+    base, task, device = runs[0].base, tasks[0], runs[0].base.model.device
     model, tokenizer = base.model, base.tokenizer
     data = TaskRows(examples_of(rows, task), task, tokenizer, model.config.max_length)
     labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
@@ -278,8 +278,7 @@ def load_push(
     record = base_record(config, path / CONFIG)
     shared = next((b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, record.dtype)), None)
     if shared is None:
-        where = find_base(config, path, None if base is None else base_folder(base))
-        shared = load_base(where, resolve_device(device), record.dtype)
+        shared = load_base_of(config, path, None if base is None else base_folder(base), resolve_device(device))
     push = read_member(RunFolder(path), shared).push(shared)
     return Run(path, shared, [from_record(config["task"], str(path / CONFIG))], config, dtype, push)
 
@@ -295,11 +294,13 @@ def load(
     dtype: str = "auto",
     kept_in: str | None = None,
     task: str | None = None,
+    reading: Reading | None = None,
 ) -> Run | Runs:
     """A run from its folder, on its base: where the run says, or in `base`, or the released one. Of several: `Runs`.
 
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
-    composition that routes its rows, all go to the adapter of `task` where that is named.
+    composition that routes its rows, all go to the adapter of `task` where that is named. `reading`: how the folder of
+    a public model is read; a run says itself how its base was.
     """
     if not isinstance(path, str | Path):
         several = Runs({"base": base, "device": device, "dtype": dtype})
@@ -318,12 +319,12 @@ def load(
     folder = RunFolder(path)
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
-        return Run(path, load_base(path, on, kept_in or "fp32"), [], config, dtype)
+        return Run(path, load_base(path, on, kept_in or "fp32", reading), [], config, dtype)
+    check_ours(reading)
     if config["kind"] == "adapter":
         loaded, _ = load_adapter(folder, base_path, on, kept_in)
         return Run(path, loaded, [from_record(config["task"], where)], config, dtype)
-    kept_in = kept_in or base_dtype(config, str(path))
-    loaded = load_base(find_base(config, path, base_path), on, kept_in)
+    loaded = load_base_of(config, path, base_path, on, kept_in)
     load_composition(folder, loaded, task)
     tasks = {m["task"]["name"]: from_record(m["task"], where) for m in config["members"]}
     return Run(path, loaded, list(tasks.values()), config, dtype)

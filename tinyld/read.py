@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from tinyld.errors import TinyldError, failing, show
 
@@ -152,6 +152,40 @@ def _check_sane(value: Any) -> None:
         level, depth = below, depth + 1
         if depth > DEPTH:
             raise ValueError(f"nested deeper than {DEPTH}")
+
+
+class Said:
+    """The settings in an object of JSON, of which every key that says something must be understood."""
+
+    def __init__(self, raw: Mapping[str, Any], where: object, ignored: str = ""):
+        self.raw, self.where, self.seen = raw, where, set(ignored.split())
+
+    def refuse(self, key: str, wanted: str) -> NoReturn:
+        raise TinyldError(f"{self.where}: {key} must be {wanted}, got {show(self.raw.get(key))}")
+
+    def get(self, key: str, kind: type) -> Any:
+        """A value of type `kind`; one whose key ends in ? may be missing or null, and is then 0."""
+        optional, key = key.endswith("?"), key.rstrip("?")
+        self.seen.add(key)
+        value = self.raw.get(key)
+        if optional and value is None:
+            return kind(0)
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, int if kind is bool else (int, kind)):
+            self.refuse(key, f"of type {kind.__name__}")
+        return value
+
+    def only(self, allowed: Mapping[str, Any]) -> None:
+        """Refuses a key with another value than the one given; missing and null are as good."""
+        for key, value in allowed.items():
+            self.seen.add(key)
+            if self.raw.get(key) not in (value, None):
+                self.refuse(key, repr(value))
+
+    def finish(self) -> None:
+        """Refuses a key that nobody asked for, unless it is off."""
+        for key, value in self.raw.items():
+            if key not in self.seen and value not in (None, False, "", [], {}):
+                self.refuse(key, "left out: tinyld does not know what it changes")
 
 
 # ---------------------------------------------------------------------------------------------- tensors

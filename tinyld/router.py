@@ -57,7 +57,7 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
 @torch.no_grad()
 def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tensor:
     """(rows, 5 D) prompt features of a task's first `limit` rows."""
-    device = base.model.embedding.weight.device
+    device = base.model.device
     n = len(rows) if limit is None else min(limit, len(rows))
     found = []
     for chunk in np.array_split(np.arange(n), -(-n // 100)):

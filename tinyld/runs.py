@@ -31,7 +31,7 @@ KINDS = ("base", "adapter", "composition")  # of a run, in its config
 NUMBER = int | float
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see read.parse_json
     CONFIG: {
-        "base": {"path": str, "fingerprint": str, "dtype": str},
+        "base": {"path": str, "fingerprint": str, "dtype": str, "reading": {}},
         "train": {},
         "diffusion": {"loss": str},
         "data": {

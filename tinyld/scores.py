@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import base_dtype, find_base, load_base
-from tinyld.config import SampleConfig, check
+from tinyld.checkpoint import BaseRecord, base_record, find_base, load_base
+from tinyld.config import Reading, SampleConfig, check
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows
 from tinyld.datafile import read_split
@@ -22,7 +22,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.peft import is_peft
 from tinyld.predict import Run, load, sampling_of
 from tinyld.progress import Progress
-from tinyld.runs import RESULTS, RunFolder
+from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
@@ -67,7 +67,7 @@ def measure(
 ) -> Evaluation:
     """What `run` makes of rows, with a bar of progress."""
     model, n = run.base.model, len(rows) if limit is None else min(limit, len(rows))
-    device = model.embedding.weight.device
+    device = model.device
     with Progress(f"eval {rows.task.name}", n, quiet=quiet) as bar, autocast(device, resolve_dtype(run.dtype, device)):
         return evaluate(model, rows, run.base.tokenizer, sampling, draws, limit=limit, advance=bar.advance_to)
 
@@ -128,9 +128,10 @@ def eval_text(options: EvalOptions) -> list[Record]:
     device, files = resolve_device(options.device), find_text_files(options.text)
 
     @functools.cache
-    def bound_of(path: Path, alone_in: str | None = None) -> tuple[Estimate, int]:
+    def bound_of(path: Path, alone_in: str | None = None, reading: Reading | None = None) -> tuple[Estimate, int]:
         """(bound, tokens) of a run, or of a base alone whose matrices are kept in `alone_in`."""
-        base = load(path, options.base, options.device).base if alone_in is None else load_base(path, device, alone_in)
+        alone = alone_in is not None
+        base = load_base(path, device, alone_in, reading) if alone else load(path, options.base, options.device).base
         stream = tokenize(read_lines(files), base.tokenizer).stream
         rows = TextRows(stream, base.model.config.max_length, base.tokenizer.bos_id)
         arithmetic = autocast(device, resolve_dtype(options.dtype, device))
@@ -140,14 +141,15 @@ def eval_text(options: EvalOptions) -> list[Record]:
 
     records = []
     for path in options.runs or [default_base()]:
-        config = {} if is_peft(path) else RunFolder.open(path).config
+        config = {} if is_peft(path) else {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config
         is_base = config.get("kind") == "base"
         bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None)
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if not is_base:
             below = find_base(config, path, options.base) if config else options.base or default_base()
-            alone, _ = bound_of(below.resolve(), base_dtype(config, str(path)) if config else "fp32")
+            then = base_record(config, path) if config else BaseRecord("", "")
+            alone, _ = bound_of(below.resolve(), then.dtype, then.reading)
             forgotten = bound.minus(alone)
             record |= {"base_nll_bound": alone.mean, "base_nll_stderr": alone.stderr}
             record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}

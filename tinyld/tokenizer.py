@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,12 @@ def malformed_refused(path: Path) -> Iterator[None]:
 class Tokenizer:
     """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece.
 
-    `roles` says their ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`.
+    `roles` says their ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`. A
+    row is `start` + a text's front + `turn` + its answer and rest + [EOS]: [BOS] and nothing, or a chat's turns, of
+    which `roles` then says the ids.
     """
 
-    def __init__(
-        self, inner: HFTokenizer, where: str = "tokenizer.json", roles: Mapping[str, int | None] | None = None
-    ):
+    def __init__(self, inner: HFTokenizer, where: str = "tokenizer.json", roles: Mapping[str, Any] | None = None):
         self.inner, self.roles = inner, roles
         inner.no_padding()
         inner.no_truncation()
@@ -109,10 +109,13 @@ class Tokenizer:
         vocab = inner.get_vocab()
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if roles is not None:
-            self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (roles[name] for name in ROLES)
-            ids = {name: -1 if i is None and name != "unk" else i or 0 for name, i in roles.items()}
-            if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids.values()):
-                raise TinyldError(f"{where}: roles must be ids of tokens, got {dict(roles)}")
+            self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (roles.get(name) for name in ROLES)
+            self.start, self.turn = roles.get("start", [self.bos_id]), roles.get("turn", [])
+            lists = isinstance(self.start, list) and isinstance(self.turn, list)
+            ids = [self.pad_id, self.unk_id or 0, self.bos_id, self.eos_id, self.mask_id]
+            ids += [*self.start, *self.turn] if lists else [None]
+            if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+                raise TinyldError(f"{where}: roles must be ids of tokens, got {show(dict(roles))}")
             special = {i: token.content for i, token in inner.get_added_tokens_decoder().items() if token.special}
             self.special = tuple(special.values())
             self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
@@ -125,6 +128,7 @@ class Tokenizer:
             raise TinyldError(f"{where}: an id of {max(vocab.values())} among {inner.get_vocab_size()} tokens")
         self.special = names
         self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (vocab[name] for name in names)
+        self.start, self.turn = [self.bos_id], []
         # what decoding may not choose: all special tokens but [EOS], which ends an answer
         self.never_written = [self.pad_id, self.unk_id, self.bos_id, self.mask_id]
 
@@ -160,14 +164,18 @@ class Tokenizer:
         return cls.parse(read_bytes(path), path)
 
     @classmethod
-    def parse(cls, content: bytes, path: Path) -> Tokenizer:
-        """The tokenizer that a `tokenizer.json` holds, tried out on a text."""
+    def parse(
+        cls, content: bytes, path: Path, find_roles: Callable[[HFTokenizer], Mapping[str, Any]] | None = None
+    ) -> Tokenizer:
+        """The tokenizer that a `tokenizer.json` holds, tried out on a text; with the roles that are found for it, or
+        else its own."""
         text = decode(content, path)
         raw = parse_json(text, path)
         check_patterns(raw, path)
         roles = raw.pop("roles", None) if isinstance(raw, dict) else None
         with malformed_refused(path):
-            tokenizer = cls(HFTokenizer.from_str(text if roles is None else json.dumps(raw)), str(path), roles)
+            inner = HFTokenizer.from_str(text if roles is None else json.dumps(raw))
+            tokenizer = cls(inner, str(path), roles if find_roles is None else find_roles(inner))
             tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
         return tokenizer
 

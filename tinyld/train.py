@@ -84,7 +84,7 @@ class StateCache:
         self.starts = np.concatenate([[0], np.cumsum(rows.lengths)])  # of each row among the tokens of all
         first_depth, depths = kept_depths(model)
         self.states = torch.empty(int(self.starts[-1]), depths, model.config.d_model, dtype=torch.bfloat16)
-        device, done = model.embedding.weight.device, 0
+        device, done = model.device, 0
         with torch.no_grad(), autocast():
             for chunk in rows.in_length_order(128):
                 batch = rows.take(chunk)
@@ -138,7 +138,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.device = self.model.embedding.weight.device
+        self.device = self.model.device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.optimizer = Optimizer(self.parameters, config, self.body)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinyld.config import ModelConfig, from_dict
+from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
 from tinyld.errors import TinyldError, plain
 from tinyld.options import (
     ComposeOptions,
@@ -20,7 +20,7 @@ from tinyld.options import (
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
-from tinyld.tables import print_table
+from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, environment, refuse_inside, say_to_stderr
 
@@ -28,9 +28,10 @@ from tinyld.workspace import default_base, environment, refuse_inside, say_to_st
 def info(options: InfoOptions) -> dict[str, Any]:
     """What a run is, from its JSON files; every file is checked against the manifest."""
     if is_foreign(options.run):
-        from tinyld.foreign import describe
+        from tinyld.costs import describe
 
-        return {"folder": str(options.run), **describe(options.run)}
+        return {"folder": str(options.run), **describe(options.run, Reading(**options.only(Reading)))}
+    check_ours(Reading(**options.only(Reading)))
     folder = RunFolder.open(options.run)
     config, files = folder.config, folder.files()
     for name in files:
@@ -63,6 +64,17 @@ def info(options: InfoOptions) -> dict[str, Any]:
     return record
 
 
+def show_info(record: dict[str, Any], options: InfoOptions) -> None:
+    methods = record.pop("methods", [])
+    print_record(str(options.run), record)
+    if methods:
+        columns = ("method", "stored MB", "GB, base in fp32", "bf16", "int8")
+        keys = ("stored_bytes", "memory_fp32", "memory_bf16", "memory_int8")
+        unit = {key: 1e9 for key in keys} | {"stored_bytes": 1e6}
+        shown = [[m["method"], *(m[k] and round(m[k] / unit[k], 2) for k in keys)] for m in methods]
+        print_table("memory to adapt it, estimated for that batch", columns, shown)
+
+
 def tasks(options: Printed) -> list[dict[str, Any]]:
     return [
         {
@@ -89,7 +101,8 @@ def sample(options: SampleOptions) -> dict[str, Any]:
 
     sampling, steps = sampling_of(options), []
     path = options.run or options.base or default_base()
-    run = load(path, options.base if options.run else None, options.device, options.dtype)
+    run = load(path, options.base if options.run else None, options.device, options.dtype,
+               reading=Reading(**options.only(Reading)))  # fmt: skip
     texts, passes = run.fill(options.prompt, options.length, options.num, sampling, steps.append)
     return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
 
@@ -109,6 +122,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     from tinyld.peft import export_peft
 
     run, out = options.run, options.out
+    if is_foreign(run):
+        raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
     if options.to == "hf":
         base = load_base(run)
         export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
@@ -152,7 +167,9 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     tensors = finite(dict(base.model.named_parameters()), f"{run} in {base.path}")
     refuse_inside(out, [base.path])
     target = RunFolder.create(out, options.force)
-    merged = RunFolder(base.path).config | {"merged": {"run": str(run), "base": base.fingerprint}}
+    made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
+    merged = made if is_foreign(base.path) else RunFolder(base.path).config
+    merged |= {"merged": {"run": str(run), "base": base.fingerprint}}
     target.write_json(CONFIG, merged | {"environment": environment()})
     save_base(target, base.model, tensors, base.tokenizer, torch.float32)
     return {"run": str(out), "parameters": base.model.config.num_parameters()}

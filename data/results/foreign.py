@@ -3,6 +3,7 @@
     python data/results/foreign.py                  # Qwen3-0.6B's shape, random weights, in a temporary folder
     python data/results/foreign.py --shape tiny     # a try of the same
     python data/results/foreign.py --folder PATH --device cuda --dtype int8
+    python data/results/foreign.py --estimate --csv data/results/foreign.csv     # LLaDA-8B, by tinyld's arithmetic
 
 Every row is a process of its own, so that its peak is its own. `fast` is trajectory LoRA's recipe on kept states: the
 seconds that keeping them took are a column. Rows are random tokens: nothing is learned here, only paid for.
@@ -11,12 +12,14 @@ seconds that keeping them took are a column. Rows are random tokens: nothing is 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,14 @@ SHAPES = {
     "tiny": dict(vocab_size=1_000, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                  head_dim=32, intermediate_size=160),
 }  # fmt: skip
-RUNS = ("fast", "best", "weight-lora", "adapters", "bitfit", "full", "peft-lora")
+RUNS = ("fast", "fast-unkept", "best", "weight-lora", "adapters", "bitfit", "full", "peft-lora")
 SHARD = 300 * 2**20  # bytes
+EPOCHS, ROWS = 3, 500  # of the whole run that steps are scaled to
+LLADA = dict(vocab_size=126_464, d_model=4096, num_heads=32, num_layers=32, d_ff=12_288, norm="rms", activation="silu",
+             gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, head_bias=False, tied=False)  # fmt: skip
+COLUMNS = ("model", "run", "base", "rows", "length", "steps", "device", "read_seconds", "read_peak", "base_bytes",
+           "peak", "step_seconds", "keep_seconds_a_row", "keep_bytes_a_row", "predict_seconds_a_row", "stored_bytes",
+           "whole_seconds", "whole_gb")  # fmt: skip
 
 
 def write_model(folder: Path, shape: dict[str, int]) -> None:
@@ -77,17 +86,43 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def batches(steps: int, rows: int, length: int, vocab: int, mask_id: int, device: str) -> list[Any]:
-    """(noised ids, ids, answer mask) of `steps` batches with three-token answers at the end of each row."""
+def clock(device: str) -> float:
+    """Seconds: of the processor, so that what runs beside this counts little; on a GPU of the wall clock."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def batches(args: argparse.Namespace, vocab: int, mask_id: int) -> list[Any]:
+    """(noised ids, ids, answer mask) of --steps batches of random tokens, each row with an answer of one token."""
     import torch
 
     generator, made = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        x0 = torch.randint(0, vocab, (rows, length), generator=generator)
+    for _ in range(args.steps):
+        x0 = torch.randint(0, vocab, (args.rows, args.length), generator=generator)
         answer = torch.zeros_like(x0, dtype=torch.bool)
-        answer[:, -4:-1] = True
-        made.append(tuple(t.to(device) for t in (x0.masked_fill(answer, mask_id), x0, answer)))
+        answer[:, -2] = True
+        made.append(tuple(t.to(args.device) for t in (x0.masked_fill(answer, mask_id), x0, answer)))
     return made
+
+
+def timed_steps(args: argparse.Namespace, data: list[Any], own: list[Any], loss_of: Callable[..., Any]) -> float:
+    """Seconds of the middle one of an update on every batch. loss_of: (step, ids, true ids, answers) -> nats."""
+    import torch
+
+    optimizer, times = torch.optim.AdamW(own, lr=1e-3), []
+    for step, batch in enumerate(data):
+        started = clock(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = loss_of(step, *batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        times.append(clock(args.device) - started)
+    return sorted(times)[len(times) // 2]
 
 
 def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -95,38 +130,40 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from tinyld.foreign import load_foreign
     from tinyld.methods import METHODS, make_config
+    from tinyld.train import kept_depths
 
-    started = time.perf_counter()
+    started = clock(args.device)
     base = load_foreign(Path(args.folder), args.device, "fp32" if name == "full" else args.dtype)
-    model, config = base.model, base.model.config
-    read = time.perf_counter() - started
-    method, options = ("trajectory-lora", {"recipe": name}) if name in ("fast", "best") else (name, {})
+    model, config, mask_id = base.model, base.model.config, base.tokenizer.mask_id
+    found = {"read_seconds": clock(args.device) - started, "read_peak": peak(args.device), "base_bytes": base.bytes}
+    recipe = name.removesuffix("-unkept")
+    method, options = ("trajectory-lora", {"recipe": recipe}) if recipe in ("fast", "best") else (name, {})
     attached = METHODS[method](make_config(method, options, config), config)
     attached.attach(model, torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(attached.own.values(), lr=1e-3)
-    data = batches(args.steps, args.rows, args.length, base.tokenizer.vocab_size, base.tokenizer.mask_id, args.device)
-    low, kept = torch.autocast(args.device, torch.bfloat16), []
-    started = time.perf_counter()
-    if attached.first_depth == config.num_layers:  # nothing of the base is in the gradient: its states are kept
+    data, kept = batches(args, base.tokenizer.vocab_size, mask_id), []
+    low, (first, depths) = torch.autocast(args.device, torch.bfloat16), kept_depths(model)
+    started = clock(args.device)
+    if name == "fast":  # nothing of the base is in the gradient: its states are kept, as training does
         with torch.no_grad(), low:
             for xt, _, _ in data:
                 history: list[Any] = []
-                h = model.run_blocks(model.embed(xt), None, 0, config.num_layers, history=history)
-                kept.append(torch.stack([*history, h] if attached.reads_depths else [h], 2).bfloat16().cpu())
-    keeping, times = time.perf_counter() - started, []
-    for step, (xt, x0, answer) in enumerate(data):
-        started = time.perf_counter()
+                h = model.run_blocks(model.embed(xt), None, 0, first, history=history)
+                kept.append(torch.stack([*history, h][-depths:], 2).bfloat16().cpu())
+        found["keep_seconds_a_row"] = (clock(args.device) - started) / (args.rows * args.steps)
+        found["keep_bytes_a_row"] = 2 * depths * config.d_model * args.length
+
+    def loss_of(step: int, xt: Any, x0: Any, answer: Any) -> Any:
         cached = kept[step].to(args.device).float() if kept else None
-        with low:
-            h = model.states(xt, answer.sum(1) / 3, None, ~answer, cached, answer)
-            loss = model.nll(h, x0[answer]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
-        times.append(time.perf_counter() - started)
-    stored = sum(p.numel() * p.element_size() for p in attached.own.values())
-    return {"read": read, "keeping": keeping, "seconds": sorted(times)[len(times) // 2], "stored": stored}
+        return model.nll(model.states(xt, answer.sum(1).float(), None, ~answer, cached, answer), x0[answer]).mean()
+
+    found["step_seconds"] = timed_steps(args, data, list(attached.own.values()), loss_of)
+    found["peak"] = peak(args.device)
+    xt, _, answer = data[0]
+    started = clock(args.device)
+    with torch.no_grad(), low:
+        model(xt, answer.sum(1).float(), None, ~answer, answer).argmax(-1).tolist()
+    found["predict_seconds_a_row"] = (clock(args.device) - started) / args.rows
+    return found | {"stored_bytes": sum(p.numel() * p.element_size() for p in attached.own.values())}
 
 
 def run_peft(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,30 +173,57 @@ def run_peft(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    started, folder = time.perf_counter(), Path(args.folder)
+    started, folder = clock(args.device), Path(args.folder)
     raw = json.loads((folder / "config.json").read_text())
     kind = {"a2d-qwen3": "qwen3", "a2d-qwen2": "qwen2", "a2d-llama": "llama", "Dream": "qwen2"}.get(raw["model_type"])
     if kind is None:
-        return {"skipped": f"transformers has no class for {raw['model_type']}"}
+        raise SystemExit(f"transformers has no class for {raw['model_type']}")
     config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k != "model_type"})
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16)
-    read = time.perf_counter() - started
+    found = {"read_seconds": clock(args.device) - started, "read_peak": peak(args.device)}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets)).to(args.device)
     own = [p for p in model.parameters() if p.requires_grad]
-    optimizer, times = torch.optim.AdamW(own, lr=1e-3), []
     full = torch.ones(args.rows, 1, args.length, args.length, dtype=torch.bool, device=args.device)
-    for xt, x0, answer in batches(args.steps, args.rows, args.length, raw["vocab_size"] - 2, 0, args.device):
-        started = time.perf_counter()
-        with torch.autocast(args.device, torch.bfloat16):
-            loss = F.cross_entropy(model(input_ids=xt, attention_mask=full).logits[answer].float(), x0[answer])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
-        times.append(time.perf_counter() - started)
-    stored = sum(p.numel() * p.element_size() for p in own)
-    return {"read": read, "keeping": 0.0, "seconds": sorted(times)[len(times) // 2], "stored": stored}
+
+    def loss_of(step: int, xt: Any, x0: Any, answer: Any) -> Any:
+        return F.cross_entropy(model(input_ids=xt, attention_mask=full).logits[answer].float(), x0[answer])
+
+    found["step_seconds"] = timed_steps(args, batches(args, raw["vocab_size"] - 2, 0), own, loss_of)
+    return found | {"peak": peak(args.device), "stored_bytes": sum(p.numel() * p.element_size() for p in own)}
+
+
+def whole_run(row: dict[str, Any]) -> dict[str, Any]:
+    """What three epochs of 500 rows take by a measured row: seconds, and gigabytes with the states of all rows kept."""
+    seconds = EPOCHS * ROWS / float(row["rows"]) * float(row["step_seconds"])
+    kept = float(row.get("keep_bytes_a_row") or 0)
+    more = kept * (ROWS - float(row["rows"]) * float(row["steps"]))
+    seconds += ROWS * float(row.get("keep_seconds_a_row") or 0)
+    return {"whole_seconds": round(seconds), "whole_gb": round((float(row["peak"]) + max(more, 0)) / 1e9, 2)}
+
+
+def estimate(rows: int, length: int, measured: Path | None) -> None:
+    """Prints tinyld's estimate of memory for LLaDA-8B and, where there are measured rows, what it was for those."""
+    from tinyld.config import ModelConfig
+    from tinyld.costs import costs
+
+    print(f"LLaDA-8B, batches of {rows} rows of {length} tokens\n")
+    print("| method | GB, base in bf16 | int8 | stored MB |\n|---|---|---|---|")
+    for found in costs(ModelConfig(**LLADA), rows, length):
+        bf16, int8 = (found[f"memory_{t}"] or found["memory_fp32"] for t in ("bf16", "int8"))
+        print(f"| {found['method']} | {bf16 / 1e9:.1f} | {int8 / 1e9:.1f} | {found['stored_bytes'] / 1e6:.1f} |")
+    if measured is None:
+        return
+    print("\n| measured | base | rows x tokens | GB | estimated |\n|---|---|---|---|---|")
+    for row in csv.DictReader(measured.open(newline="")):
+        shape = dict(zip(("vocab_size", "d_model", "num_layers", "num_heads", "kv_heads", "head_width", "d_ff"),
+                         SHAPES[row["model"]].values(), strict=True))  # fmt: skip
+        config = ModelConfig(**LLADA | shape | {"tied": True, "head_norms": True})
+        for found in costs(config, int(row["rows"]), int(row["length"])):
+            if found["method"].removeprefix("trajectory-lora ") == row["run"].removesuffix("-unkept"):
+                wanted = found["memory_" + row["base"]] / 1e9
+                gigabytes = f"{float(row['peak']) / 1e9:.2f} | {wanted:.2f}"
+                print(f"| {row['run']} | {row['base']} | {row['rows']} x {row['length']} | {gigabytes} |")
 
 
 def main() -> None:
@@ -172,31 +236,49 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--runs", nargs="*", default=RUNS, help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--csv", type=Path, help="a file that the rows are added to")
+    parser.add_argument("--write", type=Path, help="only make the folder, here")
+    parser.add_argument("--estimate", action="store_true", help="only say what LLaDA-8B takes, and --csv's models")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one row
     args = parser.parse_args()
     if args.one:
-        found = run_peft(args) if args.one == "peft-lora" else run_ours(args.one, args)
-        print(json.dumps(found | {"peak": peak(args.device)}))
+        print(json.dumps(run_peft(args) if args.one == "peft-lora" else run_ours(args.one, args)))
         return
+    if args.estimate:
+        return estimate(args.rows, args.length, args.csv)
+    if args.write:
+        args.write.mkdir(parents=True)
+        return write_model(args.write, SHAPES[args.shape])
     with tempfile.TemporaryDirectory() as made:
         if args.folder is None:
             args.folder = made
             write_model(Path(made), SHAPES[args.shape])
-        print(f"{args.folder if args.folder != made else args.shape}, base {args.dtype}, {args.device}, "
-              f"{args.steps} steps of {args.rows} rows of {args.length} tokens\n")  # fmt: skip
-        print("| run | peak, GiB | seconds a step | keeping states, s | reading, s | stored, MB |")
-        print("|---|---|---|---|---|---|")
+        shown = ("run", "base", "peak", "step_seconds", "predict_seconds_a_row", "stored_bytes", "whole_gb",
+                 "whole_seconds")  # fmt: skip
+        print("|".join(("", *shown, "")) + "\n" + "|---" * len(shown) + "|")
         for name in args.runs:
             keys = ("folder", "device", "dtype", "steps", "rows", "length")
             options = [f"--{key}={getattr(args, key)}" for key in keys]
             done = subprocess.run([sys.executable, __file__, *options, "--one", name], capture_output=True, text=True)
             try:
-                row = json.loads(done.stdout.strip().splitlines()[-1])
-                print(f"| {name} | {row['peak'] / 2**30:.2f} | {row['seconds']:.3f} | {row['keeping']:.1f} | "
-                      f"{row['read']:.1f} | {row['stored'] / 1e6:.2f} |", flush=True)  # fmt: skip
-            except (IndexError, KeyError, ValueError):
+                found = json.loads(done.stdout.strip().splitlines()[-1])
+            except (IndexError, ValueError):
                 said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-                print(f"| {name} | {said[-1][:150]} | | | | |", flush=True)
+                print(f"|{name}|{said[-1][:150]}" + "|" * (len(shown) - 1), flush=True)
+                continue
+            base = {"full": "fp32", "peft-lora": "bf16"}.get(name, args.dtype)
+            row = {"model": args.shape if args.folder == made else Path(args.folder).name, "run": name, "base": base,
+                   "rows": args.rows, "length": args.length, "steps": args.steps, "device": args.device}  # fmt: skip
+            row |= {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+            row |= whole_run(row)
+            print("|".join(("", *(str(row.get(key, "")) for key in shown), "")), flush=True)
+            if args.csv:
+                is_new = not args.csv.exists()
+                with args.csv.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    if is_new:
+                        writer.writeheader()
+                    writer.writerow(row)
 
 
 if __name__ == "__main__":

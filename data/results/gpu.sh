@@ -10,8 +10,7 @@ for dtype in ${DTYPES:-bf16 int8}; do
         if [ "$folder" = "--" ]; then
             set_folder=""
         else
-            $python -c "import json, sys; from pathlib import Path; from tinyld.foreign import describe
-print(json.dumps(describe(Path(sys.argv[1])), indent=1))" "$folder"
+            PYTHONPATH=. $python -m tinyld info "$folder"
             set_folder="--folder=$folder"
         fi
         # full fine-tuning of 7 to 8 billion parameters needs 16 bytes for each: leave it to the small ones

@@ -38,7 +38,7 @@ class Bottleneck(Method):
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         own: dict[str, nn.Parameter] = {}
-        device = model.embedding.weight.device
+        device = model.device
         for i, block in enumerate(model.blocks):
             for seam in ("after_attention", "after_mlp"):
                 adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(device)

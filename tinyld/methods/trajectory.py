@@ -253,7 +253,7 @@ class TrajectoryLora(Method):
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         config = self.config
-        self.push = TrajectoryPush(config, self.model_config, generator).to(model.embedding.weight.device)
+        self.push = TrajectoryPush(config, self.model_config, generator).to(model.device)
         self.pruning = Pruning(self.push.sites, config.prune)
         model.push = self.push
         return dict(self.push.named_parameters())

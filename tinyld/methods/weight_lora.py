@@ -39,9 +39,10 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base, self.scale, self.dropout = base, config.scale, config.dropout
         a = torch.empty(config.rank, base.in_features)
+        device = next(base.parameters()).device  # its `weight` may be kept in fewer bits, and is then made anew
         bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt 5, as PEFT starts A
-        self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=base.weight.device))
+        self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # first: the order of the two decides how gradients add up, to the last bit

@@ -1,0 +1,68 @@
+"""What a public model is and what adapting it takes, by method, before any weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyld.config import ModelConfig, Reading
+from tinyld.errors import UsageError
+from tinyld.foreign import read_foreign
+from tinyld.methods import METHODS, make_config
+from tinyld.model import Denoiser
+
+
+def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length: int = 256) -> dict[str, Any]:
+    """What a folder is, and what adapting it takes; no weights are read."""
+    foreign = read_foreign(folder, reading)
+    config, tokenizer = foreign.config, foreign.tokenizer
+    return {
+        "family": foreign.family, "parameters": config.num_parameters(), "layers": config.num_layers,
+        "d_model": config.d_model, "heads": config.num_heads, "vocab_size": config.vocab_size,
+        "longest_row": foreign.longest, "shifted": config.shifted,
+        "mask_token": tokenizer.inner.id_to_token(tokenizer.mask_id),
+        "end_token": tokenizer.inner.id_to_token(tokenizer.eos_id), "batch_rows": rows, "batch_tokens": length,
+        **{f"{dtype}_bytes": size for dtype, size in base_bytes(config).items()},
+        "methods": costs(config, rows, length),
+    }  # fmt: skip
+
+
+def base_bytes(config: ModelConfig) -> dict[str, int]:
+    """Bytes of a base's weights by the type that its matrices are kept in."""
+    with torch.device("meta"):
+        tensors = list(Denoiser(config).parameters())
+    flat = sum(p.numel() for p in tensors if p.dim() == 1)
+    matrices, heights = (sum(n) for n in zip(*((p.numel(), p.shape[0]) for p in tensors if p.dim() == 2), strict=True))
+    return {"fp32": 4 * (flat + matrices), "bf16": 4 * flat + 2 * matrices, "int8": 4 * (flat + heights) + matrices}
+
+
+def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
+    """By method what is stored, and the memory that batches of `rows` rows of `length` tokens take to train, in bytes.
+
+    An estimate, at most a quarter off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
+    what is trained, with its gradient and AdamW's two moments; the vocabulary's matrix twice in bf16, as a product on
+    a processor has it; what the backward pass needs of every block that it goes through, and of the states that `fast`
+    reads at all depths. States that are kept for later epochs (--cache-gb) come on top.
+    """
+    kept, d, found = base_bytes(config), config.d_model, []
+    block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
+    fixed = 350_000_000 + 4 * config.vocab_size * config.embedding_width
+    for name in METHODS:
+        for recipe in ("fast", "best") if name == "trajectory-lora" else (None,):
+            try:
+                settings = make_config(name, {"recipe": recipe} if recipe else {}, config)
+            except UsageError:
+                continue
+            own = METHODS[name].expected_parameters(settings, config)
+            if own == 0:  # bitfit, where there are no biases
+                continue
+            needed = block * getattr(settings, "blocks", config.num_layers)
+            needed += 4 * rows * length * d * (config.num_layers + 1) * (recipe == "fast")
+            full = name == "full"
+            memory = {t: fixed + (12 * own if full else 16 * own) + needed + kept["fp32" if full else t] for t in kept}
+            memory |= dict.fromkeys(("bf16", "int8")) if full else {}
+            found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,
+                          "stored_bytes": 4 * own, **{f"memory_{t}": size for t, size in memory.items()}})  # fmt: skip
+    return found
