@@ -108,6 +108,7 @@ def evaluate(
     n = len(rows) if limit is None else min(limit, len(rows))
     device = model.device
     verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, rows.slot, tokenizer)
+    at_once = verbalizers is not None and rows.slot == 1 and sampling.temperature == 0
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
     nll_sum, tokens = torch.zeros(n), torch.zeros(n)
@@ -116,22 +117,31 @@ def evaluate(
     generator = torch.Generator(device).manual_seed(sampling.seed)
     for chunk in np.array_split(np.argsort(rows.lengths[:n], kind="stable"), math.ceil(n / EVAL_BATCH)):
         batch = rows.take(chunk)
-        asked = on_device(batch, device)
-        if answer:
-            started = time.perf_counter()
+        asked, started = on_device(batch, device), time.perf_counter()
+        decoded: list[str] = []
+        if at_once:  # one pass decodes an answer of one token, scores it and scores all labels
+            (logits,) = slot_logits(model, asked, tokenizer.mask_id)
+            target = asked.x0[asked.answer_mask]
+            nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0
+            hits, masked = hits + int((logits.argmax(1) == target).sum()), masked + len(chunk)
+            scored[chunk] = logits[:, verbalizers.ids[:, 0].to(device)].argmax(1).cpu().numpy()
+            logits[:, tokenizer.never_written] = -torch.inf
+            decoded, passes = [tokenizer.decode([i]) for i in logits.argmax(1).tolist()], passes + len(chunk)
+        elif answer:
             decoded, used = fill_slots(model, asked, tokenizer, sampling, generator)
             passes += int(used.sum())
-            seconds += time.perf_counter() - started
-            for row, text in zip(chunk, decoded, strict=True):
-                predicted[row] = UNREADABLE if verbalizers is None else verbalizers.read(text)
-                start = rows.starts[row]
-                gold = tokenizer.decode(rows.ids[row][start : start + rows.slot].tolist())
-                gold = PAIR.join(rows.examples[row].references) or gold
-                texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), gold, text)
-        nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws)
-        hits, masked = hits + hit, masked + seen
-        if verbalizers is not None:
-            scored[chunk] = label_logp(model, asked, verbalizers, tokenizer.mask_id).argmax(1).cpu().numpy()
+        seconds += time.perf_counter() - started
+        for row, text in zip(chunk, decoded, strict=answer):
+            predicted[row] = UNREADABLE if verbalizers is None else verbalizers.read(text)
+            start = rows.starts[row]
+            right = tokenizer.decode(rows.ids[row][start : start + rows.slot].tolist())
+            right = PAIR.join(rows.examples[row].references) or right
+            texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), right, text)
+        if not at_once:
+            nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws)
+            hits, masked = hits + hit, masked + seen
+            if verbalizers is not None:
+                scored[chunk] = label_logp(model, asked, verbalizers, tokenizer.mask_id).argmax(1).cpu().numpy()
         done += len(chunk)
         advance(done)
     bound: Estimate = ratio_estimate(nll_sum, tokens)

@@ -226,7 +226,7 @@ class TrainingRun:
                 self.bar.advance_to(
                     self.progress, f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
                 )
-            evaluates = done or self.step % config.eval_every == 0
+            evaluates = done or (self.step > 0 and self.step % config.eval_every == 0)
             if evaluates or self.step % 50 == 0:
                 record = {
                     "step": self.step,
