@@ -20,7 +20,7 @@ from tinyld.config import check_choice
 from tinyld.errors import TinyldError, plain, show
 from tinyld.formats import CONVERTERS, MAX_BYTES, Row, cut
 from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
-from tinyld.write import make_folder, sha256, to_json, write_atomic
+from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
 
 TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
 HOSTS = (  # that a download may lead to
@@ -59,8 +59,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
 
 
-def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> None:
-    """Copies what the URL gives to `out`, with a bar on stderr; NetworkError, or TinyldError for a wrong digest.
+def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
+    """Copies what the URL gives to `out`, with a bar on stderr; its SHA-256. NetworkError, or TinyldError for a wrong
+    digest.
 
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
@@ -93,6 +94,7 @@ def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> None:
     if remote.sha256 not in (None, digest.hexdigest()):
         raise TinyldError(f"{url}: checksum is {digest.hexdigest()}, expected {remote.sha256}; try again later")
     out.seek(0)
+    return digest.hexdigest()
 
 
 def _open(url: str) -> Any:
@@ -119,29 +121,38 @@ def download_task(name: str, source: Source) -> Path:
     Raises NetworkError where a file cannot be had, and TinyldError where the rows are not those that `label_counts`
     promises; nothing is left behind then.
     """
-    splits = _download_rows(name, source)
+    splits, first_seen = _download_rows(name, source)
     folder = cache_dir() / "data" / name
     make_folder(folder)
-    new = {}
-    for split, rows in cut(splits).items():
-        path = folder / f"{split}.tsv"
-        if not path.exists():
-            new[path] = "".join(["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]).encode()
-    sums = _checksums(folder) | {path.name: sha256(data) for path, data in new.items()}
-    write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
-    for path, data in new.items():
-        write_atomic(path, data)
+    with locked(folder, wait=True):
+        new, sums = {}, _checksums(folder)
+        for url, digest in first_seen.items():
+            if sums.setdefault(url, digest) != digest:
+                was = f"its SHA-256 is {digest}, and was {sums[url]} when it was first downloaded"
+                raise TinyldError(f"{url}: {was}; where you trust it, remove {folder}")
+            kept = f"kept in {folder / CHECKSUMS}; later downloads must have it"
+            print(f"{name}: no SHA-256 was known; {digest[:16]} is {plain(kept)}", file=sys.stderr)
+        for split, rows in cut(splits).items():
+            path, lines = folder / f"{split}.tsv", (f"{clean(text)}\t{label}\n" for text, label in rows)
+            if not path.exists():
+                new[path] = "".join(["sentence\tlabel\n", *lines]).encode()
+        sums |= {path.name: sha256(data) for path, data in new.items()}
+        write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
+        for path, data in new.items():
+            write_atomic(path, data)
     return folder
 
 
-def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
-    """The rows of each official split, counted."""
-    url = source.files[0].url
+def _download_rows(name: str, source: Source) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """(the rows of each official split, counted; URL -> SHA-256 of what no task file knows one of)."""
+    url, first_seen = source.files[0].url, {}
     with contextlib.ExitStack() as stack:
         files: list[BinaryIO] = []
         for i, remote in enumerate(source.files, 1):
             files.append(stack.enter_context(tempfile.TemporaryFile()))
-            fetch(remote, files[-1], name if len(source.files) == 1 else f"{name} ({i}/{len(source.files)})")
+            digest = fetch(remote, files[-1], name if len(source.files) == 1 else f"{name} ({i}/{len(source.files)})")
+            if remote.sha256 is None:
+                first_seen[remote.url] = digest
         try:
             splits = CONVERTERS[source.format](files)
         except (ValueError, LookupError, OSError, EOFError, RuntimeError, csv.Error, zlib.error) as error:
@@ -151,7 +162,7 @@ def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
         if found != Counter(expected):
             has = f"{found.total():,} rows, {show(dict(found))}"
             raise TinyldError(f"{url}: {name} {split} has {has}, expected {expected}; nothing was kept")
-    return splits
+    return splits, first_seen
 
 
 def _checksums(folder: Path) -> dict[str, str]:
