@@ -143,7 +143,7 @@ class Group(TyperGroup):
                 raise
             if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+            fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
         except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
