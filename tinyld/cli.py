@@ -20,11 +20,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tinyld import __version__, options
+from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
 from tinyld.interrupt import Interrupted, raise_at_signals
 from tinyld.options import ARGUMENT, Options, flag, kinds
 from tinyld.tables import print_record, print_table
-from tinyld.workspace import is_writer
 from tinyld.write import to_json
 
 
