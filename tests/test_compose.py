@@ -97,8 +97,8 @@ def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path
 
 LORA = METHODS["weight-lora"](make_config("weight-lora", {"rank": 1}, ModelConfig(160)), ModelConfig(160))
 DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda c: c.update(router="TrainedRouter"), "unknown kind of router: 'TrainedRouter'"),
-    (lambda c: c.update(parts=[]), "needs at least one adapter"),
+    (lambda c: c.update(router="TrainedRouter"), "unknown kind of composition: how 'weights', router 'TrainedRouter'"),
+    (lambda c: c.update(parts=[], members=[]), "needs at least one adapter"),
     (lambda c: c["parts"][0].update(weight="heavy"), "parts: 1: weight is of the wrong type: 'heavy'"),
     (lambda c: c["parts"][0].update(weight=True), "parts: 1: weight is of the wrong type: 'True'"),
     (lambda c: c["parts"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),

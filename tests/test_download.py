@@ -271,6 +271,10 @@ def test_what_is_in_the_cache_needs_no_network_and_is_not_replaced(site: dict[st
     mine.unlink()
     site |= published
     assert len(load_split(task, "train")) == 2
+    mine.unlink()
+    site |= dict.fromkeys(site, zip_of({"SST-2/train.tsv": "s\tl\na\t0\n", "SST-2/dev.tsv": "s\tl\nb\t1\n"}))
+    with pytest.raises(TinyldError, match="its SHA-256 is .*, and was .* when it was first downloaded"):
+        load_split(task, "train")
 
 
 def test_the_real_sst2_comes_out_as_it_went_in(site: dict[str, bytes]) -> None:

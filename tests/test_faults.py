@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def counts_are_kept() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ children
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["tinyld.finetuning", "tinyld.pretrain", "tinyld.cli"])
+forks.set_forkserver_preload(["tinyld.finetuning", "tinyld.pretrain", "tinyld.cli", "torch._dynamo"])
 
 
 def child(arguments: list[str], log: str, die_at: int) -> None:
@@ -158,71 +158,75 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 # ------------------------------------------------------------------------------------------------ kills, signals
 
 
-@pytest.mark.parametrize("where", ["anywhere", "in a save"])
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(where: str, world: World) -> None:
-    wanted = times(60 if where == "anywhere" else 42)
-    kills, runs = 0, 0
-    rng = random.Random(where)
-    while kills < wanted:
+def interrupted(world: World, wanted: int, stop: Callable[[list[str], Path, float], bool]) -> tuple[int, int]:
+    """(stops, runs): jobs in turn are stopped up to eight times each, until `wanted` were, and gone on with.
+
+    `stop` gets a command, its folder and the seconds it takes, and says whether it ended the command. Each run must
+    end with the bits and the log of one that nothing stopped, and with nothing half-written.
+    """
+    stops, runs = 0, 0
+    while stops < wanted:
         job = JOBS[runs % len(JOBS)]
         expected, seconds = world.expected[job]
-        out = world.path / f"killed-{where.replace(' ', '-')}-{runs}"
-        for _ in range(8):  # kills of one run at most
-            die_at = rng.randrange(1, 60) if where == "in a save" else 0
-            process = world.start(world.go_on(job, out), die_at)
-            if not die_at:
-                process.join(rng.uniform(0, 1.1 * seconds))
-                process.kill()
-            code = world.end(process)
-            assert code in (0, -signal.SIGKILL), world.said()
-            if code == 0:
+        out = world.path / f"stopped-{runs}"
+        for _ in range(8):
+            if not stop(world.go_on(job, out), out, seconds):
                 break
-            kills += 1
+            stops += 1
         world.finish(job, world.go_on(job, out))
         assert world.facts(out) == expected
         assert not list(out.rglob("*.tmp"))
         runs += 1
         shutil.rmtree(out)
+    return stops, runs
+
+
+@pytest.mark.parametrize("where", ["anywhere", "in a save"])
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(where: str, world: World) -> None:
+    rng = random.Random(where)
+
+    def kill(command: list[str], out: Path, seconds: float) -> bool:
+        process = world.start(command, rng.randrange(1, 60) if where == "in a save" else 0)
+        if where == "anywhere":
+            process.join(rng.uniform(0, 1.1 * seconds))
+            process.kill()
+        code = world.end(process)
+        assert code in (0, -signal.SIGKILL), world.said()
+        return code != 0
+
+    kills, runs = interrupted(world, times(60 if where == "anywhere" else 42), kill)
     COUNTS.append((f"SIGKILL {where}", kills, f"{runs} runs went on; weights and log of all as without it"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_saves_and_gives_its_code(signum: signal.Signals, world: World) -> None:
-    wanted = times(25)
     rng = random.Random(int(signum))
-    sent, saved, ended, runs = 0, 0, 0, 0
-    while sent < wanted:
-        job = JOBS[runs % len(JOBS)]
-        expected, seconds = world.expected[job]
-        out = world.path / f"stopped-{signum}-{runs}"
-        process = world.start(world.go_on(job, out))
+    sent, saved, missed = 0, 0, 0
+
+    def send(command: list[str], out: Path, seconds: float) -> bool:
+        nonlocal sent, saved, missed
+        process = world.start(command)
         if sent % 3:  # two in three from the first step on, the rest at any time
             while process.is_alive() and not RunFolder(out).checkpoints():
                 time.sleep(0.005)
-            process.join(rng.uniform(0, 0.3) * seconds)
-        else:
-            process.join(rng.uniform(0.1, 1) * seconds)
-        reached = process.is_alive() and process.pid is not None
+        process.join(rng.uniform(0, 0.5 if sent % 3 else 1) * seconds)
+        reached = process.is_alive()
         if reached:
             os.kill(process.pid, signum)
-        code = world.end(process)
-        said = world.said()
-        ended += reached and code == 0  # the signal came between its last line and its end
-        if code != 0:
-            sent += 1
-            assert code in (128 + signum, -signum), said  # the system's own before main() has begun
-            assert "Traceback" not in said
-            if "is saved" in said:
-                step = int(said.split("step ")[-1].split(" is saved")[0])
-                assert [int(p.name) for p in RunFolder(out).checkpoints()][-1] == step
-                assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
-                saved += 1
-        world.finish(job, world.go_on(job, out))
-        assert world.facts(out) == expected
-        runs += 1
-        shutil.rmtree(out)
+        code, said = world.end(process), world.said()
+        sent += code != 0
+        missed += reached and code == 0  # the signal came between its last line and its end
+        assert code in (0, 128 + signum, -signum) and "Traceback" not in said, said  # -: before main() has begun
+        if "is saved" in said:
+            step = int(said.split("step ")[-1].split(" is saved")[0])
+            assert [int(p.name) for p in RunFolder(out).checkpoints()][-1] == step
+            assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
+            saved += 1
+        return code != 0
+
+    sent, runs = interrupted(world, times(25), send)
     assert saved or sent < 10
-    assert ended <= max(1, sent // 10)  # a run that goes on to its end has not heard the signal
+    assert missed <= max(1, sent // 10)  # a run that goes on to its end has not heard the signal
     told = f"exit code {128 + signum}; {saved} came while training, all saved at their step"
     COUNTS.append((signum.name, sent, f"{told}; weights and log of all as without it"))
 

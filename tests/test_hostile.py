@@ -68,16 +68,18 @@ COMMANDS = {  # by names that begin with the verb
     "finetune data": f"finetune --data rows.csv --method bitfit {TUNE} --out out",
     "finetune resume": "finetune --resume stopped --json --quiet",
     "predict": "predict push rows.csv --base tiny --dtype fp32 --quiet",
+    "predict csv": "predict push dev.tsv --base tiny --dtype fp32 --quiet --csv",
     "predict lora": "predict lora asked.jsonl --base tiny --dtype fp32 --quiet",
     "predict both": "predict both asked.txt --base tiny --task mood --dtype fp32 --quiet",
     "predict several": "predict push push2 rows.csv --base tiny --dtype fp32 --quiet",
     "predict peft": "predict lora.peft asked.jsonl --base tiny --task mood.toml --dtype fp32 --quiet",
     "eval": f"eval push --base tiny {END}",
     "eval data": f"eval lora --base tiny --data rows.csv {END}",
-    "eval text": f"eval tiny --text text --draws 1 {END}",
+    "eval text": f"eval tiny --text text --set draws=1 {END}",
     "compose": f"{COMPOSE} out",
     "pretrain": f"pretrain {TEXT} --out out",
     "pretrain init": f"pretrain --init bert --minutes 0 --data text {END} --out out",
+    "sample push": "sample push --base tiny --length 4 --num 1 --dtype fp32 --json",
     "sample": "sample tiny --length 4 --num 1 --dtype fp32 --json",
     "compare": f"compare --task mood.toml --base tiny {GRID} --out grid",
     "report": "report push lora --json",
@@ -148,6 +150,7 @@ LINES: dict[str, Change] = {  # of a table; the fifth character of its header is
 TENSORS: dict[str, Callable[[dict[str, Any], str], Any]] = {  # of (tensors, name of the first matrix of floats)
     "NaN": lambda found, name: found[name].view(-1)[:1].fill_(float("nan")),
     "infinity": lambda found, name: found[name].view(-1)[:1].fill_(float("inf")),
+    "1e30": lambda found, name: found[name].fill_(1e30),  # finite, but not what comes of it
     "1e300": lambda found, name: found.update({name: found[name].double() + 1e300}),
     "whole numbers": lambda found, name: found.update({name: found[name].long()}),
     "flags": lambda found, name: found.update({name: found[name].bool()}),
@@ -247,7 +250,7 @@ def all_cases(world: Path) -> Iterator[Case]:
             for format in formats if (world / path).is_file() else ():
                 for mutation in KINDS.get(format, ()):
                     free = text or verb in ("info", "report") or command == "finetune data"
-                    free = free or (verb == "predict" and "label" in mutation)
+                    free = free or (verb == "predict" and "label" in mutation) or mutation == "1e30"
                     free = free or (mutation in LAX and re.search(FREE, path) is not None)
                     yield Case(command, mutation, path, format, free=free)
             yield from (Case(command, kind, path, free=text) for kind in PLACES)
@@ -259,6 +262,8 @@ def all_cases(world: Path) -> Iterator[Case]:
                         free = name != "--out" or verb == "predict"
                         yield Case(command, f"out: {there}", "there", "", (name, "there", *more), free)
                     yield Case(command, "out: a run with links", "evil", "", (name, "evil", *more), True, "evil")
+                    for own in ("lora/config.json", *(word for word in named if (world / word).is_file())):
+                        yield Case(command, "out: an input or a run's file", "", "", (name, own, *more))
                     for what, value in NAMES.items():
                         yield Case(command, f"out: {what}", "", "", (name, value, *more), True, value)
             elif group != "Arguments" and field.name != "out":
@@ -287,7 +292,7 @@ data = {train = "train.tsv", dev = "dev.tsv"}
 """
 forks = multiprocessing.get_context("forkserver")
 PRELOAD = ("compare", "compose", "finetuning", "predict", "pretrain", "report", "scores", "verbs", "hf", "cli")
-forks.set_forkserver_preload([f"tinyld.{name}" for name in PRELOAD] + ["typer.testing"])
+forks.set_forkserver_preload([f"tinyld.{name}" for name in PRELOAD] + ["typer.testing", "torch._dynamo"])
 
 
 def tinyld(arguments: list[str]) -> tuple[int, str, str, str]:
@@ -412,7 +417,9 @@ def work(pipe: Any, world: Path, cases: list[Case]) -> None:
         line = COMMANDS[case.command].split()
         if case.command not in without:
             prepare(Case(case.command, ""), world)
-            without[case.command] = told(tinyld(line)[1])
+            code, out, err, trace = tinyld(line)
+            assert code == 0, (line, err, trace)
+            without[case.command] = told(out)
         prepare(case, world)
         before = snapshot()
         reader = os.open(case.path, os.O_RDWR | os.O_NONBLOCK) if case.mutation == "out: a pipe" else os.dup(0)

@@ -20,11 +20,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tinyld import __version__, options
+from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
 from tinyld.interrupt import Interrupted, raise_at_signals
 from tinyld.options import ARGUMENT, Options, flag, kinds
 from tinyld.tables import print_record, print_table
-from tinyld.workspace import is_writer
 from tinyld.write import to_json
 
 
@@ -143,7 +143,7 @@ class Group(TyperGroup):
                 raise
             if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+            fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
         except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise

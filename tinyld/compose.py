@@ -13,6 +13,7 @@ from tinyld.composition import Member, hang, prototype_router, read_member, save
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.device import resolve_device
+from tinyld.environment import environment
 from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
@@ -23,7 +24,7 @@ from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.scores import measure
 from tinyld.tables import percent, print_record, print_table
 from tinyld.tasks import from_record
-from tinyld.workspace import environment, refuse_inside, say_to_stderr, say_truncated
+from tinyld.workspace import refuse_inside, say_to_stderr, say_truncated
 
 TOLD_APART = 0.95  # least share of a task's rows that must be routed to it
 

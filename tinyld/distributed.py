@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.diffusion import Noised
+from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
 from tinyld.runs import RunFolder, Spectator
-from tinyld.workspace import under_torchrun
 
 
 class Processes:

@@ -18,10 +18,11 @@ from urllib.parse import urlsplit
 from tinyld.config import check_choice
 from tinyld.errors import TinyldError, plain, show
 from tinyld.formats import CONVERTERS, MAX_BYTES, cut
-from tinyld.read import clean
-from tinyld.write import make_folder, write_atomic
+from tinyld.read import clean, read_object
+from tinyld.write import make_folder, to_json, write_atomic
 
 TIMEOUT = 30.0  # seconds without a byte
+SEEN = "checksums.json"  # in a set's folder: URL -> SHA-256 of what was first downloaded and has no published one
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
 
 
-def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> None:
-    """Copies what the URL gives to `out`, with a bar on stderr; TinyldError where that fails or has another digest.
+def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
+    """Copies what the URL gives to `out`, with a bar on stderr; its SHA-256. TinyldError where that fails or differs.
 
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
@@ -86,20 +87,23 @@ def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> None:
     if remote.sha256 not in (None, digest.hexdigest()):
         raise TinyldError(f"{url}: checksum is {digest.hexdigest()}, expected {remote.sha256}; try again later")
     out.seek(0)
+    return digest.hexdigest()
 
 
 def download_task(name: str, source: Source) -> Path:
     """The folder of the cache that now holds the task's splits. Files already there stay as they are.
 
-    TinyldError where a file cannot be had, or its rows are not those that `label_counts` promises; nothing is left
-    behind then.
+    TinyldError where a file cannot be had, its rows are not those that `label_counts` promises, or its SHA-256, where
+    none is published, is not that of the first time; nothing is left behind then.
     """
-    url = source.files[0].url
+    url, first_seen = source.files[0].url, {}
     with ExitStack() as stack:
         files: list[BinaryIO] = []
         for i, remote in enumerate(source.files, 1):
             files.append(stack.enter_context(tempfile.TemporaryFile()))
-            fetch(remote, files[-1], name if len(source.files) == 1 else f"{name} ({i}/{len(source.files)})")
+            digest = fetch(remote, files[-1], name if len(source.files) == 1 else f"{name} ({i}/{len(source.files)})")
+            if remote.sha256 is None:
+                first_seen[remote.url] = digest
         try:
             splits = CONVERTERS[source.format](files)
         except (ValueError, LookupError, OSError, EOFError, RuntimeError, csv.Error, zlib.error) as error:
@@ -111,6 +115,12 @@ def download_task(name: str, source: Source) -> Path:
             raise TinyldError(f"{url}: {name} {split} has {has}, expected {expected}; nothing was kept")
     folder = cache_dir() / "data" / name
     make_folder(folder)
+    seen = read_object(folder / SEEN) if (folder / SEEN).exists() else {}
+    for url, digest in first_seen.items():
+        if seen.get(url, digest) != digest:
+            was = f"its SHA-256 is {digest}, and was {seen[url]} when it was first downloaded"
+            raise TinyldError(f"{url}: {was}; where you trust it, remove {folder}")
+    write_atomic(folder / SEEN, to_json(seen | first_seen))
     for split, rows in cut(splits).items():
         path = folder / f"{split}.tsv"
         if not path.exists():

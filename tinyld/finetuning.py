@@ -28,6 +28,7 @@ from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes
+from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
@@ -38,17 +39,7 @@ from tinyld.rows import to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
-from tinyld.workspace import (
-    RUNS,
-    check_unchanged,
-    default_base,
-    environment,
-    is_writer,
-    keep_freed_memory,
-    refuse_inside,
-    say_to_stderr,
-    say_truncated,
-)
+from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text

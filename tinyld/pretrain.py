@@ -17,6 +17,7 @@ from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
 from tinyld.distributed import Processes
+from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume
@@ -28,15 +29,7 @@ from tinyld.rows import bundled_data_dir
 from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainingRun
-from tinyld.workspace import (
-    RUNS,
-    check_unchanged,
-    environment,
-    is_writer,
-    keep_freed_memory,
-    refuse_inside,
-    say_to_stderr,
-)
+from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
 SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all

@@ -16,6 +16,7 @@ from tinyld.data import TaskRows, TextRows
 from tinyld.datafile import read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import Estimate
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, Sampling, kinds
@@ -26,15 +27,7 @@ from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
-from tinyld.workspace import (
-    check_writable,
-    default_base,
-    environment,
-    keep_freed_memory,
-    newest_run,
-    say_to_stderr,
-    say_truncated,
-)
+from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
 Record = dict[str, Any]

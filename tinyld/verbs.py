@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
+from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.options import (
     ComposeOptions,
@@ -22,7 +23,7 @@ from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_tasks
-from tinyld.workspace import default_base, environment, refuse_inside, say_to_stderr
+from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
 
 def info(options: InfoOptions) -> dict[str, Any]:

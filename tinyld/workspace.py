@@ -1,22 +1,19 @@
-"""Where runs and bases are, how a verb speaks, and on what a run's bits depend beside its settings."""
+"""Where runs and bases are, and how a verb speaks. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import platform
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import tinyld
+from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, TOKENIZER, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RunFolder
 
 RUNS = Path("runs")
 
@@ -78,56 +75,3 @@ def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> Non
         folder.is_run() and path.name in (MANIFEST, METRICS, *folder.files())
     ):
         raise TinyldError(f"{path}: cannot be written (it is an input or a file of a run); choose another name")
-
-
-# ------------------------------------------------------------------------------------------------ environment
-
-
-def check_unchanged(
-    path: Path, config: Mapping[str, Any], data_sha256: str, allow: bool, dev_sha256: str | None = None
-) -> None:
-    """TinyldError unless a run goes on with the data, tokenizer and machine it began with: else its bits would differ.
-
-    An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
-    """
-    if config["kind"] == "base":
-        RunFolder(path).read(TOKENIZER)
-    then, now = config["environment"], environment()
-    depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
-    pairs = [(name, then[name], now[name]) for name in depends]
-    pairs.append(("data", config["data"]["sha256"][:12], data_sha256[:12]))
-    if dev_sha256 is not None:
-        pairs.append(("dev rows", config["data"]["dev_sha256"][:12], dev_sha256[:12]))
-    changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
-    if changed and not allow:
-        raise TinyldError(f"{path} began otherwise: {changed}; --set allow_changed=true goes on all the same")
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def is_writer() -> bool:
-    """Whether this is the process that writes: the only one, or torchrun's first."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine facts that a result depends on."""
-    import torch
-
-    from tinyld.device import fast_dtype, resolve_device
-
-    return {
-        "tinyld": tinyld.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "fast_dtype": fast_dtype(resolve_device("auto")),  # what `auto` is here
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": " ".join(["tinyld", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
