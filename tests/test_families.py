@@ -423,7 +423,7 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
         load_foreign(tmp_path, reading=Reading(mask_token="<|other|>"))
     names = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": {"content": "<|im_end|>"}}))
-    with pytest.raises(TinyldError, match="say --mask-token"):
+    with pytest.raises(TinyldError, match="say --set mask_token"):
         load_foreign(tmp_path)
 
 
@@ -444,7 +444,7 @@ def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused
     jinja2 = pytest.importorskip("jinja2", reason="needs the extra `interop`")
     make("Dream", tmp_path)
     chat = Reading(chat=True)
-    with pytest.raises(TinyldError, match="leave --chat out"):
+    with pytest.raises(TinyldError, match="leave chat out"):
         load_foreign(tmp_path, reading=chat)
     path = tmp_path / "chat_template.jinja"
     for unknown in ("{{ messages }}", CHATML + HEADERS, 7 * "{{ '<|user|>' }}"):
@@ -618,7 +618,7 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: 
         'template = "{text} is {answer} ."\n[verbalizer]\nyes = "yes"\nno = "no"\n'
         '[data]\ntrain = "rows.csv"\ndev = "rows.csv"'
     )
-    read_so = ("--mask-token", "<|spare|>", "--max-length", "40", "--chat")
+    read_so = ("--set", "mask_token=<|spare|>", "--set", "max_length=40", "--set", "chat=true")
     (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
     for name in ("one", "two"):  # how a model was read is kept in a run and a composition of runs
         run("finetune", "--task", str(tmp_path / "task.toml"), "--base", base, "--method", "weight-lora", "--quiet",
