@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
-from tinyld.config import Reading, SampleConfig
+from tinyld.config import ModelConfig, Reading, SampleConfig
 from tinyld.costs import describe
 from tinyld.data import TaskRows
 from tinyld.device import shrink, stored_bytes
@@ -27,6 +27,7 @@ from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.layers import look_up
 from tinyld.methods import METHODS, make_config
+from tinyld.model import Denoiser
 from tinyld.sampler import decode
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
@@ -632,3 +633,13 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: 
     make(kind, tmp_path / "model", seed=1)
     ran = CliRunner().invoke(app, ["predict", out, "--text", "a b"])
     assert ran.exit_code == 1 and "was trained on base" in ran.output
+
+
+def test_fewer_rows_are_read_at_once_where_their_states_would_fill_the_memory() -> None:
+    def rows(d_model: int, num_layers: int, length: int) -> int:
+        with torch.device("meta"):
+            model = Denoiser(ModelConfig(vocab_size=9, d_model=d_model, num_layers=num_layers, num_heads=2, d_ff=8))
+        return model.rows_at_once(length, 128)
+
+    assert rows(384, 6, 256) == 128, "the released base, as ever"
+    assert (rows(1024, 28, 256), rows(4096, 32, 256), rows(4096, 32, 131_072)) == (17, 3, 1)
