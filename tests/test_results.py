@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 import subprocess
@@ -81,9 +80,9 @@ def test_every_file_is_named_and_every_row_is_a_run_of_its_own() -> None:
 def test_what_info_says_of_memory_is_near_what_was_measured() -> None:
     from foreign import estimated
 
-    rows = [row for row in csv.DictReader((RESULTS / "foreign.csv").open(newline="")) if row["run"] != "peft-lora"]
-    ratios = [estimated(row) / int(row["peak"]) for row in rows]
-    assert len(rows) >= 10 and 0.8 <= min(ratios) and max(ratios) <= 1.25
+    rows = [row for row in read(RESULTS / "foreign.csv") if row["run"] != "peft-lora"]
+    ratios = [estimated(row) / row["peak"] for row in rows]
+    assert len(rows) >= 10 and 0.8 <= min(ratios) and max(ratios) <= 1.2
 
 
 def test_the_script_prints_a_table() -> None:

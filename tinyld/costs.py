@@ -41,7 +41,7 @@ def base_bytes(config: ModelConfig) -> dict[str, int]:
 def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     """By method what is stored, and the memory that batches of `rows` rows of `length` tokens take to train, in bytes.
 
-    An estimate, at most a quarter off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
+    An estimate, at most a fifth off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
     16 bytes a number that is trained, for its gradient, AdamW's moments and its update; the vocabulary's matrix in
     bf16, as a product has it; what the backward pass needs of every block that it goes through, and of the states that
     `fast` reads at all depths. States kept for later epochs (--cache-gb) come on top.

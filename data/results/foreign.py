@@ -202,7 +202,7 @@ def whole_run(row: dict[str, Any]) -> dict[str, Any]:
     return {"whole_seconds": round(seconds), "whole_gb": round((float(row["peak"]) + max(more, 0)) / 1e9, 2)}
 
 
-def estimated(row: dict[str, str]) -> int | None:
+def estimated(row: dict[str, Any]) -> int | None:
     """The bytes that tinyld's arithmetic gives a measured row; None for peft."""
     from tinyld.config import ModelConfig
     from tinyld.costs import costs
@@ -226,7 +226,7 @@ def estimate(rows: int, length: int, measured: Path | None) -> None:
         bf16, int8 = (found[f"memory_{t}"] or found["memory_fp32"] for t in ("bf16", "int8"))
         print(f"| {found['method']} | {bf16 / 1e9:.1f} | {int8 / 1e9:.1f} | {found['stored_bytes'] / 1e6:.1f} |")
     print("\n| measured | base | rows x tokens | GB | estimated |\n|---|---|---|---|---|")
-    for row in csv.DictReader(measured.open(newline="")) if measured else ():
+    for row in csv.DictReader(measured.read_text().splitlines()) if measured else ():
         wanted, size = estimated(row), f"{row['rows']} x {row['length']}"
         if wanted is not None:
             print(f"| {row['run']} | {row['base']} | {size} | {int(row['peak']) / 1e9:.2f} | {wanted / 1e9:.2f} |")
