@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
-from tinyld.config import Reading, SampleConfig
+from tinyld.config import ModelConfig, Reading, SampleConfig
 from tinyld.costs import describe
 from tinyld.data import TaskRows
 from tinyld.device import shrink, stored_bytes
@@ -27,6 +27,7 @@ from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.layers import look_up
 from tinyld.methods import METHODS, make_config
+from tinyld.model import Denoiser
 from tinyld.sampler import decode
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
@@ -423,7 +424,7 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
         load_foreign(tmp_path, reading=Reading(mask_token="<|other|>"))
     names = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": {"content": "<|im_end|>"}}))
-    with pytest.raises(TinyldError, match="say --mask-token"):
+    with pytest.raises(TinyldError, match="say --set mask_token"):
         load_foreign(tmp_path)
 
 
@@ -444,7 +445,7 @@ def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused
     jinja2 = pytest.importorskip("jinja2", reason="needs the extra `interop`")
     make("Dream", tmp_path)
     chat = Reading(chat=True)
-    with pytest.raises(TinyldError, match="leave --chat out"):
+    with pytest.raises(TinyldError, match="leave chat out"):
         load_foreign(tmp_path, reading=chat)
     path = tmp_path / "chat_template.jinja"
     for unknown in ("{{ messages }}", CHATML + HEADERS, 7 * "{{ '<|user|>' }}"):
@@ -618,7 +619,7 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: 
         'template = "{text} is {answer} ."\n[verbalizer]\nyes = "yes"\nno = "no"\n'
         '[data]\ntrain = "rows.csv"\ndev = "rows.csv"'
     )
-    read_so = ("--mask-token", "<|spare|>", "--max-length", "40", "--chat")
+    read_so = ("--set", "mask_token=<|spare|>", "--set", "max_length=40", "--set", "chat=true")
     (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
     for name in ("one", "two"):  # how a model was read is kept in a run and a composition of runs
         run("finetune", "--task", str(tmp_path / "task.toml"), "--base", base, "--method", "weight-lora", "--quiet",
@@ -632,3 +633,13 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: 
     make(kind, tmp_path / "model", seed=1)
     ran = CliRunner().invoke(app, ["predict", out, "--text", "a b"])
     assert ran.exit_code == 1 and "was trained on base" in ran.output
+
+
+def test_fewer_rows_are_read_at_once_where_their_states_would_fill_the_memory() -> None:
+    def rows(d_model: int, num_layers: int, length: int) -> int:
+        with torch.device("meta"):
+            model = Denoiser(ModelConfig(vocab_size=9, d_model=d_model, num_layers=num_layers, num_heads=2, d_ff=8))
+        return model.rows_at_once(length, 128)
+
+    assert rows(384, 6, 256) == 128, "the released base, as ever"
+    assert (rows(1024, 28, 256), rows(4096, 32, 256), rows(4096, 32, 131_072)) == (17, 3, 1)

@@ -77,6 +77,14 @@ def test_every_file_is_named_and_every_row_is_a_run_of_its_own() -> None:
             assert len(set(runs)) == len(runs), path.name
 
 
+def test_what_info_says_of_memory_is_near_what_was_measured() -> None:
+    from foreign import estimated
+
+    rows = [row for row in read(RESULTS / "foreign.csv") if row["run"] != "peft-lora"]
+    ratios = [estimated(row) / row["peak"] for row in rows]
+    assert len(rows) >= 10 and 0.8 <= min(ratios) and max(ratios) <= 1.2
+
+
 def test_the_script_prints_a_table() -> None:
     command = [sys.executable, str(RESULTS / "table.py"), str(RESULTS / "reviews.csv"), "--markdown"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TOP, env={"PYTHONPATH": str(TOP), "PATH": ""})

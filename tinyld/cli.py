@@ -87,7 +87,7 @@ VERBS = {
 }  # fmt: skip
 
 
-GROUPS_LAST = "Writing Training A public model Machine Output"  # in this order behind all others
+GROUPS_LAST = "Writing Training Machine Output"  # in this order behind all others
 
 
 class Command(TyperCommand):

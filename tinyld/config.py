@@ -244,7 +244,7 @@ class Reading:
 def check_ours(reading: Reading | None) -> None:
     """UsageError where a base of our own is to be read otherwise than it says."""
     given = reading not in (None, Reading())
-    check(not given, "--mask-token, --max-length and --chat are for the folder of a public model")
+    check(not given, "mask_token, max_length and chat are for the folder of a public model")
 
 
 # About 0.15M, 7M and 110M parameters at the vocabulary sizes of VOCAB_SIZES.

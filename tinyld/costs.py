@@ -41,14 +41,14 @@ def base_bytes(config: ModelConfig) -> dict[str, int]:
 def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     """By method what is stored, and the memory that batches of `rows` rows of `length` tokens take to train, in bytes.
 
-    An estimate, at most a quarter off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
-    what is trained, with its gradient and AdamW's two moments; the vocabulary's matrix twice in bf16, as a product on
-    a processor has it; what the backward pass needs of every block that it goes through, and of the states that `fast`
-    reads at all depths. States that are kept for later epochs (--cache-gb) come on top.
+    An estimate, at most a fifth off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
+    16 bytes a number that is trained, for its gradient, AdamW's moments and its update; the vocabulary's matrix in
+    bf16, as a product has it; what the backward pass needs of every block that it goes through, and of the states that
+    `fast` reads at all depths. States kept for later epochs (--cache-gb) come on top.
     """
     kept, d, found = base_bytes(config), config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
-    fixed = 350_000_000 + 4 * config.vocab_size * config.embedding_width
+    fixed = 350_000_000 + 2 * config.vocab_size * config.embedding_width
     for name in METHODS:
         for recipe in ("fast", "best") if name == "trajectory-lora" else (None,):
             try:
@@ -60,9 +60,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
                 continue
             needed = block * getattr(settings, "blocks", config.num_layers)
             needed += 4 * rows * length * d * (config.num_layers + 1) * (recipe == "fast")
-            full = name == "full"
-            memory = {t: fixed + (12 * own if full else 16 * own) + needed + kept["fp32" if full else t] for t in kept}
-            memory |= dict.fromkeys(("bf16", "int8")) if full else {}
+            memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
             found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,
                           "stored_bytes": 4 * own, **{f"memory_{t}": size for t, size in memory.items()}})  # fmt: skip
     return found

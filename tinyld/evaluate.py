@@ -115,7 +115,8 @@ def evaluate(
     hits = masked = passes = done = 0
     seconds = 0.0
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    for chunk in np.array_split(np.argsort(rows.lengths[:n], kind="stable"), math.ceil(n / EVAL_BATCH)):
+    at_once = model.rows_at_once(int(rows.lengths[:n].max()), EVAL_BATCH)
+    for chunk in np.array_split(np.argsort(rows.lengths[:n], kind="stable"), math.ceil(n / at_once)):
         batch = rows.take(chunk)
         asked, started = on_device(batch, device), time.perf_counter()
         decoded: list[str] = []

@@ -235,7 +235,9 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
             if name is not None and found is None:
                 raise TinyldError(f"{extra}: {role}_token {show(name)} is not in tokenizer.json")
             if role == "mask" and None not in (found, stated) and found != stated:
-                raise TinyldError(f"{folder}: mask is {stated} in {CONFIG}, {found} in {extra.name}; say --mask-token")
+                raise TinyldError(
+                    f"{folder}: mask is {stated} in {CONFIG}, {found} in {extra.name}; say --set mask_token=TOKEN"
+                )
             if found is not None or (isinstance(stated, int) and not isinstance(stated, bool)):
                 return stated if found is None else found
         return None
@@ -244,13 +246,13 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
         if reading.mask_token is not None:
             mask = inner.token_to_id(reading.mask_token)
             if mask is None:
-                raise UsageError(f"--mask-token {reading.mask_token!r} is no token of {path}")
+                raise UsageError(f"mask_token {reading.mask_token!r} is no token of {path}")
         else:
             mask = token(inner, "mask")
             mask = rows - 1 if mask is None and family.mask is None else mask
             mask = inner.token_to_id(family.mask) if mask is None and family.mask else mask
             if mask is None:
-                raise TinyldError(f"{folder}: nothing says which token is the mask; say it with --mask-token")
+                raise TinyldError(f"{folder}: nothing says which token is the mask; say it by --set mask_token=TOKEN")
         size = max(inner.get_vocab().values(), default=-1) + 1
         if size <= mask < min(rows, size + 300):  # rows of the model's that the tokenizer has no name for
             inner.add_special_tokens([f"<|token {i}|>" for i in range(size, mask + 1)])
@@ -290,12 +292,12 @@ def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) 
     path = folder / "chat_template.jinja"
     template = read_text(path) if path.is_file() else template
     if not isinstance(template, str):
-        raise TinyldError(f"no chat template in {folder}: leave --chat out")
+        raise TinyldError(f"no chat template in {folder}: leave chat out")
     known = [c for mark, c in CHATS.items() if mark in template]
     names = {name for parts in known for name in re.findall(r"<\|\w+\|>", "".join(parts))}
     if len(known) != 1 or any(inner.token_to_id(name) is None for name in names):
         raise TinyldError(f"{folder}: its chat template is of no form that tinyld knows ({', '.join(CHATS)}); "
-                          "leave --chat out")  # fmt: skip
+                          "leave chat out")  # fmt: skip
     start, turn, end = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
     begin = [] if bos is None or "bos_token" not in template else [bos]
     return {"start": begin + start, "turn": turn, "eos": end[0]}

@@ -286,6 +286,12 @@ class Denoiser(nn.Module):
         """Of its first parameter: a `weight` that is kept in fewer bits is widened by asking for it."""
         return next(self.parameters()).device
 
+    def rows_at_once(self, length: int, most: int) -> int:
+        """How many rows of `length` tokens, `most` of them, a pass without gradient takes: their states of all depths,
+        which a push may read, have half a gigabyte."""
+        row = 4 * length * self.config.d_model * (self.config.num_layers + 1)  # bytes
+        return max(1, min(most, (1 << 29) // row))
+
     @property
     def vocabulary(self) -> Tensor:
         """The matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""

@@ -176,9 +176,9 @@ class Sampling(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class OfPublicModel(Options):
-    mask_token: str | None = option(None, "Which of its tokens is the mask.", "A public model")
-    max_length: int | None = option(None, "Tokens of a row; else 2048 or the model's.", "A public model", least=2)
-    chat: bool = option(False, "Ask in the turns of its chat template.", "A public model")
+    mask_token: str | None = option(None, "A public model: which of its tokens is the mask.")
+    max_length: int | None = option(None, "A public model: tokens of a row; if not given, its own or 2048.", least=2)
+    chat: bool = option(False, "A public model: asked in the turns of its chat template.")
 
 
 @dataclass(frozen=True, kw_only=True)

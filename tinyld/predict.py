@@ -155,7 +155,7 @@ def answers(
         pushes, decoded = [], True
     found: list[list[Record]] = [[{}] * len(data) for _ in runs]
     with autocast(device, resolve_dtype(runs[0].dtype, device)):
-        for chosen in data.in_length_order(EVAL_BATCH):
+        for chosen in data.in_length_order(model.rows_at_once(int(data.lengths.max(initial=1)), EVAL_BATCH)):
             batch = on_device(data.take(chosen), device)
             passes: Iterable[Any] = [None]
             if at_once:  # one pass scores the labels and writes what decode would

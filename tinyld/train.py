@@ -86,14 +86,14 @@ class StateCache:
         self.states = torch.empty(int(self.starts[-1]), depths, model.config.d_model, dtype=torch.bfloat16)
         device, done = model.device, 0
         with torch.no_grad(), autocast():
-            for chunk in rows.in_length_order(128):
+            for chunk in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), 128)):
                 batch = rows.take(chunk)
                 noised = objective.noise(batch, 0)[0].to(device)
                 history: list[Tensor] = []
                 h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, first_depth, history=history)
-                h = torch.stack([*history, h][-depths:], dim=2)  # (B, L, depths, D)
+                h = torch.stack([state.bfloat16() for state in [*history, h][-depths:]], dim=2)  # (B, L, depths, D)
                 real = batch.attention_mask
-                self.states[self.token_numbers(batch)[real]] = h.cpu()[real].bfloat16()
+                self.states[self.token_numbers(batch)[real]] = h.cpu()[real]
                 done += len(chunk)
                 advance(done)
 

@@ -202,8 +202,21 @@ def whole_run(row: dict[str, Any]) -> dict[str, Any]:
     return {"whole_seconds": round(seconds), "whole_gb": round((float(row["peak"]) + max(more, 0)) / 1e9, 2)}
 
 
+def estimated(row: dict[str, Any]) -> int | None:
+    """The bytes that tinyld's arithmetic gives a measured row; None for peft."""
+    from tinyld.config import ModelConfig
+    from tinyld.costs import costs
+
+    names = ("vocab_size", "d_model", "num_layers", "num_heads", "kv_heads", "head_width", "d_ff")
+    shape = dict(zip(names, SHAPES[row["model"]].values(), strict=True))
+    config = ModelConfig(**LLADA | shape | {"tied": True, "head_norms": True})
+    found = {f["method"].split()[-1]: f for f in costs(config, int(row["rows"]), int(row["length"]))}
+    method = found.get(row["run"].removesuffix("-unkept"))
+    return None if method is None else method[f"memory_{row['base']}"]
+
+
 def estimate(rows: int, length: int, measured: Path | None) -> None:
-    """Prints tinyld's estimate of memory for LLaDA-8B and, where there are measured rows, what it was for those."""
+    """Prints tinyld's estimate of memory for LLaDA-8B, and beside what was measured."""
     from tinyld.config import ModelConfig
     from tinyld.costs import costs
 
@@ -212,18 +225,11 @@ def estimate(rows: int, length: int, measured: Path | None) -> None:
     for found in costs(ModelConfig(**LLADA), rows, length):
         bf16, int8 = (found[f"memory_{t}"] or found["memory_fp32"] for t in ("bf16", "int8"))
         print(f"| {found['method']} | {bf16 / 1e9:.1f} | {int8 / 1e9:.1f} | {found['stored_bytes'] / 1e6:.1f} |")
-    if measured is None:
-        return
     print("\n| measured | base | rows x tokens | GB | estimated |\n|---|---|---|---|---|")
-    for row in csv.DictReader(measured.open(newline="")):
-        shape = dict(zip(("vocab_size", "d_model", "num_layers", "num_heads", "kv_heads", "head_width", "d_ff"),
-                         SHAPES[row["model"]].values(), strict=True))  # fmt: skip
-        config = ModelConfig(**LLADA | shape | {"tied": True, "head_norms": True})
-        for found in costs(config, int(row["rows"]), int(row["length"])):
-            if found["method"].removeprefix("trajectory-lora ") == row["run"].removesuffix("-unkept"):
-                wanted = found["memory_" + row["base"]] / 1e9
-                gigabytes = f"{float(row['peak']) / 1e9:.2f} | {wanted:.2f}"
-                print(f"| {row['run']} | {row['base']} | {row['rows']} x {row['length']} | {gigabytes} |")
+    for row in csv.DictReader(measured.read_text().splitlines()) if measured else ():
+        wanted, size = estimated(row), f"{row['rows']} x {row['length']}"
+        if wanted is not None:
+            print(f"| {row['run']} | {row['base']} | {size} | {int(row['peak']) / 1e9:.2f} | {wanted / 1e9:.2f} |")
 
 
 def main() -> None:
