@@ -112,6 +112,7 @@ def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path
 DAMAGED = [
     ("best-1", lambda c: c.update(router="TrainedRouter"), "unknown kind of composition: how 'sum', router 'Trained"),
     ("best-1", lambda c: c.update(how="magic"), "unknown kind of composition: how 'magic'"),
+    ("best-1", lambda c: c.update(how="router"), "unknown kind of composition: how 'router', router None"),
     ("best-1", lambda c: c["parts"][0].update(weight="heavy"), "weight: 'heavy' is not of type float"),
     ("best-1", lambda c: c["parts"][0].update(weight=True), "weight: 'True' is not of type float"),
     (

@@ -98,6 +98,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": 1e39}, "lora_alpha must be a number"),
     ({"use_rslora": "false"}, "rslora: 'false' is not of type bool"),
     ({"use_dora": "no"}, "use_dora must be False"),
+    ({"inference_mode": "yes"}, "inference_mode is of the wrong type: 'yes'"),
+    ({"init_lora_weights": 1}, "init_lora_weights '1' changes the base's own weights"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens must be None"),
     ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
     ({"use_qalora": True}, "use_qalora must be None"),

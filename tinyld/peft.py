@@ -44,7 +44,7 @@ PLAIN: dict[str, Any] = {
     "target_parameters": None,
 }
 
-TYPES = {"inference_mode": bool, "ensure_weight_tying": bool, "use_rslora": bool}
+TYPES = {"inference_mode": bool, "ensure_weight_tying": bool}
 
 
 def is_peft(folder: Path) -> bool:
