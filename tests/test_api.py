@@ -58,16 +58,41 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
     [
         ([("a", "b", "c")], "a row is"),
         ([("rain", "sad")] * 9, "the one label 'sad'"),
-        ([("rain", ""), ("sun", "happy")], "column 'label' is empty"),
+        ([("rain", ""), ("sun", "happy")], "line 1: column 'label' is empty"),
+        ([("rain", None), ("sun", "happy")], "line 1: column 'label' must hold text"),
+        ([("rain", {1}), ("sun", "happy")], "a row holds texts and numbers"),
+        ([1, 2], "a row is"),
         ([(str(i), f"l{i}") for i in range(9)], "9 different labels"),
     ],
 )
 def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) -> None:  # noqa: F811
     with pytest.raises(tinyld.TinyldError, match=part):
         tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
-    assert not Path("mine").exists()
-    with pytest.raises(tinyld.UsageError, match="--method must be one of"):
-        tinyld.finetune(ROWS, base=place / "base", out="mine", method="magic")
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"method": "magic"}, "--method must be one of"), ({"steps": "1"}, "--steps: '1' is not of type int"),
+        ({"lr": "fast"}, "--lr: 'fast' is not of type float"), ({"base": 3}, "--base: '3' is not of type"),
+        ({"method": None}, "--method: 'None' is not of type str"),
+    ],
+)  # fmt: skip
+def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:  # noqa: F811
+    with pytest.raises(tinyld.UsageError, match=part):
+        tinyld.finetune(ROWS, **{"base": place / "base", "out": "mine"} | options)
+
+
+def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:  # noqa: F811
+    Path("mine-rows.jsonl").write_text("precious")
+    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl exists and holds something else"):
+        tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+    assert Path("mine-rows.jsonl").read_text() == "precious" and len(list(Path().iterdir())) == 1
+    Path("mine-rows.jsonl").unlink()
+    tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+    tinyld.finetune(ROWS[:20], base=place / "base", out="mine", force=True, **QUICK)
+    assert RunFolder(Path("mine")).config["data"]["rows"] == 18
 
 
 def test_a_csv_alone_is_enough(place: Path) -> None:  # noqa: F811

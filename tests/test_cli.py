@@ -115,6 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "latin1.txt").write_bytes(b"the sky\n" * 50 + b"caf\xe9\n")
     (place / "short.txt").write_text("the sky\n")
     (place / "notes.md").write_text("# notes")
+    (place / "loop.csv").symlink_to("loop.csv")
     good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "base", "--json")
     good(
         "pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--seed", 1, "--out", place / "other", "--quiet"
@@ -450,6 +451,15 @@ def test_an_interrupted_finetune_resumes_to_the_same_adapter(
     assert again.json["steps"] == 7 and again.json["dev_accuracy"] == resumed["dev_accuracy"]
 
 
+def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "bitfit", "--steps", 7]
+    interrupt(monkeypatch, 5, *args, "--set", "save_minutes=1e-9", "--out", "cut")
+    assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 1, "lr must be above 0")
+    assert_refused(cli("finetune", "--resume", "cut", "--steps", 9), 2, "--resume goes on as it began: no steps")
+    good("finetune", "--resume", "cut", "--lr", 1e-5, "--quiet")
+    assert RunFolder(Path("cut")).config["train"]["lr"] == RunFolder(Path("cut")).metrics()[-1]["lr"] + 1e-5 == 1e-5
+
+
 def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = place / "again.toml"
     task.write_text((place / "mood.toml").read_text().replace("train.csv", "again.csv"))
@@ -619,6 +629,9 @@ ERRORS = [
     (ON + "--set keep=0", 2, "--keep must be at least 1, got 0"),
     (ON + "--set loss=mse", 2, "--loss must be one of uniform, elbo, got 'mse'"),
     (ON + "--text-column words", 2, "text_column is for --data without --task"),
+    (ON + "--set template=so", 2, "template is for --data without --task"),
+    (ON + "--set from_step=3", 2, "from_step and allow_changed are for --resume"),
+    (ON + "--data {place}/loop.csv", 1, "loop.csv: no such folder"),
     # a file of rows without a task
     (NOT_ON + "--data {place}/missing.csv", 1, "missing.csv"),
     (NOT_ON + "--data {place}/header/train.csv", 1, "a header but no rows"),
@@ -654,6 +667,16 @@ ERRORS = [
     (EVAL + "--base nowhere", 1, "nowhere"),
     (EVAL + "--predictions {place}/notes.md/x.tsv", 1, "cannot be written"),
     (EVAL + "--predictions .", 1, "cannot be written"),
+    (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
+    (EVAL + "--data {place}/dev.csv --predictions {place}/dev.csv", 1, "it is an input"),
+    (EVAL + "--data {place}/dev.csv --split test", 2, "--split has no effect on the file"),
+    (EVAL + "--text {place}/text.txt --sampler entropy", 2, "sampler has no effect on it"),
+    ("report {place}/mood-full --csv {place}/mood-full/config.json", 1, "a file of a run"),
+    ("predict {place}/mood-full {place}/dev.csv --out {place}/dev.csv", 1, "it is an input"),
+    ("predict {place}/mood-full {place}/dev.csv --csv --json", 2, "give --csv or --json, not both"),
+    ("predict {place}/mood-full {place}/dev.csv --set decoded=true", 2, "decoded is for several runs"),
+    ("compare --task {place}/mood.toml --base {place}/base --csv no/where.csv", 1, "cannot be written"),
+    ("compare --task {place}/mood.toml --base {place}/base --steps 1 --epochs 2", 2, "--steps or --epochs, not both"),
     (EVAL + "--text missing.txt", 1, "no such file or folder: missing.txt"),
     (EVAL + "--text {place}/short.txt", 1, "too little text"),
     (EVAL + "--temperature -1", 2, "temperature must be at least 0"),
@@ -667,6 +690,7 @@ ERRORS = [
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
     ("sample nowhere", 1, "no run in nowhere"),
     ("sample {place}/base --length 900", 2, "the base takes 48"),
+    ("sample {place}/base --num 99999999", 2, "lower --num"),
     ("sample {place}/base --temperature nan", 2, "temperature must be a finite number"),
     # composing
     ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
@@ -773,11 +797,24 @@ def test_a_truncated_file_is_named(args: str, name: str, place: Path, pair: tupl
     assert not Path("new").exists()
 
 
-def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(place: Path) -> None:
-    args = ON.replace("--steps 1", "--steps 9") + "--method full --lr 1e18 --set clip=0"
-    assert_refused(cli(*fill(args, place)), 1, "is not finite")
+@pytest.mark.parametrize("steps", [1, 9])
+def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(steps: int, place: Path) -> None:
+    args = ON.replace("--steps 1", f"--steps {steps}") + "--method full --lr 1e18 --set clip=0 --set save_minutes=0"
+    ran = cli(*fill(args, place))
+    assert_refused(ran, 1, "is not finite")
+    assert "there is no good checkpoint; lower --lr" in ran.stderr and not RunFolder(Path("new")).checkpoints()
     assert not (Path("new") / ADAPTER).exists()
     assert_refused(cli("eval", "new", "--quiet"), 1, f"no {ADAPTER} in new")
+
+
+def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+    shutil.copytree(adapters["weight-lora"][0], "run")
+    folder = RunFolder(Path("run"))
+    tensors = folder.read_tensors(ADAPTER)
+    for size, verb, part in ((1e30, "merge", "not finite in float32"), (1e15, "sample", "logits are not finite")):
+        folder.write_tensors(ADAPTER, {name: torch.full_like(t, size) for name, t in tensors.items()})
+        assert_refused(cli(verb, "run", *(["--out", "new"] if verb == "merge" else [])), 1, part)
+    assert not Path("new").exists()
 
 
 def test_an_error_of_a_real_process_has_no_traceback() -> None:

@@ -103,6 +103,8 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c["parts"][0].update(weight=True), "parts: 1: weight is of the wrong type: 'True'"),
     (lambda c: c["parts"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
     (lambda c: c["parts"][0].update(method=method_record(LORA)), "holds weight-lora; only trajectory-lora adapters"),
+    (lambda c: c.update(how="magic"), "unknown kind of composition: how 'magic'"),
+    (lambda c: c.update(how="router"), "unknown kind of composition: how 'router', router None"),
 ]
 
 

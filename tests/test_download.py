@@ -219,6 +219,20 @@ def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Pat
     assert {path.stem for path in folder.iterdir()} >= set(task.splits)
 
 
+def test_the_checksum_of_an_archive_that_none_is_published_of_is_that_of_its_first_download(
+    site: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = publish(site, load_task("mr"), PUBLISHED["mr"])
+    folder = download.download_task("mr", task.download)
+    assert (
+        "mr: no SHA-256 was known" in capsys.readouterr().err and "https://" in (folder / "checksums.json").read_text()
+    )
+    download.download_task("mr", task.download)
+    publish(site, load_task("mr"), [PUBLISHED["mr"][0] + b"\0"])
+    with pytest.raises(TinyldError, match="when it was first downloaded"):
+        download.download_task("mr", task.download)
+
+
 def test_mrpc_dev_rows_are_those_whose_ids_are_listed(site: dict[str, bytes]) -> None:
     task = publish(site, load_task("mrpc"), PUBLISHED["mrpc"])
     assert [e.before for e in load_split(task, "dev")] == ["c ?"]

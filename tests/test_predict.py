@@ -306,6 +306,9 @@ def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
         runs.add(fast[1])
     with pytest.raises(tinyld.UsageError, match="was made for no task"):
         runs.add(place / "base")
+    for rows, part in (([{"said": "rain"}], "no column 'text'"), ([None], "must hold text or a number")):
+        with pytest.raises(tinyld.TinyldError, match=part):
+            tinyld.load(fast[:2]).predict(rows)
     with pytest.raises(tinyld.UsageError, match="same reads a, b"):
         tinyld.load([fast[0], place / "same"]).predict("rain")
 
@@ -336,11 +339,20 @@ def test_a_run_predicts_the_same_when_it_was_moved_and_its_task_file_is_gone(pla
     assert {p.name: p.read_bytes() for p in (place / "mood").iterdir()} == files, "nothing is written into the run"
 
 
-def test_another_task_of_the_same_name_is_refused_with_the_difference(place: Path) -> None:
-    Path("mood.toml").write_text((place / "mood.toml").read_text().replace("very well", "good"))
+@pytest.mark.parametrize(("name", "old", "new"), [
+    ("mood", "very well", "good"), ("other", "very well", "good"), ("other", "it was", "i feel"),
+])  # fmt: skip
+def test_another_task_than_the_runs_own_is_refused_with_the_difference(
+    name: str, old: str, new: str, place: Path
+) -> None:
+    task = (place / "mood.toml").read_text()
+    assert old in task
+    Path(f"{name}.toml").write_text(task.replace(old, new))
     for verb in ("predict", "eval"):
-        ran = CliRunner().invoke(app, [verb, str(place / "mood"), "--task", "mood.toml", "--quiet"], input="rain\n")
-        assert ran.exit_code == 1 and "very well" in ran.stderr and "good" in ran.stderr
+        ran = CliRunner().invoke(app, [verb, str(place / "mood"), "--task", f"{name}.toml", "--quiet"], input="rain\n")
+        assert ran.exit_code == 1 and old in ran.stderr and new in ran.stderr
+    Path("same.toml").write_text(task.replace("text}", "said}"))
+    assert tinyld.load(place / "mood").predict("rain", task="same.toml")[0]["label"] in ("sad", "happy")
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
         folder.log({"step": 1})
         folder.save_checkpoint(1, {}, {}, keep=1)
         folder.remove_checkpoints(after=1)
-        folder.rewind_metrics(step=1)
+        folder.rewind(step=1)
         folder.remove(CONFIG)
         folder.close_log()
     assert tree(base) == before
@@ -455,9 +455,30 @@ def test_the_log_is_read_without_its_torn_last_line_and_rewound(tmp_path: Path) 
     with open(tmp_path / "run" / METRICS, "a") as file:
         file.write('{"step": 15, "lo')
     assert [r["step"] for r in folder.metrics()] == [0, 5, 10]
-    folder.rewind_metrics(5)
+    folder.rewind(5)
     folder.log({"step": 6})
     assert folder.metrics() == [{"step": 0, "loss": 0.0}, {"step": 5, "loss": 5 / 3}, {"step": 6}]
+    folder.save_checkpoint(6, {}, {}, keep=2)
+    digest = folder.load_checkpoint()[1]["log"]
+    folder.log({"step": 7})
+    folder.rewind(6, digest)
+    assert folder.metrics()[-1] == {"step": 6}
+    log = tmp_path / "run" / METRICS
+    log.write_text(log.read_text().replace("0.0", "0.5"))
+    with pytest.raises(TinyldError, match="metrics.jsonl: changed since step 6 was saved"):
+        folder.rewind(6, digest)
+    log.unlink()
+    folder.rewind(6, digest)
+
+
+def test_checkpoints_that_are_a_link_are_left_alone(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "photos")
+    for act in (folder.load_checkpoint, lambda: folder.save_checkpoint(1, {}, {}, keep=1)):
+        with pytest.raises(TinyldError, match="checkpoints: is a link"):
+            act()
+    assert not list((tmp_path / "photos").iterdir())
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

@@ -109,18 +109,20 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
         (("1", "2", "3"), ("0", "1"), None),
         (("1", "2", "3"), ("0", "0"), None),
         (("sad", "happy"), ("01", "0"), None),
+        (("-1", "+1"), ("0", "1"), None),
+        (("1.0", "2.0"), ("1", "0"), None),
     ],
 )
 def test_labels_are_all_names_or_all_numbers_that_are_no_names(
     tmp_path: Path, names: tuple[str, ...], labels: tuple[str, ...], found: list[int] | None
 ) -> None:
-    words = "".join(f'{name} = "word{i}"\n' for i, name in enumerate(names))
+    words = "".join(f'"{name}" = "word{i}"\n' for i, name in enumerate(names))
     task = user_task(tmp_path, 'template = "{text} {answer}"\n[verbalizer]\n' + words)
     file = rows_file(tmp_path, "a.csv", "text,label\n" + "".join(f"x,{label}\n" for label in labels))
     if found is not None:
         assert [example.label for example in load_split(task, "dev", file=file)] == found
         return
-    with pytest.raises(TinyldError, match="unknown label .*; all numbers or all names"):
+    with pytest.raises(TinyldError, match="unknown label .*; allowed: "):
         load_split(task, "dev", file=file)
 
 

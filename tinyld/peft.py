@@ -31,7 +31,7 @@ IDLE = (
 )  # fmt: skip
 PLAIN = {"peft_type": "LORA", "bias": "none"}  # any other, and all else that is set, makes another kind of adapter
 
-TYPES = {"inference_mode": bool, "ensure_weight_tying": bool, "use_rslora": bool}
+TYPES = {"inference_mode": bool, "ensure_weight_tying": bool}
 
 
 def is_peft(folder: Path) -> bool:

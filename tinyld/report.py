@@ -64,6 +64,8 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     tested = {key.partition("/")[0] for key in found if key.endswith("/test")}
     method, train, base = dict(config["method"]), config["train"], config["base"]
     name, recipe = method.pop("name"), method.pop("recipe", None)
+    if name not in METHODS:
+        raise TinyldError(f"{folder.path / CONFIG}: method must be one of {', '.join(METHODS)}, got {name[:60]!r}")
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
     trained = {f.name: f.default for f in fields(TrainConfig)} | {"loss": LOSSES[0], "schedule": "linear"}
     about = {

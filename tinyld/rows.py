@@ -206,7 +206,7 @@ def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]
     known = {name: i for i, name in enumerate(task.label_names)}
     allowed = ", ".join(known)
     if not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
-        allowed += f", or all of them numbers from 0 to {len(known) - 1}"
+        allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(known)) + "; all numbers or all names"
         if texts[:1] != [] and texts[0] not in known:
             known = {str(i): i for i in range(len(known))}
     for (where, _), text in zip(rows, texts, strict=True):

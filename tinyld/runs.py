@@ -283,16 +283,16 @@ class RunFolder:
 
     def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], Record] | None:
         """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
-        steps = [int(path.name) for path in self.checkpoints()]
+        folder, steps = self._checkpoints, [int(path.name) for path in self.checkpoints()]
         if step is not None and step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise TinyldError(f"no checkpoint at step {step} in {self.path}; there are {there}")
         if not steps:
             return None
         chosen = max(steps) if step is None else step
-        path = self.path / CHECKPOINTS / f"{chosen:08d}"
+        path = folder.path / f"{chosen:08d}"
         try:
-            tensors = self._checkpoints.read_tensors(path.name)
+            tensors = folder.read_tensors(path.name)
             return tensors, parse_json(tensors.pop("state").numpy().tobytes(), path, TYPES[CHECKPOINTS])
         except TinyldError as error:
             older = [s for s in steps if s < chosen]
@@ -301,7 +301,7 @@ class RunFolder:
 
     def remove_checkpoints(self, after: int = -1) -> None:
         """Removes the checkpoints of steps after `after`, by default all of them, and what is half-written."""
-        folder = self._checkpoints
+        folder = RunFolder(self.path / CHECKPOINTS)
         for path in self.checkpoints():
             if int(path.name) > after:
                 folder.remove(path.name)
