@@ -16,6 +16,7 @@ from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
+from tinyld.options import HOWS
 from tinyld.read import finite
 from tinyld.router import Router, prompt_features, prototype_shapes
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
@@ -183,7 +184,7 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     """
     config, where = folder.config, str(folder.path / CONFIG)
     check_base(config, base, folder.path)
-    if config["router"] != (ROUTER if config["how"] == "router" else None):
+    if config["how"] not in (*HOWS, "weights") or config["router"] != (ROUTER if config["how"] == "router" else None):
         raise TinyldError(f"{where}: unknown kind of composition: how {config['how']!r}, router {config['router']!r}")
     tensors, members, weights, router = folder.read_tensors(ADAPTER), [], [], None
 
