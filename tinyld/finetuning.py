@@ -5,6 +5,7 @@ What a run is, from the options of a new one or as an old one recorded it, is it
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,6 +44,9 @@ from tinyld.train import Noising, Objective, TrainingRun
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
+# A task that writes is learnt for so many updates where its rows are few, but in no more epochs: 3 epochs of 400 rows
+# teach it nothing.
+UPDATES, EPOCHS = 400, 40
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
@@ -71,9 +75,6 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
-    if all(training[budget] is None for budget in BUDGETS):
-        training["epochs"] = 3.0
-    config = TrainConfig(**training)
     check_frozen(method, options.base_dtype)
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
@@ -84,6 +85,11 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     else:
         data, held_out, file = data_file(data)
         task = make_task(options, file, read_base_tokenizer(base))
+    if all(training[budget] is None for budget in BUDGETS):
+        rows = read_split(task, "train", data, options.limit, held_out) if task.is_generation else []
+        epoch = len(to_learn(task, rows)) / options.batch_size
+        training["epochs"] = float(min(EPOCHS, max(3, math.ceil(UPDATES / epoch)))) if rows else 3.0
+    config = TrainConfig(**training)
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
     return {
         "kind": "adapter",

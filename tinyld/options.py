@@ -217,7 +217,9 @@ class FinetuneOptions(Training):
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.", "Method")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
-    epochs: float | None = option(None, "Passes over the rows; 3 if no other budget is given.", "Training")
+    epochs: float | None = option(
+        None, "Passes over the rows; 3, or up to 40 of few rows to write, if no other budget is given.", "Training"
+    )
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
     optimizer: str | None = option(None, "The method's if not given.", None, choices=OPTIMIZERS)
