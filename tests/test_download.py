@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tinyld import download, formats
-from tinyld.download import RemoteFile, fetch
+from tinyld.download import NetworkError, RemoteFile, fetch
 from tinyld.errors import TinyldError
 from tinyld.formats import read_members, tenth
 from tinyld.tasks import Task, load_split, load_task
@@ -100,16 +100,27 @@ def test_a_download_arrives_whole_and_says_where_from(
         ("/none", None, r"could not download http://127.0.0.1:\d+/none: .*Not Found"),
         ("/cut", b"abc", "could not download .*/cut: .*after 3 of 13 bytes"),
         ("/large", b"x" * 1001, "could not download .*/large: it is larger than 1,000 bytes"),
+        ("/moved", b"http://example.org/a", "it leads to 'http://example.org/a', which is not a listed host"),
+        ("/moved", b"https://example.org/a", "it leads to 'https://example.org/a', which is not a listed host"),
+        ("/moved", b"http://dl.fbaipublicfiles.com/a", "could not download .*/moved: it leads to"),
+        ("/moved", b"ftp://127.0.0.1:9/a", "could not download .*/moved: it leads to"),
     ],
 )
-def test_a_failed_transfer_is_an_error(
+def test_a_failed_transfer_is_a_network_error(
     site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, path: str, content: bytes | None, message: str
 ) -> None:
     monkeypatch.setattr(download, "MAX_BYTES", 1000)
     if content is not None:
         site[path] = content
-    with pytest.raises(TinyldError, match=message):
+    with pytest.raises(NetworkError, match=message):
         fetched(path)
+
+
+def test_a_download_has_a_time_limit(site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TOTAL", -1.0)
+    site["/a"] = b"x"
+    with pytest.raises(NetworkError, match="or takes over -1 s"):
+        fetched("/a")
 
 
 def test_a_wrong_checksum_and_another_scheme_are_refused(
@@ -254,7 +265,10 @@ def test_rows_of_wrong_counts_are_refused_and_nothing_is_kept(site: dict[str, by
     with pytest.raises(TinyldError) as caught:
         load_split(task, "dev")
     message = str(caught.value)
-    assert "sst2 train has 2 rows, \"{'negative': 1, 'positive': 1}\", expected {'negative': 29780," in message
+    assert (
+        "sst2 train has 2 rows, \"{'negative': 1, 'positive': 1}\", expected {'negative': 29780," in message
+        and "\n" not in message
+    )
     assert not (tmp_path / "cache").exists()
 
 
@@ -273,22 +287,38 @@ def test_another_file_in_its_place_is_refused(
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_in_the_cache_needs_no_network_and_is_not_replaced(site: dict[str, bytes], tmp_path: Path) -> None:
-    task, published = publish(site, load_task("sst2"), PUBLISHED["sst2"]), dict(site)
+def test_what_is_in_the_cache_needs_no_network_and_is_noticed_when_it_changes(
+    site: dict[str, bytes], tmp_path: Path
+) -> None:
+    task = publish(site, load_task("sst2"), PUBLISHED["sst2"])
+    first, published = load_split(task, "dev"), dict(site)
+    site.clear()
+    assert load_split(task, "dev") == first and len(load_split(task, "train")) == 2
+    path = tmp_path / "cache/data/sst2/train.tsv"
+    path.write_text(path.read_text()[:-2])
+    with pytest.raises(TinyldError, match="train.tsv: changed or cut off since it was downloaded; delete it"):
+        load_split(task, "train")
+    path.unlink()
+    site |= published
+    assert len(load_split(task, "train")) == 2
+
+
+def test_a_file_in_the_cache_that_was_not_downloaded_stays_and_has_the_published_counts(
+    site: dict[str, bytes], tmp_path: Path
+) -> None:
+    task = publish(site, load_task("sst2"), PUBLISHED["sst2"], label_counts={"dev": {"positive": 1}})
     mine = tmp_path / "cache/data/sst2/train.tsv"
     mine.parent.mkdir(parents=True)
     mine.write_text("sentence\tlabel\nmine\t0\n")
-    first = load_split(task, "dev")
-    assert first[0].before == "c it was" and load_split(task, "train")[0].before == "mine it was"
-    site.clear()
-    assert load_split(task, "dev") == first
-    mine.unlink()
-    site |= published
-    assert len(load_split(task, "train")) == 2
-    mine.unlink()
-    site |= dict.fromkeys(site, zip_of({"SST-2/train.tsv": "s\tl\na\t0\n", "SST-2/dev.tsv": "s\tl\nb\t1\n"}))
-    with pytest.raises(TinyldError, match="its SHA-256 is .*, and was .* when it was first downloaded"):
+    assert load_split(task, "dev")[0].before == "c it was"
+    assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"
+    task = replace(task, download=replace(task.download, label_counts={"train": {"negative": 1, "positive": 2}}))
+    mine.write_text("sentence\tlabel\na\t0\nb\t1\nc\t1\n")
+    assert len(load_split(task, "train")) == 3
+    mine.write_text("sentence\tlabel\na\t0\nb\t1\n")
+    with pytest.raises(TinyldError, match="train.tsv: has 2 rows, which are not the 3 published ones; delete it"):
         load_split(task, "train")
+    assert mine.read_text().count("\n") == 3
 
 
 def test_the_real_sst2_comes_out_as_it_went_in(site: dict[str, bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -22,8 +23,9 @@ import tinyld
 from tinyld.cli import app
 from tinyld.data import Batch, TaskRows
 from tinyld.evaluate import Verbalizers
+from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, config_of
 from tinyld.model import Denoiser
-from tinyld.options import EvalOptions, PretrainOptions
+from tinyld.options import EvalOptions, FinetuneOptions, PretrainOptions
 from tinyld.predict import by_label, label_logp
 from tinyld.pretrain import pretrain
 from tinyld.rows import GAPS, prompt_of
@@ -129,6 +131,19 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
     assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
     eval(EvalOptions(runs=(place / "tell",), quiet=True, sampler="ancestral"))
     assert RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"] == kept, "decoded otherwise, so not kept"
+
+
+def test_few_rows_are_read_more_often(place: Path) -> None:
+    def epochs(task: str, **given: Any) -> float:
+        options = FinetuneOptions(task=str(place / f"{task}.toml"), base=place / "base", method="bitfit", **given)
+        return config_of(options)["train"]["epochs"]
+
+    assert epochs("mood") == UPDATES / 2 and epochs("mood", batch_size=1) == 3 and epochs("tell") == EPOCHS
+    assert (
+        epochs("tell", batch_size=1) == math.ceil(UPDATES_WRITING / 15)
+        and epochs("tell", batch_size=1, limit=2) == EPOCHS
+    )
+    assert epochs("tell", epochs=2.0) == 2
 
 
 def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:

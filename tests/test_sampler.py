@@ -59,10 +59,10 @@ def rows(tokenizer: Tokenizer, widths: list[int], seed: int = 0) -> tuple[Tensor
 
 
 CONFIGS = [
-    SampleConfig(),
-    SampleConfig(steps=3),
-    SampleConfig(steps=50),
-    SampleConfig(steps=4, temperature=1.5),
+    SampleConfig("low_confidence"),
+    SampleConfig("low_confidence", steps=3),
+    SampleConfig("low_confidence", steps=50),
+    SampleConfig("low_confidence", steps=4, temperature=1.5),
     SampleConfig(sampler="threshold"),
     SampleConfig(sampler="threshold", threshold=0.05, temperature=1.0),
     SampleConfig(sampler="threshold", threshold=1.0, steps=2),
@@ -119,7 +119,9 @@ def test_low_confidence_writes_as_many_tokens_a_step_as_llada(
 ) -> None:
     """LLaDA's get_num_transfer_tokens: M // steps each step, one more in the first M % steps."""
     recording = Recording(lively)
-    _, passes = decode(recording, *rows(tokenizer, [size]), MASK, FORBIDDEN, SampleConfig(steps=steps))
+    _, passes = decode(
+        recording, *rows(tokenizer, [size]), MASK, FORBIDDEN, SampleConfig("low_confidence", steps=steps)
+    )
     plan = [size // steps + (step < size % steps) for step in range(steps)]
     plan = [k for k in plan if k]
     left = [counts[0] for counts in recording.masked]
@@ -153,10 +155,14 @@ def test_low_confidence_equals_a_plain_loop_over_tokens(
     lively: Denoiser, tokenizer: Tokenizer, steps: int, seed: int
 ) -> None:
     x, answer_mask, attention_mask = rows(tokenizer, [7], seed)
-    found, _ = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(steps=steps))
+    found, _ = decode(
+        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig("low_confidence", steps=steps)
+    )
     expected = reference(lively, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps)
     assert torch.equal(found[0], expected)
-    one_pass, _ = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(steps=1))
+    one_pass, _ = decode(
+        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig("low_confidence", steps=1)
+    )
     assert seed or not torch.equal(found, one_pass), "later passes read what earlier ones wrote"
 
 
@@ -164,7 +170,7 @@ PASSES = [
     (SampleConfig(sampler="threshold", threshold=1.0), [9, 8, 7, 6, 5, 4, 3, 2, 1]),
     (SampleConfig(sampler="threshold", threshold=1e-6), [9]),
     (SampleConfig(sampler="threshold", threshold=1.0, steps=3), [9, 8, 7]),
-    (SampleConfig(steps=1), [9]),
+    (SampleConfig("low_confidence", steps=1), [9]),
     (SampleConfig(sampler="threshold", threshold=1.0, steps=1), [9]),
     (SampleConfig(sampler="ancestral", steps=1), [9]),
 ]
@@ -254,8 +260,8 @@ def test_ancestral_leaves_as_much_masked_as_t_says(tokenizer: Tokenizer) -> None
 
 
 BATCHED = [
-    SampleConfig(),
-    SampleConfig(steps=3),
+    SampleConfig("low_confidence"),
+    SampleConfig("low_confidence", steps=3),
     SampleConfig(sampler="threshold", threshold=0.3),
     SampleConfig(sampler="threshold", threshold=1.0),
 ]
@@ -278,13 +284,15 @@ def test_rows_decoded_together_equal_rows_decoded_alone(
 
 def test_rows_that_are_done_leave_the_batch(lively: Denoiser, tokenizer: Tokenizer) -> None:
     recording = Recording(lively)
-    _, passes = decode(recording, *rows(tokenizer, [1, 3, 2]), MASK, FORBIDDEN, SampleConfig())
+    _, passes = decode(recording, *rows(tokenizer, [1, 3, 2]), MASK, FORBIDDEN, SampleConfig("low_confidence"))
     assert recording.masked == [[1, 3, 2], [2, 1], [1]] and passes.tolist() == [1, 3, 2]
 
 
 def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: Tokenizer) -> None:
     x, answer_mask, attention_mask = rows(tokenizer, [2, 3])
-    out, passes = decode(lively, x, torch.zeros_like(answer_mask), attention_mask, MASK, FORBIDDEN, SampleConfig())
+    out, passes = decode(
+        lively, x, torch.zeros_like(answer_mask), attention_mask, MASK, FORBIDDEN, SampleConfig("low_confidence")
+    )
     assert torch.equal(out, x) and not passes.any()
 
 

@@ -312,7 +312,7 @@ SAMPLERS = ("low_confidence", *THRESHOLDS, "ancestral")
 class SampleConfig(Settings):
     """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
-    sampler: str = setting("low_confidence", among=SAMPLERS)
+    sampler: str = setting("threshold", among=SAMPLERS)
     steps: int | None = setting(None, least=1)  # reverse-process steps; None is one a masked token
     temperature: float = setting(0.0, least=0)  # 0 takes the most likely token
     threshold: float | None = setting(None, above=0)  # None: the sampler's own in THRESHOLDS

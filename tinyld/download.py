@@ -1,28 +1,37 @@
-"""Official data sets: fetched, checked, and kept as `sentence<TAB>label` files in the user cache."""
+"""Official data sets: fetch, check, and keep as `sentence<TAB>label` files in the user cache. It knows no template."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import os
 import sys
 import tempfile
+import time
 import zlib
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from tinyld.config import check_choice
 from tinyld.errors import TinyldError, plain, show
-from tinyld.formats import CONVERTERS, MAX_BYTES, cut
-from tinyld.read import clean, read_object
-from tinyld.write import make_folder, to_json, write_atomic
+from tinyld.formats import CONVERTERS, MAX_BYTES, Row, cut
+from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
+from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
 
-TIMEOUT = 30.0  # seconds without a byte
-SEEN = "checksums.json"  # in a set's folder: URL -> SHA-256 of what was first downloaded and has no published one
+TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
+HOSTS = (  # that a download may lead to
+    "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
+    "www.cs.cornell.edu",
+)  # fmt: skip
+CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
+
+
+class NetworkError(TinyldError):
+    """The file could not be had: no network, no such host, an HTTP error, a broken transfer."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +60,16 @@ def cache_dir() -> Path:
 
 
 def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
-    """Copies what the URL gives to `out`, with a bar on stderr; its SHA-256. TinyldError where that fails or differs.
+    """Copies what the URL gives to `out`, with a bar on stderr; its SHA-256. NetworkError, or TinyldError for a wrong
+    digest.
 
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
     import http.client
-    from urllib.request import Request, urlopen
 
     from tinyld.progress import Progress
 
-    url, digest, done = remote.url, hashlib.sha256(), 0
+    url, digest, done, deadline = remote.url, hashlib.sha256(), 0, time.monotonic() + TOTAL
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
     scheme = urlsplit(url).scheme
@@ -68,36 +77,76 @@ def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
         raise TinyldError(f"cannot download {show(url)}: only http and https are supported")
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
     try:
-        with urlopen(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT) as response:
-            if urlsplit(response.url).scheme != scheme:
-                raise OSError(f"it leads to {show(response.url)}")
+        with _open(url) as response:
             size = int(response.headers.get("Content-Length") or 0)
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
                     done += len(block)
-                    if done > MAX_BYTES:
-                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes")
+                    if done > MAX_BYTES or time.monotonic() > deadline:
+                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes or takes over {TOTAL:,.0f} s")
                     out.write(block)
                     digest.update(block)
                     bar.advance_to(done, rate=f"{done / 1e6:.1f} MB")
             if done < size:
                 raise OSError(f"it broke off after {done:,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise TinyldError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
+        raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
     if remote.sha256 not in (None, digest.hexdigest()):
         raise TinyldError(f"{url}: checksum is {digest.hexdigest()}, expected {remote.sha256}; try again later")
     out.seek(0)
     return digest.hexdigest()
 
 
+def _open(url: str) -> Any:
+    """The response; a redirect may only lead to https on a listed host, or stay on the host that was asked."""
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    asked = urlsplit(url)
+
+    class Redirect(HTTPRedirectHandler):
+        def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
+            to = urlsplit(details[-1])
+            if (to.scheme, to.netloc) != (asked.scheme, asked.netloc) and not (
+                to.scheme == "https" and to.hostname in HOSTS
+            ):
+                raise OSError(f"it leads to {show(details[-1])}, which is not a listed host")
+            return super().redirect_request(request, response, *details)
+
+    return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
+
+
 def download_task(name: str, source: Source) -> Path:
     """The folder of the cache that now holds the task's splits. Files already there stay as they are.
 
-    TinyldError where a file cannot be had, its rows are not those that `label_counts` promises, or its SHA-256, where
-    none is published, is not that of the first time; nothing is left behind then.
+    Raises NetworkError where a file cannot be had, and TinyldError where the rows are not those that `label_counts`
+    promises; nothing is left behind then.
     """
+    splits, first_seen = _download_rows(name, source)
+    folder = cache_dir() / "data" / name
+    make_folder(folder)
+    with locked(folder, wait=True):
+        new, sums = {}, _checksums(folder)
+        for url, digest in first_seen.items():
+            if sums.setdefault(url, digest) != digest:
+                was = f"its SHA-256 is {digest}, and was {sums[url]} when it was first downloaded"
+                raise TinyldError(f"{url}: {was}; where you trust it, remove {folder}")
+            kept = f"kept in {folder / CHECKSUMS}; later downloads must have it"
+            print(f"{name}: no SHA-256 was known; {digest[:16]} is {plain(kept)}", file=sys.stderr)
+        for split, rows in cut(splits).items():
+            path, lines = folder / f"{split}.tsv", (f"{clean(text)}\t{label}\n" for text, label in rows)
+            if not path.exists():
+                new[path] = "".join(["sentence\tlabel\n", *lines]).encode()
+        sums |= {path.name: sha256(data) for path, data in new.items()}
+        write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
+        for path, data in new.items():
+            write_atomic(path, data)
+    return folder
+
+
+def _download_rows(name: str, source: Source) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """(the rows of each official split, counted; URL -> SHA-256 of what no task file knows one of)."""
     url, first_seen = source.files[0].url, {}
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         files: list[BinaryIO] = []
         for i, remote in enumerate(source.files, 1):
             files.append(stack.enter_context(tempfile.TemporaryFile()))
@@ -113,17 +162,26 @@ def download_task(name: str, source: Source) -> Path:
         if found != Counter(expected):
             has = f"{found.total():,} rows, {show(dict(found))}"
             raise TinyldError(f"{url}: {name} {split} has {has}, expected {expected}; nothing was kept")
-    folder = cache_dir() / "data" / name
-    make_folder(folder)
-    seen = read_object(folder / SEEN) if (folder / SEEN).exists() else {}
-    for url, digest in first_seen.items():
-        if seen.get(url, digest) != digest:
-            was = f"its SHA-256 is {digest}, and was {seen[url]} when it was first downloaded"
-            raise TinyldError(f"{url}: {was}; where you trust it, remove {folder}")
-    write_atomic(folder / SEEN, to_json(seen | first_seen))
-    for split, rows in cut(splits).items():
-        path = folder / f"{split}.tsv"
-        if not path.exists():
-            lines = ["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]
-            write_atomic(path, "".join(lines).encode())
-    return folder
+    return splits, first_seen
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    path = folder / CHECKSUMS
+    return dict(read_object(path)) if path.exists() else {}
+
+
+def check_cached(path: Path, counts: dict[str, int] | None = None) -> None:
+    """Raises TinyldError when a file of the cache is no longer what `download_task` wrote.
+
+    One that it did not write, which a user put there, must have as many rows of each label as are published.
+    """
+    known, content = _checksums(path.parent).get(path.name), read_bytes(path, ROWS_BYTES)
+    if known is not None and sha256(content) != known:
+        raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+    if known is None and counts:
+        found = Counter(line.rstrip().rpartition(b"\t")[2] for line in content.splitlines()[1:])
+        if sorted(found.values()) != sorted(counts.values()):
+            raise TinyldError(
+                f"{path}: has {found.total():,} rows, which are not the {sum(counts.values()):,} published ones; "
+                "delete it to download them, or keep rows of your own in another folder and say --data DIR"
+            )

@@ -5,6 +5,7 @@ What a run is, from the options of a new one or as an old one recorded it, is it
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -42,6 +43,9 @@ from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
+# Where nothing is said, three epochs; of few rows as many as make so many updates, but no more than EPOCHS: three epochs
+# of 100 rows are 12 updates, which teach nothing.
+UPDATES, UPDATES_WRITING, EPOCHS = 100, 400, 100
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
@@ -64,16 +68,13 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 def config_of(options: FinetuneOptions) -> dict[str, Any]:
     """A new run's config.json, but for what only its base and rows can tell: what was left open is filled in, the task
-    of a file, the method's learning rate and optimizer, 3 epochs."""
+    of a file, the method's learning rate and optimizer, the epochs."""
     base, method, data = options.base or default_base(), options.method, options.data
     reading = Reading(**options.only(Reading))
     shape = read_model_config(RunFolder(base), reading)
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
-    if all(training[budget] is None for budget in BUDGETS):
-        training["epochs"] = 3.0
-    config = TrainConfig(**training)
     check_frozen(method, options.base_dtype)
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
@@ -85,6 +86,11 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     else:
         data, held_out, file = data_file(data)
         task = make_task(options, file, read_base_tokenizer(base, reading))
+    if all(training[budget] is None for budget in BUDGETS):
+        rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
+        least = UPDATES_WRITING if task.is_generation else UPDATES
+        training["epochs"] = float(min(EPOCHS, max(3, math.ceil(least / math.ceil(len(rows) / options.batch_size)))))
+    config = TrainConfig(**training)
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
     return {
         "kind": "adapter",

@@ -1,0 +1,43 @@
+"""Samplers side by side: what is written, in how many passes, how fast.
+
+    python data/results/decoding.py RUN dev 200 low_confidence threshold threshold:0.7 entropy:1 klass:0.6:0.01
+
+A sampler is its name, then its threshold and, for klass, its nats. Prints a Markdown table, in which `fewer passes` and
+`BLEU gained` are beside the first sampler. Times are of this process on its processors, whatever else they do.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from tinyld.config import SampleConfig
+from tinyld.predict import load
+from tinyld.scores import measure, rows_for
+from tinyld.tables import markdown
+
+SCORES = {"BLEU": "bleu", "chrF": "chrf", "exact": "exact_match", "names": "names_held", "loops": "repeated_sentence"}
+COLUMNS = ("sampler", *SCORES, "passes a text", "texts/s", "fewer passes", "BLEU gained")
+
+
+def main(path: str, split: str, limit: str, *samplers: str) -> None:
+    run = load(Path(path))
+    rows = rows_for(run, run.tasks[0], split, limit=int(limit))
+    lines: list[tuple[str, ...]] = []
+    first: tuple[float, float] | None = None
+    for text in samplers:
+        name, *numbers = text.split(":")
+        given = dict(zip(("threshold", "kl"), map(float, numbers), strict=False))
+        started = time.process_time()
+        found = measure(run, rows, SampleConfig(name, **given), draws=1, quiet=True)
+        rate = found.n / (time.process_time() - started)
+        scores, passes = [float(found.texts.get(key, "nan")) for key in SCORES.values()], found.passes_per_row
+        first = first or (passes, scores[0])
+        lines.append((text, *(f"{v:.2f}" for v in (*scores, passes, rate, first[0] / passes, scores[0] - first[1]))))
+        print(*lines[-1], sep="\t", file=sys.stderr, flush=True)
+    print(markdown(COLUMNS, lines))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
