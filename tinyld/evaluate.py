@@ -108,7 +108,7 @@ def evaluate(
     n = len(rows) if limit is None else min(limit, len(rows))
     device = model.device
     verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, rows.slot, tokenizer)
-    at_once = verbalizers is not None and rows.slot == 1 and sampling.temperature == 0
+    one_pass = verbalizers is not None and rows.slot == 1 and sampling.temperature == 0
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
     nll_sum, tokens = torch.zeros(n), torch.zeros(n)
@@ -120,7 +120,7 @@ def evaluate(
         batch = rows.take(chunk)
         asked, started = on_device(batch, device), time.perf_counter()
         decoded: list[str] = []
-        if at_once:  # one pass decodes an answer of one token, scores it and scores all labels
+        if one_pass:  # which decodes an answer of one token, scores it and scores all labels
             (logits,) = slot_logits(model, asked, tokenizer.mask_id)
             target = asked.x0[asked.answer_mask]
             nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0
@@ -138,7 +138,7 @@ def evaluate(
             right = tokenizer.decode(rows.ids[row][start : start + rows.slot].tolist())
             right = PAIR.join(rows.examples[row].references) or right
             texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), right, text)
-        if not at_once:
+        if not one_pass:
             nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws)
             hits, masked = hits + hit, masked + seen
             if verbalizers is not None:

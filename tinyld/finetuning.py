@@ -43,8 +43,8 @@ from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
-# Where nothing is said, three epochs; of few rows as many as make so many updates, but no more than EPOCHS: three epochs
-# of 100 rows are 12 updates, which teach nothing.
+# Where nothing is said, three epochs; of few rows as many as make so many updates, but no more than EPOCHS. Three
+# epochs of 100 rows are 12 updates, which teach nothing.
 UPDATES, UPDATES_WRITING, EPOCHS = 100, 400, 100
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
