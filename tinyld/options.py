@@ -16,17 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tinyld.config import (
-    DTYPES,
-    LOSSES,
-    OPTIMIZERS,
-    PRESETS,
-    SAMPLERS,
-    SCHEDULES,
-    DiffusionConfig,
-    TrainConfig,
-    check,
-    check_type,
-)
+    DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, SCHEDULES, DiffusionConfig, TrainConfig, check, check_type,
+)  # fmt: skip
 from tinyld.errors import TinyldError, UsageError
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
