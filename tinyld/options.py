@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from tinyld.config import (
-    DTYPES, LOSSES, OPTIMIZERS, PRESETS, SAMPLERS, SCHEDULES, DiffusionConfig, TrainConfig, check, check_type,
+    DTYPES,
+    LOSSES,
+    OPTIMIZERS,
+    PRESETS,
+    SAMPLERS,
+    SCHEDULES,
+    DiffusionConfig,
+    TrainConfig,
+    check,
+    check_type,
 )  # fmt: skip
 from tinyld.errors import TinyldError, UsageError
 
