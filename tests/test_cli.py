@@ -432,16 +432,21 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, *args: object) -> Ran:
         return cli(*args)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_finetune_resumes_to_the_same_adapter(
-    method: str, place: Path, monkeypatch: pytest.MonkeyPatch
+def begun(place: Path, method: str, *more: object) -> list[object]:
+    """A command that trains seven steps and saves after each."""
+    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", method, *METHODS[method]]
+    return [*args, "--steps", 7, "--batch-size", 4, *(more or ("--set", "save_minutes=1e-9"))]
+
+
+@pytest.mark.parametrize(("method", "minutes"), [*((method, 1e-9) for method in METHODS), ("adapters", 5)])
+def test_an_interrupted_finetune_resumes_or_begins_again_to_the_same_adapter(
+    method: str, minutes: float, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", method, *METHODS[method],
-            "--steps", 7, "--batch-size", 4, "--set", "eval_every=3", "--set", "save_minutes=1e-9",
-            "--seed", 5]  # fmt: skip
+    args = begun(place, method, "--set", "eval_every=3", "--set", f"save_minutes={minutes}", "--seed", 5)
     good(*args, "--out", "whole", "--json")
     ran = interrupt(monkeypatch, 5, *args, "--out", "cut")
     assert ran.code != 0 and "Traceback" not in ran.stderr
+    assert bool(RunFolder(Path("cut")).checkpoints()) == (minutes < 1)
     assert not (Path("cut") / ADAPTER).exists()
     resumed = good("finetune", "--resume", "cut", "--json").json
     assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
@@ -452,8 +457,7 @@ def test_an_interrupted_finetune_resumes_to_the_same_adapter(
 
 
 def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "bitfit", "--steps", 7]
-    interrupt(monkeypatch, 5, *args, "--set", "save_minutes=1e-9", "--out", "cut")
+    interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--out", "cut")
     assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 1, "lr must be above 0")
     assert_refused(cli("finetune", "--resume", "cut", "--steps", 9), 2, "--resume goes on as it began: no steps")
     good("finetune", "--resume", "cut", "--lr", 1e-5, "--quiet")
@@ -465,9 +469,7 @@ def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monke
     task.write_text((place / "mood.toml").read_text().replace("train.csv", "again.csv"))
     rows = (place / "train.csv").read_text()
     (place / "again.csv").write_text(rows)
-    args = ["finetune", "--base", place / "base", "--task", task, "--method", "bitfit", "--steps", 7,
-            "--batch-size", 4, "--set", "save_minutes=1e-9"]  # fmt: skip
-    interrupt(monkeypatch, 5, *args, "--out", "cut")
+    interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--task", task, "--out", "cut")
     (place / "again.csv").write_text(rows.replace("rain", "sky"))
     assert_refused(cli("finetune", "--resume", "cut"), 1, "data was ")
     monkeypatch.setattr("platform.machine", lambda: "abacus")  # not one of what decides the bits
@@ -486,8 +488,7 @@ def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monke
 def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "adapters",
-            "--steps", 9, "--batch-size", 4, "--set", "save_minutes=1e-9", "--set", "keep=3"]  # fmt: skip
+    args = begun(place, "adapters", "--set", "save_minutes=1e-9", "--set", "keep=3")
     good(*args, "--out", "whole", "--quiet")
     interrupt(monkeypatch, 6, *args, "--out", "cut")
     assert [int(p.name) for p in RunFolder(Path("cut")).checkpoints()] == [4, 5, 6]
@@ -505,20 +506,9 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_behin
     assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", "adapters",
-            "--steps", 7, "--batch-size", 4]  # fmt: skip
-    good(*args, "--out", "whole", "--quiet")
-    interrupt(monkeypatch, 5, *args, "--out", "cut")
-    assert not RunFolder(Path("cut")).checkpoints()
-    good("finetune", "--resume", "cut", "--quiet")
-    assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
-
-
 def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(place / "base", "base")
-    args = ["finetune", "--base", "./base", "--task", place / "mood.toml", "--method", "bitfit", "--steps", 7]
-    interrupt(monkeypatch, 5, *args, "--set", "save_minutes=1e-9", "--out", "cut")
+    interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--base", "./base", "--out", "cut")
     shutil.rmtree("base")
     shutil.copytree(place / "other", "base")
     assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
@@ -615,11 +605,7 @@ ERRORS = [
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method bitfit --rank 4", 2, "--rank is not an option of bitfit"),
     (ON + "--method weight-lora --set sigma=1,1,1", 2, "--sigma is not an option of weight-lora"),
-    (
-        ON + "--method weight-lora --budget 0.7",
-        2,
-        "--budget 0.7 would be 70% of the base: write 0.7% or 0.007, or else",
-    ),
+    (ON + "--method weight-lora --budget 0.7", 2, "would be 70% of the base: write 0.7% or 0.007, or else"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
     (ON + "--set depth=3", 2, "--set takes name=value, got 'depth=3'; --set help lists the names"),
     (ON + "--set blocks", 2, "--set takes name=value, got 'blocks'"),
@@ -703,11 +689,7 @@ ERRORS = [
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1 --out new", 2, "--weights needs 2 numbers"),
-    (
-        "compose {place}/colours {place}/mood-trajectory-lora --how router --weights 1,1 --out new",
-        2,
-        "--weights is a way",
-    ),
+    ("compose {place}/colours {place}/mood-trajectory-lora --how router --weights 1,1 --out new", 2, "is a way of"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,x --out new", 2, "--weights takes numbers"),
     ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,nan --out new", 2, "weights"),
     ("compose {place}/colours {place}/mood-trajectory-lora --base {place}/other --out new", 1, "was trained on base"),
@@ -739,27 +721,12 @@ def test_an_error_is_one_line_and_writes_nothing(
     assert list(Path().iterdir()) == []
 
 
-USAGE = [
-    "finetune --method prefix",
-    "finetune --limit 0",
-    "finetune --steps 0",
-    "finetune --steps many",
-    "finetune --seed -1",
-    "finetune --batch-size 0",
-    "finetune --dtype int8",
-    "eval --split validation",
-    "eval --limit 0",
-    "eval --sampler greedy",
-    "sample --length 0",
-    "sample --num 0",
-    "pretrain --preset huge",
-    "pretrain --vocab-size 3",
-    "pretrain --optimizer sgd",
-    "predict",
-    "info",
-    "train",
-    "tasks --nonsense",
-]
+USAGE = (
+    "finetune --method prefix, finetune --limit 0, finetune --steps 0, finetune --steps many, "
+    "finetune --seed -1, finetune --batch-size 0, finetune --dtype int8, eval --split validation, "
+    "eval --limit 0, eval --sampler greedy, sample --length 0, sample --num 0, "
+    "pretrain --preset huge, pretrain --vocab-size 3, pretrain --optimizer sgd, predict, info, train, tasks --nonsense"
+).split(", ")
 
 
 @pytest.mark.parametrize("args", USAGE)
