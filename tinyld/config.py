@@ -324,6 +324,7 @@ class SampleConfig(Settings):
     kl: float = setting(
         0.01, above=0
     )  # klass: most nats that a position's distribution may have moved since the last pass
+    least: int = setting(1, least=1)  # threshold, klass, entropy: tokens that a pass writes at least, sure or not
     schedule: str = setting("linear", among=SCHEDULES)  # ancestral sampler: t -> keep_prob
     seed: int = setting(0, least=0)
 
