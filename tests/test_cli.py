@@ -671,7 +671,7 @@ ERRORS = [
     ("info {place}", 1, "expected config.json, found"),
     ("report nowhere", 1, "nowhere"),
     ("report {place}/base", 1, "holds a base; report takes adapters"),
-    (EVAL + "--set threshold=0.5", 2, "threshold goes with --sampler threshold, klass, entropy"),
+    (EVAL + "--sampler ancestral --set threshold=0.5", 2, "threshold goes with --sampler threshold, klass, entropy"),
     (EVAL + "--text {place}/text.txt --limit 3", 2, "limit has no effect on it"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
     ("sample nowhere", 1, "no run in nowhere"),

@@ -169,6 +169,7 @@ def test_low_confidence_equals_a_plain_loop_over_tokens(
 PASSES = [
     (SampleConfig(sampler="threshold", threshold=1.0), [9, 8, 7, 6, 5, 4, 3, 2, 1]),
     (SampleConfig(sampler="threshold", threshold=1e-6), [9]),
+    (SampleConfig(sampler="threshold", threshold=1.0, least=4), [9, 5, 1]),
     (SampleConfig(sampler="threshold", threshold=1.0, steps=3), [9, 8, 7]),
     (SampleConfig("low_confidence", steps=1), [9]),
     (SampleConfig(sampler="threshold", threshold=1.0, steps=1), [9]),

@@ -317,6 +317,7 @@ class SampleConfig(Settings):
     temperature: float = setting(0.0, least=0)  # 0 takes the most likely token
     threshold: float | None = setting(None, above=0)  # None: the sampler's own in THRESHOLDS
     kl: float = setting(0.01, above=0)  # klass: most nats that a position's distribution moved since the last pass
+    least: int = setting(1, least=1)  # threshold, klass, entropy: tokens that a pass writes at least, sure or not
     seed: int = setting(0, least=0)
 
     def __post_init__(self) -> None:

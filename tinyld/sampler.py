@@ -18,7 +18,6 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.diffusion import all_finite
 
-LEAST = 1  # tokens that a pass writes, the most confident, whether or not they are sure
 SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
 
 
@@ -145,6 +144,7 @@ def accept(
 ) -> tuple[Tensor, Tensor]:
     """(tokens, ends), both (B, L) bool: what is written in this pass, at least one of the two in every row.
 
+    Those that look for what is sure write the `least` most confident tokens in any case.
     A text ends where all before is written and it is likelier to end than to go on, or where an end is sure.
 
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
@@ -167,7 +167,7 @@ def accept(
     elif config.steps is not None and step + 1 >= steps:
         tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
     else:
-        least = LEAST
+        least: Any = config.least
         if config.sampler == "entropy":
             entropy = choice.entropy()
             order = entropy.argsort(1)

@@ -57,7 +57,7 @@ def corpus_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -
         return {"note": NO_SACREBLEU}
     most = max(map(len, references))
     streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
-    metrics = {"bleu": BLEU(lowercase=True), "chrf": CHRF(lowercase=True)}
+    metrics = {"bleu": BLEU(lowercase=True, force=True), "chrf": CHRF(lowercase=True)}
     return {name: metric.corpus_score(list(answers), streams).score for name, metric in metrics.items()}
 
 

@@ -1,8 +1,8 @@
 """Samplers side by side: what is written, in how many passes, how fast.
 
-    python data/results/decoding.py RUN dev 200 low_confidence threshold threshold:0.7 entropy:1 klass:0.6:0.01
+    python data/results/decoding.py RUN dev 200 low_confidence threshold threshold,threshold=0.7,least=3 klass,kl=0.05
 
-A sampler is its name, then its threshold and, for klass, its nats. Prints a Markdown table, in which `fewer passes` and
+A sampler is its name and settings of `SampleConfig`. Prints a Markdown table, in which `fewer passes` and
 `BLEU gained` are beside the first sampler. Times are of this process on its processors, whatever else they do.
 """
 
@@ -27,8 +27,8 @@ def main(path: str, split: str, limit: str, *samplers: str) -> None:
     lines: list[tuple[str, ...]] = []
     first: tuple[float, float] | None = None
     for text in samplers:
-        name, *numbers = text.split(":")
-        given = dict(zip(("threshold", "kl"), map(float, numbers), strict=False))
+        name, *settings = text.split(",")
+        given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
         started = time.process_time()
         found = measure(run, rows, SampleConfig(name, **given), draws=1, quiet=True)
         rate = found.n / (time.process_time() - started)
