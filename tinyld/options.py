@@ -171,7 +171,7 @@ class Sampling(Options):
     threshold: float | None = option(
         None, "threshold, klass: least probability (0.9, 0.6); entropy: most nats left open."
     )
-    least: int = option(SampleConfig.least, "Tokens that a pass writes at least, sure or not.", None, 1)
+    least: int = option(SampleConfig.least, "Tokens that a pass writes at least, sure or not.", least=1)
     kl: float = option(SampleConfig.kl, "klass: most nats that a distribution moved since the last pass.")
 
 
