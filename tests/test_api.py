@@ -74,8 +74,8 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"method": "magic"}, "--method must be one of"), ({"steps": "1"}, "--steps: '1' is not of type int"),
-        ({"lr": "fast"}, "--lr: 'fast' is not of type float"), ({"base": 3}, "--base: '3' is not of type"),
+        ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
+        ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
         ({"method": None}, "--method: 'None' is not of type str"),
     ],
 )  # fmt: skip

@@ -95,6 +95,8 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
         raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
     for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
         if found := _in_folder(folder, (name,), split):
+            if folder == cache:
+                download.check_cached(found, task.label_counts.get(split))
             return found
     if split not in task.splits:
         raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
@@ -107,7 +109,7 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
         raise TinyldError(f"no {split} rows of {task.name}, which has no official download: {way_out}")
     try:
         return download.download_task(name, task.download) / f"{split}.tsv"
-    except TinyldError as error:
+    except download.NetworkError as error:
         raise TinyldError(f"no {split} rows of {task.name}: {error}; {way_out}") from None
 
 
