@@ -42,7 +42,8 @@ from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
 from tinyld.hf import export_bert
 from tinyld.model import Denoiser
-from tinyld.options import flag, kinds
+from tinyld.options import kinds
+from tinyld.parse import flag
 from tinyld.runs import RunFolder
 from tinyld.tables import markdown
 from tinyld.tokenizer import Tokenizer

@@ -23,7 +23,8 @@ from tinyld import __version__, options
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
 from tinyld.interrupt import Interrupted, raise_at_signals
-from tinyld.options import ARGUMENT, Options, flag, kinds
+from tinyld.options import ARGUMENT, Options, kinds
+from tinyld.parse import flag
 from tinyld.tables import print_record, print_table
 from tinyld.write import to_json
 

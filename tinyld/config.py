@@ -304,7 +304,7 @@ class TrainConfig(Loop):
 
 
 # how sure is sure enough, where it is not told: the least probability of a token, or for entropy the nats left open
-THRESHOLDS = {"threshold": 0.9, "klass": 0.6, "entropy": 0.5}
+THRESHOLDS = {"threshold": 0.95, "klass": 0.6, "entropy": 0.5}
 SAMPLERS = ("low_confidence", *THRESHOLDS, "ancestral")
 
 

@@ -21,6 +21,7 @@ from tinyld.config import (
     OPTIMIZERS,
     PRESETS,
     SAMPLERS,
+    THRESHOLDS,
     Loop,
     SampleConfig,
     Settings,
@@ -30,6 +31,7 @@ from tinyld.config import (
 )  # fmt: skip
 from tinyld.config import setting as option
 from tinyld.errors import TinyldError, UsageError
+from tinyld.parse import base_folder, flag, numbers, parsed, share
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
@@ -52,10 +54,6 @@ def kinds(options: type[Options]) -> dict[str, Any]:
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[name] = next(part for part in parts if part is not types.NoneType)
     return found
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,48 +100,6 @@ class Options(Settings):
         return cls(**given)
 
 
-def parsed(value: Any, kind: Any, name: str) -> Any:
-    """What was given as text, as the option's type; all else as it is."""
-    if kind is str or not isinstance(value, str):
-        return Path(value) if kind is Path and value is not None else value
-    if kind is bool:
-        check(value in ("true", "false"), f"{flag(name)}: give true or false, got {value!r}")
-        return value == "true"
-    try:
-        return kind(value)
-    except ValueError:
-        raise UsageError(f"{flag(name)}: {value!r} is not a number") from None
-
-
-def base_folder(name: str | Path, option: str = "--base") -> Path:
-    """The released base of that name, where there is one, else a path; a Path is one."""
-    from tinyld.rows import bundled_data_dir
-
-    released = bundled_data_dir() / name
-    named = isinstance(name, str) and Path(name).name == name and (released / "config.json").is_file()
-    return released if named else Path(name)
-
-
-def numbers(text: str, name: str, kind: type = float) -> Any:
-    """Numbers with commas between them; `auto` stays as it is."""
-    try:
-        return text if text == "auto" else tuple(map(kind, text.split(",")))
-    except ValueError:
-        raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
-
-
-def share(text: str, name: str) -> float:
-    """`0.7%` or `0.007` as a share."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise UsageError(f"{name} takes a share such as 0.7% or 0.007, got {text!r}") from None
-    check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
-    way_out = f"write {text}% or {value / 100:g}, or else {value:.0%}"
-    check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class Printed(Options):
     json: bool = option(False, "Print the result as JSON.", "Output")
@@ -173,6 +129,12 @@ class Sampling(Options):
     )
     least: int = option(SampleConfig.least, "Tokens that a pass writes at least, sure or not.", least=1)
     kl: float = option(SampleConfig.kl, "klass: most nats that a distribution moved since the last pass.")
+
+    def sampling(self) -> SampleConfig:
+        """How answers are written; UsageError for a threshold that the sampler does not read."""
+        reads = self.threshold is None or self.sampler in THRESHOLDS
+        check(reads, f"threshold goes with --sampler {', '.join(THRESHOLDS)}")
+        return SampleConfig(**self.only(SampleConfig))
 
 
 @dataclass(frozen=True, kw_only=True)

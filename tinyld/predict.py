@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, attach, base_record, load_adapter, load_base, load_base_of, load_exactly
 from tinyld.composition import load_composition, read_member
-from tinyld.config import THRESHOLDS, Reading, SampleConfig, check, check_ours
+from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, on_device, slot_logits
 from tinyld.methods import TrajectoryLora, WeightLora
-from tinyld.options import Sampling, base_folder
+from tinyld.parse import base_folder
 from tinyld.peft import is_peft, load_peft
 from tinyld.router import NONE
 from tinyld.rows import GAP, GAP_MARK, Example, prompt_of
@@ -346,10 +346,3 @@ def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
         "probability": [row[i] for row, i in zip(shares, best, strict=True)],
         "probabilities": [dict(zip(labels, row, strict=True)) for row in shares],
     }
-
-
-def sampling_of(options: Sampling) -> SampleConfig:
-    """How answers are written; UsageError for a threshold that the sampler does not read."""
-    reads = options.threshold is None or options.sampler in THRESHOLDS
-    check(reads, f"threshold goes with --sampler {', '.join(THRESHOLDS)}")
-    return SampleConfig(**options.only(SampleConfig))

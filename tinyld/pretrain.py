@@ -23,7 +23,8 @@ from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume
 from tinyld.hf import Encoder, find_encoder, load_encoder, trim_vocabulary
 from tinyld.model import Denoiser
-from tinyld.options import PretrainOptions, Training, flag
+from tinyld.options import PretrainOptions, Training
+from tinyld.parse import flag
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder

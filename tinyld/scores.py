@@ -21,7 +21,7 @@ from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.peft import is_peft
-from tinyld.predict import Run, load, sampling_of
+from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
@@ -70,7 +70,7 @@ def eval(options: EvalOptions) -> list[Record]:
     keep_freed_memory()
     if options.text:
         return eval_text(options)
-    sampling, say = sampling_of(options), say_to_stderr(options.quiet)
+    sampling, say = options.sampling(), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
     check_writable(predictions, [data])
     records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]

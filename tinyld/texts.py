@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from tinyld.config import check
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
-from tinyld.predict import input_columns, load, sampling_of
+from tinyld.predict import input_columns, load
 from tinyld.read import opened
 from tinyld.rows import SUFFIXES, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
@@ -88,7 +88,7 @@ def _split(stream: BinaryIO, name: str) -> Iterator[list[tuple[int, str]]]:
 def predict(options: PredictOptions) -> None:
     """Answers every text of the input, in its order; prints as soon as a chunk is done, or writes `out` whole."""
     keep_freed_memory()
-    sampling, say = sampling_of(options), say_to_stderr(options.quiet)
+    sampling, say = options.sampling(), say_to_stderr(options.quiet)
     paths, source = options.runs_and_input()
     check(not (options.csv and options.json), "give --csv or --json, not both")
     check(len(paths) > 1 or not options.decoded, "decoded is for several runs; one says what it would write anyway")

@@ -98,9 +98,9 @@ def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
 
 def sample(options: SampleOptions) -> dict[str, Any]:
     """Fills `length` masked tokens at `{answer}`, or after the prompt."""
-    from tinyld.predict import load, sampling_of
+    from tinyld.predict import load
 
-    sampling, steps = sampling_of(options), []
+    sampling, steps = options.sampling(), []
     path = options.run or options.base or default_base()
     run = load(path, options.base if options.run else None, options.device, options.dtype,
                reading=Reading(**options.only(Reading)))  # fmt: skip

@@ -1,0 +1,55 @@
+"""The values of options, from how a user writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tinyld.config import check
+from tinyld.errors import UsageError
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parsed(value: Any, kind: Any, name: str) -> Any:
+    """What was given as text, as the option's type; all else as it is."""
+    if kind is str or not isinstance(value, str):
+        return Path(value) if kind is Path and value is not None else value
+    if kind is bool:
+        check(value in ("true", "false"), f"{flag(name)}: give true or false, got {value!r}")
+        return value == "true"
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{flag(name)}: {value!r} is not a number") from None
+
+
+def base_folder(name: str | Path, option: str = "--base") -> Path:
+    """The released base of that name, where there is one, else a path; a Path is one."""
+    from tinyld.rows import bundled_data_dir
+
+    released = bundled_data_dir() / name
+    named = isinstance(name, str) and Path(name).name == name and (released / "config.json").is_file()
+    return released if named else Path(name)
+
+
+def numbers(text: str, name: str, kind: type = float) -> Any:
+    """Numbers with commas between them; `auto` stays as it is."""
+    try:
+        return text if text == "auto" else tuple(map(kind, text.split(",")))
+    except ValueError:
+        raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
+
+
+def share(text: str, name: str) -> float:
+    """`0.7%` or `0.007` as a share."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"{name} takes a share such as 0.7% or 0.007, got {text!r}") from None
+    check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
+    way_out = f"write {text}% or {value / 100:g}, or else {value:.0%}"
+    check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
+    return value
