@@ -1,0 +1,38 @@
+"""The mean of two bases of one shape, weight by weight but for the head: of what was trained and what it began from.
+
+python data/base/average.py TRAINED START 0.3 OUT       # 0.7 of TRAINED, 0.3 of START, stored in int8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from tinyld.checkpoint import load_base, save_base
+from tinyld.runs import CONFIG, RunFolder
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path)
+    parser.add_argument("start", type=Path)
+    parser.add_argument("share", type=float, help="of START")
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    base, start = load_base(options.trained), load_base(options.start)
+    parameters, initial = dict(base.model.named_parameters()), dict(start.model.named_parameters())
+    for name, parameter in parameters.items():
+        if not name.startswith(("head_transform", "output_bias")):
+            parameter.lerp_(initial[name], options.share)
+    folder = RunFolder.create(options.out, force=True)
+    config = json.loads((options.trained / CONFIG).read_text(encoding="utf-8"))
+    folder.write_json(CONFIG, config | {"save_dtype": "int8"})
+    save_base(folder, base.model, parameters, base.tokenizer, torch.int8)
+
+
+if __name__ == "__main__":
+    main()
