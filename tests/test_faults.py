@@ -63,7 +63,8 @@ def child(arguments: list[str], log: str, die_at: int) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup takes away
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup takes away, and a shell's & the next
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if die_at:
         calls, fsync = 0, os.fsync
