@@ -184,7 +184,8 @@ def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
 class Rows:
     """Stands in for TaskRows: a task's prompts of random words from a part of the vocabulary."""
 
-    def __init__(self, config: ModelConfig, words: range, seed: int):
+    def __init__(self, config: ModelConfig, words: range, seed: int, task: str = ""):
+        self.task = task
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(words.start, words.stop, (400, 8), generator=generator)
         self.ids[:, 6] = words.start
@@ -199,10 +200,12 @@ class Rows:
         return type("Batch", (), {"x0": ids, "attention_mask": torch.ones_like(answer), "answer_mask": answer})
 
 
-def test_routing_is_measured_on_rows_that_set_no_limit(config: ModelConfig) -> None:
-    base, words = base_of(fresh_base(config)), (range(5, 29), range(29, 53))
+def test_routing_is_measured_on_rows_that_set_no_limit(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, words = base_of(fresh_base(config)), (range(5, 29), range(29, 53), range(53, 77))
+    strangers = {"one": Rows(config, words[2], 7), "two": Rows(config, words[1], 8)}
+    monkeypatch.setattr("tinyld.router.stranger_rows", lambda base, task: strangers[task])
     known = [prompt_prototype(base, Rows(config, words[i], i)) for i in (0, 1)]
-    held_out = {name: Rows(config, words[i], 2 + i) for i, name in enumerate(("one", "two"))}
+    held_out = {name: Rows(config, words[i], 2 + i, name) for i, name in enumerate(("one", "two"))}
 
     def router(*members: dict[str, Tensor]) -> Router:
         return Router(*(torch.stack([k[name] for k in members]) for name in ("prototype", "directions")))
@@ -211,6 +214,8 @@ def test_routing_is_measured_on_rows_that_set_no_limit(config: ModelConfig) -> N
     one, two = measure_routing(base, both, held_out, None)
     assert one["right"] > 0.95 and two["right"] > 0.95 and one["goes_to"]["one"] == one["right"] and one["n"] == 200
     assert one["wrongly_refused"] < 0.06 and two["wrongly_refused"] < 0.06
+    assert one["wrongly_accepted"] < 0.3, "words of neither task"
+    assert two["wrongly_accepted"] > 0.9, "the task's own words"
     assert measure_routing(base, router(known[0], known[0]), held_out, None)[1]["right"] == 0.0
     same = dict.fromkeys(("a", "b"), held_out["one"])  # two adapters of one task: either is right
     assert measure_routing(base, router(known[0], known[0]), same, None)[1]["right"] == 1.0

@@ -125,8 +125,9 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
     if result["routing"]:
         names = [r["task"] for r in result["routing"]]
         rows = [
-            (r["task"], *(percent(r["goes_to"][n]) for n in names), percent(r["wrongly_refused"]))
+            (r["task"], *(percent(r["goes_to"][n]) for n in names), percent(r["wrongly_refused"]),
+             percent(r["wrongly_accepted"]))
             for r in result["routing"]
-        ]
-        print_table("% of each task's rows that go to", ("task", *names, "none"), rows)
+        ]  # fmt: skip
+        print_table("% of each task's rows that go to", ("task", *names, "none", "taken, of other texts"), rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

@@ -97,10 +97,11 @@ class TextRows(Source):
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
         ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
-        for row, number in zip(ids, rows.tolist(), strict=True):
-            rng = seeded(offset, number, 3)
-            if self.eos_id is not None and len(row) > 3 and rng.random() < ECHOED:
-                self._echo(row, rng)
+        if self.eos_id is not None and self.width > 3:
+            for row, number in zip(ids, rows.tolist(), strict=True):
+                rng = seeded(offset, number, 3)
+                if rng.random() < ECHOED:
+                    self._echo(row, rng)
         x0 = torch.from_numpy(np.concatenate([np.full((len(rows), 1), self.bos_id), ids], axis=1))
         real = torch.ones_like(x0, dtype=torch.bool)
         return Batch(x0, real & (x0 != self.bos_id), real, torch.from_numpy(rows.astype(np.int64)))

@@ -87,6 +87,12 @@ def fill_slots(
     return [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)], passes
 
 
+def likeliest(logits: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """What decoding writes as each row's answer of one token; logits: (B, V), of which some are set to -inf."""
+    logits[:, tokenizer.never_written] = -torch.inf
+    return [tokenizer.decode([token]) for token in logits.argmax(1).tolist()]
+
+
 @torch.no_grad()
 def evaluate(
     model: Denoiser,
@@ -126,8 +132,7 @@ def evaluate(
             nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0
             hits, masked = hits + int((logits.argmax(1) == target).sum()), masked + len(chunk)
             scored[chunk] = logits[:, verbalizers.ids[:, 0].to(device)].argmax(1).cpu().numpy()
-            logits[:, tokenizer.never_written] = -torch.inf
-            decoded, passes = [tokenizer.decode([i]) for i in logits.argmax(1).tolist()], passes + len(chunk)
+            decoded, passes = likeliest(logits, tokenizer), passes + len(chunk)
         elif answer:
             decoded, used = fill_slots(model, asked, tokenizer, sampling, generator)
             passes += int(used.sum())

@@ -16,7 +16,7 @@ from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
-from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, on_device, slot_logits
+from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
 from tinyld.methods import TrajectoryLora, WeightLora
 from tinyld.parse import base_folder
 from tinyld.peft import is_peft, load_peft
@@ -165,8 +165,7 @@ def answers(
                 if logits is not None:
                     columns = by_label(logits[:, ids[i]] if decoded else logits, tasks[i].labels)
                     if decoded:
-                        logits[:, tokenizer.never_written] = -torch.inf
-                        columns["decoded"] = [tokenizer.decode([token]) for token in logits.argmax(1).tolist()]
+                        columns["decoded"] = likeliest(logits, tokenizer)
                 else:
                     if labels[i] is not None:
                         columns = by_label(label_logp(model, batch, labels[i], tokenizer.mask_id), tasks[i].labels)

@@ -7,6 +7,7 @@ the few tokens next to the answer, where a task's template stands. Nothing is tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import Base
 from tinyld.data import TaskRows
+from tinyld.rows import bundled_data_dir, prompt_of
+from tinyld.tasks import Task
+from tinyld.tokenizer import read_lines
 
 NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
 WIDTHS = 1 + len(NEAR)  # of the base's width, in a prompt's features
 PROTOTYPE_ROWS = 1_000
 DIRECTIONS = 64  # in which a task's prompts are known to vary
+STRANGERS = 500  # texts that belong to no task, to count wrong acceptances on
 KNOWN = 0.99  # share of a task's own prompts that its limit takes in
 FLOOR = 0.01  # under variances: a template's tokens have none
 NONE = -1
@@ -133,8 +138,8 @@ class Router(nn.Module):
 
 def measure_routing(base: Base, router: Router, owners: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
     """Sets the router's limits by every other row of each member's task, and counts on the rest: the share that goes to
-    each member ("right": to those of the task), and the share that is refused. owners: the members' names, with the
-    rows of their task."""
+    each member ("right": to those of the task), the share that is refused, and that of texts of no task that is taken
+    for the task's. owners: the members' names, with the rows of their task."""
     features = {name: task_features(base, rows, limit) for name, rows in owners.items()}
     router.set_limits([own[::2] for own in features.values()])
     found = []
@@ -144,9 +149,27 @@ def measure_routing(base: Base, router: Router, owners: dict[str, TaskRows], lim
         goes = {other: share(nearest == i) for i, other in enumerate(owners)}
         right = sum(goes[other] for other, of in owners.items() if of is rows)
         refused = share(router.choose(rest) == NONE)
-        found.append({"task": name, "n": len(rest), "right": right, "goes_to": goes, "wrongly_refused": refused})
+        strangers = stranger_rows(base, rows.task)
+        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
+        found.append({
+            "task": name, "n": len(rest), "right": right, "goes_to": goes,
+            "wrongly_refused": refused, "wrongly_accepted": accepted,
+        })  # fmt: skip
     return found
 
 
 def share(hits: Tensor) -> float:
     return float(hits.float().mean())
+
+
+def stranger_rows(base: Base, task: Task) -> TaskRows | None:
+    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text.
+
+    Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
+    """
+    if len(task.columns) != 1 or task.is_generation:
+        return None
+    (column,) = task.columns.values()
+    lines = islice(read_lines([bundled_data_dir() / "corpus.txt.gz"]), STRANGERS)
+    examples = [prompt_of(task, {column: line.partition(". ")[0]}, "corpus.txt.gz") for line in lines]
+    return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
