@@ -136,6 +136,6 @@ def test_options_are_read_as_a_user_writes_them() -> None:
     assert (options.base, options.ranks, options.targets) == (Path("a/b"), (4, 2, 1), ("query", "value"))
     assert options.budget == pytest.approx(0.007) == FinetuneOptions(budget="0.007").budget
     assert FinetuneOptions(budget="70%").budget == 0.7 and FinetuneOptions(budget=0.7).budget == 0.7
-    assert FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "compile=true"]) == FinetuneOptions(
-        rank=4, lr=1e-3, base_dtype="int8", compile=True
+    assert FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "rslora=true"]) == FinetuneOptions(
+        rank=4, lr=1e-3, base_dtype="int8", rslora=True
     )
