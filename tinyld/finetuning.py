@@ -83,13 +83,13 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
         task = load_task(options.task or "reviews")
-        mine = ("text_column", "label_column", "template")
+        mine = ("text_column", "label_column", "answer_column", "template")
         unused = [name for name in mine if getattr(options, name) != getattr(FinetuneOptions, name)]
         if unused:
             raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, read_base_tokenizer(base, reading))
+        task = make_task(options, file, read_base_tokenizer(base, reading), shape.max_length)
     if all(training[budget] is None for budget in BUDGETS):
         rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
         least = UPDATES_WRITING if task.is_generation else UPDATES

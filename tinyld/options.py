@@ -165,10 +165,11 @@ class Training(OnDevice, Written, Printed, Loop):
 class FinetuneOptions(OfPublicModel, Training):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     data: Path | None = option(
-        None, "CSV, TSV or JSONL of texts and labels, or a folder with train and dev; .txt: fill gaps in it.", "Task"
+        None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
     )
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
+    answer_column: str | None = option(None, "In place of a label column: the column of texts to write.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
