@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
 import tarfile
@@ -19,7 +20,7 @@ from tinyld import download, formats
 from tinyld.download import NetworkError, RemoteFile, fetch
 from tinyld.errors import TinyldError
 from tinyld.formats import read_members, tenth
-from tinyld.tasks import Task, load_split, load_task
+from tinyld.tasks import Task, builtin_tasks, load_split, load_task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -233,15 +234,29 @@ def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Pat
 def test_the_checksum_of_an_archive_that_none_is_published_of_is_that_of_its_first_download(
     site: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = publish(site, load_task("mr"), PUBLISHED["mr"])
-    folder = download.download_task("mr", task.download)
+    task = publish(site, load_task("subj"), PUBLISHED["subj"])
+    folder = download.download_task("subj", task.download)
     assert (
-        "mr: no SHA-256 was known" in capsys.readouterr().err and "https://" in (folder / "checksums.json").read_text()
+        "subj: no SHA-256 was known" in capsys.readouterr().err
+        and "https://" in (folder / "checksums.json").read_text()
     )
-    download.download_task("mr", task.download)
-    publish(site, load_task("mr"), [PUBLISHED["mr"][0] + b"\0"])
+    download.download_task("subj", task.download)
+    publish(site, load_task("subj"), [PUBLISHED["subj"][0] + b"\0"])
     with pytest.raises(TinyldError, match="when it was first downloaded"):
+        download.download_task("subj", task.download)
+
+
+def test_a_set_whose_md5_alone_is_published_is_checked_by_it(site: dict[str, bytes]) -> None:
+    task, content = load_task("mr"), PUBLISHED["mr"][0]
+    (remote,) = task.download.files
+    publish(site, task, [content])
+    with pytest.raises(TinyldError, match=f"checksum is .*, expected {remote.md5}"):
         download.download_task("mr", task.download)
+    known = RemoteFile(remote.url, md5=hashlib.md5(content).hexdigest())
+    folder = download.download_task("mr", replace(task.download, files=(known,), label_counts={}))
+    assert "https:" not in (folder / "checksums.json").read_text()  # nothing had to be trusted
+    unknown = [t.name for t in builtin_tasks() for f in (t.download.files if t.download else ()) if f.digest is None]
+    assert set(unknown) <= {"subj"}
 
 
 def test_mrpc_dev_rows_are_those_whose_ids_are_listed(site: dict[str, bytes]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from tinyld.config import check_choice
+from tinyld.config import check, check_choice
 from tinyld.errors import TinyldError, plain, show
 from tinyld.formats import CONVERTERS, MAX_BYTES, Row, cut
 from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
@@ -37,7 +37,15 @@ class NetworkError(TinyldError):
 @dataclass(frozen=True)
 class RemoteFile:
     url: str
-    sha256: str | None = None  # None: what comes out of it is counted all the same
+    sha256: str | None = None
+    md5: str | None = None  # where no SHA-256 is published; with neither, that of the first download must stay
+
+    def __post_init__(self) -> None:
+        check(None in (self.sha256, self.md5), "give sha256 or md5 of a file, not both")
+
+    @property
+    def digest(self) -> str | None:
+        return self.sha256 or self.md5
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def cache_dir() -> Path:
 
 
 def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
-    """Copies what the URL gives to `out`, with a bar on stderr; its SHA-256. NetworkError, or TinyldError for a wrong
+    """Copies what the URL gives to `out`, with a bar on stderr; its digest. NetworkError, or TinyldError for a wrong
     digest.
 
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
@@ -69,7 +77,8 @@ def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
 
     from tinyld.progress import Progress
 
-    url, digest, done, deadline = remote.url, hashlib.sha256(), 0, time.monotonic() + TOTAL
+    url, done, deadline = remote.url, 0, time.monotonic() + TOTAL
+    digest = hashlib.md5(usedforsecurity=False) if remote.md5 else hashlib.sha256()
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
     scheme = urlsplit(url).scheme
@@ -91,8 +100,8 @@ def fetch(remote: RemoteFile, out: BinaryIO, description: str) -> str:
                 raise OSError(f"it broke off after {done:,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
-    if remote.sha256 not in (None, digest.hexdigest()):
-        raise TinyldError(f"{url}: checksum is {digest.hexdigest()}, expected {remote.sha256}; try again later")
+    if remote.digest not in (None, digest.hexdigest()):
+        raise TinyldError(f"{url}: checksum is {digest.hexdigest()}, expected {remote.digest}; try again later")
     out.seek(0)
     return digest.hexdigest()
 
@@ -144,14 +153,14 @@ def download_task(name: str, source: Source) -> Path:
 
 
 def _download_rows(name: str, source: Source) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """(the rows of each official split, counted; URL -> SHA-256 of what no task file knows one of)."""
+    """(the rows of each official split, counted; URL -> SHA-256 of what has none in its task file)."""
     url, first_seen = source.files[0].url, {}
     with contextlib.ExitStack() as stack:
         files: list[BinaryIO] = []
         for i, remote in enumerate(source.files, 1):
             files.append(stack.enter_context(tempfile.TemporaryFile()))
             digest = fetch(remote, files[-1], name if len(source.files) == 1 else f"{name} ({i}/{len(source.files)})")
-            if remote.sha256 is None:
+            if remote.digest is None:
                 first_seen[remote.url] = digest
         try:
             splits = CONVERTERS[source.format](files)
