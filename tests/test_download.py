@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
 import tarfile
@@ -210,6 +211,16 @@ def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Pat
         rows += [tuple(line.split("\t")) for line in lines]
     assert {(text, task.labels.index(label)) for text, label in rows} == CONVERTED[name]
     assert {path.stem for path in folder.iterdir()} >= set(task.splits)
+
+
+def test_a_set_whose_md5_alone_is_published_is_checked_by_it(site: dict[str, bytes]) -> None:
+    task, content = load_task("mr"), PUBLISHED["mr"][0]
+    (remote,) = task.download.files
+    publish(site, task, [content])
+    with pytest.raises(TinyldError, match=f"checksum is .*, expected {remote.md5}"):
+        download.download_task("mr", task.download)
+    known = RemoteFile(remote.url, md5=hashlib.md5(content).hexdigest())
+    download.download_task("mr", replace(task.download, files=(known,), label_counts={}))
 
 
 def test_mrpc_dev_rows_are_those_whose_ids_are_listed(site: dict[str, bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import sys
@@ -29,7 +30,8 @@ class NetworkError(TinyldError):
 @dataclass(frozen=True)
 class RemoteFile:
     url: str
-    sha256: str | None = None  # None: what comes out of it is counted all the same
+    sha256: str | None = None
+    md5: str | None = None  # where no SHA-256 is published; with neither, what comes out of it is counted all the same
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ def fetch(remote: RemoteFile, description: str) -> bytes:
                 raise OSError(f"it broke off after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
-    if remote.sha256 not in (None, found := sha256(content)):
-        raise TinyldError(f"{url}: checksum is {found}, expected {remote.sha256}; try again later")
+    expected = remote.sha256 or remote.md5
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest() if remote.md5 else sha256(content)
+    if expected not in (None, found):
+        raise TinyldError(f"{url}: checksum is {found}, expected {expected}; try again later")
     return bytes(content)
 
 
