@@ -28,8 +28,8 @@ TINY = "--preset nano --set d_model=32 --set num_layers=2 --set num_heads=2 --se
 TINY += ["--max-length", "48", "--vocab-size", "300"]
 METHODS: dict[str, list[str]] = {
     "full": [],
-    "weight-lora": ["--rank", "2"],
-    "adapters": ["--rank", "2"],
+    "weight-lora": ["--set", "rank=2"],
+    "adapters": ["--set", "rank=2"],
     "bitfit": [],
     "trajectory-lora": ["--set", "ranks=4,2,1", "--set", "blocks=1"],
 }
@@ -411,22 +411,31 @@ def begun(place: Path, method: str, *more: object) -> list[object]:
     return [*args, "--steps", 7, "--batch-size", 4, *(more or ("--set", "save_minutes=1e-9"))]
 
 
-@pytest.mark.parametrize(("method", "minutes"), [*((method, 1e-9) for method in METHODS), ("adapters", 5)])
+RESUMED = [(method, "save_minutes=1e-9") for method in METHODS] + [
+    ("full", "save_minutes=1e-9 optimizer=muon"),
+    ("full", "save_minutes=1e-9 accumulate=2 flat=0.3 clip=0"),
+    ("trajectory-lora", "save_minutes=1e-9 dropout=0.3"),
+    ("adapters", "save_minutes=5"),  # stopped before its first checkpoint
+]
+
+
+@pytest.mark.parametrize(("method", "sets"), RESUMED)
 def test_an_interrupted_finetune_resumes_or_begins_again_to_the_same_adapter(
-    method: str, minutes: float, place: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, sets: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = begun(place, method, "--set", "eval_every=3", "--set", f"save_minutes={minutes}", "--seed", 5)
+    args = begun(place, method, *(word for one in f"eval_every=3 {sets}".split() for word in ("--set", one)))
     good(*args, "--out", "whole", "--json")
     ran = interrupt(monkeypatch, 5, *args, "--out", "cut")
     assert ran.code != 0 and "Traceback" not in ran.stderr
-    assert bool(RunFolder(Path("cut")).checkpoints()) == (minutes < 1)
+    assert bool(RunFolder(Path("cut")).checkpoints()) == ("=5" not in sets)
     assert not (Path("cut") / ADAPTER).exists()
     resumed = good("finetune", "--resume", "cut", "--json").json
-    assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
-    assert resumed["steps"] == 7 and not (Path("cut") / "checkpoints").exists()
+    whole, cut = RunFolder(Path("whole")), RunFolder(Path("cut"))
+    assert whole.digest(ADAPTER) == cut.digest(ADAPTER) and not (Path("cut") / "checkpoints").exists()
+    for one, other in zip(whole.metrics(), cut.metrics(), strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}, "loss, norm, rate and tokens, too"
     again = good("finetune", "--resume", "cut", "--json")
-    assert "cut is finished already" in again.stderr
-    assert again.json["steps"] == 7 and again.json["dev_accuracy"] == resumed["dev_accuracy"]
+    assert "cut is finished already" in again.stderr and again.json["steps"] == resumed["steps"] == 7
 
 
 def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,7 +574,7 @@ ERRORS = [
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
     (ON + "--set depth=3", 2, "--set takes name=value, got 'depth=3'; --set help lists the names"),
     (ON + "--set rslora=maybe", 2, "give true or false"),
-    (ON + "--set rank=2 --rank 4", 2, "rank is given twice"),
+    (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--set from_step=3", 2, "from_step and allow_changed are for --resume"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_report import run_folder
 
 from tinyld import compare
 from tinyld.compare import Grid, variants
@@ -15,7 +16,7 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.interrupt import Interrupted
 from tinyld.options import CompareOptions
 from tinyld.report import aggregate
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.tasks import load_task
 
 MODEL = ModelConfig(vocab_size=8_192, **PRESETS["small"])
@@ -39,22 +40,13 @@ class Trainer:
             results["eval"] = {f"{folder.config['task']['name']}/{option['--split']}": found}
             return folder.write_json(RESULTS, results)
         lr, seed = float(option["--lr"]), int(option["--seed"])
-        folder = RunFolder.create(Path(option["--out"]), "--force" in command)
-        config: dict[str, Any] = {
-            "kind": "adapter",
-            "task": {"name": option["--task"]},
-            "method": {"name": option["--method"]},
-        }
-        config["train"] = {"epochs": 1.0, "batch_size": 32, "lr": lr, "seed": seed, "optimizer": "adamw"}
-        config |= {"base": {"path": "base", "fingerprint": "f"}, "data": {"rows": 10}}
-        config["parameters"] = {"stored_percent": 1.0, "stored_bytes": 4, "stored_parameters": 1}
-        config["environment"] = {"command": " ".join(["tinyld", *command]), "threads": 1}
-        folder.write_json(CONFIG, config)
+        about = {"task": {"name": option["--task"]}, "method": {"name": option["--method"]}}
+        about["train"] = {"epochs": 1.0, "batch_size": 32, "lr": lr, "seed": seed, "optimizer": "adamw"}
+        folder = run_folder(Path(option["--out"]), **about, environment={"command": " ".join(["tinyld", *command])})
         accuracy = 0.9 if lr == 2e-3 else 0.8
         found = {"task": option["--task"], "dev_nll_bound": 1.4 - accuracy, "seconds": 1.0, "peak_memory_mb": 1.0}
         found |= {"dev_accuracy": accuracy} if option["--task"] == "reviews" else {}
         folder.write_json(RESULTS, {"finetune": found})
-        folder.write(ADAPTER, b"")
 
 
 @pytest.fixture(autouse=True)

@@ -367,7 +367,6 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/base", "rain", 2, "was made for no task"),
         ("{place}/mood {place}/header.csv", "", 1, "header.csv: a header but no rows"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
-        ("{place}/mood new.csv", "", 1, "new.csv"),
         ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
         ("{place}/mood new.txt --text rain", "", 2, "give INPUT or --text, not both"),
         ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
@@ -375,13 +374,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
         ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
-        (
-            "{place}/mood --sampler ancestral --set threshold=0.4",
-            "rain",
-            2,
-            "threshold goes with --sampler threshold, klass, entropy",
-        ),
-        ("nowhere", "rain", 1, "no run in nowhere"),
+        ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold,"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_a_line(

@@ -32,17 +32,12 @@ def row(method: str, seed: int, accuracy: float | None, **changes: Any) -> dict[
 def run_folder(path: Path, **changes: Any) -> RunFolder:
     """An evaluated adapter, as finetune and eval leave it."""
     method = {"name": "weight-lora", **to_dict(METHODS["weight-lora"].Config())}
-    config = {
-        "kind": "adapter",
-        "task": {"name": "mood"},
-        "method": method,
-        "base": {"path": "/x/small", "fingerprint": "f"},
-    }
+    base = {"path": "/x/small", "fingerprint": "f"}
+    config = {"kind": "adapter", "task": {"name": "mood"}, "method": method, "base": base, "data": {"rows": 9}}
     config["train"] = to_dict(TrainConfig(epochs=3.0, seed=2, lr=1e-3))
-    config |= {"data": {"rows": 9}}
     config["parameters"] = {"stored_parameters": 5, "stored_percent": 0.5, "stored_bytes": 20}
     config["environment"] = {"threads": 2, "command": "tinyld finetune --task mood"}
-    folder = RunFolder.create(path)
+    folder = RunFolder.create(path, force=True)
     folder.write_json(CONFIG, config | changes)
     found = {"n": 400, "accuracy": 0.75, "low": 0.7, "high": 0.8, "nll_bound": 0.5, "nll_stderr": 0.1}
     evaluations = {"mood/dev": found, "mood/test": found | {"n": 300}, "other/dev": found}

@@ -143,35 +143,6 @@ def log_of(path: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ seeds, resumption
 
 
-RESUMED = [
-    ("full", {"optimizer": "muon"}),
-    ("trajectory-lora", {"optimizer": "muon"}),
-    ("full", {"accumulate": 2, "flat": 0.3, "clip": 0.0}),
-    ("weight-lora", {}),
-    ("adapters", {}),
-    ("bitfit", {}),
-    ("trajectory-lora", {"epochs": 2.0}),
-    ("trajectory-lora", {"tokens": 600}),
-    ("trajectory-lora with dropout", {}),
-]
-
-
-@pytest.mark.parametrize("at", [3, 4, 6], ids="stopped_at_{}".format)
-@pytest.mark.parametrize(("name", "options"), RESUMED)
-def test_a_resumed_run_is_the_uninterrupted_run(
-    name: str, options: dict[str, Any], at: int, base: Denoiser, rows: TaskRows, tmp_path: Path
-) -> None:
-    config = settings(save_minutes=1e-9, **options)
-    whole = run(base, name, rows, config, tmp_path / "whole")
-    assert whole.step > 6
-    with pytest.raises(Interrupted):
-        run(base, name, Breaks(rows, at), config, tmp_path / "cut")
-    resumed = run(base, name, rows, config, tmp_path / "cut", resume=True)
-    assert same_bits(whole.parameters, resumed.parameters)
-    assert (resumed.step, resumed.tokens) == (whole.step, whole.tokens)
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-
-
 def test_a_run_cut_in_its_evaluation_resumes_without_doubling_a_log_line(
     base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,30 +241,33 @@ def attach(base: Base, name: str, config: Any, generator: torch.Generator | None
 
 
 def load_adapter(
-    folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None
+    folder: RunFolder,
+    base_path: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    bases: Sequence[Base] = (),
 ) -> tuple[Base, Method]:
-    """(base, method): an adapter on its base, kept in `dtype` or else as in training, and found as `find_base` says."""
+    """(base, method): an adapter on its base, which is kept in `dtype` or else as in training, and is found as
+    `find_base` says, unless it is among `bases`."""
     config = folder.config
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
     path = str(folder.path / CONFIG)
     dtype = base_dtype(config, path) if dtype is None else dtype
     check_frozen(read_config(config["method"], path)[0].name, dtype)
-    base = load_base_of(config, folder.path, base_path, device, dtype)
-    tensors = folder.read_tensors(ADAPTER)
-    method, settings = read_method(config["method"], tensors, base, folder)
-    attached = attach(base, method.name, settings)
-    load_exactly(attached.own, tensors, folder.path / ADAPTER)
-    return base, attached
+    record = base_record(config, path)
+    shared = [b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, dtype)]
+    base = shared[0] if shared else load_base_of(config, folder.path, base_path, device, dtype)
+    return base, load_method(config["method"], folder.read_tensors(ADAPTER), base, folder)
 
 
-def read_method(
-    record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, folder: RunFolder
-) -> tuple[type[Method], Any]:
-    """(method, config) from what a run recorded of its method; refuses one that asks for more than `tensors` hold."""
+def load_method(record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, folder: RunFolder) -> Method:
+    """What a run recorded and stored of its method, on its base; refuses one that asks for more than is stored."""
     method, settings = read_config(record, str(folder.path / CONFIG))
     check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
-    return method, settings
+    attached = attach(base, method.name, settings)
+    load_exactly(attached.own, tensors, folder.path / ADAPTER)
+    return attached
 
 
 def method_record(method: Method) -> dict[str, Any]:

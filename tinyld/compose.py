@@ -66,7 +66,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     together = {name: measured(of) for name, of in rows.items()}
     drops = []
     for name, member in members.items():
-        base.model.push = member.push(base)
+        base.model.push = member.method.push
         own, both = measured(rows[name]), together[name]
         drops.append({
             "task": name, "split": options.split, "n": own.n, "own": own.accuracy, "composed": both.accuracy,
@@ -75,7 +75,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
     save_composition(folder, base, list(members.values()), router, environment())
-    parameters = sum(t.numel() for m in members.values() for t in m.tensors.values())
+    parameters = sum(p.numel() for m in members.values() for p in m.method.own.values())
     result = {"run": str(out), "routing": routing, "drops": drops}
     result |= {"parameters": parameters, "bytes": folder.files()[ADAPTER]}
     folder.write_json(RESULTS, {"compose": result})

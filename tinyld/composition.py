@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, check_base, load_exactly, method_record, read_method
+from tinyld.checkpoint import Base, check_base, load_exactly, load_method, method_record
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
@@ -19,20 +18,12 @@ from tinyld.router import Router, prompt_features, prototype_shapes
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One adapter of a composition."""
 
     run: str
     task: dict[str, Any]  # `tasks.to_record`
     method: TrajectoryLora
-    tensors: dict[str, Tensor]
-
-    def push(self, base: Base) -> TrajectoryPush:
-        """The member's push, for its base's shape."""
-        push = TrajectoryPush(self.method.config, base.model.config, None)
-        load_exactly(dict(push.named_parameters()), self.tensors, self.run)
-        return push.requires_grad_(False).eval().to(base.model.device)
 
 
 class RoutedPush(nn.Module):
@@ -86,7 +77,7 @@ class SomeRows(Sequence[Tensor]):
 
 def hang(base: Base, members: Sequence[Member], router: Router) -> None:
     """Puts members on their base's denoiser, instead of what pushes it now."""
-    base.model.push = RoutedPush([m.push(base) for m in members], router.to(base.model.device))
+    base.model.push = RoutedPush([m.method.push for m in members], router.to(base.model.device)).eval()
     base.model.requires_grad_(False)
 
 
@@ -104,14 +95,13 @@ def make_router(folders: Sequence[RunFolder], base: Base) -> Router:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_trajectory(
+def load_trajectory(
     record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder
 ) -> TrajectoryLora:
-    """The method that a run recorded; TinyldError where it is not one that pushes."""
+    """The method that a run recorded, on its base; TinyldError where it is not one that pushes."""
     if record.get("name") != TrajectoryLora.name:
         raise TinyldError(f"{folder.path} holds {record.get('name')}; only trajectory-lora adapters are composed")
-    _, settings = read_method(record, tensors, base, folder)
-    return TrajectoryLora(settings, base.model.config)
+    return load_method(record, tensors, base, folder)  # type: ignore[return-value]
 
 
 def read_member(folder: RunFolder, base: Base) -> Member:
@@ -120,16 +110,15 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
     check_base(config, base, folder.path)
-    tensors = folder.read_tensors(ADAPTER)
-    method = read_trajectory(config["method"], tensors, base, folder)
-    return Member(str(folder.path), config["task"], method, tensors)
+    method = load_trajectory(config["method"], folder.read_tensors(ADAPTER), base, folder)
+    return Member(str(folder.path), config["task"], method)
 
 
 def save_composition(
     folder: RunFolder, base: Base, members: Sequence[Member], router: Router, environment: dict[str, Any]
 ) -> None:
     """Writes one self-contained run: what is hung on the base, and what rows are routed by."""
-    tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.tensors.items()}
+    tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.method.own.items()}
     tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
     records = [{"run": m.run, "task": m.task, "method": method_record(m.method)} for m in members]
     config = {"kind": "composition", "members": records, "base": base.record(), "environment": environment}
@@ -147,9 +136,8 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
 
     members = []
     for i, record in enumerate(config["members"]):
-        own = under(f"{i}.")
-        method = read_trajectory(record["method"], own, base, folder)
-        members.append(Member(str(folder.path / ADAPTER), record["task"], method, own))
+        method = load_trajectory(record["method"], under(f"{i}."), base, folder)
+        members.append(Member(record["run"], record["task"], method))
     if not members:
         raise TinyldError(f"{folder.path / CONFIG}: a composition needs at least one adapter")
     shapes = prototype_shapes(base.model.config.d_model)

@@ -233,12 +233,12 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(Settings):
     """How a public model's folder is read, where its own files say otherwise or nothing."""
 
-    mask_token: str | None = None
-    max_length: int | None = None  # tokens of a row
-    chat: bool = False  # prompts are framed as its chat template has a user's turn
+    mask_token: str | None = setting(None, "A public model: which of its tokens is the mask.")
+    max_length: int | None = setting(None, "A public model: tokens of a row; if not given, its own or 2048.", least=2)
+    chat: bool = setting(False, "A public model: asked in the turns of its chat template.")
 
 
 def check_ours(reading: Reading | None) -> None:
@@ -264,6 +264,11 @@ BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them i
 class Loop(Settings):
     """What of the training loop is the same option of every verb that trains."""
 
+    steps: int | None = setting(None, "Train for so many updates.", "Training", least=1)
+    minutes: float | None = setting(None, "Train for so many minutes on the clock.", "Training", above=0)
+    tokens: int | None = setting(None, "Train on so many tokens.", least=1)
+    batch_size: int = setting(32, "Rows an update reads.", "Training", least=1)
+    seed: int = setting(0, "Seed of initialisation, data order and noise.", "Training", least=0)
     accumulate: int = setting(1, "Micro-batches an update is split into, for less memory.", least=1)
     recompute: bool = setting(False, "Activation checkpointing: less memory, a forward pass more.")
     clip: float = setting(1.0, "Largest gradient norm; 0 for none.", least=0)
@@ -280,17 +285,12 @@ class Loop(Settings):
 class TrainConfig(Loop):
     """The training loop, for pretraining and fine-tuning alike."""
 
-    steps: int | None = setting(None, above=0)  # optimizer updates
-    tokens: int | None = setting(None, above=0)  # tokens read
-    minutes: float | None = setting(None, above=0)  # wall-clock minutes of training
     epochs: float | None = setting(None, above=0)  # passes over the training rows
-    batch_size: int = setting(32, least=1)  # rows an optimizer update reads
     lr: float = setting(1e-3, above=0)
     body_lr: float = setting(1.0, least=0)  # share of lr that a warm-started encoder's own tensors train at
     body_start: float = setting(0.0, least=0, most=1)  # share of the budget during which they stay frozen
     # muon: for the matrices inside blocks and of pushes, AdamW for the rest
     optimizer: str = setting("adamw", among=OPTIMIZERS)
-    seed: int = setting(0, least=0)
     dtype: str = setting("auto", among=DTYPES)  # auto: bf16 where the processor or GPU has it in hardware
     device: str = "auto"
 
@@ -310,20 +310,22 @@ SAMPLERS = ("low_confidence", *THRESHOLDS, "ancestral")
 class SampleConfig(Settings):
     """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
-    sampler: str = setting("threshold", among=SAMPLERS)
-    steps: int | None = setting(None, least=1)  # reverse-process steps; None is one a masked token
-    temperature: float = setting(0.0, least=0)  # 0 takes the most likely token
-    threshold: float | None = setting(None, above=0)  # None: the sampler's own in THRESHOLDS
-    kl: float = setting(0.01, above=0)  # klass: most nats that a position's distribution moved since the last pass
-    least: int = setting(1, least=1)  # threshold, klass, entropy: tokens that a pass writes at least, sure or not
-    seed: int = setting(0, least=0)
+    sampler: str = setting("threshold", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
+    steps: int | None = setting(None, "Denoising steps; one an answer token if not given.", "Writing", least=1)
+    temperature: float = setting(0.0, "0 takes the most likely token.", "Writing", least=0)
+    seed: int = setting(0, "Seed of what is drawn.", "Writing", least=0)
+    threshold: float | None = setting(
+        None, "threshold, klass: least probability (0.95, 0.6); entropy: most nats left open (0.5).", above=0
+    )
+    least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
+    kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None:
-            check(
-                self.threshold <= 1 or self.sampler == "entropy", f"threshold must be at most 1, got {self.threshold:g}"
-            )
+            check(self.sampler in THRESHOLDS, f"threshold goes with --sampler {', '.join(THRESHOLDS)}")
+            a_share = self.threshold <= 1 or self.sampler == "entropy"
+            check(a_share, f"threshold must be at most 1, got {self.threshold:g}")
 
     @property
     def enough(self) -> float:

@@ -61,14 +61,9 @@ class Processes:
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves in every process the sum of all processes' gradients."""
-        if self.size == 1:
-            return
-        parameters = list(parameters)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        self._reduce(flat)
-        for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
-            parameter.grad = part.view_as(grad).clone()
+        for parameter in parameters if self.size > 1 else ():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self._reduce(parameter.grad)
 
     def _reduce(self, tensor: Tensor) -> None:
         try:

@@ -20,8 +20,8 @@ from tinyld.config import (
     OPTIMIZERS,
     PRESETS,
     SAMPLERS,
-    THRESHOLDS,
     Loop,
+    Reading,
     SampleConfig,
     Settings,
     TrainConfig,
@@ -118,39 +118,15 @@ class Written(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Options):
-    sampler: str = option(SampleConfig.sampler, "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    steps: int | None = option(None, "Denoising steps; one an answer token if not given.", "Writing", least=1)
-    temperature: float = option(0.0, "0 takes the most likely token.", "Writing")
-    seed: int = option(0, "Seed of what is drawn.", "Writing", least=0)
-    threshold: float | None = option(
-        None, "threshold, klass: least probability (0.9, 0.6); entropy: most nats left open."
-    )
-    least: int = option(SampleConfig.least, "Tokens that a pass writes at least, sure or not.", least=1)
-    kl: float = option(SampleConfig.kl, "klass: most nats that a distribution moved since the last pass.")
-
+class Sampling(Options, SampleConfig):
     def sampling(self) -> SampleConfig:
-        """How answers are written; UsageError for a threshold that the sampler does not read."""
-        reads = self.threshold is None or self.sampler in THRESHOLDS
-        check(reads, f"threshold goes with --sampler {', '.join(THRESHOLDS)}")
+        """How answers are written."""
         return SampleConfig(**self.only(SampleConfig))
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfPublicModel(Options):
-    mask_token: str | None = option(None, "A public model: which of its tokens is the mask.")
-    max_length: int | None = option(None, "A public model: tokens of a row; if not given, its own or 2048.", least=2)
-    chat: bool = option(False, "A public model: asked in the turns of its chat template.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Training(OnDevice, Written, Printed, Loop):
-    steps: int | None = option(None, "Train for so many updates.", "Training", least=1)
-    minutes: float | None = option(None, "Train for so many minutes on the clock.", "Training")
-    tokens: int | None = option(None, "Train on so many tokens.", least=1)
-    batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Training", least=1)
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
-    seed: int = option(0, "Seed of initialisation, data order and noise.", "Training", least=0)
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, no other option.", "Output")
     from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
@@ -162,7 +138,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(OfPublicModel, Training):
+class FinetuneOptions(Training, Reading):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     data: Path | None = option(
         None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
@@ -176,7 +152,7 @@ class FinetuneOptions(OfPublicModel, Training):
     budget: float | None = option(
         None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
     )
-    rank: int | None = option(None, "weight-lora, adapters: the rank.", "Method")
+    rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
     epochs: float | None = option(None, "Passes over the rows; 3, or more of few rows.", "Training")
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
@@ -256,7 +232,7 @@ class PredictOptions(Sampling, OnDevice, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(Sampling, OfPublicModel, OnDevice, Options):
+class SampleOptions(Sampling, OnDevice, Reading):
     run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
@@ -303,7 +279,7 @@ class ReportOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions(OfPublicModel, Options):
+class InfoOptions(Options, Reading):
     run: Path = option(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
     json: bool = option(False, "Print the result as JSON.", "Output")
 

@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, base_record, load_adapter, load_base, load_base_of
-from tinyld.composition import load_composition, read_member
+from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
+from tinyld.composition import load_composition
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -307,17 +307,10 @@ def load(
         load_composition(folder, loaded, task)
         records = [m["task"] for m in config["members"]]
     else:
-        records = [config["task"]]
-        if config["method"].get("name") == TrajectoryLora.name:
-            record = base_record(config, where)
-            shared = [b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, record.dtype)]
-            loaded = shared[0] if shared else load_base_of(config, path, base_path, on, kept_in)
-            push = read_member(folder, loaded).push(loaded)
-        else:
-            loaded, _ = load_adapter(folder, base_path, on, kept_in)
-    run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push)
-    run.model.requires_grad_(False)
-    return run
+        pushes = config["method"].get("name") == TrajectoryLora.name  # and so leaves its base to others
+        loaded, method = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
+        records, push = [config["task"]], getattr(method, "push", None)
+    return Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push)
 
 
 def input_columns(task: Task) -> list[str]:

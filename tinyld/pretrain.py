@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,13 @@ def train_base(
     device = resolve_device(training.device)
     processes = Processes.join(device)
     files, valid = (find_text_files(list(map(Path, paths))) for paths in (config["data"]["files"], config["valid"]))
-    parts = (None, None) if valid else (False, True)  # which part of its files each of the two is
 
-    def read(which: str, tokenizer: Tokenizer) -> Corpus:
-        paths, part = (files, parts[0]) if which == "text" else (valid or files, parts[1])
-        lines = read_lines(paths) if part is None else held_out_part(read_lines(paths), part)
+    def part(lines: Iterable[str], held_out: bool) -> Iterable[str]:
+        return lines if valid else held_out_part(lines, held_out)
+
+    def read(which: str, paths: list[Path], held_out: bool) -> Corpus:
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
-            corpus = tokenize(lines, tokenizer, bar.advance_to)
+            corpus = tokenize(part(read_lines(paths), held_out), tokenizer, bar.advance_to)
         if not corpus.documents:
             raise TinyldError(f"too little text in {', '.join(map(str, paths))}: no document to be {which}")
         return corpus
@@ -129,10 +130,9 @@ def train_base(
         tokenizer, shape = encoder.tokenizer, encoder.config
     else:
         say(f"training a tokenizer of {shape.vocab_size:,} pieces on {', '.join(map(str, files))}")
-        lines = sample(files, read_lines(files))
-        tokenizer = Tokenizer.train(lines if valid else held_out_part(lines, held_out=False), shape.vocab_size)
+        tokenizer = Tokenizer.train(part(sample(files, read_lines(files)), held_out=False), shape.vocab_size)
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
-    text, held_out = read("text", tokenizer), read("held-out text", tokenizer)
+    text, held_out = read("text", files, False), read("held-out text", valid or files, True)
     rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, tokenizer.eos_id)
     held_out_length = min(shape.max_length, max(2, len(held_out.stream) // 2))
     held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)

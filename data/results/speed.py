@@ -23,7 +23,7 @@ ROWS, EPOCHS, DECODED = 2_000, 3, 1_024
 METHODS = {"fast": ["--method", "trajectory-lora", "--recipe", "fast"]}
 METHODS |= {
     "best": ["--method", "trajectory-lora", "--recipe", "best"],
-    "lora": ["--method", "weight-lora", "--rank", "8"],
+    "lora": ["--method", "weight-lora", "--set", "rank=8"],
 }
 METHODS |= {name: ["--method", name] for name in ("full", "bitfit", "adapters")}
 COMPARISONS = {  # what -> ours, theirs
