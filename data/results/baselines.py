@@ -46,7 +46,7 @@ def frozen_states(base: Base, rows: TaskRows) -> dict[str, np.ndarray]:
         states = torch.stack([F.layer_norm(h, h.shape[-1:]) for h in [*depths, last]], dim=1)  # (B, depths, L, D)
         for name, chosen in (("mean", batch.attention_mask & ~batch.answer_mask), ("mask", batch.answer_mask)):
             share = chosen / chosen.sum(1, keepdim=True)
-            found[name].append(torch.einsum("bklD,bl->bkD", states, share).numpy())
+            found[name].append(torch.einsum("bklD,bl->bkD", states, share).float().numpy())
     mean, mask = (np.concatenate(found[name]) for name in ("mean", "mask"))
     return {
         "final state, mean": mean[:, -1],
