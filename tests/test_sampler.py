@@ -314,7 +314,7 @@ def test_the_end_of_an_answer_waits_for_its_beginning(
             logits[:, place, 6] = torch.where(goes_on, 3.5, 0.0)
         return logits[where]
 
-    config = SampleConfig(sampler=sampler, threshold=0.8)
+    config = SampleConfig(sampler, threshold=None if sampler == "low_confidence" else 0.8)
     out, passes = decode(denoiser, x, answer_mask, attention_mask, MASK, FORBIDDEN, config, eos_id=eos_id)
     assert out[answer_mask].tolist() == written
     assert passes == (4 if eos_id else 5 if sampler == "low_confidence" else 2)
