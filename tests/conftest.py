@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +18,16 @@ WORDS = "the a film plot was is not great terrible good bad dull bright it and b
 def one_thread() -> None:
     """Tiny models gain nothing from threads, and their bits are then the same on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture()
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in an empty folder, with no data of the user's and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TINYLD_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("TINYLD_DATA", raising=False)
 
 
 @pytest.fixture(scope="session")

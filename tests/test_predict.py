@@ -34,6 +34,7 @@ from tinyld.scores import eval
 from tinyld.tasks import load_task
 from tinyld.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 WORDS = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()
 SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}
 ROWS = [("the rain , the rain", "sad"), ("sun and sea", "happy"), ("rain is bad", "sad"), ("a good sky", "happy")] * 10
@@ -63,11 +64,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mood", "same", "tell"):
         tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
     return place
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def cli(*args: object, text: str | bytes = "") -> Any:

@@ -263,17 +263,16 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
             raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
     RunFolder.check_free(out, options.get("force", False))
     make_folder(out.parent)
-    file, run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out)
+    file, is_run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out).is_run()  # which --force replaces
     content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
-    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == os.path.realpath(file)
     is_new = not os.path.lexists(file)
-    if not (is_new or is_ours or read_bytes(file) == content):
+    if not (is_new or is_run or read_bytes(file) == content):
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
     write_atomic(file, content)
     try:
         finetune(FinetuneOptions(**{"data": file, "out": out, "quiet": True} | options))
     except TinyldError:
-        if is_new and not run.is_run():
+        if is_new and not RunFolder(out).is_run():
             file.unlink()  # so that the next try may have other rows
         raise
     return load(out, options.get("base"))
