@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from tinyld import __version__, options
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
-from tinyld.interrupt import Interrupted, raise_at_signals
+from tinyld.interrupt import Interrupted, raise_at_signals, raise_if_one_came
 from tinyld.options import ARGUMENT, Options, kinds
 from tinyld.parse import flag
 from tinyld.tables import print_record, print_table
@@ -258,7 +258,12 @@ def main() -> None:
         getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, what was found is shown
     try:
         raise_at_signals()
-        app()
+        try:
+            app()
+        except SystemExit as end:
+            if end.code:
+                raise
+        raise_if_one_came()
     except Interrupted as error:  # before or after a verb's own work
         print(f"tinyld: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
