@@ -334,16 +334,12 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
 ) -> None:
     run, mood = adapters["weight-lora"][0], place / "mood.toml"
     good("merge", run, "--out", "merged")
-    good("export", run, "--to", "peft", "--out", "lora")
     expected = good("eval", run, "--json").json[0]["nll_bound"]
     merged = good("eval", "merged", "--task", mood, "--json").json[0]["nll_bound"]
-    lora = good("eval", "lora", "--base", place / "base", "--task", mood, "--json").json[0]["nll_bound"]
-    assert merged == pytest.approx(expected, rel=1e-3) and lora == pytest.approx(expected, rel=1e-5)
+    assert merged == pytest.approx(expected, rel=1e-3)
     assert good("eval", place / "base", "--task", mood, "--json").json[0]["nll_bound"] != pytest.approx(expected)
     refused = cli("pretrain", "--resume", "merged")
     assert refused.code == 2 and "made by tinyld merge" in refused.stderr
-    refused = cli("eval", "lora", "--base", place / "other", "--task", mood)
-    assert refused.code == 1 and "lora is for base" in refused.stderr
 
 
 def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Path, Path]) -> None:
@@ -351,12 +347,10 @@ def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Pa
     assert summary["base_bytes"] < RunFolder(pair[0]).config["parameters"]["base_bytes"] / 1.8
     found = good("eval", "small", "--json").json[0]["nll_bound"]
     assert found == pytest.approx(summary["dev_nll_bound"], rel=1e-4)
-    good("compose", "small", "small", "--how", "average", "--out", "both", "--quiet")
-    assert good("eval", "both", "--json").json[0]["nll_bound"] == pytest.approx(found, rel=1e-4)
     (on,) = good("eval", "small", "--text", place / "text.txt", "--json").json
     (fp32,) = good("eval", place / "base", "--text", place / "text.txt", "--json").json
     assert on["base_nll_bound"] != fp32["nll_bound"], "its base alone is measured in int8, too"
-    refused = cli("compose", pair[0], "small", "--out", "new")
+    refused = cli("compose", pair[1], "small", "--out", "new")
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
@@ -688,10 +682,6 @@ ERRORS = [
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
-    ("compose {place}/colours {place}/mood-trajectory-lora --weights 1 --out new", 2, "--weights needs 2 numbers"),
-    ("compose {place}/colours {place}/mood-trajectory-lora --how router --weights 1,1 --out new", 2, "is a way of"),
-    ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,x --out new", 2, "--weights takes numbers"),
-    ("compose {place}/colours {place}/mood-trajectory-lora --weights 1,nan --out new", 2, "weights"),
     ("compose {place}/colours {place}/mood-trajectory-lora --base {place}/other --out new", 1, "was trained on base"),
     ("compose {place}/colours {place}/mood-trajectory-lora --data {place}/latin1 --out new", 1, "not UTF-8"),
     # pretraining
@@ -700,7 +690,7 @@ ERRORS = [
     ("pretrain --preset nano --set num_heads=3", 2, "num_heads must divide d_model"),
     ("pretrain --preset nano --set num_layers=0", 2, "num_layers must be at least 1"),
     (TEXT + "--steps 1 --max-length 1", 2, "max_length"),
-    (TEXT + "--steps 1 --trim-vocab 99", 2, "--trim-vocab needs --init"),
+    (TEXT + "--steps 1 --set body_lr=0.5", 2, "--body-lr needs --init"),
     (TEXT + "--minutes 0", 2, "minutes must be above 0"),
     ("pretrain {tiny} --quiet --steps 1 --out new --data missing.txt", 1, "no such file or folder: missing.txt"),
     ("pretrain {tiny} --quiet --steps 1 --out new --data {place}/notes.md", 1, "expected files ending in"),

@@ -16,21 +16,28 @@ from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
 from tinyld.checkpoint import Base, load_base, method_record, save_base
-from tinyld.compose import compose, default_how, labels, show
-from tinyld.composition import Member, hang, load_composition, prototype_router, save_composition
+from tinyld.compose import compose, show
+from tinyld.composition import Member, hang, load_composition, save_composition
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import TaskRows
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
-from tinyld.router import NEAR, NONE, Router, answer_slot, measure_routing, prompt_features, prompt_prototype
+from tinyld.router import (
+    NEAR,
+    NONE,
+    Router,
+    answer_slot,
+    measure_routing,
+    prompt_features,
+    prompt_prototype,
+    prototype_shapes,
+)  # fmt: skip
 from tinyld.rows import load_split
 from tinyld.runs import RunFolder
 from tinyld.tasks import load_task, to_record
 from tinyld.tokenizer import Tokenizer
-
-each = pytest.mark.parametrize("case", ("best-1", "fast"))
 
 
 def base_of(model: Denoiser) -> Base:
@@ -46,65 +53,26 @@ def trained_member(config: ModelConfig, case: str, seed: int = 0) -> tuple[Membe
     return Member(f"run{seed}", {"name": f"task{seed}"}, method, tensors), logits(model, noised_batch(config))
 
 
-def composed_logits(config: ModelConfig, *members: tuple[Member, float]) -> Tensor:
+def any_router(config: ModelConfig, members: int) -> Router:
+    return Router(*(torch.zeros(members, *shape) for shape in prototype_shapes(config.d_model).values()))
+
+
+@pytest.mark.parametrize("case", ("best-1", "best-2", "fast", "paper"))
+def test_a_push_of_its_own_gives_the_logits_of_its_training(config: ModelConfig, case: str) -> None:
+    member, alone = trained_member(config, case)
     base = base_of(fresh_base(config))
-    hang(base, [m for m, _ in members], [w for _, w in members])
-    return logits(base.model, noised_batch(config))
-
-
-# ---------------------------------------------------------------------------------------------- invariants
-
-
-@each
-def test_pushes_add_up_with_their_weights(config: ModelConfig, case: str) -> None:
-    (one, alone), (two, _) = (trained_member(config, case, seed) for seed in (0, 1))
-    base = logits(fresh_base(config), noised_batch(config))
-    assert not torch.allclose(alone, base, atol=1e-3)
-    found = composed_logits(config, (one, 0.8), (two, -0.3))
-    assert not torch.allclose(found, alone, atol=1e-3)
-    for expected, members in (
-        (alone, ((one, 1.0),)),
-        (alone, ((one, 0.5), (one, 0.5))),
-        (base, ((one, 1.0), (one, -1.0))),
-        (found, ((two, -0.3), (one, 0.8))),
-    ):
-        torch.testing.assert_close(composed_logits(config, *members), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_adapters_that_push_at_unlike_sites_add_up(config: ModelConfig) -> None:
-    """Where only one has a site, only that one pushes: with the other's up-projections at zero it is alone."""
-    (one, alone), (two, other) = trained_member(config, "best-1"), trained_member(config, "best-2", 1)
-    silent = [
-        replace(m, tensors={n: p * 0 if n.endswith("up") else p for n, p in m.tensors.items()}) for m in (one, two)
-    ]
-    torch.testing.assert_close(composed_logits(config, (one, 1.0), (silent[1], 1.0)), alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(composed_logits(config, (two, 1.0), (silent[0], 1.0)), other, atol=1e-5, rtol=1e-5)
-
-
-@each
-def test_a_saved_composition_gives_the_same_logits(config: ModelConfig, tmp_path: Path, case: str) -> None:
-    members, weights = [trained_member(config, case, seed)[0] for seed in (0, 1)], [0.5, 1.5]
-    expected = composed_logits(config, *zip(members, weights, strict=True))
-    folder = RunFolder.create(tmp_path / "both")
-    save_composition(folder, base_of(fresh_base(config)), members, "weights", weights, None, {})
-    base = base_of(fresh_base(config))
-    load_composition(RunFolder.open(tmp_path / "both"), base)
-    assert torch.equal(logits(base.model, noised_batch(config)), expected)
-    other = replace(base_of(fresh_base(config)), fingerprint="another")
-    with pytest.raises(TinyldError, match="was trained on base fingerprint, but base is base another"):
-        load_composition(folder, other)
+    assert not torch.allclose(logits(base.model, noised_batch(config)), alone, atol=1e-3)
+    base.model.push = member.push(base)
+    assert torch.equal(logits(base.model, noised_batch(config)), alone)
 
 
 LORA = METHODS["weight-lora"](make_config("weight-lora", {"rank": 1}, ModelConfig(160)), ModelConfig(160))
 DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda c: c.update(router="TrainedRouter"), "unknown kind of composition: how 'weights', router 'TrainedRouter'"),
-    (lambda c: c.update(parts=[], members=[]), "needs at least one adapter"),
-    (lambda c: c["parts"][0].update(weight="heavy"), "parts: 1: weight is of the wrong type: 'heavy'"),
-    (lambda c: c["parts"][0].update(weight=True), "parts: 1: weight is of the wrong type: 'True'"),
-    (lambda c: c["parts"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
-    (lambda c: c["parts"][0].update(method=method_record(LORA)), "holds weight-lora; only trajectory-lora adapters"),
-    (lambda c: c.update(how="magic"), "unknown kind of composition: how 'magic'"),
-    (lambda c: c.update(how="router"), "unknown kind of composition: how 'router', router None"),
+    (lambda c: c.update(members=[]), "needs at least one adapter"),
+    (lambda c: c["members"][0].update(method="heavy"), "members: 1: method is of the wrong type: 'heavy'"),
+    (lambda c: c["members"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
+    (lambda c: c["members"][0].update(method=method_record(LORA)), "holds weight-lora; only trajectory-lora adapters"),
+    (lambda c: c["members"].append(c["members"][0]), "holds 0 values, but config.json asks"),
 ]
 
 
@@ -113,7 +81,7 @@ def test_a_composition_that_is_damaged_or_of_another_method_is_refused(
     config: ModelConfig, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     folder, (member, _) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
-    save_composition(folder, base_of(fresh_base(config)), [member], "weights", [1.0], None, {})
+    save_composition(folder, base_of(fresh_base(config)), [member], any_router(config, 1), {})
     written = folder.config
     change(written)
     folder.write_json("config.json", written)
@@ -158,7 +126,7 @@ def test_the_nearest_prototype_is_in_units_of_the_mean_variance() -> None:
     mean = torch.tensor([[0.0, 0.0], [4.0, 1.0]])
     prototypes = torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1)
     features = torch.tensor([[3.9, 0.1], [0.1, 0.9]])  # near in the wide first feature, far in the narrow second
-    assert Router(prototypes, torch.zeros(2, 1, 2))(features).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert Router(prototypes, torch.zeros(2, 1, 2)).nearest(features).tolist() == [0, 1]
 
 
 def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
@@ -217,8 +185,6 @@ def test_routing_is_measured_on_rows_that_set_no_limit(config: ModelConfig, monk
     assert one["wrongly_accepted"] < 0.3, "words of neither task"
     assert two["wrongly_accepted"] > 0.9, "the task's own words"
     assert measure_routing(base, router(known[0], known[0]), held_out, None)[1]["right"] == 0.0
-    same = dict.fromkeys(("a", "b"), held_out["one"])  # two adapters of one task: either is right
-    assert measure_routing(base, router(known[0], known[0]), same, None)[1]["right"] == 1.0
 
 
 def test_a_router_gives_every_row_the_push_of_its_own_adapter(
@@ -230,16 +196,12 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
         x[row, 1:], prompt_mask[row] = x[(row - 2) // 2, 1:], prompt_mask[(row - 2) // 2]
     owner, t = [0, 1, 0, 0, 1, 1], torch.ones(6)
     features = prompt_features(model.embed(x), prompt_mask).detach()
-    members = []
-    for i, case in ((0, "best-0"), (1, "fast")):
-        own = features[[row for row, o in enumerate(owner) if o == i]]
-        prototype = {"prototype": torch.stack([own.mean(0), own.var(0, correction=0)])}
-        prototype["directions"] = torch.zeros(config.d_model // 2, config.d_model)
-        members.append(replace(trained_member(config, case, i)[0], prototype=prototype, run=case))
-    assert default_how(members) == "router" and default_how([members[0]] * 2) == "average"
-    router, base = prototype_router(members), base_of(fresh_base(config))
-    hang(base, members, [1.0, 1.0], router)
-    assert base.model.push.shares(base.model.embed(x), prompt_mask).argmax(1).tolist() == owner
+    own = [features[[row for row, o in enumerate(owner) if o == i]] for i in (0, 1)]
+    router = any_router(config, 2)
+    router.prototype.copy_(torch.stack([torch.stack([f.mean(0), f.var(0, correction=0)]) for f in own]))
+    members = [trained_member(config, case, i)[0] for i, case in enumerate(("best-2", "fast"))]
+    base = base_of(fresh_base(config))
+    hang(base, members, router)
     ran: list[int] = []
     for push in base.model.push.pushes:
         start = push.start
@@ -247,42 +209,24 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
     real = prompt_mask | answer_slot(prompt_mask)
     with torch.no_grad():
         found = base.model(x, t, real, prompt_mask)
-    assert ran == [3, 3], "each adapter runs on its own rows only"
-
-    def alone(row: int, member: int) -> Tensor:
-        one, length = base_of(fresh_base(config)), int(real[row].sum())
-        hang(one, [members[member]], [1.0])
-        with torch.no_grad():
-            return one.model(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
-
-    for row, member in enumerate(owner):
-        expected = alone(row, member)
-        torch.testing.assert_close(found[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
+        some = base.model(x, t, real, prompt_mask, where=answer_slot(prompt_mask))
+    assert ran == [3, 3] * 2, "each adapter runs on its own rows only"
+    torch.testing.assert_close(some, found[answer_slot(prompt_mask)], atol=1e-4, rtol=1e-4)
     folder = RunFolder.create(tmp_path / "both")
-    save_composition(folder, base_of(fresh_base(config)), members, "router", [1.0, 1.0], router, {})
+    save_composition(folder, base_of(fresh_base(config)), members, router, {})
     for task, answered_by in ((None, owner), ("task1", [1] * 6), ("another", owner)):
         again = base_of(fresh_base(config))
         load_composition(folder, again, task)
         with torch.no_grad():
             repeated = again.model(x, t, real, prompt_mask)
             assert again.model.push.answered_by(again.model.embed(x), prompt_mask).tolist() == answered_by
-        if answered_by == owner:
-            assert torch.equal(repeated, found)
+        assert answered_by != owner or torch.equal(repeated, found)
         for row, member in enumerate(answered_by):
-            expected = alone(row, member)
-            torch.testing.assert_close(repeated[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_members_without_prototypes_are_refused(config: ModelConfig) -> None:
-    members = [trained_member(config, "best-0", seed)[0] for seed in (0, 1)]
-    with pytest.raises(UsageError, match="run0, run1 has no prototype to route by"):
-        prototype_router(members)
-    assert labels(members) == ["task0", "task1"]
-    assert labels([members[0], replace(members[0], run="b"), members[1]]) == [
-        "task0 (1: run0)",
-        "task0 (2: b)",
-        "task1",
-    ]
+            one, length = base_of(fresh_base(config)), int(real[row].sum())
+            one.model.push = members[member].push(one)
+            with torch.no_grad():
+                alone = one.model(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
+            torch.testing.assert_close(repeated[row, :length], alone, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- the verb
@@ -323,29 +267,28 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
 ) -> None:
     options = ComposeOptions(runs=tuple(runs[:2]), out=tmp_path / "both", quiet=True, dtype="fp32")
     result = compose(options)
-    assert result["how"] == "router" and [r["right"] for r in result["routing"]] == [1.0, 1.0]
+    assert [r["right"] for r in result["routing"]] == [1.0, 1.0]
     for drop in result["drops"]:
         assert drop["n"] == 54 and drop["own"] == drop["composed"] and drop["drop"] == 0
         assert drop["own_nats"] == pytest.approx(drop["composed_nats"], abs=1e-4)
-    assert RunFolder.open(tmp_path / "both").read_json("results.json")["compose"]["how"]
+    assert RunFolder.open(tmp_path / "both").read_json("results.json")["compose"] == result
     json.dumps(result, allow_nan=False)
     show(result, options)
     title, *out = capsys.readouterr().out.splitlines()
     assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)
     with pytest.raises(TinyldError, match="holds .*, which this command reads; choose another --out"):
         compose(replace(options, out=runs[0], force=True))
-    with pytest.raises(UsageError, match="--weights needs 2 numbers"):
-        compose(replace(options, weights=(1.0,)))
+    with pytest.raises(TinyldError, match="one and .*one are both of a task one"):
+        compose(replace(options, runs=(runs[0], runs[0])))
+    RunFolder(runs[0]).remove("prototype.safetensors")
+    with pytest.raises(TinyldError, match="no prototype.safetensors in .*one"):
+        compose(replace(options, out=tmp_path / "new"))
 
 
-def test_tasks_that_cannot_be_told_apart_are_refused_unless_a_router_is_asked_for(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tasks_that_cannot_be_told_apart_are_refused_unless_told(runs: list[Path], tmp_path: Path) -> None:
     options = ComposeOptions(runs=(runs[0], runs[2]), out=tmp_path / "both", quiet=True, dtype="fp32", limit=20)
-    with pytest.raises(
-        TinyldError, match="its prompts are like another task's.* --how router composes them all the same"
-    ):
+    with pytest.raises(TinyldError, match=r"its prompts are like another task's.* --set least_right=([\d.]+)") as found:
         compose(options)
     assert not (tmp_path / "both").exists()
-    result = compose(replace(options, how="router"))
-    assert min(r["right"] for r in result["routing"]) < 0.95 and "its prompts are like" in capsys.readouterr().err
+    least = float(str(found.value).partition("least_right=")[2].split(",")[0])
+    assert min(r["right"] for r in compose(replace(options, least_right=least))["routing"]) < 0.95

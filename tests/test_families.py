@@ -615,21 +615,22 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(kind: 
     assert json.loads(run("eval", out, "--json", "--quiet"))[0]["n"] > 0
     assert json.loads(run("sample", base, "--length", "2", "--num", "1", "--json"))["samples"]
     assert json.loads(run("info", base, "--json"))["family"] == kind
-    (tmp_path / "task.toml").write_text(
-        'template = "{text} is {answer} ."\n[verbalizer]\nyes = "yes"\nno = "no"\n'
-        '[data]\ntrain = "rows.csv"\ndev = "rows.csv"'
-    )
     read_so = ("--set", "mask_token=<|spare|>", "--set", "max_length=40", "--set", "chat=true")
     (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
     for name in ("one", "two"):  # how a model was read is kept in a run and a composition of runs
-        run("finetune", "--task", str(tmp_path / "task.toml"), "--base", base, "--set", "blocks=1", "--quiet",
+        (tmp_path / f"{name}.toml").write_text(
+            f'template = "{{text}} {name} {{answer}} ."\n[verbalizer]\nyes = "yes"\nno = "no"\n'
+            '[data]\ntrain = "rows.csv"\ndev = "rows.csv"'
+        )
+        run("finetune", "--task", str(tmp_path / f"{name}.toml"), "--base", base, "--set", "blocks=1", "--quiet",
             "--set", "ranks=2,2,2", "--steps", "2", "--out", str(tmp_path / name), *read_so)  # fmt: skip
     kept = {"mask_token": "<|spare|>", "max_length": 40, "chat": True}
     assert json.loads((tmp_path / "one" / "config.json").read_text())["base"]["reading"] == kept
     both = str(tmp_path / "both")
-    run("compose", str(tmp_path / "one"), str(tmp_path / "two"), "--limit", "4", "--out", both, "--quiet")
-    for path in (str(tmp_path / "one"), both):
-        assert json.loads(run("predict", path, "--text", "a b"))["label"] in ("yes", "no")
+    run("compose", str(tmp_path / "one"), str(tmp_path / "two"), "--limit", "4", "--out", both, "--quiet",
+        "--set", "least_right=0")  # fmt: skip
+    for path in ([str(tmp_path / "one")], [both, "--task", "two"]):
+        assert json.loads(run("predict", *path, "--text", "a b"))["label"] in ("yes", "no")
     make(kind, tmp_path / "model", seed=1)
     ran = CliRunner().invoke(app, ["predict", out, "--text", "a b"])
     assert ran.exit_code == 1 and "was trained on base" in ran.output

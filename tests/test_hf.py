@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_families import FEW_AND_MANY, check_damaged
+from test_methods import attach, fresh_base, logits, noised_batch, train
 
+from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
-from tinyld.hf import Encoder, export_bert, find_encoder, load_encoder, trim_vocabulary
+from tinyld.hf import Encoder, export_bert, export_peft, find_encoder, load_encoder
 from tinyld.model import Denoiser
 from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
@@ -153,9 +157,11 @@ def test_trimming_keeps_the_pieces_of_the_text_that_was_counted(tmp_path: Path) 
     encoder = load_encoder(tmp_path)
     text = "the film was not great, but very good"
     before = encoder.tokenizer.encode(text)
-    counts = {i: before.count(i) for i in before}
     size = encoder.config.vocab_size - 10
-    trimmed = trim_vocabulary(encoder, counts, size)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "base"))
+    from trim_vocabulary import trimmed as trim
+
+    trimmed = trim(encoder, [before.count(i) for i in range(encoder.config.vocab_size)], size)
     after = trimmed.tokenizer.encode(text)
     assert trimmed.config.vocab_size == trimmed.tokenizer.vocab_size == size
     names = (encoder.tokenizer.inner.id_to_token, trimmed.tokenizer.inner.id_to_token)
@@ -251,3 +257,23 @@ def rename(folder: Path, ending: str) -> None:
 def edit(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("case", ["weight-lora", "weight-lora-targets", "weight-lora-rslora"])
+def test_peft_loads_ours_with_our_logits_and_no_warning(config: ModelConfig, tmp_path: Path, case: str) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra `interop`")
+    model, base, noised = fresh_base(config), fresh_base(config), noised_batch(config)
+    method = attach(model, case)
+    train(model, method)
+    export_peft(method.config, method.own, "fingerprint", tmp_path / "lora")
+    expected = logits(model, noised)
+    assert not torch.allclose(logits(base, noised), expected, atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora"))
+    found = logits(wrapped.base_model.model.eval(), noised)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TinyldError, match="is not empty"):
+        export_peft(method.config, method.own, "fingerprint", tmp_path / "lora")
+    with pytest.raises(TinyldError, match="are not those of a LoRA of its settings"):
+        export_peft(method.config, dict(list(method.own.items())[1:]), "fingerprint", tmp_path / "new")

@@ -62,7 +62,7 @@ END = "--dtype fp32 --json --quiet"
 TUNE = f"--steps 2 --batch-size 4 {END} --base tiny"
 TEXT = f"--data text --preset nano --vocab-size 128 --max-length 32 --steps 2 --batch-size 4 {END}"
 LORA = f"finetune --method weight-lora --rank 2 --task mood.toml {TUNE} --out"
-COMPOSE = f"compose push push2 --base tiny --limit 8 --how router {END} --out"
+COMPOSE = f"compose push push2 --base tiny --limit 8 --set least_right=0 {END} --out"
 GRID = "--methods bitfit --seeds 1 --trials 1 --steps 2 --json --quiet"
 COMMANDS = {  # by names that begin with the verb
     "finetune": f"{LORA} out",
@@ -73,7 +73,6 @@ COMMANDS = {  # by names that begin with the verb
     "predict lora": "predict lora asked.jsonl --base tiny --dtype fp32 --quiet",
     "predict both": "predict both asked.txt --base tiny --task mood --dtype fp32 --quiet",
     "predict several": "predict push push2 rows.csv --base tiny --dtype fp32 --quiet",
-    "predict peft": "predict lora.peft asked.jsonl --base tiny --task mood.toml --dtype fp32 --quiet",
     "eval": f"eval push --base tiny {END}",
     "eval data": f"eval lora --base tiny --data rows.csv {END}",
     "eval text": f"eval tiny --text text --set draws=1 {END}",
@@ -95,7 +94,7 @@ SETUP = (
     f"pretrain {TEXT} --out tiny", "pretrain --init bert --minutes 0 --data text --quiet --out encoder", f"{LORA} lora",
     f"finetune --recipe fast --task mood.toml {TUNE} --out push",
     f"finetune --recipe fast --task tint.toml {TUNE} --out push2", f"{COMPOSE} both", COMMANDS["eval"],
-    COMMANDS["eval data"], COMMANDS["compare"], "export lora --to peft --out lora.peft",
+    COMMANDS["eval data"], COMMANDS["compare"],
     f"finetune --method bitfit --task mood.toml {TUNE} --set save_minutes=0 --out stopped",
 )  # fmt: skip
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
-from tinyld.composition import SharedPush
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
@@ -535,25 +534,6 @@ def test_the_penalty_of_a_fresh_adapter_is_0_and_so_is_its_gradient(config: Mode
     assert penalty.item() == 0.0
     for name, parameter in method.own.items():
         assert parameter.grad is None or (parameter.grad == 0).all(), name  # a NaN is not 0 either
-
-
-# ---------------------------------------------------------------------------------------------- composition
-
-
-UNLIKE = [("best-0", "best-2", "fast"), ("best-2",), ("paper", "best-1"), ("best-0", "fast-banded")]
-
-
-@pytest.mark.parametrize("cases", UNLIKE)
-@torch.no_grad()
-def test_a_compositions_logits_at_few_positions_are_those_of_the_whole_pass(
-    config: ModelConfig, cases: tuple[str, ...]
-) -> None:
-    noised = noised_batch(config)
-    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
-    told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
-    pushes = [lively_push(config, case, seed=i).push for i, case in enumerate(cases)]
-    model = on_base(config, SharedPush(pushes, [0.7, -0.4, 1.3][: len(cases)]))
-    torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- state cache

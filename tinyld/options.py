@@ -36,7 +36,7 @@ from tinyld.parse import base_folder, flag, numbers, parsed, share
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
-RECIPE_NAMES, HOWS = ("best", "fast", "paper"), ("router", "average")
+RECIPE_NAMES = ("best", "fast", "paper")
 BASE_DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -208,7 +208,6 @@ class PretrainOptions(Training):
     max_length: int | None = option(None, "Tokens in a row.", "Model")
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", least=64)
     init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
-    trim_vocab: int | None = option(None, "With --init: keep this many pieces.", "Model", least=64)
     tokens: int | None = option(None, "Train on so many tokens.", "Training", least=1)
     lr: float = option(3e-3, "Peak learning rate.", "Training")
     optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=OPTIMIZERS)
@@ -273,14 +272,11 @@ class SampleOptions(Sampling, OfPublicModel, OnDevice, Options):
 @dataclass(frozen=True, kw_only=True)
 class ComposeOptions(OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
-    how: str | None = option(None, "By each prompt (router), or the mean.", "Coefficients", among=HOWS)
-    weights: tuple[float, ...] | None = option(
-        None, "Fixed ones, one an adapter: 0.7,0.3.", "Coefficients", read=numbers
-    )
     split: str = option("dev", "Rows to measure it on.", "Data", among=("train", "dev", "test"))
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", least=1)
     base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
+    least_right: float = option(0.95, "Share of a task's rows that must be routed to its adapter.", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,22 +10,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, attach, base_record, load_adapter, load_base, load_base_of, load_exactly
+from tinyld.checkpoint import Base, base_record, load_adapter, load_base, load_base_of
 from tinyld.composition import load_composition, read_member
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
-from tinyld.methods import TrajectoryLora, WeightLora
+from tinyld.methods import TrajectoryLora
+from tinyld.model import Denoiser
 from tinyld.parse import base_folder
-from tinyld.peft import is_peft, load_peft
 from tinyld.router import NONE
 from tinyld.rows import GAP, GAP_MARK, Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
-from tinyld.workspace import default_base
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
@@ -40,9 +39,15 @@ class Run:
     path: Path
     base: Base  # with the adapters on it, but for `push`
     tasks: list[Task]  # that it was made for; none for a base
-    config: dict[str, Any]  # the run's config.json; empty for a LoRA in PEFT's layout
+    config: dict[str, Any]  # the run's config.json
     dtype: str = "auto"
-    push: nn.Module | None = None  # of an adapter that shares its base with others
+    push: nn.Module | None = None  # of a trajectory adapter, which may share its base with others
+
+    @property
+    def model(self) -> Denoiser:
+        """The base's denoiser, pushed as this run does."""
+        self.base.model.push = self.push or self.base.model.push
+        return self.base.model
 
     def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
@@ -83,7 +88,6 @@ class Run:
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns."""
-        self.base.model.push = self.push or self.base.model.push
         (found,) = answers([self], [task], rows, sampling)
         records = [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
         if task.is_infill:
@@ -91,12 +95,10 @@ class Run:
         return records
 
     def answered_by(self, batch: Batch) -> list[str | None] | None:
-        """Of a composition, the member that each row belongs to, or None if to no task; all, if it does not route."""
+        """Of a composition, the member that each row belongs to, or None if to no task."""
         if self.config.get("kind") != "composition":
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
-        if self.config["router"] is None:
-            return [" + ".join(members)] * len(batch.x0)
         embedded = self.base.model.embed(batch.x0)
         owners = self.base.model.push.answered_by(embedded, batch.attention_mask & ~batch.answer_mask)
         return [None if i == NONE else members[i] for i in owners.tolist()]
@@ -108,7 +110,7 @@ class Run:
 
         `watch` gets the texts after every pass, with a `_` for each token that is not written yet.
         """
-        tokenizer, model = self.base.tokenizer, self.base.model
+        tokenizer, model = self.base.tokenizer, self.model
         before, mark, after = prompt.partition("{answer}")
         head, tail = [*tokenizer.start, *tokenizer.encode(before), *tokenizer.turn], tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
@@ -144,8 +146,8 @@ def answers(
     Those have one base, and tasks whose prompts are the same tokens around one masked place. Without `decoded` they run
     the vocabulary's head for their labels' words alone.
     """
-    base, task, device = runs[0].base, tasks[0], runs[0].base.model.device
-    model, tokenizer = base.model, base.tokenizer
+    model, tokenizer, task = runs[0].model, runs[0].base.tokenizer, tasks[0]
+    device = model.device
     data = TaskRows(examples_of(rows, task), task, tokenizer, model.config.max_length)
     labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
     generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -226,7 +228,7 @@ class Runs:
         name = str(path) if path.name in self.runs else path.name
         check(path not in [run.path for run in self.runs.values()], f"{path} is given twice")
         bases = [run.base for run in self.runs.values() if run.push is not None]
-        run = load_push(path, bases, **self.options) or load(path, **self.options)
+        run = load(path, bases=bases, **self.options)
         run.task_named(None)  # refuses what has no task
         self.runs[name] = run
         return run
@@ -245,7 +247,8 @@ class Runs:
         found: dict[Any, list[str]] = {}
         for name, run in self.runs.items():
             task, key = run.tasks[0], (name,)
-            if run.push is not None and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
+            on_final_state = run.push is not None and run.push.first_depth == run.base.model.config.num_layers
+            if on_final_state and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
                 key = (id(run.base), *task.reads)
             found.setdefault(key, []).append(name)
         return list(found.values())
@@ -261,25 +264,8 @@ class Runs:
             own = input_columns(tasks[0])
             check(len(own) == len(columns), f"{names[0]} reads {', '.join(own)}, {task.name} {', '.join(columns)}")
             renamed = [(w, r | {new: r[old] for new, old in zip(own, columns, strict=True)}) for w, r in rows]
-            runs[0].base.model.push = runs[0].push or runs[0].base.model.push
             found |= zip(names, answers(runs, tasks, renamed, sampling, self.decoded), strict=True)
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
-
-
-def load_push(
-    path: Path, bases: Sequence[Base], base: str | Path | None = None, device: str = "auto", dtype: str = "auto"
-) -> Run | None:
-    """An adapter that pushes the final state alone, to be hung on one of `bases` or on its own; None for other runs."""
-    config = {} if is_peft(path) else RunFolder.open(path).config
-    method = config.get("method", {})
-    if method.get("name") != TrajectoryLora.name or method.get("blocks") != 0:
-        return None
-    record = base_record(config, path / CONFIG)
-    shared = next((b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, record.dtype)), None)
-    if shared is None:
-        shared = load_base_of(config, path, None if base is None else base_folder(base), resolve_device(device))
-    push = read_member(RunFolder(path), shared).push(shared)
-    return Run(path, shared, [from_record(config["task"], str(path / CONFIG))], config, dtype, push)
 
 
 @overload
@@ -294,12 +280,13 @@ def load(
     kept_in: str | None = None,
     task: str | None = None,
     reading: Reading | None = None,
+    bases: Sequence[Base] = (),
 ) -> Run | Runs:
     """A run from its folder, on its base: where the run says, or in `base`, or the released one. Of several: `Runs`.
 
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
-    composition that routes its rows, all go to the adapter of `task` where that is named. `reading`: how the folder of
-    a public model is read; a run says itself how its base was.
+    composition all rows go to the adapter of `task` where that is named. `reading`: how the folder of a public model is
+    read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, if that is there.
     """
     if not isinstance(path, str | Path):
         several = Runs({"base": base, "device": device, "dtype": dtype})
@@ -309,24 +296,28 @@ def load(
         return several
     path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
-    if is_peft(path):
-        loaded = load_base(base_path or default_base(), on, kept_in or "fp32")
-        config, tensors = load_peft(path, loaded.model.config, loaded.fingerprint)
-        load_exactly(attach(loaded, WeightLora.name, config).own, tensors, path)
-        return Run(path, loaded, [], {}, dtype)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
-    folder = RunFolder(path)
+    folder, push = RunFolder(path), None
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         return Run(path, load_base(path, on, kept_in or "fp32", reading), [], config, dtype)
     check_ours(reading)
-    if config["kind"] == "adapter":
-        loaded, _ = load_adapter(folder, base_path, on, kept_in)
-        return Run(path, loaded, [from_record(config["task"], where)], config, dtype)
-    loaded = load_base_of(config, path, base_path, on, kept_in)
-    load_composition(folder, loaded, task)
-    tasks = {m["task"]["name"]: from_record(m["task"], where) for m in config["members"]}
-    return Run(path, loaded, list(tasks.values()), config, dtype)
+    if config["kind"] == "composition":
+        loaded = load_base_of(config, path, base_path, on, kept_in)
+        load_composition(folder, loaded, task)
+        records = [m["task"] for m in config["members"]]
+    else:
+        records = [config["task"]]
+        if config["method"].get("name") == TrajectoryLora.name:
+            record = base_record(config, where)
+            shared = [b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, record.dtype)]
+            loaded = shared[0] if shared else load_base_of(config, path, base_path, on, kept_in)
+            push = read_member(folder, loaded).push(loaded)
+        else:
+            loaded, _ = load_adapter(folder, base_path, on, kept_in)
+    run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push)
+    run.model.requires_grad_(False)
+    return run
 
 
 def input_columns(task: Task) -> list[str]:

@@ -21,7 +21,7 @@ from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume
-from tinyld.hf import Encoder, find_encoder, load_encoder, trim_vocabulary
+from tinyld.hf import Encoder, find_encoder, load_encoder
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training
 from tinyld.parse import flag
@@ -70,7 +70,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     def open_folder() -> RunFolder:
         return RunFolder.create(out, options.force)
 
-    return {"run": str(out), **train_base(config, out, open_folder, options, False, encoder, options.trim_vocab)}
+    return {"run": str(out), **train_base(config, out, open_folder, options, False, encoder)}
 
 
 def config_of(options: PretrainOptions) -> dict[str, Any]:
@@ -81,11 +81,11 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
     path = None if options.init is None else find_encoder(options.init)
     own = path is not None and RunFolder(path).is_run()
     if path is None:
-        for name in ("trim_vocab", "body_lr", "body_start"):
+        for name in ("body_lr", "body_start"):
             check(not getattr(options, name), f"{flag(name)} needs --init")
     else:
         fixed = [name for name in (*sizes[:-1], "vocab_size") if getattr(options, name)]
-        check(not fixed, "--init brings its own sizes; only --max-length and --trim-vocab may change them")
+        check(not fixed, "--init brings its own sizes; only --max-length may change them")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
     training = options.only(TrainConfig)
     if path is not None and options.minutes == 0:  # the encoder is written as it is, untrained
@@ -116,7 +116,6 @@ def train_base(
     options: Training,
     resume: bool,
     encoder: Encoder | None = None,
-    trim_vocab: int | None = None,
 ) -> dict[str, Any]:
     """Trains a base as the config says, from an encoder if there is one, and returns its results, which are also in its
     results.json.
@@ -144,9 +143,6 @@ def train_base(
     if resume:
         tokenizer = Tokenizer.load(out / TOKENIZER)
     elif encoder is not None:
-        if trim_vocab is not None:
-            used = read("text", encoder.tokenizer).counts
-            encoder = trim_vocabulary(encoder, dict(enumerate(used.tolist())), trim_vocab)
         tokenizer, shape = encoder.tokenizer, encoder.config
     else:
         say(f"training a tokenizer of {shape.vocab_size:,} pieces on {', '.join(map(str, files))}")

@@ -131,29 +131,22 @@ class Router(nn.Module):
         for member, own in enumerate(features):
             self.limits[member] = torch.quantile(self.distance(own, member), KNOWN)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, k) one-hot weights of the members that answer."""
-        return F.one_hot(self.nearest(features), len(self.limits)).to(features.dtype)
 
-
-def measure_routing(base: Base, router: Router, owners: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
+def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
     """Sets the router's limits by every other row of each member's task, and counts on the rest: the share that goes to
-    each member ("right": to those of the task), the share that is refused, and that of texts of no task that is taken
-    for the task's. owners: the members' names, with the rows of their task."""
-    features = {name: task_features(base, rows, limit) for name, rows in owners.items()}
+    each member ("right": to the task's own), the share that is refused, and that of texts of no task that is taken for
+    the task's. rows: by the tasks' names, in the members' order."""
+    features = {name: task_features(base, of, limit) for name, of in rows.items()}
     router.set_limits([own[::2] for own in features.values()])
     found = []
-    for name, rows in owners.items():
+    for name, of in rows.items():
         rest = features[name][1::2] if len(features[name]) > 1 else features[name]
-        nearest = router.nearest(rest)
-        goes = {other: share(nearest == i) for i, other in enumerate(owners)}
-        right = sum(goes[other] for other, of in owners.items() if of is rows)
-        refused = share(router.choose(rest) == NONE)
-        strangers = stranger_rows(base, rows.task)
+        nearest, strangers = router.nearest(rest), stranger_rows(base, of.task)
+        goes = {other: share(nearest == i) for i, other in enumerate(rows)}
         accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
         found.append({
-            "task": name, "n": len(rest), "right": right, "goes_to": goes,
-            "wrongly_refused": refused, "wrongly_accepted": accepted,
+            "task": name, "n": len(rest), "right": goes[name], "goes_to": goes,
+            "wrongly_refused": share(router.choose(rest) == NONE), "wrongly_accepted": accepted,
         })  # fmt: skip
     return found
 

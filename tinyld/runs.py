@@ -42,8 +42,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
         "task": {"name": str, "verbalizer": {"*": str}},
         "method": {"name": str},
         "environment": {"command": str},
-        "members": [{"run": str, "task": {"name": str}, "weight": NUMBER}],
-        "parts": [{"weight": NUMBER, "method": {}}],
+        "members": [{"run": str, "task": {"name": str}, "method": {}}],
     },
     RESULTS: {"eval": {"*": dict.fromkeys(("n", "accuracy", "low", "high", "nll_bound", "nll_stderr"), NUMBER)}}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": NUMBER, "dev_accuracy": NUMBER, "dev_nll_bound": NUMBER}),

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import BaseRecord, base_record, find_base, load_base
+from tinyld.checkpoint import base_record, find_base, load_base
 from tinyld.config import Reading, SampleConfig, check
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows
@@ -20,7 +20,6 @@ from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, Sampling, kinds
-from tinyld.peft import is_peft
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.runs import RESULTS, RunFolder, is_foreign
@@ -134,14 +133,13 @@ def eval_text(options: EvalOptions) -> list[Record]:
 
     records = []
     for path in options.runs or [default_base()]:
-        config = {} if is_peft(path) else {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config
-        is_base = config.get("kind") == "base"
+        config = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config
+        is_base = config["kind"] == "base"
         bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None)
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if not is_base:
-            below = find_base(config, path, options.base) if config else options.base or default_base()
-            then = base_record(config, path) if config else BaseRecord("", "")
+            below, then = find_base(config, path, options.base), base_record(config, path)
             alone, _ = bound_of(below.resolve(), then.dtype, then.reading)
             forgotten = bound.minus(alone)
             record |= {"base_nll_bound": alone.mean, "base_nll_stderr": alone.stderr}

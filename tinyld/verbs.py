@@ -51,7 +51,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
         record |= config["parameters"]
     else:
         for i, member in enumerate(config["members"], 1):
-            record[f"member {i}"] = f"{member['task']['name']}: {member['run']} x {member['weight']:g}"
+            record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record |= {k: v for verb in ("pretrain", "finetune") for k, v in results.get(verb, {}).items() if k not in record}
     for key, found in results.get("eval", {}).items():
@@ -118,9 +118,8 @@ def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
 def export(options: ExportOptions) -> dict[str, Any]:
     """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
     from tinyld.checkpoint import base_dtype, load_base
-    from tinyld.hf import export_bert
+    from tinyld.hf import export_bert, export_peft
     from tinyld.methods import WeightLora
-    from tinyld.peft import export_peft
 
     run, out = options.run, options.out
     if is_foreign(run):

@@ -1,0 +1,51 @@
+"""A WordPiece encoder of the BERT family with those pieces alone that a text uses most, as a folder for --init.
+
+    python data/base/trim_vocabulary.py FOLDER TEXT PIECES OUT
+
+Special tokens and single characters stay, so that a dropped piece is spelled by shorter ones; kept pieces keep their
+order. Text whose pieces were all kept gets the same ones, but for tinyld's one spelling of quotes, brackets and
+`does n't`, which is put before the encoder's own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tokenizers import Tokenizer as HFTokenizer
+
+from tinyld.corpus import tokenize
+from tinyld.hf import Encoder, export_bert, find_encoder, load_encoder
+from tinyld.tokenizer import Tokenizer, add_spelling_rules, find_text_files, read_lines
+
+
+def trimmed(encoder: Encoder, counts: Sequence[int], size: int) -> Encoder:
+    """The encoder with its `size` most used pieces. counts: how often each id is used."""
+    tokenizer = encoder.tokenizer
+    if not tokenizer.is_wordpiece:
+        raise SystemExit("only a WordPiece tokenizer can be trimmed (BERT, DistilBERT, ELECTRA)")
+    vocab = tokenizer.inner.get_vocab()
+    must = {i for piece, i in vocab.items() if piece in tokenizer.special or len(piece.removeprefix("##")) == 1}
+    by_count = sorted((i for i in vocab.values() if i not in must), key=lambda i: (-counts[i], i))
+    kept = sorted([*must, *by_count[: max(0, size - len(must))]])
+    new_id, names = {old: new for new, old in enumerate(kept)}, {i: piece for piece, i in vocab.items()}
+    raw = json.loads(tokenizer.inner.to_str())
+    raw["model"]["vocab"] = {names[i]: new for i, new in new_id.items()}
+    raw["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in raw.get("added_tokens", []) if t["id"] in new_id]
+    raw["post_processor"] = None  # it names ids of its own; rows are framed by tinyld
+    inner = HFTokenizer.from_str(json.dumps(raw))
+    add_spelling_rules(inner)
+    tensors = {name: encoder.tensors[name][kept].clone() for name in ("embedding.weight", "output_bias")}
+    config = replace(encoder.config, vocab_size=len(kept))
+    return replace(encoder, config=config, tensors=encoder.tensors | tensors, tokenizer=Tokenizer(inner))
+
+
+if __name__ == "__main__":
+    folder, text, pieces, out = sys.argv[1:]
+    encoder = load_encoder(find_encoder(folder))
+    used = tokenize(read_lines(find_text_files([Path(text)])), encoder.tokenizer).counts
+    small = trimmed(encoder, used.tolist(), int(pieces))
+    export_bert(Path(folder), small.config, small.tensors, small.tokenizer, Path(out))
