@@ -24,7 +24,7 @@ from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
 from tinyld.interrupt import Interrupted, raise_at_signals, raise_if_one_came
 from tinyld.options import ARGUMENT, Options, kinds
-from tinyld.parse import flag
+from tinyld.parse import flag, refuse_idle
 from tinyld.tables import print_record, print_table
 from tinyld.write import to_json
 
@@ -148,7 +148,7 @@ class Group(TyperGroup):
         except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
-            has = kinds(VERBS[ctx.invoked_subcommand].options)
+            has = [f.name for f in dataclasses.fields(VERBS[ctx.invoked_subcommand].options) if f.metadata["group"]]
             lower = [flag(n) for n in ("batch_size", "max_length", "rank", "length", "num", "limit") if n in has]
             fail(f"out of memory; lower {' or '.join(lower)}" if lower else "out of memory", 1)
 
@@ -209,6 +209,8 @@ def add(name: str, verb: Verb) -> None:
         if "help" in sets:
             return list_options(name, verb.options)
         chosen = verb.options.of({k: v for k, v in given.items() if v is not None}, sets)
+        if getattr(chosen, "json", False):
+            refuse_idle(chosen, ["wide"], "on --json")
         result = load(verb.run)(chosen)
         if result is None or not is_writer():
             return

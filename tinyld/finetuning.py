@@ -34,6 +34,7 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
+from tinyld.parse import refuse_idle
 from tinyld.progress import Progress
 from tinyld.router import prompt_prototype
 from tinyld.rows import to_learn
@@ -76,13 +77,13 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
     check_frozen(method, options.base_dtype)
+    if method != TrajectoryLora.name:
+        refuse_idle(options, ["cache_gb"], f"with --method {method}, which keeps no states")
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
-        task = load_task(options.task or "reviews")
+        task = load_task("reviews" if options.task is None else options.task)
         mine = ("text_column", "label_column", "template")
-        unused = [name for name in mine if getattr(options, name) != getattr(FinetuneOptions, name)]
-        if unused:
-            raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
+        refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
         task = make_task(options, file, read_base_tokenizer(base, reading))
