@@ -173,6 +173,20 @@ def test_a_csv_alone_is_enough(place: Path) -> None:  # noqa: F811
     assert json.loads(CliRunner().invoke(app, ["eval", "two", "--json"]).stdout)[0]["n"] == 6
 
 
+def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:  # noqa: F811
+    rows = [{"ask": f"name the {t}", "reply": ["the sun", f"{t} it is"], "id": i} for i, (t, _) in enumerate(ROWS)]
+    made = {"base": place / "base", "text_column": "ask", "answer_column": "reply"} | QUICK
+    run = tinyld.finetune(rows, out="mine", **made)
+    task = run.config["task"]
+    assert (task["template"], task["answer_column"], task["verbalizer"]) == ("{text} : {answer}", "reply", {})
+    longest = max(len(run.base.tokenizer.encode(answer)) for row in rows for answer in row["reply"])
+    assert task["answer_tokens"] == min(longest + 1, run.base.model.config.max_length // 2)
+    assert run.config["data"]["rows"] == 72  # both answers of each row but the tenth that is held out
+    assert len(run.write(["name the rain"])) == 1
+    with pytest.raises(tinyld.UsageError, match="--label-column or --answer-column, not both"):
+        tinyld.finetune(rows, out="other", label_column="id", **made)
+
+
 def test_labels_get_words_that_the_vocabulary_has_as_one_token_each(tokenizer: Tokenizer) -> None:
     assert answer_words(["good", "bad"], tokenizer) == ["good", "bad"]
     assert answer_words(["very good", "not_good", "good"], tokenizer) == ["very", "not", "good"]
@@ -186,6 +200,6 @@ def test_options_are_read_as_a_user_writes_them() -> None:
     assert (options.base, options.ranks, options.targets) == (Path("a/b"), (4, 2, 1), ("query", "value"))
     assert options.budget == pytest.approx(0.007) == FinetuneOptions(budget="0.007").budget
     assert FinetuneOptions(budget="70%").budget == 0.7 and FinetuneOptions(budget=0.7).budget == 0.7
-    assert FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "compile=true"]) == FinetuneOptions(
-        rank=4, lr=1e-3, base_dtype="int8", compile=True
+    assert FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "rslora=true"]) == FinetuneOptions(
+        rank=4, lr=1e-3, base_dtype="int8", rslora=True
     )

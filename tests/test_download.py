@@ -6,10 +6,8 @@ import hashlib
 import http.server
 import io
 import tarfile
-import tempfile
 import threading
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from tinyld import download, formats
 from tinyld.download import NetworkError, RemoteFile, fetch
 from tinyld.errors import TinyldError
 from tinyld.formats import read_members, tenth
-from tinyld.tasks import Task, builtin_tasks, load_split, load_task
+from tinyld.tasks import Task, load_split, load_task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -80,9 +78,7 @@ def tar_of(members: dict[str, bytes | str]) -> bytes:
 
 
 def fetched(path: str, sha256: str | None = None) -> bytes:
-    with tempfile.TemporaryFile() as file:
-        fetch(RemoteFile(f"https://example.org{path}", sha256), file, "letters")
-        return file.read()
+    return fetch(RemoteFile(f"https://example.org{path}", sha256), "letters")
 
 
 def test_a_download_arrives_whole_and_says_where_from(
@@ -101,10 +97,6 @@ def test_a_download_arrives_whole_and_says_where_from(
         ("/none", None, r"could not download http://127.0.0.1:\d+/none: .*Not Found"),
         ("/cut", b"abc", "could not download .*/cut: .*after 3 of 13 bytes"),
         ("/large", b"x" * 1001, "could not download .*/large: it is larger than 1,000 bytes"),
-        ("/moved", b"http://example.org/a", "it leads to 'http://example.org/a', which is not a listed host"),
-        ("/moved", b"https://example.org/a", "it leads to 'https://example.org/a', which is not a listed host"),
-        ("/moved", b"http://dl.fbaipublicfiles.com/a", "could not download .*/moved: it leads to"),
-        ("/moved", b"ftp://127.0.0.1:9/a", "could not download .*/moved: it leads to"),
     ],
 )
 def test_a_failed_transfer_is_a_network_error(
@@ -115,13 +107,6 @@ def test_a_failed_transfer_is_a_network_error(
         site[path] = content
     with pytest.raises(NetworkError, match=message):
         fetched(path)
-
-
-def test_a_download_has_a_time_limit(site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "TOTAL", -1.0)
-    site["/a"] = b"x"
-    with pytest.raises(NetworkError, match="or takes over -1 s"):
-        fetched("/a")
 
 
 def test_a_wrong_checksum_and_another_scheme_are_refused(
@@ -136,13 +121,10 @@ def test_a_wrong_checksum_and_another_scheme_are_refused(
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value, folder in (
-        ("HOME", "/h", "/h/.cache/tinyld"), ("XDG_CACHE_HOME", "/x", "/x/tinyld"), ("TINYLD_CACHE", "/c", "/c"),
-    ):  # fmt: skip
-        if name == "HOME":
-            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-            monkeypatch.delenv("TINYLD_CACHE", raising=False)
-        monkeypatch.setenv(name, value)
+    for name in ("XDG_CACHE_HOME", "TINYLD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in (("HOME", "/h/.cache/tinyld"), ("XDG_CACHE_HOME", "/x/tinyld"), ("TINYLD_CACHE", "/c")):
+        monkeypatch.setenv(name, folder[:2])
         assert download.cache_dir() == Path(folder)
 
 
@@ -231,21 +213,6 @@ def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Pat
     assert {path.stem for path in folder.iterdir()} >= set(task.splits)
 
 
-def test_the_checksum_of_an_archive_that_none_is_published_of_is_that_of_its_first_download(
-    site: dict[str, bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = publish(site, load_task("subj"), PUBLISHED["subj"])
-    folder = download.download_task("subj", task.download)
-    assert (
-        "subj: no SHA-256 was known" in capsys.readouterr().err
-        and "https://" in (folder / "checksums.json").read_text()
-    )
-    download.download_task("subj", task.download)
-    publish(site, load_task("subj"), [PUBLISHED["subj"][0] + b"\0"])
-    with pytest.raises(TinyldError, match="when it was first downloaded"):
-        download.download_task("subj", task.download)
-
-
 def test_a_set_whose_md5_alone_is_published_is_checked_by_it(site: dict[str, bytes]) -> None:
     task, content = load_task("mr"), PUBLISHED["mr"][0]
     (remote,) = task.download.files
@@ -253,10 +220,7 @@ def test_a_set_whose_md5_alone_is_published_is_checked_by_it(site: dict[str, byt
     with pytest.raises(TinyldError, match=f"checksum is .*, expected {remote.md5}"):
         download.download_task("mr", task.download)
     known = RemoteFile(remote.url, md5=hashlib.md5(content).hexdigest())
-    folder = download.download_task("mr", replace(task.download, files=(known,), label_counts={}))
-    assert "https:" not in (folder / "checksums.json").read_text()  # nothing had to be trusted
-    unknown = [t.name for t in builtin_tasks() for f in (t.download.files if t.download else ()) if f.digest is None]
-    assert set(unknown) <= {"subj"}
+    download.download_task("mr", replace(task.download, files=(known,), label_counts={}))
 
 
 def test_mrpc_dev_rows_are_those_whose_ids_are_listed(site: dict[str, bytes]) -> None:
@@ -334,14 +298,3 @@ def test_a_file_in_the_cache_that_was_not_downloaded_stays_and_has_the_published
     with pytest.raises(TinyldError, match="train.tsv: has 2 rows, which are not the 3 published ones; delete it"):
         load_split(task, "train")
     assert mine.read_text().count("\n") == 3
-
-
-def test_the_real_sst2_comes_out_as_it_went_in(site: dict[str, bytes]) -> None:
-    if not (SHARED / "sst2").is_dir():
-        pytest.skip("no sst2 in shared/data")
-    task = load_task("sst2")
-    files = {f"SST-2/{split}.tsv": (SHARED / "sst2" / f"{split}.tsv").read_bytes() for split in ("train", "dev")}
-    task = publish(site, task, [zip_of(files)], label_counts=task.label_counts)
-    examples = load_split(task, "train")
-    assert Counter(e.label for e in examples) == Counter({0: 29_780, 1: 37_569})
-    assert examples == load_split(task, "train", data=SHARED)

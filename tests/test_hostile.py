@@ -80,7 +80,7 @@ COMMANDS = {  # by names that begin with the verb
     "eval text": f"eval tiny --text text --set draws=1 {END}",
     "compose": f"{COMPOSE} out",
     "pretrain": f"pretrain {TEXT} --out out",
-    "pretrain init": f"pretrain --init bert --minutes 0 --data text {END} --out out",
+    "pretrain init": f"pretrain --init bert --steps 1 --data text {END} --out out",
     "sample push": "sample push --base tiny --length 4 --num 1 --dtype fp32 --json",
     "sample": "sample tiny --length 4 --num 1 --dtype fp32 --json",
     "compare": f"compare --task mood.toml --base tiny {GRID} --out grid",
@@ -93,7 +93,7 @@ COMMANDS = {  # by names that begin with the verb
 }
 WRITES = {"finetune resume": "stopped/", "eval": "push/", "eval data": "lora/", "compare": "grid/"}  # beside out
 SETUP = (
-    f"pretrain {TEXT} --out tiny", "pretrain --init bert --minutes 0 --data text --quiet --out encoder", f"{LORA} lora",
+    f"pretrain {TEXT} --out tiny", "pretrain --init bert --steps 1 --data text --quiet --out encoder", f"{LORA} lora",
     f"finetune --recipe fast --task mood.toml {TUNE} --out push",
     f"finetune --recipe fast --task tint.toml {TUNE} --out push2", f"{COMPOSE} both", COMMANDS["eval"],
     COMMANDS["eval data"], COMMANDS["compare"],

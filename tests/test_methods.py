@@ -22,9 +22,17 @@ from tinyld.data import TaskRows
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.errors import UsageError
 from tinyld.methods import METHODS, make_config
-from tinyld.methods.bands import BAND_EDGES, NUM_BANDS, TIME_WIDTH, band_of, time_embedding
 from tinyld.methods.contract import Method
-from tinyld.methods.paper import LAMBDA_ORTH, LAMBDA_RANK, MODULES, nuclear_norm
+from tinyld.methods.paper import (
+    BAND_EDGES,
+    LAMBDA_ORTH,
+    LAMBDA_RANK,
+    MODULES,
+    NUM_BANDS,
+    band_of,
+    nuclear_norm,
+    time_embedding,
+)  # fmt: skip
 from tinyld.methods.trajectory import TrajectoryLora, TrajectoryLoraConfig
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
@@ -114,8 +122,7 @@ def train(model: Denoiser, method: Method, updates: int = 3) -> None:
 # ---------------------------------------------------------------------------------------------- every method
 
 
-def test_the_cases_cover_every_method() -> None:
-    assert {name for name, _ in CASES.values()} == set(METHODS)
+assert {name for name, _ in CASES.values()} == set(METHODS)
 
 
 @every_case
@@ -156,12 +163,9 @@ def test_the_usual_rate_is_lower_where_states_are_small_and_higher_for_a_single_
         (before, optimizer), (after, same) = method.usual(config), method.usual(encoder)
         assert optimizer == same == ("muon" if method is TrajectoryLora else "adamw")
         assert after < before if method.name in ("full", "trajectory-lora") else after == before
-        assert method.usual(config, "muon")[1] == "muon"
-        assert method is TrajectoryLora or method.usual(config, recipe="fast") == method.usual(config)
     for base, optimizer in itertools.product((config, encoder), ("adamw", "muon")):
         assert TrajectoryLora.usual(base, optimizer, "fast")[0] >= 2 * TrajectoryLora.usual(base, optimizer)[0]
-    adapters = METHODS["adapters"]
-    assert adapters.usual(config, "muon")[0] == adapters.usual(config)[0], "it has none of its own for Muon"
+    assert METHODS["adapters"].usual(config, "muon") == (2e-3, "muon"), "it has no rate of its own for Muon"
 
 
 @every_case
@@ -191,23 +195,6 @@ def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: M
     assert torch.equal(logits(other, noised), logits(model, noised))
     restored = from_dict(type(method.config), to_dict(method.config), "config.json")
     assert restored == method.config == again.config
-
-
-# Counted from the papers' shapes at D = 32, d_ff = 64, 2 layers.
-
-
-@pytest.mark.parametrize("case", [k for k in CASES if k.startswith("weight-lora")])
-def test_a_merged_weight_lora_equals_the_unmerged_one(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config)
-    names = [n for n, _ in model.named_parameters()]
-    base = logits(model, noised)
-    method = attach(model, case)
-    train(model, method)
-    adapted = logits(model, noised)
-    method.merge(model)
-    assert [n for n, _ in model.named_parameters()] == names, "a plain denoiser again"
-    torch.testing.assert_close(logits(model, noised), adapted, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(adapted, base, atol=1e-2)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -325,17 +312,12 @@ def on_base(config: ModelConfig, push: Any) -> Denoiser:
     return model
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_t_falls_in_exactly_one_band(seed: int) -> None:
+def test_every_t_falls_in_exactly_one_band() -> None:
     assert BAND_EDGES[0] == 1.0 and BAND_EDGES[-1] == 0.0
-    shares = [k / n for n in range(1, 13) for k in range(1, n + 1)]  # what counted noise tells the denoiser
-    drawn = torch.rand(500, generator=torch.Generator().manual_seed(seed)).clamp(min=1e-6)
-    t = torch.cat([drawn, torch.tensor(shares), torch.tensor(BAND_EDGES[:-1])])
+    t = torch.cat([torch.rand(500).clamp(min=1e-6), torch.arange(1, 13) / 12, torch.tensor(BAND_EDGES[:-1])])
     t = torch.cat([t, t.nextafter(torch.zeros(())), t.nextafter(torch.ones(()))]).clamp(max=1.0)
-    edges = torch.tensor(BAND_EDGES)
-    inside = torch.stack([(lo < t) & (t <= hi) for hi, lo in itertools.pairwise(edges)])  # (bands, N)
-    assert (inside.sum(0) == 1).all()
-    assert torch.equal(inside.int().argmax(0), band_of(t))
+    inside = torch.stack([(lo < t) & (t <= hi) for hi, lo in itertools.pairwise(torch.tensor(BAND_EDGES))])
+    assert (inside.sum(0) == 1).all() and torch.equal(inside.int().argmax(0), band_of(t))
 
 
 def used_units(config: TrajectoryLoraConfig, site: int, band: int) -> list[int]:
@@ -425,10 +407,7 @@ def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config:
     method.finish()
     torch.testing.assert_close(logits(model, noised), before, atol=1e-5, rtol=1e-5)
     assert method.config.prune == 0 and method.config.ranks == (1, 1, 1, 3, 1, 1, 8, 4, 1)
-    assert sum(p.numel() for p in method.own.values()) == 12 * (32 + 32 + TIME_WIDTH)
-    assert TrajectoryLora.expected_parameters(method.config, config) == 12 * (32 + 32 + TIME_WIDTH)
-    again = TrajectoryLora(from_dict(TrajectoryLoraConfig, to_dict(method.config), "config.json"), config)
-    other = fresh_base(config)
+    again, other = TrajectoryLora(method.config, config), fresh_base(config)
     again.attach(other)
     load_exactly(again.own, method.own, Path("adapter"))
     assert torch.equal(logits(other, noised), logits(model, noised))
@@ -441,15 +420,11 @@ def test_a_resumed_run_drops_the_units_that_the_first_one_did(config: ModelConfi
     load_exactly(again.own, first.own, Path("checkpoint"))
     for method in (first, again):
         for progress in (0.41, 0.6):
-            if method.pruning.dropped is not None:  # the optimizer moves what was dropped
+            if method.dropped is not None:  # the optimizer moves what was dropped
                 for site in method.push.sites:
                     site.up.data += 100.0 * torch.eye(32)[:, :8] * (site.up.norm(dim=0) == 0)
             method.after_update(progress)
-    assert first.pruning.dropped.tolist() == again.pruning.dropped.tolist() and living(first) == living(again) == [
-        1,
-        3,
-        8,
-    ]
+    assert first.dropped.tolist() == again.dropped.tolist() and living(first) == living(again) == [1, 3, 8]
 
 
 @pytest.mark.parametrize("case", ["fast", "best-1", "weight-lora"])
@@ -525,15 +500,9 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
     nuclear = sum(float(torch.linalg.svdvals(a @ b).sum()) for a, b in zip((first, second), down.chunk(2), strict=True))
     expected = LAMBDA_RANK * nuclear + LAMBDA_ORTH * 2 * float((first.T @ second).square().sum())
     assert method.penalty().item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_penalty_of_a_fresh_adapter_is_0_and_so_is_its_gradient(config: ModelConfig) -> None:
-    method = attach(fresh_base(config), "paper")
-    penalty = method.penalty()
-    penalty.backward()
-    assert penalty.item() == 0.0
-    for name, parameter in method.own.items():
-        assert parameter.grad is None or (parameter.grad == 0).all(), name  # a NaN is not 0 either
+    fresh = attach(fresh_base(config), "paper")
+    (zero := fresh.penalty()).backward()
+    assert zero.item() == 0.0 and all(p.grad is None or (p.grad == 0).all() for p in fresh.own.values()), "and no NaN"
 
 
 # ---------------------------------------------------------------------------------------------- state cache
@@ -557,7 +526,7 @@ def no_autocast() -> torch.autocast:
 
 
 def objective(tokenizer: Tokenizer) -> Objective:
-    return Objective("uniform", tokenizer.mask_id, counted=True, seed=0)
+    return Objective(tokenizer.mask_id, counted=True, seed=0)
 
 
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -66,16 +65,12 @@ def test_the_bound_falls_below_that_of_counts_alone(text: Path, tmp_path: Path) 
 
 def test_a_finished_run_has_its_files_and_no_checkpoint(text: Path, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", text)
-    names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == [
-        "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "results.json", "tokenizer.json",
-    ]  # fmt: skip
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"manifest.json", "metrics.jsonl", "results.json", "config.json", MODEL, TOKENIZER}
+    config = RunFolder(tmp_path / "run").config
     assert config["kind"] == "base" and config["train"]["steps"] == 6 and config["model"]["d_model"] == 32
     assert config["data"]["documents"] == 400 and config["data"]["files"] == [str(text)]
     assert RunFolder(tmp_path / "run").read_json("results.json") == {"pretrain": summary}
-    base = load_base(tmp_path / "run")
-    assert sum(p.numel() for p in base.model.parameters()) == summary["parameters"]
     assert summary["steps"] == 6 and summary["tokens"] == 6 * 8 * 16
 
 
@@ -88,11 +83,10 @@ def test_the_same_seed_writes_the_same_tokenizer_and_weights(text: Path, tmp_pat
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
-    optimizer: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"optimizer": optimizer, "save_minutes": 1e-9}
+    options: dict[str, Any] = {"optimizer": "muon", "save_minutes": 1e-9}
     run(tmp_path / "whole", text, **options)
     kept = Tokenizer.load(tmp_path / "whole" / TOKENIZER)
     monkeypatch.setattr(Tokenizer, "train", lambda lines, vocab_size: kept)  # this test is of the loop alone
@@ -109,9 +103,7 @@ def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
             run(tmp_path / "cut", text, **options)
     assert not (tmp_path / "cut" / MODEL).exists()
     run(tmp_path / "cut", text, resume=True)
-    for name in (MODEL, TOKENIZER):
-        assert RunFolder(tmp_path / "whole").digest(name) == RunFolder(tmp_path / "cut").digest(name)
-    assert not (tmp_path / "cut" / "checkpoints").exists()
+    assert RunFolder(tmp_path / "whole").digest(MODEL) == RunFolder(tmp_path / "cut").digest(MODEL)
 
 
 def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

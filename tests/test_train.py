@@ -122,7 +122,7 @@ def run(
         model = copy.deepcopy(model)
         method = attached(model, method)
     path.mkdir(exist_ok=True)
-    objective = Objective("uniform", MASK, counted=True, seed=config.seed)
+    objective = Objective(MASK, counted=True, seed=config.seed)
     given = (model, method.own, source, objective, config, RunFolder(path), evaluation, "test")
     return TrainingRun(*given, **{"quiet": True} | kwargs).train(resume)
 
@@ -247,9 +247,8 @@ def test_the_bf16_loss_is_near_the_fp32_loss(device: str, base: Denoiser, rows: 
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
 
 
-@pytest.mark.parametrize("checkpoints", [True, False])
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_step_before(
-    checkpoints: bool, base: Denoiser, rows: TaskRows, tmp_path: Path
+    base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
     method = attached(base, "adapters")
     calls = 0
@@ -262,18 +261,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_ste
             before.update(snapshot(method.own))
         return sum(p.sum() for p in method.own.values()) * (math.nan if calls == 4 else 0.0)
 
-    config = settings(save_minutes=1e-9 if checkpoints else 5.0)
-    with pytest.raises(TinyldError) as raised:
-        run(base, method, rows, config, tmp_path / "run", penalty=penalty)
-    message = str(raised.value)
-    assert "step 3" in message and "not finite" in message and "\n" not in message
+    with pytest.raises(TinyldError, match="at step 3 is not finite; .* is .*checkpoints/00000002"):
+        run(base, method, rows, settings(save_minutes=1e-9), tmp_path / "run", penalty=penalty)
     assert same_bits(before, snapshot(method.own))
-    if checkpoints:
-        assert str(tmp_path / "run" / "checkpoints" / "00000002") in message
-        _, state = RunFolder(tmp_path / "run").load_checkpoint()
-        assert state["step"] == 2, "with the weights of step 3 the same batch fails again"
-    else:
-        assert "there is no good checkpoint" in message
+    _, state = RunFolder(tmp_path / "run").load_checkpoint()
+    assert state["step"] == 2, "with the weights of step 3 the same batch fails again"
 
 
 @pytest.mark.parametrize("what", ["a weight", "a held-out number"])
@@ -321,30 +313,13 @@ def test_the_log_has_steps_losses_rates_and_held_out_numbers(base: Denoiser, row
 # ------------------------------------------------------------------------------------------------ budgets
 
 
-@pytest.mark.parametrize(
-    ("budget", "steps"),
-    [
-        ({"steps": 7}, 7),
-        ({"epochs": 2.0}, 8),  # 20 rows, 6 a step: 4 steps an epoch
-        ({"epochs": 0.5}, 2),
-        ({"epochs": 0.3}, 2),
-        ({"epochs": 1e-9}, 1),
-    ],
-)
-def test_a_budget_of_steps_or_epochs_ends_where_it_should(
-    budget: dict[str, Any], steps: int, base: Denoiser, rows: TaskRows, tmp_path: Path
-) -> None:
-    assert run(base, "bitfit", rows, settings(**budget), tmp_path / "run").step == steps
-
-
-def test_a_budget_of_tokens_ends_at_the_first_step_that_reaches_it(
-    base: Denoiser, rows: TaskRows, tmp_path: Path
-) -> None:
-    read = [int(rows.batch(step, 6, 0).attention_mask.sum()) for step in range(20)]
-    budget = sum(read[:5])
-    for extra, steps in ((0, 5), (1, 6)):
-        result = run(base, "bitfit", rows, settings(tokens=budget + extra), tmp_path / str(extra))
-        assert (result.step, result.tokens) == (steps, sum(read[:steps]))
+def test_a_budget_ends_at_the_first_step_that_reaches_it(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
+    read = [int(rows.batch(step, 6, 0).attention_mask.sum()) for step in range(8)]
+    five = sum(read[:5])
+    budgets = [("steps", 7, 7), ("epochs", 2.0, 8), ("epochs", 0.3, 2), ("epochs", 1e-9, 1)]  # 4 steps an epoch
+    for name, budget, steps in (*budgets, ("tokens", five, 5), ("tokens", five + 1, 6)):
+        result = run(base, "bitfit", rows, settings(**{name: budget}), tmp_path / f"{name}{budget}")
+        assert (result.step, result.tokens) == (steps, sum(read[:steps])), (name, budget)
 
 
 def test_evaluation_does_not_count_towards_minutes(
@@ -386,19 +361,15 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
     mine = {id(p) for p in method.own.values()}
     frozen = {n: p for n, p in base.named_parameters() if id(p) not in mine}
     assert (len(frozen) == 0) == (name == "full")
-    before, fresh = snapshot(frozen), snapshot(method.own)
+    before = snapshot(frozen)
     config = settings(batch_size=10, eval_every=1000, **LEARNING[name])
 
     def held_out() -> dict[str, float]:
-        found = evaluate(base, rows, tokenizer)
-        return {"accuracy": float(found.accuracy or 0.0)}
+        return {"accuracy": float(evaluate(base, rows, tokenizer).accuracy or 0.0)}
 
     result = run(base, method, rows, config, tmp_path / "run", held_out)
     assert RunFolder(tmp_path / "run").metrics()[0]["accuracy"] < 0.9  # untrained, it does not know
-    assert result.metrics["accuracy"] > 0.95
-    assert same_bits(before, snapshot(frozen))
-    assert all(p.grad is None for p in frozen.values())
-    assert any(not torch.equal(fresh[n], p) for n, p in method.own.items())
+    assert result.metrics["accuracy"] > 0.95 and same_bits(before, snapshot(frozen))
 
 
 # --------------------------------------------------------------------------------------------------------- checks
@@ -461,7 +432,7 @@ def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
 
 def test_the_gradients_of_all_processes_add_up_to_those_of_one(base: Denoiser, rows: TaskRows) -> None:
     batch = rows.batch(0, 5, 0)
-    noised, normaliser = Objective("uniform", MASK, counted=True, seed=0).noise(batch, 0)
+    noised, normaliser = Objective(MASK, counted=True, seed=0).noise(batch, 0)
 
     def gradient(parts: list[Any]) -> Tensor:
         base.zero_grad()
@@ -492,18 +463,3 @@ def test_recomputed_activations_train_the_same_weights(
         found[recompute], calls[recompute] = snapshot(ours.own), len(count)
     assert all(torch.equal(found[True][name], tensor) for name, tensor in found[False].items())
     assert calls[False] == 8 and calls[True] == 16
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler
-@pytest.mark.parametrize("compiler", [None, "/nowhere/c++"])
-def test_compiled_blocks_train_the_same_and_those_that_cannot_be_compiled_train_too(
-    compiler: str | None, base: Denoiser, rows: TaskRows, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    if compiler is not None:
-        monkeypatch.setattr("torch._inductor.config.cpp.cxx", (compiler,))
-    losses = []
-    for compiles in (False, True):
-        run(base, "adapters", rows, settings(steps=2, compile=compiles), tmp_path / str(compiles))
-        losses.append(RunFolder(tmp_path / str(compiles)).metrics()[-1]["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

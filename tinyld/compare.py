@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, product
+from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_model_config
 from tinyld.config import ModelConfig, check
@@ -53,8 +54,7 @@ def tested_on(task: Task) -> str:
     return "test" if "test" in task.splits else "dev"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A method with options of its own."""
 
     name: str  # as part of a folder's name
@@ -82,13 +82,12 @@ def variants(text: str, model_config: ModelConfig) -> list[Variant]:
             make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, model_config)
         except UsageError as error:
             raise UsageError(f"--methods {name}: {error}") from None
-        rate, _ = METHODS[method].usual(model_config, options.optimizer, options.recipe)
-        rate = rate if options.lr is None else options.lr
-        check(0 < rate < 1, f"--methods {name}: lr must be between 0 and 1, got {rate:g}")
+        usual, _ = METHODS[method].usual(model_config, options.optimizer, options.recipe)
+        rate = usual if options.lr is None else options.lr
         sets = [option for option in sets if not option.startswith("lr=")]
         flags = ["--method", method, *(word for option in sets for word in ("--set", option))]
-        found.append(Variant(re.sub(r"[^A-Za-z0-9.=%-]", "-", ":".join([method, *sets])), flags, rate))
-    check(len({variant.name for variant in found}) == len(found), f"--methods names one twice: {text!r}")
+        name = re.sub(r"[^A-Za-z0-9.=%-]", "-", ":".join([method, *sets]))
+        found.append(Variant(name, flags, rate))
     return found
 
 
@@ -101,36 +100,25 @@ class Cell:
     command: list[str]  # of tinyld, what makes it
 
     @property
-    def finished(self) -> bool:
-        return all((self.folder.path / name).is_file() for name in (ADAPTER, RESULTS))
-
-    @property
     def score(self) -> tuple[float, float]:
         """(accuracy, -NLL bound) on dev: what tuning goes by. A generation task has no accuracy."""
         found = self.folder.read_json(RESULTS)["finetune"]
         return found.get("dev_accuracy", 0.0), -found["dev_nll_bound"]
 
 
-@dataclass
 class Grid:
     """What is asked for; `run` does it, a row of the table after the other."""
 
-    options: CompareOptions
-    tasks: Sequence[Task]
-    methods: Sequence[Variant]
-    fingerprint: str  # of the base, as its path may hold another one later
-
-    def __post_init__(self) -> None:
-        options, names = self.options, [task.name for task in self.tasks]
-        check(options.trials <= len(RATES), f"--trials must be from 1 to {len(RATES)}, got {options.trials}")
-        check(options.steps is None or options.epochs == CompareOptions.epochs, "give --steps or --epochs, not both")
-        check(len(names) > 0, "compare needs at least one --task")
-        check(len(set(options.limit)) == len(options.limit), "--limit names a number of rows twice")
-        check(len(set(names)) == len(names), f"--task names one twice: {', '.join(names)}")
+    def __init__(self, options: CompareOptions, tasks: Sequence[Task], methods: Sequence[Variant], fingerprint: str):
+        """fingerprint: of the base, as its path may hold another one later."""
+        alone = options.steps is None or options.epochs == CompareOptions.epochs
+        check(alone, "give --steps or --epochs, not both")
+        self.options, self.tasks, self.fingerprint = options, tasks, fingerprint
         self.say, self.met = say_to_stderr(options.quiet), count(1)  # runs that were met so far
-        self.rows = list(product(self.tasks, options.limit or (None,), self.methods))
+        self.rows = list(product(tasks, options.limit or (None,), methods))
         paths = {"--data": options.data, "--base": options.base, "--device": options.device}
         self.more = [word for flag, path in paths.items() if path is not None for word in (flag, str(path))]
+        self.quiet = ["--quiet"] if options.quiet else []
         self.total = len(self.rows) * (options.trials + options.seeds - 1)
 
     def cell(self, task: Task, limit: int | None, variant: Variant, lr: float, seed: int) -> Cell:
@@ -156,17 +144,13 @@ class Grid:
 
     def run_row(self, task: Task, limit: int | None, variant: Variant) -> list[Row]:
         """Every rate with seed 0, the other seeds at the best rate, their evaluation."""
-        tried = [self.cell(task, limit, variant, lr, 0) for lr in self.rates(variant)]
-        for cell in tried:
-            self.train(cell)
+        tried = [self.trained(self.cell(task, limit, variant, lr, 0)) for lr in self.rates(variant)]
         best = max(tried, key=lambda cell: cell.score)
-        chosen = [best, *(self.cell(task, limit, variant, best.lr, seed) for seed in range(1, self.options.seeds))]
-        for cell in chosen[1:]:
-            self.train(cell)
-        quiet = ["--quiet"] if self.options.quiet else []
+        others = [self.cell(task, limit, variant, best.lr, seed) for seed in range(1, self.options.seeds)]
+        chosen = [best, *map(self.trained, others)]
         for cell in chosen:
             if f"{task.name}/{tested_on(task)}" not in cell.folder.read_json(RESULTS).get("eval", {}):
-                launch(["eval", str(cell.folder.path), "--split", tested_on(task), *self.more, "--json", *quiet])
+                launch(["eval", str(cell.folder.path), "--split", tested_on(task), *self.more, "--json", *self.quiet])
         return [row for cell in chosen for row in run_rows(cell.folder, len(tried))]
 
     def check_cell(self, cell: Cell) -> None:
@@ -180,16 +164,16 @@ class Grid:
                     "choose another --out"
                 )
 
-    def train(self, cell: Cell) -> None:
-        """Runs a cell unless it is finished."""
-        number = next(self.met)
-        if cell.finished:
-            return
-        self.say(f"-- run {number} of {self.total}: tinyld {' '.join(cell.command)}")
-        resume = ["finetune", "--resume", str(cell.folder.path), "--json"]
-        launch([*(resume if cell.folder.checkpoints() else cell.command), *(["--quiet"] if self.options.quiet else [])])
-        accuracy, bound = cell.score
-        self.say(f"   {cell.folder.path.name}: dev {100 * accuracy:.1f}%, NLL bound {-bound:.4f}")
+    def trained(self, cell: Cell) -> Cell:
+        """The cell, which is run unless it is finished."""
+        number, path = next(self.met), cell.folder.path
+        if not all((path / name).is_file() for name in (ADAPTER, RESULTS)):
+            self.say(f"-- run {number} of {self.total}: tinyld {' '.join(cell.command)}")
+            resume = ["finetune", "--resume", str(path), "--json"]
+            launch([*(resume if cell.folder.checkpoints() else cell.command), *self.quiet])
+            accuracy, bound = cell.score
+            self.say(f"   {path.name}: dev {100 * accuracy:.1f}%, NLL bound {-bound:.4f}")
+        return cell
 
 
 def launch(command: list[str]) -> None:

@@ -285,7 +285,6 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
 
-LOSSES = ("uniform", "elbo")  # plain cross-entropy; weighted to the bound. See diffusion.noise_batch
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
@@ -297,7 +296,6 @@ class Loop(Settings):
 
     accumulate: int = setting(1, "Micro-batches an update is split into, for less memory.", least=1)
     recompute: bool = setting(False, "Activation checkpointing: less memory, a forward pass more.")
-    compile: bool = setting(False, "torch.compile for the blocks, where it works.")
     clip: float = setting(1.0, "Largest gradient norm; 0 for none.", least=0)
     # the rate rises for `warmup`, stays at its peak for `flat`, then falls linearly to 0
     warmup: float = setting(0.05, "Share of the budget with a rising learning rate.", least=0, below=1)

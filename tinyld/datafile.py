@@ -12,13 +12,14 @@ from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.options import FinetuneOptions
 from tinyld.parse import refuse_idle
-from tinyld.rows import Example, cell, in_folder, load_split, read_rows
+from tinyld.rows import Example, cell, in_folder, load_split, read_rows, references
 from tinyld.tasks import KEPT, Task, from_record
 from tinyld.tokenizer import Tokenizer
 
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 MAX_LABELS = 200
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
+WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
 
 
 def read_split(
@@ -53,8 +54,9 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
     return (data, False, train) if dev else (train, True, train)
 
 
-def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Task:
-    """The task of a file that nothing else is known of: of a .txt to fill gaps in texts, else to label them."""
+def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
+    """The task of a file that nothing else is known of: of a .txt to fill gaps in texts, else to write the answers in
+    its answer column, or to label its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
     name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else file.resolve().parent.name).strip("-.")
     record: dict[str, Any] = dict.fromkeys(KEPT) | {"name": name or "mine", "path": str(file.resolve())}
     if file.suffix.lower() == ".txt":
@@ -66,6 +68,12 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Tas
     numbered = list(read_rows(file))
     rows = [row for _, row in numbered]
     text, label = _columns(options, file, rows)
+    if options.answer_column is not None:
+        answers = [answer for where, row in numbered for answer in references(row, label, where)]
+        longest = max(len(tokenizer.encode(answer)) for answer in answers)
+        own = {"verbalizer": {}, "label_names": [], "columns": {"text": text}, "answer_column": label, "metric": "nll"}
+        own["template"] = WRITING if options.template == FinetuneOptions.template else options.template
+        return from_record(record | own | {"answer_tokens": min(longest + 1, max_length // 2)}, str(file))
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in numbered))
     check(len(labels) >= 2, f"{file}: column {label!r} holds the one label {labels[0]!r}; at least two are needed")
     alike: dict[Any, str] = {}
@@ -74,7 +82,8 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer) -> Tas
         way_out = "write them alike, or say in a task file which labels there are"
         check(other == name, f"{file}: labels {show(other)} and {show(name)} look like one label; {way_out}")
     many = len(labels) > MAX_LABELS or (len(labels) == len(rows) and len(rows) > 2)
-    check(not many, f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?")
+    problem = f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?"
+    check(not many, f"{problem} Texts to write are an --answer-column")
     record |= {
         "template": options.template,
         "verbalizer": dict(zip(labels, answer_words(labels, tokenizer), strict=True)),
@@ -96,9 +105,11 @@ def folded(label: str) -> Any:
 
 
 def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """(text column, label column): as told, or by their names, or of two the one with more different values is text."""
+    """(text column, label or answer column): as told, or by their names, or the one that is left of two; where none is
+    told, the one with more different values is text."""
     names = list(rows[0])
-    text, label = options.text_column, options.label_column
+    text, label = options.text_column, options.label_column or options.answer_column
+    check(None in (options.label_column, options.answer_column), "give --label-column or --answer-column, not both")
     for name in (text, label):
         check(name is None or name in names, f"{file}: no column {name!r}; it has {', '.join(names)}")
     text = text or ("text" if "text" in names and label != "text" else None)

@@ -1,16 +1,18 @@
-"""Fine-tuning: a base, a task and a method -> an adapter in a run folder; and the going on with an interrupted run.
+"""Fine-tuning: a base, a task and a method -> an adapter in a run folder; the going on with an interrupted run; Python.
 
 What a run is, from the options of a new one or as an old one recorded it, is its config.json.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,17 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
-from tinyld.parse import refuse_idle
+from tinyld.parse import refuse_idle, several
+from tinyld.predict import Run, load
 from tinyld.progress import Progress
+from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
-from tinyld.rows import to_learn
+from tinyld.rows import SUFFIXES, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
+from tinyld.write import make_folder, write_atomic
 
 DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
 # Where nothing is said, three epochs; of few rows as many as make so many updates, but no more than EPOCHS. Three
@@ -64,7 +69,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     if is_writer():
         RunFolder.check_free(out, options.force)
     refuse_inside(out, [Path(config["base"]["path"]), *([Path(data)] if data else [])])
-    return {"run": str(out), **_train(config, out, lambda: RunFolder.create(out, options.force), options, False)}
+    return {"run": str(out), **_train(config, out, options)}
 
 
 def config_of(options: FinetuneOptions) -> dict[str, Any]:
@@ -82,11 +87,11 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
         task = load_task("reviews" if options.task is None else options.task)
-        mine = ("text_column", "label_column", "template")
+        mine = ("text_column", "label_column", "answer_column", "template")
         refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, read_base_tokenizer(base, reading))
+        task = make_task(options, file, read_base_tokenizer(base, reading), shape.max_length)
     if all(training[budget] is None for budget in BUDGETS):
         rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
         least = UPDATES_WRITING if task.is_generation else UPDATES
@@ -99,17 +104,14 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         "method": {"name": method, **to_dict(settings)},
         "base": {"path": str(base.resolve()), "dtype": options.base_dtype}
         | ({} if reading == Reading() else {"reading": to_dict(reading)}),
-        "diffusion": {"loss": options.loss},
         "train": to_dict(config),
         "cache_gb": options.cache_gb,
         "data": {"folder": data and os.path.realpath(data), "held_out": held_out, "limit": options.limit},
     }
 
 
-def _train(
-    config: dict[str, Any], out: Path, open_folder: Callable[[], RunFolder], options: Training, resume: bool
-) -> dict[str, Any]:
-    """Trains as the config says and returns the run's results, which are also in its results.json."""
+def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None) -> dict[str, Any]:
+    """Trains as the config says, in a new run or one that was `begun`; its results, which are also in results.json."""
     where, data = str(out / CONFIG), config["data"]
     quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
     training = from_dict(TrainConfig, config["train"], where)
@@ -124,7 +126,7 @@ def _train(
     examples[0] = to_learn(task, examples[0])
     reading = from_dict(Reading, config["base"].get("reading", {}), where)
     base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"], reading)
-    if resume:
+    if begun:
         check_base(config, base, out)
     model, tokenizer = base.model, base.tokenizer
     train_rows, dev_rows = (TaskRows(rows, task, tokenizer, model.config.max_length) for rows in examples)
@@ -132,9 +134,9 @@ def _train(
     kind, settings = read_config(started_as, where)
     method = attach(base, kind.name, settings, torch_seeded(training.seed, 0))
     counts, began = sizes(method, base), method_record(method)
-    folder = processes.open_run(out, open_folder)
+    folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
     with folder.locked():
-        if resume:
+        if begun:
             check_unchanged(out, config, train_rows.digest(), options.allow_changed, dev_sha256=dev_rows.digest())
         else:
             data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
@@ -150,9 +152,7 @@ def _train(
         for rows in (train_rows, dev_rows):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length)
         started = time.perf_counter()
-        objective: Objective | StateCache = Objective(
-            config["diffusion"]["loss"], tokenizer.mask_id, counted=True, seed=training.seed
-        )
+        objective: Objective | StateCache = Objective(tokenizer.mask_id, counted=True, seed=training.seed)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         if reason is None:
             with Progress("cache", len(train_rows), quiet=quiet) as bar:
@@ -168,7 +168,7 @@ def _train(
         result = TrainingRun(
             model, method.own, train_rows, objective, training, folder, held_out, f"{method.name} {task.name}",
             method.penalty, method.after_update, processes=processes, quiet=quiet,
-        ).train(resume, options.from_step)  # fmt: skip
+        ).train(begun is not None, options.from_step)  # fmt: skip
         metrics = result.metrics
         method.finish()
         changed = method_record(method) != began
@@ -229,10 +229,76 @@ def resume(options: Training) -> dict[str, Any]:
                 if is_writer():
                     folder.write_json(CONFIG, config)
             go_on = pretrain.train_base if verb == "pretrain" else _train
-            return {"run": str(out), **go_on(config, out, lambda: folder, options, True)}
+            return {"run": str(out), **go_on(config, out, options, folder)}
         if options.from_step is not None:
             raise TinyldError(f"{out} is finished already; step {options.from_step} has no checkpoint to go on from")
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()
         return {"run": str(out), **results[verb]}
+
+
+# ------------------------------------------------------------------------------------------------ from Python
+
+
+def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None = None, **options: Any) -> Run:
+    """Trains an adapter and loads it. Rows are (text, label) pairs or dicts with a text and a label column; a task is a
+    built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, one in .txt of texts
+    in which gaps are to be filled.
+
+    `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on. Rows in memory are kept
+    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev.
+    """
+    if isinstance(rows_or_task, str | Path):
+        is_file = Path(rows_or_task).suffix.lower() in (*SUFFIXES, ".txt")
+        made = _options(options, out=out, **{"data" if is_file else "task": str(rows_or_task)})
+        return load(finetune(made)["run"], made.base)
+    out = RUNS / "mine" if out is None else out
+    check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
+    out = Path(out)
+    file, run = out.with_name(f"{out.name}-rows.jsonl") if out.name else out, RunFolder(out)
+    made = _options(options, out=out, data=file)
+    records = []
+    for row in several(rows_or_task, "rows"):
+        if not isinstance(row, Mapping):
+            check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
+            row = dict(zip(("text", "label"), row, strict=True))
+        try:
+            records.append(json.dumps(dict(row), ensure_ascii=False, default=_number))
+        except TypeError:
+            raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
+    RunFolder.check_free(out, made.force)
+    make_folder(out.parent)
+    content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
+    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == os.path.realpath(file)
+    is_new = not os.path.lexists(file)
+    if not (is_new or is_ours or read_bytes(file) == content):
+        raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
+    write_atomic(file, content)
+    try:
+        finetune(made)
+    except TinyldError:
+        if is_new and not run.is_run():
+            file.unlink()  # so that the next try may have other rows
+        raise
+    return load(out, made.base)
+
+
+def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
+    """The verb's options; UsageError for one that it does not have, or that the first argument says already."""
+    known = {field.name for field in fields(FinetuneOptions)}
+    for name in given:
+        free = name in known and name not in ours
+        check(
+            free, f"no option {name} here; the first argument says what is learned"
+        )
+    return FinetuneOptions(**{"quiet": True, **ours, **given})
+
+
+def _number(value: Any) -> int | float:
+    """A number of numpy's; TypeError for what is none."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(value)

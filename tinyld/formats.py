@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import re
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from io import BytesIO, StringIO
+from typing import Any
 
 MAX_BYTES = 2 << 30  # of a download, and of what is read of an archive
 PAIR = " ||| "  # joins the two sentences of a pair in our files
 
 Row = tuple[str, str]  # sentence, label name
 Splits = dict[str, list[Row]]
-Converter = Callable[[list[BinaryIO]], Splits]  # ValueError, or what a broken archive raises, for another format
+Converter = Callable[[list[BytesIO]], Splits]  # ValueError, or what a broken archive raises, for another format
 
 
-def read_members(archive: BinaryIO, pattern: str) -> dict[str, bytes]:
+def read_members(archive: BytesIO, pattern: str) -> dict[str, bytes]:
     """Name -> content of the files in a zip or tar whose whole name matches `pattern`; nothing goes to the disk.
 
     Raises ValueError when nothing matches, or more than MAX_BYTES do, and whatever a broken archive makes Python raise.
@@ -57,7 +57,7 @@ def _lines(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
 
 
 def _glue(folder: str, row: Callable[[list[str]], Row], header: bool = True) -> Converter:
-    def convert(files: list[BinaryIO]) -> Splits:
+    def convert(files: list[BytesIO]) -> Splits:
         found = read_members(files[0], rf"{folder}/(train|dev)\.tsv")
         return {split: [row(line.split("\t")) for line in _lines(found[f"{folder}/{split}.tsv"])[header:]]
                 for split in ("train", "dev")}  # fmt: skip
@@ -65,7 +65,7 @@ def _glue(folder: str, row: Callable[[list[str]], Row], header: bool = True) -> 
     return convert
 
 
-def _mrpc(files: list[BinaryIO]) -> Splits:
+def _mrpc(files: list[BytesIO]) -> Splits:
     """GLUE's split of MSR's train file: its dev rows are those whose two ids stand in the third file."""
     train, test, dev_ids = (_lines(file.read()) for file in files)
     in_dev = {tuple(line.split("\t")) for line in dev_ids}
@@ -78,7 +78,7 @@ def _mrpc(files: list[BinaryIO]) -> Splits:
     return splits
 
 
-def _trec(files: list[BinaryIO]) -> Splits:
+def _trec(files: list[BytesIO]) -> Splits:
     """Lines like `DESC:manner How did ...`; the coarse type is the label."""
     parts = [[line.split(" ", 1) for line in _lines(file.read(), "latin-1")] for file in files]
     return {
@@ -90,7 +90,7 @@ def _trec(files: list[BinaryIO]) -> Splits:
 def _line_files(members: dict[str, str]) -> Converter:
     """One pool from one file per label in an archive, a sentence a line."""
 
-    def convert(files: list[BinaryIO]) -> Splits:
+    def convert(files: list[BytesIO]) -> Splits:
         pool: list[Row] = []
         for member, label in members.items():
             (data,) = read_members(files[0], rf"(.*/)?{re.escape(member)}").values()
@@ -100,17 +100,17 @@ def _line_files(members: dict[str, str]) -> Converter:
     return convert
 
 
-def _ag_news(files: list[BinaryIO]) -> Splits:
+def _ag_news(files: list[BytesIO]) -> Splits:
     """Rows of class 1-4, title, description; the description alone is the sentence."""
     labels = ("World", "Sports", "Business", "Sci/Tech")
-    readers = [csv.reader(io.StringIO(file.read().decode(), newline="")) for file in files]
+    readers = [csv.reader(StringIO(file.read().decode(), newline="")) for file in files]
     return {
         split: [(text, labels[int(kind) - 1]) for kind, _, text in of]
         for split, of in zip(("train", "test"), readers, strict=True)
     }
 
 
-def _imdb(files: list[BinaryIO]) -> Splits:
+def _imdb(files: list[BytesIO]) -> Splits:
     splits: Splits = {"train": [], "test": []}
     for name, data in sorted(read_members(files[0], r"aclImdb/(train|test)/(neg|pos)/\d+_\d+\.txt").items()):
         _, split, kind, _ = name.split("/")

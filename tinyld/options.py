@@ -17,7 +17,6 @@ from typing import Any, Self
 
 from tinyld.config import (
     DTYPES,
-    LOSSES,
     OPTIMIZERS,
     PRESETS,
     SAMPLERS,
@@ -157,7 +156,6 @@ class Training(OnDevice, Written, Printed, Loop):
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, no other option.", "Output")
     from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
-    loss: str = option(LOSSES[0], "Plain cross-entropy, or weighted to the bound.", among=LOSSES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,10 +167,11 @@ class Training(OnDevice, Written, Printed, Loop):
 class FinetuneOptions(OfPublicModel, Training):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     data: Path | None = option(
-        None, "CSV, TSV or JSONL of texts and labels, or a folder with train and dev; .txt: fill gaps in it.", "Task"
+        None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
     )
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
+    answer_column: str | None = option(None, "In place of a label column: the column of texts to write.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
@@ -289,14 +288,13 @@ class CompareOptions(Printed):
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
     seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)
-    trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1)
+    trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1, most=5)
     epochs: float = option(3.0, "Passes over the rows.", "Grid")
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
     csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
-    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +302,6 @@ class ReportOptions(Options):
     runs: tuple[Path, ...] = option((), "Evaluated adapters and compositions.", ARGUMENT)
     csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
     json: bool = option(False, "Print the table as JSON.", "Output")
-    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)

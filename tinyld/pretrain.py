@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +68,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         path = find_encoder(options.init)
         encoder = load_start(path, config["model"]["max_length"])
         refuse_inside(out, [path])
-
-    def open_folder() -> RunFolder:
-        return RunFolder.create(out, options.force)
-
-    return {"run": str(out), **train_base(config, out, open_folder, options, False, encoder)}
+    return {"run": str(out), **train_base(config, out, options, None, encoder)}
 
 
 def config_of(options: PretrainOptions) -> dict[str, Any]:
@@ -93,11 +87,7 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
         refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
     training = options.only(TrainConfig)
-    if path is not None and options.minutes == 0:  # the encoder is written as it is, untrained
-        idle = {f.name for f in fields(TrainConfig)} - {"minutes", "dtype", "device"}
-        refuse_idle(options, sorted(idle | {"loss"}), "with --minutes 0, which trains nothing")
-        training |= {"steps": 1, "minutes": None}
-    elif options.steps is None and options.tokens is None and options.minutes is None:
+    if options.steps is None and options.tokens is None and options.minutes is None:
         training |= {"minutes": 10.0}
     fresh_head = path is not None and not own
     training["body_lr"] = (0.1 if fresh_head else 1.0) if options.body_lr is None else options.body_lr
@@ -108,7 +98,6 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
     return {
         "kind": "base",
         "model": to_dict(ModelConfig(**shape)),
-        "diffusion": {"loss": options.loss},
         "train": to_dict(train),
         "save_dtype": options.save_dtype,
         "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},
@@ -117,18 +106,10 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
 
 
 def train_base(
-    config: dict[str, Any],
-    out: Path,
-    open_folder: Callable[[], RunFolder],
-    options: Training,
-    resume: bool,
-    encoder: Encoder | None = None,
+    config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None, encoder: Encoder | None = None
 ) -> dict[str, Any]:
-    """Trains a base as the config says, from an encoder if there is one, and returns its results, which are also in its
-    results.json.
-
-    `open_folder` is called once the text is known to be good, and gives the new folder, or with `resume` the old one.
-    """
+    """Trains a base as the config says, from an encoder if there is one, in a new run or one that was `begun`; its
+    results, which are also in results.json. A new folder is made once the text is known to be good."""
     where = str(out / CONFIG)
     quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
     training = from_dict(TrainConfig, config["train"], where)
@@ -147,7 +128,7 @@ def train_base(
         return corpus
 
     shape = from_dict(ModelConfig, config["model"], where)
-    if resume:
+    if begun:
         tokenizer = Tokenizer.load(out / TOKENIZER)
     elif encoder is not None:
         tokenizer, shape = encoder.tokenizer, encoder.config
@@ -164,10 +145,9 @@ def train_base(
     model = Denoiser(shape, torch_seeded(training.seed, 0))
     if encoder is not None:
         load_exactly(dict(model.named_parameters()), encoder.tensors, encoder.origin["folder"])
-    with ExitStack() as stack:
-        folder = processes.open_run(out, open_folder)
-        stack.enter_context(folder.locked())
-        if resume:
+    folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
+    with folder.locked():
+        if begun:
             check_unchanged(out, config, text.sha256, options.allow_changed)
             if config["warm_start"] and not folder.checkpoints():
                 raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
@@ -196,17 +176,13 @@ def train_base(
 
         parameters = dict(model.named_parameters())
         body = [n for n in parameters if config["warm_start"] and not n.startswith(("head_transform", "output_bias"))]
-        objective = Objective(config["diffusion"]["loss"], tokenizer.mask_id, counted=False, seed=training.seed)
+        objective = Objective(tokenizer.mask_id, counted=False, seed=training.seed)
         run = TrainingRun(
             model, parameters, rows, objective, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,
         )  # fmt: skip
-        if encoder is not None and options.minutes == 0:
-            model.eval()
-            run.metrics = evaluate()
-        else:
-            run.train(resume, options.from_step)
-            folder.close_log()
+        run.train(begun is not None, options.from_step)
+        folder.close_log()
         save_base(folder, model, parameters, tokenizer, SAVED[config["save_dtype"]])
         summary = {
             "parameters": shape.num_parameters(),

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinyld.config import LOSSES, TrainConfig, to_dict
+from tinyld.config import TrainConfig, to_dict
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
@@ -67,7 +67,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     if name not in METHODS:
         raise TinyldError(f"{folder.path / CONFIG}: method must be one of {', '.join(METHODS)}, got {name[:60]!r}")
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
-    trained = {f.name: f.default for f in fields(TrainConfig)} | {"loss": LOSSES[0], "schedule": "linear"}
+    trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     about = {
         "run": folder.path.name,
         "base": Path(base["path"]).name,
@@ -76,7 +76,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
         "recipe": recipe,
         "settings": unlike({"base": f"in {base.get('dtype', 'fp32')}"} | method, usual),
         "rows": config["data"]["rows"],
-        "training": unlike({k: v for k, v in (train | config["diffusion"]).items() if k not in TOLD}, trained),
+        "training": unlike({k: v for k, v in train.items() if k in trained}, trained),
         "trials": trials,
     }
     rows = []
@@ -155,14 +155,9 @@ GROUP = ("task", "base", "fingerprint", "split", "n", "rows")  # what a narrow t
 TELLS_APART = ("recipe", "settings", "optimizer", "training", "epochs", "steps", "lr")
 
 
-def result_tables(found: Sequence[Row], wide: bool) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
-    """(title, columns, rows): one table of all that is known, or a narrow one for every task, base and amount of rows.
-
-    A narrow one has the accuracy or, where a task has none, the nats.
-    """
-    if wide:
-        columns = [column for column in found[0] if column != "fingerprint"]
-        return [("results", columns, [[row[column] for column in columns] for row in found])]
+def result_tables(found: Sequence[Row]) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
+    """(title, columns, rows) of a table for every task, base and amount of rows, with the accuracy or, where a task has
+    none, the nats."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
         groups.setdefault(tuple(row[k] for k in GROUP), []).append(row)
@@ -203,6 +198,6 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def show(found: Sequence[Row], options: Any) -> None:
-    """Prints what `report` or `compare` found: with `options.wide` all of it, else what fits 80 columns."""
-    for title, columns, cells in result_tables(found, options.wide):
-        print_table(title, columns, cells, options.wide)
+    """Prints what `report` or `compare` found, as far as it fits 80 columns."""
+    for table in result_tables(found):
+        print_table(*table)

@@ -182,7 +182,7 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
     return text
 
 
-def _references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """The texts in a row's answer column: a JSON list of them, or one cell with ` ||| ` between."""
     value = row.get(column)
     parts = value if isinstance(value, list) else cell(row, column, where).split(PAIR.strip())
@@ -240,7 +240,7 @@ def load_split(
         return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
     prompts = _prompts(task, rows)
     if task.is_generation:
-        texts = [_references(row, str(task.answer_column), where) for where, row in rows]
+        texts = [references(row, str(task.answer_column), where) for where, row in rows]
         return [
             replace(prompt, answer=own[0], references=own if len(own) > 1 else ())
             for prompt, own in zip(prompts, texts, strict=True)

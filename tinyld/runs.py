@@ -33,7 +33,6 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
     CONFIG: {
         "base": {"path": str, "fingerprint": str, "dtype": str, "reading": {}},
         "train": {},
-        "diffusion": {"loss": str},
         "data": {
             "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
             "files": [str], "tokens": int,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
-from tinyld.predict import input_columns, load, own_name
+from tinyld.predict import OURS, input_columns, load, own_name
 from tinyld.read import opened
 from tinyld.rows import SUFFIXES, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
@@ -54,38 +54,31 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
         yield part
 
 
-def lines_of(name: str) -> Iterator[list[tuple[int, str]]]:
+def lines_of(source: str) -> Iterator[list[tuple[int, str]]]:
     """(number, text) of the lines that are there: of a pipe what was written so far, with no waiting for more."""
-    if name != "-":
-        with opened(Path(name)) as file:
-            yield from _split(file, name)
-        return
-    if sys.stdin is None:
-        raise TinyldError("stdin is closed: give a file, or --text")
-    if sys.stdin.isatty():
+    piped, name = source == "-", "stdin" if source == "-" else source
+    check(not piped or sys.stdin is not None, "stdin is closed: give a file, or --text")
+    if piped and sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
-    yield from _split(sys.stdin.buffer, "stdin")
-
-
-def _split(stream: BinaryIO, name: str) -> Iterator[list[tuple[int, str]]]:
     done, rest, part = 0, b"", b"-"
-    while part:
-        part = stream.read1(READ)  # type: ignore[attr-defined]
-        *lines, rest = (rest + part).split(b"\n")
-        if not part and rest:  # a last line without its end
-            lines, rest = [rest], b""
-        found = []
-        for number, line in enumerate(lines, done + 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise TinyldError(f"{name}: line {number}: not UTF-8; save it as UTF-8") from None
-            found.append((number, text.removesuffix("\r")))
-        done += len(lines)
-        if len(rest) > LONGEST:
-            raise TinyldError(f"{name}: line {done + 1} is longer than {LONGEST >> 20} MB; is it text?")
-        if found:
-            yield found
+    with nullcontext(sys.stdin.buffer) if piped else opened(Path(source)) as stream:
+        while part:
+            part = stream.read1(READ)  # type: ignore[attr-defined]
+            *lines, rest = (rest + part).split(b"\n")
+            if not part and rest:  # a last line without its end
+                lines, rest = [rest], b""
+            found = []
+            for number, line in enumerate(lines, done + 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise TinyldError(f"{name}: line {number}: not UTF-8; save it as UTF-8") from None
+                found.append((number, text.removesuffix("\r")))
+            done += len(lines)
+            if len(rest) > LONGEST:
+                raise TinyldError(f"{name}: line {done + 1} is longer than {LONGEST >> 20} MB; is it text?")
+            if found:
+                yield found
 
 
 def predict(options: PredictOptions) -> None:
@@ -169,9 +162,8 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[o
 
 def _table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
-    ours = ("label", "probability", "probabilities", "decoded", "truncated", "adapter", "answer", "filled", "tasks")
-    text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in ours)
+    width = shutil.get_terminal_size().columns
+    text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in OURS)
     several = record.get("tasks", {"": record}).items()
     said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
     written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]

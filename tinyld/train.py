@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
-from tinyld.config import LOSSES, TrainConfig, check_choice
+from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Noised, noise_batch, token_nll
@@ -34,21 +34,15 @@ from tinyld.runs import RunFolder
 class Objective:
     """Noise drawn anew at every step: a function of (seed, step) alone, so that a resumed run sees the same."""
 
-    loss: str  # of config.LOSSES
     mask_id: int
     counted: bool  # exact mask counts, for tasks
     seed: int
 
-    def __post_init__(self) -> None:
-        check_choice("loss", self.loss, LOSSES)
-
     def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
         """(noised batch, normaliser of its summed loss)."""
+        masks = batch.answer_mask, batch.attention_mask
         generator = torch_seeded(self.seed, 2, step)
-        return noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, self.mask_id, self.loss, generator, self.counted,
-            batch.tail_mask,
-        )  # fmt: skip
+        return noise_batch(batch.x0, *masks, self.mask_id, "uniform", generator, self.counted, batch.tail_mask)
 
 
 def kept_depths(model: Denoiser) -> tuple[int, int]:
@@ -163,10 +157,6 @@ class TrainingRun:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.model.recompute = self.config.recompute
-        if self.config.compile:
-            torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
-            for block in self.model.blocks:
-                block.compile(dynamic=True)
         if resume:
             self.go_on(from_step)
         with self.stop, self.bar:
@@ -222,10 +212,9 @@ class TrainingRun:
             loss, norm = self.update()
             self.log_sum, self.log_count = self.log_sum + loss, self.log_count + 1
             done = self.progress >= 1.0
-            if self.step % 10 == 0 or done:
-                self.bar.advance_to(
-                    self.progress, f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
-                )
+            self.bar.advance_to(
+                self.progress, f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
+            )
             evaluates = done or (self.step > 0 and self.step % config.eval_every == 0)
             if evaluates or self.step % 50 == 0:
                 record = {

@@ -43,7 +43,7 @@ def tables(path: Path) -> list[Table]:
         return [(path.stem, list(rows[0]), [list(row.values()) for row in rows])]
     found = aggregate(rows)
     several = len({row["task"] for row in found}) > 1 and all(row["accuracy"] is not None for row in found)
-    return [by_task(path.stem, found)] if several else result_tables(found, False)
+    return [by_task(path.stem, found)] if several else result_tables(found)
 
 
 def by_task(title: str, found: Sequence[Row]) -> Table:

@@ -14,6 +14,7 @@ and B, of which a band uses the first r(t) rank units, so that the largest rank 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 from tinyld.attention import attention
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
-from tinyld.methods.bands import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.methods.contract import Method
-from tinyld.methods.pruning import Pruning
+from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.model import Denoiser, PushAt, take
 
-AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped
+AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped,
+PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,28 @@ class RankUnits(nn.Module):
         """The parameters that have a part for every rank unit, with the dimension that counts them."""
         return [(self.up, 1), (self.down, 0)]
 
+    def strength(self) -> Tensor:
+        """||a_u|| ||b_u|| of each rank unit: (units,), on the processor."""
+        return (self.up.norm(dim=0) * self.down.norm(dim=1)).detach().cpu()
+
+    def lasting(self) -> Tensor:
+        """(units,) bool: the strongest of the units that all bands use, which every site keeps."""
+        found = torch.zeros(len(self.down), dtype=torch.bool)
+        found[self.strength()[: min(self.ranks)].argmax()] = True
+        return found
+
     def drop(self, dropped: Tensor) -> None:
         """Sets rank units (units,) to zero, which then push nothing."""
         for parameter, dim in self.by_unit():
             parameter.index_fill_(dim, dropped.nonzero()[:, 0].to(parameter.device), 0.0)
 
-    def keep(self, is_kept: Tensor, ranks: Sequence[int]) -> None:
-        """Forgets all rank units but those that are kept (units,), of which the bands use `ranks`."""
+    def shrink(self) -> None:
+        """Forgets the rank units that were dropped."""
+        is_kept = (self.strength() > 0) | self.lasting()
         for parameter, dim in self.by_unit():
             parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0].to(parameter.device))
             parameter.grad = None
-        self.set_ranks(ranks)
+        self.set_ranks([int(is_kept[:rank].sum()) for rank in self.ranks])
 
 
 class AttendingUnits(RankUnits):
@@ -254,7 +266,7 @@ class TrajectoryLora(Method):
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         config = self.config
         self.push = TrajectoryPush(config, self.model_config, generator).to(model.device)
-        self.pruning = Pruning(self.push.sites, config.prune)
+        self.dropped: Tensor | None = None  # (rank units of all sites,) bool
         model.push = self.push
         return dict(self.push.named_parameters())
 
@@ -277,14 +289,32 @@ class TrajectoryLora(Method):
         top = max(config.ranks)
         return replace(config, ranks=tuple(max(1, round(rank * r / top)) for r in config.ranks))
 
+    @torch.no_grad()
     def after_update(self, progress: float) -> None:
-        if self.config.prune:
-            self.pruning.update(progress)
+        """Drops the weakest units of all sites until the share is reached that is due at `progress` of the run. What is
+        dropped is zero and stays so, which is how a resumed run knows it."""
+        if self.config.prune == 0 or progress < PRUNED_FROM:
+            return
+        sites, strength = self.push.sites, torch.cat([site.strength() for site in self.push.sites])
+        if self.dropped is None:
+            self.dropped = strength == 0
+        share = self.config.prune * min(1.0, (progress - PRUNED_FROM) / (PRUNED_TO - PRUNED_FROM))
+        due = math.ceil(share * len(strength) - 1e-9)
+        if due > int(self.dropped.sum()):
+            lasting = torch.cat([site.lasting() for site in sites])
+            order = strength.masked_fill(self.dropped, -1.0).masked_fill(lasting, math.inf).argsort(stable=True)
+            self.dropped = torch.zeros_like(lasting)
+            self.dropped[order[: min(due, int((~lasting).sum()))]] = True
+        for site, dropped in zip(sites, self.dropped.split([len(site.down) for site in sites]), strict=True):
+            site.drop(dropped)
 
     def finish(self) -> None:
         """Stores the living units only: another config, with ranks site by site."""
         if self.config.prune:
-            self.config = replace(self.config, ranks=self.pruning.finish(), prune=0.0)
+            for site in self.push.sites:
+                site.shrink()
+            ranks = tuple(rank for site in self.push.sites for rank in site.ranks)
+            self.config = replace(self.config, ranks=ranks, prune=0.0)
 
     def penalty(self) -> Tensor | None:
         return self.push.sites[0].penalty() if self.config.recipe == "paper" else None
