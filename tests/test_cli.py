@@ -630,7 +630,7 @@ ERRORS = [
     (TEXT + "--steps 1 --data {place}/text.txt", 1, "text.txt is named twice"),
     (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
     ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),
-    ("compose {place}/colours {place}/colours --out new", 2, "one is given twice"),
+    ("compose {place}/colours {place}/colours --out new", 1, "are both of a task"),
 ]
 
 

@@ -87,7 +87,7 @@ def test_what_is_no_evaluated_adapter_is_refused(tmp_path: Path) -> None:
         results = folder.read_json(RESULTS)
         results["eval"]["mood/dev"][name] = value
         folder.write_json(RESULTS, results)
-        with pytest.raises(TinyldError, match=f"results.json: eval: mood/dev: {name}"):
+        with pytest.raises(TinyldError, match=f"results.json: eval: 'mood/dev': {name}"):
             report(ReportOptions(runs=(folder.path,)))
     for kind in ("base", "composition"):
         run_folder(tmp_path / kind, kind=kind)

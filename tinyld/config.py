@@ -29,15 +29,12 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     if not isinstance(values, dict):
         raise TinyldError(f"{where}: expected an object with the fields of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if unknown := sorted(set(values) - set(fields)):
         raise TinyldError(f"{where}: unknown key {', '.join(map(repr, unknown))}; allowed: {', '.join(fields)}")
     kwargs = {name: check_type(value, types_of(cls)[name], f"{where}: {name}") for name, value in values.items()}
-    missing = [
-        n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in kwargs
-    ]
-    if missing:
-        raise TinyldError(f"{where}: missing key {', '.join(map(repr, missing))}")
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [repr(n) for n in needed if n not in kwargs]:
+        raise TinyldError(f"{where}: missing key {', '.join(missing)}")
     try:
         return cls(**kwargs)
     except UsageError as error:
@@ -47,13 +44,10 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
 def check_type(value: Any, hint: Any, where: str) -> Any:
     """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type.
 
-    The rules of an Annotated hold too (see `setting`). A dict of hints is of an object: of those keys that may be
-    there, and "*" of all others.
+    The rules of an Annotated hold too (see `setting`). A dict of hints is of an object, and of those keys that it has.
     """
     if isinstance(hint, dict):
-        for key, inner in check_type(value, dict, where).items():
-            check_type(inner, hint.get(key, hint.get("*", Any)), f"{where}: {key}")
-        return value
+        return {k: check_type(v, hint.get(k, Any), f"{where}: {k}") for k, v in check_type(value, dict, where).items()}
     if typing.get_origin(hint) is Annotated:
         hint, rules = typing.get_args(hint)
         if problem := broken(check_type(value, hint, where), rules):
@@ -68,15 +62,13 @@ def check_type(value: Any, hint: Any, where: str) -> Any:
             continue
         if isinstance(value, dict) and dataclasses.is_dataclass(option):
             return from_dict(option, value, where)
-        if isinstance(hint, list) and isinstance(value, list):
-            return [check_type(v, hint[0], f"{where}: {i}") for i, v in enumerate(value, 1)]
         if isinstance(value, list) and origin is tuple:
             value = tuple(value)
         if origin is float and isinstance(value, int | float):
             return float(value)
         if isinstance(origin, type) and isinstance(value, origin):
-            if origin is tuple and args:
-                return tuple(check_type(v, args[0], where) for v in value)
+            if origin in (tuple, list) and args:
+                return origin(check_type(v, args[0], f"{where}: {i}") for i, v in enumerate(value, 1))
             if origin is dict and args:
                 return {k: check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
             return value
@@ -350,12 +342,10 @@ class SampleConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        cold = f"temperature must be 0, or at least 0.001, got {self.temperature:g}"
-        check(self.temperature == 0 or self.temperature >= 1e-3, cold)
-        if self.threshold is not None:
-            check(
-                self.threshold <= 1 or self.sampler == "entropy", f"threshold must be at most 1, got {self.threshold:g}"
-            )
+        warm = self.temperature == 0 or self.temperature >= 1e-3
+        check(warm, f"temperature must be 0, or at least 0.001, got {self.temperature:g}")
+        is_share = self.threshold is None or self.threshold <= 1 or self.sampler == "entropy"
+        check(is_share, f"threshold must be at most 1, got {self.threshold}")
 
     @property
     def enough(self) -> float:

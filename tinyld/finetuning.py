@@ -16,16 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import (
-    attach,
-    check_base,
-    check_frozen,
-    load_base,
-    method_record,
-    read_base_tokenizer,
-    read_model_config,
-    sizes,
-)
+from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
@@ -77,7 +68,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     of a file, the method's learning rate and optimizer, the epochs."""
     base, method, data = options.base or default_base(), options.method, options.data
     reading = Reading(**options.only(Reading))
-    shape = read_model_config(RunFolder(base), reading)
+    shape, tokenizer = read_shape(base, reading)
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
@@ -91,7 +82,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, read_base_tokenizer(base, reading), shape.max_length)
+        task = make_task(options, file, tokenizer, shape.max_length)
     if all(training[budget] is None for budget in BUDGETS):
         rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
         least = UPDATES_WRITING if task.is_generation else UPDATES
@@ -289,9 +280,7 @@ def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
     known = {field.name for field in fields(FinetuneOptions)}
     for name in given:
         free = name in known and name not in ours
-        check(
-            free, f"no option {name} here; the first argument says what is learned"
-        )
+        check(free, f"no option {name} here; the first argument says what is learned")
     return FinetuneOptions(**{"quiet": True, **ours, **given})
 
 

@@ -64,8 +64,7 @@ class Run:
         sampling = SampleConfig(temperature=temperature, seed=seed)
         writer = next((t for t in self.tasks if t.is_generation), None)
         if writer is None:
-            length = 24 if length is None else length
-            return [self.fill(prompt, length, 1, sampling)[0][0] for prompt in prompts]
+            return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
         check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
         rows = [("prompt", dict.fromkeys(input_columns(writer), prompt)) for prompt in prompts]
         return [found["answer"] for found in self.answer(rows, writer, sampling)]
@@ -299,7 +298,7 @@ def load(
     read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, if that is there.
     """
     if not isinstance(path, str | Path):
-        check((kept_in, task, reading) == (None, None, None), "kept_in, task and reading are for one run")
+        check(not (kept_in or task or reading), "kept_in, task and reading are for one run")
         together = Runs({"base": base, "device": device, "dtype": dtype})
         for each in several(path, "runs"):
             check(isinstance(each, str | Path), f"a run is the path of its folder, got {each!r}")

@@ -29,25 +29,27 @@ PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to rout
 CHECKPOINTS = "checkpoints"
 KINDS = ("base", "adapter", "composition")  # of a run, in its config
 SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least": 1}]
+SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)
+SCORES |= dict.fromkeys(("nll_bound", "nll_stderr"), float)
+MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict}
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
-        "base": {"path": str, "fingerprint": str, "dtype": str, "reading": {}},
-        "train": {},
+        "base": {"path": str, "fingerprint": str, "dtype": str, "reading": dict},
+        "train": dict,
         "data": {
             "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
-            "files": [str], "tokens": int,
+            "files": list[str], "tokens": int,
         },
-        "parameters": {"*": float},
-        "task": {"name": str, "verbalizer": {"*": str}},
+        "parameters": dict[str, float],
+        "task": {"name": str, "verbalizer": dict[str, str]},
         "method": {"name": str},
         "environment": {"command": str},
-        "members": [{"run": str, "task": {"name": str}, "method": {}}],
+        "members": list[MEMBER],
     },
-    RESULTS: {"eval": {"*": dict.fromkeys(("accuracy", "low", "high"), SHARE) | {"n": COUNT}
-                       | dict.fromkeys(("nll_bound", "nll_stderr"), float)}}
+    RESULTS: {"eval": dict[str, SCORES]}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}),
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
-    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": {"*": float}, "log": str},
+    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float], "log": str},
 }  # fmt: skip
 
 
