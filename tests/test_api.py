@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from test_predict import QUICK, ROWS, place  # noqa: F401  the tiny base is a fixture
 from typer.testing import CliRunner
@@ -17,6 +20,12 @@ from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:  # noqa: F811
+    out = place / "trained"
+    return tinyld.finetune(ROWS, base=place / "base", out=out, **QUICK).path
 
 
 def test_the_package_is_typed_and_has_no_other_names() -> None:
@@ -72,6 +81,47 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:  # noqa: F811
     with pytest.raises(tinyld.UsageError, match=part):
         tinyld.finetune(ROWS, **{"base": place / "base", "out": "mine"} | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda run, base: tinyld.load(None), "runs are a list, or one of them, got None"),
+        (lambda run, base: tinyld.load(b"runs/mine"), "runs are a list"),
+        (lambda run, base: tinyld.load([run.path, None]), "a run is the path of its folder, got None"),
+        (lambda run, base: tinyld.load([run.path], task="mine"), "kept_in, task and reading are for one run"),
+        (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
+        (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
+        (lambda run, base: run.predict(None), "texts are a list"),
+        (lambda run, base: run.predict(b"rain"), "texts are a list"),
+        (lambda run, base: run.predict([b"rain"]), "text 1: column 'text' must hold text"),
+        (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
+        (lambda run, base: run.write([5]), "a prompt is a text"),
+        (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
+        (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
+        (lambda run, base: run.write("a", temperature="hot"), "temperature: 'hot' is not of type float"),
+        (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
+        (lambda run, base: tinyld.finetune(None), "rows are a list"),
+        (lambda run, base: tinyld.finetune(""), "no task ''"),
+        (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
+        (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang here"),
+        (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
+        (lambda run, base: tinyld.finetune([("a", "Good"), ("b", "good")], base=base), "'Good' and 'good' look like"),
+        (lambda run, base: tinyld.finetune([("a", 1), ("b", "1.0")], base=base), "'1' and '1.0' look like one label"),
+        (lambda run, base: tinyld.finetune([("a", "é"), ("b", "e\u0301")], base=base), "look like one label"),
+    ],
+)  # fmt: skip
+def test_what_python_gives_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:  # noqa: F811
+    run = tinyld.load(trained, base=place / "base")
+    with pytest.raises(tinyld.TinyldError, match=re.escape(part)):
+        call(run, place / "base")
+    assert not list(Path().rglob("*.jsonl"))
+
+
+def test_numbers_of_numpy_are_labels(place: Path) -> None:  # noqa: F811
+    rows = [(text, np.int64(label == "sad")) for text, label in ROWS]
+    run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
+    assert run.tasks[0].labels == ("1", "0") and run.predict(np.array(["rain"]))[0]["label"] in ("0", "1")
 
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:  # noqa: F811

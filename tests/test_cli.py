@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -538,10 +540,12 @@ NOT_ON = "finetune --base {place}/base --steps 1 --quiet --out new "
 EVAL = "eval {place}/mood-full --quiet "
 TEXT = "pretrain {tiny} --quiet --out new --data {place}/text.txt "
 PAIR = "compose {place}/colours {place}/mood-trajectory-lora --out new "
+ONE = EVAL.replace("mood-full", "colours")  # whose answers are one token
+INIT = TEXT.replace("{tiny}", "") + "--init {place}/base "
 ERRORS = [
     # rows, and files of rows without a task
     (NOT_ON + "--task missing.toml", 1, "missing.toml: no such file"),
-    (ON + "--text-column words", 2, "text_column is for --data without --task"),
+    (ON + "--text-column words", 2, "--text-column has no effect but for --data without --task"),
     (ON + "--data {place}/loop.csv", 1, "loop.csv: no such folder"),
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),
     (NOT_ON + "--data {place}/train.csv --text-column words", 2, "no column 'words'; it has text, label"),
@@ -567,7 +571,7 @@ ERRORS = [
     (ON + "--method bitfit --device cuda:99", 2, "torch sees"),
     (ON + "--method bitfit --device tpu9", 2, "device must be auto, cpu, cuda or cuda:N"),
     (EVAL + "--data {place}/dev.csv --split test", 2, "--split has no effect on the file"),
-    (EVAL + "--text {place}/text.txt --sampler entropy", 2, "sampler has no effect on it"),
+    (EVAL + "--text {place}/text.txt --sampler entropy", 2, "--sampler has no effect on the running text"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
     ("predict {place}/mood-full {place}/dev.csv --csv --json", 2, "give --csv or --json, not both"),
     ("predict {place}/mood-full {place}/dev.csv --set decoded=true", 2, "decoded is for several runs"),
@@ -591,11 +595,37 @@ ERRORS = [
     ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
-    ("compose {place}/mood-full {place}/mood-full --out new", 1, "holds full; only trajectory-lora adapters"),
+    ("compose {place}/mood-full {place}/colours --out new", 1, "holds full; only trajectory-lora adapters"),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
     (PAIR + "--base {place}/other", 1, "was trained on base"),
     ("pretrain {tiny} --quiet --steps 1 --out {place}/text.txt --data {place}/text.txt", 1, "is not empty"),
+    # options that can have no effect, and what is read or written by mistake
+    (EVAL + "--predictions {place}/mood.toml", 1, "it is an input"),
+    (EVAL + "--predictions {place}/dev.csv", 1, "it is an input"),
+    (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--sampler ancestral; it goes with threshold"),
+    (EVAL + "--seed 3", 2, "--seed has no effect where nothing is drawn"),
+    (ONE + "--steps 3", 2, "--steps has no effect where every answer is one token"),
+    (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),
+    (ONE + "--set draws=2 --set least=2", 2, "--least, --draws has no effect where every answer is one token"),
+    (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold; it goes with klass"),
+    (EVAL + "--json --wide", 2, "--wide has no effect on --json"),
+    (EVAL + "--text {place}/text.txt --wide", 2, "--wide has no effect on the running text"),
+    ("predict {place}/colours --text a --set threshold=0.5", 2, "--threshold has no effect where every answer is"),
+    ("predict {place}/mood-full --text a --json --out a.csv", 2, "give --csv or --json, not both"),
+    ("sample {place}/base --sampler low_confidence --temperature 0 --seed 1", 2, "--seed has no effect"),
+    ("sample {place}/base --length 1 --steps 4", 2, "--steps has no effect where every answer is one token"),
+    ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),
+    ("sample {place}/base --temperature 0.0001", 2, "temperature must be 0, or at least 0.001"),
+    ("sample {place}/base --prompt {{answer}}{{answer}}", 2, "a prompt holds {answer} once"),
+    (ON + "--method bitfit --set cache_gb=1", 2, "--cache-gb has no effect with --method bitfit"),
+    (NOT_ON + "--data {place}/text.txt --label-column x", 2, "--label-column has no effect on the lines of"),
+    (TEXT + "--steps 1 --set body_lr=0", 2, "--body-lr needs --init"),
+    (TEXT + "--steps 1 --valid {place}/text.txt", 1, "held-out text must be other text"),
+    (TEXT + "--steps 1 --data {place}/text.txt", 1, "text.txt is named twice"),
+    (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
+    ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),
+    ("compose {place}/colours {place}/colours --out new", 1, "are both of a task"),
 ]
 
 
@@ -612,7 +642,8 @@ USAGE = (
     "finetune --method prefix, finetune --limit 0, finetune --steps 0, finetune --steps many, "
     "finetune --seed -1, finetune --batch-size 0, finetune --dtype int8, eval --split validation, "
     "eval --limit 0, eval --sampler greedy, sample --length 0, sample --num 0, "
-    "pretrain --preset huge, pretrain --vocab-size 3, pretrain --optimizer sgd, predict, info, train, tasks --nonsense"
+    "compare --limit 0, pretrain --preset huge, "
+    "pretrain --vocab-size 3, pretrain --optimizer sgd, predict, info, train, tasks --nonsense"
 ).split(", ")
 
 
@@ -663,6 +694,40 @@ def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters:
         folder.write_tensors(ADAPTER, {name: torch.full_like(t, size) for name, t in tensors.items()})
         assert_refused(cli(verb, "run", *(["--out", "new"] if verb == "merge" else [])), 1, part)
     assert not Path("new").exists()
+
+
+WORDS_OF = {"predict": "predict run --text a", "info": "info run", "merge": "merge run", "export": "export run"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line_that_names_options_the_verb_has(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> Callable[..., Any]:
+        def run(options: Any) -> None:
+            raise error
+
+        return run
+
+    monkeypatch.setattr(tinyld.cli, "load", load)
+    for verb, row in VERBS.items():
+        ran = cli(*WORDS_OF.get(verb, verb).split())
+        assert_refused(ran, 1, "out of memory")
+        named = {word.removeprefix("--").replace("-", "_") for word in re.findall("--[a-z-]+", ran.stderr)}
+        assert named <= {f.name for f in dataclasses.fields(row.options) if f.metadata["group"] is not None}
+        assert named or verb not in ("finetune", "pretrain", "eval", "sample", "compose", "compare", "demo")
+
+
+def test_out_of_memory_in_a_real_process(place: Path) -> None:
+    code = """if True:
+        import resource, sys
+        from tinyld import cli, predict
+        now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + (100 << 20), now + (100 << 20)))
+        cli.main()"""
+    ended = python("-c", code, "sample", str(place / "base"), "--num", "20000", "--length", "40")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "tinyld: out of memory; lower --length or --num\n"
 
 
 def test_an_error_of_a_real_process_has_no_traceback() -> None:

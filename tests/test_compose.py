@@ -57,7 +57,7 @@ def any_router(config: ModelConfig, members: int) -> Router:
 LORA = METHODS["weight-lora"](make_config("weight-lora", {"rank": 1}, ModelConfig(160)), ModelConfig(160))
 DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c.update(members=[]), "needs at least one adapter"),
-    (lambda c: c["members"][0].update(method="heavy"), "members: 1: method is of the wrong type: 'heavy'"),
+    (lambda c: c["members"][0].update(method="heavy"), "members: 1: method: 'heavy' is not of type dict"),
     (lambda c: c["members"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
     (lambda c: c["members"][0].update(method=method_record(LORA)), "holds weight-lora; only trajectory-lora adapters"),
     (lambda c: c["members"].append(c["members"][0]), "holds 0 values, but config.json asks"),

@@ -97,6 +97,9 @@ def test_a_download_arrives_whole_and_says_where_from(
         ("/none", None, r"could not download http://127.0.0.1:\d+/none: .*Not Found"),
         ("/cut", b"abc", "could not download .*/cut: .*after 3 of 13 bytes"),
         ("/large", b"x" * 1001, "could not download .*/large: it is larger than 1,000 bytes"),
+        ("/moved", b"https://example.org/a", "it leads to 'https://example.org/a', which is not a listed host"),
+        ("/moved", b"http://dl.fbaipublicfiles.com/a", "could not download .*/moved: it leads to"),
+        ("/moved", b"ftp://127.0.0.1:9/a", "could not download .*/moved: it leads to"),
     ],
 )
 def test_a_failed_transfer_is_a_network_error(
@@ -107,6 +110,13 @@ def test_a_failed_transfer_is_a_network_error(
         site[path] = content
     with pytest.raises(NetworkError, match=message):
         fetched(path)
+
+
+def test_a_download_has_a_time_limit(site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TOTAL", -1.0)
+    site["/a"] = b"x"
+    with pytest.raises(NetworkError, match="or takes over -1 s"):
+        fetched("/a")
 
 
 def test_a_wrong_checksum_and_another_scheme_are_refused(

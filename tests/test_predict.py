@@ -212,6 +212,8 @@ def test_files_are_read_by_their_columns_and_the_others_are_kept(suffix: str, pl
         return
     assert [(r["id"], r["given_label"]) for r in found] == [(row["id"], row["label"]) for row in rows]
     assert [r["text"] for r in records(place / "mood", file, "--column", "id")] == [row["id"] for row in rows]
+    (by_id, *_) = records(place / "mood", file, "--column", "id")
+    assert (by_id["given_text"], by_id["given_label"]) == (rows[0]["text"], rows[0]["label"]), "no column is lost"
     assert cli(place / "mood", file, "--out", "all.jsonl").stdout == ""
     assert [json.loads(line) for line in Path("all.jsonl").read_text().splitlines()] == found
     table = list(csv.DictReader(io.StringIO(cli(place / "mood", file, "--csv").stdout)))
@@ -370,7 +372,8 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
         ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
-        ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "threshold goes with --sampler threshold,"),
+        ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "it goes with threshold, klass, entropy"),
+        ("nowhere", "rain", 1, "no run in nowhere"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_a_line(

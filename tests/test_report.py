@@ -77,6 +77,13 @@ def test_what_is_no_evaluated_adapter_is_refused(tmp_path: Path) -> None:
     run_folder(tmp_path / "new").write_json(RESULTS, {"finetune": {}})
     with pytest.raises(TinyldError, match="none of the runs was evaluated yet"):
         report(ReportOptions(runs=(tmp_path / "new",)))
+    for name, value in (("accuracy", 7), ("n", 0), ("low", -1), ("nll_bound", "x")):
+        folder = run_folder(tmp_path / name)
+        results = folder.read_json(RESULTS)
+        results["eval"]["mood/dev"][name] = value
+        folder.write_json(RESULTS, results)
+        with pytest.raises(TinyldError, match=f"results.json: eval: 'mood/dev': {name}"):
+            report(ReportOptions(runs=(folder.path,)))
     for kind in ("base", "composition"):
         run_folder(tmp_path / kind, kind=kind)
         with pytest.raises(TinyldError, match=f"holds a {kind}; report takes adapters"):

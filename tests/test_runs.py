@@ -338,11 +338,11 @@ def test_tensors_that_do_not_fit_are_named(run: str, name: str, base: Path, adap
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("base", {"kind": "tent"}, "not the config of a run"),
-    ("base", {"data": 3}, "data is of the wrong type: '3'"),
-    ("base", {"data": {"tokens": "many"}}, "data: tokens is of the wrong type: 'many'"),
-    ("adapter", {"data": {"folder": [], "held_out": True}}, "data: folder is of the wrong type"),
-    ("adapter", {"data": {"held_out": 1}}, "data: held_out is of the wrong type: '1'"),
-    ("adapter", {"data": {"sha256": None}}, "data: sha256 is of the wrong type: 'None'"),
+    ("base", {"data": 3}, "data: '3' is not of type dict"),
+    ("base", {"data": {"tokens": "many"}}, "data: tokens: 'many' is not of type int"),
+    ("adapter", {"data": {"folder": [], "held_out": True}}, "data: folder: '[]' is not of type"),
+    ("adapter", {"data": {"held_out": 1}}, "data: held_out: '1' is not of type bool"),
+    ("adapter", {"data": {"sha256": None}}, "data: sha256: 'None' is not of type str"),
     ("base", {"model": {"vocab_size": 10, "depth": 3}}, "unknown key 'depth'"),
     ("base", {"model": {}}, "missing key 'vocab_size'"),
     ("base", {"model": {"vocab_size": "many"}}, "'many' is not of type int"),

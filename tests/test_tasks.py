@@ -402,7 +402,6 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         tmp_path / "cache/data/sst2/dev.tsv",
         tmp_path / "own/sst2/dev.tsv",
         folder / "dev.jsonl",
-        folder / "dev.tsv",
         folder / "sst2/dev.csv",
         tmp_path / "file.tsv",
     ]
@@ -413,6 +412,9 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         data = folder if i >= 3 else None
         file = place if place.name == "file.tsv" else None
         assert load_split(task, "dev", data=data, file=file)[0].before == f"row {i} it was"
+    rows_file(tmp_path, str(folder / "sst2/dev.tsv"), "sentence\tlabel\na\t0\n")
+    with pytest.raises(TinyldError, match="which are the dev rows: .*dev.tsv or .*dev.csv"):
+        load_split(task, "dev", data=folder)
 
 
 def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

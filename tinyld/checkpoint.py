@@ -97,27 +97,21 @@ def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_model_config(folder: RunFolder, reading: Reading | None = None) -> ModelConfig:
-    """What a base says of its denoiser, ours or a public one; TinyldError when the run is an adapter."""
-    if is_foreign(folder.path):
-        from tinyld.foreign import read_foreign
-
-        return read_foreign(folder.path, reading).config
-    check_ours(reading)
-    config = RunFolder.open(folder.path).config
-    if config["kind"] != "base":
-        record = base_record(config, folder.path / CONFIG)
-        raise TinyldError(f"{folder.path} is an adapter, not a base; its base is {record.path}")
-    return from_dict(ModelConfig, config["model"], str(folder.path / CONFIG))
-
-
-def read_base_tokenizer(path: Path, reading: Reading | None = None) -> Tokenizer:
-    """A base's tokenizer, ours or a public model's."""
+def read_shape(path: Path, reading: Reading | None = None) -> tuple[ModelConfig, Tokenizer]:
+    """A base's shape and tokenizer, ours or a public one's; TinyldError when the run is an adapter."""
     if is_foreign(path):
         from tinyld.foreign import read_foreign
 
-        return read_foreign(path, reading).tokenizer
-    return Tokenizer.load(path / TOKENIZER)
+        return (foreign := read_foreign(path, reading)).config, foreign.tokenizer
+    check_ours(reading)
+    folder, where = RunFolder.open(path), path / CONFIG
+    if folder.config["kind"] != "base":
+        raise TinyldError(f"{path} is an adapter, not a base; its base is {base_record(folder.config, where).path}")
+    config = from_dict(ModelConfig, folder.config["model"], str(where))
+    tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise TinyldError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    return config, tokenizer
 
 
 def load_base(
@@ -129,17 +123,11 @@ def load_base(
         from tinyld.foreign import load_foreign
 
         return load_foreign(path, device, dtype, reading)
-    check_ours(reading)
-    folder = RunFolder.open(path)
-    model_config = read_model_config(folder)
-    tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
-    if tokenizer.vocab_size != model_config.vocab_size:
-        raise TinyldError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
-        )
+    config, tokenizer = read_shape(path, reading)
+    folder = RunFolder(path)
     tensors = from_int8(folder.read_tensors(MODEL), path / MODEL)
-    check_amount(model_config.num_parameters(), tensors, path / MODEL)
-    model = Denoiser(model_config)
+    check_amount(config.num_parameters(), tensors, path / MODEL)
+    model = Denoiser(config)
     load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
     shrink(model, dtype)
     return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder), dtype, stored_bytes(model))

@@ -22,9 +22,9 @@ from typer.core import TyperCommand, TyperGroup
 from tinyld import __version__, options
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
-from tinyld.interrupt import Interrupted, raise_at_signals
+from tinyld.interrupt import Interrupted, raise_at_signals, raise_if_one_came
 from tinyld.options import ARGUMENT, Options, kinds
-from tinyld.parse import flag
+from tinyld.parse import flag, refuse_idle
 from tinyld.tables import print_record, print_table
 from tinyld.write import to_json
 
@@ -148,7 +148,7 @@ class Group(TyperGroup):
         except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
-            has = kinds(VERBS[ctx.invoked_subcommand].options)
+            has = [f.name for f in dataclasses.fields(VERBS[ctx.invoked_subcommand].options) if f.metadata["group"]]
             lower = [flag(n) for n in ("batch_size", "max_length", "rank", "length", "num", "limit") if n in has]
             fail(f"out of memory; lower {' or '.join(lower)}" if lower else "out of memory", 1)
 
@@ -209,6 +209,8 @@ def add(name: str, verb: Verb) -> None:
         if "help" in sets:
             return list_options(name, verb.options)
         chosen = verb.options.of({k: v for k, v in given.items() if v is not None}, sets)
+        if getattr(chosen, "json", False):
+            refuse_idle(chosen, ["wide"], "on --json")
         result = load(verb.run)(chosen)
         if result is None or not is_writer():
             return
@@ -258,7 +260,12 @@ def main() -> None:
         getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, what was found is shown
     try:
         raise_at_signals()
-        app()
+        try:
+            app()
+        except SystemExit as end:
+            if end.code:
+                raise
+        raise_if_one_came()
     except Interrupted as error:  # before or after a verb's own work
         print(f"tinyld: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -14,7 +14,7 @@ from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyld.checkpoint import fingerprint, read_model_config
+from tinyld.checkpoint import fingerprint, read_shape
 from tinyld.config import ModelConfig, check
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune
@@ -37,7 +37,7 @@ def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
     check_writable(options.csv)
     base = RunFolder(options.base or default_base())
-    methods = variants(options.methods, read_model_config(base))
+    methods = variants(options.methods, read_shape(base.path)[0])
     grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base))
     for task in grid.tasks:
         for split in ("dev", tested_on(task)):

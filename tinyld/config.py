@@ -6,12 +6,13 @@ Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from tinyld.errors import TinyldError, UsageError, show
 
@@ -28,18 +29,12 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     if not isinstance(values, dict):
         raise TinyldError(f"{where}: expected an object with the fields of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if unknown := sorted(set(values) - set(fields)):
         raise TinyldError(f"{where}: unknown key {', '.join(map(repr, unknown))}; allowed: {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
-    kwargs = {}
-    for name, value in values.items():
-        kwargs[name] = check_type(value, hints[name], f"{where}: {name}")
-    missing = [
-        n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in kwargs
-    ]
-    if missing:
-        raise TinyldError(f"{where}: missing key {', '.join(map(repr, missing))}")
+    kwargs = {name: check_type(value, types_of(cls)[name], f"{where}: {name}") for name, value in values.items()}
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [repr(n) for n in needed if n not in kwargs]:
+        raise TinyldError(f"{where}: missing key {', '.join(missing)}")
     try:
         return cls(**kwargs)
     except UsageError as error:
@@ -47,7 +42,17 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
 
 
 def check_type(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type."""
+    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type.
+
+    The rules of an Annotated hold too (see `setting`). A dict of hints is of an object, and of those keys that it has.
+    """
+    if isinstance(hint, dict):
+        return {k: check_type(v, hint.get(k, Any), f"{where}: {k}") for k, v in check_type(value, dict, where).items()}
+    if typing.get_origin(hint) is Annotated:
+        hint, rules = typing.get_args(hint)
+        if problem := broken(check_type(value, hint, where), rules):
+            raise TinyldError(f"{where} {problem}, got {show(value)}")
+        return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         origin, args = typing.get_origin(option) or option, typing.get_args(option)
@@ -62,8 +67,8 @@ def check_type(value: Any, hint: Any, where: str) -> Any:
         if origin is float and isinstance(value, int | float):
             return float(value)
         if isinstance(origin, type) and isinstance(value, origin):
-            if origin is tuple and args:
-                return tuple(check_type(v, args[0], where) for v in value)
+            if origin in (tuple, list) and args:
+                return origin(check_type(v, args[0], f"{where}: {i}") for i, v in enumerate(value, 1))
             if origin is dict and args:
                 return {k: check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
             return value
@@ -95,8 +100,24 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 
 
+def broken(value: Any, rules: Mapping[str, Any]) -> str:
+    """Which rule a value breaks, in words, or that it is no finite float32; empty where it breaks none."""
+    for rule, (words, holds) in RULES.items():
+        bound = rules.get(rule)
+        if bound is not None and not holds(value, bound):
+            return f"must be {words} {', '.join(bound) if isinstance(bound, tuple) else bound}"
+    most = {int: 1 << 63, float: 3.4e38}.get(type(value))
+    return "" if most is None or abs(value) < most else "must be a finite number"
+
+
+@functools.cache
+def types_of(config: type) -> dict[str, Any]:
+    """Field -> the type of its value."""
+    return typing.get_type_hints(config)
+
+
 class Settings:
-    """A config whose fields say their rules."""
+    """A config whose fields say their types and rules."""
 
     @staticmethod
     def called(name: str) -> str:
@@ -104,16 +125,17 @@ class Settings:
         return name
 
     def __post_init__(self) -> None:
-        """UsageError naming the first field that breaks a rule of its own, or holds what is no finite float32."""
+        """UsageError naming the first field of another type, or that breaks a rule of its own."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            given, name = getattr(self, field.name), self.called(field.name)
+            name = self.called(field.name)
+            try:
+                given = check_type(getattr(self, field.name), types_of(type(self))[field.name], name)
+            except TinyldError as error:
+                raise UsageError(error) from None
+            object.__setattr__(self, field.name, given)
             for value in given if isinstance(given, tuple) else () if given is None else (given,):
-                for rule, (words, holds) in RULES.items():
-                    bound = field.metadata.get(rule)
-                    limit = ", ".join(bound) if isinstance(bound, tuple) else bound
-                    check(bound is None or holds(value, bound), f"{name} must be {words} {limit}, got {value!r}")
-                most = {int: 1 << 63, float: 3.4e38}.get(type(value))
-                check(most is None or abs(value) < most, f"{name} must be a finite number, got {value}")
+                if problem := broken(value, field.metadata):
+                    raise UsageError(f"{name} {problem}, got {value!r}")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -322,10 +344,10 @@ class SampleConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold is not None:
-            check(self.sampler in THRESHOLDS, f"threshold goes with --sampler {', '.join(THRESHOLDS)}")
-            a_share = self.threshold <= 1 or self.sampler == "entropy"
-            check(a_share, f"threshold must be at most 1, got {self.threshold:g}")
+        warm = self.temperature == 0 or self.temperature >= 1e-3
+        check(warm, f"temperature must be 0, or at least 0.001, got {self.temperature:g}")
+        is_share = self.threshold is None or self.threshold <= 1 or self.sampler == "entropy"
+        check(is_share, f"threshold must be at most 1, got {self.threshold}")
 
     @property
     def enough(self) -> float:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from tinyld.config import check
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, show
 from tinyld.options import FinetuneOptions
-from tinyld.rows import SUFFIXES, Example, cell, load_split, read_rows, references
+from tinyld.parse import refuse_idle
+from tinyld.rows import Example, cell, in_folder, load_split, read_rows, references
 from tinyld.tasks import KEPT, Task, from_record
 from tinyld.tokenizer import Tokenizer
 
@@ -46,10 +48,10 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
     train and maybe dev rows."""
     if not data.is_dir():
         return data, True, data
-    train, dev = ([p for s in SUFFIXES if (p := data / f"{split}{s}").is_file()] for split in ("train", "dev"))
-    if not train:
+    train, dev = (in_folder(data, ("",), split) for split in ("train", "dev"))
+    if train is None:
         raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")
-    return (data, False, train[0]) if dev else (train[0], True, train[0])
+    return (data, False, train) if dev else (train, True, train)
 
 
 def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
@@ -58,6 +60,7 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
     name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else file.resolve().parent.name).strip("-.")
     record: dict[str, Any] = dict.fromkeys(KEPT) | {"name": name or "mine", "path": str(file.resolve())}
     if file.suffix.lower() == ".txt":
+        refuse_idle(options, ["text_column", "label_column", "template"], f"on the lines of {file}: a gap is filled")
         own = {"template": "{text}", "columns": {"text": "text"}, "answer_tokens": GAP_TOKENS, "metric": "nll"}
         return from_record(record | {"verbalizer": {}, "label_names": []} | own, str(file))
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
@@ -73,6 +76,11 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
         return from_record(record | own | {"answer_tokens": min(longest + 1, max_length // 2)}, str(file))
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in numbered))
     check(len(labels) >= 2, f"{file}: column {label!r} holds the one label {labels[0]!r}; at least two are needed")
+    alike: dict[Any, str] = {}
+    for name in labels:
+        other = alike.setdefault(folded(name), name)
+        way_out = "write them alike, or say in a task file which labels there are"
+        check(other == name, f"{file}: labels {show(other)} and {show(name)} look like one label; {way_out}")
     many = len(labels) > MAX_LABELS or (len(labels) == len(rows) and len(rows) > 2)
     problem = f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?"
     check(not many, f"{problem} Texts to write are an --answer-column")
@@ -86,6 +94,14 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
         "metric": "accuracy",
     }
     return from_record(record, str(file))
+
+
+def folded(label: str) -> Any:
+    """What labels that are meant to be one have in common: without case, odd spellings of characters, or 1 for 1.0."""
+    try:
+        return float(label)
+    except ValueError:
+        return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
 
 
 def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:

@@ -7,10 +7,12 @@ import hashlib
 import io
 import os
 import sys
+import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tinyld.config import check_choice
@@ -19,7 +21,11 @@ from tinyld.formats import CONVERTERS, MAX_BYTES, Row, cut
 from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
 from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
 
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
+HOSTS = (  # that a download may lead to
+    "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
+    "www.cs.cornell.edu",
+)  # fmt: skip
 CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
 
 
@@ -59,11 +65,10 @@ def fetch(remote: RemoteFile, description: str) -> bytes:
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
     import http.client
-    from urllib.request import Request, urlopen
 
     from tinyld.progress import Progress
 
-    url, content = remote.url, bytearray()
+    url, content, deadline = remote.url, bytearray(), time.monotonic() + TOTAL
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
     scheme = urlsplit(url).scheme
@@ -71,13 +76,13 @@ def fetch(remote: RemoteFile, description: str) -> bytes:
         raise TinyldError(f"cannot download {show(url)}: only http and https are supported")
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
     try:
-        with urlopen(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT) as response:
+        with _open(url) as response:
             size = int(response.headers.get("Content-Length") or 0)
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
                     content += block
-                    if len(content) > MAX_BYTES:
-                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes")
+                    if len(content) > MAX_BYTES or time.monotonic() > deadline:
+                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes or takes over {TOTAL:,.0f} s")
                     bar.advance_to(len(content), rate=f"{len(content) / 1e6:.1f} MB")
             if len(content) < size:
                 raise OSError(f"it broke off after {len(content):,} of {size:,} bytes")
@@ -88,6 +93,23 @@ def fetch(remote: RemoteFile, description: str) -> bytes:
     if expected not in (None, found):
         raise TinyldError(f"{url}: checksum is {found}, expected {expected}; try again later")
     return bytes(content)
+
+
+def _open(url: str) -> Any:
+    """The response; a redirect may only lead to https on a listed host, or stay on the host that was asked."""
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    asked = urlsplit(url)
+
+    class Redirect(HTTPRedirectHandler):
+        def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
+            to = urlsplit(details[-1])
+            stays, is_listed = to[:2] == asked[:2], to.scheme == "https" and to.hostname in HOSTS
+            if not (stays or is_listed):
+                raise OSError(f"it leads to {show(details[-1])}, which is not a listed host")
+            return super().redirect_request(request, response, *details)
+
+    return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
 
 
 def download_task(name: str, source: Source) -> Path:

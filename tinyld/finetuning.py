@@ -12,19 +12,11 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import (
-    attach,
-    check_base,
-    check_frozen,
-    load_base,
-    method_record,
-    read_base_tokenizer,
-    read_model_config,
-    sizes,
-)
+from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, make_task, read_split
@@ -35,11 +27,12 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
+from tinyld.parse import refuse_idle, several
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
-from tinyld.rows import to_learn
+from tinyld.rows import SUFFIXES, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
@@ -75,21 +68,21 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     of a file, the method's learning rate and optimizer, the epochs."""
     base, method, data = options.base or default_base(), options.method, options.data
     reading = Reading(**options.only(Reading))
-    shape = read_model_config(RunFolder(base), reading)
+    shape, tokenizer = read_shape(base, reading)
     training = options.only(TrainConfig)
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
     check_frozen(method, options.base_dtype)
+    if method != TrajectoryLora.name:
+        refuse_idle(options, ["cache_gb"], f"with --method {method}, which keeps no states")
     held_out = data is not None and data.is_file()
     if options.task is not None or data is None:
-        task = load_task(options.task or "reviews")
+        task = load_task("reviews" if options.task is None else options.task)
         mine = ("text_column", "label_column", "answer_column", "template")
-        unused = [name for name in mine if getattr(options, name) != getattr(FinetuneOptions, name)]
-        if unused:
-            raise UsageError(f"{unused[0]} is for --data without --task; a task has columns of its own")
+        refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
     else:
         data, held_out, file = data_file(data)
-        task = make_task(options, file, read_base_tokenizer(base, reading), shape.max_length)
+        task = make_task(options, file, tokenizer, shape.max_length)
     if all(training[budget] is None for budget in BUDGETS):
         rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
         least = UPDATES_WRITING if task.is_generation else UPDATES
@@ -248,31 +241,52 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev.
     """
     if isinstance(rows_or_task, str | Path):
-        source = "data" if Path(rows_or_task).suffix in (".csv", ".tsv", ".jsonl", ".txt") else "task"
-        options[source] = str(rows_or_task)
-        return load(finetune(FinetuneOptions(**{"out": out, "quiet": True} | options))["run"], options.get("base"))
-    out = Path(out) if out is not None else RUNS / "mine"
+        is_file = Path(rows_or_task).suffix.lower() in (*SUFFIXES, ".txt")
+        made = _options(options, out=out, **{"data" if is_file else "task": str(rows_or_task)})
+        return load(finetune(made)["run"], made.base)
+    out = RUNS / "mine" if out is None else out
+    check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
+    out = Path(out)
+    file, run = out.with_name(f"{out.name}-rows.jsonl") if out.name else out, RunFolder(out)
+    made = _options(options, out=out, data=file)
     records = []
-    for row in rows_or_task:
+    for row in several(rows_or_task, "rows"):
         if not isinstance(row, Mapping):
             check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
             row = dict(zip(("text", "label"), row, strict=True))
         try:
-            records.append(json.dumps(dict(row), ensure_ascii=False))
+            records.append(json.dumps(dict(row), ensure_ascii=False, default=_number))
         except TypeError:
             raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
-    RunFolder.check_free(out, options.get("force", False))
+    RunFolder.check_free(out, made.force)
     make_folder(out.parent)
-    file, is_run = out.with_name(f"{out.name}-rows.jsonl"), RunFolder(out).is_run()  # which --force replaces
     content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
     is_new = not os.path.lexists(file)
-    if not (is_new or is_run or read_bytes(file) == content):
+    if not (is_new or run.is_run() or read_bytes(file) == content):  # a run that is there is to be replaced
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
     write_atomic(file, content)
     try:
-        finetune(FinetuneOptions(**{"data": file, "out": out, "quiet": True} | options))
+        finetune(made)
     except TinyldError:
-        if is_new and not RunFolder(out).is_run():
+        if is_new and not run.is_run():
             file.unlink()  # so that the next try may have other rows
         raise
-    return load(out, options.get("base"))
+    return load(out, made.base)
+
+
+def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
+    """The verb's options; UsageError for one that it does not have, or that the first argument says already."""
+    known = {field.name for field in fields(FinetuneOptions)}
+    for name in given:
+        free = name in known and name not in ours
+        check(free, f"no option {name} here; the first argument says what is learned")
+    return FinetuneOptions(**{"quiet": True, **ours, **given})
+
+
+def _number(value: Any) -> int | float:
+    """A number of numpy's; TypeError for what is none."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(value)

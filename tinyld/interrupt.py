@@ -56,6 +56,7 @@ class StopSignals:
                     os.write(sys.stderr.fileno(), f"{self.answer}\n".encode())
 
     def __enter__(self) -> StopSignals:
+        raise_if_one_came()
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._note) for s in stop_signals()}
         return self
@@ -65,11 +66,34 @@ class StopSignals:
             signal.signal(signum, handler)
 
 
+came = 0  # the last signal that `raise_at_signals` raised for: what handles it, or a C callback, may have lost it
+AGAIN = 0.05  # seconds after which a signal that was lost is sent again
+
+
 def raise_at_signals() -> None:
-    """Outside of training a signal is an error like any other: one line and its exit code."""
+    """Outside of training a signal is an error like any other: one line and its exit code.
+
+    Python drops what is raised in a callback of C (of a weak reference, a finalizer, ctypes): it is then raised again
+    a little later, and at the latest by `raise_if_one_came`.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        global came
+        came = signum
         raise Interrupted(signum)
+
+    def unraisable(lost: Any) -> None:
+        if isinstance(lost.exc_value, Interrupted):
+            threading.Timer(AGAIN, os.kill, (os.getpid(), came)).start()
+        else:
+            sys.__unraisablehook__(lost)
 
     for signum in stop_signals():
         signal.signal(signum, interrupt)
+    sys.unraisablehook = unraisable
+
+
+def raise_if_one_came() -> None:
+    """Raises Interrupted for a signal that came since `raise_at_signals` and stopped nothing."""
+    if came:
+        raise Interrupted(came)

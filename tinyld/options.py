@@ -20,29 +20,24 @@ from tinyld.config import (
     OPTIMIZERS,
     PRESETS,
     SAMPLERS,
+    THRESHOLDS,
     Loop,
     Reading,
     SampleConfig,
     Settings,
     TrainConfig,
     check,
-    check_type,
+    types_of,
 )  # fmt: skip
 from tinyld.config import setting as option
-from tinyld.errors import TinyldError, UsageError
-from tinyld.parse import base_folder, flag, numbers, parsed, share
+from tinyld.errors import UsageError
+from tinyld.parse import base_folder, flag, numbers, parsed, refuse_idle, share
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
 RECIPE_NAMES = ("best", "fast", "paper")
 BASE_DTYPES = ("fp32", "bf16", "int8")
-
-
-@functools.cache
-def types_of(options: type[Options]) -> dict[str, Any]:
-    """Option -> the type of its value."""
-    return typing.get_type_hints(options)
 
 
 @functools.cache
@@ -72,10 +67,6 @@ class Options(Settings):
                 value = tuple(parsed(v, member, field.name) for v in ([value] if is_text else value))
             elif is_text:
                 value = parsed(value, kind, field.name)
-            try:
-                value = check_type(value, types_of(type(self))[field.name], flag(field.name))
-            except TinyldError as error:
-                raise UsageError(error) from None
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 
@@ -120,8 +111,22 @@ class Written(Options):
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Options, SampleConfig):
     def sampling(self) -> SampleConfig:
-        """How answers are written."""
+        """How answers are written; UsageError for an option that the sampler does not read."""
+        sampler = f"with --sampler {self.sampler}"
+        if self.sampler not in THRESHOLDS:
+            refuse_idle(self, ["threshold", "least"], f"{sampler}; it goes with {', '.join(THRESHOLDS)}")
+        if self.sampler != "klass":
+            refuse_idle(self, ["kl"], f"{sampler}; it goes with klass")
+        if self.temperature == 0 and self.sampler != "ancestral":
+            refuse_idle(self, ["seed"], "where nothing is drawn: at --temperature 0")
         return SampleConfig(**self.only(SampleConfig))
+
+    def refuse_idle(self, width: int, is_label: bool) -> None:
+        """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
+        if width == 1:
+            idle = ["steps", "threshold", "least", "kl", "draws"]
+            more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
+            refuse_idle(self, idle + more, "where every answer is one token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +263,7 @@ class ComposeOptions(OnDevice, Written, Printed):
 class CompareOptions(Printed):
     task: tuple[str, ...] = option(("reviews",), "Task to compare on; may be repeated.", "Task")
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
-    limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task")
+    limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
     seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)

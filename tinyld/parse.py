@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,27 @@ from tinyld.errors import UsageError
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def given(options: Any, names: Iterable[str]) -> list[str]:
+    """Those of the named options that have another value than their default."""
+    default = {field.name: field.default for field in dataclasses.fields(options)}
+    return [name for name in names if name in default and getattr(options, name) != default[name]]
+
+
+def refuse_idle(options: Any, names: Iterable[str], where: str) -> None:
+    """UsageError where one of the named options is given, which has no effect `where`."""
+    found = given(options, names)
+    check(not found, f"{', '.join(map(flag, found))} has no effect {where}")
+
+
+def several(value: Any, what: str) -> list[Any]:
+    """What Python gave in place of a list: one text, path or dict is a list of one; UsageError for what is no list."""
+    if isinstance(value, str | Path | Mapping):
+        return [value]
+    is_list = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray)
+    check(is_list, f"{what} are a list, or one of them, got {value!r}")
+    return list(value)
 
 
 def parsed(value: Any, kind: Any, name: str) -> Any:

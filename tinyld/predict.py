@@ -19,7 +19,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
-from tinyld.parse import base_folder
+from tinyld.parse import base_folder, several
 from tinyld.router import NONE
 from tinyld.rows import GAP, GAP_MARK, Example, prompt_of
 from tinyld.runs import CONFIG, RunFolder, is_foreign
@@ -56,14 +56,16 @@ class Run:
         return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def write(
-        self, prompts: str | Iterable[str], length: int = 24, temperature: float = 0.0, seed: int = 0
+        self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """A text for each prompt: by the run's generation task, else what fills `length` tokens at `{answer}`."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        """A text for each prompt: by the run's generation task, else what fills `length` tokens, 24, at `{answer}`."""
+        prompts = several(prompts, "prompts")
+        check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
         sampling = SampleConfig(temperature=temperature, seed=seed)
         writer = next((t for t in self.tasks if t.is_generation), None)
         if writer is None:
-            return [self.fill(prompt, length, 1, sampling)[0][0] for prompt in prompts]
+            return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
+        check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
         rows = [("prompt", dict.fromkeys(input_columns(writer), prompt)) for prompt in prompts]
         return [found["answer"] for found in self.answer(rows, writer, sampling)]
 
@@ -112,10 +114,11 @@ class Run:
         """
         tokenizer, model = self.base.tokenizer, self.model
         before, mark, after = prompt.partition("{answer}")
+        check("{answer}" not in after, f"a prompt holds {{answer}} once, got {prompt!r}")
+        check(type(length) is int and length >= 1, f"length must be a whole number, at least 1, got {length!r}")
         head, tail = [*tokenizer.start, *tokenizer.encode(before), *tokenizer.turn], tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
-        check(length >= 1, f"length must be at least 1, got {length}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
         row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
         x = torch.tensor([row] * num, device=model.device)
@@ -192,16 +195,22 @@ def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]
     """Of each row its `text`, where the task reads one, and its other columns."""
     one = columns[0] if len(columns := input_columns(task)) == 1 else None
     return [
-        {f"given_{k}" if k in OURS else str(k): v for k, v in row.items() if k != one}
+        {own_name(k, row) if k in OURS else str(k): v for k, v in row.items() if k != one}
         | ({} if one is None else {"text": row[one]})
         for _, row in rows
     ]
 
 
+def own_name(column: str, row: Record) -> str:
+    """What a row's own column is called beside ours of that name: given_NAME, or as often given_ as is free."""
+    name = f"given_{column}"
+    return name if name not in row else own_name(name, row)
+
+
 def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = input_columns(task), []
-    for i, text in enumerate([texts] if isinstance(texts, str | Mapping) else texts):
+    for i, text in enumerate(several(texts, "texts")):
         if not isinstance(text, Mapping):
             values = list(text) if isinstance(text, list | tuple) else [text]
             check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
@@ -289,11 +298,14 @@ def load(
     read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, if that is there.
     """
     if not isinstance(path, str | Path):
-        several = Runs({"base": base, "device": device, "dtype": dtype})
-        for each in path:
-            several.add(each)
-        check(len(several.runs) > 0, "no run is given")
-        return several
+        check(not (kept_in or task or reading), "kept_in, task and reading are for one run")
+        together = Runs({"base": base, "device": device, "dtype": dtype})
+        for each in several(path, "runs"):
+            check(isinstance(each, str | Path), f"a run is the path of its folder, got {each!r}")
+            together.add(each)
+        check(len(together.runs) > 0, "no run is given")
+        return together
+    check(base is None or isinstance(base, str | Path), f"a base is the path of its folder, got {base!r}")
     path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
@@ -310,7 +322,11 @@ def load(
         pushes = config["method"].get("name") == TrajectoryLora.name  # and so leaves its base to others
         loaded, method = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
         records, push = [config["task"]], getattr(method, "push", None)
-    return Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push)
+    run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push)
+    if task is not None:
+        run.task_named(task)  # refuses another one
+    run.model.requires_grad_(False)
+    return run
 
 
 def input_columns(task: Task) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tinyld.finetuning import resume
 from tinyld.hf import Encoder, find_encoder, load_encoder
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training
-from tinyld.parse import flag
+from tinyld.parse import flag, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder
@@ -56,7 +57,10 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     if options.resume is not None:
         return resume(options)
     out = options.out or RUNS / f"base-{options.preset}-s{options.seed}"
-    find_text_files([*options.data, *options.valid])
+    files, valid = find_text_files(options.data), find_text_files(options.valid)
+    if both := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in valid}:
+        raise TinyldError(f"{min(both)} is in --data and in --valid: held-out text must be other text")
+    refuse_inside(out, [], [*options.data, *options.valid])
     config = config_of(options)
     encoder = None
     if is_writer():
@@ -77,10 +81,11 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
     own = path is not None and RunFolder(path).is_run()
     if path is None:
         for name in ("body_lr", "body_start"):
-            check(not getattr(options, name), f"{flag(name)} needs --init")
+            check(getattr(options, name) is None, f"{flag(name)} needs --init")
     else:
         fixed = [name for name in (*sizes[:-1], "vocab_size") if getattr(options, name)]
         check(not fixed, "--init brings its own sizes; only --max-length may change them")
+        refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
     training = options.only(TrainConfig)
     if options.steps is None and options.tokens is None and options.minutes is None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
+from tinyld.config import check_type
 from tinyld.errors import TinyldError, failing, show
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class Record(dict[str, Any]):
         raise TinyldError(f"{self.path}: missing key {key!r}")
 
 
-def parse_json(text: str | bytes, path: object, types: Any = None) -> Any:
+def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
     """The JSON value in `text`: no key twice, no NaN or huge number, no bottomless nesting, nothing of another type
-    than `types` has it: a dict by key ("*" is all others), [x] a list of x, None anything. `path` is for the error."""
+    than `hint` has it (see config.check_type). `path` is for the error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Record:
         record = Record(pairs)
@@ -102,7 +103,7 @@ def parse_json(text: str | bytes, path: object, types: Any = None) -> Any:
         _check_sane(value)
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
-    _check_types(value, types, path)
+    check_type(value, hint, str(path))
     return value
 
 
@@ -120,14 +121,6 @@ def as_object(value: Any, path: object) -> Record:
     record = value if isinstance(value, Record) else Record(value)
     record.path = path
     return record
-
-
-def _check_types(value: Any, types: Any, where: object) -> None:
-    kind = dict if isinstance(types, dict) else list if isinstance(types, list) else types
-    if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-        raise TinyldError(f"{where} is of the wrong type: {show(value)}")
-    for key, inner in value.items() if kind is dict else enumerate(value, 1) if kind is list else ():
-        _check_types(inner, types[0] if kind is list else types.get(key, types.get("*")), f"{where}: {key}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -170,9 +163,7 @@ class Said:
         value = self.raw.get(key)
         if optional and value is None:
             return kind(0)
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, int if kind is bool else (int, kind)):
-            self.refuse(key, f"of type {kind.__name__}")
-        return value
+        return check_type(value, kind, f"{self.where}: {key}")
 
     def only(self, allowed: Mapping[str, Any]) -> None:
         """Refuses a key with another value than the one given; missing and null are as good."""

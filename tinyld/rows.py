@@ -70,17 +70,21 @@ def bundled_data_dir() -> Path:
     return inside if inside.exists() else package.parent / "data"
 
 
-def _in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
-    """The first of folder/NAME/SPLIT.tsv, .csv, .jsonl that is there; NAME "" is the folder itself."""
-    paths = [folder / name / f"{split}{suffix}" for name in names for suffix in SUFFIXES]
-    return next((path for path in paths if os.path.isfile(path)), None)
+def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
+    """folder/NAME/SPLIT.tsv, .csv or .jsonl, of the first NAME that has one; NAME "" is the folder itself."""
+    for name in names:
+        found = [path for suffix in SUFFIXES if os.path.isfile(path := folder / name / f"{split}{suffix}")]
+        check(len(found) < 2, f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there")
+        if found:
+            return found[0]
+    return None
 
 
 def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     """The split's file: in `data`, else the task's own, in $TINYLD_DATA, the cache, the bundled data, or fetched."""
     name = task.rows_name
     if data is not None:
-        if found := _in_folder(data, (name, ""), split):
+        if found := in_folder(data, (name, ""), split):
             return found
         what = "no such folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
         raise TinyldError(f"no {split} rows of {task.name} in {data}: {what} (.csv and .jsonl are read too)")
@@ -94,7 +98,7 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     if own and not os.path.isdir(own):
         raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
     for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
-        if found := _in_folder(folder, (name,), split):
+        if found := in_folder(folder, (name,), split):
             if folder == cache:
                 download.check_cached(found, task.label_counts.get(split))
             return found
@@ -170,7 +174,7 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
     value = row[column]
     if isinstance(value, bool):
         value = str(value).lower()
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float) or value != value:  # not a number: what is missing, of pandas
         raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
     text = clean(str(value))
     if not text:
@@ -207,7 +211,8 @@ def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]
     texts = [cell(row, str(task.label_column), where) for where, row in rows]
     known = {name: i for i, name in enumerate(task.label_names)}
     allowed = ", ".join(known)
-    if not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
+    has_order = task.path.suffix.lower() not in SUFFIXES  # and not just that of the rows it was made from
+    if has_order and not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
         allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(known)) + "; all numbers or all names"
         if texts[:1] != [] and texts[0] not in known:
             known = {str(i): i for i in range(len(known))}

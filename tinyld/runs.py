@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tinyld.errors import TinyldError, failing
 from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_object, read_text
@@ -28,25 +28,28 @@ MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokeniz
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
 CHECKPOINTS = "checkpoints"
 KINDS = ("base", "adapter", "composition")  # of a run, in its config
-NUMBER = int | float
-TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see read.parse_json
+SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least": 1}]
+SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)
+SCORES |= dict.fromkeys(("nll_bound", "nll_stderr"), float)
+MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict}
+TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
-        "base": {"path": str, "fingerprint": str, "dtype": str, "reading": {}},
-        "train": {},
+        "base": {"path": str, "fingerprint": str, "dtype": str, "reading": dict},
+        "train": dict,
         "data": {
             "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
-            "files": [str], "tokens": int,
+            "files": list[str], "tokens": int,
         },
-        "parameters": {"*": NUMBER},
-        "task": {"name": str, "verbalizer": {"*": str}},
+        "parameters": dict[str, float],
+        "task": {"name": str, "verbalizer": dict[str, str]},
         "method": {"name": str},
         "environment": {"command": str},
-        "members": [{"run": str, "task": {"name": str}, "method": {}}],
+        "members": list[MEMBER],
     },
-    RESULTS: {"eval": {"*": dict.fromkeys(("n", "accuracy", "low", "high", "nll_bound", "nll_stderr"), NUMBER)}}
-    | dict.fromkeys(("pretrain", "finetune"), {"seconds": NUMBER, "dev_accuracy": NUMBER, "dev_nll_bound": NUMBER}),
+    RESULTS: {"eval": dict[str, SCORES]}
+    | dict.fromkeys(("pretrain", "finetune"), {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}),
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
-    | dict.fromkeys(("seconds", "log_sum"), NUMBER) | {"scaler": {"*": NUMBER}, "log": str},
+    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float], "log": str},
 }  # fmt: skip
 
 
@@ -168,7 +171,7 @@ class RunFolder:
         return content
 
     def read_json(self, name: str) -> Any:
-        return parse_json(self.read(name), self.path / name, TYPES.get(name))
+        return parse_json(self.read(name), self.path / name, TYPES.get(name, Any))
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         return parse_tensors(self.read(name), self.path / name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, Sampling, kinds
+from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.runs import RESULTS, RunFolder, is_foreign
@@ -80,6 +80,8 @@ def eval(options: EvalOptions) -> list[Record]:
         named = options.task is not None or not run.tasks
         for task in [run.task_named(options.task)] if named else run.tasks:
             rows = rows_for(run, task, options.split, data)
+            check_writable(predictions, [task.path, *map(Path, task.data.values())])
+            options.refuse_idle(rows.slot, not task.is_generation)
             found = measure(run, rows, sampling, options.draws, options.quiet, options.limit)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record()}
@@ -114,9 +116,8 @@ def eval_text(options: EvalOptions) -> list[Record]:
 
     All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
     """
-    unread = {"task", "split", "data", "limit", "predictions", "base_dtype", *kinds(Sampling)}
-    given = [f.name for f in fields(options) if f.name in unread and getattr(options, f.name) != f.default]
-    check(not given, f"--text measures running text; {', '.join(given)} has no effect on it")
+    unread = ("task", "split", "data", "limit", "predictions", "base_dtype", "wide", *kinds(Sampling))
+    refuse_idle(options, unread, "on the running text of --text")
     device, files = resolve_device(options.device), find_text_files(options.text)
 
     @functools.cache

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.config import check
+from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
-from tinyld.predict import OURS, input_columns, load
+from tinyld.predict import OURS, input_columns, load, own_name
 from tinyld.read import opened
 from tinyld.rows import SUFFIXES, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
@@ -47,7 +48,9 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     while part := list(islice(rows, CHUNK)):
         for where, row in part if column is not None else ():
             check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-            row[columns[0]] = row.pop(column)
+            text = row.pop(column)
+            other = {own_name(columns[0], row): row.pop(columns[0])} if columns[0] in row else {}
+            row |= {columns[0]: text} | other
         yield part
 
 
@@ -83,7 +86,8 @@ def predict(options: PredictOptions) -> None:
     keep_freed_memory()
     sampling, say = options.sampling(), say_to_stderr(options.quiet)
     paths, source = options.runs_and_input()
-    check(not (options.csv and options.json), "give --csv or --json, not both")
+    as_csv = options.csv or (options.out is not None and options.out.suffix == ".csv")
+    check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
     check(len(paths) > 1 or not options.decoded, "decoded is for several runs; one says what it would write anyway")
     if len(paths) == 1:
         run: Any = load(paths[0], options.base, options.device, options.dtype, task=options.task)
@@ -95,6 +99,9 @@ def predict(options: PredictOptions) -> None:
         if len(groups := run.groups()) > 1:
             shares = "; ".join(", ".join(names) for names in groups)
             say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
+    tasks = [task] if len(paths) == 1 else [r.tasks[0] for r in run.runs.values()]
+    options.refuse_idle(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
+    check_writable(options.out, [path for t in tasks for path in (t.path, *map(Path, t.data.values()))])
     truncated = total = 0
     with printer(options) as write:
         for rows in chunks(options, source, input_columns(task)):

@@ -274,6 +274,8 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
         if not texts:
             raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
         found += texts
+    if twice := [path for path in found if found.count(path) > 1]:
+        raise TinyldError(f"{twice[0]} is named twice, and would be read twice")
     if vast := [path for path in found if path.stat().st_size > TEXT_BYTES]:
         raise TinyldError(f"{vast[0]}: {vast[0].stat().st_size:,} bytes are more than the {TEXT_BYTES:,} of a text")
     return found

@@ -101,6 +101,7 @@ def sample(options: SampleOptions) -> dict[str, Any]:
     from tinyld.predict import load
 
     sampling, steps = options.sampling(), []
+    options.refuse_idle(options.length, False)
     path = options.run or options.base or default_base()
     run = load(path, options.base if options.run else None, options.device, options.dtype,
                reading=Reading(**options.only(Reading)))  # fmt: skip

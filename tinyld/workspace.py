@@ -58,12 +58,17 @@ def newest_run(kinds: Sequence[str]) -> Path:
     return max(found, key=lambda p: (p / CONFIG).stat().st_mtime_ns)
 
 
-def refuse_inside(out: Path, inputs: Sequence[Path]) -> None:
-    """TinyldError when --force would remove a folder that the command reads."""
+def refuse_inside(out: Path, inputs: Sequence[Path], texts: Sequence[Path] = ()) -> None:
+    """TinyldError when --force would remove a folder that the command reads, or when --out is inside a folder of
+    `texts`, and would be read as text next time."""
+    new = Path(os.path.realpath(out))
     for path in inputs:
         real = Path(os.path.realpath(path))
-        if Path(os.path.realpath(out)) in (real, *real.parents):
+        if new in (real, *real.parents):
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
+    for path in texts:
+        if path.is_dir() and Path(os.path.realpath(path)) in (new, *new.parents):
+            raise TinyldError(f"--out {out} is inside {path}, and would be read as text; choose another --out")
 
 
 def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> None:
