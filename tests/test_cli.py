@@ -574,7 +574,6 @@ ERRORS = [
     (EVAL + "--text {place}/text.txt --sampler entropy", 2, "--sampler has no effect on the running text"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
     ("predict {place}/mood-full {place}/dev.csv --csv --json", 2, "give --csv or --json, not both"),
-    ("predict {place}/mood-full {place}/dev.csv --set decoded=true", 2, "decoded is for several runs"),
     ("compare --task {place}/mood.toml --base {place}/base --steps 1 --epochs 2", 2, "--steps or --epochs, not both"),
     ("sample {place}/base --length 900", 2, "the base takes 48"),
     ("sample {place}/base --num 99999999", 2, "lower --num"),

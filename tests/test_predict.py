@@ -251,11 +251,6 @@ def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
             one = [{"text": r["text"]} | r["tasks"][name] for r in found]
             shares = all("decoded" not in r for r in one)
             assert one == [{k: v for k, v in r.items() if k != "decoded" or not shares} for r in alone[name]]
-        runs.decoded = True
-        assert all(
-            {"text": r["text"]} | r["tasks"]["fast-a"] == a
-            for r, a in zip(runs.predict(texts), alone["fast-a"], strict=True)
-        )
     assert set(found[0]["tasks"]["mood"]) == {"label", "probability", "probabilities", "decoded", "truncated"}
     assert len({json.dumps(r["probabilities"]) for r in found[0]["tasks"].values()}) == 5
     runs = tinyld.load(fast[:1])
