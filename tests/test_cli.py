@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 
 import tinyld
 from tinyld.cli import MAIN, VERBS, app
+from tinyld.config import ModelConfig, from_dict
 from tinyld.data import TaskRows
+from tinyld.methods import METHODS as METHOD_CLASSES
 from tinyld.options import ARGUMENT
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
 
@@ -215,7 +217,9 @@ def test_pretraining_goes_by_default_to_a_folder_named_by_preset_and_seed(place:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_is_finetuned_and_evaluated(method: str, adapters: dict[str, tuple[Path, Ran]]) -> None:
+def test_each_method_is_finetuned_and_evaluated(
+    method: str, place: Path, adapters: dict[str, tuple[Path, Ran]]
+) -> None:
     out, ran = adapters[method]
     summary = ran.json
     assert summary["method"] == method and summary["steps"] == 3 and summary["rows"] == 12
@@ -224,6 +228,8 @@ def test_each_method_is_finetuned_and_evaluated(method: str, adapters: dict[str,
     assert method in ran.stderr
     config = RunFolder(out).config
     assert config["method"]["name"] == method and config["train"]["steps"] == 3
+    usual = METHOD_CLASSES[method].usual(from_dict(ModelConfig, RunFolder(place / "base").config["model"], "base"))
+    assert (config["train"]["lr"], config["train"]["optimizer"]) == usual
     assert not (out / "checkpoints").exists()
 
     found = good("eval", out, "--json").json
@@ -324,18 +330,6 @@ def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Pa
     assert on["base_nll_bound"] != fp32["nll_bound"], "its base alone is measured in int8, too"
     refused = cli("compose", pair[1], "small", "--out", "new")
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
-
-
-def test_a_run_has_the_methods_own_rate_and_optimizer_unless_it_is_told(place: Path) -> None:
-    def trained(*options: object) -> tuple[float, str]:
-        finetune(place, Path("run"), *options, "--quiet", "--force")
-        train = RunFolder(Path("run")).config["train"]
-        return train["lr"], train["optimizer"]
-
-    assert trained(*TRAJECTORY) == (3e-3, "muon")
-    assert trained("--method", "trajectory-lora", "--recipe", "fast", "--set", "ranks=4,4,4") == (6e-3, "muon")
-    assert trained("--method", "full") == (5e-4, "adamw")
-    assert trained(*TRAJECTORY, "--set", "optimizer=adamw", "--lr", "1e-3") == (1e-3, "adamw")
 
 
 def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
@@ -659,20 +653,6 @@ def test_a_run_that_is_there_is_not_written_over(args: str, place: Path, pair: t
     before = (pair[0] / MANIFEST).read_bytes()
     assert_refused(cli(*fill(args.replace("--out new", f"--out {pair[0]}"), place)), 1, "--force")
     assert (pair[0] / MANIFEST).read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("args", "name"),
-    [(f"{verb} run{more}", name) for name in (ADAPTER, CONFIG) for verb, more in (
-        ("eval", ""), ("info", ""), ("sample", ""), ("compose", " {place}/colours --out new"))]
-    + [("finetune --base ./run --task {place}/mood.toml --out new", name) for name in (MODEL, "tokenizer.json")],
-)  # fmt: skip
-def test_a_truncated_file_is_named(args: str, name: str, place: Path, pair: tuple[Path, Path]) -> None:
-    shutil.copytree(pair[0] if name in (ADAPTER, CONFIG) else place / "base", "run")
-    file = Path("run") / name
-    file.write_bytes(file.read_bytes()[:-10])
-    assert_refused(cli(*fill(args, place)), 1, f"run/{name}")
-    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("steps", [1, 9])
