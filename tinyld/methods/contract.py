@@ -17,7 +17,7 @@ from tinyld.model import Denoiser
 class Method:
     """An adaptation method, made from its config and the base's model config.
 
-    A subclass is one file and one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
+    A subclass is one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
     method's options, and in `rates` the learning rate that the tuning grid is centred on for an optimizer, its usual
     optimizer first; `post_norm` takes its place on an encoder that normalises after each sublayer, where the states are
     small and the same rate is too much.
