@@ -7,7 +7,6 @@ from typing import Any
 from tinyld.checkpoint import load_base_of
 from tinyld.composition import Member, hang, make_router, read_member, save_composition
 from tinyld.config import SampleConfig, check
-from tinyld.data import TaskRows
 from tinyld.device import resolve_device
 from tinyld.environment import environment
 from tinyld.errors import TinyldError
@@ -15,9 +14,8 @@ from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run
 from tinyld.router import measure_routing
-from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
-from tinyld.scores import measure
+from tinyld.scores import measure, rows_for
 from tinyld.tables import percent, print_record, print_table
 from tinyld.tasks import from_record
 from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
@@ -32,8 +30,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     if "base" not in first:
         raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
     base = load_base_of(first, runs[0], options.base, resolve_device(options.device))
-    most = base.model.config.max_length
     members: dict[str, Member] = {}
+    alone: dict[str, Run] = {}
     for folder in folders:
         member, dtype = read_member(folder, base), folder.config["base"].get("dtype", "fp32")
         if dtype != base.dtype:
@@ -41,15 +39,15 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         other = members.setdefault(name := member.task["name"], member)
         if other is not member:
             raise TinyldError(f"{other.run} and {member.run} are both of a task {name}; compose takes one a task")
+        task = from_record(member.task, str(folder.path / CONFIG))
+        alone[name] = Run(folder.path, base, [task], folder.config, options.dtype)
     router = make_router(folders, base)
     out = options.out or RUNS / f"compose-{'-'.join(members).replace(':', '-')}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
-    rows = {}
-    for name, m in members.items():
-        task = from_record(m.task, f"{m.run}/{CONFIG}")
-        rows[name] = TaskRows(load_split(task, options.split, options.data), task, base.tokenizer, most)
-        say_truncated(say_to_stderr(options.quiet), rows[name].truncated, len(rows[name]), most)
+    rows = {name: rows_for(run, run.tasks[0], options.split, options.data) for name, run in alone.items()}
+    for of in rows.values():
+        say_truncated(say_to_stderr(options.quiet), of.truncated, len(of), base.model.config.max_length)
     routing = measure_routing(base, router, rows, options.limit)
     for unlike in [r for r in routing if r["right"] < options.least_right]:
         raise TinyldError(
@@ -58,16 +56,15 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
             f"--set least_right={int(100 * unlike['right']) / 100:g}, and name the task when you ask (--task)"
         )
 
-    def measured(rows: TaskRows) -> Evaluation:
-        run = Run(base.path, base, [rows.task], {}, options.dtype)
-        return measure(run, rows, SampleConfig(), quiet=options.quiet, limit=options.limit)
+    def measured(name: str) -> Evaluation:
+        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet, limit=options.limit)
 
     hang(base, list(members.values()), router)
-    together = {name: measured(of) for name, of in rows.items()}
+    together = {name: measured(name) for name in rows}
     drops = []
     for name, member in members.items():
         base.model.push = member.method.push
-        own, both = measured(rows[name]), together[name]
+        own, both = measured(name), together[name]
         drops.append({
             "task": name, "split": options.split, "n": own.n, "own": own.accuracy, "composed": both.accuracy,
             "drop": None if own.accuracy is None else own.accuracy - both.accuracy,
