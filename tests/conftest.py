@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import torch
 
+import tinyld
 from tinyld.config import ModelConfig
 from tinyld.model import Denoiser
+from tinyld.options import PretrainOptions
+from tinyld.pretrain import pretrain
 from tinyld.tokenizer import Tokenizer
 
 WORDS = "the a film plot was is not great terrible good bad dull bright it and but very music food and of to in".split()
@@ -16,6 +22,16 @@ WORDS = "the a film plot was is not great terrible good bad dull bright it and b
 def one_thread() -> None:
     """Tiny models gain nothing from threads, and their bits are then the same on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture()
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in an empty folder, with no data of the user's and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TINYLD_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("TINYLD_DATA", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +48,51 @@ def config(tokenizer: Tokenizer) -> ModelConfig:
 @pytest.fixture()
 def model(config: ModelConfig) -> Denoiser:
     return Denoiser(config, torch.Generator().manual_seed(0)).eval()
+
+
+# ------------------------------------------------------------------------------------------------ tiny runs
+
+WEATHER = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()
+SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}
+ROWS = [("the rain , the rain", "sad"), ("sun and sea", "happy"), ("rain is bad", "sad"), ("a good sky", "happy")] * 10
+QUICK = {"steps": 2, "batch_size": 4, "method": "bitfit", "quiet": True}
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, and what is made of it: a label task, one of two texts, one that writes, a composition."""
+    place = tmp_path_factory.mktemp("predict")
+    rng = random.Random(0)
+    (place / "text.txt").write_text("\n".join(" ".join(rng.choices(WEATHER, k=9)) for _ in range(300)))
+    text = place / "text.txt"
+    pretrain(PretrainOptions(data=(text,), **SHAPE, vocab_size=200, steps=2, out=place / "base", quiet=True))
+    labels = '[verbalizer]\nsad = "down"\nhappy = "very well"\n'
+    tasks = {
+        "mood": 'template = "{text} it was {answer} ."\n' + labels,
+        "same": 'template = "{a} {b} is {answer} ."\n' + labels.replace("very well", "well"),
+        "tell": 'template = "{word} : {answer}"\nanswer_column = "tale"\nanswer_tokens = 3\n',
+    }
+    for name, task in tasks.items():
+        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
+    (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
+    (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
+    (place / "header.csv").write_text("text,label\n")
+    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad ||| so bad\nsun,it is good\n" * 5)
+    for name in ("mood", "same", "tell"):
+        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
+    return place
+
+
+@pytest.fixture(scope="session")
+def fast(place: Path) -> list[Path]:
+    """Adapters that share a pass: tasks of one template whose fields have other names, and one that does not."""
+    options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
+    rows = "".join(f'"{text}",{label}\n' for text, label in ROWS)
+    paths = []
+    for name, field, words in (("a", "text", "was"), ("b", "said", "was"), ("c", "text", "was"), ("d", "text", "is")):
+        task = f'template = "{{{field}}} it {words} {{answer}} ."\n[verbalizer]\nsad = "down"\nhappy = "well"\n'
+        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
+        (place / f"{name}.csv").write_text(f"{field},label\n{rows}")
+        run = tinyld.finetune(place / f"{name}.toml", out=place / f"fast-{name}", seed=len(paths), **options)
+        paths.append(run.path)
+    return paths

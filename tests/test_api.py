@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_predict import QUICK, ROWS, place  # noqa: F401  the tiny base is a fixture
+from conftest import QUICK, ROWS
 from typer.testing import CliRunner
 
 import tinyld
@@ -22,30 +19,23 @@ from tinyld.options import FinetuneOptions
 from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 
 @pytest.fixture(scope="module")
-def trained(place: Path) -> Path:  # noqa: F811
+def trained(place: Path) -> Path:
     out = place / "trained"
     return tinyld.finetune(ROWS, base=place / "base", out=out, **QUICK).path
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def test_importing_it_brings_no_torch() -> None:
-    code = "import sys, tinyld; assert tinyld.TinyldError and tinyld.UsageError; print('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert ran.stdout == "False\n", ran.stderr
+def test_the_package_is_typed_and_has_no_other_names() -> None:
     assert (Path(tinyld.__file__).parent / "py.typed").is_file()
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         tinyld.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("as_dicts", [False, True])
-def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [{"label": label, "text": text} for text, label in ROWS] if as_dicts else ROWS
     run = tinyld.finetune(rows, base=place / "base", out="runs/mine", **QUICK)
     assert capfd.readouterr() == ("", ""), "it is silent"
@@ -74,7 +64,7 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
         ([(str(i), f"l{i}") for i in range(9)], "9 different labels"),
     ],
 )
-def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) -> None:  # noqa: F811
+def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) -> None:
     with pytest.raises(tinyld.TinyldError, match=part):
         tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
     assert not list(Path().iterdir())
@@ -88,7 +78,7 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
         ({"method": None}, "--method: 'None' is not of type str"),
     ],
 )  # fmt: skip
-def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:  # noqa: F811
+def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
     with pytest.raises(tinyld.UsageError, match=part):
         tinyld.finetune(ROWS, **{"base": place / "base", "out": "mine"} | options)
 
@@ -121,20 +111,20 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         (lambda run, base: tinyld.finetune([("a", "é"), ("b", "e\u0301")], base=base), "look like one label"),
     ],
 )  # fmt: skip
-def test_what_python_gives_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:  # noqa: F811
+def test_what_python_gives_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:
     run = tinyld.load(trained, base=place / "base")
     with pytest.raises(tinyld.TinyldError, match=re.escape(part)):
         call(run, place / "base")
     assert not list(Path().rglob("*.jsonl"))
 
 
-def test_numbers_of_numpy_are_labels(place: Path) -> None:  # noqa: F811
+def test_numbers_of_numpy_are_labels(place: Path) -> None:
     rows = [(text, np.int64(label == "sad")) for text, label in ROWS]
     run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
     assert run.tasks[0].labels == ("1", "0") and run.predict(np.array(["rain"]))[0]["label"] in ("0", "1")
 
 
-def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:  # noqa: F811
+def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:
     Path("mine-rows.jsonl").write_text("precious")
     with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl exists and holds something else"):
         tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
@@ -145,7 +135,7 @@ def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Pat
     assert RunFolder(Path("mine")).config["data"]["rows"] == 18
 
 
-def test_a_csv_alone_is_enough(place: Path) -> None:  # noqa: F811
+def test_a_csv_alone_is_enough(place: Path) -> None:
     """No task file, and columns of other names: of two, the one that says more is the text."""
     Path("opinions.csv").write_text(
         "kind,opinion\n" + "".join(f'{label}!,"{t} {i}"\n' for i, (t, label) in enumerate(ROWS))
@@ -173,7 +163,7 @@ def test_a_csv_alone_is_enough(place: Path) -> None:  # noqa: F811
     assert json.loads(CliRunner().invoke(app, ["eval", "two", "--json"]).stdout)[0]["n"] == 6
 
 
-def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:  # noqa: F811
+def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:
     rows = [{"ask": f"name the {t}", "reply": ["the sun", f"{t} it is"], "id": i} for i, (t, _) in enumerate(ROWS)]
     made = {"base": place / "base", "text_column": "ask", "answer_column": "reply"} | QUICK
     run = tinyld.finetune(rows, out="mine", **made)

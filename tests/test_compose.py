@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,32 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WEATHER
 from test_methods import attach, fresh_base, logits, noised_batch, train
 from torch import Tensor
 
-from tinyld.checkpoint import Base, load_base, method_record, save_base
+from tinyld.checkpoint import Base, method_record
 from tinyld.compose import compose, show
 from tinyld.composition import Member, hang, load_composition, save_composition
-from tinyld.config import ModelConfig, to_dict
-from tinyld.data import TaskRows
+from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
-from tinyld.router import (
-    NEAR,
-    NONE,
-    Router,
-    answer_slot,
-    prompt_features,
-    prompt_prototype,
-    prototype_shapes,
-)  # fmt: skip
-from tinyld.rows import load_split
+from tinyld.router import NEAR, NONE, Router, answer_slot, prompt_features, prototype_shapes  # fmt: skip
 from tinyld.runs import RunFolder
-from tinyld.tasks import load_task, to_record
-from tinyld.tokenizer import Tokenizer
 
 
 def base_of(model: Denoiser) -> Base:
@@ -182,40 +170,17 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
 # ---------------------------------------------------------------------------------------------- the verb
 
 
-@pytest.fixture()
-def runs(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> list[Path]:
-    """A base, and adapters of two tasks with templates of their own and of one that is like the first."""
-    model = fresh_base(config)
-    folder = RunFolder.create(tmp_path / "base")
-    folder.write_json("config.json", {"kind": "base", "model": to_dict(config)})
-    save_base(folder, model, dict(model.named_parameters()), tokenizer, torch.float32)
-    base, made = load_base(tmp_path / "base"), []
-    for seed, (name, template) in enumerate((("one", "it was"), ("two", "of the"), ("alike", "it was"))):
-        file = tmp_path / f"{name}.toml"
-        lines = [f'template = "{{text}} {template} {{answer}} ."', "[verbalizer]", 'a = "great"', 'b = "terrible"']
-        file.write_text("\n".join([*lines, "[data]", 'train = "rows.tsv"', 'dev = "rows.tsv"']))
-        texts = [
-            f"the {w} {v} was very {u}" for w in ("film", "plot", "food") for v in ("in", "and") for u in WORDS[:9]
-        ]
-        rows = [f"{text}\t{i % 2}" for i, text in enumerate(texts)]
-        (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-        task = load_task(str(file))
-        member, _ = trained_member(config, "best-1", seed)
-        run = RunFolder.create(tmp_path / name)
-        about = {"path": str(tmp_path / "base"), "fingerprint": base.fingerprint, "dtype": "fp32"}
-        method = method_record(member.method)
-        run.write_json("config.json", {"kind": "adapter", "task": to_record(task), "method": method, "base": about})
-        run.write_tensors("adapter.safetensors", member.method.own)
-        examples = TaskRows(load_split(task, "train"), task, tokenizer, config.max_length)
-        run.write_tensors("prototype.safetensors", prompt_prototype(base, examples))
-        made.append(tmp_path / name)
-    return made
-
-
 def test_tasks_that_can_be_told_apart_are_routed_and_measured(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fast: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ComposeOptions(runs=tuple(runs[:2]), out=tmp_path / "both", quiet=True, dtype="fp32")
+    shutil.copytree(fast[0], tmp_path / "one")
+    runs = (tmp_path / "one", fast[3])  # "it was" and "it is"
+    texts = [f"the {a} {b} is very {c}" for a in ("rain", "sun", "sea") for b in ("and", "of") for c in WEATHER[:9]]
+    for name in "ad":
+        (tmp_path / name).mkdir()
+        rows = [f'"{text}",{("sad", "happy")[i % 2]}' for i, text in enumerate(texts)]
+        (tmp_path / name / "dev.csv").write_text("\n".join(["text,label", *rows]))
+    options = ComposeOptions(runs=runs, data=tmp_path, out=tmp_path / "both", quiet=True, dtype="fp32")
     result = compose(options)
     assert [r["right"] for r in result["routing"]] == [1.0, 1.0]
     for route in result["routing"]:
@@ -225,21 +190,20 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
         assert drop["n"] == 54 and drop["own"] == drop["composed"] and drop["drop"] == 0
         assert drop["own_nats"] == pytest.approx(drop["composed_nats"], abs=1e-4)
     assert RunFolder.open(tmp_path / "both").read_json("results.json")["compose"] == result
-    json.dumps(result, allow_nan=False)
     show(result, options)
     title, *out = capsys.readouterr().out.splitlines()
     assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)
     with pytest.raises(TinyldError, match="holds .*, which this command reads; choose another --out"):
         compose(replace(options, out=runs[0], force=True))
-    with pytest.raises(TinyldError, match="one and .*one are both of a task one"):
-        compose(replace(options, runs=(runs[0], runs[0])))
+    with pytest.raises(TinyldError, match="one and .*fast-a are both of a task a"):
+        compose(replace(options, runs=(runs[0], fast[0])))
     RunFolder(runs[0]).remove("prototype.safetensors")
     with pytest.raises(TinyldError, match="no prototype.safetensors in .*one"):
         compose(replace(options, out=tmp_path / "new"))
 
 
-def test_tasks_that_cannot_be_told_apart_are_refused_unless_told(runs: list[Path], tmp_path: Path) -> None:
-    options = ComposeOptions(runs=(runs[0], runs[2]), out=tmp_path / "both", quiet=True, dtype="fp32", limit=20)
+def test_tasks_that_cannot_be_told_apart_are_refused_unless_told(fast: list[Path], tmp_path: Path) -> None:
+    options = ComposeOptions(runs=(fast[0], fast[2]), out=tmp_path / "both", quiet=True, dtype="fp32", limit=20)
     with pytest.raises(TinyldError, match=r"its prompts are like another task's.* --set least_right=([\d.]+)") as found:
         compose(options)
     assert not (tmp_path / "both").exists()

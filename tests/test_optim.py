@@ -8,7 +8,7 @@ from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
 from tinyld.errors import TinyldError
-from tinyld.optim import Muon, Optimizer, lr_factor
+from tinyld.optim import Optimizer, lr_factor
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
@@ -39,27 +39,29 @@ def test_a_state_that_lacks_a_part_of_a_parameters_is_refused(name: str) -> None
     params = parameters(0)
     optimizer = Optimizer(params, TrainConfig(steps=1, optimizer=name))
     update(optimizer, params, 0)
-    state = optimizer.state()
+    state = optimizer.flat_state()
     for key in (k for k in state if k.endswith(("exp_avg", "momentum_buffer"))):
         damaged = {f"{k}_" if k == key else k: v for k, v in state.items()}
         with pytest.raises(TinyldError, match=f"the checkpoint's {key.rpartition('.')[0]} holds "):
-            optimizer.load_state(damaged)
+            optimizer.load_flat_state(damaged)
 
 
 def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> None:
     params = parameters(0)
     optimizer = Optimizer(params, TrainConfig(steps=1, optimizer="muon"))
-    adamw, muon = ([p for group in part.param_groups for p in group["params"]] for part in optimizer.parts)
-    taken = {optimizer.names[id(p)] for p in muon}
+    groups = [(group["muon"], optimizer.names[id(p)]) for group in optimizer.param_groups for p in group["params"]]
+    taken = {name for muon, name in groups if muon}
     assert taken == {"blocks.0.up.weight", "sites.0.down"}, "no embedding, no vector, no stack of matrices"
-    assert len(adamw) + len(muon) == len(params)
+    assert len(groups) == len(params)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
 def test_muon_moves_as_torchs_does_in_bf16(shape: tuple[int, int], dtype: torch.dtype) -> None:
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
-    pair = Muon([ours], 0.1, dtype), torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
+    mine = Optimizer({"blocks.0": ours}, TrainConfig(steps=1, lr=0.1, weight_decay=0.1, optimizer="muon"))
+    pair = mine, torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
+    mine.dtype = dtype
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         before = ours.detach().clone()
@@ -96,7 +98,7 @@ def test_an_encoders_own_tensors_stay_frozen_and_then_train_at_their_share(name:
     update(optimizer, params, 0)
     assert {n for n, p in params.items() if torch.equal(p, before[n])} == body
     optimizer.set_lr(1.0, 0.2)
-    rates = {g["lr"] for part in optimizer.parts for g in part.param_groups}
+    rates = {g["lr"] for g in optimizer.param_groups}
     assert rates == {0.1, 0.05}
     update(optimizer, params, 1)
     assert not any(torch.equal(p, before[n]) for n, p in params.items())

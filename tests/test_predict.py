@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUICK, ROWS
 from typer.testing import CliRunner
 
 import tinyld
@@ -25,49 +25,15 @@ from tinyld.data import Batch, TaskRows
 from tinyld.evaluate import Verbalizers
 from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, config_of
 from tinyld.model import Denoiser
-from tinyld.options import EvalOptions, FinetuneOptions, PretrainOptions
+from tinyld.options import EvalOptions, FinetuneOptions
 from tinyld.predict import by_label, label_logp
-from tinyld.pretrain import pretrain
 from tinyld.rows import GAPS, prompt_of
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
 from tinyld.tasks import load_task
 from tinyld.tokenizer import Tokenizer
 
-WORDS = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()
-SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}
-ROWS = [("the rain , the rain", "sad"), ("sun and sea", "happy"), ("rain is bad", "sad"), ("a good sky", "happy")] * 10
-QUICK: dict[str, Any] = {"steps": 2, "batch_size": 4, "method": "bitfit", "quiet": True}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base, and what is made of it: a label task, one of two texts, one that writes, a composition."""
-    place = tmp_path_factory.mktemp("predict")
-    rng = random.Random(0)
-    (place / "text.txt").write_text("\n".join(" ".join(rng.choices(WORDS, k=9)) for _ in range(300)))
-    text = place / "text.txt"
-    pretrain(PretrainOptions(data=(text,), **SHAPE, vocab_size=200, steps=2, out=place / "base", quiet=True))
-    labels = '[verbalizer]\nsad = "down"\nhappy = "very well"\n'
-    tasks = {
-        "mood": 'template = "{text} it was {answer} ."\n' + labels,
-        "same": 'template = "{a} {b} is {answer} ."\n' + labels.replace("very well", "well"),
-        "tell": 'template = "{word} : {answer}"\nanswer_column = "tale"\nanswer_tokens = 3\n',
-    }
-    for name, task in tasks.items():
-        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
-    (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
-    (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
-    (place / "header.csv").write_text("text,label\n")
-    (place / "tell.csv").write_text("word,tale\n" + "rain,it is bad ||| so bad\nsun,it is good\n" * 5)
-    for name in ("mood", "same", "tell"):
-        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=place / name, **QUICK)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def cli(*args: object, text: str | bytes = "") -> Any:
@@ -267,21 +233,6 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     assert ran.exit_code == 2 and "has tasks mood, same; say which with --task" in ran.stderr
 
 
-@pytest.fixture(scope="module")
-def fast(place: Path) -> list[Path]:
-    """Adapters that share a pass: tasks of one template whose fields have other names, and one that does not."""
-    options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
-    rows = "".join(f'"{text}",{label}\n' for text, label in ROWS)
-    paths = []
-    for name, field, words in (("a", "text", "was"), ("b", "said", "was"), ("c", "text", "was"), ("d", "text", "is")):
-        task = f'template = "{{{field}}} it {words} {{answer}} ."\n[verbalizer]\nsad = "down"\nhappy = "well"\n'
-        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
-        (place / f"{name}.csv").write_text(f"{field},label\n{rows}")
-        run = tinyld.finetune(place / f"{name}.toml", out=place / f"fast-{name}", seed=len(paths), **options)
-        paths.append(run.path)
-    return paths
-
-
 def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
     fast: list[Path], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,11 +251,6 @@ def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
             one = [{"text": r["text"]} | r["tasks"][name] for r in found]
             shares = all("decoded" not in r for r in one)
             assert one == [{k: v for k, v in r.items() if k != "decoded" or not shares} for r in alone[name]]
-        runs.decoded = True
-        assert all(
-            {"text": r["text"]} | r["tasks"]["fast-a"] == a
-            for r, a in zip(runs.predict(texts), alone["fast-a"], strict=True)
-        )
     assert set(found[0]["tasks"]["mood"]) == {"label", "probability", "probabilities", "decoded", "truncated"}
     assert len({json.dumps(r["probabilities"]) for r in found[0]["tasks"].values()}) == 5
     runs = tinyld.load(fast[:1])

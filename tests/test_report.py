@@ -12,11 +12,11 @@ import pytest
 
 from tinyld.config import TrainConfig, to_dict
 from tinyld.errors import TinyldError
+from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.report import COLUMNS, aggregate, labels, report, result_tables, run_rows, show, unlike
+from tinyld.report import COLUMNS, aggregate, interval, labels, report, result_tables, run_rows, show, unlike
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
-from tinyld.statistics import interval, wilson
 from tinyld.tables import markdown, print_table
 
 

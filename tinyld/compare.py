@@ -1,31 +1,32 @@
 """Which method is best for your rows: every task by every method, tuned alike, over several seeds.
 
-A run of the grid is a process and a folder, `OUT/<task>_<variant>_lr<rate>_s<seed>`. What is finished is read, what was
-interrupted goes on, so that the same command again does only what is missing. Tuning: seed 0 at every rate, the best on
-dev by accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once, by the chosen runs.
+A run of the grid is a folder, `OUT/<task>_<variant>_lr<rate>_s<seed>`. What is finished is read, what was interrupted
+goes on, so that the same command again does only what is missing. Tuning: seed 0 at every rate, the best on dev by
+accuracy (then by NLL bound) goes on to the other seeds. Test rows are read once, by the chosen runs.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count, product
+from pathlib import Path
 from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_shape
 from tinyld.config import ModelConfig, check
 from tinyld.errors import TinyldError, UsageError
+from tinyld.finetuning import config_of, finetune
 from tinyld.methods import METHODS, make_config
-from tinyld.options import METHOD_OPTIONS, CompareOptions, FinetuneOptions
+from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
+from tinyld.scores import eval as evaluate
 from tinyld.tasks import Task, load_task
 from tinyld.workspace import check_writable, default_base, say_to_stderr
-from tinyld.write import make_folder
+from tinyld.write import make_folder, to_json
 
 RATES = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's usual learning rate, in the order they are tried
 SET_HERE = ("task", "data", "base", "limit", "method", "seed", "epochs", "steps", "tokens", "minutes", "batch_size")
@@ -58,7 +59,8 @@ class Variant(NamedTuple):
     """A method with options of its own."""
 
     name: str  # as part of a folder's name
-    flags: list[str]
+    method: str
+    sets: list[str]  # name=value
     lr: float  # around which rates are tried
 
 
@@ -85,25 +87,15 @@ def variants(text: str, model_config: ModelConfig) -> list[Variant]:
         usual, _ = METHODS[method].usual(model_config, options.optimizer, options.recipe)
         rate = usual if options.lr is None else options.lr
         sets = [option for option in sets if not option.startswith("lr=")]
-        flags = ["--method", method, *(word for option in sets for word in ("--set", option))]
         name = re.sub(r"[^A-Za-z0-9.=%-]", "-", ":".join([method, *sets]))
-        found.append(Variant(name, flags, rate))
+        found.append(Variant(name, method, sets, rate))
     return found
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One fine-tuning run of the grid."""
-
-    lr: float
-    folder: RunFolder
-    command: list[str]  # of tinyld, what makes it
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """(accuracy, -NLL bound) on dev: what tuning goes by. A generation task has no accuracy."""
-        found = self.folder.read_json(RESULTS)["finetune"]
-        return found.get("dev_accuracy", 0.0), -found["dev_nll_bound"]
+def score(run: Path) -> tuple[float, float]:
+    """(accuracy, -NLL bound) on dev: what tuning goes by. A generation task has no accuracy."""
+    found = RunFolder(run).read_json(RESULTS)["finetune"]
+    return found.get("dev_accuracy", 0.0), -found["dev_nll_bound"]
 
 
 class Grid:
@@ -116,19 +108,16 @@ class Grid:
         self.options, self.tasks, self.fingerprint = options, tasks, fingerprint
         self.say, self.met = say_to_stderr(options.quiet), count(1)  # runs that were met so far
         self.rows = list(product(tasks, options.limit or (None,), methods))
-        paths = {"--data": options.data, "--base": options.base, "--device": options.device}
-        self.more = [word for flag, path in paths.items() if path is not None for word in (flag, str(path))]
-        self.quiet = ["--quiet"] if options.quiet else []
         self.total = len(self.rows) * (options.trials + options.seeds - 1)
 
-    def cell(self, task: Task, limit: int | None, variant: Variant, lr: float, seed: int) -> Cell:
-        options, rows = self.options, [] if limit is None else ["--limit", str(limit)]
+    def cell(self, task: Task, limit: int | None, variant: Variant, lr: float, seed: int) -> FinetuneOptions:
+        """What makes one run of the grid."""
+        options = self.options
         name = f"{task.name.replace(':', '-')}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
-        asked = options.task[self.tasks.index(task)]
-        budget = ["--epochs", f"{options.epochs:g}"] if options.steps is None else ["--steps", str(options.steps)]
-        command = ["finetune", "--task", asked, *variant.flags, "--lr", f"{lr:g}", "--seed", str(seed), *budget]
-        command += ["--batch-size", str(options.batch_size), *rows, *self.more, "--out", str(options.out / name)]
-        return Cell(lr, RunFolder(options.out / name), [*command, "--json", "--force"])
+        given = {name: getattr(options, name) for name in ("data", "base", "batch_size", "device", "quiet")}
+        given |= {"epochs": options.epochs} if options.steps is None else {"steps": options.steps}
+        given |= {"task": options.task[self.tasks.index(task)], "limit": limit, "method": variant.method, "lr": lr}
+        return FinetuneOptions.of(given | {"seed": seed, "out": options.out / name, "force": True}, variant.sets)
 
     def rates(self, variant: Variant) -> list[float]:
         return [float(f"{variant.lr * multiple:.3g}") for multiple in RATES[: self.options.trials]]
@@ -140,53 +129,43 @@ class Grid:
             for row in self.rows:
                 for lr, seed in product(self.rates(row[-1]), range(self.options.seeds)):
                     self.check_cell(self.cell(*row, lr, seed))
-            return [found for row in self.rows for found in self.run_row(*row)]
+            try:
+                return [found for row in self.rows for found in self.run_row(*row)]
+            except TinyldError as error:
+                raise TinyldError(f"{error}; finished runs are kept, the same command goes on") from None
 
     def run_row(self, task: Task, limit: int | None, variant: Variant) -> list[Row]:
         """Every rate with seed 0, the other seeds at the best rate, their evaluation."""
-        tried = [self.trained(self.cell(task, limit, variant, lr, 0)) for lr in self.rates(variant)]
-        best = max(tried, key=lambda cell: cell.score)
-        others = [self.cell(task, limit, variant, best.lr, seed) for seed in range(1, self.options.seeds)]
-        chosen = [best, *map(self.trained, others)]
-        for cell in chosen:
-            if f"{task.name}/{tested_on(task)}" not in cell.folder.read_json(RESULTS).get("eval", {}):
-                launch(["eval", str(cell.folder.path), "--split", tested_on(task), *self.more, "--json", *self.quiet])
-        return [row for cell in chosen for row in run_rows(cell.folder, len(tried))]
+        options, split = self.options, tested_on(task)
+        tried = {lr: self.trained(self.cell(task, limit, variant, lr, 0)) for lr in self.rates(variant)}
+        best = max(tried, key=lambda lr: score(tried[lr]))
+        others = [self.cell(task, limit, variant, best, seed) for seed in range(1, options.seeds)]
+        chosen = [tried[best], *map(self.trained, others)]
+        for path in chosen:
+            if f"{task.name}/{split}" not in RunFolder(path).read_json(RESULTS).get("eval", {}):
+                about = {name: getattr(options, name) for name in ("data", "base", "device", "quiet")}
+                evaluate(EvalOptions(runs=(path,), split=split, **about))
+        return [row for path in chosen for row in run_rows(RunFolder(path), len(tried))]
 
-    def check_cell(self, cell: Cell) -> None:
+    def check_cell(self, options: FinetuneOptions) -> None:
         """TinyldError when a cell was made otherwise than this command would, as it must not pass for it."""
-        if cell.folder.is_run():
-            asked, config = " ".join(["tinyld", *cell.command]), cell.folder.config
-            made = config["environment"]["command"].removesuffix(" --quiet")
-            if (made, config["base"]["fingerprint"]) != (asked, self.fingerprint):
-                raise TinyldError(
-                    f"{cell.folder.path} was made by {made}, and not by {asked}, on base {self.fingerprint}; "
-                    "choose another --out"
-                )
+        folder = RunFolder(Path(options.out or ""))
+        if folder.is_run():
+            made, asked = folder.config, json.loads(to_json(config_of(options)))
+            made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
+            del asked["base"]["path"], asked["task"]
+            for part, settings in asked.items():
+                for name, value in settings.items() if isinstance(settings, dict) else ():
+                    if (was := made[part].get(name)) != value:
+                        how = f"its {name} was {was}, and would be {value}"
+                        raise TinyldError(f"{folder.path} was made otherwise: {how}; choose another --out")
 
-    def trained(self, cell: Cell) -> Cell:
-        """The cell, which is run unless it is finished."""
-        number, path = next(self.met), cell.folder.path
-        if not all((path / name).is_file() for name in (ADAPTER, RESULTS)):
-            self.say(f"-- run {number} of {self.total}: tinyld {' '.join(cell.command)}")
-            resume = ["finetune", "--resume", str(path), "--json"]
-            launch([*(resume if cell.folder.checkpoints() else cell.command), *self.quiet])
-            accuracy, bound = cell.score
-            self.say(f"   {path.name}: dev {100 * accuracy:.1f}%, NLL bound {-bound:.4f}")
-        return cell
-
-
-def launch(command: list[str]) -> None:
-    """Runs tinyld in a process of its own, so that its memory and its failures are its own; TinyldError when it fails.
-
-    A stop is handed on to it: it ends its step and saves.
-    """
-    process = subprocess.Popen([sys.executable, "-m", "tinyld", *command], stdout=subprocess.DEVNULL)
-    try:
-        failed = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if failed:
-        raise TinyldError(f"tinyld {' '.join(command)} failed; finished runs are kept, the same command goes on")
+    def trained(self, options: FinetuneOptions) -> Path:
+        """The folder of a run of the grid, which is made unless it is finished."""
+        number, folder = next(self.met), RunFolder(Path(options.out or ""))
+        if not all((folder.path / name).is_file() for name in (ADAPTER, RESULTS)):
+            self.say(f"-- run {number} of {self.total}: {folder.path.name}")
+            finetune(FinetuneOptions(resume=folder.path, quiet=options.quiet) if folder.checkpoints() else options)
+            accuracy, bound = score(folder.path)
+            self.say(f"   dev {100 * accuracy:.1f}%, NLL bound {-bound:.4f}")
+        return folder.path

@@ -42,37 +42,24 @@ class RoutedPush(nn.Module):
         return self.router.choose(prompt_features(embedded, prompt_mask))
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        started: list[tuple[Sequence[float], Tensor, PushAt]] = []  # depths, rows, the push
+        started: list[tuple[Sequence[int], Tensor, list[Tensor], PushAt]] = []  # depths, rows, their history, the push
 
         def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
             if not started:
                 owners = self.router.nearest(prompt_features(h, prompt_mask))
                 for member, push in enumerate(self.pushes):
                     if len(rows := (owners == member).nonzero()[:, 0]):
-                        of_rows = push.start(t[rows], prompt_mask[rows], SomeRows(history, rows))
-                        started.append((push.depths, rows, of_rows))
+                        own: list[Tensor] = []
+                        started.append((push.depths, rows, own, push.start(t[rows], prompt_mask[rows], own)))
             total = torch.zeros_like(h if positions is None else take(h, positions))
-            for depths, rows, push in started:
+            for depths, rows, own, push in started:
+                own += [state[rows] for state in history[len(own) :]]
                 if depth in depths:
                     at = None if positions is None else positions[rows]
                     total[rows] = push(depth, h[rows], at).to(h.dtype)
             return total
 
         return push_at
-
-
-class SomeRows(Sequence[Tensor]):
-    """Some rows of every state in a history, which may still grow."""
-
-    def __init__(self, history: Sequence[Tensor], rows: Tensor):
-        self.history, self.rows = history, rows
-
-    def __len__(self) -> int:
-        return len(self.history)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self.history[index]
-        return [state[self.rows] for state in found] if isinstance(index, slice) else found[self.rows]
 
 
 def hang(base: Base, members: Sequence[Member], router: Router) -> None:

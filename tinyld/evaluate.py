@@ -19,7 +19,6 @@ from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_batch, ratio
 from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
 from tinyld.sampler import decode
-from tinyld.statistics import wilson
 from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
 from tinyld.writing import text_scores
@@ -236,10 +235,10 @@ def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id:
 
 
 def slot_logits(
-    model: Denoiser, batch: Batch, mask_id: int, pushes: Sequence[Any] = (), ids: Sequence[Tensor | None] = ()
+    model: Denoiser, batch: Batch, mask_id: int, pushes: Sequence[Any] = (), ids: Sequence[Tensor] = ()
 ) -> Iterator[Tensor]:
     """Logits (B, V) of answers of one token: by the denoiser as it is or, on one pass of the base, by each of `pushes`,
-    which push its final state alone; of the tokens in `ids` where a push has some, (B, len(ids))."""
+    which push its final state alone, those of the tokens in its `ids`, (B, len(ids))."""
     xt = torch.where(batch.answer_mask, mask_id, batch.x0)
     t = torch.ones(len(xt), device=xt.device)
     real = None if bool(batch.attention_mask.all()) else batch.attention_mask
@@ -255,11 +254,8 @@ def slot_logits(
     for push, only in zip(pushes, ids, strict=True):
         push_at = push.start(t, prompt_mask, depths if push.reads_depths else history)
         pushed = (here + push_at(last, h, position))[:, 0]
-        if only is None:
-            yield all_finite(model.head(pushed))
-        else:
-            z = model.head_transform(model.final_norm(pushed))
-            yield all_finite(F.linear(z, weight[only], None if bias is None else bias[only]))
+        z = model.head_transform(model.final_norm(pushed))
+        yield all_finite(F.linear(z, weight[only], None if bias is None else bias[only]))
 
 
 def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int) -> tuple[Tensor, Tensor, int, int]:
@@ -285,3 +281,11 @@ def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: i
         hits += int((logp.argmax(-1) == target).sum())
     assert batch.tail_mask is not None
     return total / draws, (batch.answer_mask & ~batch.tail_mask).sum(1).float(), hits, masked
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion (Wilson 1927)."""
+    p, square = correct / n, z * z
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside

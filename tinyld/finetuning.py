@@ -261,9 +261,8 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
     content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
-    is_ours = run.is_run() and run.config.get("data", {}).get("folder") == os.path.realpath(file)
     is_new = not os.path.lexists(file)
-    if not (is_new or is_ours or read_bytes(file) == content):
+    if not (is_new or run.is_run() or read_bytes(file) == content):  # a run that is there is to be replaced
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
     write_atomic(file, content)
     try:

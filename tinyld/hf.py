@@ -34,7 +34,6 @@ class Encoder:
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer
     origin: dict[str, str]  # its folder, and the SHA-256 of its weights
-    has_head: bool  # whether a masked-LM head came with it; without one its transform starts as the identity
 
 
 def find_encoder(init: str) -> Path:
@@ -56,7 +55,7 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     for path in sorted({path for path, _, _ in foreign.weights.kept.values()}):
         digest.update(read_bytes(path, TENSORS_BYTES))
     origin = {"folder": str(folder.resolve()), "sha256": digest.hexdigest()}
-    return Encoder(foreign.config, tensors, foreign.tokenizer, origin, foreign.has_head)
+    return Encoder(foreign.config, tensors, foreign.tokenizer, origin)
 
 
 def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:

@@ -228,7 +228,6 @@ class PredictOptions(Sampling, OnDevice, Printed):
     base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
     out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
     csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
-    decoded: bool = option(False, "Several runs on one pass: also what each would write, of the whole vocabulary.")
 
     def runs_and_input(self) -> tuple[list[Path], str]:
         """The run folders, and what follows them: a file of texts, or - for stdin."""

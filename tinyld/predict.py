@@ -138,16 +138,12 @@ class Run:
 
 @torch.no_grad()
 def answers(
-    runs: Sequence[Run],
-    tasks: Sequence[Task],
-    rows: Sequence[tuple[str, Record]],
-    sampling: SampleConfig,
-    decoded: bool = True,
+    runs: Sequence[Run], tasks: Sequence[Task], rows: Sequence[tuple[str, Record]], sampling: SampleConfig
 ) -> list[list[Record]]:
     """What each run finds of each row for its task: of one run, or of several with pushes that share every pass.
 
-    Those have one base, and tasks whose prompts are the same tokens around one masked place. Without `decoded` they run
-    the vocabulary's head for their labels' words alone.
+    Those have one base, and tasks whose prompts are the same tokens around one masked place. They run the vocabulary's
+    head for their labels' words alone, and so do not say what each would write.
     """
     model, tokenizer, task = runs[0].model, runs[0].base.tokenizer, tasks[0]
     device = model.device
@@ -155,21 +151,20 @@ def answers(
     labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
     generator = torch.Generator(device).manual_seed(sampling.seed)
     at_once = data.slot == 1 and sampling.temperature == 0 and not task.is_generation
-    pushes, ids = [run.push for run in runs], [of and of.ids[:, 0].to(device) for of in labels]
-    if len(runs) == 1:
-        pushes, decoded = [], True
+    several, ids = len(runs) > 1, [of and of.ids[:, 0].to(device) for of in labels]
+    pushes = [run.push for run in runs] if several else []
     found: list[list[Record]] = [[{}] * len(data) for _ in runs]
     with autocast(device, resolve_dtype(runs[0].dtype, device)):
         for chosen in data.in_length_order(model.rows_at_once(int(data.lengths.max(initial=1)), EVAL_BATCH)):
             batch = on_device(data.take(chosen), device)
             passes: Iterable[Any] = [None]
             if at_once:  # one pass scores the labels and writes what decode would
-                passes = slot_logits(model, batch, tokenizer.mask_id, pushes, [None] * len(ids) if decoded else ids)
+                passes = slot_logits(model, batch, tokenizer.mask_id, pushes, ids)
             for i, logits in enumerate(passes):
                 columns: dict[str, Sequence[Any]] = {}
                 if logits is not None:
-                    columns = by_label(logits[:, ids[i]] if decoded else logits, tasks[i].labels)
-                    if decoded:
+                    columns = by_label(logits if several else logits[:, ids[i]], tasks[i].labels)
+                    if not several:
                         columns["decoded"] = likeliest(logits, tokenizer)
                 else:
                     if labels[i] is not None:
@@ -228,7 +223,6 @@ class Runs:
     their base, where their prompts are the same tokens and the answer is one; another one costs little more."""
 
     options: Record = field(default_factory=dict)  # how runs are loaded
-    decoded: bool = False  # where a pass is shared, also what each run would write, which takes the whole vocabulary
     runs: dict[str, Run] = field(default_factory=dict)  # by name: the folder's, or its whole path where two are alike
 
     def add(self, path: str | Path) -> Run:
@@ -273,7 +267,7 @@ class Runs:
             own = input_columns(tasks[0])
             check(len(own) == len(columns), f"{names[0]} reads {', '.join(own)}, {task.name} {', '.join(columns)}")
             renamed = [(w, r | {new: r[old] for new, old in zip(own, columns, strict=True)}) for w, r in rows]
-            found |= zip(names, answers(runs, tasks, renamed, sampling, self.decoded), strict=True)
+            found |= zip(names, answers(runs, tasks, renamed, sampling), strict=True)
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
 
 

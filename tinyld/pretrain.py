@@ -42,7 +42,7 @@ def load_start(folder: Path, max_length: int) -> Encoder:
         return load_encoder(folder, max_length)
     base = load_base(folder)
     origin = {"folder": str(folder.resolve()), "sha256": RunFolder(folder).digest(MODEL)}
-    return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, origin, has_head=True)
+    return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, origin)
 
 
 def unigram_nll(counts: np.ndarray, held_out: np.ndarray) -> float:

@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from tinyld.config import TrainConfig, to_dict
 from tinyld.errors import TinyldError
+from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
 from tinyld.runs import CONFIG, RESULTS, RunFolder
-from tinyld.statistics import interval, over_seeds
 from tinyld.tables import percent, print_table
 from tinyld.workspace import check_writable
 from tinyld.write import write_atomic
@@ -146,6 +146,23 @@ def over_runs(runs: Sequence[Row]) -> Row:
     row |= {"low": low, "high": high, "nats": mean("nll_bound"), "nats_half": half, "threads": threads}
     timed = [r for r in runs if (r["threads"] or 0) == threads]
     return row | {column: mean(column, timed) for column in ("seconds", "peak_memory_mb", "rows_per_second")}
+
+
+# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
+    """95% interval of an accuracy: the wider of Wilson's over the rows (at the mean) and Student's over the seeds."""
+    mean, half = fmean(accuracies), over_seeds(accuracies)
+    low, high = wilson(mean * n, n)
+    return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over seeds, by Student's t; 0 for one seed, which says nothing of it."""
+    seeds = len(values)
+    return 0.0 if seeds == 1 else T_95[min(seeds - 1, len(T_95)) - 1] * stdev(values) / seeds**0.5
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,62 +84,49 @@ def lines_of(source: str) -> Iterator[list[tuple[int, str]]]:
 def predict(options: PredictOptions) -> None:
     """Answers every text of the input, in its order; prints as soon as a chunk is done, or writes `out` whole."""
     keep_freed_memory()
-    sampling, say = options.sampling(), say_to_stderr(options.quiet)
+    sampling, say, out = options.sampling(), say_to_stderr(options.quiet), options.out
     paths, source = options.runs_and_input()
-    as_csv = options.csv or (options.out is not None and options.out.suffix == ".csv")
+    several = len(paths) > 1
+    as_csv = options.csv or (out is not None and out.suffix == ".csv")
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
-    check(len(paths) > 1 or not options.decoded, "decoded is for several runs; one says what it would write anyway")
-    if len(paths) == 1:
-        run: Any = load(paths[0], options.base, options.device, options.dtype, task=options.task)
-        task, bases = run.task_named(options.task), [run.base]
-    else:
-        check(options.task is None, "--task is for one run; several answer for their own tasks")
-        run = load(paths, options.base, options.device, options.dtype)
-        run.decoded, task, bases = options.decoded, run.task, [r.base for r in run.runs.values()]
-        if len(groups := run.groups()) > 1:
-            shares = "; ".join(", ".join(names) for names in groups)
-            say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
-    tasks = [task] if len(paths) == 1 else [r.tasks[0] for r in run.runs.values()]
+    check(not several or options.task is None, "--task is for one run; several answer for their own tasks")
+    run: Any = load(paths if several else paths[0], options.base, options.device, options.dtype, task=options.task)
+    runs = list(run.runs.values()) if several else [run]
+    task = run.task if several else run.task_named(options.task)
+    tasks, bases = [r.tasks[0] for r in runs] if several else [task], [r.base for r in runs]
+    if several and len(groups := run.groups()) > 1:
+        shares = "; ".join(", ".join(names) for names in groups)
+        say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
     options.refuse_idle(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
-    check_writable(options.out, [path for t in tasks for path in (t.path, *map(Path, t.data.values()))])
-    truncated = total = 0
-    with printer(options) as write:
-        for rows in chunks(options, source, input_columns(task)):
-            records = run.answer(rows, task, sampling)
-            write(records)
-            total += len(records)
-            truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
+    check_writable(out, [*options.runs, *(path for t in tasks for path in (t.path, *map(Path, t.data.values())))])
+    text_of, whole, truncated, total = formatter(options, as_csv), [], 0, 0
+    for rows in chunks(options, source, input_columns(task)):
+        records = run.answer(rows, task, sampling)
+        if out is not None:
+            whole.append(text_of(records))
+        else:
+            print(text_of(records), end="", flush=True)
+        total += len(records)
+        truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
+    if out is not None:
+        write_atomic(out, "".join(whole).encode(errors="surrogatepass"))
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
-@contextmanager
-def printer(options: PredictOptions) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Writes records: to stdout at once, or to a file when all of them are there."""
-    out = options.out
-    check_writable(out, [*options.runs])
-    as_csv = options.csv or (out is not None and out.suffix == ".csv")
-    table = out is None and not as_csv and not options.json and sys.stdout.isatty()
-    ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
-    whole: list[str] = []
-    header: list[str] = []
+def formatter(options: PredictOptions, as_csv: bool) -> Callable[[list[dict[str, Any]]], str]:
+    """What makes lines of records: of CSV, of JSON, or on a terminal of a table."""
+    to_file, header = options.out is not None, []
+    if as_csv:
+        return lambda records: _csv(records, header, str if to_file else plain)  # a file keeps control characters
+    if not (to_file or options.json) and sys.stdout.isatty():
+        return lambda records: "".join(map(_table_line, records))
+    ascii_only = not to_file and "utf" not in (sys.stdout.encoding or "").lower()
 
-    def write(records: list[dict[str, Any]]) -> None:
-        if as_csv:
-            text = _csv(records, header, str if out is not None else plain)  # a file keeps control characters
-        elif table:
-            text = "".join(map(_table_line, records))
-        else:
-            text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
-            text = re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
-        if out is not None:
-            whole.append(text)
-        else:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    def as_json(records: list[dict[str, Any]]) -> str:
+        text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
+        return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
 
-    yield write
-    if out is not None:
-        write_atomic(out, "".join(whole).encode(errors="surrogatepass"))
+    return as_json
 
 
 def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[object], str]) -> str:

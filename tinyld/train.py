@@ -141,7 +141,7 @@ class TrainingRun:
         self.saved_step = -1
         self.metrics: dict[str, Any] = {}  # the last held-out ones
         self.peak_memory_mb = 0.0
-        self.told = 0  # the signal that process 0 of several has received
+        self.told = 0  # the signal that came before the last update ended
         self.steps = config.steps
         if config.epochs is not None:
             self.steps = max(1, math.ceil(config.epochs * self.source.steps_per_epoch(config.batch_size)))
@@ -194,7 +194,7 @@ class TrainingRun:
                 setattr(self, name, state[name])
             saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
             load_exactly(self.parameters, saved, state.path)
-            self.optimizer.load_state(tensors)
+            self.optimizer.load_flat_state(tensors)
             if scaler:
                 self.scaler.load_state_dict(scaler)
         self.processes.meet()  # before process 0 removes what another may still read
@@ -242,21 +242,18 @@ class TrainingRun:
         torch.manual_seed(seed_of(config.seed, 7, self.step, self.processes.rank))  # of dropout
         self.optimizer.zero_grad()
         loss = float(self.backward(noised, normaliser))
-        for part in self.optimizer.parts:
-            self.scaler.unscale_(part)
+        self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self.diverged(f"the loss ({loss:.4g}) or gradient")
-        for part in self.optimizer.parts:
-            self.scaler.step(part)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self.tokens += int(batch.attention_mask.sum())
         self.seconds += time.perf_counter() - started
-        if self.processes.size > 1:  # the clock and the signals are process 0's, too
-            mine = [self.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
-            loss, self.seconds, told = self.processes.sum([loss, *mine])
-            self.told = int(told)
+        mine = [self.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
+        loss, self.seconds, told = self.processes.sum([loss, *mine])  # the clock and the signals are process 0's, too
+        self.told = int(told)
         self.after_update(self.progress)
         return loss, norm
 
@@ -275,10 +272,10 @@ class TrainingRun:
         return loss
 
     def obey(self) -> None:
-        """Saves and raises Interrupted once a signal has come; several processes obey process 0's."""
-        if signum := self.stop.received if self.processes.size == 1 else self.told:
+        """Saves and raises Interrupted once a signal has come."""
+        if self.told:
             self.save()
-            raise Interrupted(signum, f"step {self.step} is saved; go on with --resume {self.folder.path}")
+            raise Interrupted(self.told, f"step {self.step} is saved; go on with --resume {self.folder.path}")
 
     def held_out(self) -> dict[str, Any]:
         """The evaluation's numbers; TinyldError where the parameters or one of them is not finite."""
@@ -303,7 +300,7 @@ class TrainingRun:
             return
         self.check_finite()
         self.bar.doing("saving")
-        tensors = {f"model.{n}": p for n, p in self.parameters.items()} | self.optimizer.state()
+        tensors = {f"model.{n}": p for n, p in self.parameters.items()} | self.optimizer.flat_state()
         state = {name: getattr(self, name) for name in COUNTERS[1:]} | {"scaler": self.scaler.state_dict()}
         self.folder.save_checkpoint(self.step, tensors, state, self.config.keep)
         self.saved_step = self.step

@@ -26,7 +26,7 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
 from tinyld.checkpoint import Base, load_base
 from tinyld.data import TaskRows
-from tinyld.statistics import wilson
+from tinyld.evaluate import wilson
 from tinyld.tables import print_table
 from tinyld.tasks import Task, bundled_data_dir, load_split, load_task
 

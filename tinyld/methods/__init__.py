@@ -7,9 +7,8 @@ from typing import Any
 
 from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods.bottleneck import Bottleneck
 from tinyld.methods.contract import Method
-from tinyld.methods.simple import BitFit, Full
+from tinyld.methods.simple import BitFit, Bottleneck, Full
 from tinyld.methods.trajectory import TrajectoryLora
 from tinyld.methods.weight_lora import WeightLora
 

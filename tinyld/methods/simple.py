@@ -1,13 +1,15 @@
-"""Methods that train the base's own tensors: full fine-tuning, all of them; BitFit (arXiv 2106.10199), the biases."""
+"""Full fine-tuning, which trains all tensors of the base; BitFit (arXiv 2106.10199), the biases; bottleneck adapters
+(Houlsby et al., arXiv 1902.00751), a small residual MLP after attention and after the MLP."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tinyld.config import ModelConfig
+from tinyld.config import ModelConfig, Settings, setting
 from tinyld.errors import UsageError
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser
@@ -41,3 +43,42 @@ class BitFit(Method):
     @classmethod
     def expected_parameters(cls, config: NoOptions, model_config: ModelConfig) -> int:
         return model_config.num_biases()
+
+
+@dataclass(frozen=True)
+class BottleneckConfig(Settings):
+    rank: int = setting(16, least=1)  # width of the bottleneck
+
+
+class BottleneckAdapter(nn.Module):
+    """x + up(gelu(down(x))); `up` starts at zero, so a fresh adapter is the identity. x: (B, L, D)."""
+
+    def __init__(self, width: int, rank: int, generator: torch.Generator | None):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        with torch.no_grad():
+            self.down.weight.normal_(0.0, width**-0.5, generator=generator)
+            for parameter in (self.down.bias, self.up.weight, self.up.bias):
+                parameter.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+class Bottleneck(Method):
+    name, Config, rates = "adapters", BottleneckConfig, {"adamw": 2e-3}
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        own: dict[str, nn.Parameter] = {}
+        device = model.device
+        for i, block in enumerate(model.blocks):
+            for seam in ("after_attention", "after_mlp"):
+                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(device)
+                setattr(block, seam, adapter)
+                own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
+        return own
+
+    @classmethod
+    def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:
+        d, r = model_config.d_model, config.rank
+        return 2 * model_config.num_layers * (2 * d * r + r + d)
