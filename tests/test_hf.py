@@ -196,7 +196,7 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: rename(d, "token_type_embeddings.weight"), "no tensor bert.embeddings.token_type_embeddings.weight"),
         (lambda d: edit(d, num_hidden_layers=10**8), "num_layers must be at most"),
         (lambda d: edit(d, hidden_size=6 * 10**6), "parameters is asked for; at most"),
-        (lambda d: edit(d, layer_norm_eps="small"), "layer_norm_eps must be of type float"),
+        (lambda d: edit(d, layer_norm_eps="small"), "is not of type float"),
         (lambda d: (d / "config.json").write_text("[]"), "expected an object"),
         (lambda d: (d / "config.json").write_text("{}"), "model_type must be one of bert"),
         (lambda d: edit(d, hidden_size="wide"), "hidden_size must be of type int"),
