@@ -199,7 +199,7 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: edit(d, layer_norm_eps="small"), "is not of type float"),
         (lambda d: (d / "config.json").write_text("[]"), "expected an object"),
         (lambda d: (d / "config.json").write_text("{}"), "model_type must be one of bert"),
-        (lambda d: edit(d, hidden_size="wide"), "hidden_size must be of type int"),
+        (lambda d: edit(d, hidden_size="wide"), "is not of type int"),
         (lambda d: edit(d, max_position_embeddings=99), r"'positions.weight' has the wrong shape: \(24, "),
         (lambda d: reshape(d, "word_embeddings.weight", ()), "has [0-9]+ tokens, the model 0"),
         (lambda d: reshape(d, "word_embeddings.weight", (-1,)), "'embedding.weight' has the wrong shape"),

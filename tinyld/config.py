@@ -273,7 +273,6 @@ PRESETS: dict[str, dict[str, int]] = {  # about 0.15M, 7M and 110M parameters wi
     "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},
 }
 VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
-
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
