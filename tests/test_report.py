@@ -161,13 +161,16 @@ def test_a_method_is_told_from_the_others_by_as_few_words_as_do() -> None:
     ]
 
 
-def test_each_task_has_a_table_that_shows_nats_where_there_is_no_accuracy() -> None:
-    rows = [row("full", 0, 0.9), row("bitfit", 0, 0.45), row("full", 0, None, task="write")]
-    (title, columns, cells), (_, nats, _) = result_tables(aggregate(rows))
+def test_each_task_has_a_table_with_what_its_answers_have() -> None:
+    texts = {"task": "write", "rouge_l": 0.5, "exact_match": 0.25}
+    rows = [row("full", 0, 0.9), row("bitfit", 0, 0.45), row("bitfit", 0, None, **texts)]
+    rows.append(row("full", 0, None, **texts | {"bleu": 40.0, "rouge_l": 0.8}))
+    (title, columns, cells), (_, written, texts) = result_tables(aggregate(rows))
     assert title == "mood on small, 1000 training rows, 400 dev rows, seeds: 1"
     assert columns == ["method", "accuracy %", "95% interval", "% of full", "stored %", "seconds"]
     assert cells[0] == ["bitfit", "45.0", "40.2 to 49.9", "50.0", "0.50", 10]
-    assert nats == ["method", "nats", "stored %", "seconds"]
+    assert written == ["method", "BLEU", "ROUGE-L %", "exact %", "% of full", "nats", "stored %", "seconds"]
+    assert [text[1:5] for text in texts] == [[None, "50.0", "25.0", "62.5"], ["40.0", "80.0", "25.0", "100.0"]]
 
 
 LONG = "trajectory-lora, ranks 89, blocks 6, read mix, attend 30, read attended, dropout 0.1, tied, muon, base in int8"

@@ -119,10 +119,7 @@ def types_of(config: type) -> dict[str, Any]:
 class Settings:
     """A config whose fields say their types and rules."""
 
-    @staticmethod
-    def called(name: str) -> str:
-        """A field's name in errors."""
-        return name
+    called = staticmethod(str)  # how a field is named in errors
 
     def __post_init__(self) -> None:
         """UsageError naming the first field of another type, or that breaks a rule of its own."""
@@ -195,12 +192,13 @@ class ModelConfig(Settings):
         most = 0 if self.tied else self.vocab_size
         check(self.head_rows <= most, f"head_rows must be at most {most} (untied: vocab_size), got {self.head_rows}")
         check(self.d_embed in (0, d) or self.head_transform, "d_embed needs head_transform")
-        whole = self.head_width > 0 or d % heads == 0
-        check(whole, f"num_heads must divide d_model, got d_model {d} and num_heads {heads}")
-        even = self.width_of_head % 2 == 0
-        check(even or not self.rotary, "d_model / num_heads must be even for rotary positions")
-        count = self.num_parameters()
-        check(count <= MAX_PARAMETERS, f"a denoiser of {count:,} parameters is asked for; at most {MAX_PARAMETERS:,}")
+        check(
+            self.head_width > 0 or d % heads == 0,
+            f"num_heads must divide d_model, got d_model {d} and num_heads {heads}",
+        )
+        check(self.width_of_head % 2 == 0 or not self.rotary, "d_model / num_heads must be even for rotary positions")
+        size = f"a denoiser of {self.num_parameters():,} parameters is asked for; at most {MAX_PARAMETERS:,}"
+        check(self.num_parameters() <= MAX_PARAMETERS, size)
 
     @property
     def embedding_width(self) -> int:
@@ -269,14 +267,12 @@ def check_ours(reading: Reading | None) -> None:
     check(not given, "mask_token, max_length and chat are for the folder of a public model")
 
 
-# About 0.15M, 7M and 110M parameters at the vocabulary sizes of VOCAB_SIZES.
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, int]] = {  # about 0.15M, 7M and 110M parameters with VOCAB_SIZES
     "nano": {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 256, "max_length": 128},
     "small": {"d_model": 256, "num_layers": 6, "num_heads": 4, "d_ff": 1024, "max_length": 256},
     "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},
 }
 VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
-
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given

@@ -29,8 +29,9 @@ ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings",
 ALIKE += ("batch_size", "lr", "optimizer", "training")  # what runs share that differ by their seed alone
 DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
 SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
-COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, "accuracy", "low", "high", "macro_f1", "unreadable", "nll_bound")
-COLUMNS += ("nll_stderr", *SIZES, "seconds", "threads", "peak_memory_mb", "rows_per_second")
+WRITTEN = ("bleu", "chrf", "rouge_l", "exact_match", "names_held")  # of texts; BLEU and chrF where sacrebleu is there
+COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, "accuracy", "low", "high", "macro_f1", "unreadable", *WRITTEN)
+COLUMNS += ("nll_bound", "nll_stderr", *SIZES, "seconds", "threads", "peak_memory_mb", "rows_per_second")
 COLUMNS += ("tinyld", "torch", "machine", "fast_dtype", "command")
 TOLD = {"epochs", "steps", "batch_size", "lr", "optimizer", "seed"}  # of training, by columns of their own
 TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and what changes no result
@@ -116,8 +117,9 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
     """A row for all runs that differ by their seed alone.
 
     "low" and "high" are the accuracy's 95% interval (`statistics.interval`), "nats" the mean NLL bound of an answer
-    token, "nats_half" half of its interval; "of_full" is the share of the best full fine-tuning of the same base on as
-    many rows. Runs with the most threads are timed.
+    token, "nats_half" half of its interval; "of_full" is the share of what the best full fine-tuning of the same base
+    has on as many rows: of its accuracy or, where texts are written, BLEU or else ROUGE-L. Runs with the most threads
+    are timed.
     """
     alike: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
@@ -126,8 +128,9 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
     found = [over_runs(list(runs.values())) for _, runs in sorted(alike.items(), key=lambda item: str(item[0]))]
     for row in found:
         rivals = [r for r in found if all(r[k] == row[k] for k in ("task", "split", "fingerprint", "rows"))]
-        full = max((r["accuracy"] or 0.0 for r in rivals if r["method"] == "full"), default=0.0)
-        row["of_full"] = row["accuracy"] / full if full and row["accuracy"] is not None else None
+        score = next((s for s in ("accuracy", "bleu", "rouge_l") if row[s] is not None), "accuracy")
+        full = max((r[score] or 0.0 for r in rivals if r["method"] == "full"), default=0.0)
+        row["of_full"] = row[score] / full if full and row[score] is not None else None
     return found
 
 
@@ -139,7 +142,7 @@ def over_runs(runs: Sequence[Row]) -> Row:
         return fmean(values) if values else None
 
     row = {column: first[column] for column in (*ALIKE, "trials", "n", *SIZES)} | {"seeds": len(runs)}
-    row |= {column: mean(column) for column in (*DEV, "accuracy", "macro_f1", "unreadable")}
+    row |= {column: mean(column) for column in (*DEV, "accuracy", "macro_f1", "unreadable", *WRITTEN)}
     accuracies = [r["accuracy"] for r in runs]
     low, high = (None, None) if row["accuracy"] is None else interval(accuracies, first["n"])
     half = max(1.96 * (mean("nll_stderr") or 0.0), over_seeds([r["nll_bound"] for r in runs]))
@@ -173,8 +176,8 @@ TELLS_APART = ("recipe", "settings", "optimizer", "training", "epochs", "steps",
 
 
 def result_tables(found: Sequence[Row]) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
-    """(title, columns, rows) of a table for every task, base and amount of rows, with the accuracy or, where a task has
-    none, the nats."""
+    """(title, columns, rows) of a table for every task, base and amount of rows, with the accuracy or, where texts are
+    written, their scores and nats."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
         groups.setdefault(tuple(row[k] for k in GROUP), []).append(row)
@@ -185,6 +188,9 @@ def result_tables(found: Sequence[Row]) -> list[tuple[str, Sequence[str], list[l
                 "method": label,
                 "accuracy %": percent(row["accuracy"]),
                 "95% interval": None if row["low"] is None else f"{percent(row['low'])} to {percent(row['high'])}",
+                "BLEU": None if row["bleu"] is None else f"{row['bleu']:.1f}",
+                "ROUGE-L %": percent(row["rouge_l"]),
+                "exact %": percent(row["exact_match"]),
                 "% of full": percent(row["of_full"]),
                 "nats": f"{row['nats']:.3f} ± {row['nats_half']:.3f}",
                 "stored %": f"{row['stored_percent']:.2f}",

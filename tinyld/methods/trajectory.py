@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.attention import attention
+from tinyld.attention import HIDDEN, attention
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import Method
@@ -190,8 +190,12 @@ class AttendingUnits(RankUnits):
     def attend(self, here: Tensor, x: Tensor, prompt_mask: Tensor) -> Tensor:
         """What each unit finds in the prompt of x (B, L, D) for the states `here` (B, M, D): (B, M, units)."""
         query, key, value = self.attention
-        q, k, v = ((of @ w.T).mT[..., None] for of, w in ((here, query), (x, key), (x, value)))  # heads of width 1
-        return attention(q, k, F.relu(v), prompt_mask)[..., 0].mT
+        q, k, v = here @ query.T, x @ key.T, F.relu(x @ value.T)  # heads of width 1
+        if q.shape[1] == 1:  # whose scores are no matrix product
+            weights = (k * q).masked_fill(~prompt_mask[..., None], HIDDEN).softmax(1)
+            return (weights * v).sum(1, keepdim=True)
+        q, k, v = (of.mT[..., None] for of in (q, k, v))
+        return attention(q, k, v, prompt_mask)[..., 0].mT
 
     def by_unit(self) -> list[tuple[nn.Parameter, int]]:
         return [*super().by_unit(), (self.down_attended, 0)]
