@@ -26,9 +26,9 @@ def keep_freed_memory() -> None:
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
             libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def default_base() -> Path:
