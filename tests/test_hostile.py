@@ -88,7 +88,7 @@ COMMANDS = {  # by names that begin with the verb
     "info": "info push --json",
     "tasks": "tasks --json",
     "merge": "merge lora --base tiny --json --out out",
-    "export": "export lora --to peft --out out",
+    "export": "export lora --to peft --base tiny --out out",
     "export hf": "export encoder --out out",
 }
 WRITES = {"finetune resume": "stopped/", "eval": "push/", "eval data": "lora/", "compare": "grid/"}  # beside out

@@ -301,6 +301,7 @@ class MergeOptions(Options):
 class ExportOptions(Options):
     run: Path = option(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
     to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
+    base: Path | None = option(None, "Where a LoRA's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("exported"), "Folder to write.", "Output")
 
 

@@ -156,6 +156,7 @@ class TrainingRun:
         """
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+            torch.cuda.reset_peak_memory_stats()
         self.model.recompute = self.config.recompute
         if resume:
             self.go_on(from_step)

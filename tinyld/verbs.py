@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
@@ -20,7 +21,7 @@ from tinyld.options import (
 )  # fmt: skip
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder, is_foreign
+from tinyld.runs import CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
@@ -116,11 +117,22 @@ def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
         print(plain(text))
 
 
+def weight_lora(run: Path, base_path: Path | None) -> tuple[Any, Any]:
+    """(base, method) of a weight LoRA in fp32, the only kind of run that can be exported for peft or merged."""
+    from tinyld.checkpoint import load_adapter
+
+    if RunFolder.open(run).config.get("method", {}).get("name") != "weight-lora":
+        raise TinyldError(f"{run} is no weight-lora adapter; this takes no other run")
+    base, method = load_adapter(RunFolder(run), base_path)
+    if base.dtype != "fp32":
+        raise TinyldError(f"{run} was trained on a base in {base.dtype}; this takes one in fp32")
+    return base, method
+
+
 def export(options: ExportOptions) -> dict[str, Any]:
     """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
-    from tinyld.checkpoint import base_dtype, load_base
+    from tinyld.checkpoint import load_base
     from tinyld.hf import export_bert, export_peft
-    from tinyld.methods import WeightLora
 
     run, out = options.run, options.out
     if is_foreign(run):
@@ -129,15 +141,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
         base = load_base(run)
         export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
         return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
-    folder = RunFolder.open(run)
-    config = folder.config
-    settings = dict(config.get("method", {}))
-    if settings.pop("name", None) != WeightLora.name:
-        raise TinyldError(f"{run} is no weight-lora adapter, the only kind that PEFT has")
-    if base_dtype(config, str(run)) != "fp32":
-        raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}, which peft does not have")
-    method = from_dict(WeightLora.Config, settings, str(run / CONFIG))
-    export_peft(method, folder.read_tensors(ADAPTER), config["base"]["fingerprint"], out)
+    base, method = weight_lora(run, options.base)
+    export_peft(method.config, method.own, base.fingerprint, out)
     return {"out": str(out), "load": f"peft.PeftModel.from_pretrained(denoiser, {str(out)!r})"}
 
 
@@ -149,22 +154,13 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter into its base, and writes a base."""
     import torch
 
-    from tinyld.checkpoint import base_dtype, load_adapter, save_base
+    from tinyld.checkpoint import save_base
 
     run, out = options.run, options.out
-    folder = RunFolder.open(run)
-    config = folder.config
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [run])
-    if config["kind"] == "base":
-        raise TinyldError(f"{run} is a base already")
-    if base_dtype(config, str(run)) != "fp32":
-        raise TinyldError(f"{run} was trained on a base in {base_dtype(config, str(run))}: merging needs fp32")
-    base, method = load_adapter(folder, options.base)
-    try:
-        method.merge(base.model)
-    except ValueError as error:
-        raise TinyldError(f"{run}: {error}") from None
+    base, method = weight_lora(run, options.base)
+    method.merge(base.model)
     tensors = finite(dict(base.model.named_parameters()), f"{run} in {base.path}")
     refuse_inside(out, [base.path])
     target = RunFolder.create(out, options.force)

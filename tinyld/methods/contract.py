@@ -114,7 +114,3 @@ class Method:
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
-
-    def merge(self, model: Denoiser) -> None:
-        """Folds the method into the base's weights, where that is possible."""
-        raise ValueError(f"{self.name} cannot be merged into the base's weights")
