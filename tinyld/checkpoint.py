@@ -171,11 +171,6 @@ def base_record(config: Mapping[str, Any], where: object) -> BaseRecord:
     return record
 
 
-def base_dtype(config: Mapping[str, Any], where: object) -> str:
-    """The type that a run's base was kept in when it was trained."""
-    return base_record(config, where).dtype
-
-
 def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
     """The folder of a run's base, which its fingerprint names: `override`, else a released one, else as recorded."""
     record = base_record(config, run / CONFIG)
@@ -241,9 +236,9 @@ def load_adapter(
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
     path = str(folder.path / CONFIG)
-    dtype = base_dtype(config, path) if dtype is None else dtype
-    check_frozen(read_config(config["method"], path)[0].name, dtype)
     record = base_record(config, path)
+    dtype = record.dtype if dtype is None else dtype
+    check_frozen(read_config(config["method"], path)[0].name, dtype)
     shared = [b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, dtype)]
     base = shared[0] if shared else load_base_of(config, folder.path, base_path, device, dtype)
     return base, load_method(config["method"], folder.read_tensors(ADAPTER), base, folder)
