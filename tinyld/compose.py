@@ -42,7 +42,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         if other is not member:
             raise TinyldError(f"{other.run} and {member.run} are both of a task {name}; compose takes one a task")
     router = make_router(folders, base)
-    out = options.out or RUNS / f"compose-{'-'.join(members).replace(':', '-')}"
+    out = options.out or RUNS / f"compose-{'-'.join(members)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
     rows = {}
