@@ -169,8 +169,10 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
                 metrics = held_out()
             say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
         if task.is_generation:
+            n = min(WRITTEN, len(dev_rows))  # spread over all, as a file may begin with the shortest
+            some = [examples[1][i * len(dev_rows) // n] for i in range(n)]
             with autocast(device, dtype):
-                written = evaluate(model, dev_rows, tokenizer, draws=1, limit=WRITTEN)
+                written = evaluate(model, TaskRows(some, task, tokenizer, model.config.max_length), tokenizer, draws=1)
             metrics = metrics | {f"dev_{k}": v for k, v in written.texts.items()} | {"dev_written": written.n}
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
