@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -285,36 +284,14 @@ def test_a_damaged_or_missing_file_is_named(run: str, name: str, base: Path, ada
     assert f"not listed in {MANIFEST}" in refusal(tmp_path / run)
 
 
-def test_a_damaged_manifest_is_one_error_or_no_harm(base: Path) -> None:
-    path = base / MANIFEST
-    content, rng = path.read_bytes(), random.Random(0)
-    for _ in range(40):
-        path.write_bytes(flip(rng.random(), rng.randrange(8))(content))
-        for act in (lambda: load(base), lambda: info(InfoOptions(run=base))):
-            try:
-                act()
-            except TinyldError as error:
-                assert "\n" not in str(error) and str(base) in str(error)
-    for text in (
-        "[]",
-        "{}",
-        '{"files": []}',
-        '{"files": {"config.json": 1}}',
-        '{"files": {"config.json": {}}}',
-        "\xff",
-    ):
-        path.write_bytes(text.encode("latin-1"))
-        assert str(base) in refusal(base)
-        with pytest.raises(TinyldError):
-            info(InfoOptions(run=base))
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\x08" + b"\0" * 7 + b"{}      ", b"PK\x03\x04"])
-def test_a_weights_file_that_is_no_safetensors_is_refused_even_with_the_right_digest(
-    content: bytes, base: Path
-) -> None:
-    RunFolder(base).write(MODEL, content)
-    assert str(base / MODEL) in refusal(base)
+@pytest.mark.parametrize("content", [
+    "[]", "{}", '{"files": []}', '{"files": {"config.json": 1}}', '{"files": {"config.json": {}}}', "\xff",
+])  # fmt: skip
+def test_a_damaged_manifest_is_one_error(content: str, base: Path) -> None:
+    (base / MANIFEST).write_bytes(content.encode("latin-1"))
+    assert str(base) in refusal(base)
+    with pytest.raises(TinyldError):
+        info(InfoOptions(run=base))
 
 
 @pytest.mark.parametrize(("run", "name"), [("base", MODEL), ("adapter", ADAPTER)])

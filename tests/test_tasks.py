@@ -206,21 +206,23 @@ def test_webnlg_has_its_official_rows_and_several_references() -> None:
     assert [sum(len(e.each()) for e in rows) for rows in found.values()] == [18_102, 2_268, 2_495]
 
 
-def test_write_borrows_rows_and_label_words_of_any_label_task(tmp_path: Path) -> None:
+WRITER = 'template = "a {label} review : {answer}"\nrows_from = "%s"\n'
+
+
+def test_a_task_that_writes_borrows_rows_and_label_words_of_a_label_task(tmp_path: Path) -> None:
     rows_file(tmp_path, "sst2/dev.tsv", "sentence\tlabel\na fine film\t1\n")
-    task = load_task("write:sst2")
-    assert task.name == "write:sst2" and task.metric == "nll" and task.answer_tokens > 0
+    task = user_task(tmp_path, WRITER % "sst2")
+    assert task.metric == "nll" and task.answer_tokens > 0
     assert load_split(task, "dev", data=tmp_path) == [Example("a positive review :", "", "a fine film", None)]
-    rows_file(tmp_path, "mood.csv", "text,label\nsun,1\n")
-    user_task(tmp_path)
-    mine = load_split(load_task(f"write:{tmp_path / 'mood.toml'}"), "train")
-    assert mine == [Example("a happy review :", "", "sun", None)]
+    for lender in ("mrpc", "write", "nope"):
+        with pytest.raises(TinyldError, match="cannot write the rows of|no task"):
+            user_task(tmp_path, WRITER % lender)
 
 
 # ---------------------------------------------------------------------------------------------- a run's record
 
 
-@pytest.mark.parametrize("name", ["reviews", "mrpc", "write:sst2", "mood.toml", "write:mood.toml"])
+@pytest.mark.parametrize("name", ["reviews", "mrpc", "write", "mood.toml"])
 def test_a_task_comes_back_from_its_record(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     user_task(tmp_path)
@@ -382,12 +384,6 @@ def test_an_unknown_task_lists_the_built_in_ones() -> None:
         load_task("ss\x1bt")
 
 
-@pytest.mark.parametrize("name", ["write:mrpc", "write:write", "write:nope", "sst2:mr"])
-def test_write_takes_only_label_tasks_with_one_text(name: str) -> None:
-    with pytest.raises(TinyldError, match="cannot write the rows of|no task"):
-        load_task(name)
-
-
 # ---------------------------------------------------------------------------------------------- finding files
 
 
@@ -446,9 +442,6 @@ def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, name: st
     cause = "no official download" if bare else "could not download http://127.0.0.1:9"
     assert cause in message and message.isprintable()
     assert not list(tmp_path.rglob("*.tsv")) and not list(tmp_path.rglob("*.part"))
-
-
-# ---------------------------------------------------------------------------------------------- hostile rows
 
 
 # ---------------------------------------------------------------------------------------------- the built-in tasks

@@ -113,7 +113,7 @@ class Grid:
     def cell(self, task: Task, limit: int | None, variant: Variant, lr: float, seed: int) -> FinetuneOptions:
         """What makes one run of the grid."""
         options = self.options
-        name = f"{task.name.replace(':', '-')}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
+        name = f"{task.name}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
         given = {name: getattr(options, name) for name in ("data", "base", "batch_size", "device", "quiet")}
         given |= {"epochs": options.epochs} if options.steps is None else {"steps": options.steps}
         given |= {"task": options.task[self.tasks.index(task)], "limit": limit, "method": variant.method, "lr": lr}

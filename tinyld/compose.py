@@ -42,7 +42,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         task = from_record(member.task, str(folder.path / CONFIG))
         alone[name] = Run(folder.path, base, [task], folder.config, options.dtype)
     router = make_router(folders, base)
-    out = options.out or RUNS / f"compose-{'-'.join(members).replace(':', '-')}"
+    out = options.out or RUNS / f"compose-{'-'.join(members)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
     rows = {name: rows_for(run, run.tasks[0], options.split, options.data) for name, run in alone.items()}

@@ -55,7 +55,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     if options.resume is not None:
         return resume(options)
     config = config_of(options)
-    name = f"{config['task']['name'].replace(':', '-')}-{options.method}-s{options.seed}"
+    name = f"{config['task']['name']}-{options.method}-s{options.seed}"
     out, data = options.out or RUNS / name, config["data"]["folder"]
     if is_writer():
         RunFolder.check_free(out, options.force)

@@ -11,7 +11,7 @@ from typing import Any
 from tinyld.checkpoint import base_record, find_base, load_base
 from tinyld.config import Reading, SampleConfig, check
 from tinyld.corpus import tokenize
-from tinyld.data import TaskRows, TextRows
+from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.datafile import read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import Estimate
@@ -78,10 +78,12 @@ def eval(options: EvalOptions) -> list[Record]:
     for path in options.runs or [newest_run(("adapter", "composition"))]:
         run = load(path, options.base, options.device, options.dtype, options.base_dtype)
         named = options.task is not None or not run.tasks
-        for task in [run.task_named(options.task)] if named else run.tasks:
+        tasks = [run.task_named(options.task)] if named else run.tasks
+        if len(options.runs) < 2:  # of several, another one may heed it
+            options.refuse_idle(max(slot_width(t, run.base.tokenizer) for t in tasks), not tasks[0].is_generation)
+        for task in tasks:
             rows = rows_for(run, task, options.split, data)
             check_writable(predictions, [task.path, *map(Path, task.data.values())])
-            options.refuse_idle(rows.slot, not task.is_generation)
             found = measure(run, rows, sampling, options.draws, options.quiet, options.limit)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record()}

@@ -87,7 +87,7 @@ class Task(TaskFile):
 
     def __post_init__(self) -> None:
         """UsageError where the parts do not fit each other."""
-        plain_name = re.fullmatch(r"\w[\w .-]*(:\w[\w .-]*)?", self.name) is not None
+        plain_name = re.fullmatch(r"\w[\w .-]*", self.name) is not None
         check(plain_name, f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
             check(split in SPLITS, f"unknown split {show(split)}; allowed: {', '.join(SPLITS)}")
@@ -151,18 +151,9 @@ def builtin_tasks() -> list[Task]:
     return [load_task(name) for name in builtin_names()]
 
 
-def load_task(name_or_path: str) -> Task:
-    """The built-in task of that name, or the one in a .toml file; `write:TASK` is `write` on the rows of TASK."""
-    writer, colon, lender = str(name_or_path).partition(":")
-    if not colon or writer != "write":
-        return _read(str(name_or_path))
-    task = _borrow_rows(_read(writer), lender)
-    spec = str(Path(lender).resolve()) if lender.endswith(".toml") else lender
-    return replace(task, name=f"{writer}:{task.rows_name}", spec=f"{writer}:{spec}")
-
-
-def _read(spec: str, lends: bool = False) -> Task:
-    """`lends`: a label task is asked for."""
+def load_task(name_or_path: str, lends: bool = False) -> Task:
+    """The built-in task of that name, or the one in a .toml file; `lends`: a label task is asked for."""
+    spec = str(name_or_path)
     builtin = spec in builtin_names()
     if not builtin and not spec.endswith(".toml"):
         raise TinyldError(f"no task {show(spec)}; built in: {', '.join(builtin_names())}; or give a .toml file")
@@ -218,7 +209,7 @@ def _template_fields(template: str, is_infill: bool = False) -> list[str]:
 def _borrow_rows(task: Task, lender: str) -> Task:
     """The generation task reading the files of the label task `lender`, whose text becomes the answer."""
     try:
-        rows = _read(lender, lends=True)  # so that there are no cycles
+        rows = load_task(lender, lends=True)  # so that there are no cycles
         check(len(rows.columns) == 1, "it has more than one text")
     except UsageError as error:
         wanted = f"that takes a label task with one text column, and {error}"
@@ -252,8 +243,7 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     name, path = str(kept.get("name")), record.get("path")
     spec = name if path is None else str(path)
     task = from_dict(Task, {**kept, "spec": spec, "path": Path(spec), "rows_name": name}, where)
-    source = spec.removeprefix("write:")
-    is_here = os.path.lexists(source) and source.endswith(".toml") if path else name.split(":")[0] in builtin_names()
+    is_here = os.path.lexists(spec) and spec.endswith(".toml") if path else name in builtin_names()
     if not is_here:
         return task
     today = load_task(spec)
