@@ -88,7 +88,7 @@ class Recipe(NamedTuple):
 # their units, and takes larger steps; the better its base, the more it learns by heart.
 BEST_RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
 RECIPES = {
-    "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES),
+    "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES, {"blocks": 4}),
     "fast": Recipe(
         TrajectoryLoraConfig("fast", blocks=0, dropout=0.1),
         0.007,
@@ -252,7 +252,8 @@ class TrajectoryLora(Method):
             del given["ranks"]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
         usual = {} if model_config.norm_first else recipe.post_norm_options
-        config = replace(recipe.config, blocks=min(recipe.config.blocks, model_config.num_layers), **usual)
+        config = replace(recipe.config, **usual)
+        config = replace(config, blocks=min(config.blocks, model_config.num_layers))
         config = cls.configure(config, given)
         if budget is not None:
             config = cls.fit_budget(config, model_config, budget)
