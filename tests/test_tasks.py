@@ -250,7 +250,9 @@ def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path)
         )
         with pytest.raises(TinyldError, match="imdb.csv .*; give the train rows by --data DIR"):
             load_split(task, "train")
-        rows_file(tmp_path, "imdb.csv", "text,label\nsun,happy\n")
+        file = rows_file(tmp_path, "imdb.csv", "text,label\nsun,1\n")
+        with pytest.raises(TinyldError, match="unknown label '1'; allowed: sad, happy$"):  # what is 1 was never said
+            load_split(task, "dev", file=file)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -57,10 +58,12 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
 def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
     """The task of a file that nothing else is known of: of a .txt to fill gaps in texts, else to write the answers in
     its answer column, or to label its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
-    name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else file.resolve().parent.name).strip("-.")
-    record: dict[str, Any] = dict.fromkeys(KEPT) | {"name": name or "mine", "path": str(file.resolve())}
+    real = Path(os.path.realpath(file))  # which a loop of links has, too
+    name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else real.parent.name).strip("-.")
+    record: dict[str, Any] = dict.fromkeys(KEPT) | {"name": name or "mine", "path": str(real)}
     if file.suffix.lower() == ".txt":
-        refuse_idle(options, ["text_column", "label_column", "template"], f"on the lines of {file}: a gap is filled")
+        idle = ["text_column", "label_column", "answer_column", "template"]
+        refuse_idle(options, idle, f"on the lines of {file}: a gap is filled")
         own = {"template": "{text}", "columns": {"text": "text"}, "answer_tokens": GAP_TOKENS, "metric": "nll"}
         return from_record(record | {"verbalizer": {}, "label_names": []} | own, str(file))
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))

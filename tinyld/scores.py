@@ -108,7 +108,7 @@ def why_unusual(run: Run, sampling: SampleConfig, options: EvalOptions) -> str |
     if options.base_dtype is not None:
         return f"on the base in {options.base_dtype}"
     data, own = options.data, run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
-    if data is not None and data.is_dir() and (own is None or data.resolve() != Path(own).resolve()):
+    if data is not None and data.is_dir() and (own is None or os.path.realpath(data) != os.path.realpath(own)):
         return f"of the rows in {data}"
     return None if sampling == SampleConfig() else "decoded otherwise than by default"
 
