@@ -164,6 +164,7 @@ def test_trimming_keeps_the_pieces_of_the_text_that_was_counted(tmp_path: Path) 
     trimmed = trim(encoder, [before.count(i) for i in range(encoder.config.vocab_size)], size)
     after = trimmed.tokenizer.encode(text)
     assert trimmed.config.vocab_size == trimmed.tokenizer.vocab_size == size
+    assert trimmed.tokenizer.encode("It does n't -LRB-") == trimmed.tokenizer.encode("it doesn't ("), "our one spelling"
     names = (encoder.tokenizer.inner.id_to_token, trimmed.tokenizer.inner.id_to_token)
     assert [names[0](i) for i in before] == [names[1](i) for i in after]
     x, y = torch.tensor([before]), torch.tensor([after])

@@ -38,13 +38,7 @@ dev = "mood.jsonl"
 """
 
 
-@pytest.fixture(autouse=True)
-def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data of the user's anywhere, and a mirror that nothing listens at."""
-    monkeypatch.setenv("TINYLD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TINYLD_MIRROR", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("TINYLD_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def user_task(folder: Path, toml: str = MOOD) -> tasks.Task:

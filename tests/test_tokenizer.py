@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import normalizers
 
 from tinyld.errors import TinyldError
-from tinyld.tokenizer import SPECIAL, Tokenizer, add_spelling_rules, detokenize, find_text_files, read_lines
+from tinyld.tokenizer import SPECIAL, Tokenizer, detokenize, find_text_files, read_lines
 
 SENTENCES = (
     "it's great ( really ) - and he said \"no\" , didn't he ?",
@@ -122,17 +120,6 @@ def test_a_damaged_or_hostile_tokenizer_file_is_refused(
     path.write_text(text if isinstance(text, str) else json.dumps(raw))
     with pytest.raises(TinyldError, match=f"tokenizer.json: .*{message}"):
         Tokenizer.load(path)
-
-
-def test_a_foreign_tokenizer_gets_our_spelling_once(english: Tokenizer) -> None:
-    foreign = HFTokenizer.from_str(english.to_json())
-    foreign.normalizer = normalizers.BertNormalizer(lowercase=True)
-    before = foreign.encode("It doesn't (really)", add_special_tokens=False).ids
-    add_spelling_rules(foreign)
-    assert foreign.encode("It does n't -LRB- really -RRB-", add_special_tokens=False).ids == before
-    once = foreign.to_str()
-    add_spelling_rules(foreign)
-    assert foreign.to_str() == once
 
 
 DETOKENIZED = [

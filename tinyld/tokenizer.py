@@ -60,13 +60,6 @@ def _normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence([*steps, normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
 
 
-def add_spelling_rules(inner: HFTokenizer) -> None:
-    """Puts our one spelling for quotes, brackets and `does n't` ahead of a foreign tokenizer's own normalizer."""
-    if inner.normalizer is None or _WORDS not in inner.to_str():
-        steps = _rules([*_REPLACEMENTS, (_CONTRACTION, "")])
-        inner.normalizer = normalizers.Sequence(steps + ([inner.normalizer] if inner.normalizer else []))
-
-
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
 PATTERN = 2_000  # characters of a regular expression in a foreign tokenizer, and its largest count
 LINE = 64 << 20  # characters of a document; what a compressed file holds beyond them is a document of its own

@@ -16,10 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import normalizers
 
+from tinyld import tokenizer as ours
 from tinyld.corpus import tokenize
 from tinyld.hf import Encoder, export_bert, find_encoder, load_encoder
-from tinyld.tokenizer import Tokenizer, add_spelling_rules, find_text_files, read_lines
+from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 
 
 def trimmed(encoder: Encoder, counts: Sequence[int], size: int) -> Encoder:
@@ -37,7 +39,8 @@ def trimmed(encoder: Encoder, counts: Sequence[int], size: int) -> Encoder:
     raw["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in raw.get("added_tokens", []) if t["id"] in new_id]
     raw["post_processor"] = None  # it names ids of its own; rows are framed by tinyld
     inner = HFTokenizer.from_str(json.dumps(raw))
-    add_spelling_rules(inner)
+    steps = ours._rules([*ours._REPLACEMENTS, (ours._CONTRACTION, "")])
+    inner.normalizer = normalizers.Sequence(steps + ([inner.normalizer] if inner.normalizer else []))
     tensors = {name: encoder.tensors[name][kept].clone() for name in ("embedding.weight", "output_bias")}
     config = replace(encoder.config, vocab_size=len(kept))
     return replace(encoder, config=config, tensors=encoder.tensors | tensors, tokenizer=Tokenizer(inner))
