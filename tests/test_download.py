@@ -18,7 +18,7 @@ from tinyld import download, formats
 from tinyld.download import NetworkError, RemoteFile, fetch
 from tinyld.errors import TinyldError
 from tinyld.formats import read_members, tenth
-from tinyld.tasks import Task, load_split, load_task
+from tinyld.tasks import Task, builtin_tasks, load_split, load_task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -221,6 +221,11 @@ def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Pat
         rows += [tuple(line.split("\t")) for line in lines]
     assert {(text, task.labels.index(label)) for text, label in rows} == CONVERTED[name]
     assert {path.stem for path in folder.iterdir()} >= set(task.splits)
+
+
+def test_every_file_that_is_downloaded_has_a_published_checksum() -> None:
+    files = [file for task in builtin_tasks() if task.download for file in task.download.files]
+    assert len(files) > 9 and all(file.sha256 or file.md5 for file in files)
 
 
 def test_a_set_whose_md5_alone_is_published_is_checked_by_it(site: dict[str, bytes]) -> None:

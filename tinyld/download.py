@@ -37,7 +37,7 @@ class NetworkError(TinyldError):
 class RemoteFile:
     url: str
     sha256: str | None = None
-    md5: str | None = None  # where no SHA-256 is published; with neither, what comes out of it is counted all the same
+    md5: str | None = None  # where no SHA-256 is published
 
 
 @dataclass(frozen=True)
