@@ -20,13 +20,13 @@ from conftest import QUICK, ROWS
 from typer.testing import CliRunner
 
 import tinyld
+from tinyld.answers import by_label, label_logp
 from tinyld.cli import app
 from tinyld.data import Batch, TaskRows
 from tinyld.evaluate import Verbalizers
 from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, config_of
 from tinyld.model import Denoiser
 from tinyld.options import EvalOptions, FinetuneOptions
-from tinyld.predict import by_label, label_logp
 from tinyld.rows import GAPS, prompt_of
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
@@ -230,7 +230,23 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     strange = records("both", "--task", "mood", text="qq zz qq xx qq zz ww\n")[0]
     assert strange["adapter"] is None and strange["label"] in ("sad", "happy"), "it belongs to no task"
     ran = cli("both", text="rain\n")
-    assert ran.exit_code == 2 and "has tasks mood, same; say which with --task" in ran.stderr
+    assert ran.exit_code == 2 and "has tasks mood, same, which are asked differently; say which with" in ran.stderr
+
+
+def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
+    options = {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
+    for name, labels in (("weather", ("sad", "happy")), ("food", ("good", "bad"))):
+        column = {"text_column": name, "label_column": "label"}
+        rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS)]
+        tinyld.finetune(rows, out=name, **options, **column)
+    ran = CliRunner().invoke(app, ["compose", "weather", "food", "--out", "both", "--quiet", "--set", "least_right=0"])
+    assert ran.exit_code == 0, ran.stderr
+    texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
+    found = tinyld.load("both").predict(texts)
+    assert [r["text"] for r in found] == texts and found[1]["adapter"] is None
+    assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
+    (named,) = tinyld.load("both").predict(texts[:1], task="food-rows")
+    assert set(named["probabilities"]) == {"good", "bad"}
 
 
 def test_many_tasks_answer_in_one_pass_what_each_answers_alone(

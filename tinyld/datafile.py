@@ -84,7 +84,7 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
         other = alike.setdefault(folded(name), name)
         way_out = "write them alike, or say in a task file which labels there are"
         check(other == name, f"{file}: labels {show(other)} and {show(name)} look like one label; {way_out}")
-    many = len(labels) > MAX_LABELS or (len(labels) == len(rows) and len(rows) > 2)
+    many = len(labels) > min(MAX_LABELS, max(10, len(rows) // 2)) or 2 < len(rows) == len(labels)
     problem = f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?"
     check(not many, f"{problem} Texts to write are an --answer-column")
     record |= {
@@ -97,6 +97,17 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
         "metric": "accuracy",
     }
     return from_record(record, str(file))
+
+
+def described(task: Task) -> str:
+    """What was made of a file, in a line: so that a column that was guessed wrongly is seen at once."""
+    (text,) = task.columns.values()
+    if task.label_column is not None:
+        few = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
+        return f"texts are in column {text!r}, their labels in {task.label_column!r}: {len(task.labels)} ({few})"
+    return f"texts are in column {text!r}, " + (
+        f"answers in {task.answer_column!r}" if task.answer_column else "to have gaps"
+    )
 
 
 def folded(label: str) -> Any:
@@ -123,9 +134,12 @@ def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -
         label = label or left.pop(0)
         text = text or left.pop()
     if text is None or label is None:
+        check(
+            len(names) > 1, f"{file}: it has the one column {names[0]}; texts and labels take two, with a comma between"
+        )
         raise TinyldError(
             f"{file}: which of its columns are text and label? It has {', '.join(names)}; "
-            "say so with --text-column and --label-column"
+            "say so with --text-column and --label-column (or --answer-column, of texts to write)"
         )
     return text, label
 

@@ -19,7 +19,7 @@ from typing import Any
 from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
-from tinyld.datafile import data_file, make_task, read_split
+from tinyld.datafile import data_file, described, make_task, read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes
 from tinyld.environment import check_unchanged, environment, is_writer
@@ -83,6 +83,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     else:
         data, held_out, file = data_file(data)
         task = make_task(options, file, tokenizer, shape.max_length)
+        say_to_stderr(options.quiet)(described(task))
     if all(training[budget] is None for budget in BUDGETS):
         rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
         least = UPDATES_WRITING if task.is_generation else UPDATES

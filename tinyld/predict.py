@@ -1,8 +1,8 @@
-"""Rows in, answers out: a loaded run, and several that share one pass of their base."""
+"""A run that was loaded and answers, and several that share one pass of their base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -10,26 +10,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from tinyld.answers import Record, answers, as_rows, examples_of, input_columns, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import load_composition
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
-from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.device import resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
-from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
 from tinyld.parse import base_folder, several
-from tinyld.router import NONE
-from tinyld.rows import GAP, GAP_MARK, Example, prompt_of
+from tinyld.router import NONE, task_features
+from tinyld.rows import GAP
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
 
-OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
-EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
-Record = dict[str, Any]
 
 
 @dataclass
@@ -44,6 +41,10 @@ class Run:
     push: nn.Module | None = None  # of a trajectory adapter, which may share its base with others
 
     @property
+    def is_composition(self) -> bool:
+        return self.config.get("kind") == "composition"
+
+    @property
     def model(self) -> Denoiser:
         """The base's denoiser, pushed as this run does."""
         self.base.model.push = self.push or self.base.model.push
@@ -51,8 +52,14 @@ class Run:
 
     def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
-        `truncated`; `answer` where the task writes. A text is a string, or a dict by column where a task reads two."""
+        `truncated`; `answer` where the task writes. A text is a string, or a dict by column where a task reads two.
+
+        A composition's adapter answers the texts that are like its own prompts or, where its task is named, all.
+        """
         chosen = self.task_named(task)
+        if self.is_composition:
+            named = [t.name for t in self.tasks].index(chosen.name) if task in [t.name for t in self.tasks] else None
+            self.base.model.push.router.only = named
         return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def write(
@@ -74,7 +81,9 @@ class Run:
         if name is None:
             check(len(self.tasks) > 0, f"{self.path} was made for no task: say which with --task")
             names = ", ".join(dict.fromkeys(task.name for task in self.tasks))
-            check(len(self.tasks) == 1, f"{self.path} has tasks {names}; say which with --task")
+            alike = len({task.reads for task in self.tasks}) == 1 and not any(t.is_generation for t in self.tasks)
+            known = len(self.tasks) == 1 or alike
+            check(known, f"{self.path} has tasks {names}, which are asked differently; say which with --task")
             return self.tasks[0]
         known = {task.name: task for task in self.tasks}
         if name in known:
@@ -90,6 +99,27 @@ class Run:
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns."""
+        if self.is_composition and len(self.tasks) > 1 and self.base.model.push.router.only is None:
+            if task is self.tasks[0] and len({t.reads for t in self.tasks}) == 1:
+                return self.route(rows, sampling)
+        return self.answer_as(task, rows, sampling)
+
+    def route(self, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
+        """What a composition of tasks that ask alike finds, each row by the adapter whose prompts it is like."""
+        first, base = self.tasks[0], self.base
+        data = TaskRows(examples_of(rows, first), first, base.tokenizer, base.model.config.max_length)
+        owners = base.model.push.router.nearest(task_features(base, data)).tolist()
+        found: list[Record] = [{}] * len(rows)
+        for member, task in enumerate(self.tasks):
+            own = [i for i, owner in enumerate(owners) if owner == member]
+            names = dict(zip(input_columns(first), input_columns(task), strict=True))
+            renamed = [(rows[i][0], {names.get(k, k): v for k, v in rows[i][1].items()}) for i in own]
+            for i, record in zip(own, self.answer_as(task, renamed, sampling) if own else [], strict=True):
+                found[i] = record
+        return found
+
+    def answer_as(self, task: Task, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
+        """What is found of each row as one of that task."""
         (found,) = answers([self], [task], rows, sampling)
         records = [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
         if task.is_infill:
@@ -98,7 +128,7 @@ class Run:
 
     def answered_by(self, batch: Batch) -> list[str | None] | None:
         """Of a composition, the member that each row belongs to, or None if to no task."""
-        if self.config.get("kind") != "composition":
+        if not self.is_composition:
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
         embedded = self.base.model.embed(batch.x0)
@@ -134,87 +164,6 @@ class Run:
             eos_id=tokenizer.eos_id, watch=watch and steps,
         )  # fmt: skip
         return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], int(passes.max())
-
-
-@torch.no_grad()
-def answers(
-    runs: Sequence[Run], tasks: Sequence[Task], rows: Sequence[tuple[str, Record]], sampling: SampleConfig
-) -> list[list[Record]]:
-    """What each run finds of each row for its task: of one run, or of several with pushes that share every pass.
-
-    Those have one base, and tasks whose prompts are the same tokens around one masked place. They run the vocabulary's
-    head for their labels' words alone, and so do not say what each would write.
-    """
-    model, tokenizer, task = runs[0].model, runs[0].base.tokenizer, tasks[0]
-    device = model.device
-    data = TaskRows(examples_of(rows, task), task, tokenizer, model.config.max_length)
-    labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    at_once = data.slot == 1 and sampling.temperature == 0 and not task.is_generation
-    several, ids = len(runs) > 1, [of and of.ids[:, 0].to(device) for of in labels]
-    pushes = [run.push for run in runs] if several else []
-    found: list[list[Record]] = [[{}] * len(data) for _ in runs]
-    with autocast(device, resolve_dtype(runs[0].dtype, device)):
-        for chosen in data.in_length_order(model.rows_at_once(int(data.lengths.max(initial=1)), EVAL_BATCH)):
-            batch = on_device(data.take(chosen), device)
-            passes: Iterable[Any] = [None]
-            if at_once:  # one pass scores the labels and writes what decode would
-                passes = slot_logits(model, batch, tokenizer.mask_id, pushes, ids)
-            for i, logits in enumerate(passes):
-                columns: dict[str, Sequence[Any]] = {}
-                if logits is not None:
-                    columns = by_label(logits if several else logits[:, ids[i]], tasks[i].labels)
-                    if not several:
-                        columns["decoded"] = likeliest(logits, tokenizer)
-                else:
-                    if labels[i] is not None:
-                        columns = by_label(label_logp(model, batch, labels[i], tokenizer.mask_id), tasks[i].labels)
-                    written, _ = fill_slots(model, batch, tokenizer, sampling, generator)
-                    columns["decoded" if columns else "answer"] = written
-                columns["truncated"] = data.cut[chosen].tolist()
-                if (by := runs[i].answered_by(batch)) is not None:
-                    columns["adapter"] = by
-                for row, values in zip(chosen, zip(*columns.values(), strict=True), strict=True):
-                    found[i][row] = dict(zip(columns, values, strict=True))
-    return found
-
-
-def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]:
-    columns = input_columns(task)
-    nothing = GAP_MARK if task.is_infill else EMPTY
-    empty = [{k: nothing for k in columns if isinstance(row.get(k), str) and not row[k].strip()} for _, row in rows]
-    return [prompt_of(task, row | asked, where) for (where, row), asked in zip(rows, empty, strict=True)]
-
-
-def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]:
-    """Of each row its `text`, where the task reads one, and its other columns."""
-    one = columns[0] if len(columns := input_columns(task)) == 1 else None
-    return [
-        {own_name(k, row) if k in OURS else str(k): v for k, v in row.items() if k != one}
-        | ({} if one is None else {"text": row[one]})
-        for _, row in rows
-    ]
-
-
-def own_name(column: str, row: Record) -> str:
-    """What a row's own column is called beside ours of that name: given_NAME, or as often given_ as is free."""
-    name = f"given_{column}"
-    return name if name not in row else own_name(name, row)
-
-
-def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
-    """Python's texts as rows: (where it stands, column -> value)."""
-    columns, rows = input_columns(task), []
-    for i, text in enumerate(several(texts, "texts")):
-        if not isinstance(text, Mapping):
-            values = list(text) if isinstance(text, list | tuple) else [text]
-            check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
-            text = dict(zip(columns, values, strict=True))
-        rows.append((f"text {i + 1}", dict(text)))
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------ several runs
 
 
 @dataclass
@@ -321,21 +270,3 @@ def load(
         run.task_named(task)  # refuses another one
     run.model.requires_grad_(False)
     return run
-
-
-def input_columns(task: Task) -> list[str]:
-    """The columns that asking takes: all that the task reads but the answer."""
-    label = [task.label_column] if task.is_generation and task.label_column else []
-    return list(dict.fromkeys([*task.columns.values(), *label]))
-
-
-def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """Of each row the likeliest label and every label's probability among them. scores: (B, labels), log-probabilities
-    or logits."""
-    shares = [[round(p, 4) for p in row] for row in scores.softmax(1).tolist()]
-    best = scores.argmax(1).tolist()
-    return {
-        "label": [labels[i] for i in best],
-        "probability": [row[i] for row, i in zip(shares, best, strict=True)],
-        "probabilities": [dict(zip(labels, row, strict=True)) for row in shares],
-    }

@@ -127,7 +127,9 @@ def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, 
     if not text.strip():
         raise TinyldError(f"{path}: the file is empty")
     if suffix in TABLES:
-        yield from _read_table(text, path, TABLES[suffix])
+        head = text.lstrip().partition("\n")[0]
+        semicolons = suffix == ".csv" and ";" in head and "," not in head  # as spreadsheets write in much of Europe
+        yield from _read_table(text, path, TABLES[suffix] | ({"delimiter": ";"} if semicolons else {}))
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -169,7 +171,7 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise TinyldError(
             f"{where}: no column {show(column)}, found {show(', '.join(row))}; "
-            "rename it or map it in the task's [columns] table"
+            "rename it, or name its own: --column (predict), or a task file's [columns] table"
         )
     value = row[column]
     if isinstance(value, bool):

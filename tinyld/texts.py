@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tinyld.answers import OURS, input_columns, own_name
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
-from tinyld.predict import OURS, input_columns, load, own_name
+from tinyld.predict import load
 from tinyld.read import opened
 from tinyld.rows import SUFFIXES, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
@@ -42,7 +43,10 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
         for part in [enumerate(options.text, 1)] if options.text else lines_of(source):
             yield [(f"{source}: line {number}", {columns[0]: text}) for number, text in part]
         return
-    check(path.suffix.lower() in SUFFIXES, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}")
+    check(
+        path.suffix.lower() in SUFFIXES,
+        f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text",
+    )
     check(column is None or len(columns) == 1, f"--column is for tasks of one text, not {', '.join(columns)}")
     rows = iter(read_rows(path))
     while part := list(islice(rows, CHUNK)):

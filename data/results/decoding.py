@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from tinyld.config import SampleConfig
+from tinyld.data import TaskRows
 from tinyld.predict import load
 from tinyld.scores import measure, rows_for
 from tinyld.tables import markdown
@@ -23,7 +24,9 @@ COLUMNS = ("sampler", *SCORES, "passes a text", "texts/s", "fewer passes", "BLEU
 
 def main(path: str, split: str, limit: str, *samplers: str) -> None:
     run = load(Path(path))
-    rows = rows_for(run, run.tasks[0], split, limit=int(limit))
+    examples = rows_for(run, run.tasks[0], split).examples  # of which so many are taken, spread over all
+    examples = [examples[i * len(examples) // int(limit)] for i in range(int(limit))]
+    rows = TaskRows(examples, run.tasks[0], run.base.tokenizer, run.base.model.config.max_length)
     lines: list[tuple[str, ...]] = []
     first: tuple[float, float] | None = None
     for text in samplers:

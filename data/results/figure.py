@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import tinyld
+from tinyld.answers import input_columns
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
-from tinyld.predict import input_columns
 from tinyld.sampler import decode
 from tinyld.tasks import prompt_of
 
