@@ -163,6 +163,29 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert json.loads(CliRunner().invoke(app, ["eval", "two", "--json"]).stdout)[0]["n"] == 6
 
 
+def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:  # noqa: F811
+    Path("mine.csv").write_text(
+        "\ufeffID;Headline;Kind\n" + "".join(f'{i};"{t}; {i}";{k}\n' for i, (t, k) in enumerate(ROWS))
+    )
+    args = [
+        "finetune",
+        "--data",
+        "mine.csv",
+        "--base",
+        str(place / "base"),
+        "--steps",
+        "2",
+        "--method",
+        "bitfit",
+        "--out",
+        "run",
+    ]
+    ran = CliRunner().invoke(app, args)
+    assert ran.exit_code == 1 and "It has ID, Headline, Kind; say so with --text-column" in ran.stderr
+    ran = CliRunner().invoke(app, [*args, "--text-column", "Headline", "--label-column", "Kind"])
+    assert ran.exit_code == 0 and "texts are in column 'Headline', their labels in 'Kind': 2 (" in ran.stderr
+
+
 def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:
     rows = [{"ask": f"name the {t}", "reply": ["the sun", f"{t} it is"], "id": i} for i, (t, _) in enumerate(ROWS)]
     made = {"base": place / "base", "text_column": "ask", "answer_column": "reply"} | QUICK
