@@ -172,9 +172,9 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 
-DEMO_TEXTS = {
-    "reviews": "the soup was cold and the waiter was rude",
-    "topics": "the band played two new songs on friday",
+DEMO = {  # task -> recipe, and a text to label
+    "reviews": ("best", "i would not go back, the service was terrible"),
+    "topics": ("fast", "the band played two new songs on friday"),
 }
 
 
@@ -190,12 +190,12 @@ def demo(options: DemoOptions) -> None:
     out, say = options.out, say_to_stderr(options.quiet)
     if out.exists() and not options.force:
         raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
-    runs = tuple(out / name for name in DEMO_TEXTS)
+    runs = tuple(out / name for name in DEMO)
     alike = {"force": options.force, "dtype": options.dtype, "quiet": options.quiet}
     records = []
-    for (name, text), path in zip(DEMO_TEXTS.items(), runs, strict=True):
-        say(f"-- tinyld finetune --task {name} --recipe fast --out {path}")
-        finetune(FinetuneOptions(task=name, recipe="fast", out=path, limit=options.limit, **alike))
+    for (name, (recipe, text)), path in zip(DEMO.items(), runs, strict=True):
+        say(f"-- tinyld finetune --task {name} --recipe {recipe} --out {path}")
+        finetune(FinetuneOptions(task=name, recipe=recipe, out=path, limit=options.limit, **alike))
         say(f"-- tinyld eval {path} --split test; tinyld predict {path} --text {text!r}")
         records += evaluate(EvalOptions(runs=(path,), split="test", dtype=options.dtype, quiet=options.quiet))
         answer = load(path, dtype=options.dtype).predict([text])[0]
