@@ -46,10 +46,13 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def read_bytes(path: Path, limit: int = SETTINGS_BYTES) -> bytes:
     with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise TinyldError(f"{path}: {size:,} bytes are more than the {limit:,} that such a file may have")
+        check_size(file, path, limit)
         return file.read()
+
+
+def check_size(file: BinaryIO, path: Path, limit: int) -> None:
+    if (size := os.fstat(file.fileno()).st_size) > limit:
+        raise TinyldError(f"{path}: {size:,} bytes are more than the {limit:,} that such a file may have")
 
 
 def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
