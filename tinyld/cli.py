@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from tinyld import __version__, options
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, UsageError, plain
-from tinyld.interrupt import Interrupted, raise_at_signals, raise_if_one_came
+from tinyld.interrupt import Interrupted, raise_at_signals, raise_if_one_came, raise_no_more
 from tinyld.options import ARGUMENT, Options, kinds
 from tinyld.parse import flag, refuse_idle
 from tinyld.tables import print_record, print_table
@@ -265,6 +265,8 @@ def main() -> None:
         except SystemExit as end:
             if end.code:
                 raise
+        finally:
+            raise_no_more()
         raise_if_one_came()
     except Interrupted as error:  # before or after a verb's own work
         print(f"tinyld: {error}", file=sys.stderr)

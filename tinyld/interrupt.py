@@ -93,6 +93,12 @@ def raise_at_signals() -> None:
     sys.unraisablehook = unraisable
 
 
+def raise_no_more() -> None:
+    """What comes now, when all is done but the interpreter's own end, ends the process as signals do."""
+    for signum in stop_signals():
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def raise_if_one_came() -> None:
     """Raises Interrupted for a signal that came since `raise_at_signals` and stopped nothing."""
     if came:
