@@ -66,6 +66,7 @@ class StopSignals:
             signal.signal(signum, handler)
 
 
+again: threading.Timer | None = None  # that sends a lost signal anew
 came = 0  # the last signal that `raise_at_signals` raised for: what handles it, or a C callback, may have lost it
 AGAIN = 0.05  # seconds after which a signal that was lost is sent again
 
@@ -84,7 +85,9 @@ def raise_at_signals() -> None:
 
     def unraisable(lost: Any) -> None:
         if isinstance(lost.exc_value, Interrupted):
-            threading.Timer(AGAIN, os.kill, (os.getpid(), came)).start()
+            global again
+            again = threading.Timer(AGAIN, os.kill, (os.getpid(), came))
+            again.start()
         else:
             sys.__unraisablehook__(lost)
 
@@ -95,6 +98,8 @@ def raise_at_signals() -> None:
 
 def raise_no_more() -> None:
     """What comes now, when all is done but the interpreter's own end, ends the process as signals do."""
+    if again is not None:
+        again.cancel()
     for signum in stop_signals():
         signal.signal(signum, signal.SIG_DFL)
 
