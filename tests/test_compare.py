@@ -156,6 +156,7 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
         ("lora", "--methods takes full, .* or all, .* got 'lora'"),
         ("full:epochs=2", "epochs is the same for all methods; give it as --epochs"),
         ("full:lr=x", "--methods full:lr=x: .*'x' is not a number"),
+        ("full:lr=2", "lr must be between 0 and 1, got 2"),
         ("full:rank=2", "--methods full:rank=2: --rank is not an option of full"),
         ("full:depth=2", "--methods full:depth=2: --set takes name=value"),
     ],
@@ -163,6 +164,17 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
 def test_wrong_variants_are_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         variants(text, MODEL)
+
+
+@pytest.mark.parametrize("twice", [{"task": ("reviews", "reviews")}, {"limit": (5, 5)}])
+def test_what_is_named_twice_is_refused(tmp_path: Path, twice: dict[str, Any]) -> None:
+    options = CompareOptions(out=tmp_path, **twice)
+    tasks = [load_task(name) for name in options.task]
+    for methods in (variants("full", MODEL), variants("full,full:lr=0.001", MODEL)):
+        with pytest.raises(UsageError, match=f"--({next(iter(twice))}|methods) names one twice"):
+            Grid(options, tasks, methods, "f")
+    with pytest.raises(UsageError, match="--methods names one twice: full, full"):
+        Grid(CompareOptions(out=tmp_path), tasks[:1], methods, "f")
 
 
 def test_every_number_of_rows_is_tuned_and_run_for_itself(tmp_path: Path) -> None:

@@ -99,9 +99,6 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ several runs
-
-
 def input_columns(task: Task) -> list[str]:
     """The columns that asking takes: all that the task reads but the answer."""
     label = [task.label_column] if task.is_generation and task.label_column else []

@@ -86,6 +86,7 @@ def variants(text: str, model_config: ModelConfig) -> list[Variant]:
             raise UsageError(f"--methods {name}: {error}") from None
         usual, _ = METHODS[method].usual(model_config, options.optimizer, options.recipe)
         rate = usual if options.lr is None else options.lr
+        check(0 < rate < 1, f"--methods {name}: lr must be between 0 and 1, got {rate:g}")
         sets = [option for option in sets if not option.startswith("lr=")]
         name = re.sub(r"[^A-Za-z0-9.=%-]", "-", ":".join([method, *sets]))
         found.append(Variant(name, method, sets, rate))
@@ -105,6 +106,9 @@ class Grid:
         """fingerprint: of the base, as its path may hold another one later."""
         alone = options.steps is None or options.epochs == CompareOptions.epochs
         check(alone, "give --steps or --epochs, not both")
+        named = {"--task": [t.name for t in tasks], "--methods": [v.name for v in methods], "--limit": options.limit}
+        for flag, values in named.items():
+            check(len(set(values)) == len(values), f"{flag} names one twice: {', '.join(map(str, values))}")
         self.options, self.tasks, self.fingerprint = options, tasks, fingerprint
         self.say, self.met = say_to_stderr(options.quiet), count(1)  # runs that were met so far
         self.rows = list(product(tasks, options.limit or (None,), methods))

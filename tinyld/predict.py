@@ -45,6 +45,12 @@ class Run:
         return self.config.get("kind") == "composition"
 
     @property
+    def asks_alike(self) -> bool:
+        """Whether it is a composition whose tasks label texts and ask in the same words: each row is then routed."""
+        labels = not any(task.is_generation for task in self.tasks)
+        return self.is_composition and len(self.tasks) > 1 and labels and len({t.reads for t in self.tasks}) == 1
+
+    @property
     def model(self) -> Denoiser:
         """The base's denoiser, pushed as this run does."""
         self.base.model.push = self.push or self.base.model.push
@@ -58,8 +64,8 @@ class Run:
         """
         chosen = self.task_named(task)
         if self.is_composition:
-            named = [t.name for t in self.tasks].index(chosen.name) if task in [t.name for t in self.tasks] else None
-            self.base.model.push.router.only = named
+            names = [t.name for t in self.tasks]
+            self.base.model.push.router.only = names.index(task) if task in names else None
         return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def write(
@@ -81,9 +87,10 @@ class Run:
         if name is None:
             check(len(self.tasks) > 0, f"{self.path} was made for no task: say which with --task")
             names = ", ".join(dict.fromkeys(task.name for task in self.tasks))
-            alike = len({task.reads for task in self.tasks}) == 1 and not any(t.is_generation for t in self.tasks)
-            known = len(self.tasks) == 1 or alike
-            check(known, f"{self.path} has tasks {names}, which are asked differently; say which with --task")
+            check(
+                len(self.tasks) == 1 or self.asks_alike,
+                f"{self.path} has tasks {names}, which are asked differently; say which with --task",
+            )
             return self.tasks[0]
         known = {task.name: task for task in self.tasks}
         if name in known:
@@ -99,9 +106,8 @@ class Run:
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns."""
-        if self.is_composition and len(self.tasks) > 1 and self.base.model.push.router.only is None:
-            if task is self.tasks[0] and len({t.reads for t in self.tasks}) == 1:
-                return self.route(rows, sampling)
+        if self.asks_alike and task is self.tasks[0] and self.base.model.push.router.only is None:
+            return self.route(rows, sampling)
         return self.answer_as(task, rows, sampling)
 
     def route(self, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
