@@ -21,7 +21,8 @@ def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], An
     if name not in METHODS:
         raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
     config: Any = METHODS[name].Config
-    return METHODS[name], from_dict(config, {k: v for k, v in record.items() if k != "name"}, where)
+    settings = {k: v for k, v in record.items() if k != "name" and (k, v) != ("prune", 0)}  # which older runs wrote
+    return METHODS[name], from_dict(config, settings, where)
 
 
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:

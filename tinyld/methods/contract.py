@@ -61,7 +61,7 @@ class Method:
         options = [f.name for f in fields(config)]
         for name in given:
             if name not in options:
-                own = ", ".join(f"--{option}" for option in sorted({*options} - {"prune"})) or "no option"
+                own = ", ".join(f"--{option}" for option in sorted(options)) or "no option"
                 raise UsageError(f"--{name.replace('_', '-')} is not an option of {cls.name}, which has {own}")
         return replace(config, **given)
 
@@ -105,12 +105,6 @@ class Method:
                 f"budget {budget:.2%} is too small for {cls.name}: rank 1 stores {least:,} parameters of {limit:,.0f}"
             )
         return cls.with_rank(config, rank)
-
-    def after_update(self, progress: float) -> None:
-        """Called after every optimizer update, with the share of the run that is done."""
-
-    def finish(self) -> None:
-        """Called once after training, before the method is saved; `config` and `own` may change."""
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
