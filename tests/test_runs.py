@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tinyld import checkpoint
-from tinyld.checkpoint import attach, find_base, fingerprint, load_adapter, load_base, method_record, save_base
+from tinyld.checkpoint import attach, fingerprint, load_adapter, load_base, method_record, save_base
 from tinyld.config import ModelConfig, to_dict
 from tinyld.data import torch_seeded
 from tinyld.errors import TinyldError
@@ -387,7 +387,7 @@ def test_a_base_is_found_by_its_fingerprint_where_it_is_given_or_released(
     assert str(base) in message and "--base" in message and str(tmp_path / "bundled" / "small") in message
     assert load_adapter(RunFolder(adapter), tmp_path / "moved")[0].path == tmp_path / "moved"
     with pytest.raises(TinyldError, match="nowhere"):  # no silent fallback
-        find_base(RunFolder(adapter).config, adapter, tmp_path / "nowhere")
+        load_adapter(RunFolder(adapter), tmp_path / "nowhere")
 
 
 def test_an_adapter_is_no_base_and_a_base_no_adapter(adapter: Path, base: Path) -> None:

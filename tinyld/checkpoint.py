@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,22 +127,23 @@ def load_base(
     config, tokenizer = read_shape(path, reading)
     folder = RunFolder(path)
     tensors = from_int8(folder.read_tensors(MODEL), path / MODEL)
-    check_amount(config.num_parameters(), tensors, path / MODEL)
+    check_amount(config.num_parameters(), [t.shape for t in tensors.values()], path / MODEL)
     model = Denoiser(config)
     load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
     shrink(model, dtype)
     return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder), dtype, stored_bytes(model))
 
 
-def check_amount(asked: int, tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_amount(asked: int, shapes: Iterable[tuple[int, ...]], path: Path) -> None:
     """TinyldError when a config asks for far more values than its file holds: nothing is allocated for those."""
-    held = sum(t.numel() for t in tensors.values())
+    held = sum(map(math.prod, shapes))
     if asked > 2 * held:
         raise TinyldError(f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}")
 
 
-def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """TinyldError unless names and shapes are the same on both sides."""
+@torch.no_grad()
+def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copies `tensors` into `parameters`; names and shapes must be the same on both sides. `path` is for the error."""
     missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or extra:
         parts = [f"{word} {', '.join(n[:3])}" for word, n in (("missing", missing), ("unexpected", extra)) if n]
@@ -150,12 +152,6 @@ def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], p
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
             raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
-
-
-@torch.no_grad()
-def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Copies `tensors` into `parameters`; names and shapes must be the same on both sides. `path` is for the error."""
-    check_fit(parameters, tensors, path)
     for name, tensor in finite(tensors, path).items():
         parameters[name].copy_(tensor)
 
@@ -172,23 +168,20 @@ def base_record(config: Mapping[str, Any], where: object) -> BaseRecord:
 
 
 def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
-    """The folder of a run's base, which its fingerprint names: `override`, else a released one, else as recorded."""
+    """The folder of a run's base: `override`, else the released one that has its fingerprint, else as recorded."""
+    if override is not None:
+        return override
     record = base_record(config, run / CONFIG)
     released, recorded = [bundled_data_dir() / name for name in RELEASED], Path(record.path)
-    for path in [*released, recorded] if override is None else []:
-        if RunFolder(path).is_run() and RunFolder(path).config["kind"] == "base":
-            if fingerprint(RunFolder(path)) == record.fingerprint:
-                return path
-    if override is None and not os.path.isfile(recorded / CONFIG) and not is_foreign(recorded):
+    for path in released:
+        if RunFolder(path).is_run() and fingerprint(RunFolder(path)) == record.fingerprint:
+            return path
+    if not os.path.isfile(recorded / CONFIG) and not is_foreign(recorded):
         raise TinyldError(
             f"the base of {run}, {record.fingerprint}, is neither a released one ({' and '.join(map(str, released))}) "
             f"nor at {recorded}; give its folder with --base"
         )
-    path = recorded if override is None else override
-    if is_foreign(path):  # whose fingerprint is known once it is read
-        return path
-    _check_fingerprint(record, fingerprint(RunFolder.open(path)), path, run)
-    return path
+    return recorded
 
 
 def load_base_of(
@@ -203,14 +196,9 @@ def load_base_of(
 
 def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
     """TinyldError when a run was trained on a base other than this one."""
-    _check_fingerprint(base_record(config, run / CONFIG), base.fingerprint, base.path, run)
-
-
-def _check_fingerprint(record: BaseRecord, found: str, path: Path, run: Path) -> None:
-    if record.fingerprint != found:
-        raise TinyldError(
-            f"{run} was trained on base {record.fingerprint}, but {path} is base {found}; give its own with --base"
-        )
+    if (trained_on := base_record(config, run / CONFIG).fingerprint) != base.fingerprint:
+        found = f"{base.path} is base {base.fingerprint}"
+        raise TinyldError(f"{run} was trained on base {trained_on}, but {found}; give its own with --base")
 
 
 # ------------------------------------------------------------------------------------------------ adapters
@@ -247,7 +235,8 @@ def load_adapter(
 def load_method(record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, folder: RunFolder) -> Method:
     """What a run recorded and stored of its method, on its base; refuses one that asks for more than is stored."""
     method, settings = read_config(record, str(folder.path / CONFIG))
-    check_amount(method.expected_parameters(settings, base.model.config), tensors, folder.path / ADAPTER)
+    asked = method.expected_parameters(settings, base.model.config)
+    check_amount(asked, [t.shape for t in tensors.values()], folder.path / ADAPTER)
     attached = attach(base, method.name, settings)
     load_exactly(attached.own, tensors, folder.path / ADAPTER)
     return attached

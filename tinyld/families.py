@@ -202,8 +202,7 @@ def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
         raise TinyldError(f"{s.where.parent}: no tensor {at}token_type_embeddings.weight, which its config asks for")
     d, e = s.get("dim" if "dim" in s.raw else "hidden_size", int), s.get("embedding_size?", int)
     return {
-        "vocab_size": (*shapes.get(f"{at}word_embeddings.weight", ()), 0)[0], "d_embed": 0 if e == d else e,
-        "norm_eps": s.get("layer_norm_eps?", float) or 1e-12,
+        "d_embed": 0 if e == d else e, "norm_eps": s.get("layer_norm_eps?", float) or 1e-12,
         "max_length": s.get("max_position_embeddings", int) - SKIPPED.get(kind, 0),
     }  # fmt: skip
 
@@ -279,16 +278,13 @@ def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-BERT = {"d_model": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-        "d_ff": "intermediate_size"}  # fmt: skip
-DISTILBERT = {"d_model": "dim", "num_layers": "n_layers", "num_heads": "n_heads", "d_ff": "hidden_dim"}
+BERT = {"vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads", "d_ff": "intermediate_size"}  # fmt: skip
+DISTILBERT = {"vocab_size": "vocab_size", "d_model": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
+              "d_ff": "hidden_dim"}  # fmt: skip
 POST_NORM = {"norm_first": False, "rotary": False, "embedding_norm": True, "head_transform": True, "tied": True}
-BERT_ONLY = {
-    "hidden_act": "gelu",
-    "activation": "gelu",
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,
-}
+BERT_ONLY = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
+             "tie_word_embeddings": True}  # fmt: skip
 FAMILIES: dict[str, Family] = {
     kind: Family(encoder(kind, *names), sizes, POST_NORM, BERT_ONLY, more=bert, prefix=f"{kind}.")
     for kind, sizes, *names in (
@@ -342,9 +338,4 @@ FAMILIES |= {
         "classifier_pooling deterministic_flash_attn sparse_prediction sparse_pred_ignore_index reference_compile"
         " repad_logits_with_grad position_embedding_type layer_norm_eps initializer_cutoff_factor", modernbert,
     ),
-}  # fmt: skip
-BLOCKWISE, EXPERTS = "attends block by block (block-causal)", "is a mixture of experts"
-REFUSED = {
-    "lladamoe": EXPERTS, "llada2_moe": EXPERTS, "bd3lm": BLOCKWISE, "a2d-bd3lm": BLOCKWISE,
-    "diffusion_gemma": "is noised uniformly, without a mask",
 }  # fmt: skip

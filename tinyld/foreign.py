@@ -6,15 +6,13 @@ type that the base is kept in.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +20,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base
-from tinyld.config import ModelConfig, Reading, check_choice, to_dict
+from tinyld.checkpoint import Base, check_amount
+from tinyld.config import ModelConfig, Reading, check_choice, to_dict, types_of
 from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
-from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make, Said, same
+from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
 from tinyld.layers import rotary_tables
 from tinyld.model import Denoiser
 from tinyld.read import TENSORS_BYTES, as_object, check_size, opened, read_bytes, read_object, read_text, refuse_pickled
@@ -35,7 +33,6 @@ from tinyld.tokenizer import ROLES, Tokenizer
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
 FLOATS = ("F64", "F32", "F16", "BF16")
-TYPES = typing.get_type_hints(ModelConfig)
 # Chat templates by a token that they name: what stands before a prompt, between it and its answer, and at the end. They
 # are programs (Jinja), which are never run: one of another form is refused.
 CHATS = {
@@ -48,51 +45,24 @@ CHATS = {
 }
 
 
-class Weights:
-    """The tensors of a folder's safetensors files; shapes are known at once, values when asked for."""
+# ------------------------------------------------------------------------------------------------ their tensors
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.kept: dict[str, tuple[Path, str, str]] = {}  # file, name in it, type
-        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
-        whole, index = [n for n in names if n.endswith(".safetensors")], None
-        if INDEX in names:
-            index = as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX)
-            if not set(map(str, index.values())) <= set(whole):
-                raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
-        elif len(whole) != 1:
-            refuse_pickled(folder, () if whole else names)
-            found = ", ".join(names[:8]) or "nothing"
-            raise TinyldError(f"no model in {folder}: expected model.safetensors or {INDEX}, found {found}")
-        for name in whole if index is None else sorted(set(index.values())):
-            with safetensors(folder / name) as file:
-                for tensor in file.keys():  # noqa: SIM118 (it is no dict)
-                    part = file.get_slice(tensor)
-                    if index is not None and index.get(tensor) != name:
-                        raise TinyldError(f"{folder / name}: tensor {tensor!r} is not where {INDEX} says")
-                    self.shapes[tensor] = tuple(part.get_shape())
-                    self.kept[tensor] = (folder / name, tensor, part.get_dtype())
-        missing = sorted(set(index or ()) - set(self.shapes))
-        if missing:
-            raise TinyldError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files")
 
-    def renamed(self, prefix: str) -> None:
-        """An encoder's names as of today: with their prefix, and no gamma or beta of a norm, as BERT's first files."""
-        alone = "" if any(name.startswith(prefix) for name in self.shapes) else prefix
-        for at in (self.shapes, self.kept):
-            for name in list(at):
-                new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-                at[alone + new] = at.pop(name)
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, whose shape is known and whose values are read when asked for."""
 
-    def read(self, name: str) -> Tensor:
-        """A copy of one tensor; its file is closed again, so that nothing more of it stays in memory."""
-        path, stored, kind = self.kept[name]
-        with safetensors(path) as file:
-            tensor = file.get_tensor(stored)
-            tensor = tensor.float() if kind == "F64" else tensor.clone()
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """A copy; its file is closed again, so that nothing more of it stays in memory."""
+        with safetensors(self.path) as file:
+            tensor = file.get_tensor(self.name)
+            tensor = tensor.float() if self.dtype == "F64" else tensor.clone()
         if not all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(1 << 22)):
-            raise TinyldError(f"{path}: tensor {stored!r} holds values that are not finite")
+            raise TinyldError(f"{self.path}: tensor {self.name!r} holds values that are not finite")
         return tensor
 
 
@@ -105,54 +75,118 @@ def safetensors(path: Path) -> Any:
         raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None
 
 
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder's one safetensors file, or of those that its index names."""
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
+    whole, index = [n for n in names if n.endswith(".safetensors")], {}
+    if INDEX in names:
+        index = as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX)
+        if not set(map(str, index.values())) <= set(whole):
+            raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
+    elif len(whole) != 1:
+        refuse_pickled(folder, () if whole else names)
+        found = ", ".join(names[:8]) or "nothing"
+        raise TinyldError(f"no model in {folder}: expected model.safetensors or {INDEX}, found {found}")
+    tensors: dict[str, Stored] = {}
+    for path in [folder / name for name in sorted(set(index.values()) or whole)]:
+        with safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if name in tensors:
+                    raise TinyldError(f"{path}: tensor {name!r} is in {tensors[name].path.name}, too")
+                part = file.get_slice(name)
+                tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+    if missing := sorted(set(index) - set(tensors)):
+        raise TinyldError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files")
+    return tensors
+
+
+def named_today(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
+    """An encoder's tensors with their prefix, and no gamma or beta of a norm, as BERT's first files have."""
+    alone = "" if any(name.startswith(prefix) for name in tensors) else prefix
+    new = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    return {alone + re.sub(r"LayerNorm\.(gamma|beta)", lambda m: new[m[0]], n): t for n, t in tensors.items()}
+
+
+def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
+    """(how one of our tensors is made, of which of a family's)."""
+    key, number = re.sub(r"^blocks\.\d+", "blocks", name), re.search(r"\d+", name)
+    module, _, suffix = key.rpartition(".")
+    entry, tail = (family.parts[key], "") if key in family.parts else (family.parts[module], f".{suffix}")
+    make, *names = (same, entry) if isinstance(entry, str) else entry
+    return make, [n.format(i=number and number[0]) + tail for n in names]
+
+
+# ------------------------------------------------------------------------------------------------ a whole folder
+
+
 @dataclass
 class Foreign:
     """A folder that is understood; no weights are read yet."""
 
+    folder: Path
     family: str
     config: ModelConfig
     tokenizer: Tokenizer
-    weights: Weights
+    tensors: dict[str, Stored]
     longest: int  # tokens that the model was made for
     has_head: bool  # whether it can write; an encoder without a head gets the identity for one, to be trained
-    plan: dict[str, tuple[Make, list[str], torch.Size]]  # our tensor: how it is made, of which of theirs; its shape
+    # our tensor: how it is made, of which of theirs; its shape
+    plan: dict[str, tuple[Make, list[Stored], torch.Size]] = field(default_factory=dict)
 
     def read(self, name: str, wide: bool = True, seen: Callable[[Tensor], Any] = lambda tensor: None) -> Tensor:
         """One of our tensors, in float32, or with wide=False as stored where it is one of theirs; they are `seen`."""
-        make, names, shape = self.plan[name]
-        theirs = [self.weights.read(n) for n in names]
+        make, stored, shape = self.plan[name]
+        theirs = [each.read() for each in stored]
         for tensor in theirs:
             seen(tensor)
         made = make(self.config, *(t.float() if wide or make is not same else t for t in theirs))
         made = made[: shape[0]]  # the rows that pad the vocabulary to a round size are left out
         return made.clone() if made._base is not None else made  # so that the rest of theirs can go
 
+    def planned(self, family: Family, name: str, shape: torch.Size, rows: int) -> None:
+        """Plans one of our tensors, tried on shapes alone; `rows` are those of their vocabulary."""
+        if not self.has_head and name.startswith(("head_transform", "output_bias")):
+            ones = float(name == "head_transform.2.weight")
+            eye = lambda config: torch.eye(*shape) if len(shape) == 2 else torch.full(shape, ones)  # noqa: E731
+            self.plan[name] = (eye, [], shape)
+            return
+        make, names = theirs_of(family, name)
+        names = [n.rstrip("?") for n in names if not n.endswith("?") or n.rstrip("?") in self.tensors]
+        if missing := [n for n in names if n not in self.tensors]:
+            raise TinyldError(f"{self.folder}: no tensor {missing[0]}, which its config asks for")
+        stored = [self.tensors[n] for n in names]
+        for each in stored:
+            if each.dtype not in FLOATS:
+                raise TinyldError(f"{each.path}: tensor {each.name!r} is {each.dtype}, expected floats")
+        padded = rows - self.config.vocab_size if name in ("embedding.weight", "output.weight", "output_bias") else 0
+        try:
+            made = make(self.config, *(torch.empty(each.shape, device="meta") for each in stored)).shape
+        except (RuntimeError, IndexError, ValueError):
+            made = torch.Size()
+        if made != torch.Size((shape[0] + padded, *shape[1:])):
+            found = f"{', '.join(str(each.shape) for each in stored[:2])} in {names[0]}, {tuple(shape)} expected"
+            raise TinyldError(f"{stored[0].path}: tensor {name!r} has the wrong shape: {found}")
+        self.plan[name] = (make, stored, shape)
+
 
 def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
     """What a folder holds; TinyldError, in one line, for anything that is not understood or does not fit."""
-    stamp = tuple(sorted((p.name, s.st_size, s.st_mtime_ns) for p in folder.glob("*") if (s := p.lstat())))
-    return _read(folder, reading or Reading(), stamp)
-
-
-@functools.lru_cache(maxsize=1)  # a run asks for the config, for the tokenizer and for the weights
-def _read(folder: Path, reading: Reading, stamp: Any) -> Foreign:
-    where, weights = folder / CONFIG, Weights(folder)
-    bare = not where.exists() and "transformer.wte.weight" in weights.shapes
+    where, tensors, reading = folder / CONFIG, stored_tensors(folder), reading or Reading()
+    bare = not where.exists() and "transformer.wte.weight" in tensors
     raw = {"model_type": "smdm"} if bare else read_object(where)
     kind = str(raw.get("model_type"))[:40]
-    blockwise = "bd3lm" in f"{folder.resolve().name} {raw.get('_name_or_path')}".lower()
-    if kind in REFUSED or (kind in FAMILIES and blockwise):
-        raise TinyldError(f"{where}: this {kind} {REFUSED.get(kind, BLOCKWISE)}, which tinyld does not read")
     if kind not in FAMILIES:
         raise TinyldError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
+    if "bd3lm" in f"{folder.resolve().name} {raw.get('_name_or_path')}".lower():
+        raise TinyldError(f"{where}: this {kind} attends block by block (block-causal), which tinyld does not read")
     family = FAMILIES[kind]
     if family.prefix:
-        weights.renamed(family.prefix)
-    said = Said(raw, where, f"{IGNORED} {family.ignored}")
-    shape = {ours: said.get(key, TYPES[ours]) for ours, key in family.sizes.items()}
+        tensors = named_today(tensors, family.prefix)
+    said, shapes = Said(raw, where, f"{IGNORED} {family.ignored}"), {name: t.shape for name, t in tensors.items()}
+    shape = {ours: said.get(key, types_of(ModelConfig)[ours]) for ours, key in family.sizes.items()}
     if raw.get("tie_word_embeddings") is None and "tied" not in family.fixed and "weight_tying" not in raw:
-        shape["tied"] = f"{family.parts['output']}.weight" not in weights.shapes
-    shape |= family.fixed | family.more(said, weights.shapes)
+        shape["tied"] = f"{family.parts['output']}.weight" not in tensors
+    shape |= family.fixed | family.more(said, shapes)
     said.only(family.only)
     if not family.prefix:
         said.finish()
@@ -165,56 +199,18 @@ def _read(folder: Path, reading: Reading, stamp: Any) -> Foreign:
         config = ModelConfig(**shape)
     except (UsageError, OverflowError) as error:
         raise TinyldError(f"{where}: {error}") from None
-    held = sum(torch.Size(s).numel() for s in weights.shapes.values())
-    if config.num_parameters() > 2 * held:
-        raise TinyldError(f"{folder}: holds {held:,} values, but {CONFIG} asks for {config.num_parameters():,}")
-    headless = bool(family.prefix) and f"{family.parts['head_transform.0']}.weight" not in weights.shapes
-    foreign = Foreign(kind, config, tokenizer, weights, longest, not headless, {})
+    check_amount(config.num_parameters(), shapes.values(), folder)
+    has_head = not family.prefix or f"{family.parts['head_transform.0']}.weight" in tensors
+    foreign = Foreign(folder, kind, config, tokenizer, tensors, longest, has_head)
     with torch.device("meta"):
         model = Denoiser(config)
     for name, parameter in sorted(model.named_parameters()):
-        foreign.plan[name] = plan(foreign, family, name, parameter.shape, rows - config.vocab_size)
-    used = {theirs for _, names, _ in foreign.plan.values() for theirs in names}
-    for name in weights.shapes:
-        if name not in used and name not in family.ignored.split() and not family.prefix:
-            raise TinyldError(f"{weights.kept[name][0]}: tensor {name!r} has no place in a {kind} of this config")
+        foreign.planned(family, name, parameter.shape, rows)
+    used = {id(each) for _, stored, _ in foreign.plan.values() for each in stored}
+    for name, each in tensors.items():
+        if id(each) not in used and name not in family.ignored.split() and not family.prefix:
+            raise TinyldError(f"{each.path}: tensor {name!r} has no place in a {kind} of this config")
     return foreign
-
-
-def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
-    """(how one of our tensors is made, of which of a family's)."""
-    key, number = re.sub(r"^blocks\.\d+", "blocks", name), re.search(r"\d+", name)
-    module, _, suffix = key.rpartition(".")
-    entry, tail = (family.parts[key], "") if key in family.parts else (family.parts[module], f".{suffix}")
-    make, *names = (same, entry) if isinstance(entry, str) else entry
-    return make, [n.format(i=number and number[0]) + tail for n in names]
-
-
-def plan(
-    foreign: Foreign, family: Family, name: str, shape: torch.Size, padding: int
-) -> tuple[Make, list[str], torch.Size]:
-    """`theirs_of`, tried on shapes alone, and what is ours; `padding` rows of a vocabulary are theirs."""
-    weights, (make, names) = foreign.weights, theirs_of(family, name)
-    names = [n.rstrip("?") for n in names if not n.endswith("?") or n.rstrip("?") in weights.shapes]
-    if not foreign.has_head and name.startswith(("head_transform", "output_bias")):
-        ones = float(name == "head_transform.2.weight")
-        return lambda config: torch.eye(*shape) if len(shape) == 2 else torch.full(shape, ones), [], shape
-    missing = next((n for n in names if n not in weights.shapes), None)
-    if missing:
-        raise TinyldError(f"{weights.folder}: no tensor {missing}, which its config asks for")
-    for file, stored, kind in (weights.kept[n] for n in names):
-        if kind not in FLOATS:
-            raise TinyldError(f"{file}: tensor {stored!r} is {kind}, expected floats")
-    shapes = [weights.shapes[n] for n in names]
-    padded = name in ("embedding.weight", "output.weight", "output_bias")
-    try:
-        made = make(foreign.config, *(torch.empty(s, device="meta") for s in shapes)).shape
-    except (RuntimeError, IndexError, ValueError):
-        made = torch.Size()
-    if made != torch.Size((shape[0] + padding * padded, *shape[1:])):
-        found = f"{', '.join(map(str, shapes[:2]))} in {names[0]}, {tuple(shape)} expected"
-        raise TinyldError(f"{weights.kept[names[0]][0]}: tensor {name!r} has the wrong shape: {found}")
-    return make, names, shape
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -239,7 +235,7 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
                 raise TinyldError(
                     f"{folder}: mask is {stated} in {CONFIG}, {found} in {extra.name}; say --set mask_token=TOKEN"
                 )
-            if found is not None or (isinstance(stated, int) and not isinstance(stated, bool)):
+            if found is not None or type(stated) is int:
                 return stated if found is None else found
         return None
 
@@ -250,8 +246,8 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
                 raise UsageError(f"mask_token {reading.mask_token!r} is no token of {path}")
         else:
             mask = token(inner, "mask")
-            mask = rows - 1 if mask is None and family.mask is None else mask
-            mask = inner.token_to_id(family.mask) if mask is None and family.mask else mask
+            if mask is None:
+                mask = inner.token_to_id(family.mask) if family.mask else rows - 1
             if mask is None:
                 raise TinyldError(f"{folder}: nothing says which token is the mask; say it by --set mask_token=TOKEN")
         size = max(inner.get_vocab().values(), default=-1) + 1

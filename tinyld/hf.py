@@ -52,7 +52,7 @@ def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
     foreign = read_foreign(folder, Reading(max_length=max_length))
     tensors = {name: foreign.read(name) for name in foreign.plan}
     digest = hashlib.sha256()
-    for path in sorted({path for path, _, _ in foreign.weights.kept.values()}):
+    for path in sorted({stored.path for stored in foreign.tensors.values()}):
         digest.update(read_bytes(path, TENSORS_BYTES))
     origin = {"folder": str(folder.resolve()), "sha256": digest.hexdigest()}
     return Encoder(foreign.config, tensors, foreign.tokenizer, origin)
@@ -70,7 +70,7 @@ def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], t
     RunFolder.create(out)
     sizes = {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
     settings = {
-        "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": config.vocab_size, **sizes,
+        "architectures": ["BertForMaskedLM"], "model_type": "bert", **sizes,
         "max_position_embeddings": config.max_length, "type_vocab_size": 2, "layer_norm_eps": config.norm_eps,
         "hidden_act": "gelu", "pad_token_id": tokenizer.pad_id, "tie_word_embeddings": True,
     }  # fmt: skip
