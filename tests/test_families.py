@@ -25,9 +25,8 @@ from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
-from tinyld.layers import look_up
 from tinyld.methods import METHODS, make_config
-from tinyld.model import Denoiser
+from tinyld.model import Denoiser, look_up
 from tinyld.sampler import decode
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
-"""Attention of short sequences in bf16 on a processor, where torch's fused one takes two to four times as long, its
-backward pass above all: plain batched products, a few heads at a time so that their scores stay in the cache.
+"""Attention, softmax(q k^T / sqrt(head width)) v, its windows, and rotary positions.
 
-softmax(q k^T / sqrt(head width)) v, as in `F.scaled_dot_product_attention`, which does all else.
+Short sequences in bf16 on a processor, where torch's fused one takes two to four times as long, its backward pass above
+all, are plain batched products, a few heads at a time so that their scores stay in the cache. torch does all else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tinyld.config import ModelConfig
 
 MOST = 2**25  # scores of a batch: its backward pass reads as many weights, 64 MB
 AT_A_TIME = 2**21  # scores
@@ -71,3 +73,40 @@ def parts(q: Tensor, k: Tensor) -> Iterator[slice]:
     """The heads, as many at a time as the cache holds the scores of."""
     step = max(1, AT_A_TIME // max(1, q.shape[1] * k.shape[1]))
     return (slice(start, start + step) for start in range(0, len(q), step))
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the rotary position angles, each (max_length, kinds, head width) (RoFormer, arXiv 2104.09864).
+
+    Kind 0 is of blocks that read the whole row, kind 1 of local ones, where there are any.
+    """
+    angles, width = [], config.width_of_head
+    for theta in (config.rope_theta, config.local_theta) if config.local_window else (config.rope_theta,):
+        frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+        angle = torch.arange(config.max_length, dtype=torch.float32)[:, None] * frequency[None, :]
+        angles.append(torch.cat([angle, angle], dim=-1))
+    angle = torch.stack(angles, 1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions applied to x: (B, H, L, head width)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def near_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, window: int, positions: Tensor | None = None
+) -> Tensor:
+    """`attention`, in which with a `window` a query reads keys at most half of it away. positions: (B, M) of the M
+    queries, where they are not all L."""
+    length = k.shape[2]
+    if not window or length - 1 <= window // 2:
+        return attention(q, k, v, key_mask)
+    places = torch.arange(length, device=k.device)
+    asking = places[None] if positions is None else positions
+    distance = (asking[:, :, None] - places).abs()  # (B or 1, M, L)
+    near = distance <= window // 2
+    if key_mask is not None:  # padding reads itself alone, so that every query reads something
+        near = near & key_mask[:, None, :] | (distance == 0)
+    return F.scaled_dot_product_attention(q, k, v, near[:, None])

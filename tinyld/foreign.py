@@ -20,12 +20,12 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from tinyld.attention import rotary_tables
 from tinyld.checkpoint import Base, check_amount
 from tinyld.config import ModelConfig, Reading, check_choice, to_dict, types_of
 from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
-from tinyld.layers import rotary_tables
 from tinyld.model import Denoiser
 from tinyld.read import TENSORS_BYTES, as_object, check_size, opened, read_bytes, read_object, read_text, refuse_pickled
 from tinyld.tokenizer import ROLES, Tokenizer

@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from tinyld.attention import near_attention, rotary_tables, rotate
 from tinyld.config import ModelConfig
-from tinyld.layers import activate, look_up, make_norm, near_attention, rotary_tables, rotate
+from tinyld.device import product_dtype
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -61,17 +63,27 @@ def few_positions(where: Tensor) -> tuple[Tensor, Tensor] | None:
     return positions, where.gather(1, positions)
 
 
-def compute_dtype(h: Tensor) -> torch.dtype:
-    """What matrices are multiplied in here: autocast's type where it is on, else that of h."""
-    return torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+
+def look_up(embedding: nn.Module, ids: Tensor | slice) -> Tensor:
+    """Embeddings of ids; where the table is kept in fewer bits (device.shrink), only their rows are widened."""
+    if not parametrize.is_parametrized(embedding):
+        return embedding.weight[ids] if isinstance(ids, slice) else embedding(ids)
+    kept = embedding.parametrizations.weight
+    parts = [part[ids] for _, part in kept.named_parameters(recurse=False)]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return kept[0](*parts)
 
 
 class HeadNLL(torch.autograd.Function):
     """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
 
-    On two cores the vocabulary's softmax is the largest single cost of pretraining. The forward pass keeps
-    (softmax - onehot), and the incoming gradient scales the small (N, D) factors, so that neither a second softmax
-    nor another (N, V) product is needed.
+    On two cores the vocabulary's softmax is the largest single cost of pretraining. What is kept is softmax - onehot,
+    and the incoming gradient scales the small (N, D) factors: no second softmax and no other (N, V) product.
     """
 
     @staticmethod
@@ -109,9 +121,9 @@ class Block(nn.Module):
         linear = {n: nn.Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
         self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
         self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
-        width, eps = config.width_of_head, config.norm_eps
-        self.query_norm = nn.RMSNorm(width, eps=eps) if config.head_norms else None
-        self.key_norm = nn.RMSNorm(width, eps=eps) if config.head_norms else None
+        for name in ("query_norm", "key_norm"):
+            norm = nn.RMSNorm(config.width_of_head, eps=config.norm_eps) if config.head_norms else None
+            self.register_module(name, norm)
         self.out = linear["out"]
         self.mlp_norm = make_norm(config, config.d_model)
         self.up, self.down = linear["up"], linear["down"]
@@ -126,22 +138,25 @@ class Block(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)  # (B, H, L, head width)
 
-        h = h.to(compute_dtype(h))  # once, not in each of the products
+        h = h.to(product_dtype(h.device))  # once, not in each of the products
         asking = h if positions is None else take(h, positions)
         q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
         if self.query_norm is not None:
             q, k = self.query_norm(q.float()).to(v.dtype), self.key_norm(k.float()).to(v.dtype)
         if angles is not None:
-            angles = (angles[0][:, int(self.is_local)], angles[1][:, int(self.is_local)])
-            cos, sin = angles if positions is None else (angle[positions][:, None] for angle in angles)
-            q, k = rotate(q, cos, sin), rotate(k, *angles)
+            angles = [angle[:, int(self.is_local)] for angle in angles]
+            q = rotate(q, *(angles if positions is None else (angle[positions][:, None] for angle in angles)))
+            k = rotate(k, *angles)
         if k.shape[1] < q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         mixed = near_attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
-        return self.down(activate(self.up(h), self.config.activation, self.config.gated))
+        x, gate = self.up(h).chunk(2, dim=-1) if self.config.gated else (self.up(h), None)
+        name = self.config.activation
+        x = F.silu(x) if name == "silu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+        return self.down(x if gate is None else x * gate)
 
     def forward(
         self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None
@@ -168,11 +183,10 @@ class Denoiser(nn.Module):
         self.embedding_projection = nn.Linear(e, d) if config.projected else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = make_norm(config, d) if config.norm_first else nn.Identity()
-        self.head_transform = (
-            nn.Sequential(nn.Linear(d, e, bias=config.mlp_bias), nn.GELU(), make_norm(config, e))
-            if config.head_transform
-            else nn.Identity()
-        )
+        self.head_transform: nn.Module = nn.Identity()
+        if config.head_transform:
+            dense = nn.Linear(d, e, bias=config.mlp_bias)
+            self.head_transform = nn.Sequential(dense, nn.GELU(), make_norm(config, e))
         rows = config.head_rows or config.vocab_size
         self.output = None if config.tied else nn.Linear(e, rows, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(rows)) if config.head_bias else None
@@ -207,21 +221,15 @@ class Denoiser(nn.Module):
         return self.embedding_projection(self.embedding_norm(h))
 
     def run_blocks(
-        self,
-        h: Tensor,
-        attention_mask: Tensor | None,
-        start: int,
-        stop: int,
-        push_at: PushAt | None = None,
-        history: list[Tensor] | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
+        self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
+        history: list[Tensor] | None = None, positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
         attention_mask: (B, L) bool, or None when no position is padding. The states before each block that runs are
         appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
         """
-        length, dtype = h.shape[1], compute_dtype(h)
+        length, dtype = h.shape[1], product_dtype(h.device)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
         for depth in range(start, stop):
             if history is not None:
@@ -236,14 +244,9 @@ class Denoiser(nn.Module):
         return h
 
     def states(
-        self,
-        xt: Tensor,
-        t: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        cached: Tensor | None = None,
-        where: Tensor | None = None,
-    ) -> Tensor:
+        self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
         position i has the state at i - 1, and position 0 its own.
@@ -275,11 +278,9 @@ class Denoiser(nn.Module):
                 h = take(h, positions) + push_at(last, h, positions)
             else:
                 h = h + push_at(last, h)
-        h = h if is_asked is None else h[is_asked]
         if late:
-            h = torch.cat([h[:, :1], h[:, :-1]], 1)
-            h = h if where is None else h[where]
-        return h
+            h, is_asked = torch.cat([h[:, :1], h[:, :-1]], 1), where
+        return h if is_asked is None else h[is_asked]
 
     @property
     def device(self) -> torch.device:
@@ -305,20 +306,15 @@ class Denoiser(nn.Module):
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
-        dtype = compute_dtype(h)
+        dtype = product_dtype(h.device)
         h = self.head_transform(self.final_norm(h)).to(dtype)
         weight, bias = self.vocabulary.to(dtype), self.output_bias
         with torch.autocast(h.device.type, enabled=False):
             return HeadNLL.apply(h, weight, None if bias is None else bias.to(dtype), target)
 
     def forward(
-        self,
-        xt: Tensor,
-        t: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        where: Tensor | None = None,
-        cached: Tensor | None = None,
-    ) -> Tensor:
+        self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None, where: Tensor | None = None, cached: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), where alone the head then runs."""
         return self.head(self.states(xt, t, attention_mask, prompt_mask, cached, where))
