@@ -25,9 +25,8 @@ def resolve_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
+        found = f"torch sees {torch.cuda.device_count()} CUDA devices"
+        raise UsageError(f"device {name!r} asked for, but {found}; use --device cpu")
     device = torch.device(name)
     if kind == "cuda" and index:
         torch.cuda.set_device(device)  # whose name and memory are then asked for
@@ -80,9 +79,8 @@ class Int8(nn.Module):
         if dtype == torch.float32:
             return values.to(scale.dtype) * scale
         wide = torch.empty(values.shape, dtype=dtype, device=values.device)
-        for start in range(0, len(values), 4096):  # few rows at a time, as their float32 is larger than the matrix
-            rows = slice(start, start + 4096)
-            wide[rows] = values[rows] * scale[rows]
+        for some, *made_of in zip(*(x.split(4096) for x in (wide, values, scale)), strict=True):
+            some[:] = made_of[0] * made_of[1]
         return wide
 
 

@@ -78,13 +78,21 @@ def _mrpc(files: list[BytesIO]) -> Splits:
     return splits
 
 
-def _trec(files: list[BytesIO]) -> Splits:
+def _train_and_test(read: Callable[[bytes], list[Row]]) -> Converter:
+    """A file each."""
+    return lambda files: {n: read(file.read()) for n, file in zip(("train", "test"), files, strict=True)}
+
+
+def _trec(data: bytes) -> list[Row]:
     """Lines like `DESC:manner How did ...`; the coarse type is the label."""
-    parts = [[line.split(" ", 1) for line in _lines(file.read(), "latin-1")] for file in files]
-    return {
-        split: [(text, kind.split(":")[0]) for kind, text in of]
-        for split, of in zip(("train", "test"), parts, strict=True)
-    }
+    parts = [line.split(" ", 1) for line in _lines(data, "latin-1")]
+    return [(text, kind.split(":")[0]) for kind, text in parts]
+
+
+def _ag_news(data: bytes) -> list[Row]:
+    """Rows of class 1-4, title, description; the description alone is the sentence."""
+    labels = ("World", "Sports", "Business", "Sci/Tech")
+    return [(text, labels[int(kind) - 1]) for kind, _, text in csv.reader(StringIO(data.decode(), newline=""))]
 
 
 def _line_files(members: dict[str, str]) -> Converter:
@@ -98,16 +106,6 @@ def _line_files(members: dict[str, str]) -> Converter:
         return {"all": pool}
 
     return convert
-
-
-def _ag_news(files: list[BytesIO]) -> Splits:
-    """Rows of class 1-4, title, description; the description alone is the sentence."""
-    labels = ("World", "Sports", "Business", "Sci/Tech")
-    readers = [csv.reader(StringIO(file.read().decode(), newline="")) for file in files]
-    return {
-        split: [(text, labels[int(kind) - 1]) for kind, _, text in of]
-        for split, of in zip(("train", "test"), readers, strict=True)
-    }
 
 
 def _imdb(files: list[BytesIO]) -> Splits:
@@ -124,10 +122,10 @@ CONVERTERS: dict[str, Converter] = {
     "glue-cola": _glue("CoLA", lambda row: (row[3], ("unacceptable", "acceptable")[int(row[1])]), header=False),
     "glue-rte": _glue("RTE", lambda row: (row[1] + PAIR + row[2], row[3])),
     "mrpc": _mrpc,
-    "trec": _trec,
+    "trec": _train_and_test(_trec),
     "subj": _line_files({"plot.tok.gt9.5000": "objective", "quote.tok.gt9.5000": "subjective"}),
     "mr": _line_files({"rt-polarity.neg": "negative", "rt-polarity.pos": "positive"}),
-    "ag-news": _ag_news,
+    "ag-news": _train_and_test(_ag_news),
     "imdb": _imdb,
 }
 
