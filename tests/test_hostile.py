@@ -38,6 +38,7 @@ from safetensors.torch import load, save
 from typer.testing import CliRunner
 
 from tinyld import compare
+from tinyld.checkpoint import Base
 from tinyld.cli import VERBS, app
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
@@ -363,8 +364,7 @@ def build(world: Path) -> None:
     tokenizer = Tokenizer.train(lines, 128)
     shape = ModelConfig(tokenizer.vocab_size, 16, 1, 2, 32, 32, norm_eps=1e-12, norm_first=False, rotary=False,
                         embedding_norm=True, head_transform=True)  # fmt: skip
-    parameters = dict(Denoiser(shape, torch.Generator().manual_seed(0)).named_parameters())
-    export_bert(copy, shape, parameters, tokenizer, Path("bert"))
+    export_bert(Base(copy, Denoiser(shape, torch.Generator().manual_seed(0)), tokenizer, ""), Path("bert"))
     compare.launch = launch
     for line in SETUP:
         if "stopped" in line:

@@ -305,13 +305,17 @@ def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) 
 
 @torch.no_grad()
 def load_foreign(
-    folder: Path, device: torch.device | str = "cpu", dtype: str = "fp32", reading: Reading | None = None
-) -> Base:
-    """A public model as a base, kept in `dtype` (see tinyld.shrink); memory peaks at the base and one tensor."""
+    folder: Path, device: torch.device | str = "cpu", dtype: str = "fp32", reading: Reading | None = None,
+    headless: bool = False,
+) -> Base:  # fmt: skip
+    """A public model as a base, kept in `dtype` (see device.shrink); memory peaks at the base and one tensor.
+
+    An encoder that has no head to write with is refused unless `headless`, and then gets the identity for one.
+    """
     check_choice("base dtype", dtype, BASE_DTYPES)
     foreign = read_foreign(folder, reading)
     config, tokenizer = foreign.config, foreign.tokenizer
-    if not foreign.has_head:
+    if not (headless or foreign.has_head):
         raise TinyldError(f"{folder} has no head that writes words; begin a base with it: tinyld pretrain --init")
     with torch.device("meta"):
         model = Denoiser(config).eval()

@@ -1,39 +1,22 @@
-"""Encoders of the BERT family: what a base begins with; and what is written for transformers and for peft.
-
-tinyld.families has their names and shapes; token types are folded into positions, and RoBERTa's two unused ones cut.
-"""
+"""Where an encoder is found that a base begins with, and what is written for transformers and for peft."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tinyld.config import ModelConfig, Reading
+from tinyld.checkpoint import Base
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
-from tinyld.foreign import read_foreign, theirs_of
+from tinyld.foreign import theirs_of
 from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
-from tinyld.read import TENSORS_BYTES, read_bytes
 from tinyld.runs import CONFIG, RunFolder
-from tinyld.tokenizer import Tokenizer
 from tinyld.write import to_json, write_atomic
-
-
-@dataclass
-class Encoder:
-    """An encoder as read from a folder, in our names."""
-
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    tokenizer: Tokenizer
-    origin: dict[str, str]  # its folder, and the SHA-256 of its weights
 
 
 def find_encoder(init: str) -> Path:
@@ -46,27 +29,14 @@ def find_encoder(init: str) -> Path:
     return next(Path(package.submodule_search_locations[0]).rglob("model.safetensors")).parent
 
 
-@torch.no_grad()
-def load_encoder(folder: Path, max_length: int | None = None) -> Encoder:
-    """A public model in our names; TinyldError where it is not one. `max_length` keeps the first positions."""
-    foreign = read_foreign(folder, Reading(max_length=max_length))
-    tensors = {name: foreign.read(name) for name in foreign.plan}
-    digest = hashlib.sha256()
-    for path in sorted({stored.path for stored in foreign.tensors.values()}):
-        digest.update(read_bytes(path, TENSORS_BYTES))
-    origin = {"folder": str(folder.resolve()), "sha256": digest.hexdigest()}
-    return Encoder(foreign.config, tensors, foreign.tokenizer, origin)
-
-
-def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:
+def export_bert(base: Base, out: Path) -> None:
     """Writes a folder that transformers' BertForMaskedLM loads with our logits; post-norm bases only."""
+    config, family, tokenizer = base.model.config, FAMILIES["bert"], base.tokenizer
     if config.norm_first or config.rotary or config.projected or not config.embedding_norm:
-        raise TinyldError(
-            f"{run}: only bases begun with --init can be written for transformers (its BERT is post-norm)"
-        )
-    family = FAMILIES["bert"]
-    out_tensors = {theirs_of(family, ours)[1][0]: tensor for ours, tensor in tensors.items()}
-    out_tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
+        how = "only bases begun with --init can be written for transformers (its BERT is post-norm)"
+        raise TinyldError(f"{base.path}: {how}")
+    tensors = {theirs_of(family, ours)[1][0]: tensor for ours, tensor in base.model.named_parameters()}
+    tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
     RunFolder.create(out)
     sizes = {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
     settings = {
@@ -79,7 +49,7 @@ def export_bert(run: Path, config: ModelConfig, tensors: Mapping[str, Tensor], t
     write_atomic(out / CONFIG, to_json(settings))
     write_atomic(out / "tokenizer.json", tokenizer.to_json().encode())
     write_atomic(out / "tokenizer_config.json", to_json(special))
-    weights = save({n: t.detach().contiguous().cpu() for n, t in sorted(out_tensors.items())})
+    weights = save({n: t.detach().contiguous().cpu() for n, t in sorted(tensors.items())})
     write_atomic(out / "model.safetensors", weights)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyld.checkpoint import load_base, load_exactly, save_base
-from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, TrainConfig, check, from_dict, to_dict
+from tinyld.checkpoint import Base, load_base, load_exactly, save_base
+from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
@@ -21,13 +21,14 @@ from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume
-from tinyld.hf import Encoder, find_encoder, load_encoder
+from tinyld.foreign import load_foreign
+from tinyld.hf import find_encoder
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training
 from tinyld.parse import flag, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import CONFIG, MODEL, RESULTS, TOKENIZER, RunFolder
+from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
@@ -36,13 +37,11 @@ SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 
 
-def load_start(folder: Path, max_length: int) -> Encoder:
+def load_start(folder: Path, max_length: int) -> Base:
     """What `--init` starts from: a base of our own, whose length stays, or an encoder in a Hugging Face folder."""
-    if not RunFolder(folder).is_run():
-        return load_encoder(folder, max_length)
-    base = load_base(folder)
-    origin = {"folder": str(folder.resolve()), "sha256": RunFolder(folder).digest(MODEL)}
-    return Encoder(base.model.config, dict(base.model.named_parameters()), base.tokenizer, origin)
+    if RunFolder(folder).is_run():
+        return load_base(folder)
+    return load_foreign(folder, reading=Reading(max_length=max_length), headless=True)
 
 
 def unigram_nll(counts: np.ndarray, held_out: np.ndarray) -> float:
@@ -107,7 +106,7 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
 
 
 def train_base(
-    config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None, encoder: Encoder | None = None
+    config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None, encoder: Base | None = None
 ) -> dict[str, Any]:
     """Trains a base as the config says, from an encoder if there is one, in a new run or one that was `begun`; its
     results, which are also in results.json. A new folder is made once the text is known to be good."""
@@ -132,7 +131,7 @@ def train_base(
     if begun:
         tokenizer = Tokenizer.load(out / TOKENIZER)
     elif encoder is not None:
-        tokenizer, shape = encoder.tokenizer, encoder.config
+        tokenizer, shape = encoder.tokenizer, encoder.model.config
     else:
         say(f"training a tokenizer of {shape.vocab_size:,} pieces on {', '.join(map(str, files))}")
         tokenizer = Tokenizer.train(part(sample(files, read_lines(files)), held_out=False), shape.vocab_size)
@@ -144,7 +143,7 @@ def train_base(
     unigram = unigram_nll(text.counts, held_out.counts)
     model = Denoiser(shape, torch_seeded(training.seed, 0))
     if encoder is not None:
-        load_exactly(dict(model.named_parameters()), encoder.tensors, encoder.origin["folder"])
+        load_exactly(dict(model.named_parameters()), dict(encoder.model.named_parameters()), encoder.path)
     folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
     with folder.locked():
         if begun:
@@ -161,7 +160,7 @@ def train_base(
                 "unigram_nll": unigram,
             }
             config |= {"model": to_dict(shape), "data": facts, "valid": [str(v.resolve()) for v in valid]}
-            config |= {"warm_start": encoder and encoder.origin, "environment": environment()}
+            config |= {"warm_start": encoder and encoder.record(), "environment": environment()}
             folder.write(TOKENIZER, tokenizer.to_json().encode())
             folder.write_json(CONFIG, config)
         model.to(device)

@@ -139,7 +139,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
     if options.to == "hf":
         base = load_base(run)
-        export_bert(base.path, base.model.config, dict(base.model.named_parameters()), base.tokenizer, out)
+        export_bert(base, out)
         return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
     base, method = weight_lora(run, options.base)
     export_peft(method.config, method.own, base.fingerprint, out)

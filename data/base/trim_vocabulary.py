@@ -19,12 +19,15 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers
 
 from tinyld import tokenizer as ours
+from tinyld.checkpoint import Base, load_exactly
 from tinyld.corpus import tokenize
-from tinyld.hf import Encoder, export_bert, find_encoder, load_encoder
+from tinyld.foreign import load_foreign
+from tinyld.hf import export_bert, find_encoder
+from tinyld.model import Denoiser
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 
 
-def trimmed(encoder: Encoder, counts: Sequence[int], size: int) -> Encoder:
+def trimmed(encoder: Base, counts: Sequence[int], size: int) -> Base:
     """The encoder with its `size` most used pieces. counts: how often each id is used."""
     tokenizer = encoder.tokenizer
     if not tokenizer.is_wordpiece:
@@ -41,14 +44,15 @@ def trimmed(encoder: Encoder, counts: Sequence[int], size: int) -> Encoder:
     inner = HFTokenizer.from_str(json.dumps(raw))
     steps = ours._rules([*ours._REPLACEMENTS, (ours._CONTRACTION, "")])
     inner.normalizer = normalizers.Sequence(steps + ([inner.normalizer] if inner.normalizer else []))
-    tensors = {name: encoder.tensors[name][kept].clone() for name in ("embedding.weight", "output_bias")}
-    config = replace(encoder.config, vocab_size=len(kept))
-    return replace(encoder, config=config, tensors=encoder.tensors | tensors, tokenizer=Tokenizer(inner))
+    tensors = dict(encoder.model.named_parameters())
+    tensors |= {name: tensors[name][kept] for name in ("embedding.weight", "output_bias")}
+    model = Denoiser(replace(encoder.model.config, vocab_size=len(kept))).eval()
+    load_exactly(dict(model.named_parameters()), tensors, encoder.path)
+    return replace(encoder, model=model, tokenizer=Tokenizer(inner))
 
 
 if __name__ == "__main__":
     folder, text, pieces, out = sys.argv[1:]
-    encoder = load_encoder(find_encoder(folder))
+    encoder = load_foreign(find_encoder(folder), headless=True)
     used = tokenize(read_lines(find_text_files([Path(text)])), encoder.tokenizer).counts
-    small = trimmed(encoder, used.tolist(), int(pieces))
-    export_bert(Path(folder), small.config, small.tensors, small.tokenizer, Path(out))
+    export_bert(trimmed(encoder, used.tolist(), int(pieces)), Path(out))
