@@ -32,6 +32,7 @@ from tinyld.tokenizer import ROLES, Tokenizer
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
+TYPES = types_of(ModelConfig)
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Chat templates by a token that they name: what stands before a prompt, between it and its answer, and at the end. They
 # are programs (Jinja), which are never run: one of another form is refused.
@@ -183,7 +184,7 @@ def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
     if family.prefix:
         tensors = named_today(tensors, family.prefix)
     said, shapes = Said(raw, where, f"{IGNORED} {family.ignored}"), {name: t.shape for name, t in tensors.items()}
-    shape = {ours: said.get(key, types_of(ModelConfig)[ours]) for ours, key in family.sizes.items()}
+    shape = {ours: said.get(key, TYPES[ours]) for ours, key in family.sizes.items()}
     if raw.get("tie_word_embeddings") is None and "tied" not in family.fixed and "weight_tying" not in raw:
         shape["tied"] = f"{family.parts['output']}.weight" not in tensors
     shape |= family.fixed | family.more(said, shapes)
