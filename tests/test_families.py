@@ -78,30 +78,25 @@ def make_by_transformers(kind: str, folder: Path, seed: int) -> Reference:
     transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")
     rows = write_tokenizer(folder, "[MASK]" if kind == "modernbert" else "<|mask|>") + 5  # the last ones pad
     torch.manual_seed(seed)
-    common = dict(
+    llama, odd = dict(num_key_value_heads=2, rms_norm_eps=1e-5), seed % 2 == 1
+    name, own = {
+        "modernbert": ("ModernBert", dict(local_attention=6, decoder_bias=True, cls_token_id=None, sep_token_id=None)),
+        "a2d-qwen3": ("Qwen3", llama | dict(head_dim=16, tie_word_embeddings=True)),
+        "a2d-llama": ("Llama", llama | dict(attention_bias=odd, mlp_bias=odd)),
+    }.get(kind, ("Qwen2", llama))
+    config = getattr(transformers, f"{name}Config")(
         vocab_size=rows, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None, **own,
     )  # fmt: skip
-    if kind == "modernbert":
-        common |= dict(local_attention=6, decoder_bias=True, cls_token_id=None, sep_token_id=None)
-        name, cls = "ModernBert", "ForMaskedLM"
-    else:
-        common |= dict(num_key_value_heads=2, rms_norm_eps=1e-5)
-        name, cls = {"a2d-qwen3": "Qwen3", "a2d-llama": "Llama"}.get(kind, "Qwen2"), "ForCausalLM"
-        common |= dict(head_dim=16, tie_word_embeddings=True) if kind == "a2d-qwen3" else {}
-        common |= dict(attention_bias=seed % 2 == 1, mlp_bias=seed % 2 == 1) if kind == "a2d-llama" else {}
-    config = getattr(transformers, f"{name}Config")(**common)
     if kind == "Dream":
         config.rope_parameters["rope_theta"] = 5e4
-    model = getattr(transformers, name + cls)(config).eval()
+    model = getattr(transformers, name + ("ForMaskedLM" if kind == "modernbert" else "ForCausalLM"))(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size="20KB")
     if kind != "modernbert":
-        edit(folder, model_type=kind)
-    if kind == "Dream":
-        edit(folder, architectures=["DreamModel"])
+        edit(folder, model_type=kind, **({"architectures": ["DreamModel"]} if kind == "Dream" else {}))
 
     def logits(x: Tensor, mask: Tensor) -> Tensor:
         wide = mask.long() if kind == "modernbert" else mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
@@ -520,10 +515,8 @@ def check_damaged(kind: str, tmp_path: Path, changes: int, least: float) -> None
             assert "\n" not in str(error) and len(str(error)) < 600, what
             refused += 1
         else:  # a key that says nothing, or what is found elsewhere as well: the same model to the last bit
-            assert (
-                torch.equal(base.model(x, attention_mask=mask), expected)
-                and base.tokenizer.roles == good.tokenizer.roles
-            ), what
+            assert torch.equal(base.model(x, attention_mask=mask), expected), what
+            assert base.tokenizer.roles == good.tokenizer.roles, what
         shutil.rmtree(tmp_path / "bad")
     assert refused >= least * changes
 
