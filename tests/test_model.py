@@ -36,16 +36,18 @@ def random_ids(model: Denoiser, rows: int, length: int, seed: int = 0) -> Tensor
 def test_closed_form_counts_the_parameters_that_are_there(seed: int) -> None:
     rng = random.Random(seed)
     heads = rng.randint(1, 3)
-    config = ModelConfig(
-        vocab_size=rng.randint(10, 90),
-        d_model=heads * 2 * rng.randint(1, 6),
-        num_layers=rng.randint(1, 4),
-        num_heads=heads,
-        d_ff=rng.randint(1, 40),
-        max_length=rng.randint(2, 30),
-    )
-    model = Denoiser(config, torch.Generator().manual_seed(seed))
-    assert config.num_parameters() == sum(p.numel() for p in model.parameters())
+    d, layers, d_ff = heads * 2 * rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 40)
+    config = ModelConfig(rng.randint(10, 90), d, layers, heads, d_ff, max_length=rng.randint(2, 30))
+    assert config.num_parameters() == sum(p.numel() for p in Denoiser(config).parameters())
+
+
+def test_fewer_rows_are_read_at_once_where_their_states_would_fill_the_memory() -> None:
+    def rows(d_model: int, num_layers: int, length: int) -> int:
+        with torch.device("meta"):
+            return Denoiser(ModelConfig(9, d_model, num_layers, 2, 8)).rows_at_once(length, 128)
+
+    assert rows(384, 6, 256) == 128, "the released base, as ever"
+    assert (rows(1024, 28, 256), rows(4096, 32, 256), rows(4096, 32, 131_072)) == (17, 3, 1)
 
 
 BAD_SHAPES = [
@@ -53,13 +55,10 @@ BAD_SHAPES = [
     ({"d_model": 12, "num_heads": 4}, "must be even"),
     ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
     ({"num_layers": 10**8}, "num_layers must be at most 100000, got 100000000"),
-    ({"d_model": 6_000_000}, "a denoiser of [0-9,]+ parameters is asked for"),
     ({"vocab_size": 10**12}, "a denoiser of [0-9,]+ parameters is asked for; at most 20,000,000,000"),
     ({"max_length": 10**6}, "max_length must be at most 131072"),
-    ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
     ({"norm_eps": 1.0}, "norm_eps must be below 1"),
     ({"norm_eps": float("nan")}, "norm_eps must be above 0, got nan"),
-    ({"rope_theta": 0.0}, "rope_theta must be above 0, got 0.0"),
 ]
 
 
@@ -69,7 +68,7 @@ def test_an_impossible_shape_is_refused_with_its_value(values: dict[str, Any], m
         ModelConfig(**{"vocab_size": 10} | values)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_padded_row_has_the_logits_it_has_alone(lively: Denoiser, seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.randint(1, 20) for _ in range(5)]
@@ -82,28 +81,9 @@ def test_a_padded_row_has_the_logits_it_has_alone(lively: Denoiser, seed: int) -
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_states_at_few_positions_in_bf16_and_their_gradients_are_near_those_of_fp32(
-    model: Denoiser, recompute: bool
-) -> None:
-    model.recompute = recompute
-    x, mask = random_ids(model, 3, 10), torch.arange(10)[None, :] < torch.tensor([7, 10, 9])[:, None]
-    where = mask & (torch.arange(10)[None, :] % 4 == 1)
-    found = []
-    for low in (True, False):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            h = model.states(x, attention_mask=mask, where=where if low else None)
-            h = h if low else h[where]
-        h.float().square().sum().backward()
-        found.append([h.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for one, other in zip(*found, strict=True):
-        assert (one.float() - other).norm() <= 0.03 * other.norm() + 1e-4
-
-
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("first_depth", [None, 0, 1, 2])
 @pytest.mark.parametrize("asked", [(0, 0, 0), (1, 0, 2), (1, 1, 1), (4, 1, 3), (5, 9, 0)])
-@pytest.mark.parametrize("family", [{}, {"norm_first": False}, {"rotary": False}])
+@pytest.mark.parametrize("family", [{}, {"norm_first": False}, {"rotary": False}, {"shifted": True}])
 def test_states_at_few_positions_are_those_of_the_whole_pass_and_so_are_the_gradients(
     config: ModelConfig, family: dict[str, bool], asked: tuple[int, ...], first_depth: int | None, recompute: bool
 ) -> None:
@@ -148,9 +128,8 @@ def test_one_attention_block_equals_attention_written_out(lively: Denoiser) -> N
 
 
 @pytest.mark.parametrize("frozen", [(), ("h",), ("weight", "bias"), ("h", "bias")])
-@pytest.mark.parametrize("seed", range(2))
-def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
     shapes = {"h": (6, 5), "weight": (9, 5), "bias": (9,)}
     leaves = {n: torch.randn(*s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
     target = torch.randint(9, (6,), generator=generator)
@@ -218,21 +197,24 @@ class RecordingPush:
         return push_at
 
 
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("reads_depths", [False, True])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
-def test_a_cached_continuation_equals_the_uncached_pass(lively: Denoiser, first_depth: int, reads_depths: bool) -> None:
-    x = random_ids(lively, 3, 9)
+def test_a_cached_continuation_equals_the_uncached_pass(
+    config: ModelConfig, first_depth: int, reads_depths: bool, shifted: bool
+) -> None:
+    model = Denoiser(replace(config, shifted=shifted), torch.Generator().manual_seed(0)).eval()
+    x = random_ids(model, 3, 9)
     mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 6])[:, None]
     t, prompt = torch.tensor([0.2, 0.5, 1.0]), mask & (torch.arange(9)[None, :] < 2)
     below: list[Tensor] = []
-    kept = lively.run_blocks(lively.embed(x), mask, 0, first_depth, history=below)
+    kept = model.run_blocks(model.embed(x), mask, 0, first_depth, history=below)
     kept = torch.stack([*below, kept] if reads_depths else [kept], dim=2)
-    lively.push = RecordingPush(first_depth, reads_depths, reads_depths)
-    uncached = lively.states(x, t, mask, prompt)
-    assert lively.push.seen == list(range(first_depth, 3)), "at every depth from first_depth to the end"
+    model.push = RecordingPush(first_depth, reads_depths, reads_depths)
+    uncached = model.states(x, t, mask, prompt)
+    assert model.push.seen == list(range(first_depth, 3)), "at every depth from first_depth to the end"
     other_ids = torch.zeros_like(x)  # shows that nothing below first_depth runs again
-    cached = lively.states(other_ids, t, mask, prompt, cached=kept)
-    assert torch.equal(cached, uncached)
+    assert torch.equal(model.states(other_ids, t, mask, prompt, cached=kept), uncached)
 
 
 def test_a_push_that_is_told_neither_t_nor_prompt_is_refused(lively: Denoiser) -> None:
