@@ -27,9 +27,19 @@ from tinyld.write import sha256
 RELEASED = ("base", "small")  # folders of the bundled data that hold a base
 
 
+@dataclass(frozen=True)
+class BaseRecord:
+    """What a run's config says of its base."""
+
+    path: str
+    fingerprint: str
+    dtype: str = "fp32"  # that it was kept in while training
+    reading: Reading = Reading()  # of a public model
+
+
 @dataclass
 class Base:
-    """A pretrained denoiser with its tokenizer, as loaded from a run folder."""
+    """A pretrained denoiser with its tokenizer, as loaded from a folder."""
 
     path: Path
     model: Denoiser
@@ -40,19 +50,8 @@ class Base:
     reading: Reading = Reading()
 
     def record(self) -> dict[str, Any]:
-        """What a run's config says of its base: see BaseRecord."""
-        own = {"path": str(self.path.resolve()), "fingerprint": self.fingerprint, "dtype": self.dtype}
-        return own | ({} if self.reading == Reading() else {"reading": to_dict(self.reading)})
-
-
-@dataclass(frozen=True)
-class BaseRecord:
-    """What a run's config says of its base."""
-
-    path: str
-    fingerprint: str
-    dtype: str = "fp32"  # that it was kept in while training
-    reading: Reading = Reading()
+        """A BaseRecord for a run's config."""
+        return to_dict(BaseRecord(str(self.path.resolve()), self.fingerprint, self.dtype, self.reading))
 
 
 # ------------------------------------------------------------------------------------------------ bases
@@ -69,26 +68,21 @@ def fingerprint(folder: RunFolder) -> str:
 def save_base(
     folder: RunFolder, model: Denoiser, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype
 ) -> None:
-    """Writes a base's tokenizer and weights, in int8 with one scale a row where that is `dtype`."""
+    """Writes a base's tokenizer and weights. Where `dtype` is int8, each matrix X (rows, columns) is, with X.scale
+    (rows,) = absmax of a row / 127, and all else bf16."""
     folder.write(TOKENIZER, tokenizer.to_json().encode())
-    int8 = dtype == torch.int8
-    folder.write_tensors(MODEL, to_int8(tensors) if int8 else {name: t.to(dtype) for name, t in tensors.items()})
-
-
-def to_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each matrix X (rows, columns) as int8, with X.scale (rows,) = absmax of a row / 127; all else as bf16."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.dim() == 2:
+        if dtype == torch.int8 and tensor.dim() == 2:
             stored[name], scale = Int8().right_inverse(tensor.detach().float())
             stored[f"{name}.scale"] = scale[:, 0]
         else:
-            stored[name] = tensor.detach().bfloat16()
-    return stored
+            stored[name] = tensor.detach().to(torch.bfloat16 if dtype == torch.int8 else dtype)
+    folder.write_tensors(MODEL, stored)
 
 
 def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors that `to_int8` stored, matrices as floats again; any other tensors as they are."""
+    """The tensors that `save_base` stored, matrices in int8 as floats again."""
     scales = {n: tensors[f"{n}.scale"] for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}.scale" in tensors}
     found = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".scale") not in scales}
     for name, scale in finite(scales, path).items():
@@ -212,18 +206,14 @@ def attach(base: Base, name: str, config: Any, generator: torch.Generator | None
 
 
 def load_adapter(
-    folder: RunFolder,
-    base_path: Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: str | None = None,
+    folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None,
     bases: Sequence[Base] = (),
-) -> tuple[Base, Method]:
+) -> tuple[Base, Method]:  # fmt: skip
     """(base, method): an adapter on its base, which is kept in `dtype` or else as in training, and is found as
     `find_base` says, unless it is among `bases`."""
-    config = folder.config
+    config, path = folder.config, str(folder.path / CONFIG)
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
-    path = str(folder.path / CONFIG)
     record = base_record(config, path)
     dtype = record.dtype if dtype is None else dtype
     check_frozen(read_config(config["method"], path)[0].name, dtype)

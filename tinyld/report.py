@@ -68,6 +68,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     if name not in METHODS:
         raise TinyldError(f"{folder.path / CONFIG}: method must be one of {', '.join(METHODS)}, got {name[:60]!r}")
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
+    method = {option: value for option, value in method.items() if option in usual}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     about = {
         "run": folder.path.name,

@@ -17,8 +17,7 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottle
 
 def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
     """(method, config) from what a run recorded of its method; `where` names the file in the error."""
-    name = record.get("name") if isinstance(record, Mapping) else None
-    if name not in METHODS:
+    if (name := record.get("name")) not in METHODS:
         raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
     config: Any = METHODS[name].Config
     settings = {k: v for k, v in record.items() if k != "name" and (k, v) != ("prune", 0)}  # which older runs wrote

@@ -70,11 +70,10 @@ class Bottleneck(Method):
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         own: dict[str, nn.Parameter] = {}
-        device = model.device
         for i, block in enumerate(model.blocks):
             for seam in ("after_attention", "after_mlp"):
-                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(device)
-                setattr(block, seam, adapter)
+                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator)
+                setattr(block, seam, adapter.to(model.device))
                 own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
         return own
 

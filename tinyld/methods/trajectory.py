@@ -48,10 +48,6 @@ class TrajectoryLoraConfig(Settings):
         check(self.recipe != "paper" or self.dropout == 0, "recipe paper is the paper's own, without dropout")
 
     @property
-    def num_sites(self) -> int:
-        return self.blocks + 1
-
-    @property
     def attending(self) -> int:
         return max(self.ranks) if self.attend is None else self.attend
 
@@ -68,15 +64,10 @@ class Recipe(NamedTuple):
 # that wrote better than more where there is more noise. The one site of `fast` has less of a hold than seven that share
 # their units, and takes larger steps; the better its base, the more it learns by heart.
 BEST_RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
+FAST_RATES = {"muon": 6e-3, "adamw": 1e-2}, {"adamw": 4e-3, "muon": 4e-3}
 RECIPES = {
     "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES, {"blocks": 4}),
-    "fast": Recipe(
-        TrajectoryLoraConfig("fast", blocks=0, dropout=0.1),
-        0.007,
-        {"muon": 6e-3, "adamw": 1e-2},
-        {"adamw": 4e-3, "muon": 4e-3},
-        {"dropout": 0.3},
-    ),
+    "fast": Recipe(TrajectoryLoraConfig("fast", blocks=0, dropout=0.1), 0.007, *FAST_RATES, {"dropout": 0.3}),
     "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *BEST_RATES),
 }
 
@@ -92,7 +83,7 @@ class RankUnits(nn.Module):
         units, self.dropout = max(config.ranks), config.dropout
         self.down = shared.down if shared else normal(units, width + TIME_WIDTH, fan_in=width, generator=generator)
         self.up = shared.up if shared else nn.Parameter(torch.zeros(width, units))
-        self.gain = nn.Parameter(torch.ones(units)) if config.num_sites > 1 else None
+        self.gain = nn.Parameter(torch.ones(units)) if config.blocks else None
         sigma, is_used = torch.tensor(config.sigma), torch.arange(units) < torch.tensor(config.ranks)[:, None]
         self.register_buffer("sigma", sigma, persistent=False)  # (NUM_BANDS,)
         self.register_buffer("scale", sigma[:, None] * is_used, persistent=False)  # (NUM_BANDS, units)
@@ -194,12 +185,9 @@ class TrajectoryLora(Method):
         given = {name: value for name, value in options.items() if value is not None}
         recipe = RECIPES[given.pop("recipe", "best")]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
-        usual = {} if model_config.norm_first else recipe.post_norm_options
-        config = replace(recipe.config, **usual)
+        config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
         config = replace(config, blocks=min(config.blocks, model_config.num_layers))
-        config = cls.configure(config, given)
-        if budget is not None:
-            config = cls.fit_budget(config, model_config, budget)
+        config = cls.fit_budget(cls.configure(config, given), model_config, budget)
         return replace(config, attend=config.attending) if config.recipe == "fast" else config
 
     @classmethod
@@ -208,9 +196,7 @@ class TrajectoryLora(Method):
         return own.rates if model_config.norm_first else own.post_norm
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        config = self.config
-        self.push = TrajectoryPush(config, self.model_config, generator).to(model.device)
-        model.push = self.push
+        self.push = model.push = TrajectoryPush(self.config, self.model_config, generator).to(model.device)
         return dict(self.push.named_parameters())
 
     @classmethod
@@ -222,7 +208,7 @@ class TrajectoryLora(Method):
             return (
                 units * (2 * d + TIME_WIDTH + config.attending) + 4 * d * config.attending + model_config.num_layers + 1
             )
-        gains = config.num_sites if config.num_sites > 1 else 0
+        gains = config.blocks + 1 if config.blocks else 0  # one a site
         return units * (2 * d + TIME_WIDTH + gains)
 
     @classmethod
