@@ -42,7 +42,7 @@ class Processes:
         return folder
 
     def meet(self) -> None:
-        """Waits until all processes are here."""
+        """Waits for all processes."""
         self.sum([0.0])
 
     def share(self, noised: Noised, accumulate: int) -> list[Noised]:
