@@ -97,7 +97,7 @@ def read_shape(path: Path, reading: Reading | None = None) -> tuple[ModelConfig,
     if is_foreign(path):
         from tinyld.foreign import read_foreign
 
-        return (foreign := read_foreign(path, reading)).config, foreign.tokenizer
+        return (foreign := read_foreign(path, reading)).model.config, foreign.tokenizer
     check_ours(reading)
     folder, where = RunFolder.open(path), path / CONFIG
     if folder.config["kind"] != "base":

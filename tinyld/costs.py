@@ -17,7 +17,7 @@ from tinyld.model import Denoiser
 def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length: int = 256) -> dict[str, Any]:
     """What a folder is, and what adapting it takes; no weights are read."""
     foreign = read_foreign(folder, reading)
-    config, tokenizer = foreign.config, foreign.tokenizer
+    config, tokenizer = foreign.model.config, foreign.tokenizer
     return {
         "family": foreign.family, "parameters": config.num_parameters(), "layers": config.num_layers,
         "d_model": config.d_model, "heads": config.num_heads, "vocab_size": config.vocab_size,

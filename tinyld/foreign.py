@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,15 +107,6 @@ def named_today(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     return {alone + re.sub(r"LayerNorm\.(gamma|beta)", lambda m: new[m[0]], n): t for n, t in tensors.items()}
 
 
-def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
-    """(how one of our tensors is made, of which of a family's)."""
-    key, number = re.sub(r"^blocks\.\d+", "blocks", name), re.search(r"\d+", name)
-    module, _, suffix = key.rpartition(".")
-    entry, tail = (family.parts[key], "") if key in family.parts else (family.parts[module], f".{suffix}")
-    make, *names = (same, entry) if isinstance(entry, str) else entry
-    return make, [n.format(i=number and number[0]) + tail for n in names]
-
-
 # ------------------------------------------------------------------------------------------------ a whole folder
 
 
@@ -124,50 +114,11 @@ def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
 class Foreign:
     """A folder that is understood; no weights are read yet."""
 
-    folder: Path
     family: str
-    config: ModelConfig
+    model: Denoiser  # without weights
     tokenizer: Tokenizer
-    tensors: dict[str, Stored]
     longest: int  # tokens that the model was made for
-    has_head: bool  # whether it can write; an encoder without a head gets the identity for one, to be trained
-    # our tensor: how it is made, of which of theirs; its shape
-    plan: dict[str, tuple[Make, list[Stored], torch.Size]] = field(default_factory=dict)
-
-    def read(self, name: str, wide: bool = True, seen: Callable[[Tensor], Any] = lambda tensor: None) -> Tensor:
-        """One of our tensors, in float32, or with wide=False as stored where it is one of theirs; they are `seen`."""
-        make, stored, shape = self.plan[name]
-        theirs = [each.read() for each in stored]
-        for tensor in theirs:
-            seen(tensor)
-        made = make(self.config, *(t.float() if wide or make is not same else t for t in theirs))
-        made = made[: shape[0]]  # the rows that pad the vocabulary to a round size are left out
-        return made.clone() if made._base is not None else made  # so that the rest of theirs can go
-
-    def planned(self, family: Family, name: str, shape: torch.Size, rows: int) -> None:
-        """Plans one of our tensors, tried on shapes alone; `rows` are those of their vocabulary."""
-        if not self.has_head and name.startswith(("head_transform", "output_bias")):
-            ones = float(name == "head_transform.2.weight")
-            eye = lambda config: torch.eye(*shape) if len(shape) == 2 else torch.full(shape, ones)  # noqa: E731
-            self.plan[name] = (eye, [], shape)
-            return
-        make, names = theirs_of(family, name)
-        names = [n.rstrip("?") for n in names if not n.endswith("?") or n.rstrip("?") in self.tensors]
-        if missing := [n for n in names if n not in self.tensors]:
-            raise TinyldError(f"{self.folder}: no tensor {missing[0]}, which its config asks for")
-        stored = [self.tensors[n] for n in names]
-        for each in stored:
-            if each.dtype not in FLOATS:
-                raise TinyldError(f"{each.path}: tensor {each.name!r} is {each.dtype}, expected floats")
-        padded = rows - self.config.vocab_size if name in ("embedding.weight", "output.weight", "output_bias") else 0
-        try:
-            made = make(self.config, *(torch.empty(each.shape, device="meta") for each in stored)).shape
-        except (RuntimeError, IndexError, ValueError):
-            made = torch.Size()
-        if made != torch.Size((shape[0] + padded, *shape[1:])):
-            found = f"{', '.join(str(each.shape) for each in stored[:2])} in {names[0]}, {tuple(shape)} expected"
-            raise TinyldError(f"{stored[0].path}: tensor {name!r} has the wrong shape: {found}")
-        self.plan[name] = (make, stored, shape)
+    plan: dict[str, tuple[Make, list[Stored]]]  # our tensor: how it is made, of which of theirs; maybe not of a head
 
 
 def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
@@ -201,17 +152,51 @@ def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
     except (UsageError, OverflowError) as error:
         raise TinyldError(f"{where}: {error}") from None
     check_amount(config.num_parameters(), shapes.values(), folder)
-    has_head = not family.prefix or f"{family.parts['head_transform.0']}.weight" in tensors
-    foreign = Foreign(folder, kind, config, tokenizer, tensors, longest, has_head)
+    headless = family.prefix and f"{family.parts['head_transform.0']}.weight" not in tensors
     with torch.device("meta"):
-        model = Denoiser(config)
+        model = Denoiser(config).eval()
+    plan, padding = {}, rows - config.vocab_size
     for name, parameter in sorted(model.named_parameters()):
-        foreign.planned(family, name, parameter.shape, rows)
-    used = {id(each) for _, stored, _ in foreign.plan.values() for each in stored}
+        if not (headless and name.startswith(("head_transform", "output_bias"))):
+            plan[name] = planned(folder, family, config, tensors, name, parameter.shape, padding)
+    used = {each for _, stored in plan.values() for each in stored}
     for name, each in tensors.items():
-        if id(each) not in used and name not in family.ignored.split() and not family.prefix:
+        if each not in used and name not in family.ignored.split() and not family.prefix:
             raise TinyldError(f"{each.path}: tensor {name!r} has no place in a {kind} of this config")
-    return foreign
+    return Foreign(kind, model, tokenizer, longest, plan)
+
+
+def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
+    """(how one of our tensors is made, of which of a family's)."""
+    key, number = re.sub(r"^blocks\.\d+", "blocks", name), re.search(r"\d+", name)
+    module, _, suffix = key.rpartition(".")
+    entry, tail = (family.parts[key], "") if key in family.parts else (family.parts[module], f".{suffix}")
+    make, *names = (same, entry) if isinstance(entry, str) else entry
+    return make, [n.format(i=number and number[0]) + tail for n in names]
+
+
+def planned(
+    folder: Path, family: Family, config: ModelConfig, tensors: dict[str, Stored], name: str, shape: torch.Size,
+    padding: int,
+) -> tuple[Make, list[Stored]]:  # fmt: skip
+    """`theirs_of`, tried on shapes alone; `padding` rows of a vocabulary are theirs."""
+    make, names = theirs_of(family, name)
+    names = [n.rstrip("?") for n in names if not n.endswith("?") or n.rstrip("?") in tensors]
+    if missing := [n for n in names if n not in tensors]:
+        raise TinyldError(f"{folder}: no tensor {missing[0]}, which its config asks for")
+    stored = [tensors[n] for n in names]
+    for each in stored:
+        if each.dtype not in FLOATS:
+            raise TinyldError(f"{each.path}: tensor {each.name!r} is {each.dtype}, expected floats")
+    padded = padding if name in ("embedding.weight", "output.weight", "output_bias") else 0
+    try:
+        made = make(config, *(torch.empty(each.shape, device="meta") for each in stored)).shape
+    except (RuntimeError, IndexError, ValueError):
+        made = torch.Size()
+    if made != torch.Size((shape[0] + padded, *shape[1:])):
+        found = f"{', '.join(str(each.shape) for each in stored[:2])} in {names[0]}, {tuple(shape)} expected"
+        raise TinyldError(f"{stored[0].path}: tensor {name!r} has the wrong shape: {found}")
+    return make, stored
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -233,9 +218,8 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
             if name is not None and found is None:
                 raise TinyldError(f"{extra}: {role}_token {show(name)} is not in tokenizer.json")
             if role == "mask" and None not in (found, stated) and found != stated:
-                raise TinyldError(
-                    f"{folder}: mask is {stated} in {CONFIG}, {found} in {extra.name}; say --set mask_token=TOKEN"
-                )
+                doubt = f"mask is {stated} in {CONFIG}, {found} in {extra.name}"
+                raise TinyldError(f"{folder}: {doubt}; say --set mask_token=TOKEN")
             if found is not None or type(stated) is int:
                 return stated if found is None else found
         return None
@@ -315,21 +299,32 @@ def load_foreign(
     """
     check_choice("base dtype", dtype, BASE_DTYPES)
     foreign = read_foreign(folder, reading)
-    config, tokenizer = foreign.config, foreign.tokenizer
-    if not (headless or foreign.has_head):
+    model, tokenizer, config = foreign.model, foreign.tokenizer, foreign.model.config
+    if not (headless or len(foreign.plan) == len(list(model.parameters()))):
         raise TinyldError(f"{folder} has no head that writes words; begin a base with it: tinyld pretrain --init")
-    with torch.device("meta"):
-        model = Denoiser(config).eval()
     if config.rotary:
         model.cos, model.sin = (table.to(device) for table in rotary_tables(config))
     digest = hashlib.sha256(f"{json.dumps(to_dict(config), sort_keys=True)}{tokenizer.to_json()}".encode())
+
+    def read(name: str, shape: torch.Size, narrow: bool) -> Tensor:
+        """One of our tensors, in float32, or if `narrow` as stored where it is one of theirs."""
+        if name not in foreign.plan:  # of a head: it changes nothing until it is trained
+            is_scale = name == "head_transform.2.weight"
+            return torch.eye(*shape) if len(shape) == 2 else torch.full(shape, float(is_scale))
+        make, stored = foreign.plan[name]
+        theirs = [each.read() for each in stored]
+        for tensor in theirs:
+            digest.update(tensor.view(torch.uint8).numpy())
+        made = make(config, *(t if narrow and make is same else t.float() for t in theirs))
+        made = made[: shape[0]]  # those that pad the vocabulary to a round size are left out
+        return made.clone() if made._base is not None else made  # so that the rest of theirs can go
+
     owners = [(f"{prefix}." if prefix else "", module) for prefix, module in model.named_modules()]
     own = {name: dict(module.named_parameters(prefix=name[:-1], recurse=False)) for name, module in owners}
     for prefix, module in sorted(owners, key=lambda owner: -sum(p.numel() for p in own[owner[0]].values())):
         is_shrunk = isinstance(module, nn.Linear | nn.Embedding) and dtype != "fp32"
-        for name in own[prefix]:
-            narrow = is_shrunk and name.endswith("weight")
-            made = foreign.read(name, not narrow, lambda t: digest.update(t.view(torch.uint8).numpy())).to(device)
+        for name, parameter in own[prefix].items():
+            made = read(name, parameter.shape, is_shrunk and name.endswith("weight")).to(device)
             setattr(module, name.removeprefix(prefix), nn.Parameter(made))
             del made
         if is_shrunk:
