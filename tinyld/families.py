@@ -48,13 +48,6 @@ def places(skipped: int) -> Make:
     return make
 
 
-def gate(weight: Tensor, by: Tensor) -> Tensor:
-    return weight * (by[:, None].expand_as(weight) if weight.dim() == 2 else alike(by, weight))
-
-
-ADALN = (lambda norm, by: by, lambda norm, by: norm * (1.0 + alike(by, norm)), gate)  # shift, scale, gate
-
-
 def adaln(chunk: int, of: int) -> Make:
     """A tensor under one of the `of` vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
 
@@ -66,7 +59,10 @@ def adaln(chunk: int, of: int) -> Make:
         half = layers[0].shape[1] // 2
         time = torch.cat([layers[0].new_ones(half), layers[0].new_zeros(half)])  # cosines and sines of 0
         time = F.silu(linear(F.silu(linear(time, *layers[:2])), *layers[2:4]))
-        return ADALN[chunk % 3](tensor, linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk])
+        by, role = linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk], ("shift", "scale", "gate")[chunk % 3]
+        if role == "gate":
+            return tensor * (by[:, None].expand_as(tensor) if tensor.dim() == 2 else alike(by, tensor))
+        return by if role == "shift" else tensor * (1.0 + alike(by, tensor))
 
     return make
 
@@ -76,7 +72,7 @@ def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
 
 
 def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Our module or tensor -> theirs, or (how it is made, theirs ...); one that ends in ? may be missing."""
+    """Our module or tensor -> theirs, or (how it is made, theirs ...)."""
 
     def behind(theirs: Any) -> Any:
         return prefix + theirs if isinstance(theirs, str) else (theirs[0], *(prefix + name for name in theirs[1:]))
@@ -88,9 +84,7 @@ def fused(name: str, by_head: bool = False) -> dict[str, Any]:
     """Queries, keys and values of one matrix: one after another, or side by side in every head (lit-gpt)."""
 
     def split(part: int) -> Make:
-        return lambda config, all3: all3.unflatten(0, (config.num_heads if by_head else 1, 3, -1))[:, part].flatten(
-            0, 1
-        )
+        return lambda config, qkv: qkv.unflatten(0, (config.num_heads if by_head else 1, 3, -1))[:, part].flatten(0, 1)
 
     return {ours: (split(part), name) for part, ours in enumerate(("query", "key", "value"))}
 
@@ -106,7 +100,8 @@ def encoder(kind: str, head: str, blocks: str = "encoder.layer", block: str = BE
     """`head` and `block`: the family's names of the parts here, in this order."""
     at, ours = f"{kind}.embeddings.", "query key value out attention_norm up down mlp_norm".split()
     dense, norm, bias = head.split()
-    positions = (places(SKIPPED.get(kind, 0)), f"{at}position_embeddings.weight", f"{at}token_type_embeddings.weight?")
+    types = [] if kind == "distilbert" else [f"{at}token_type_embeddings.weight"]
+    positions = (places(SKIPPED.get(kind, 0)), f"{at}position_embeddings.weight", *types)
     return parts(
         {"embedding": f"{at}word_embeddings", "positions.weight": positions, "embedding_norm": f"{at}LayerNorm",
          "embedding_projection": f"{kind}.embeddings_project", "head_transform.0": dense, "head_transform.2": norm,
@@ -140,22 +135,21 @@ MODERNBERT = parts(
     {"attention_norm": "attn_norm", **fused("attn.Wqkv"), "out": "attn.Wo", "mlp_norm": "mlp_norm",
      "up": "mlp.Wi", "down": "mlp.Wo"},
 )  # fmt: skip
-SIGMA = tuple(f"backbone.sigma_map.mlp.{i}.{part}" for i in (0, 2) for part in ("weight", "bias"))
 MDLM = parts(
     {"embedding.weight": (same, "backbone.vocab_embed.embedding"), "output": "backbone.output_layer.linear",
      "output_bias": (never_the_mask, "backbone.output_layer.linear.bias")}, "backbone.blocks.{i}.",
     {**fused("attn_qkv"), "up": "mlp.0"},
 )  # fmt: skip
-for _at, _chunks in (
-    ("blocks.{i}", {"blocks.attention_norm.bias": "norm1", "blocks.attention_norm.weight": "norm1",
-                    "blocks.out.weight": "attn_out", "blocks.mlp_norm.bias": "norm2",
-                    "blocks.mlp_norm.weight": "norm2", "blocks.down.weight": "mlp.2"}),
-    ("output_layer", {"final_norm.bias": "norm_final", "final_norm.weight": "norm_final"}),
+for _at, _of, _chunks in (
+    ("blocks.{i}", 6, ((0, "blocks.attention_norm.bias", "norm1.weight"), (5, "blocks.down.bias", "mlp.2.bias"),
+                       (1, "blocks.attention_norm.weight", "norm1.weight"), (2, "blocks.out.weight", "attn_out.weight"),
+                       (3, "blocks.mlp_norm.bias", "norm2.weight"), (4, "blocks.mlp_norm.weight", "norm2.weight"),
+                       (5, "blocks.down.weight", "mlp.2.weight"))),
+    ("output_layer", 2, ((0, "final_norm.bias", "norm_final.weight"), (1, "final_norm.weight", "norm_final.weight"))),
 ):  # fmt: skip
-    _layers = (*SIGMA, *(f"backbone.{_at}.adaLN_modulation.{part}" for part in ("weight", "bias")))
-    for _chunk, (_ours, _theirs) in enumerate(_chunks.items()):
-        MDLM[_ours] = (adaln(_chunk, len(_chunks)), f"backbone.{_at}.{_theirs}.weight", *_layers)
-MDLM["blocks.down.bias"] = (adaln(5, 6), "backbone.blocks.{i}.mlp.2.bias", *MDLM["blocks.down.weight"][2:])
+    _layers = ("sigma_map.mlp.0", "sigma_map.mlp.2", f"{_at}.adaLN_modulation")
+    _layers = tuple(f"backbone.{layer}.{part}" for layer in _layers for part in ("weight", "bias"))
+    MDLM |= {ours: (adaln(chunk, _of), f"backbone.{_at}.{theirs}", *_layers) for chunk, ours, theirs in _chunks}
 
 
 # ------------------------------------------------------------------------------------------------ one row a family
@@ -196,15 +190,8 @@ QWEN2 = RMS | {"out_bias": False, "mlp_bias": False}
 
 
 def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
-    kind = s.raw["model_type"]
-    at = f"{kind}.embeddings."
-    if s.raw.get("type_vocab_size") and f"{at}token_type_embeddings.weight" not in shapes:
-        raise TinyldError(f"{s.where.parent}: no tensor {at}token_type_embeddings.weight, which its config asks for")
-    d, e = s.get("dim" if "dim" in s.raw else "hidden_size", int), s.get("embedding_size?", int)
-    return {
-        "d_embed": 0 if e == d else e, "norm_eps": s.get("layer_norm_eps?", float) or 1e-12,
-        "max_length": s.get("max_position_embeddings", int) - SKIPPED.get(kind, 0),
-    }  # fmt: skip
+    longest = s.get("max_position_embeddings", int) - SKIPPED.get(s.raw["model_type"], 0)
+    return {"max_length": longest, "norm_eps": s.get("layer_norm_eps?", float) or 1e-12}
 
 
 def theta(s: Said, kind: str = "", key: str = "rope_theta") -> float:
@@ -293,7 +280,8 @@ FAMILIES: dict[str, Family] = {
         ("distilbert", DISTILBERT, "vocab_transform vocab_layer_norm vocab_projector.bias", "transformer.layer",
          "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
          "output_layer_norm"),
-        ("electra", BERT, "generator_predictions.dense generator_predictions.LayerNorm generator_lm_head.bias"),
+        ("electra", BERT | {"d_embed": "embedding_size?"},
+         "generator_predictions.dense generator_predictions.LayerNorm generator_lm_head.bias"),
     )
 }  # fmt: skip
 FAMILIES |= {

@@ -181,7 +181,6 @@ def planned(
 ) -> tuple[Make, list[Stored]]:  # fmt: skip
     """`theirs_of`, tried on shapes alone; `padding` rows of a vocabulary are theirs."""
     make, names = theirs_of(family, name)
-    names = [n.rstrip("?") for n in names if not n.endswith("?") or n.rstrip("?") in tensors]
     if missing := [n for n in names if n not in tensors]:
         raise TinyldError(f"{folder}: no tensor {missing[0]}, which its config asks for")
     stored = [tensors[n] for n in names]
