@@ -148,32 +148,19 @@ def test_the_usual_rate_is_lower_where_states_are_small_and_higher_for_a_single_
 
 
 @every_case
-@torch.no_grad()
-def test_logits_at_few_positions_are_those_of_the_whole_pass(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config)
-    method = attach(model, case)
-    with torch.enable_grad():
-        train(model, method)
-    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
-    told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
-    torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
-
-
-@every_case
 def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config)
-    base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    method = attach(model, case)
+    model, other, noised = fresh_base(config), fresh_base(config, seed=5), noised_batch(config)
+    load_exactly(dict(other.named_parameters()), {n: p.detach() for n, p in model.named_parameters()}, Path("base"))
+    method, again = attach(model, case), attach(other, case, seed=7)
     train(model, method)
-    saved = {n: p.detach().clone() for n, p in method.own.items()}
-    other = fresh_base(config, seed=5)
-    load_exactly(dict(other.named_parameters()), base, Path("base"))
-    again = attach(other, case, seed=7)
     assert not torch.allclose(logits(other, noised), logits(model, noised), atol=1e-3)
-    load_exactly(again.own, saved, Path("adapter"))
+    load_exactly(again.own, method.own, Path("adapter"))
     assert torch.equal(logits(other, noised), logits(model, noised))
     restored = from_dict(type(method.config), to_dict(method.config), "config.json")
     assert restored == method.config == again.config
+    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
+    few = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=first)
+    torch.testing.assert_close(few, logits(model, noised)[first], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("case", "scale"), [("weight-lora", 16 / 3), ("weight-lora-rslora", 16 / 2)])
@@ -297,33 +284,40 @@ def test_a_batch_that_mixes_bands_equals_its_rows_run_alone(config: ModelConfig,
         assert not torch.allclose(logits(model, replace(part, t=1.34 - part.t)), logits(model, part), atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["best-0", "best-1", "best-2", "paper"])
-def test_a_push_is_its_formula_row_by_row(config: ModelConfig, case: str) -> None:
-    """sigma(t) A ReLU(B [norm(h); Emb(t)]), a loop over rows, units and tokens; tied sites share A and B and have a
-    gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c."""
+@of_trajectory
+@torch.no_grad()
+def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) -> None:
+    """sigma(t) (A ReLU(B [x; Emb(t)] + B' a) + C a), a loop over rows, tokens and units. x is the normalised state; of
+    `fast` x = sum_k softmax(m)_k norm(h_k) and a_u = softmax(q_u K_u) . ReLU(V_u) over the prompt's tokens, else a = 0.
+    Sites of `best` share A and B and have a gain of their own; the paper's gate reads the prompt, 1 + w c."""
     method = lively_push(config, case)
-    settings, d = method.config, config.d_model
-    generator = torch.Generator().manual_seed(1)
-    h = torch.randn(3, 5, d, generator=generator)
+    settings, d, generator = method.config, config.d_model, torch.Generator().manual_seed(1)
+    history = [torch.randn(3, 5, d, generator=generator) for _ in range(method.push.first_depth + 1)]
     prompt = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
-    push_at = method.push.start(t, prompt)
+    push_at = method.push.start(t, prompt, history[:-1])
     for site, depth in enumerate(method.push.depths):
-        own = {n.split(".")[2]: p.detach() for n, p in method.own.items() if n.startswith(f"sites.{site}.")}
-        if settings.blocks:
-            own |= {n: method.own[f"sites.0.{n}"].detach() for n in ("up", "down")}
-        with torch.no_grad():
-            found = push_at(depth, h)
-        for row, band in enumerate((2, 0, 1)):
-            normal = F.layer_norm(h[row], (d,))
-            c, total = normal[prompt[row]].mean(0), torch.zeros(5, d)
+        own = {n.split(".")[2]: p for n, p in method.own.items() if n.startswith(f"sites.{site}.")}
+        own |= {n: method.own[f"sites.0.{n}"] for n in ("up", "down")}
+        found, normal = push_at(depth, history[-1]), [F.layer_norm(h, (d,)) for h in history]
+        x = (
+            sum(share * h for share, h in zip(own["mix"].softmax(0), normal, strict=True))
+            if "mix" in own
+            else normal[-1]
+        )
+        for (row, band), token in itertools.product(enumerate((2, 0, 1)), range(5)):
+            prompts, here, total = x[row, prompt[row]], x[row, token], torch.zeros(d)
+            heads = own["attention"].transpose(0, 1) if "attention" in own else ()
+            a = torch.tensor([((prompts @ k) * (here @ q)).softmax(0) @ F.relu(prompts @ v) for q, k, v in heads])
             for unit in used_units(settings, band):
                 into = own["down"][unit]
-                hidden = F.relu(normal @ into[:d] + time_embedding(t[row : row + 1])[0] @ into[d:])  # (L,)
-                gate = 1.0 + own["gate"][unit] @ c if "gate" in own else 1.0
+                hidden = into[:d] @ here + time_embedding(t[row : row + 1])[0] @ into[d:]
+                hidden = hidden + own["down_attended"][unit] @ a if heads != () else hidden
+                gate = 1.0 + own["gate"][unit] @ prompts.mean(0) if "gate" in own else 1.0
                 gate = gate * own["gain"][unit] if "gain" in own else gate
-                total += settings.sigma[band] * gate * hidden[:, None] * own["up"][:, unit]
-            torch.testing.assert_close(found[row], total, atol=1e-4, rtol=1e-4)
+                total += gate * F.relu(hidden) * own["up"][:, unit]
+            total = total + own["attended"] @ a if heads != () else total
+            torch.testing.assert_close(found[row, token], settings.sigma[band] * total, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["fast", "best-1", "weight-lora"])
@@ -342,45 +336,13 @@ def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
     assert torch.equal(logits(model, noised), one)
 
 
-@pytest.mark.parametrize("case", ["fast", "fast-banded"])
-def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: ModelConfig, case: str) -> None:
-    """x = sum_k softmax(m)_k norm(h_k); a_u = softmax(q_u K_u) . ReLU(V_u) over the prompt's tokens,
-    push = sigma(t) (A ReLU(B [x; Emb(t)] + B' a) + C a)."""
-    method = lively_push(config, case)
-    settings, d = method.config, config.d_model
-    generator = torch.Generator().manual_seed(1)
-    history = [torch.randn(2, 5, d, generator=generator) for _ in range(method.push.first_depth + 1)]
-    prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]]).bool()
-    t = torch.tensor([MIDDLES[0], MIDDLES[2]])
-    own = {n.removeprefix("sites.0."): p.detach() for n, p in method.own.items()}
-    with torch.no_grad():
-        found = method.push.start(t, prompt, history[:-1])(method.push.first_depth, history[-1])
-    x = sum(share * F.layer_norm(state, (d,)) for share, state in zip(own["mix"].softmax(0), history, strict=True))
-    for row, band in enumerate((0, 2)):
-        sigma, prompts = settings.sigma[band], x[row, prompt[row]]
-        for token in range(5):
-            attended = torch.zeros(settings.attend)
-            for unit, (q, k, v) in enumerate(own["attention"].transpose(0, 1)):
-                attended[unit] = ((prompts @ k) * (x[row, token] @ q)).softmax(0) @ F.relu(prompts @ v)
-            expected = sigma * own["attended"] @ attended
-            for unit in range(settings.ranks[band]):
-                into = own["down"][unit]
-                hidden = into[:d] @ x[row, token] + time_embedding(t[row : row + 1])[0] @ into[d:]
-                hidden = hidden + own["down_attended"][unit] @ attended
-                expected += sigma * F.relu(hidden) * own["up"][:, unit]
-            torch.testing.assert_close(found[row, token], expected, atol=1e-4, rtol=1e-4)
-
-
 # ---------------------------------------------------------------------------------------------- penalty
 
 
-SHAPES = [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)]  # (D, r, E); ranks above the width too
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("d", "r", "e"), SHAPES)
-def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+# (D, r, E); ranks above the width too
+@pytest.mark.parametrize(("d", "r", "e"), [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)])
+def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int) -> None:
+    generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((d, r), (r, e))]
     ours, reference = ([x.clone().requires_grad_(True) for x in leaves] for _ in range(2))
     found = paper.nuclear_norm(*ours)
@@ -407,37 +369,26 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
 # ---------------------------------------------------------------------------------------------- state cache
 
 
-def task_rows(folder: Path, tokenizer: Tokenizer, answers: tuple[str, str] = ("bad", "good"), n: int = 24) -> TaskRows:
-    rng = random.Random(0)
-    words = ("film", "plot", "music", "food", "dull", "bright", "very")
-    lines = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 9))) + f"\t{i % 2}" for i in range(n)]
+def task_rows(folder: Path, tokenizer: Tokenizer, good: str = "good") -> TaskRows:
+    rng, words = random.Random(0), ("film", "plot", "music", "food", "dull", "bright", "very")
+    lines = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 9))) + f"\t{i % 2}" for i in range(24)]
     (folder / "train.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
-    (folder / "mood.toml").write_text(
-        'template = "{text} it was {answer} ."\n'
-        f'[verbalizer]\nneg = "{answers[0]}"\npos = "{answers[1]}"\n[data]\ntrain = "train.tsv"\n'
-    )
+    labels = f'[verbalizer]\nneg = "bad"\npos = "{good}"\n[data]\ntrain = "train.tsv"\n'
+    (folder / "mood.toml").write_text('template = "{text} it was {answer} ."\n' + labels)
     task = load_task(str(folder / "mood.toml"))
     return TaskRows(load_split(task, "train"), task, tokenizer, 48)
-
-
-def no_autocast() -> torch.autocast:
-    return torch.autocast("cpu", enabled=False)
-
-
-def objective(tokenizer: Tokenizer) -> Objective:
-    return Objective(tokenizer.mask_id, counted=True, seed=0)
 
 
 @pytest.mark.parametrize("case", ["best-0", "best-1", "paper", "fast"])
 def test_training_from_kept_states_is_training_from_the_start(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
 ) -> None:
-    rows, noise, kept = task_rows(tmp_path, tokenizer), objective(tokenizer), []
+    rows, noise, kept = task_rows(tmp_path, tokenizer), Objective(tokenizer.mask_id, counted=True, seed=0), []
     method = lively_push(config, case)
     model = on_base(config, method.push)
-    cache = StateCache(model, rows, noise, no_autocast, kept.append)
+    cache = StateCache(model, rows, noise, lambda: torch.autocast("cpu", enabled=False), kept.append)
     depth, reads = method.push.first_depth, method.push.reads_depths
-    assert kept[-1] == len(rows)
+    assert kept[-1] == len(rows) and len({int(n) for n in rows.lengths[:9]}) > 1, "padding is there"
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
         batch = rows.take(chunk)
         (noised, normaliser), (cached, same) = noise.noise(batch, step), cache.noise(batch, step)
@@ -450,31 +401,24 @@ def test_training_from_kept_states_is_training_from_the_start(
         embedded = model.embed(noised.xt)[real].bfloat16().float()
         assert not reads or torch.equal(cached.cached[:, :, 0][real], embedded)
         results = []
-        for case_noised in (noised, cached):
-            for parameter in method.own.values():
-                parameter.grad = None
-            nll, _ = token_nll(model, case_noised)
-            nll.mean().backward()
-            results.append((nll.detach(), method.own["sites.0.up"].grad.clone()))
+        for given in (noised, cached):
+            nll, _ = token_nll(model, given)
+            results.append((nll.detach(), *torch.autograd.grad(nll.mean(), method.own["sites.0.up"])))
         torch.testing.assert_close(results[1][0], results[0][0], atol=0.03, rtol=0.03)
         scale = float(results[0][1].abs().max())
         torch.testing.assert_close(results[1][1], results[0][1], atol=0.05 * scale, rtol=0.05)
-    assert len({int(n) for n in rows.lengths[:9]}) > 1, "padding was there"
 
 
 CACHE_REASONS = [
-    ("full", ("bad", "good"), 4.0, "the method changes the first block"),
-    ("best-2", ("bad", "good"), 4.0, "the method changes the first block"),
-    ("best-1", ("bad", "very good"), 4.0, "the answer has 2 tokens, whose masks vary"),
-    ("best-1", ("bad", "good"), 0.0, "--cache-gb allows 0"),
+    ("best-2", "good", 4.0, "the method changes the first block"),
+    ("best-1", "very good", 4.0, "the answer has 2 tokens, whose masks vary"),
+    ("best-1", "good", 0.0, "--cache-gb allows 0"),
 ]
 
 
-@pytest.mark.parametrize(("case", "answers", "limit", "reason"), CACHE_REASONS)
+@pytest.mark.parametrize(("case", "good", "limit", "reason"), CACHE_REASONS)
 def test_states_are_not_kept_where_a_reason_is_named(
-    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, answers: tuple[str, str], limit: float,
-    reason: str,
-) -> None:  # fmt: skip
-    model = fresh_base(config)
-    attach(model, case)
-    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, answers), limit) or "")
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, good: str, limit: float, reason: str
+) -> None:
+    attach(model := fresh_base(config), case)
+    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, good), limit) or "")

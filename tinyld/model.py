@@ -8,6 +8,7 @@ It knows nothing of schedules, tasks or methods. Methods meet it at three seams:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -121,9 +122,8 @@ class Block(nn.Module):
         linear = {n: nn.Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
         self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
         self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
-        for name in ("query_norm", "key_norm"):
-            norm = nn.RMSNorm(config.width_of_head, eps=config.norm_eps) if config.head_norms else None
-            self.register_module(name, norm)
+        norm = functools.partial(nn.RMSNorm, config.width_of_head, eps=config.norm_eps)
+        self.query_norm, self.key_norm = (norm(), norm()) if config.head_norms else (None, None)
         self.out = linear["out"]
         self.mlp_norm = make_norm(config, config.d_model)
         self.up, self.down = linear["up"], linear["down"]
