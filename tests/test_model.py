@@ -109,24 +109,6 @@ def test_states_at_few_positions_are_those_of_the_whole_pass_and_so_are_the_grad
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_one_attention_block_equals_attention_written_out(lively: Denoiser) -> None:
-    """softmax(QK^T / sqrt(d)) V with complex-number rotations, head by head, against the fused kernel."""
-    block, heads, width = lively.blocks[0], 2, 16
-    h = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
-    frequency = 10_000.0 ** (-torch.arange(width // 2) * 2 / width)
-    turn = torch.polar(torch.ones(7, width // 2), torch.arange(7)[:, None] * frequency[None, :])
-    mixed = []
-    for i in range(heads):
-        part = slice(i * width, (i + 1) * width)
-        q, k, v = (linear(h)[0, :, part] for linear in (block.query, block.key, block.value))
-        q, k = (torch.complex(x[:, : width // 2], x[:, width // 2 :]) * turn for x in (q, k))
-        scores = (q @ k.conj().T).real / width**0.5
-        mixed.append(scores.softmax(-1) @ v)
-    expected = block.out(torch.cat(mixed, dim=-1))
-    found = block.attend(h, (lively.cos[:7], lively.sin[:7]), None)[0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("frozen", [(), ("h",), ("weight", "bias"), ("h", "bias")])
 def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -35,7 +35,7 @@ def write_base(path: Path, config: ModelConfig, tokenizer: Tokenizer, seed: int 
     folder = RunFolder.create(path)
     model = Denoiser(config, torch_seeded(seed))
     folder.write_json(CONFIG, {"kind": "base", "model": to_dict(config), "data": {"tokens": 1}, "environment": {}})
-    save_base(folder, model, dict(model.named_parameters()), tokenizer, torch.float32)
+    save_base(folder, dict(model.named_parameters()), tokenizer, torch.float32)
     return path
 
 
@@ -403,7 +403,7 @@ def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(
     small = RunFolder.create(tmp_path / "small")
     whole = load_base(base)
     small.write_json(CONFIG, RunFolder(base).config)
-    save_base(small, whole.model, dict(whole.model.named_parameters()), tokenizer, torch.int8)
+    save_base(small, dict(whole.model.named_parameters()), tokenizer, torch.int8)
     loaded = load_base(small.path)
     for name, parameter in whole.model.named_parameters():
         found = loaded.model.get_parameter(name)

@@ -65,9 +65,7 @@ def fingerprint(folder: RunFolder) -> str:
     return sha256(" ".join(parts).encode())[:16]
 
 
-def save_base(
-    folder: RunFolder, model: Denoiser, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype
-) -> None:
+def save_base(folder: RunFolder, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     """Writes a base's tokenizer and weights. Where `dtype` is int8, each matrix X (rows, columns) is, with X.scale
     (rows,) = absmax of a row / 127, and all else bf16."""
     folder.write(TOKENIZER, tokenizer.to_json().encode())

@@ -182,7 +182,7 @@ def train_base(
         )  # fmt: skip
         run.train(begun is not None, options.from_step)
         folder.close_log()
-        save_base(folder, model, parameters, tokenizer, SAVED[config["save_dtype"]])
+        save_base(folder, parameters, tokenizer, SAVED[config["save_dtype"]])
         summary = {
             "parameters": shape.num_parameters(),
             "steps": run.step,

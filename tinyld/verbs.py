@@ -168,7 +168,7 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     merged = made if is_foreign(base.path) else RunFolder(base.path).config
     merged |= {"merged": {"run": str(run), "base": base.fingerprint}}
     target.write_json(CONFIG, merged | {"environment": environment()})
-    save_base(target, base.model, tensors, base.tokenizer, torch.float32)
+    save_base(target, tensors, base.tokenizer, torch.float32)
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     folder = RunFolder.create(options.out, force=True)
     config = json.loads((options.trained / CONFIG).read_text(encoding="utf-8"))
     folder.write_json(CONFIG, config | {"save_dtype": "int8"})
-    save_base(folder, base.model, parameters, base.tokenizer, torch.int8)
+    save_base(folder, parameters, base.tokenizer, torch.int8)
 
 
 if __name__ == "__main__":
