@@ -71,7 +71,7 @@ def make(kind: str, folder: Path, seed: int = 0) -> Reference:
     if kind in HF or kind == "modernbert":
         return make_by_transformers(kind, folder, seed)
     size = write_tokenizer(folder, "<|mdm_mask|>" if kind == "llada" else None)
-    return {"llada": make_llada, "mdlm": make_mdlm, "smdm": make_smdm}[kind](folder, size, seed)
+    return make_mdlm(folder, size, seed) if kind == "mdlm" else make_llama(kind, folder, size, seed)
 
 
 def make_by_transformers(kind: str, folder: Path, seed: int) -> Reference:
@@ -109,10 +109,6 @@ def make_by_transformers(kind: str, folder: Path, seed: int) -> Reference:
 # ------------------------------------------------------------------ references from the published formulas
 
 
-def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, theta: float) -> Tensor:
     """q, k, v: (B, L, H, W), rotated by complex numbers, the halves of a head being real and imaginary parts."""
     length, width = q.shape[1], q.shape[-1]
@@ -124,63 +120,57 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, theta: float) -> Tenso
     return torch.einsum("bhlm,bmhw->blhw", weights, v).flatten(2)
 
 
-def save_llama(
-    folder: Path, seed: int, shapes: dict[str, Any], block: dict[str, Any], blocks: str, names: str, theta: float,
-    split: Callable[..., Any],
-) -> Reference:  # fmt: skip
-    """Llama's formulas, in a family's names (`names`: embedding, two norms, out, gate, up, down, last norm, head)."""
-    for i in range(2):
-        shapes |= {f"{blocks.format(i)}{n}.weight": s for n, s in block.items()}
-    w = draw(shapes, seed)
+LLAMA = {  # a family's names: embedding, last norm, head, blocks; and of a block two norms, out, gate, up, down
+    "llada": ("model.transformer.wte model.transformer.ln_f model.transformer.ff_out model.transformer.blocks.{}.",
+              "attn_norm ff_norm attn_out ff_proj up_proj ff_out"),
+    "smdm": ("transformer.wte transformer.ln_f lm_head transformer.h.{}.",
+             "norm_1 norm_2 attn.proj mlp.swiglu.w1 mlp.swiglu.w2 mlp.swiglu.w3"),
+}  # fmt: skip
+
+
+def make_llama(kind: str, folder: Path, size: int, seed: int) -> Reference:
+    """Llama's formulas in a family's names; SMDM has one matrix for queries, keys and values, and no config."""
+    is_llada, groups = kind == "llada", (4, 2)[seed % 2]
+    d, f, rows, theta = (32, 48, size + 3, 5e5) if is_llada else (128, 512, size + 1, 1e4)
+    (embedding, last, head, blocks), (norm_1, norm_2, out, gate, up, down) = (names.split() for names in LLAMA[kind])
+    block = {norm_1: (d,), norm_2: (d,), out: (d, d), gate: (f, d), up: (f, d), down: (d, f)}
+    block |= {"q_proj": (d, d), "k_proj": (8 * groups, d), "v_proj": (8 * groups, d)} if is_llada else {}
+    block |= {} if is_llada else {"attn.attn": (3 * d, d)}
+    shapes = {embedding: (rows, d), last: (d,), head: (rows - (not is_llada), d)}
+    shapes |= {blocks.format(i) + n: s for i in range(2) for n, s in block.items()}
+    w = draw({f"{n}.weight": s for n, s in shapes.items()}, seed)
     save_file(w, folder / "model.safetensors")
-    embedding, norm_1, norm_2, out, gate, up, down, last, head = names.split()
+    config = {
+        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": d, "n_heads": 4, "n_kv_heads": groups,
+        "n_layers": 2, "mlp_hidden_size": f, "embedding_size": rows, "vocab_size": rows, "block_type": "llama",
+        "activation_type": "silu", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True, "rope_theta": theta,
+        "rope_full_precision": True, "weight_tying": False, "include_bias": False, "include_qkv_bias": False,
+        "attention_layer_norm": False, "scale_logits": False, "max_sequence_length": 64, "mask_token_id": size - 1,
+        "eos_token_id": size - 3, "pad_token_id": size - 3,
+    }  # fmt: skip
+    if is_llada:
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def rms(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     def logits(x: Tensor, mask: Tensor) -> Tensor:
         h = w[f"{embedding}.weight"][x]
         for i in range(2):
             p = {n: w[f"{blocks.format(i)}{n}.weight"] for n in block}
-            q, k, v = split(p, rms(h, p[norm_1], 1e-5))
+            a = rms(h, p[norm_1])
+            if is_llada:
+                q, k, v = ((a @ p[f"{n}_proj"].T).unflatten(-1, (-1, 8)) for n in "qkv")
+            else:
+                q, k, v = (a @ p["attn.attn"].T).unflatten(-1, (2, 3, 64)).unbind(-2)
             k, v = (y.repeat_interleave(q.shape[2] // k.shape[2], 2) for y in (k, v))
             h = h + attend(q, k, v, mask, theta) @ p[out].T
-            a = rms(h, p[norm_2], 1e-5)
+            a = rms(h, p[norm_2])
             h = h + (F.silu(a @ p[gate].T) * (a @ p[up].T)) @ p[down].T
-        return rms(h, w[f"{last}.weight"], 1e-5) @ w[f"{head}.weight"].T
+        found = rms(h, w[f"{last}.weight"]) @ w[f"{head}.weight"].T
+        return found if is_llada else F.pad(found, (0, 1), value=-torch.inf)
 
     return logits
-
-
-def make_llada(folder: Path, size: int, seed: int) -> Reference:
-    d, f, rows, top, groups = 32, 48, size + 3, "model.transformer", (4, 2)[seed % 2]
-    shapes = {f"{top}.wte.weight": (rows, d), f"{top}.ln_f.weight": (d,), f"{top}.ff_out.weight": (rows, d)}
-    block = {"attn_norm": (d,), "ff_norm": (d,), "q_proj": (d, d), "k_proj": (8 * groups, d), "ff_out": (d, f),
-             "v_proj": (8 * groups, d), "attn_out": (d, d), "ff_proj": (f, d), "up_proj": (f, d)}  # fmt: skip
-    config = {
-        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": d, "n_heads": 4, "n_kv_heads": groups,
-        "n_layers": 2, "mlp_hidden_size": f, "embedding_size": rows, "vocab_size": rows, "block_type": "llama",
-        "activation_type": "silu", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True, "rope_theta": 5e5,
-        "rope_full_precision": True, "weight_tying": False, "include_bias": False, "include_qkv_bias": False,
-        "attention_layer_norm": False, "scale_logits": False, "max_sequence_length": 64, "mask_token_id": size - 1,
-        "eos_token_id": size - 3, "pad_token_id": size - 3,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    names = f"{top}.wte attn_norm ff_norm attn_out ff_proj up_proj ff_out {top}.ln_f {top}.ff_out"
-    return save_llama(
-        folder, seed, shapes, block, top + ".blocks.{}.", names, 5e5,
-        lambda p, a: ((a @ p[f"{n}_proj"].T).unflatten(-1, (-1, 8)) for n in "qkv"),
-    )  # fmt: skip
-
-
-def make_smdm(folder: Path, size: int, seed: int) -> Reference:
-    d = 128
-    shapes = {"transformer.wte.weight": (size + 1, d), "lm_head.weight": (size, d), "transformer.ln_f.weight": (d,)}
-    block = {"norm_1": (d,), "norm_2": (d,), "attn.attn": (3 * d, d), "attn.proj": (d, d),
-             "mlp.swiglu.w1": (4 * d, d), "mlp.swiglu.w2": (4 * d, d), "mlp.swiglu.w3": (d, 4 * d)}  # fmt: skip
-    names = "transformer.wte norm_1 norm_2 attn.proj mlp.swiglu.w1 mlp.swiglu.w2 mlp.swiglu.w3 transformer.ln_f lm_head"
-    logits = save_llama(
-        folder, seed, shapes, block, "transformer.h.{}.", names, 1e4,
-        lambda p, a: (a @ p["attn.attn"].T).unflatten(-1, (2, 3, 64)).unbind(-2),
-    )  # fmt: skip
-    return lambda x, mask: F.pad(logits(x, mask), (0, 1), value=-torch.inf)
 
 
 def make_mdlm(folder: Path, size: int, seed: int) -> Reference:
