@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_methods import fresh_base
 from torch import Tensor
 
 from tinyld.config import ModelConfig
@@ -18,13 +19,8 @@ from tinyld.model import Denoiser, HeadNLL, PushAt, take
 
 
 @pytest.fixture()
-def lively(model: Denoiser) -> Denoiser:
-    """The tiny model with weights large enough that every part of it shows in the logits."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return model
+def lively(config: ModelConfig) -> Denoiser:
+    return fresh_base(config)
 
 
 def random_ids(model: Denoiser, rows: int, length: int, seed: int = 0) -> Tensor:

@@ -169,10 +169,8 @@ def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Pa
         if RunFolder(path).is_run() and fingerprint(RunFolder(path)) == record.fingerprint:
             return path
     if not os.path.isfile(recorded / CONFIG) and not is_foreign(recorded):
-        raise TinyldError(
-            f"the base of {run}, {record.fingerprint}, is neither a released one ({' and '.join(map(str, released))}) "
-            f"nor at {recorded}; give its folder with --base"
-        )
+        known = f"neither a released one ({' and '.join(map(str, released))}) nor at {recorded}"
+        raise TinyldError(f"the base of {run}, {record.fingerprint}, is {known}; give its folder with --base")
     return recorded
 
 
@@ -236,16 +234,12 @@ def method_record(method: Method) -> dict[str, Any]:
 
 def sizes(method: Method, base: Base) -> dict[str, Any]:
     """Trainable, stored and base parameters, and bytes: the one place where they are counted."""
-    stored = sum(p.numel() for p in method.own.values())
-    count = base.model.config.num_parameters()
+    own, count = method.own.values(), base.model.config.num_parameters()
+    stored, size = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
     return {
-        "trainable_parameters": sum(p.numel() for p in method.own.values() if p.requires_grad),
-        "stored_parameters": stored,
-        "stored_bytes": sum(p.numel() * p.element_size() for p in method.own.values()),
-        "base_parameters": count,
-        "base_bytes": base.bytes,
-        "stored_percent": 100 * stored / count,
-    }
+        "trainable_parameters": stored, "stored_parameters": stored, "stored_bytes": size, "base_parameters": count,
+        "base_bytes": base.bytes, "stored_percent": 100 * stored / count,
+    }  # fmt: skip
 
 
 def check_frozen(method: str, dtype: str) -> None:
