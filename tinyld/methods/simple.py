@@ -69,13 +69,11 @@ class Bottleneck(Method):
     name, Config, rates = "adapters", BottleneckConfig, {"adamw": 2e-3}
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        own: dict[str, nn.Parameter] = {}
-        for i, block in enumerate(model.blocks):
+        for block in model.blocks:
             for seam in ("after_attention", "after_mlp"):
                 adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator)
                 setattr(block, seam, adapter.to(model.device))
-                own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
-        return own
+        return {n: p for n, p in model.named_parameters() if ".after_" in n}
 
     @classmethod
     def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:
