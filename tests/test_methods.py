@@ -1,5 +1,6 @@
-"""What every method must satisfy (one table of cases × one list of behaviours), and what bands, recipes and the state
-cache add for trajectory-lora."""
+"""What every method must satisfy (one table of cases × one list of behaviours), and what bands, recipes, pruning and
+the state cache add for trajectory-lora.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +19,20 @@ from torch import Tensor, nn
 from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
-from tinyld.device import shrink
 from tinyld.diffusion import Noised, noise_batch, token_nll
 from tinyld.errors import UsageError
-from tinyld.methods import METHODS, make_config, paper
+from tinyld.methods import METHODS, make_config
 from tinyld.methods.contract import Method
-from tinyld.methods.paper import BAND_EDGES, NUM_BANDS, band_of, time_embedding
+from tinyld.methods.paper import (
+    BAND_EDGES,
+    LAMBDA_ORTH,
+    LAMBDA_RANK,
+    MODULES,
+    NUM_BANDS,
+    band_of,
+    nuclear_norm,
+    time_embedding,
+)  # fmt: skip
 from tinyld.methods.trajectory import TrajectoryLora, TrajectoryLoraConfig
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
@@ -47,12 +56,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "best-1": ("trajectory-lora", {"blocks": 1, **BANDED}),
     "best-2": ("trajectory-lora", {"blocks": 2, **BANDED}),
     "best-budget": ("trajectory-lora", {"blocks": 1, "budget": 0.1}),
+    "by-site": ("trajectory-lora", {"blocks": 1, "ranks": (4, 2, 1, 3, 3, 2), "sigma": (1.0, 0.5, 0.25)}),
+    "prune": ("trajectory-lora", {"blocks": 2, "prune": 0.5, **BANDED}),
     "fast": ("trajectory-lora", {"recipe": "fast", "budget": 0.3}),
     "fast-banded": ("trajectory-lora", {"recipe": "fast", "attend": 6, **BANDED}),
     "paper": ("trajectory-lora", {"recipe": "paper", "ranks": (4, 2, 1)}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-of_trajectory = pytest.mark.parametrize("case", [c for c, (name, _) in CASES.items() if name == "trajectory-lora"])
+TRAJECTORY = [k for k, (name, _) in CASES.items() if name == "trajectory-lora"]
+of_trajectory = pytest.mark.parametrize("case", TRAJECTORY)
 
 
 def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
@@ -113,20 +125,22 @@ def train(model: Denoiser, method: Method, updates: int = 3) -> None:
 assert {name for name, _ in CASES.values()} == set(METHODS)
 
 
-KEPT_IN = [(c, dtype) for c in CASES for dtype in ("fp32", "bf16", "int8") if c != "full" or dtype == "fp32"]
-
-
-@pytest.mark.parametrize(("case", "dtype"), KEPT_IN)
-def test_a_fresh_method_changes_no_logit_and_updates_its_own_parameters_alone(
-    config: ModelConfig, case: str, dtype: str
-) -> None:
+@every_case
+def test_a_fresh_method_changes_no_logit(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
-    shrink(model, dtype)
+    before = logits(model, noised)
+    method = attach(model, case)
+    assert torch.equal(logits(model, noised), before)
+    assert model.training is False and method.own
+
+
+@every_case
+def test_updates_change_the_methods_own_parameters_and_nothing_else(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
     base = dict(model.named_parameters())
     before = {n: p.detach().clone() for n, p in base.items()}
     plain = logits(model, noised)
     method = attach(model, case)
-    assert torch.equal(logits(model, noised), plain) and model.training is False and method.own
     start = {n: p.detach().clone() for n, p in method.own.items()}
     train(model, method)
     mine = {id(p) for p in method.own.values()}
@@ -155,30 +169,47 @@ def test_the_usual_rate_is_lower_where_states_are_small_and_higher_for_a_single_
 
 
 @every_case
+@torch.no_grad()
+def test_logits_at_few_positions_are_those_of_the_whole_pass(config: ModelConfig, case: str) -> None:
+    model, noised = fresh_base(config), noised_batch(config)
+    method = attach(model, case)
+    with torch.enable_grad():
+        train(model, method)
+    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
+    told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
+    torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
+
+
+@every_case
 def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: ModelConfig, case: str) -> None:
-    model, other, noised = fresh_base(config), fresh_base(config, seed=5), noised_batch(config)
-    load_exactly(dict(other.named_parameters()), {n: p.detach() for n, p in model.named_parameters()}, Path("base"))
-    method, again = attach(model, case), attach(other, case, seed=7)
+    model, noised = fresh_base(config), noised_batch(config)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    method = attach(model, case)
     train(model, method)
+    saved = {n: p.detach().clone() for n, p in method.own.items()}
+    other = fresh_base(config, seed=5)
+    load_exactly(dict(other.named_parameters()), base, Path("base"))
+    again = attach(other, case, seed=7)
     assert not torch.allclose(logits(other, noised), logits(model, noised), atol=1e-3)
-    load_exactly(again.own, method.own, Path("adapter"))
+    load_exactly(again.own, saved, Path("adapter"))
     assert torch.equal(logits(other, noised), logits(model, noised))
     restored = from_dict(type(method.config), to_dict(method.config), "config.json")
     assert restored == method.config == again.config
-    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
-    few = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=first)
-    torch.testing.assert_close(few, logits(model, noised)[first], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "scale"), [("weight-lora", 16 / 3), ("weight-lora-rslora", 16 / 2)])
-def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, case: str, scale: float) -> None:
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rslora", [False, True])
+def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, rslora: bool, seed: int) -> None:
     model = fresh_base(config)
-    matrix = model.blocks[1].up.weight.detach().clone()
-    method = attach(model, case)
-    a, b = (method.own[f"blocks.1.up.lora_{x}.weight"] for x in "AB")
-    nn.init.normal_(b, generator=torch.Generator().manual_seed(0))
+    settings = make_config("weight-lora", {"rank": 4, "rslora": rslora}, config)
+    method = METHODS["weight-lora"](settings, config)
+    matrix = model.blocks[1].down.weight.detach().clone()
+    method.attach(model, torch.Generator().manual_seed(seed))
+    a, b = (method.own[f"blocks.1.down.lora_{x}.weight"] for x in "AB")
+    nn.init.normal_(b, generator=torch.Generator().manual_seed(seed))
     method.merge(model)
-    torch.testing.assert_close(model.blocks[1].up.weight.detach(), matrix + scale * (b @ a).detach())
+    expected = matrix + 16.0 / (2.0 if rslora else 4.0) * (b @ a).detach()
+    torch.testing.assert_close(model.blocks[1].down.weight.detach(), expected)
 
 
 BUDGETED = [("weight-lora", {}), ("weight-lora", {"targets": ("key",)}), ("adapters", {})]
@@ -200,21 +231,31 @@ def test_a_budget_gives_the_largest_rank_that_fits(
     assert method.expected_parameters(method.with_rank(more, rank + 1), config) > limit
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": 0.001}, {"recipe": "fast"}, {"recipe": "fast", "attend": 8}])
-def test_a_recipe_stores_its_share_of_a_real_base(options: dict[str, Any]) -> None:
+REAL = [({}, 0.007, 1), ({"budget": 0.001}, 0.001, 1), ({"recipe": "fast"}, 0.007, 1)]
+REAL += [({"recipe": "fast", "attend": 8}, 0.007, 1), ({"ranks": "auto"}, 0.007, 2)]
+REAL += [({"recipe": "fast", "ranks": "auto"}, 0.007, 2)]
+
+
+@pytest.mark.parametrize(("options", "most", "begins_with"), REAL)
+def test_a_recipe_stores_its_share_of_a_real_base_once_units_are_pruned(
+    options: dict[str, Any], most: float, begins_with: int
+) -> None:
     base = ModelConfig(8192)
     settings = make_config("trajectory-lora", options, base)
     assert len(set(settings.ranks)) == 1 and settings.sigma == (1.0, 1.0, 1.0), "which writes better"
     assert settings.attend == options.get("attend", settings.attend)
-    more = replace(settings, ranks=tuple(r + 1 for r in settings.ranks))
-    more = replace(more, attend=more.ranks[0]) if settings.attend == settings.ranks[0] else more
-    most = options.get("budget", 0.007) * base.num_parameters()
-    assert TrajectoryLora.expected_parameters(settings, base) <= most < TrajectoryLora.expected_parameters(more, base)
+    final = replace(settings, ranks=tuple(r // begins_with for r in settings.ranks))
+    more = replace(final, ranks=tuple(r + 1 for r in final.ranks))
+    more = replace(more, attend=more.ranks[0]) if settings.attend == final.ranks[0] else more
+    assert [TrajectoryLora.expected_parameters(c, base) <= most * base.num_parameters() for c in (final, more)] == [
+        True,
+        False,
+    ]
 
 
 def test_ranks_that_are_given_are_taken() -> None:
-    literal = make_config("trajectory-lora", {"recipe": "paper"}, ModelConfig(8192))
-    assert literal.ranks == (64, 32, 8) and literal.sigma == (1.0, 0.5, 0.25)
+    paper = make_config("trajectory-lora", {"recipe": "paper"}, ModelConfig(8192))
+    assert paper.ranks == (64, 32, 8) and paper.sigma == (1.0, 0.5, 0.25)
     assert make_config("trajectory-lora", {"ranks": (5, 4, 3)}, ModelConfig(8192)).ranks == (5, 4, 3)
 
 
@@ -232,7 +273,9 @@ WRONG = [
     (OURS, {"blocks": -1}, "blocks must be at least 0, got -1"),
     (OURS, {"recipe": "fast", "blocks": 1}, "recipe fast pushes the final state only"),
     (OURS, {"attend": 4}, "recipe best has no attending units"),
-    (OURS, {"recipe": "paper", "dropout": 0.1}, "without dropout"),
+    (OURS, {"prune": 1.0}, "prune must be below 1, got 1.0"),
+    (OURS, {"recipe": "paper", "ranks": "auto"}, "neither ranks auto nor dropout"),
+    (OURS, {"recipe": "paper", "dropout": 0.1}, "neither ranks auto nor dropout"),
 ]
 
 
@@ -247,9 +290,13 @@ def test_a_wrong_option_is_named_with_what_is_allowed(
 # ---------------------------------------------------------------------------------------------- bands
 
 
-def lively_push(config: ModelConfig, case: str) -> TrajectoryLora:
+def lively_push(config: ModelConfig, case: str = "best-1", seed: int = 0, **changes: Any) -> TrajectoryLora:
     """A trajectory adapter on a base of its own, every tensor of it away from zero."""
-    method, generator = attach(fresh_base(config), case), torch.Generator().manual_seed(0)
+    name, options = CASES[case]
+    settings = replace(make_config(name, options, config), **changes)
+    method = TrajectoryLora(settings, config)
+    generator = torch.Generator().manual_seed(seed)
+    method.attach(fresh_base(config), generator)
     with torch.no_grad():
         for parameter in method.own.values():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -271,14 +318,13 @@ def test_every_t_falls_in_exactly_one_band() -> None:
     assert (inside.sum(0) == 1).all() and torch.equal(inside.int().argmax(0), band_of(t))
 
 
-def used_units(config: TrajectoryLoraConfig, band: int) -> list[int]:
+def used_units(config: TrajectoryLoraConfig, site: int, band: int) -> list[int]:
     """Rank units that a band uses: the first ones or, in the paper's design, a block of its own in every module."""
-    ranks = config.ranks
+    ranks = config.site_ranks(site)
     if config.recipe != "paper":
         return list(range(ranks[band]))
-    return [
-        module * sum(ranks) + sum(ranks[:band]) + unit for module in range(paper.MODULES) for unit in range(ranks[band])
-    ]
+    first = sum(ranks[:band])
+    return [module * sum(ranks) + first + unit for module in range(MODULES) for unit in range(ranks[band])]
 
 
 @of_trajectory
@@ -291,38 +337,92 @@ def test_a_batch_that_mixes_bands_equals_its_rows_run_alone(config: ModelConfig,
         assert not torch.allclose(logits(model, replace(part, t=1.34 - part.t)), logits(model, part), atol=1e-3)
 
 
-@of_trajectory
-@torch.no_grad()
-def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) -> None:
-    """sigma(t) (A ReLU(B [x; Emb(t)] + B' a) + C a), a loop over rows, tokens and units. x is the normalised state; of
-    `fast` x = sum_k softmax(m)_k norm(h_k) and a_u = softmax(q_u K_u) . ReLU(V_u) over the prompt's tokens, else a = 0.
-    Sites of `best` share A and B and have a gain of their own; the paper's gate reads the prompt, 1 + w c."""
+@pytest.mark.parametrize("case", ["best-0", "best-1", "best-2", "by-site", "prune", "paper"])
+def test_a_push_is_its_formula_row_by_row(config: ModelConfig, case: str) -> None:
+    """sigma(t) A ReLU(B [norm(h); Emb(t)]), a loop over rows, units and tokens; tied sites share A and B and have a
+    gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c."""
     method = lively_push(config, case)
-    settings, d, generator = method.config, config.d_model, torch.Generator().manual_seed(1)
-    history = [torch.randn(3, 5, d, generator=generator) for _ in range(method.push.first_depth + 1)]
+    settings, d = method.config, config.d_model
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(3, 5, d, generator=generator)
     prompt = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
-    push_at = method.push.start(t, prompt, history[:-1])
+    push_at = method.push.start(t, prompt)
     for site, depth in enumerate(method.push.depths):
-        own = {n.split(".")[2]: p for n, p in method.own.items() if n.startswith(f"sites.{site}.")}
-        own |= {n: method.own[f"sites.0.{n}"] for n in ("up", "down")}
-        found, normal = push_at(depth, history[-1]), [F.layer_norm(h, (d,)) for h in history]
-        x = normal[-1]
-        if "mix" in own:
-            x = sum(share * h for share, h in zip(own["mix"].softmax(0), normal, strict=True))
-        for (row, band), token in itertools.product(enumerate((2, 0, 1)), range(5)):
-            prompts, here, total = x[row, prompt[row]], x[row, token], torch.zeros(d)
-            heads = own["attention"].transpose(0, 1) if "attention" in own else ()
-            a = torch.tensor([((prompts @ k) * (here @ q)).softmax(0) @ F.relu(prompts @ v) for q, k, v in heads])
-            for unit in used_units(settings, band):
+        own = {n.split(".")[2]: p.detach() for n, p in method.own.items() if n.startswith(f"sites.{site}.")}
+        if settings.is_tied:
+            own |= {n: method.own[f"sites.0.{n}"].detach() for n in ("up", "down")}
+        with torch.no_grad():
+            found = push_at(depth, h)
+        for row, band in enumerate((2, 0, 1)):
+            normal = F.layer_norm(h[row], (d,))
+            c, total = normal[prompt[row]].mean(0), torch.zeros(5, d)
+            for unit in used_units(settings, site, band):
                 into = own["down"][unit]
-                hidden = into[:d] @ here + time_embedding(t[row : row + 1])[0] @ into[d:]
-                hidden = hidden + own["down_attended"][unit] @ a if heads != () else hidden
-                gate = 1.0 + own["gate"][unit] @ prompts.mean(0) if "gate" in own else 1.0
+                hidden = F.relu(normal @ into[:d] + time_embedding(t[row : row + 1])[0] @ into[d:])  # (L,)
+                gate = 1.0 + own["gate"][unit] @ c if "gate" in own else 1.0
                 gate = gate * own["gain"][unit] if "gain" in own else gate
-                total += gate * F.relu(hidden) * own["up"][:, unit]
-            total = total + own["attended"] @ a if heads != () else total
-            torch.testing.assert_close(found[row, token], settings.sigma[band] * total, atol=1e-4, rtol=1e-4)
+                total += settings.sigma[band] * gate * hidden[:, None] * own["up"][:, unit]
+            torch.testing.assert_close(found[row], total, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- pruning
+
+
+def pruned(config: ModelConfig, progresses: list[float], prune: float = 0.5) -> tuple[Denoiser, TrajectoryLora]:
+    """A push of 3 sites x 8 units whose strengths are known, after updates at the given shares of a run."""
+    settings = TrajectoryLoraConfig(ranks=(8, 4, 1), blocks=2, prune=prune)
+    method = TrajectoryLora(settings, config)
+    model = fresh_base(config)
+    method.attach(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, site in enumerate(method.push.sites):  # unit u of site i has strength 10 i + u + 1
+            site.up.copy_(torch.eye(32)[:, :8] * (10.0 * i + torch.arange(1, 9)))
+            site.down.copy_(F.normalize(site.down, dim=1))
+    for progress in progresses:
+        method.after_update(progress)
+    return model, method
+
+
+def living(method: TrajectoryLora) -> list[int]:
+    return [int((site.up.norm(dim=0) > 0).sum()) for site in method.push.sites]
+
+
+def test_ranks_shrink_from_the_weakest_unit_and_every_site_keeps_one(config: ModelConfig) -> None:
+    assert living(pruned(config, [0.1])[1]) == [8, 8, 8]
+    assert living(pruned(config, [0.4])[1]) == [2, 8, 8]  # a quarter of 24
+    assert living(pruned(config, [0.6])[1]) == [1, 3, 8]  # half; the strongest of the first site stays
+    assert living(pruned(config, [0.3, 0.4, 0.5, 0.9, 1.0])[1]) == [1, 3, 8]
+    kept = pruned(config, [1.0])[1].push.sites[1].up.norm(dim=0).nonzero()[:, 0].tolist()
+    assert kept == [0, 6, 7], "the unit that every band uses stays"
+
+
+def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config: ModelConfig) -> None:
+    model, method = pruned(config, [1.0])
+    noised = noised_batch(config)
+    noised = replace(noised, t=torch.full_like(noised.t, MIDDLES[0]))  # every unit is used
+    before = logits(model, noised)
+    method.finish()
+    torch.testing.assert_close(logits(model, noised), before, atol=1e-5, rtol=1e-5)
+    assert method.config.prune == 0 and method.config.ranks == (1, 1, 1, 3, 1, 1, 8, 4, 1)
+    again, other = TrajectoryLora(method.config, config), fresh_base(config)
+    again.attach(other)
+    load_exactly(again.own, method.own, Path("adapter"))
+    assert torch.equal(logits(other, noised), logits(model, noised))
+
+
+def test_a_resumed_run_drops_the_units_that_the_first_one_did(config: ModelConfig) -> None:
+    """What is dropped is read off the zeros; momentum that revives a unit does not choose again."""
+    _, first = pruned(config, [0.4])
+    _, again = pruned(config, [])
+    load_exactly(again.own, first.own, Path("checkpoint"))
+    for method in (first, again):
+        for progress in (0.41, 0.6):
+            if method.dropped is not None:  # the optimizer moves what was dropped
+                for site in method.push.sites:
+                    site.up.data += 100.0 * torch.eye(32)[:, :8] * (site.up.norm(dim=0) == 0)
+            method.after_update(progress)
+    assert first.dropped.tolist() == again.dropped.tolist() and living(first) == living(again) == [1, 3, 8]
 
 
 @pytest.mark.parametrize("case", ["fast", "best-1", "weight-lora"])
@@ -341,16 +441,48 @@ def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
     assert torch.equal(logits(model, noised), one)
 
 
+@pytest.mark.parametrize("case", ["fast", "fast-banded"])
+def test_attending_units_and_the_mix_are_their_formulas_token_by_token(config: ModelConfig, case: str) -> None:
+    """x = sum_k softmax(m)_k norm(h_k); a_u = softmax(q_u K_u) . ReLU(V_u) over the prompt's tokens,
+    push = sigma(t) (A ReLU(B [x; Emb(t)] + B' a) + C a)."""
+    method = lively_push(config, case)
+    settings, d = method.config, config.d_model
+    generator = torch.Generator().manual_seed(1)
+    history = [torch.randn(2, 5, d, generator=generator) for _ in range(method.push.first_depth + 1)]
+    prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]]).bool()
+    t = torch.tensor([MIDDLES[0], MIDDLES[2]])
+    own = {n.removeprefix("sites.0."): p.detach() for n, p in method.own.items()}
+    with torch.no_grad():
+        found = method.push.start(t, prompt, history[:-1])(method.push.first_depth, history[-1])
+    x = sum(share * F.layer_norm(state, (d,)) for share, state in zip(own["mix"].softmax(0), history, strict=True))
+    for row, band in enumerate((0, 2)):
+        sigma, prompts = settings.sigma[band], x[row, prompt[row]]
+        for token in range(5):
+            attended = torch.zeros(settings.attend)
+            for unit, (q, k, v) in enumerate(own["attention"].transpose(0, 1)):
+                attended[unit] = ((prompts @ k) * (x[row, token] @ q)).softmax(0) @ F.relu(prompts @ v)
+            expected = sigma * own["attended"] @ attended
+            for unit in range(settings.ranks[band]):
+                into = own["down"][unit]
+                hidden = into[:d] @ x[row, token] + time_embedding(t[row : row + 1])[0] @ into[d:]
+                hidden = hidden + own["down_attended"][unit] @ attended
+                expected += sigma * F.relu(hidden) * own["up"][:, unit]
+            torch.testing.assert_close(found[row, token], expected, atol=1e-4, rtol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------- penalty
 
 
-# (D, r, E); ranks above the width too
-@pytest.mark.parametrize(("d", "r", "e"), [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)])
-def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int) -> None:
-    generator = torch.Generator().manual_seed(0)
+SHAPES = [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)]  # (D, r, E); ranks above the width too
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("d", "r", "e"), SHAPES)
+def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((d, r), (r, e))]
     ours, reference = ([x.clone().requires_grad_(True) for x in leaves] for _ in range(2))
-    found = paper.nuclear_norm(*ours)
+    found = nuclear_norm(*ours)
     expected = torch.linalg.svdvals(reference[0] @ reference[1])[: min(d, r, e)].sum()
     torch.testing.assert_close(found, expected)
     (3.0 * found).backward()
@@ -364,7 +496,7 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
     up, down = (method.own[f"sites.0.{n}"].detach() for n in ("up", "down"))
     first, second = up.chunk(2, dim=1)
     nuclear = sum(float(torch.linalg.svdvals(a @ b).sum()) for a, b in zip((first, second), down.chunk(2), strict=True))
-    expected = paper.LAMBDA_RANK * nuclear + paper.LAMBDA_ORTH * 2 * float((first.T @ second).square().sum())
+    expected = LAMBDA_RANK * nuclear + LAMBDA_ORTH * 2 * float((first.T @ second).square().sum())
     assert method.penalty().item() == pytest.approx(expected, rel=1e-4)
     fresh = attach(fresh_base(config), "paper")
     (zero := fresh.penalty()).backward()
@@ -374,26 +506,37 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
 # ---------------------------------------------------------------------------------------------- state cache
 
 
-def task_rows(folder: Path, tokenizer: Tokenizer, good: str = "good") -> TaskRows:
-    rng, words = random.Random(0), ("film", "plot", "music", "food", "dull", "bright", "very")
-    lines = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 9))) + f"\t{i % 2}" for i in range(24)]
+def task_rows(folder: Path, tokenizer: Tokenizer, answers: tuple[str, str] = ("bad", "good"), n: int = 24) -> TaskRows:
+    rng = random.Random(0)
+    words = ("film", "plot", "music", "food", "dull", "bright", "very")
+    lines = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 9))) + f"\t{i % 2}" for i in range(n)]
     (folder / "train.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
-    labels = f'[verbalizer]\nneg = "bad"\npos = "{good}"\n[data]\ntrain = "train.tsv"\n'
-    (folder / "mood.toml").write_text('template = "{text} it was {answer} ."\n' + labels)
+    (folder / "mood.toml").write_text(
+        'template = "{text} it was {answer} ."\n'
+        f'[verbalizer]\nneg = "{answers[0]}"\npos = "{answers[1]}"\n[data]\ntrain = "train.tsv"\n'
+    )
     task = load_task(str(folder / "mood.toml"))
     return TaskRows(load_split(task, "train"), task, tokenizer, 48)
 
 
-@pytest.mark.parametrize("case", ["best-0", "best-1", "paper", "fast"])
+def no_autocast() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
+def objective(tokenizer: Tokenizer) -> Objective:
+    return Objective(tokenizer.mask_id, counted=True, seed=0)
+
+
+@pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])
 def test_training_from_kept_states_is_training_from_the_start(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
 ) -> None:
-    rows, noise, kept = task_rows(tmp_path, tokenizer), Objective(tokenizer.mask_id, counted=True, seed=0), []
+    rows, noise, kept = task_rows(tmp_path, tokenizer), objective(tokenizer), []
     method = lively_push(config, case)
     model = on_base(config, method.push)
-    cache = StateCache(model, rows, noise, lambda: torch.autocast("cpu", enabled=False), kept.append)
+    cache = StateCache(model, rows, noise, no_autocast, kept.append)
     depth, reads = method.push.first_depth, method.push.reads_depths
-    assert kept[-1] == len(rows) and len({int(n) for n in rows.lengths[:9]}) > 1, "padding is there"
+    assert kept[-1] == len(rows)
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
         batch = rows.take(chunk)
         (noised, normaliser), (cached, same) = noise.noise(batch, step), cache.noise(batch, step)
@@ -406,24 +549,31 @@ def test_training_from_kept_states_is_training_from_the_start(
         embedded = model.embed(noised.xt)[real].bfloat16().float()
         assert not reads or torch.equal(cached.cached[:, :, 0][real], embedded)
         results = []
-        for given in (noised, cached):
-            nll, _ = token_nll(model, given)
-            results.append((nll.detach(), *torch.autograd.grad(nll.mean(), method.own["sites.0.up"])))
+        for case_noised in (noised, cached):
+            for parameter in method.own.values():
+                parameter.grad = None
+            nll, _ = token_nll(model, case_noised)
+            nll.mean().backward()
+            results.append((nll.detach(), method.own["sites.0.up"].grad.clone()))
         torch.testing.assert_close(results[1][0], results[0][0], atol=0.03, rtol=0.03)
         scale = float(results[0][1].abs().max())
         torch.testing.assert_close(results[1][1], results[0][1], atol=0.05 * scale, rtol=0.05)
+    assert len({int(n) for n in rows.lengths[:9]}) > 1, "padding was there"
 
 
 CACHE_REASONS = [
-    ("best-2", "good", 4.0, "the method changes the first block"),
-    ("best-1", "very good", 4.0, "the answer has 2 tokens, whose masks vary"),
-    ("best-1", "good", 0.0, "--cache-gb allows 0"),
+    ("full", ("bad", "good"), 4.0, "the method changes the first block"),
+    ("best-2", ("bad", "good"), 4.0, "the method changes the first block"),
+    ("best-1", ("bad", "very good"), 4.0, "the answer has 2 tokens, whose masks vary"),
+    ("best-1", ("bad", "good"), 0.0, "--cache-gb allows 0"),
 ]
 
 
-@pytest.mark.parametrize(("case", "good", "limit", "reason"), CACHE_REASONS)
+@pytest.mark.parametrize(("case", "answers", "limit", "reason"), CACHE_REASONS)
 def test_states_are_not_kept_where_a_reason_is_named(
-    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, good: str, limit: float, reason: str
-) -> None:
-    attach(model := fresh_base(config), case)
-    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, good), limit) or "")
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, answers: tuple[str, str], limit: float,
+    reason: str,
+) -> None:  # fmt: skip
+    model = fresh_base(config)
+    attach(model, case)
+    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, answers), limit) or "")

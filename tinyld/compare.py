@@ -156,7 +156,7 @@ class Grid:
         folder = RunFolder(Path(options.out or ""))
         if folder.is_run():
             made, asked = folder.config, json.loads(to_json(config_of(options)))
-            asked["base"]["fingerprint"] = self.fingerprint
+            made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
             del asked["base"]["path"], asked["task"]
             for part, settings in asked.items():
                 for name, value in settings.items() if isinstance(settings, dict) else ():

@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import attach, check_base, check_frozen, load_base, read_shape, sizes
+from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, described, make_task, read_split
@@ -122,9 +122,10 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         check_base(config, base, out)
     model, tokenizer = base.model, base.tokenizer
     train_rows, dev_rows = (TaskRows(rows, task, tokenizer, model.config.max_length) for rows in examples)
-    kind, settings = read_config(config["method"], where)
+    started_as = config.get("started_as", config["method"])
+    kind, settings = read_config(started_as, where)
     method = attach(base, kind.name, settings, torch_seeded(training.seed, 0))
-    counts = sizes(method, base)
+    counts, began = sizes(method, base), method_record(method)
     folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
     with folder.locked():
         if begun:
@@ -158,9 +159,16 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
 
         result = TrainingRun(
             model, method.own, train_rows, objective, training, folder, held_out, f"{method.name} {task.name}",
-            method.penalty, processes=processes, quiet=quiet,
+            method.penalty, method.after_update, processes=processes, quiet=quiet,
         ).train(begun is not None, options.from_step)  # fmt: skip
         metrics = result.metrics
+        method.finish()
+        changed = method_record(method) != began
+        if changed:  # what was measured last is not what is stored
+            counts = sizes(method, base)
+            with autocast(device, dtype):
+                metrics = held_out()
+            say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
         if task.is_generation:
             n = min(WRITTEN, len(dev_rows))  # spread over all, as a file may begin with the shortest
             some = [examples[1][i * len(dev_rows) // n] for i in range(n)]
@@ -170,6 +178,9 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
             folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))
+        if changed and is_writer():
+            now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
+            folder.write_json(CONFIG, folder.config | now)
         summary = {
             "task": task.name,
             "method": method.name,

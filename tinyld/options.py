@@ -162,8 +162,8 @@ class FinetuneOptions(Training, Reading):
     epochs: float | None = option(None, "Passes over the rows; 3, or more of few rows.", "Training")
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
-    ranks: tuple[int, ...] | None = option(
-        None, "Rank by noise band, high first: 64,32,8.", read=functools.partial(numbers, kind=int)
+    ranks: tuple[int, ...] | str | None = option(
+        None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
     )
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")

@@ -59,9 +59,9 @@ def base_folder(name: str | Path, option: str = "--base") -> Path:
 
 
 def numbers(text: str, name: str, kind: type = float) -> Any:
-    """Numbers with commas between them."""
+    """Numbers with commas between them; `auto` stays as it is."""
     try:
-        return tuple(map(kind, text.split(",")))
+        return text if text == "auto" else tuple(map(kind, text.split(",")))
     except ValueError:
         raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
 

@@ -17,11 +17,11 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottle
 
 def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
     """(method, config) from what a run recorded of its method; `where` names the file in the error."""
-    if (name := record.get("name")) not in METHODS:
+    name = record.get("name") if isinstance(record, Mapping) else None
+    if name not in METHODS:
         raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
     config: Any = METHODS[name].Config
-    settings = {k: v for k, v in record.items() if k != "name" and (k, v) != ("prune", 0)}  # which older runs wrote
-    return METHODS[name], from_dict(config, settings, where)
+    return METHODS[name], from_dict(config, {k: v for k, v in record.items() if k != "name"}, where)
 
 
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:

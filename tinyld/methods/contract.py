@@ -15,10 +15,12 @@ from tinyld.model import Denoiser
 
 
 class Method:
-    """An adaptation method, made from its config and the base's model config; a subclass is a row of METHODS.
+    """An adaptation method, made from its config and the base's model config.
 
-    `Config` is a frozen dataclass of the method's options. `rates` has the usual learning rate by optimizer, the usual
-    one first; `post_norm` takes its place on an encoder that normalises after each sublayer, whose states are small.
+    A subclass is one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
+    method's options, and in `rates` the learning rate that the tuning grid is centred on for an optimizer, its usual
+    optimizer first; `post_norm` takes its place on an encoder that normalises after each sublayer, where the states are
+    small and the same rate is too much.
     """
 
     name: ClassVar[str]
@@ -50,7 +52,8 @@ class Method:
         given = {name: value for name, value in options.items() if value is not None}
         budget = given.pop("budget", None)
         check(budget is None or "rank" not in given, "--budget sets the rank; leave --rank or --budget out")
-        return cls.fit_budget(cls.configure(cls.Config(), given), model_config, budget)
+        config = cls.configure(cls.Config(), given)
+        return config if budget is None else cls.fit_budget(config, model_config, budget)
 
     @classmethod
     def configure(cls, config: Any, given: Mapping[str, Any]) -> Any:
@@ -58,7 +61,7 @@ class Method:
         options = [f.name for f in fields(config)]
         for name in given:
             if name not in options:
-                own = ", ".join(f"--{option}" for option in sorted(options)) or "no option"
+                own = ", ".join(f"--{option}" for option in sorted({*options} - {"prune"})) or "no option"
                 raise UsageError(f"--{name.replace('_', '-')} is not an option of {cls.name}, which has {own}")
         return replace(config, **given)
 
@@ -90,19 +93,24 @@ class Method:
         return replace(config, rank=rank)
 
     @classmethod
-    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float | None) -> Any:
-        """The config with the largest rank whose parameters are at most `budget`, a share of the base's, if given."""
-        if budget is None:
-            return config
+    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float) -> Any:
+        """The config with the largest rank whose parameters are at most `budget`, a share of the base's."""
         check(budget <= 1, f"budget is a share of the base, at most 1, got {budget:g}")
         limit, rank = budget * model_config.num_parameters(), 0
         while cls.expected_parameters(cls.with_rank(config, rank + 1), model_config) <= limit:
             rank += 1
         if rank == 0:
             least = cls.expected_parameters(cls.with_rank(config, 1), model_config)
-            stores = f"rank 1 stores {least:,} parameters of {limit:,.0f}"
-            raise UsageError(f"budget {budget:.2%} is too small for {cls.name}: {stores}")
+            raise UsageError(
+                f"budget {budget:.2%} is too small for {cls.name}: rank 1 stores {least:,} parameters of {limit:,.0f}"
+            )
         return cls.with_rank(config, rank)
+
+    def after_update(self, progress: float) -> None:
+        """Called after every optimizer update, with the share of the run that is done."""
+
+    def finish(self) -> None:
+        """Called once after training, before the method is saved; `config` and `own` may change."""
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""

@@ -69,11 +69,14 @@ class Bottleneck(Method):
     name, Config, rates = "adapters", BottleneckConfig, {"adamw": 2e-3}
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        for block in model.blocks:
+        own: dict[str, nn.Parameter] = {}
+        device = model.device
+        for i, block in enumerate(model.blocks):
             for seam in ("after_attention", "after_mlp"):
-                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator)
-                setattr(block, seam, adapter.to(model.device))
-        return {n: p for n, p in model.named_parameters() if ".after_" in n}
+                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(device)
+                setattr(block, seam, adapter)
+                own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
+        return own
 
     @classmethod
     def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:

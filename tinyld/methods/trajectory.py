@@ -14,6 +14,7 @@ and B, of which a band uses the first r(t) rank units, so that the largest rank 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -29,27 +30,49 @@ from tinyld.methods.contract import Method
 from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.model import Denoiser, PushAt, take
 
+AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped,
+PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
+
 
 @dataclass(frozen=True)
 class TrajectoryLoraConfig(Settings):
     recipe: str = setting("best", among=("best", "fast", "paper"))
-    ranks: tuple[int, ...] = setting((64, 64, 64), least=1)  # by band, high noise first
+    # by band, high noise first; once units are pruned, site by site
+    ranks: tuple[int, ...] = setting((64, 64, 64), least=1)
     sigma: tuple[float, ...] = (1.0, 1.0, 1.0)  # by band, high noise first
     blocks: int = setting(6, least=0)  # best: sites before each of the last `blocks` blocks, and on the final state
     attend: int | None = setting(None, least=1)  # fast: units that attend to the prompt; None: as many as rank units
     dropout: float = setting(0.0, least=0, below=1)  # share of the numbers read that an update does without
+    prune: float = setting(0.0, least=0, below=1)  # share of the rank units that training drops, the weakest first
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, values in (("ranks", self.ranks), ("sigma", self.sigma)):
-            check(len(values) == NUM_BANDS, f"{name} needs {NUM_BANDS} values, high noise first, got {values}")
+        check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
         check(self.recipe == "best" or self.blocks == 0, f"recipe {self.recipe} pushes the final state only: blocks 0")
+        check(
+            len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites),
+            f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}",
+        )
         check(self.attend is None or self.recipe == "fast", f"recipe {self.recipe} has no attending units")
-        check(self.recipe != "paper" or self.dropout == 0, "recipe paper is the paper's own, without dropout")
+        fixed = self.prune == 0 and self.dropout == 0
+        check(self.recipe != "paper" or fixed, "recipe paper is the paper's own: neither ranks auto nor dropout")
+
+    @property
+    def num_sites(self) -> int:
+        return self.blocks + 1
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the sites share A and B; ranks are pruned site by site."""
+        return self.num_sites > 1 and self.prune == 0 and len(self.ranks) == NUM_BANDS
 
     @property
     def attending(self) -> int:
         return max(self.ranks) if self.attend is None else self.attend
+
+    def site_ranks(self, site: int) -> tuple[int, ...]:
+        """By band, high noise first; site 0 is the lowest."""
+        return self.ranks if len(self.ranks) == NUM_BANDS else self.ranks[NUM_BANDS * site :][:NUM_BANDS]
 
 
 class Recipe(NamedTuple):
@@ -64,29 +87,37 @@ class Recipe(NamedTuple):
 # that wrote better than more where there is more noise. The one site of `fast` has less of a hold than seven that share
 # their units, and takes larger steps; the better its base, the more it learns by heart.
 BEST_RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
-FAST_RATES = {"muon": 6e-3, "adamw": 1e-2}, {"adamw": 4e-3, "muon": 4e-3}
 RECIPES = {
     "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES, {"blocks": 4}),
-    "fast": Recipe(TrajectoryLoraConfig("fast", blocks=0, dropout=0.1), 0.007, *FAST_RATES, {"dropout": 0.3}),
+    "fast": Recipe(
+        TrajectoryLoraConfig("fast", blocks=0, dropout=0.1),
+        0.007,
+        {"muon": 6e-3, "adamw": 1e-2},
+        {"adamw": 4e-3, "muon": 4e-3},
+        {"dropout": 0.3},
+    ),
     "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *BEST_RATES),
 }
 
 
 class RankUnits(nn.Module):
-    """The rank units of one site. All sites of a push share A (`up`) and B (`down`), and weigh the units by a gain."""
+    """The rank units of one site."""
 
-    def __init__(
-        self, config: TrajectoryLoraConfig, width: int, generator: torch.Generator | None,
-        shared: RankUnits | None = None,
-    ):  # fmt: skip
+    def __init__(self, config: TrajectoryLoraConfig, site: int, width: int, generator: torch.Generator | None):
         super().__init__()
-        units, self.dropout = max(config.ranks), config.dropout
-        self.down = shared.down if shared else normal(units, width + TIME_WIDTH, fan_in=width, generator=generator)
-        self.up = shared.up if shared else nn.Parameter(torch.zeros(width, units))
-        self.gain = nn.Parameter(torch.ones(units)) if config.blocks else None
-        sigma, is_used = torch.tensor(config.sigma), torch.arange(units) < torch.tensor(config.ranks)[:, None]
-        self.register_buffer("sigma", sigma, persistent=False)  # (NUM_BANDS,)
-        self.register_buffer("scale", sigma[:, None] * is_used, persistent=False)  # (NUM_BANDS, units)
+        ranks, self.dropout = config.site_ranks(site), config.dropout
+        self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
+        self.up = nn.Parameter(torch.zeros(width, max(ranks)))
+        self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
+        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
+        self.register_buffer("scale", torch.empty(0), persistent=False)
+        self.set_ranks(ranks)
+
+    def set_ranks(self, ranks: Sequence[int]) -> None:
+        """By band. `scale` (NUM_BANDS, units) is sigma where a band uses a unit, else 0."""
+        self.ranks = tuple(ranks)
+        is_used = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
+        self.scale = self.sigma[:, None] * is_used.to(self.sigma.device)
 
     def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
@@ -100,13 +131,40 @@ class RankUnits(nn.Module):
         hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :] + attended
         return (F.relu(hidden) * self.scale[noise.band][:, None, :]) @ up.T
 
+    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
+        """The parameters that have a part for every rank unit, with the dimension that counts them."""
+        return [(self.up, 1), (self.down, 0)]
+
+    def strength(self) -> Tensor:
+        """||a_u|| ||b_u|| of each rank unit: (units,), on the processor."""
+        return (self.up.norm(dim=0) * self.down.norm(dim=1)).detach().cpu()
+
+    def lasting(self) -> Tensor:
+        """(units,) bool: the strongest of the units that all bands use, which every site keeps."""
+        found = torch.zeros(len(self.down), dtype=torch.bool)
+        found[self.strength()[: min(self.ranks)].argmax()] = True
+        return found
+
+    def drop(self, dropped: Tensor) -> None:
+        """Sets rank units (units,) to zero, which then push nothing."""
+        for parameter, dim in self.by_unit():
+            parameter.index_fill_(dim, dropped.nonzero()[:, 0].to(parameter.device), 0.0)
+
+    def shrink(self) -> None:
+        """Forgets the rank units that were dropped."""
+        is_kept = (self.strength() > 0) | self.lasting()
+        for parameter, dim in self.by_unit():
+            parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0].to(parameter.device))
+            parameter.grad = None
+        self.set_ranks([int(is_kept[:rank].sum()) for rank in self.ranks])
+
 
 class AttendingUnits(RankUnits):
     """The site of `fast`: rank units, and units that attend to the prompt, on a mix of the states of all depths."""
 
     def __init__(self, config: TrajectoryLoraConfig, width: int, depths: int, generator: torch.Generator | None):
         """`depths` are mixed, the site's own included."""
-        super().__init__(config, width, generator)
+        super().__init__(config, 0, width, generator)
         units = config.attending
         self.mix = nn.Parameter(torch.zeros(depths))
         self.attention = normal(3, units, width, fan_in=width, generator=generator)  # query, key, value
@@ -139,6 +197,9 @@ class AttendingUnits(RankUnits):
         q, k, v = (of.mT[..., None] for of in (q, k, v))
         return attention(q, k, v, prompt_mask)[..., 0].mT
 
+    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
+        return [*super().by_unit(), (self.down_attended, 0)]
+
 
 def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
@@ -153,14 +214,16 @@ class TrajectoryPush(nn.Module):
         self.first_depth = last - config.blocks
         self.depths = list(range(self.first_depth, last + 1))
         self.reads_depths, self.reads_others = config.recipe == "fast", config.recipe != "best"
-        if config.recipe == "paper":
-            sites: list[nn.Module] = [paper.PaperUnits(config.ranks, config.sigma, width, generator)]
-        elif config.recipe == "fast":
-            sites = [AttendingUnits(config, width, last + 1, generator)]
-        else:
-            first = RankUnits(config, width, generator)
-            sites = [first, *(RankUnits(config, width, generator, first) for _ in range(config.blocks))]
-        self.sites = nn.ModuleList(sites)
+        self.sites = nn.ModuleList()
+        for site in range(config.num_sites):
+            if config.recipe == "paper":
+                self.sites.append(paper.PaperUnits(config.ranks, config.sigma, width, generator))
+            elif config.recipe == "fast":
+                self.sites.append(AttendingUnits(config, width, last + 1, generator))
+            else:
+                self.sites.append(RankUnits(config, site, width, generator))
+            if config.is_tied:
+                self.sites[-1].down, self.sites[-1].up = self.sites[0].down, self.sites[0].up
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         noise = Noise(band_of(t), time_embedding(t), prompt_mask)
@@ -184,11 +247,21 @@ class TrajectoryLora(Method):
     def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
         given = {name: value for name, value in options.items() if value is not None}
         recipe = RECIPES[given.pop("recipe", "best")]
+        if given.get("ranks") == AUTO:
+            given["prune"] = PRUNED
+            del given["ranks"]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
-        config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
+        usual = {} if model_config.norm_first else recipe.post_norm_options
+        config = replace(recipe.config, **usual)
         config = replace(config, blocks=min(config.blocks, model_config.num_layers))
-        config = cls.fit_budget(cls.configure(config, given), model_config, budget)
-        return replace(config, attend=config.attending) if config.recipe == "fast" else config
+        config = cls.configure(config, given)
+        if budget is not None:
+            config = cls.fit_budget(config, model_config, budget)
+        if config.recipe == "fast":
+            config = replace(config, attend=config.attending)
+        if budget is not None:  # once units are pruned, no more are left than fit
+            config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))
+        return config
 
     @classmethod
     def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
@@ -196,26 +269,57 @@ class TrajectoryLora(Method):
         return own.rates if model_config.norm_first else own.post_norm
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        self.push = model.push = TrajectoryPush(self.config, self.model_config, generator).to(model.device)
+        config = self.config
+        self.push = TrajectoryPush(config, self.model_config, generator).to(model.device)
+        self.dropped: Tensor | None = None  # (rank units of all sites,) bool
+        model.push = self.push
         return dict(self.push.named_parameters())
 
     @classmethod
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
-        d, units = model_config.d_model, max(config.ranks)
+        d, sites = model_config.d_model, config.num_sites
         if config.recipe == "paper":
             return paper.MODULES * sum(config.ranks) * (3 * d + TIME_WIDTH)
-        if config.recipe == "fast":
-            return (
-                units * (2 * d + TIME_WIDTH + config.attending) + 4 * d * config.attending + model_config.num_layers + 1
-            )
-        gains = config.blocks + 1 if config.blocks else 0  # one a site
-        return units * (2 * d + TIME_WIDTH + gains)
+        unit = 2 * d + TIME_WIDTH
+        if config.is_tied:
+            return max(config.ranks) * (unit + sites)  # and a gain at every site
+        units = sum(max(config.site_ranks(site)) for site in range(sites))
+        if config.recipe == "best":
+            return units * unit
+        return units * (unit + config.attending) + 4 * d * config.attending + model_config.num_layers + 1
 
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> TrajectoryLoraConfig:
         """The same proportion between bands, with `rank` in the largest."""
         top = max(config.ranks)
         return replace(config, ranks=tuple(max(1, round(rank * r / top)) for r in config.ranks))
+
+    @torch.no_grad()
+    def after_update(self, progress: float) -> None:
+        """Drops the weakest units of all sites until the share is reached that is due at `progress` of the run. What is
+        dropped is zero and stays so, which is how a resumed run knows it."""
+        if self.config.prune == 0 or progress < PRUNED_FROM:
+            return
+        sites, strength = self.push.sites, torch.cat([site.strength() for site in self.push.sites])
+        if self.dropped is None:
+            self.dropped = strength == 0
+        share = self.config.prune * min(1.0, (progress - PRUNED_FROM) / (PRUNED_TO - PRUNED_FROM))
+        due = math.ceil(share * len(strength) - 1e-9)
+        if due > int(self.dropped.sum()):
+            lasting = torch.cat([site.lasting() for site in sites])
+            order = strength.masked_fill(self.dropped, -1.0).masked_fill(lasting, math.inf).argsort(stable=True)
+            self.dropped = torch.zeros_like(lasting)
+            self.dropped[order[: min(due, int((~lasting).sum()))]] = True
+        for site, dropped in zip(sites, self.dropped.split([len(site.down) for site in sites]), strict=True):
+            site.drop(dropped)
+
+    def finish(self) -> None:
+        """Stores the living units only: another config, with ranks site by site."""
+        if self.config.prune:
+            for site in self.push.sites:
+                site.shrink()
+            ranks = tuple(rank for site in self.push.sites for rank in site.ranks)
+            self.config = replace(self.config, ranks=ranks, prune=0.0)
 
     def penalty(self) -> Tensor | None:
         return self.push.sites[0].penalty() if self.config.recipe == "paper" else None
