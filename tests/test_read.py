@@ -13,7 +13,7 @@ from safetensors.torch import save
 from tinyld import read
 from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError, plain, show
-from tinyld.read import finite, parse_tensors, read_json, read_object, read_text, read_toml
+from tinyld.read import finite, parse_tensors, read_object, read_text, read_toml
 
 BAD_JSON = {
     "": "Expecting value",
@@ -33,7 +33,7 @@ def test_a_strict_reading_of_json_and_toml(tmp_path: Path) -> None:
     for content, message in BAD_JSON.items():
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(TinyldError, match=f"^{tmp_path}/a.json: damaged, not JSON .*{message}"):
-            read_json(tmp_path / "a.json")
+            read_object(tmp_path / "a.json")
     for content in ("a = nan", "a = 1\na = 2", "a = " + "[" * 70 + "]" * 70, "a =", "a = " + 400 * "9"):
         (tmp_path / "a.toml").write_text(content)
         with pytest.raises(TinyldError, match="a.toml: not valid TOML"):
@@ -44,14 +44,14 @@ def test_what_is_well_formed_is_read_with_or_without_a_byte_order_mark(tmp_path:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1, -2.5, true, null, "\\u00e9"], "b": {}}')
     assert read_object(tmp_path / "a.json") == {"a": [1, -2.5, True, None, "é"], "b": {}}
     (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
-    assert read_json(tmp_path / "link.json")["b"] == {}
+    assert read_object(tmp_path / "link.json")["b"] == {}
     with pytest.raises(TinyldError, match="a.json: missing key 'c'"):
-        read_json(tmp_path / "a.json")["c"]
+        read_object(tmp_path / "a.json")["c"]
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(TinyldError, match=r"a.json: expected an object, got '\[1\]'"):
         read_object(tmp_path / "a.json")
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
-    with pytest.raises(TinyldError, match=r"a.txt: line 2: not UTF-8 \(byte 8 of the file\)"):
+    with pytest.raises(TinyldError, match=r"a.txt: line 2: not UTF-8"):
         read_text(tmp_path / "a.txt")
 
 
@@ -66,11 +66,11 @@ def test_only_regular_files_of_a_sane_size_are_opened(tmp_path: Path, monkeypatc
         (tmp_path / "a\0b", "null"),
     ):
         with pytest.raises(TinyldError, match=message):
-            read_json(path)
+            read_object(path)
     (tmp_path / "a.json").write_text("[1, 2]")
     monkeypatch.setattr(read.read_text, "__defaults__", (5,))
     with pytest.raises(TinyldError, match="a.json: 6 bytes are more than the 5"):
-        read_json(tmp_path / "a.json")
+        read_object(tmp_path / "a.json")
 
 
 def header(text: str, data: bytes = b"") -> bytes:

@@ -101,8 +101,7 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
 
 def input_columns(task: Task) -> list[str]:
     """The columns that asking takes: all that the task reads but the answer."""
-    label = [task.label_column] if task.is_generation and task.label_column else []
-    return list(dict.fromkeys([*task.columns.values(), *label]))
+    return list(dict.fromkeys(task.columns.values()))
 
 
 def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:

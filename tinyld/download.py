@@ -12,7 +12,6 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from tinyld.config import check_choice
@@ -22,10 +21,6 @@ from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
 from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
 
 TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
-HOSTS = (  # that a download may lead to
-    "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
-    "www.cs.cornell.edu",
-)  # fmt: skip
 CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
 
 
@@ -34,18 +29,11 @@ class NetworkError(TinyldError):
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    url: str
-    sha256: str | None = None
-    md5: str | None = None  # where no SHA-256 is published
-
-
-@dataclass(frozen=True)
 class Source:
     """Where a task's official data is, and what must come out of it."""
 
     format: str  # a key of CONVERTERS
-    files: tuple[RemoteFile, ...]
+    files: dict[str, str]  # URL -> SHA-256, or MD5 where no other digest is published
     label_counts: dict[str, dict[str, int]]  # official split -> label name -> rows, before any cut
 
     def __post_init__(self) -> None:
@@ -59,24 +47,22 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
 
 
-def fetch(remote: RemoteFile, description: str) -> bytes:
-    """What the URL gives, with a bar on stderr. NetworkError, or TinyldError for a wrong digest.
+def fetch(url: str, digest: str, description: str) -> bytes:
+    """What the URL gives, with a bar on stderr. NetworkError, or TinyldError for another digest (SHA-256 or MD5).
 
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
     import http.client
+    from urllib.request import Request, urlopen
 
     from tinyld.progress import Progress
 
-    url, content, deadline = remote.url, bytearray(), time.monotonic() + TOTAL
+    content, deadline = bytearray(), time.monotonic() + TOTAL
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
-    scheme = urlsplit(url).scheme
-    if scheme not in ("http", "https"):
-        raise TinyldError(f"cannot download {show(url)}: only http and https are supported")
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
     try:
-        with _open(url) as response:
+        with urlopen(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT) as response:
             size = int(response.headers.get("Content-Length") or 0)
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
@@ -88,28 +74,11 @@ def fetch(remote: RemoteFile, description: str) -> bytes:
                 raise OSError(f"it broke off after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
-    expected = remote.sha256 or remote.md5
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest() if remote.md5 else sha256(content)
-    if expected not in (None, found):
-        raise TinyldError(f"{url}: checksum is {found}, expected {expected}; try again later")
+    kind = "md5" if len(digest) == 32 else "sha256"
+    found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
+    if found != digest:
+        raise TinyldError(f"{url}: checksum is {found}, expected {digest}; try again later")
     return bytes(content)
-
-
-def _open(url: str) -> Any:
-    """The response; a redirect may only lead to https on a listed host, or stay on the host that was asked."""
-    from urllib.request import HTTPRedirectHandler, Request, build_opener
-
-    asked = urlsplit(url)
-
-    class Redirect(HTTPRedirectHandler):
-        def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
-            to = urlsplit(details[-1])
-            stays, is_listed = to[:2] == asked[:2], to.scheme == "https" and to.hostname in HOSTS
-            if not (stays or is_listed):
-                raise OSError(f"it leads to {show(details[-1])}, which is not a listed host")
-            return super().redirect_request(request, response, *details)
-
-    return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
 
 
 def download_task(name: str, source: Source) -> Path:
@@ -118,26 +87,26 @@ def download_task(name: str, source: Source) -> Path:
     Raises NetworkError where a file cannot be had, and TinyldError where the rows are not those that `label_counts`
     promises; nothing is left behind then.
     """
-    splits = _download_rows(name, source)
+    splits = cut(_official_rows(name, source))
     folder = cache_dir() / "data" / name
     make_folder(folder)
     with locked(folder, wait=True):
-        new, sums = {}, _checksums(folder)
-        for split, rows in cut(splits).items():
-            path, lines = folder / f"{split}.tsv", (f"{clean(text)}\t{label}\n" for text, label in rows)
-            if not path.exists():
-                new[path] = "".join(["sentence\tlabel\n", *lines]).encode()
-        sums |= {path.name: sha256(data) for path, data in new.items()}
+        new = {}
+        for split, rows in splits.items():
+            lines = (f"{clean(text)}\t{label}\n" for text, label in rows)
+            if not (folder / f"{split}.tsv").exists():
+                new[f"{split}.tsv"] = "".join(["sentence\tlabel\n", *lines]).encode()
+        sums = _checksums(folder) | {file: sha256(content) for file, content in new.items()}
         write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
-        for path, data in new.items():
-            write_atomic(path, data)
+        for file, content in new.items():
+            write_atomic(folder / file, content)
     return folder
 
 
-def _download_rows(name: str, source: Source) -> dict[str, list[Row]]:
+def _official_rows(name: str, source: Source) -> dict[str, list[Row]]:
     """The rows of each official split, counted."""
-    url, n = source.files[0].url, len(source.files)
-    files = [io.BytesIO(fetch(remote, f"{name} ({i}/{n})")) for i, remote in enumerate(source.files, 1)]
+    url, n = next(iter(source.files)), len(source.files)
+    files = [io.BytesIO(fetch(*remote, f"{name} ({i}/{n})")) for i, remote in enumerate(source.files.items(), 1)]
     try:
         splits = CONVERTERS[source.format](files)
     except (ValueError, LookupError, OSError, EOFError, RuntimeError, csv.Error, zlib.error) as error:
@@ -155,18 +124,8 @@ def _checksums(folder: Path) -> dict[str, str]:
     return dict(read_object(path)) if path.exists() else {}
 
 
-def check_cached(path: Path, counts: dict[str, int] | None = None) -> None:
-    """Raises TinyldError when a file of the cache is no longer what `download_task` wrote.
-
-    One that it did not write, which a user put there, must have as many rows of each label as are published.
-    """
-    known, content = _checksums(path.parent).get(path.name), read_bytes(path, ROWS_BYTES)
-    if known is not None and sha256(content) != known:
+def check_cached(path: Path) -> None:
+    """TinyldError when a file of the cache is no longer what `download_task` wrote; what a user put there may be."""
+    known = _checksums(path.parent).get(path.name)
+    if known is not None and sha256(read_bytes(path, ROWS_BYTES)) != known:
         raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
-    if known is None and counts:
-        found = Counter(line.rstrip().rpartition(b"\t")[2] for line in content.splitlines()[1:])
-        if sorted(found.values()) != sorted(counts.values()):
-            raise TinyldError(
-                f"{path}: has {found.total():,} rows, which are not the {sum(counts.values()):,} published ones; "
-                "delete it to download them, or keep rows of your own in another folder and say --data DIR"
-            )
