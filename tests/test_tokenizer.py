@@ -165,7 +165,9 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
 BAD_FILES = [
     ("a.txt", b"caf\xe9\n", "not UTF-8 .invalid continuation byte"),
     ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
-    ("a.jsonl", b'{"body": "a"}\n', "string field 'text'"),
+    ("a.jsonl", b'{"body": "a"}\n', "line 1: missing key 'text'"),
+    ("a.jsonl", b'{"text": 3}\n', "line 1: text: '3' is not of type str"),
+    ("a.jsonl", b'["a"]\n', "line 1: .* is not of type dict"),
     ("a.txt.gz", b"plain", "cannot be read"),
     ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
     ("a.jsonl", b"[" * 100_000, "line 1: damaged, not JSON"),

@@ -48,10 +48,6 @@ class Example:
         """Every answer that is right."""
         return self.references or (self.answer,)
 
-    def each(self) -> list[Example]:
-        """An example for each right answer, to learn from all of them."""
-        return [replace(self, answer=text) for text in self.right]
-
     def cut(self, n: int, longest: int) -> list[Example]:
         """n examples of the same text, each with a gap of 1 to `longest` words where the text itself decides."""
         words = f"{self.before} {self.answer} {self.after}".split()
@@ -292,4 +288,6 @@ def _longest(task: Task) -> int:
 
 def to_learn(task: Task, examples: Sequence[Example]) -> list[Example]:
     """What training reads: every right answer; of a text that is filled, several gaps."""
-    return [own for e in examples for own in (e.cut(GAPS, _longest(task)) if task.is_infill else e.each())]
+    if task.is_infill:
+        return [own for example in examples for own in example.cut(GAPS, _longest(task))]
+    return [replace(example, answer=text) for example in examples for text in example.right]

@@ -17,7 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.errors import TinyldError, show
-from tinyld.read import as_object, decode, opened, parse_json, read_bytes
+from tinyld.read import decode, opened, parse_json, read_bytes
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -221,19 +221,12 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
                 lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig")
                 for number, line in enumerate(iter(lambda lines=lines: lines.readline(LINE), ""), 1):
                     if path.suffix == ".jsonl":
-                        line = _text_field(line, f"{path}, line {number}")
-                    line = " ".join(line.split())
-                    if line:
+                        text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
+                        line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
+                    if line := " ".join(line.split()):
                         yield line
         except (EOFError, zlib.error) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
-
-
-def _text_field(line: str, where: str) -> str:
-    text = as_object(parse_json(line, where), where).get("text")
-    if not isinstance(text, str):
-        raise TinyldError(f"{where}: expected an object with a string field 'text'")
-    return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as scraped text has
 
 
 def find_text_files(paths: Iterable[Path]) -> list[Path]:
