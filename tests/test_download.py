@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tinyld import download, formats
+from tinyld import download
 from tinyld.download import NetworkError, fetch
 from tinyld.errors import TinyldError
-from tinyld.formats import read_members, tenth
+from tinyld.formats import tenth
 from tinyld.rows import load_split
 from tinyld.tasks import Task, load_task
 
@@ -73,38 +73,37 @@ def tar_of(members: dict[str, bytes | str]) -> bytes:
 # ---------------------------------------------------------------------------------------------- fetching
 
 
-def fetched(site: dict[str, bytes], path: str, digest: str | None = None) -> bytes:
-    content = site.get(site.get(path, b"").decode(errors="ignore"), site.get(path, b""))
-    return fetch(f"https://example.org{path}", digest or hashlib.sha256(content).hexdigest(), "letters")
+def fetched(path: str, digest: str = "0" * 64) -> bytes:
+    return fetch(f"https://example.org{path}", digest, "letters")
 
 
 def test_a_download_arrives_whole_and_is_checked(site: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
     site |= {"/a": bytes(range(256)) * 4096, "/moved": b"/a"}
-    assert fetched(site, "/a") == fetched(site, "/moved") == site["/a"]
-    assert fetched(site, "/a", hashlib.md5(site["/a"]).hexdigest()) == site["/a"]
+    for kind in (hashlib.sha256, hashlib.md5):
+        digest = kind(site["/a"]).hexdigest()
+        assert fetched("/a", digest) == fetched("/moved", digest) == site["/a"]
+        with pytest.raises(TinyldError, match=f"/a: checksum is {digest}, expected 0000.*; try again later"):
+            fetched("/a", "0" * len(digest))
     assert "downloading letters from http://127.0.0.1" in capsys.readouterr().err
-    for digest in ("0" * 64, "0" * 32):
-        with pytest.raises(TinyldError, match=rf"/a: checksum is \w+, expected {digest}"):
-            fetched(site, "/a", digest)
 
 
 def test_a_failed_transfer_is_a_network_error(site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "MAX_BYTES", 1000)
-    site |= {"/cut": b"abc", "/large": b"x" * 1001, "/moved": b"ftp://127.0.0.1:9/a", "/slow": b"x"}
+    site |= {"/cut": b"abc", "/large": b"x" * 1001, "/moved": b"file:///etc/hosts", "/slow": b"x"}
     for path, message in (
         ("/none", r"could not download http://127.0.0.1:\d+/none: .*Not Found"),
         ("/cut", "could not download .*/cut: .*after 3 of 13 bytes"),
         ("/large", "could not download .*/large: it is larger than 1,000 bytes"),
-        ("/moved", "could not download .*/moved: "),
+        ("/moved", "could not download .*/moved: .* not allowed"),
         ("/slow", "or takes over -1 s"),
     ):
         if path == "/slow":
             monkeypatch.setattr(download, "TOTAL", -1.0)
         with pytest.raises(NetworkError, match=message):
-            fetched(site, path)
+            fetched(path)
     monkeypatch.setenv("TINYLD_MIRROR", "nowhere")
     with pytest.raises(NetworkError, match="unknown url type"):
-        fetched(site, "/a")
+        fetched("/a")
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,23 +112,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     for name, folder in (("HOME", "/h/.cache/tinyld"), ("XDG_CACHE_HOME", "/x/tinyld"), ("TINYLD_CACHE", "/c")):
         monkeypatch.setenv(name, folder[:2])
         assert download.cache_dir() == Path(folder)
-
-
-# ---------------------------------------------------------------------------------------------- archives
-
-
-@pytest.mark.parametrize("pack", [zip_of, tar_of])
-def test_only_the_named_members_are_read_and_no_bomb(pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = io.BytesIO(
-        pack({"./x/a.tsv": "a", "x/b.tsv": "b", "../evil": "c", "one": b"\0" * 600, "two": b"\0" * 600})
-    )
-    assert read_members(archive, r"x/a\.tsv") == {"x/a.tsv": b"a"}
-    with pytest.raises(ValueError, match="has 0 bytes in the archive"):
-        read_members(archive, "a.tsv")
-    assert set(read_members(archive, "one|two")) == {"one", "two"}
-    monkeypatch.setattr(formats, "MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match="has 1,200 bytes in the archive"):
-        read_members(archive, "one|two")
 
 
 # ---------------------------------------------------------------------------------------------- official formats
@@ -178,18 +160,18 @@ CONVERTED: dict[str, set[tuple[str, int]]] = {
 }
 
 
-def publish(site: dict[str, bytes], task: Task, contents: list[bytes], **changes: object) -> Task:
-    """Puts the contents where the task's files are; the task with their checksums, and without published counts."""
-    files = {}
-    for url, content in zip(task.download.files, contents, strict=True):
+def publish(site: dict[str, bytes], name: str, contents: list[bytes] | None = None) -> Task:
+    """The task, with the contents where its files are, and their checksums."""
+    task, files = load_task(name), {}
+    for url, content in zip(task.download.files, contents or PUBLISHED[name], strict=True):
         site["/" + url.split("/", 3)[3]] = content
         files[url] = hashlib.sha256(content).hexdigest()
-    return replace(task, download=replace(task.download, files=files, **{"label_counts": {}, **changes}))
+    return replace(task, download=replace(task.download, files=files))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Path, name: str) -> None:
-    task = publish(site, load_task(name), PUBLISHED[name])
+    task = publish(site, name)
     folder = download.download_task(name, task.download)
     rows = []
     for path in folder.glob("*.tsv"):
@@ -201,14 +183,14 @@ def test_published_formats_become_our_rows(site: dict[str, bytes], tmp_path: Pat
 
 
 def test_mrpc_dev_rows_are_those_whose_ids_are_listed(site: dict[str, bytes]) -> None:
-    task = publish(site, load_task("mrpc"), PUBLISHED["mrpc"])
+    task = publish(site, "mrpc")
     assert [e.before for e in load_split(task, "dev")] == ["c ?"]
     assert [e.before for e in load_split(task, "train")] == ["a ?"]
 
 
 def test_a_set_without_dev_gets_the_same_tenth_of_train_every_time(site: dict[str, bytes]) -> None:
     questions = [f"HUM:ind Who is number {i} ?" for i in range(1000)]
-    task = publish(site, load_task("trec"), ["\n".join(questions).encode(), b"HUM:ind Who ?\n"])
+    task = publish(site, "trec", ["\n".join(questions).encode(), b"HUM:ind Who ?\n"])
     dev, train = load_split(task, "dev"), load_split(task, "train")
     assert 60 < len(dev) < 140 and len(dev) + len(train) == 1000
     assert all(tenth(e.before.removesuffix(" this asks for a")) == 0 for e in dev)
@@ -216,35 +198,18 @@ def test_a_set_without_dev_gets_the_same_tenth_of_train_every_time(site: dict[st
     assert tenth("Who is number 7 ?") == tenth("who is  number 7")
 
 
-def test_rows_of_wrong_counts_are_refused_and_nothing_is_kept(site: dict[str, bytes], tmp_path: Path) -> None:
-    counts = load_task("sst2").download.label_counts
-    task = publish(site, load_task("sst2"), PUBLISHED["sst2"], label_counts=counts)
-    with pytest.raises(TinyldError) as caught:
-        load_split(task, "dev")
-    expected = "sst2 train has 2 rows, \"{'negative': 1, 'positive': 1}\", expected {'negative': 29780,"
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
-
-
-NO_ARCHIVES = [b"", b"<html>log in</html>\n", zip_of({"a": "b"})[:40], tar_of({"a": "b"})[:20]]
-
-
-@pytest.mark.parametrize("content", NO_ARCHIVES, ids=["empty", "html", "cut zip", "cut tar"])
-@pytest.mark.parametrize("name", ["trec", "ag-news", "mrpc", "sst2", "subj"])
-def test_another_file_in_its_place_is_refused(
-    site: dict[str, bytes], tmp_path: Path, name: str, content: bytes
-) -> None:
-    task = load_task(name)
-    task = publish(site, task, [content] * len(task.download.files), label_counts=task.download.label_counts)
-    with pytest.raises(TinyldError, match="not the format|expected"):
-        load_split(task, "dev" if "dev" in task.splits else "train")
+def test_another_file_in_its_place_is_refused_and_nothing_is_kept(site: dict[str, bytes], tmp_path: Path) -> None:
+    for name in ("sst2", "mr"):
+        publish(site, name)
+        with pytest.raises(TinyldError, match=r"checksum is \w+, expected \w+; try again later"):
+            load_split(load_task(name), "train")
     assert not (tmp_path / "cache").exists()
 
 
 def test_what_is_in_the_cache_needs_no_network_and_is_noticed_when_it_changes(
     site: dict[str, bytes], tmp_path: Path
 ) -> None:
-    task = publish(site, load_task("sst2"), PUBLISHED["sst2"])
+    task = publish(site, "sst2")
     first, published = load_split(task, "dev"), dict(site)
     site.clear()
     assert load_split(task, "dev") == first and len(load_split(task, "train")) == 2
@@ -258,7 +223,7 @@ def test_what_is_in_the_cache_needs_no_network_and_is_noticed_when_it_changes(
 
 
 def test_a_file_in_the_cache_that_was_not_downloaded_stays(site: dict[str, bytes], tmp_path: Path) -> None:
-    task = publish(site, load_task("sst2"), PUBLISHED["sst2"])
+    task = publish(site, "sst2")
     mine = tmp_path / "cache/data/sst2/train.tsv"
     mine.parent.mkdir(parents=True)
     mine.write_text("sentence\tlabel\nmine\t0\n")

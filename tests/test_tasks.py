@@ -361,8 +361,6 @@ def test_built_in_tasks_are_whole() -> None:
     for task in builtin_tasks():
         assert load_task(task.name) == task and task.description and task.builtin
         assert all(" " not in words and words == words.lower() for words in task.verbalizer.values())
-        for counts in task.download.label_counts.values() if task.download else ():
-            assert tuple(counts) == task.labels
         for url, digest in task.download.files.items() if task.download else ():
             assert url.startswith("https://") and re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", digest)
 
