@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,6 @@ from tinyld.write import write_atomic
 
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
 READ = 1 << 17  # bytes of text read at once: some thousand lines
-HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSON leaves as they are
 LONGEST = 1 << 24  # bytes of a line
 Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
@@ -116,13 +114,13 @@ def formatter(options: PredictOptions, as_csv: bool) -> Callable[[list[dict[str,
         return lambda records: _csv(records, header, str if to_file else plain)  # a file keeps control characters
     if not (to_file or options.json) and sys.stdout.isatty():
         return lambda records: "".join(map(_table_line, records))
-    ascii_only = not to_file and "utf" not in (sys.stdout.encoding or "").lower()
+    any_text = to_file or "utf" in (sys.stdout.encoding or "").lower()
 
-    def as_json(records: list[dict[str, Any]]) -> str:
-        text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
-        return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
+    def as_json(record: dict[str, Any]) -> str:
+        line = json.dumps(record, ensure_ascii=False)
+        return line if any_text and line.isprintable() else json.dumps(record)
 
-    return as_json
+    return lambda records: "".join(f"{as_json(record)}\n" for record in records)
 
 
 def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[object], str]) -> str:
