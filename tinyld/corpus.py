@@ -50,10 +50,8 @@ def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int]
             file.flush()
             stream = np.memmap(file, dtype, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype)
     except OSError as error:
-        raise TinyldError(
-            f"the tokens of the text cannot be kept in {tempfile.gettempdir()} ({error.strerror}); "
-            "set TMPDIR to a folder with room for them"
-        ) from None
+        problem = f"the tokens of the text cannot be kept in {tempfile.gettempdir()} ({error.strerror})"
+        raise TinyldError(f"{problem}; set TMPDIR to a folder with room for them") from None
     return Corpus(stream, counts, documents, digest.hexdigest())
 
 

@@ -107,10 +107,8 @@ def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -
         text = text or left.pop()
     if text is None or label is None:
         check(len(names) > 1, f"{file}: it has the one column {names[0]}; texts and labels take two, a comma between")
-        raise TinyldError(
-            f"{file}: which of its columns are text and label? It has {', '.join(names)}; "
-            "say so with --text-column and --label-column (or --answer-column, of texts to write)"
-        )
+        way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
+        raise TinyldError(f"{file}: which of its columns are text and label? It has {', '.join(names)}; {way_out}")
     return text, label
 
 

@@ -66,9 +66,8 @@ class Example:
 
 def bundled_data_dir() -> Path:
     """The rows that come with tinyld: inside an installed package, or `data/` at the top of a checkout."""
-    package = Path(__file__).parent
-    inside = package / "bundled"
-    return inside if inside.exists() else package.parent / "data"
+    inside = Path(__file__).parent / "bundled"
+    return inside if inside.exists() else inside.parents[1] / "data"
 
 
 def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
@@ -83,12 +82,12 @@ def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
 
 def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     """The split's file: in `data`, else the task's own, in $TINYLD_DATA, the cache, the bundled data, or fetched."""
-    name = task.rows_from or task.name
+    name, none = task.rows_from or task.name, f"no {split} rows of {task.name}"
     if data is not None:
         if found := in_folder(data, (name, ""), split):
             return found
         what = "no such folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
-        raise TinyldError(f"no {split} rows of {task.name} in {data}: {what} (.csv and .jsonl are read too)")
+        raise TinyldError(f"{none} in {data}: {what} (.csv and .jsonl are read too)")
     if split in task.data:
         return Path(task.data[split])
     if not task.builtin:
@@ -106,16 +105,14 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     if split not in task.splits:
         raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
     columns = dict.fromkeys(filter(None, (*task.columns.values(), task.answer_column, task.label_column)))
-    way_out = (
-        f"put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv "
-        f"or at DIR/{name}/{split}.tsv with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
-    )
+    way_out = f"put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv or at DIR/{name}/{split}.tsv"
+    way_out += f" with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
     if task.download is None:
-        raise TinyldError(f"no {split} rows of {task.name}, which has no official download: {way_out}")
+        raise TinyldError(f"{none}, which has no official download: {way_out}")
     try:
         return download.download_task(name, task.download) / f"{split}.tsv"
     except download.NetworkError as error:
-        raise TinyldError(f"no {split} rows of {task.name}: {error}; {way_out}") from None
+        raise TinyldError(f"{none}: {error}; {way_out}") from None
 
 
 # ---------------------------------------------------------------------------------------------- rows of a file
@@ -170,10 +167,8 @@ def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[
 def cell(row: dict[str, Any], column: str, where: str) -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
     if column not in row:
-        raise TinyldError(
-            f"{where}: no column {show(column)}, found {show(', '.join(row))}; "
-            "rename it, or name its own: --column (predict), or a task file's [columns] table"
-        )
+        way_out = "rename it, or name its own: --column (predict), or a task file's [columns] table"
+        raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(row))}; {way_out}")
     value = row[column]
     if isinstance(value, bool):
         value = str(value).lower()
@@ -216,12 +211,8 @@ def load_split(
     check(split != "test", f"task {task.name} has no test rows: give a file of them with --data")
     examples = _examples(task, list(read_rows(path)))
     check(len(examples) >= 2, f"{path}: one row; dev rows are held out, so that at least two are needed")
-
-    def digest(i: int) -> bytes:
-        text = f"{examples[i].before}\0{examples[i].after}"
-        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-
-    by_text = sorted(range(len(examples)), key=digest)
+    texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
+    by_text = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest())
     dev = set(by_text[: max(1, len(examples) // HELD_OUT)])
     return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
 
@@ -267,9 +258,8 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
         text = cell(row, column, where)
         parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
         if len(parts) != len(names) or not all(parts):
-            raise TinyldError(
-                f"{where}: column {show(column)} must hold {len(names)} texts with {PAIR!r} between, got {show(text)}"
-            )
+            wanted = f"{len(names)} texts with {PAIR!r} between"
+            raise TinyldError(f"{where}: column {show(column)} must hold {wanted}, got {show(text)}")
         fields |= zip(names, parts, strict=True)
     if task.is_infill:
         (text,) = fields.values()
