@@ -378,17 +378,13 @@ def test_bundled_tasks_need_no_network_and_no_files(name: str) -> None:
         assert {e.before for e in examples} == {"a negative review :", "a positive review :"}
 
 
-@pytest.mark.parametrize("task", [t for t in builtin_tasks() if t.name not in ("reviews", "topics", "write")])
-def test_real_data_matches_the_labels_and_counts(task: Task) -> None:
-    if not (SHARED / task.name).is_dir():
-        pytest.skip("no such data set in shared/data")
-    found = {split: load_split(task, split, SHARED) for split in task.splits}
-    if task.is_generation:
-        assert [len(examples) for examples in found.values()] == [6_940, 872, 971]
-        assert [len(to_learn(task, examples)) for examples in found.values()] == [18_102, 2_268, 2_495]
-        return
-    assert task.labels == tuple((SHARED / task.name / "labels.txt").read_text().split("\n")[: len(task.labels)])
-    for split, examples in found.items():
-        assert {e.label for e in examples} == set(range(len(task.labels)))
-        if task.name in ("sst2", "cola", "rte", "mrpc") or (split == "test" and task.name in ("trec", "ag-news")):
-            assert len(examples) == task.rows[split]
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no data sets in shared/data")
+def test_real_data_has_every_label_and_the_published_counts() -> None:
+    for task in (task for task in builtin_tasks() if (SHARED / task.name).is_dir()):
+        names = (SHARED / task.name / "labels.txt").read_text().split() if task.labels else []
+        assert task.labels == tuple(names[: len(task.labels)])
+        for split in task.splits:
+            examples = load_split(task, split, SHARED)
+            assert {e.label for e in examples} == (set(range(len(task.labels))) or {None})
+            if task.name in ("sst2", "cola", "rte", "mrpc") or (split == "test" and task.name in ("trec", "ag-news")):
+                assert len(examples) == task.rows[split]
