@@ -1,11 +1,10 @@
-"""`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines, CSV, or a table."""
+"""`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines or CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinyld.answers import OURS, input_columns, own_name
+from tinyld.answers import input_columns, own_name
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
@@ -108,12 +107,10 @@ def predict(options: PredictOptions) -> None:
 
 
 def formatter(options: PredictOptions, as_csv: bool) -> Callable[[list[dict[str, Any]]], str]:
-    """What makes lines of records: of CSV, of JSON, or on a terminal of a table."""
+    """What makes lines of records, of CSV or of JSON."""
     to_file, header = options.out is not None, []
     if as_csv:
         return lambda records: _csv(records, header, str if to_file else plain)  # a file keeps control characters
-    if not (to_file or options.json) and sys.stdout.isatty():
-        return lambda records: "".join(map(_table_line, records))
     any_text = to_file or "utf" in (sys.stdout.encoding or "").lower()
 
     def as_json(record: dict[str, Any]) -> str:
@@ -139,14 +136,3 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[o
         csv.writer(file, lineterminator="\n").writerow(header)
     csv.DictWriter(file, header, restval="", extrasaction="ignore", lineterminator="\n").writerows(flat)
     return file.getvalue()
-
-
-def _table_line(record: dict[str, Any]) -> str:
-    """What was answered, and the text, in the width of the terminal."""
-    width = shutil.get_terminal_size().columns
-    text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in OURS)
-    several = record.get("tasks", {"": record}).items()
-    said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
-    written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
-    line = plain("  ".join([*said, text, *written]))
-    return (line if len(line) <= width else line[: width - 3] + "...") + "\n"
