@@ -50,7 +50,7 @@ class Task:
     path: Path = Path()  # of its file, or of the file of rows that it was made from
 
     def __post_init__(self) -> None:
-        """UsageError where the parts do not fit each other."""
+        """Fills in what is left open; UsageError where the parts do not fit each other."""
         plain_name = re.fullmatch(r"\w[\w .-]*", self.name) is not None
         check(plain_name, f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
