@@ -24,14 +24,14 @@ from tinyld.tasks import Task, load_task
 
 @pytest.fixture
 def site(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """URL path -> content, served as every host's; /cut promises more than it sends, /moved leads to its content."""
+    """URL path -> content, served as every host's; /cut promises more than it sends, /moved... leads to its content."""
     files: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             content = files.get(self.path)
-            self.send_response(302 if self.path == "/moved" else 404 if content is None else 200)
-            if self.path == "/moved":
+            self.send_response(302 if self.path.startswith("/moved") else 404 if content is None else 200)
+            if self.path.startswith("/moved"):
                 self.send_header("Location", content.decode())
             extra = 10 if self.path == "/cut" else 0
             self.send_header("Content-Length", str(len(content or b"") + extra))
@@ -90,11 +90,14 @@ def test_a_download_arrives_whole_and_is_checked(site: dict[str, bytes], capsys:
 def test_a_failed_transfer_is_a_network_error(site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "MAX_BYTES", 1000)
     site |= {"/cut": b"abc", "/large": b"x" * 1001, "/moved": b"file:///etc/hosts", "/slow": b"x"}
+    site |= {"/moved-on": b"https://example.org/a", "/moved-down": b"http://dl.fbaipublicfiles.com/a"}
     for path, message in (
         ("/none", r"could not download http://127.0.0.1:\d+/none: .*Not Found"),
         ("/cut", "could not download .*/cut: .*after 3 of 13 bytes"),
         ("/large", "could not download .*/large: it is larger than 1,000 bytes"),
         ("/moved", "could not download .*/moved: .* not allowed"),
+        ("/moved-on", "it leads to 'https://example.org/a', which is not a listed host"),
+        ("/moved-down", "could not download .*/moved-down: it leads to"),
         ("/slow", "or takes over -1 s"),
     ):
         if path == "/slow":
@@ -102,7 +105,7 @@ def test_a_failed_transfer_is_a_network_error(site: dict[str, bytes], monkeypatc
         with pytest.raises(NetworkError, match=message):
             fetched(path)
     monkeypatch.setenv("TINYLD_MIRROR", "nowhere")
-    with pytest.raises(NetworkError, match="unknown url type"):
+    with pytest.raises(NetworkError, match="only http and https are supported"):
         fetched("/a")
 
 
@@ -202,4 +205,7 @@ def test_a_file_in_the_cache_that_was_not_downloaded_stays(site: dict[str, bytes
     mine.parent.mkdir(parents=True)
     mine.write_text("sentence\tlabel\nmine\t0\n")
     assert load_split(task, "dev")[0].before == "c it was"
+    with pytest.raises(TinyldError, match="train.tsv: has 1 rows, which are not the 67,349 published ones; delete it"):
+        load_split(task, "train")
+    task = replace(task, download=replace(task.download, rows={"train": 1}))
     assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"

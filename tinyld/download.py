@@ -9,15 +9,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from tinyld.errors import TinyldError, plain
+from tinyld.errors import TinyldError, plain, show
 from tinyld.formats import CONVERTERS, cut
 from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
 from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
 
 TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
 MAX_BYTES = 2 << 30  # of a download
+HOSTS = (  # that a download may lead to
+    "ai.stanford.edu", "cogcomp.seas.upenn.edu", "dl.fbaipublicfiles.com", "raw.githubusercontent.com",
+    "www.cs.cornell.edu",
+)  # fmt: skip
 CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
 
 
@@ -47,7 +52,6 @@ def fetch(url: str, digest: str, description: str) -> bytes:
     `$TINYLD_MIRROR` replaces the scheme and host of every URL.
     """
     import http.client
-    from urllib.request import Request, urlopen
 
     from tinyld.progress import Progress
 
@@ -56,7 +60,7 @@ def fetch(url: str, digest: str, description: str) -> bytes:
         url = mirror.rstrip("/") + urlsplit(url).path
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
     try:
-        with urlopen(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT) as response:
+        with _open(url) as response:
             size = int(response.headers.get("Content-Length") or 0)
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
@@ -73,6 +77,24 @@ def fetch(url: str, digest: str, description: str) -> bytes:
     if found != digest:
         raise TinyldError(f"{url}: checksum is {found}, expected {digest}; try again later")
     return bytes(content)
+
+
+def _open(url: str) -> Any:
+    """The response; a redirect may only lead to https on a listed host, or stay on the host that was asked."""
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    asked = urlsplit(url)
+    if asked.scheme not in ("http", "https"):
+        raise ValueError("only http and https are supported")
+
+    class Redirect(HTTPRedirectHandler):
+        def redirect_request(self, request: Any, response: Any, *details: Any) -> Request | None:
+            to = urlsplit(details[-1])
+            if to[:2] != asked[:2] and not (to.scheme == "https" and to.hostname in HOSTS):
+                raise OSError(f"it leads to {show(details[-1])}, which is not a listed host")
+            return super().redirect_request(request, response, *details)
+
+    return build_opener(Redirect).open(Request(url, headers={"User-Agent": "tinyld"}), timeout=TIMEOUT)
 
 
 def download_task(name: str, source: Source) -> Path:
@@ -103,8 +125,15 @@ def _checksums(folder: Path) -> dict[str, str]:
     return dict(read_object(path)) if path.exists() else {}
 
 
-def check_cached(path: Path) -> None:
-    """TinyldError when a file of the cache is no longer what `download_task` wrote; what a user put there may be."""
-    known = _checksums(path.parent).get(path.name)
-    if known is not None and sha256(read_bytes(path, ROWS_BYTES)) != known:
+def check_cached(path: Path, published: int | None = None) -> None:
+    """TinyldError when a file of the cache is no longer what `download_task` wrote, or, where a user put it there, has
+    not as many rows as are `published`."""
+    known, content = _checksums(path.parent).get(path.name), read_bytes(path, ROWS_BYTES)
+    if known is not None and sha256(content) != known:
         raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
+    rows = len(content.splitlines()) - 1
+    if known is None and published not in (None, rows):
+        raise TinyldError(
+            f"{path}: has {rows:,} rows, which are not the {published:,} published ones; "
+            "delete it to download them, or keep rows of your own in another folder and say --data DIR"
+        )

@@ -100,7 +100,7 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
         if found := in_folder(folder, (name,), split):
             if folder == cache:
-                download.check_cached(found)
+                download.check_cached(found, task.download and task.download.rows.get(split))
             return found
     if split not in task.splits:
         raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")

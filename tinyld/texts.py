@@ -1,10 +1,12 @@
-"""`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines or CSV."""
+"""`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines, CSV, or a table."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinyld.answers import input_columns, own_name
+from tinyld.answers import OURS, input_columns, own_name
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
@@ -25,6 +27,7 @@ from tinyld.write import write_atomic
 
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
 READ = 1 << 17  # bytes of text read at once: some thousand lines
+HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSON leaves as they are
 LONGEST = 1 << 24  # bytes of a line
 Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
@@ -107,17 +110,19 @@ def predict(options: PredictOptions) -> None:
 
 
 def formatter(options: PredictOptions, as_csv: bool) -> Callable[[list[dict[str, Any]]], str]:
-    """What makes lines of records, of CSV or of JSON."""
+    """What makes lines of records: of CSV, of JSON, or on a terminal of a table."""
     to_file, header = options.out is not None, []
     if as_csv:
         return lambda records: _csv(records, header, str if to_file else plain)  # a file keeps control characters
-    any_text = to_file or "utf" in (sys.stdout.encoding or "").lower()
+    if not (to_file or options.json) and sys.stdout.isatty():
+        return lambda records: "".join(map(_table_line, records))
+    ascii_only = not to_file and "utf" not in (sys.stdout.encoding or "").lower()
 
-    def as_json(record: dict[str, Any]) -> str:
-        line = json.dumps(record, ensure_ascii=False)
-        return line if any_text and line.isprintable() else json.dumps(record)
+    def as_json(records: list[dict[str, Any]]) -> str:
+        text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
+        return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
 
-    return lambda records: "".join(f"{as_json(record)}\n" for record in records)
+    return as_json
 
 
 def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[object], str]) -> str:
@@ -136,3 +141,14 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[o
         csv.writer(file, lineterminator="\n").writerow(header)
     csv.DictWriter(file, header, restval="", extrasaction="ignore", lineterminator="\n").writerows(flat)
     return file.getvalue()
+
+
+def _table_line(record: dict[str, Any]) -> str:
+    """What was answered, and the text, in the width of the terminal."""
+    width = shutil.get_terminal_size().columns
+    text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in OURS)
+    several = record.get("tasks", {"": record}).items()
+    said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
+    written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
+    line = plain("  ".join([*said, text, *written]))
+    return (line if len(line) <= width else line[: width - 3] + "...") + "\n"
