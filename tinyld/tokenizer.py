@@ -156,6 +156,11 @@ class Tokenizer:
             raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
         return tokenizer
 
+    @property
+    def tokens(self) -> list[str]:
+        """Every token's spelling, by its id."""
+        return [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
+
     def to_json(self) -> str:
         """What `tokenizer.json` holds; the same vocabulary gives the same text."""
         raw = json.loads(self.inner.to_str()) | ({} if self.roles is None else {"roles": dict(self.roles)})
