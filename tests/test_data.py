@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyld.data import TaskRows, TextRows, slot_width
+from tinyld.data import ECHOED, RENAMED, TaskRows, TextRows, names_and_numbers, slot_width
 from tinyld.errors import TinyldError
 from tinyld.tasks import Example, Task, load_split, load_task
 from tinyld.tokenizer import Tokenizer
@@ -218,3 +218,26 @@ def test_an_eighth_of_the_rows_say_part_of_themselves_twice() -> None:
     assert len(set(rows.stream[:630])) == 630 and torch.equal(
         TextRows(stream, 64, bos_id=2).take(np.arange(9)).x0[:, 1:].flatten(), torch.arange(100, 100 + 9 * 63)
     ), "the stream itself stays, and rows that are scored are as they are"
+
+
+def test_a_quarter_of_the_rows_exchange_the_names_and_numbers_that_come_again(tokenizer: Tokenizer) -> None:
+    """Words 10 to 29 are names, 30 to 39 numbers, all else common; each row has some of them twice."""
+    tokens = ["a"] * 10 + ["name"] * 10 + ["##piece"] * 10 + ["7"] * 10 + ["the"] * 10
+    counts = np.array([5] * 40 + [500_000] * 10)
+    kinds = names_and_numbers(tokens, counts)
+    assert kinds.tolist() == [1] * 20 + [2] * 10 + [3] * 10 + [0] * 10
+    rng, width, n = np.random.default_rng(0), 20, 2_000
+    stream = rng.choice([*range(10, 40), 45], size=(n + 1) * width, p=[0.02] * 30 + [0.4]).astype(np.uint16)
+    rows = TextRows(stream, width + 1, bos_id=2, eos_id=99, kinds=kinds)
+    found, clean = rows.take(np.arange(n)).x0[:, 1:].numpy(), stream[: n * width].reshape(n, width)
+    renamed = 0
+    for now, before in zip(found, clean, strict=True):
+        if 99 in now:
+            continue
+        assert (kinds[now] == kinds[before]).all(), "each by one of its kind"
+        again = np.isin(before, [t for t, k in zip(*np.unique(before, return_counts=True), strict=True) if k > 1])
+        assert (now == before)[~again | (kinds[before] == 0)].all(), "what comes once stays"
+        same = before[:, None] == before[None, :]
+        assert (now[:, None] == now[None, :])[same].all(), "everywhere in the row by the same one"
+        renamed += bool((now != before).any())
+    assert renamed / n == pytest.approx((1 - ECHOED) * RENAMED, abs=4 * (0.25 / n) ** 0.5)

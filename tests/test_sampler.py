@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -297,29 +296,6 @@ def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: 
     assert torch.equal(out, x) and not passes.any()
 
 
-@pytest.mark.parametrize("sampler", ["low_confidence", "threshold"])
-@pytest.mark.parametrize(("eos_id", "written"), [(None, [6, EOS, EOS, EOS, EOS]), (EOS, [6, 6, 6, EOS, EOS])])
-def test_the_end_of_an_answer_waits_for_its_beginning(
-    tokenizer: Tokenizer, sampler: str, eos_id: int | None, written: list[int]
-) -> None:
-    """A denoiser surer of [EOS] everywhere than of the word that goes on: greedily, the text would end at once."""
-    x, answer_mask, attention_mask = rows(tokenizer, [5])
-    start = int(answer_mask[0].nonzero()[0])
-
-    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = torch.zeros(*x.shape, 8)
-        logits[..., EOS] = 3.0
-        for place in range(start, start + 3):
-            goes_on = (x[:, place - 1] != MASK) & (x[:, place - 1] != EOS)
-            logits[:, place, 6] = torch.where(goes_on, 3.5, 0.0)
-        return logits[where]
-
-    config = SampleConfig(sampler, threshold=None if sampler == "low_confidence" else 0.8)
-    out, passes = decode(denoiser, x, answer_mask, attention_mask, MASK, FORBIDDEN, config, eos_id=eos_id)
-    assert out[answer_mask].tolist() == written
-    assert passes == (4 if eos_id else 5 if sampler == "low_confidence" else 2)
-
-
 def hazards(table: dict[int, float], start: int) -> Any:
     """A denoiser that ends a text at slot position j with chance table[j], given that it comes so far, and else writes
     token 6."""
@@ -335,28 +311,47 @@ def hazards(table: dict[int, float], start: int) -> Any:
     return denoiser
 
 
-def test_the_chance_of_a_length_is_the_hazard_there_times_that_of_coming_so_far(tokenizer: Tokenizer) -> None:
-    """[EOS] is likelier at 3 than at 1, but a text seldom comes to 3: 0.92 against 0.08 * 0.99."""
+LENGTHS = [
+    ({1: 0.92, 3: 0.99}, 1),  # [EOS] is likelier at 3 than at 1, but a text seldom comes to 3
+    ({0: 0.3, 1: 0.2, 2: 0.2, 3: 0.9}, 2),  # the likeliest length is 3, at 0.40; the median, passed at 0.55, is 2
+    ({j: 0.1 for j in range(6)}, 6),  # most texts fill the slot
+    ({0: 0.6}, 0),
+]
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy", "klass", "ancestral"])
+@pytest.mark.parametrize(("table", "length"), LENGTHS)
+def test_the_first_pass_takes_the_median_length(
+    tokenizer: Tokenizer, sampler: str, table: dict[int, float], length: int
+) -> None:
+    """The chance of a length is the hazard there times that of coming so far."""
     batch = rows(tokenizer, [6])
-    denoiser = hazards({1: 0.92, 3: 0.99}, int(batch[1][0].nonzero()[0]))
-    out, passes = decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig("threshold"), eos_id=EOS)
-    assert out[batch[1]].tolist() == [6, EOS, EOS, EOS, EOS, EOS]
-    assert passes == 1, "the end and what stands before it are written together"
+    recording = Recording(hazards(table, int(batch[1][0].nonzero()[0])))
+    out, _ = decode(recording, *batch, MASK, FORBIDDEN, SampleConfig(sampler), eos_id=EOS)
+    assert out[batch[1]].tolist() == [6] * length + [EOS] * (6 - length)
+    assert all(counts[0] <= length for counts in recording.masked[1:])
 
 
-@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy"])
-def test_a_text_is_not_ended_because_its_words_are_less_sure_than_its_end(tokenizer: Tokenizer, sampler: str) -> None:
-    """Each position ends with chance 0.4 and goes on with one of two words: the end is the likeliest of the three."""
-    batch = rows(tokenizer, [4])
-    ends = hazards({j: 0.4 for j in range(4)}, int(batch[1][0].nonzero()[0]))
+def test_what_is_sure_is_written_with_the_length_if_that_is_sure(tokenizer: Tokenizer) -> None:
+    batch = rows(tokenizer, [6])
+    for chance, passes in ((0.97, 1), (0.7, 2)):
+        recording = Recording(hazards({3: chance}, int(batch[1][0].nonzero()[0])))
+        _, found = decode(recording, *batch, MASK, FORBIDDEN, SampleConfig("threshold"), eos_id=EOS)
+        assert found == passes
+
+
+def test_a_text_never_ends_before_its_end(tokenizer: Tokenizer) -> None:
+    """A denoiser that wants to stop after every word, once a word is written."""
+    batch = rows(tokenizer, [5])
+    start = int(batch[1][0].nonzero()[0])
 
     def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = ends(x, where=where)
-        logits[:, 6] = logits[:, 7] = -math.log(2)
-        return logits
+        logits = hazards({4: 0.9}, start)(x, where=torch.ones_like(where)).view(*x.shape, 8)
+        logits[(x == 6).any(1)] = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.0])
+        return logits[where]
 
-    out, _ = decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(sampler), eos_id=EOS)
-    assert not (out[batch[1]] == EOS).any()
+    out, _ = decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(threshold=1.0), eos_id=EOS)
+    assert out[batch[1]].tolist() == [6, 6, 6, 6, EOS]
 
 
 def test_the_place_behind_an_end_leaves_the_row(tokenizer: Tokenizer) -> None:

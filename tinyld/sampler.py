@@ -2,10 +2,10 @@
 
 A slot is as wide as the longest answer allowed, and a text ends in it at one [EOS]. What comes after that is no part of
 the text: training never scores it, so the chance of [EOS] at a position is a hazard, that the text ends there *given
-that it comes so far*. The chance that it comes so far is S_j, the product of (1 - hazard) over the masked positions to
-its left. A token at j can be right only if the text comes so far, so its confidence is S_j p_j(token), and that of an
-end at j is S_j p_j([EOS]): a distribution over lengths that adds up to at most 1. Once an end is chosen, the rest of
-the slot leaves the row. So neither padding nor a long slot can win a text's places, and no length need be told.
+that it comes so far*. Before anything is written, the product of the hazards is a distribution over lengths. The first
+pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
+token is then written in the knowledge of where its text ends. Asked again while it writes, a denoiser ends too soon:
+any finished sentence looks like an end, whatever is left to say.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.diffusion import all_finite
-
-SURE = 0.9  # an end ahead of what is written so far is chosen when it is at least this likely
 
 
 @torch.no_grad()
@@ -66,72 +64,67 @@ def decode(
         )  # (N, V)
         logits = all_finite(given)
         logits[:, forbidden] = -torch.inf
-        open_ended = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
+        share = 1.0  # how likely the chosen lengths are
         if eos_id is not None:
-            open_ended = (inside[rows] == answer_mask[rows]).all(1)  # its end is not known yet
-        choice = Candidates(logits, masked, open_ended, eos_id, config.temperature, generator)
+            if step == 0:
+                ends, share = choose_ends(spread(logits.softmax(-1)[:, eos_id], masked), config.temperature, generator)
+                behind = masked & (ends.cumsum(1) > 0)
+                x[rows, :length] = torch.where(behind, eos_id, x[rows, :length])
+                inside[rows, :length] &= ~behind
+                attended[rows, :length] &= ~behind | ends
+            logits[:, eos_id] = -torch.inf
+        choice = Candidates(logits, masked, config.temperature, generator)
         if config.sampler == "klass":
             if last is not None:
-                choice.moved = choice.spread(divergence(choice.logp, last[1][whole[last[0]]]), torch.inf)
+                choice.moved = spread(divergence(choice.logp, last[1][whole[last[0]]]), masked, torch.inf)
             last = whole, choice.logp
-        tokens, ends = accept(choice, config, steps, step, generator)
+        choice.masked = masked & inside[rows, :length]
+        choice.confidence *= share
+        tokens = accept(choice, config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
-        for row, end in ends.nonzero().tolist():
-            i = int(rows[row])
-            rest = answer_mask[i] & (torch.arange(x.shape[1], device=x.device) >= end)
-            x[i][rest] = eos_id
-            inside[i] &= ~rest
-            rest[end] = False
-            attended[i] &= ~rest
         passes[rows.cpu()] += 1
         step += 1
         if watch is not None:
             watch(x)
 
 
-class Candidates:
-    """What could be written now: at each masked position a token, and for each open-ended row an end; all (B, L)."""
+def choose_ends(hazard: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)).
 
-    def __init__(
-        self,
-        logits: Tensor,
-        masked: Tensor,
-        open_ended: Tensor,
-        eos_id: int | None,
-        temperature: float,
-        generator: torch.Generator,
-    ):
-        """logits: (N, V) at the N positions of masked (B, L), row by row; open_ended: (B,)."""
+    hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere.
+    """
+    comes_so_far = torch.log1p(-hazard.clamp(max=1 - 1e-6)).cumsum(1).exp()
+    chance = comes_so_far.new_full((len(hazard), 1), 0.5)  # the median
+    if temperature > 0:
+        chance = torch.rand(chance.shape, generator=generator, device=hazard.device)
+    reached = comes_so_far <= chance
+    ends = reached & (reached.cumsum(1) == 1)
+    reaches = torch.cat([torch.ones_like(chance), comes_so_far], dim=1)
+    likely = torch.where(ends, reaches[:, :-1] - reaches[:, 1:], 0.0).sum(1, keepdim=True)
+    return ends, torch.where(ends.any(1, keepdim=True), likely, reaches[:, -1:])
+
+
+def spread(values: Tensor, masked: Tensor, elsewhere: float = 0) -> Tensor:
+    """(N,) values at the N positions of masked (B, L) -> (B, L)."""
+    return torch.full(masked.shape, elsewhere, dtype=values.dtype).to(values).masked_scatter(masked, values)
+
+
+class Candidates:
+    """What could be written now: a token at each masked position, and how likely it is; all (B, L)."""
+
+    def __init__(self, logits: Tensor, masked: Tensor, temperature: float, generator: torch.Generator):
+        """logits: (N, V) at the N positions of masked (B, L), row by row."""
         self.masked = masked
         self.logp = logp = logits.log_softmax(-1)
-        end = torch.zeros_like(logp[:, 0])
-        if eos_id is not None:
-            end = logp[:, eos_id].exp().clamp(max=1 - 1e-6)
-            logp[:, eos_id] = -torch.inf
         if temperature == 0:
             best, token = logp.max(-1)
         else:
             token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
             best = logp.gather(1, token[:, None])[:, 0]
-        hazard = self.spread(end) * open_ended[:, None]
-        stays = torch.log1p(-hazard).cumsum(1)
-        self.comes_so_far = (stays - torch.log1p(-hazard)).exp()  # S_j, before j's own chance to end
-        self.token = self.spread(token)
-        self.survives = stays.exp() * masked  # that there is a token at j and not an end before or at it
-        self.confidence = self.spread(best.exp() / (1 - end)) * self.survives
-        self.end_confidence = self.comes_so_far * hazard
+        self.token = spread(token, masked)
+        self.confidence = spread(best.exp(), masked)
+        self.entropy = spread(-(logp.exp() * logp.clamp(min=-1e4)).sum(-1), masked, torch.inf)  # nats left open
         self.moved: Tensor | None = None  # klass: how far each distribution is from that of the last pass
-
-    def spread(self, values: Tensor, elsewhere: float = 0) -> Tensor:
-        """(N,) values at the masked positions -> (B, L)."""
-        return (
-            torch.full(self.masked.shape, elsewhere, dtype=values.dtype).to(values).masked_scatter(self.masked, values)
-        )
-
-    def entropy(self) -> Tensor:
-        """Nats that each position leaves open."""
-        p = self.logp.softmax(-1)
-        return self.spread(-(p * p.clamp(min=1e-30).log()).sum(-1), torch.inf)
 
 
 def divergence(logp: Tensor, other: Tensor) -> Tensor:
@@ -139,13 +132,10 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
     return (logp.exp() * (logp.clamp(min=-1e4) - other.clamp(min=-1e4))).sum(-1)
 
 
-def accept(
-    choice: Candidates, config: SampleConfig, steps: int, step: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(tokens, ends), both (B, L) bool: what is written in this pass, at least one of the two in every row.
+def accept(choice: Candidates, config: SampleConfig, steps: int, step: int, generator: torch.Generator) -> Tensor:
+    """(B, L) bool: which tokens are written in this pass, at least one in every row.
 
     Those that look for what is sure write the `least` most confident tokens in any case.
-    A text ends where all before is written and it is likelier to end than to go on, or where an end is sure.
 
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
@@ -153,38 +143,28 @@ def accept(
       since the last pass.
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
-    - ancestral (MDLM, arXiv 2406.07524): first a length, then each position with the same chance, in no order.
+    - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
     """
-    masked, confidence = choice.masked, choice.confidence
-    end, at = choice.end_confidence.max(1)  # (B,) the likeliest end, and where
+    masked = choice.masked
     if config.sampler == "ancestral":
         now, then = (torch.tensor(1.0 - min(step + i, steps) / steps, device=masked.device) for i in (0, 1))
         chance = (now - then) / now.clamp(min=1e-6)  # of those that are masked at t = now
-        draw, length = torch.rand((2, *masked.shape), generator=generator, device=masked.device)
-        tokens = masked & ((draw < chance) | (step + 1 >= steps))
-        reached = choice.end_confidence.cumsum(1) > length[:, :1]  # the length is drawn first, in the first pass
-        ends_now, at = reached.any(1) & (step == 0), reached.int().argmax(1)
-    elif config.steps is not None and step + 1 >= steps:
-        tokens, ends_now = masked, end > 1.0 - choice.end_confidence.sum(1)
+        draw = torch.rand(masked.shape, generator=generator, device=masked.device)
+        return masked & ((draw < chance) | (step + 1 >= steps))
+    if config.steps is not None and step + 1 >= steps:
+        return masked
+    least: Any = config.least
+    if config.sampler == "entropy":
+        entropy = choice.entropy.masked_fill(~masked, torch.inf)
+        order = entropy.argsort(1)
+        rising = entropy.gather(1, order)
+        open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
+        sure = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough)
+    elif config.sampler == "low_confidence":
+        sure, least = torch.zeros_like(masked), torch.ceil(masked.sum(1, keepdim=True) / (steps - step))
     else:
-        least: Any = config.least
-        if config.sampler == "entropy":
-            entropy = choice.entropy()
-            order = entropy.argsort(1)
-            rising = entropy.gather(1, order)
-            open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
-            sure = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough) & (choice.survives > 0.5)
-        elif config.sampler == "low_confidence":
-            sure, least = torch.zeros_like(masked), torch.ceil(masked.sum(1, keepdim=True) / (steps - step))
-        else:
-            sure = confidence >= config.enough
-            if config.sampler == "klass":
-                sure &= False if choice.moved is None else choice.moved <= config.kl
-        rank = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
-        tokens = masked & (sure | (rank < least))
-        first = masked & (masked.cumsum(1) == 1)
-        over = (first & (choice.end_confidence > 0.5)).any(1)  # all before is written, and it ends rather than goes on
-        at = torch.where(over, first.int().argmax(1), at)
-        ends_now = over | ((end >= SURE) & (end > 0))
-    ends = torch.zeros_like(masked).scatter(1, at[:, None], ends_now[:, None]) & masked
-    return tokens & ~(ends.cumsum(1) > 0), ends  # from the end on nothing is written
+        sure = choice.confidence >= config.enough
+        if config.sampler == "klass":
+            sure &= False if choice.moved is None else choice.moved <= config.kl
+    rank = choice.confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
+    return masked & (sure | (rank < least))
