@@ -146,10 +146,6 @@ def export(options: ExportOptions) -> dict[str, Any]:
     return {"out": str(out), "load": f"peft.PeftModel.from_pretrained(denoiser, {str(out)!r})"}
 
 
-def show_export(result: dict[str, Any], options: ExportOptions) -> None:
-    print(plain(f"wrote {result['out']}: load it with {result['load']}"))
-
-
 def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter into its base, and writes a base."""
     import torch
