@@ -435,17 +435,6 @@ def test_the_log_is_read_without_its_torn_last_line_and_rewound(tmp_path: Path) 
     folder.rewind(5)
     folder.log({"step": 6})
     assert folder.metrics() == [{"step": 0, "loss": 0.0}, {"step": 5, "loss": 5 / 3}, {"step": 6}]
-    folder.save_checkpoint(6, {}, {}, keep=2)
-    digest = folder.load_checkpoint()[1]["log"]
-    folder.log({"step": 7})
-    folder.rewind(6, digest)
-    assert folder.metrics()[-1] == {"step": 6}
-    log = tmp_path / "run" / METRICS
-    log.write_text(log.read_text().replace("0.0", "0.5"))
-    with pytest.raises(TinyldError, match="metrics.jsonl: changed since step 6 was saved"):
-        folder.rewind(6, digest)
-    log.unlink()
-    folder.rewind(6, digest)
 
 
 def test_checkpoints_that_are_a_link_are_left_alone(tmp_path: Path) -> None:
@@ -484,17 +473,16 @@ def test_a_checkpoint_that_was_cut_short_is_not_seen(
     assert torch.equal(folder.load_checkpoint()[0]["w"], torch.full((1,), 5.0))
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_it_is_deleted(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     for step in (1, 2):
         folder.save_checkpoint(step, {"w": torch.ones(50)}, {}, 2)
     path = folder.checkpoints()[-1]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TinyldError, match=f"{path}: damaged.*--set from_step=1$"):
+    with pytest.raises(TinyldError, match=f"{path}: damaged.*; delete it to go on from the one before"):
         folder.load_checkpoint()
-    assert folder.load_checkpoint(1)[1]["step"] == 1
-    with pytest.raises(TinyldError, match="no checkpoint at step 7 .*; there are 1, 2"):
-        folder.load_checkpoint(7)
+    path.unlink()
+    assert folder.load_checkpoint()[1]["step"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ nothing of others

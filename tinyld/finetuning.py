@@ -164,7 +164,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         result = TrainingRun(
             model, method.own, train_rows, objective, training, folder, held_out, f"{method.name} {task.name}",
             method.penalty, method.after_update, processes=processes, quiet=quiet,
-        ).train(begun is not None, options.from_step)  # fmt: skip
+        ).train(begun is not None)  # fmt: skip
         metrics = result.metrics
         method.finish()
         changed = method_record(method) != began
@@ -206,7 +206,7 @@ def resume(options: Training) -> dict[str, Any]:
 
     assert options.resume is not None
     for field in fields(options):
-        kept = field.name in ("resume", "from_step", "allow_changed", "lr", "json", "quiet")
+        kept = field.name in ("resume", "allow_changed", "lr", "json", "quiet")
         check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
@@ -226,8 +226,6 @@ def resume(options: Training) -> dict[str, Any]:
                     folder.write_json(CONFIG, config)
             go_on = pretrain.train_base if verb == "pretrain" else _train
             return {"run": str(out), **go_on(config, out, options, folder)}
-        if options.from_step is not None:
-            raise TinyldError(f"{out} is finished already; step {options.from_step} has no checkpoint to go on from")
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()

@@ -133,13 +133,11 @@ class Sampling(Options, SampleConfig):
 class Training(OnDevice, Written, Printed, Loop):
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, no other option.", "Output")
-    from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        alone = self.resume is None and (self.from_step is not None or self.allow_changed)
-        check(not alone, "from_step and allow_changed are for --resume")
+        check(self.resume is not None or not self.allow_changed, "allow_changed is for --resume")
 
 
 @dataclass(frozen=True, kw_only=True)

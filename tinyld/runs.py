@@ -49,7 +49,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
     RESULTS: {"eval": dict[str, SCORES]}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}),
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
-    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float], "log": str},
+    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float]},
 }  # fmt: skip
 
 
@@ -229,19 +229,11 @@ class RunFolder:
         """Puts the finished log into the manifest."""
         self.write(METRICS, read_bytes(self.path / METRICS))
 
-    def rewind(self, step: int, log: str | None = None) -> None:
-        """Drops the checkpoints and the log's lines after `step`, which a resumed run writes again.
-
-        log: SHA-256 of the lines that stay; TinyldError where a log is there and they are others.
-        """
-        path = self.path / METRICS
+    def rewind(self, step: int) -> None:
+        """Drops the checkpoints and the log's lines after `step`, which a resumed run writes again."""
         kept = b"".join(to_json(r, None) for r in self.metrics() if r["step"] <= step)
-        if path.exists() and log not in (None, sha256(kept)):
-            raise TinyldError(
-                f"{path}: changed since step {step} was saved; put it back, or delete it to go on without"
-            )
         self.remove_checkpoints(after=max(step, 0))
-        write_atomic(path, kept)
+        write_atomic(self.path / METRICS, kept)
 
     # ---- checkpoints
 
@@ -260,7 +252,6 @@ class RunFolder:
             with failing(self.path, "written"):
                 if (self.path / METRICS).exists():
                     sync(self.path / METRICS)
-                    state["log"] = sha256(read_bytes(self.path / METRICS))
                 folder = self._checkpoints
                 folder.path.mkdir(exist_ok=True)
             about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
@@ -282,23 +273,16 @@ class RunFolder:
             return []
         return sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8,12}", path.name) and path.is_file())
 
-    def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], Record] | None:
-        """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
-        folder, steps = self._checkpoints, [int(path.name) for path in self.checkpoints()]
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise TinyldError(f"no checkpoint at step {step} in {self.path}; there are {there}")
-        if not steps:
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], Record] | None:
+        """(tensors, state) of the newest checkpoint; None when there is none to go on from."""
+        folder, found = self._checkpoints, self.checkpoints()
+        if not found:
             return None
-        chosen = max(steps) if step is None else step
-        path = folder.path / f"{chosen:08d}"
         try:
-            tensors = folder.read_tensors(path.name)
-            return tensors, parse_json(tensors.pop("state").numpy().tobytes(), path, TYPES[CHECKPOINTS])
+            tensors = folder.read_tensors(found[-1].name)
+            return tensors, parse_json(tensors.pop("state").numpy().tobytes(), found[-1], TYPES[CHECKPOINTS])
         except TinyldError as error:
-            older = [s for s in steps if s < chosen]
-            way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"
-            raise TinyldError(f"{error}; {way_out}") from None
+            raise TinyldError(f"{error}; delete it to go on from the one before, or else from the start") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
         """Removes the checkpoints of steps after `after`, by default all of them, and what is half-written."""
