@@ -252,18 +252,18 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     out = Path(out)
     file, run = out.with_name(f"{out.name}-rows.jsonl") if out.name else out, RunFolder(out)
     made = _options(options, out=out, data=file)
-    content = b""
+    lines = []
     for row in several(rows_or_task, "rows"):
         if not isinstance(row, Mapping):
             check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
             row = dict(zip(("text", "label"), row, strict=True))
         try:
-            line = json.dumps(dict(row), ensure_ascii=False, default=lambda value: value.item())  # a number of numpy's
+            lines.append(json.dumps(dict(row), ensure_ascii=False, default=lambda value: value.item()))  # of numpy's
         except (AttributeError, TypeError, ValueError):
             raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
-        content += f"{line}\n".encode(errors="surrogatepass")
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
+    content = "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass")
     is_new = not os.path.lexists(file)
     if not (is_new or run.is_run() or read_bytes(file) == content):  # a run that is there is to be replaced
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tinyld.errors import TinyldError, failing
-from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_object, read_text
+from tinyld.read import TENSORS_BYTES, Record, parse_json, parse_tensors, read_bytes, read_object, read_text
 from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ KINDS = ("base", "adapter", "composition")  # of a run, in its config
 SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least": 1}]
 SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)
 SCORES |= dict.fromkeys(("nll_bound", "nll_stderr"), float)
+ENTRY: Any = {"sha256": str, "bytes": int, "before": str}
 MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict}
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
@@ -48,6 +49,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
     },
     RESULTS: {"eval": dict[str, SCORES]}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}),
+    MANIFEST: {"files": dict[str, ENTRY]},
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
     | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float]},
 }  # fmt: skip
@@ -195,14 +197,10 @@ class RunFolder:
         path = self.path / MANIFEST
         if not os.path.lexists(path):
             return {}
-        files = as_object(read_object(path)["files"], f"{path}: files")
+        files = parse_json(read_text(path), path, TYPES[MANIFEST])["files"]
         for name, entry in files.items():
-            entry = as_object(entry, f"{path}: {name!r}")
-            digest, size = entry["sha256"], entry["bytes"]
-            if not (isinstance(digest, str) and digest.isascii() and isinstance(size, int)):
-                raise TinyldError(f"{path}: damaged, the entry for {name!r} has no sha256 and bytes")
-            if Path(name).name != name:
-                raise TinyldError(f"{path}: the name {name!r} leaves the run folder")
+            if Path(name).name != name or not entry["sha256"].isascii() or "bytes" not in entry:
+                raise TinyldError(f"{path}: damaged, at {name!r}")
         return files
 
     # ---- the metrics log
@@ -220,10 +218,7 @@ class RunFolder:
         if not path.exists():
             return []
         *lines, _ = read_text(path).split("\n")
-        records = [as_object(parse_json(line, path), path) for line in lines]
-        if not all(isinstance(record["step"], int) for record in records):
-            raise TinyldError(f"{path}: damaged, a line has no step")
-        return records
+        return [parse_json(line, path, {"step": int}) for line in lines]
 
     def close_log(self) -> None:
         """Puts the finished log into the manifest."""
