@@ -84,8 +84,8 @@ class TextRows(Source):
 
     Text by itself asks for copying too seldom for a small model to learn it. So, with an `eos_id`, an eighth of the
     rows end in a second saying of a stretch of what they began with, [EOS] between, at a distance that differs from row
-    to row. And, with `kinds` (of `names_and_numbers`), in a quarter of the others every name and number that comes again
-    is another one: what it is can only be read where it stood before.
+    to row. And, with `kinds` (of `names_and_numbers`), in a quarter of the others every name and number that comes
+    again is another one: what it is can only be read where it stood before.
     """
 
     def __init__(
