@@ -376,13 +376,6 @@ def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.M
     assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
 
 
-def test_force_replaces_a_run(place: Path) -> None:
-    finetune(place, Path("a"), "--method", "bitfit", "--quiet")
-    first = RunFolder(Path("a")).digest(ADAPTER)
-    finetune(place, Path("a"), "--method", "bitfit", "--quiet", "--seed", 9, "--force")
-    assert RunFolder(Path("a")).digest(ADAPTER) != first
-
-
 @pytest.mark.parametrize(
     "args",
     [
@@ -582,18 +575,6 @@ def test_out_of_memory_is_one_line_that_names_options_the_verb_has(
         named = {word.removeprefix("--").replace("-", "_") for word in re.findall("--[a-z-]+", ran.stderr)}
         assert named <= {f.name for f in dataclasses.fields(row.options) if f.metadata["group"] is not None}
         assert named or verb not in ("finetune", "pretrain", "eval", "sample", "compose", "compare", "demo")
-
-
-def test_out_of_memory_in_a_real_process(place: Path) -> None:
-    code = """if True:
-        import resource, sys
-        from tinyld import cli, predict
-        now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + (100 << 20), now + (100 << 20)))
-        cli.main()"""
-    ended = python("-c", code, "sample", str(place / "base"), "--num", "40000", "--length", "20")
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "tinyld: out of memory; lower --length or --num\n"
 
 
 def test_an_error_of_a_real_process_has_no_traceback() -> None:

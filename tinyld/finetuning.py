@@ -86,12 +86,13 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     open_ended = all(training[budget] is None for budget in BUDGETS)
     train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
+    kept = {"path": str(base.resolve()), "dtype": options.base_dtype}
+    kept |= {} if reading == Reading() else {"reading": to_dict(reading)}
     return {
         "kind": "adapter",
         "task": to_record(task),
         "method": {"name": method, **to_dict(settings)},
-        "base": {"path": str(base.resolve()), "dtype": options.base_dtype}
-        | ({} if reading == Reading() else {"reading": to_dict(reading)}),
+        "base": kept,
         "train": train | ({"epochs": None} if open_ended else {}),  # for `usual_epochs` to tell
         "cache_gb": options.cache_gb,
         "data": {"folder": data and os.path.realpath(data), "held_out": held_out, "limit": options.limit},
@@ -183,17 +184,9 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         if changed and is_writer():
             now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
             folder.write_json(CONFIG, folder.config | now)
-        summary = {
-            "task": task.name,
-            "method": method.name,
-            "rows": len(train_rows),
-            "steps": result.step,
-            "seconds": round(result.seconds + cache_seconds, 2),
-            "cache_seconds": round(cache_seconds, 2),
-            "peak_memory_mb": result.peak_memory_mb,
-            **counts,
-            **metrics,
-        }
+        seconds = {"seconds": round(result.seconds + cache_seconds, 2), "cache_seconds": round(cache_seconds, 2)}
+        summary = {"task": task.name, "method": method.name, "rows": len(train_rows), "steps": result.step, **seconds}
+        summary |= {"peak_memory_mb": result.peak_memory_mb, **counts, **metrics}
         folder.close_log()
         folder.write_json(RESULTS, {"finetune": summary})
         folder.remove_checkpoints()
@@ -214,9 +207,7 @@ def resume(options: Training) -> dict[str, Any]:
         if config["kind"] == "composition":
             raise UsageError(f"{out} is a composition; there is nothing in it to train")
         if "merged" in config:
-            raise UsageError(
-                f"{out} was made by tinyld merge and has nothing left to train; pretrain --init {out} goes on"
-            )
+            raise UsageError(f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}")
         verb = "pretrain" if config["kind"] == "base" else "finetune"
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
