@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +71,6 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._is_locked = False
 
     @staticmethod
     def check_free(path: Path, force: bool = False) -> None:
@@ -116,18 +116,9 @@ class RunFolder:
         except (TinyldError, OSError):
             return False
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """`locked` of this folder, once for all that is done within."""
-        if self._is_locked:
-            yield
-            return
-        with locked(self.path):
-            self._is_locked = True
-            try:
-                yield
-            finally:
-                self._is_locked = False
+    def locked(self) -> AbstractContextManager[None]:
+        """`write.locked` of this folder."""
+        return locked(self.path)
 
     @property
     def config(self) -> Record:
@@ -298,9 +289,8 @@ def _found(path: Path) -> str:
 class Spectator(RunFolder):
     """A run folder that another process of the same run writes: reading works, writing does nothing."""
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        yield
+    def locked(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path
