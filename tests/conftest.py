@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tinyld
+from tinyld.cli import app
 from tinyld.config import ModelConfig
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions
@@ -16,6 +21,33 @@ from tinyld.pretrain import pretrain
 from tinyld.tokenizer import Tokenizer
 
 WORDS = "the a film plot was is not great terrible good bad dull bright it and but very music food and of to in".split()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command said, and its exit code."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def cli(*args: object) -> Ran:
+    """Runs tinyld in this process; anything but an exit is a bug and is raised."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def good(*args: object) -> Ran:
+    ran = cli(*args)
+    assert ran.code == 0, ran.stderr
+    return ran
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,7 +105,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tell": 'template = "{word} : {answer}"\nanswer_column = "tale"\nanswer_tokens = 3\n',
     }
     for name, task in tasks.items():
-        (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
+        splits = "".join(f'{split} = "{name}.csv"\n' for split in ("train", "dev", "test"))
+        (place / f"{name}.toml").write_text(f"{task}[data]\n{splits}")
     (place / "mood.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in ROWS))
     (place / "same.csv").write_text("a,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
     (place / "header.csv").write_text("text,label\n")

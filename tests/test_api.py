@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUICK, ROWS
-from typer.testing import CliRunner
+from conftest import QUICK, ROWS, cli, good
 
 import tinyld
-from tinyld.cli import app
 from tinyld.datafile import answer_words
 from tinyld.options import FinetuneOptions
 from tinyld.runs import RunFolder
@@ -45,10 +42,9 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
     config = RunFolder(Path("runs/mine")).config
     assert config["task"]["verbalizer"] == {"sad": "sad", "happy": "happy"} and config["data"]["held_out"]
     assert config["data"]["rows"] == 36, "of 40, four are held out"
-    scores = json.loads(CliRunner().invoke(app, ["eval", "runs/mine", "--json"]).stdout)
-    assert scores[0]["n"] == 4 and scores[0]["task"] == "mine-rows"
-    ran = CliRunner().invoke(app, ["finetune", "--resume", "runs/mine", "--json"])
-    assert "is finished already" in ran.stderr
+    (scores,) = good("eval", "runs/mine", "--json").json
+    assert scores["n"] == 4 and scores["task"] == "mine-rows"
+    assert "is finished already" in good("finetune", "--resume", "runs/mine", "--json").stderr
     assert tinyld.load("runs/mine", base=place / "base").predict("rain")[0]["label"] == found[0]["label"]
 
 
@@ -140,50 +136,34 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     Path("opinions.csv").write_text(
         "kind,opinion\n" + "".join(f'{label}!,"{t} {i}"\n' for i, (t, label) in enumerate(ROWS))
     )
-    args = ["finetune", "--data", "opinions.csv", "--base", str(place / "base"), "--steps", "2", "--method", "bitfit"]
-    ran = CliRunner().invoke(app, [*args, "--out", "run", "--json"])
-    assert ran.exit_code == 0, ran.stderr
+    made = ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--quiet"]
+    good("finetune", "--data", "opinions.csv", *made, "--out", "run")
     task = RunFolder(Path("run")).config["task"]
     assert task["columns"] == {"text": "opinion"} and task["label_column"] == "kind" and task["name"] == "opinions"
     assert task["verbalizer"] == {"sad!": "sad", "happy!": "happy"}
     Path("new.csv").write_text("opinion\nrain\nthe sun\n")
-    lines = CliRunner().invoke(app, ["predict", "run", "new.csv", "--csv"]).stdout.splitlines()
+    lines = good("predict", "run", "new.csv", "--csv").stdout.splitlines()
     assert lines[0].startswith("text,label,probability") and len(lines) == 3
-    train = json.loads(CliRunner().invoke(app, ["eval", "run", "--split", "train", "--json"]).stdout)
-    dev = json.loads(CliRunner().invoke(app, ["eval", "run", "--json"]).stdout)
-    assert (train[0]["n"], dev[0]["n"]) == (36, 4)
-    ran = CliRunner().invoke(app, ["eval", "run", "--split", "test"])
-    assert ran.exit_code == 2 and "has no test rows" in ran.stderr
+    assert [good("eval", "run", "--split", split, "--json").json[0]["n"] for split in ("train", "dev")] == [36, 4]
+    ran = cli("eval", "run", "--split", "test")
+    assert ran.code == 2 and "has no test rows" in ran.stderr
     Path("set").mkdir()
     for split, rows in (("train", ROWS), ("dev", ROWS[:6])):
         Path(f"set/{split}.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in rows))
-    args[2] = "set"
-    assert CliRunner().invoke(app, [*args, "--out", "two", "--quiet"]).exit_code == 0
+    good("finetune", "--data", "set", *made, "--out", "two")
     assert RunFolder(Path("two")).config["data"]["rows"] == 40
-    assert json.loads(CliRunner().invoke(app, ["eval", "two", "--json"]).stdout)[0]["n"] == 6
+    assert good("eval", "two", "--json").json[0]["n"] == 6
 
 
-def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:  # noqa: F811
+def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:
     Path("mine.csv").write_text(
         "\ufeffID;Headline;Kind\n" + "".join(f'{i};"{t}; {i}";{k}\n' for i, (t, k) in enumerate(ROWS))
     )
-    args = [
-        "finetune",
-        "--data",
-        "mine.csv",
-        "--base",
-        str(place / "base"),
-        "--steps",
-        "2",
-        "--method",
-        "bitfit",
-        "--out",
-        "run",
-    ]
-    ran = CliRunner().invoke(app, args)
-    assert ran.exit_code == 1 and "It has ID, Headline, Kind; say so with --text-column" in ran.stderr
-    ran = CliRunner().invoke(app, [*args, "--text-column", "Headline", "--label-column", "Kind"])
-    assert ran.exit_code == 0 and "texts are in column 'Headline', their labels in 'Kind': 2 (" in ran.stderr
+    made = ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--out", "run"]
+    ran = cli("finetune", "--data", "mine.csv", *made)
+    assert ran.code == 1 and "It has ID, Headline, Kind; say so with --text-column" in ran.stderr
+    ran = good("finetune", "--data", "mine.csv", *made, "--text-column", "Headline", "--label-column", "Kind")
+    assert "texts are in column 'Headline', their labels in 'Kind': 2 (" in ran.stderr
 
 
 def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:

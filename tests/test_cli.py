@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from conftest import Ran, cli, good
 
 import tinyld
-from tinyld.cli import MAIN, VERBS, app
+from tinyld.cli import MAIN, VERBS
 from tinyld.config import ModelConfig, from_dict
 from tinyld.data import TaskRows
 from tinyld.methods import METHODS as METHOD_CLASSES
@@ -39,50 +34,11 @@ METHODS: dict[str, list[str]] = {
     "trajectory-lora": ["--set", "ranks=4,2,1", "--set", "blocks=1"],
 }
 TRAJECTORY = ["--method", "trajectory-lora", *METHODS["trajectory-lora"]]
-MOOD = """
-template = "{text} i feel {answer} ."
-[verbalizer]
-sad = "down"
-happy = "very well"
-[data]
-train = "train.csv"
-dev = "dev.csv"
-test = "test.jsonl"
-"""
 COLOURS = """
 template = "{text} it is {answer} ."
-[verbalizer]
-red = "red"
-blue = "blue"
-[data]
-train = "colours.csv"
-dev = "colours.csv"
+verbalizer = {red = "sun", blue = "sea"}
+data = {train = "colours.csv", dev = "colours.csv"}
 """
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.stdout)
-
-
-def cli(*args: object) -> Ran:
-    """Runs tinyld in this process; anything but an exit is a bug and is raised."""
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Ran(result.exit_code, result.stdout, result.stderr)
-
-
-def good(*args: object) -> Ran:
-    ran = cli(*args)
-    assert ran.code == 0, ran.stderr
-    return ran
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -92,18 +48,10 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, two user tasks, broken files and, made by the CLI, two bases. Tests leave it as it is."""
-    place = tmp_path_factory.mktemp("cli")
-    rng = random.Random(0)
-    words = "i feel down very well red blue it is the a sky sea rose rain sun terrible great . ,".split()
-    (place / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(300)))
-    (place / "mood.toml").write_text(MOOD)
+def place(place: Path) -> Path:
+    """Beside a tiny base and its tasks another base, a task of one-token answers, broken files. Tests leave it as it
+    is."""
     (place / "colours.toml").write_text(COLOURS)
-    rows = [("the rain , the rain", "sad"), ("sun and sea", "happy")] * 6
-    (place / "train.csv").write_text("text,label\n" + "\n".join(f'"{t}",{label}' for t, label in rows))
-    (place / "dev.csv").write_text("text,label\nthe rain,sad\nthe sun,happy\na sun,happy\n")
-    (place / "test.jsonl").write_text('{"text": "rain", "label": "sad"}\n{"text": "sea", "label": "happy"}\n')
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")
     (place / "latin1").mkdir()
@@ -112,28 +60,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "latin1.txt").write_bytes(b"the sky\n" * 50 + b"caf\xe9\n")
     (place / "short.txt").write_text("the sky\n")
     (place / "loop.csv").symlink_to("loop.csv")
-    good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "base", "--json")
-    good(
-        "pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--seed", 1, "--out", place / "other", "--quiet"
-    )
+    good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "other", "--quiet")
     return place
 
 
 @pytest.fixture(scope="session")
 def adapters(place: Path) -> dict[str, tuple[Path, Ran]]:
     """A run of each method on the mood task, with what it printed."""
-    made = {}
-    for method, options in METHODS.items():
-        out = place / f"mood-{method}"
-        made[method] = (out, finetune(place, out, "--method", method, *options, "--json"))
-    return made
+    outs = {method: place / f"mood-{method}" for method in METHODS}
+    return {m: (out, finetune(place, out, "--method", m, *METHODS[m], "--json")) for m, out in outs.items()}
 
 
 @pytest.fixture(scope="session")
 def pair(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> tuple[Path, Path]:
     """Two trajectory-lora runs of one base."""
-    good("finetune", "--task", place / "colours.toml", "--base", place / "base", "--steps", 2, "--quiet", *TRAJECTORY,
-         "--out", place / "colours")  # fmt: skip
+    finetune(place, place / "colours", "--task", place / "colours.toml", *TRAJECTORY, "--quiet")
     return adapters["trajectory-lora"][0], place / "colours"
 
 
@@ -170,11 +111,11 @@ def test_the_help_lists_every_verb_and_the_version_is_printed() -> None:
     assert good("--version").stdout.startswith("tinyld 0.")
 
 
-def test_help_info_and_tasks_import_no_torch(adapters: dict[str, tuple[Path, Ran]]) -> None:
+def test_help_info_and_tasks_import_no_torch(place: Path) -> None:
     code = """
 import sys
 import tinyld
-from tinyld.cli import MAIN, VERBS, app
+from tinyld.cli import app
 for args in (["--help"], ["finetune", "--help"], ["info", sys.argv[1]], ["info", sys.argv[1], "--json"], ["tasks"]):
     try:
         app(args)
@@ -182,24 +123,8 @@ for args in (["--help"], ["finetune", "--help"], ["info", sys.argv[1]], ["info",
         assert end.code == 0, args
     assert not {"torch", "numpy", "tokenizers", "safetensors"} & set(sys.modules), args
 """
-    run = str(adapters["full"][0])
-    ended = python("-c", code, run)
+    ended = python("-c", code, str(place / "mood"))
     assert ended.returncode == 0, ended.stderr
-
-
-def test_help_is_there_at_once() -> None:
-    def seconds(*args: str) -> float:
-        """Processor time, which other work on the machine does not lengthen."""
-        best = 60.0
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            ended = python(*args)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-            assert ended.returncode == 0, ended.stderr
-        return best
-
-    assert seconds("-m", "tinyld", "--help") - seconds("-c", "pass") < 0.6  # about 0.25 s on an idle core
 
 
 # ------------------------------------------------------------------------------------------------ good runs
@@ -222,21 +147,18 @@ def test_each_method_is_finetuned_and_evaluated(
 ) -> None:
     out, ran = adapters[method]
     summary = ran.json
-    assert summary["method"] == method and summary["steps"] == 3 and summary["rows"] == 12
+    assert (summary["method"], summary["steps"], summary["rows"]) == (method, 3, 40) and method in ran.stderr
     assert summary["trainable_parameters"] == summary["stored_parameters"] > 0
-    assert 0 <= summary["dev_accuracy"] <= 1 and "dev_nll_bound" in summary
-    assert method in ran.stderr
     config = RunFolder(out).config
     assert config["method"]["name"] == method and config["train"]["steps"] == 3
     usual = METHOD_CLASSES[method].usual(from_dict(ModelConfig, RunFolder(place / "base").config["model"], "base"))
     assert (config["train"]["lr"], config["train"]["optimizer"]) == usual
     assert not (out / "checkpoints").exists()
-
-    found = good("eval", out, "--json").json
-    assert len(found) == 1 and found[0]["n"] == 3 and found[0]["run"] == str(out)
-    assert found[0]["accuracy"] == pytest.approx(summary["dev_accuracy"])
-    assert found[0]["nll_bound"] == pytest.approx(summary["dev_nll_bound"], rel=0.05)
-    assert RunFolder(out).read_json(RESULTS)["eval"]["mood/dev"]["accuracy"] == found[0]["accuracy"]
+    (found,) = good("eval", out, "--json").json
+    assert found["n"] == 40 and found["run"] == str(out)
+    assert found["accuracy"] == pytest.approx(summary["dev_accuracy"])
+    assert found["nll_bound"] == pytest.approx(summary["dev_nll_bound"], rel=0.05)
+    assert RunFolder(out).read_json(RESULTS)["eval"]["mood/dev"]["accuracy"] == found["accuracy"]
 
 
 def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(
@@ -250,13 +172,12 @@ def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(
     assert "bitfit on mood" in loud.stderr and quiet.stderr == "" and "bitfit" in quiet.stdout
 
 
-def test_a_builtin_task_is_finetuned_with_a_limit_and_evaluated_by_default(place: Path) -> None:
-    out = Path("runs") / "reviews-adapters-s2"
+def test_a_builtin_task_is_finetuned_with_a_limit(place: Path) -> None:
     good("finetune", "--base", place / "base", "--task", "reviews", "--limit", 8, "--method", "adapters", "--epochs", 1,
          "--seed", 2, "--quiet")  # fmt: skip
+    out = Path("runs/reviews-adapters-s2")
     assert RunFolder(out).config["data"]["rows"] == 8
-    found = good("eval", "--split", "test", "--limit", 20, "--json").json
-    assert found[0]["n"] == 20 and found[0]["run"] == str(out)
+    assert good("eval", out, "--split", "test", "--limit", 20, "--json").json[0]["n"] == 20
 
 
 def test_rows_may_come_from_a_file_and_predictions_go_to_one(adapters: dict[str, tuple[Path, Ran]]) -> None:
@@ -264,26 +185,29 @@ def test_rows_may_come_from_a_file_and_predictions_go_to_one(adapters: dict[str,
     good("eval", adapters["full"][0], "--data", "mine.tsv", "--predictions", "out.tsv", "--json")
     lines = Path("out.tsv").read_text().splitlines()
     assert lines[0] == "run\ttask\tprompt\tgold\tanswer" and len(lines) == 2
-    assert lines[1].split("\t")[:4] == [str(adapters["full"][0]), "mood", "the sky i feel", "very well"]
+    assert lines[1].split("\t")[:4] == [str(adapters["full"][0]), "mood", "the sky it was", "very well"]
 
 
 def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(
     place: Path, adapters: dict[str, tuple[Path, Ran]]
 ) -> None:
-    shutil.copytree(adapters["full"][0], "mine")
+    shutil.copytree(adapters["trajectory-lora"][0], "mine")
     kept = good("eval", "mine", "--json").json
     results = Path("mine", RESULTS).read_bytes()
     Path("data", "mood").mkdir(parents=True)
-    shutil.copy(place / "dev.csv", "data/mood/dev.csv")
+    shutil.copy(place / "mood.csv", "data/mood/dev.csv")
     for asked, why in (
         (("--temperature", 5, "--sampler", "ancestral"), "decoded otherwise than by default"),
         (("--data", "data"), "of the rows in data"),
         (("--limit", 100), "of 100 rows at most"),
+        (("--set", "base_dtype=int8"), "on the base in int8"),
     ):
         ran = good("eval", "mine", *asked, "--json")
         assert ran.json[0]["n"] == kept[0]["n"] and Path("mine", RESULTS).read_bytes() == results
         assert f"mine: mood/dev is not kept in results.json, as it is {why}" in ran.stderr
         assert "is not kept" not in good("eval", "mine", *asked, "--json", "--quiet").stderr
+    assert ran.json[0]["nll_bound"] != kept[0]["nll_bound"], "127 levels a row"
+    assert ran.json[0]["nll_bound"] == pytest.approx(kept[0]["nll_bound"], rel=0.05)
 
 
 def test_running_text_is_measured_under_a_base_and_an_adapter(place: Path, pair: tuple[Path, Path]) -> None:
@@ -316,8 +240,7 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
     merged = good("eval", "merged", "--task", mood, "--json").json[0]["nll_bound"]
     assert merged == pytest.approx(expected, rel=1e-3)
     assert good("eval", place / "base", "--task", mood, "--json").json[0]["nll_bound"] != pytest.approx(expected)
-    refused = cli("pretrain", "--resume", "merged")
-    assert refused.code == 2 and "made by tinyld merge" in refused.stderr
+    assert_refused(cli("pretrain", "--resume", "merged"), 2, "made by tinyld merge")
 
 
 def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Path, Path]) -> None:
@@ -332,30 +255,14 @@ def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Pa
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
-def test_an_adapter_is_evaluated_on_its_base_in_fewer_bits(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
-    run = adapters["trajectory-lora"][0]
-    own, kept = good("eval", run, "--json").json[0], (run / RESULTS).read_bytes()
-    ran = good("eval", run, "--set", "base_dtype=int8", "--json")
-    small = ran.json[0]
-    assert "is not kept in results.json, as it is on the base in int8" in ran.stderr
-    assert small["nll_bound"] != own["nll_bound"]
-    assert small["nll_bound"] == pytest.approx(own["nll_bound"], rel=0.05), "127 levels a row"
-    assert (run / RESULTS).read_bytes() == kept, "it is no result of the run's own base"
-    refused = cli("eval", adapters["full"][0], "--set", "base_dtype=int8")
-    assert refused.code == 2 and "is for frozen weights; full trains them all" in refused.stderr
-
-
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy", "ancestral"])
-def test_text_is_sampled_from_a_base_and_an_adapter(
-    sampler: str, place: Path, adapters: dict[str, tuple[Path, Ran]]
-) -> None:
-    for run in (place / "base", adapters["trajectory-lora"][0]):
+def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, pair: tuple[Path, Path]) -> None:
+    for run in (place / "base", pair[0]):
         args = ["sample", run, "--prompt", "the {answer} .", "--length", 4, "--num", 2, "--sampler", sampler, "--json"]
         first = good(*args)
         assert len(first.json["samples"]) == 2 and 1 <= first.json["forward_passes"] <= 4
         assert first == good(*args)
         assert all("[MASK]" not in s and "_" not in s for s in first.json["samples"])
-    assert len(good("sample", place / "base", "--num", 3, "--length", 2).stdout.splitlines()) == 3
     shown = good("sample", "--base", place / "base", "--num", 1, "--length", 3, "--show-steps").stdout.splitlines()
     assert shown[0].count("_") > shown[-2].count("_") == 0 and shown[0].strip().startswith("1 ")
 
@@ -434,44 +341,30 @@ def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = place / "again.toml"
-    task.write_text((place / "mood.toml").read_text().replace("train.csv", "again.csv"))
-    rows = (place / "train.csv").read_text()
+    task, rows = place / "again.toml", (place / "mood.csv").read_text()
+    task.write_text((place / "mood.toml").read_text().replace("mood.csv", "again.csv"))
     (place / "again.csv").write_text(rows)
     interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--task", task, "--out", "cut")
     (place / "again.csv").write_text(rows.replace("rain", "sky"))
     assert_refused(cli("finetune", "--resume", "cut"), 1, "data was ")
-    monkeypatch.setattr("platform.machine", lambda: "abacus")  # not one of what decides the bits
     (place / "again.csv").write_text(rows)
-    with monkeypatch.context() as other:
-        other.setattr("tinyld.device.fast_dtype", lambda device: "fp16")
-        assert_refused(cli("finetune", "--resume", "cut"), 1, "fast_dtype was ")
+    monkeypatch.setattr("platform.machine", lambda: "abacus")  # not one of what decides the bits
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    assert_refused(
-        cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; --set allow_changed=true"
-    )
+    said = f"threads was {threads}, is {threads + 1}; --set allow_changed=true"
+    assert_refused(cli("finetune", "--resume", "cut"), 1, said)
     assert good("finetune", "--resume", "cut", "--set", "allow_changed=true", "--json").json["steps"] == 7
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = begun(place, "adapters", "--set", "save_minutes=1e-9", "--set", "keep=3")
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = begun(place, "adapters")
     good(*args, "--out", "whole", "--quiet")
     interrupt(monkeypatch, 6, *args, "--out", "cut")
-    assert [int(p.name) for p in RunFolder(Path("cut")).checkpoints()] == [4, 5, 6]
-    damaged = RunFolder(Path("cut")).checkpoints()[-1]
+    *_, damaged = RunFolder(Path("cut")).checkpoints()
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert_refused(cli("finetune", "--resume", "cut", "--quiet"), 1, "go on from an older one with --set from_step=5")
-    steps = []
-    remove = RunFolder.remove_checkpoints
-    monkeypatch.setattr(
-        RunFolder, "remove_checkpoints",
-        lambda self, after=-1: [remove(self, after), steps.append([int(p.name) for p in self.checkpoints()])],
-    )  # fmt: skip
-    good("finetune", "--resume", "cut", "--set", "from_step=4", "--quiet")
-    assert steps == [[4], []]
+    assert_refused(cli("finetune", "--resume", "cut", "--quiet"), 1, "delete it to go on from the one before")
+    damaged.unlink()
+    good("finetune", "--resume", "cut", "--quiet")
     assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
 
 
@@ -481,13 +374,6 @@ def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.M
     shutil.rmtree("base")
     shutil.copytree(place / "other", "base")
     assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
-
-
-def test_force_replaces_a_run(place: Path) -> None:
-    finetune(place, Path("a"), "--method", "bitfit", "--quiet")
-    first = RunFolder(Path("a")).digest(ADAPTER)
-    finetune(place, Path("a"), "--method", "bitfit", "--quiet", "--seed", 9, "--force")
-    assert RunFolder(Path("a")).digest(ADAPTER) != first
 
 
 @pytest.mark.parametrize(
@@ -543,8 +429,8 @@ ERRORS = [
     (ON + "--data {place}/loop.csv", 1, "loop.csv: no such folder"),
     (NOT_ON + "--data {place}/loop.csv", 1, "loop.csv: cannot be read"),
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),
-    (NOT_ON + "--data {place}/train.csv --text-column words", 2, "no column 'words'; it has text, label"),
-    (NOT_ON + "--data {place}/train.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
+    (NOT_ON + "--data {place}/mood.csv --text-column words", 2, "no column 'words'; it has text, label"),
+    (NOT_ON + "--data {place}/mood.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
     (NOT_ON + "--data {place}/unlabelled.csv", 1, "which of its columns are text and label?"),
     (NOT_ON + "--data {place}/unlabelled.csv --text-column a --label-column c", 2, "the one label 'z'"),
     # options
@@ -560,30 +446,27 @@ ERRORS = [
     (ON + "--set depth=3", 2, "--set takes name=value, got 'depth=3'; --set help lists the names"),
     (ON + "--set rslora=maybe", 2, "give true or false"),
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
-    (ON + "--set from_step=3", 2, "from_step and allow_changed are for --resume"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),
     (ON + "--method bitfit --device cuda:99", 2, "torch sees"),
     (ON + "--method bitfit --device tpu9", 2, "device must be auto, cpu, cuda or cuda:N"),
-    (EVAL + "--data {place}/dev.csv --split test", 2, "--split has no effect on the file"),
+    (EVAL + "--data {place}/mood.csv --split test", 2, "--split has no effect on the file"),
     (EVAL + "--text {place}/text.txt --sampler entropy", 2, "--sampler has no effect on the running text"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
-    ("predict {place}/mood-full {place}/dev.csv --csv --json", 2, "give --csv or --json, not both"),
+    ("predict {place}/mood-full {place}/mood.csv --csv --json", 2, "give --csv or --json, not both"),
     ("compare --task {place}/mood.toml --base {place}/base --steps 1 --epochs 2", 2, "--steps or --epochs, not both"),
-    ("sample {place}/base --length 900", 2, "the base takes 48"),
-    ("sample {place}/base --num 99999999", 2, "lower --num"),
+    ("sample {place}/base --length 900", 2, "the base takes 24"),
+    ("sample {place}/base --length 9 --num 99999999", 2, "lower --num"),
     ("pretrain --preset nano --set num_heads=3", 2, "num_heads must divide d_model"),
     (TEXT + "--steps 1 --set body_lr=0.5", 2, "--body-lr needs --init"),
     # runs, bases and what is written
     (NOT_ON.replace("{place}/base", "nowhere"), 1, "no run in nowhere"),
-    ("finetune --resume {place}/mood-full --set from_step=3", 1, "is finished already"),
-    ("eval --quiet", 1, "no finished run in runs/"),
+    ("eval --quiet", 2, "which run?"),
     (EVAL + "--text missing.txt", 1, "no such file or folder: missing.txt"),
     (EVAL + "--predictions .", 1, "cannot be written"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
-    (EVAL + "--data {place}/dev.csv --predictions {place}/dev.csv", 1, "it is an input"),
     ("report {place}/mood-full --csv {place}/mood-full/config.json", 1, "a file of a run"),
-    ("predict {place}/mood-full {place}/dev.csv --out {place}/dev.csv", 1, "it is an input"),
+    ("predict {place}/mood-full {place}/mood.csv --out {place}/mood.csv", 1, "it is an input"),
     ("merge {place}/base --out new", 1, "is no weight-lora adapter"),
     ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
@@ -595,15 +478,13 @@ ERRORS = [
     ("pretrain {tiny} --quiet --steps 1 --out {place}/text.txt --data {place}/text.txt", 1, "is not empty"),
     # options that can have no effect, and what is read or written by mistake
     (EVAL + "--predictions {place}/mood.toml", 1, "it is an input"),
-    (EVAL + "--predictions {place}/dev.csv", 1, "it is an input"),
+    (EVAL + "--predictions {place}/mood.csv", 1, "it is an input"),
     (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--sampler ancestral; it goes with threshold"),
     (EVAL + "--seed 3", 2, "--seed has no effect where nothing is drawn"),
     (ONE + "--steps 3", 2, "--steps has no effect where every answer is one token"),
     (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),
     (ONE + "--set draws=2 --set least=2", 2, "--least, --draws has no effect where every answer is one token"),
     (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold; it goes with klass"),
-    (EVAL + "--json --wide", 2, "--wide has no effect on --json"),
-    (EVAL + "--text {place}/text.txt --wide", 2, "--wide has no effect on the running text"),
     ("predict {place}/colours --text a --set threshold=0.5", 2, "--threshold has no effect where every answer is"),
     ("predict {place}/mood-full --text a --json --out a.csv", 2, "give --csv or --json, not both"),
     ("sample {place}/base --sampler low_confidence --temperature 0 --seed 1", 2, "--seed has no effect"),
@@ -668,9 +549,12 @@ def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters:
     shutil.copytree(adapters["weight-lora"][0], "run")
     folder = RunFolder(Path("run"))
     tensors = folder.read_tensors(ADAPTER)
-    for size, verb, part in ((1e30, "merge", "not finite in float32"), (1e15, "sample", "logits are not finite")):
+    for size, asked, part in (
+        (1e30, ("merge", "run", "--out", "new"), "not finite in float32"),
+        (1e15, ("sample", "run", "--length", 4), "logits are not finite"),
+    ):
         folder.write_tensors(ADAPTER, {name: torch.full_like(t, size) for name, t in tensors.items()})
-        assert_refused(cli(verb, "run", *(["--out", "new"] if verb == "merge" else [])), 1, part)
+        assert_refused(cli(*asked), 1, part)
     assert not Path("new").exists()
 
 
@@ -681,31 +565,16 @@ WORDS_OF = {"predict": "predict run --text a", "info": "info run", "merge": "mer
 def test_out_of_memory_is_one_line_that_names_options_the_verb_has(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(name: str) -> Callable[..., Any]:
-        def run(options: Any) -> None:
-            raise error
+    def run(options: Any) -> None:
+        raise error
 
-        return run
-
-    monkeypatch.setattr(tinyld.cli, "load", load)
+    monkeypatch.setattr(tinyld.cli, "load", lambda name: run)
     for verb, row in VERBS.items():
         ran = cli(*WORDS_OF.get(verb, verb).split())
         assert_refused(ran, 1, "out of memory")
         named = {word.removeprefix("--").replace("-", "_") for word in re.findall("--[a-z-]+", ran.stderr)}
         assert named <= {f.name for f in dataclasses.fields(row.options) if f.metadata["group"] is not None}
         assert named or verb not in ("finetune", "pretrain", "eval", "sample", "compose", "compare", "demo")
-
-
-def test_out_of_memory_in_a_real_process(place: Path) -> None:
-    code = """if True:
-        import resource, sys
-        from tinyld import cli, predict
-        now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + (100 << 20), now + (100 << 20)))
-        cli.main()"""
-    ended = python("-c", code, "sample", str(place / "base"), "--num", "20000", "--length", "40")
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "tinyld: out of memory; lower --length or --num\n"
 
 
 def test_an_error_of_a_real_process_has_no_traceback() -> None:

@@ -124,17 +124,6 @@ def test_a_run_that_was_made_otherwise_is_refused_before_anything_runs(
     assert trainer.ran == []
 
 
-def test_two_grids_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
-    class Meanwhile(Trainer):
-        def finetune(self, options: FinetuneOptions) -> None:
-            with pytest.raises(TinyldError, match="another process is writing"):
-                grid(tmp_path, self).run()
-            super().finetune(options)
-
-    trainer = Meanwhile()
-    assert len(grid(tmp_path, trainer, trials=1, seeds=1).run()) == 2 and len(trainer.ran) == 4
-
-
 def test_variants_carry_their_options(tmp_path: Path) -> None:
     (one,) = variants("weight-lora:budget=0.7%:targets=query/key", MODEL)
     assert (one.method, one.sets) == ("weight-lora", ["budget=0.7%", "targets=query,key"])

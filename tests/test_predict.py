@@ -24,9 +24,9 @@ from tinyld.answers import by_label, label_logp
 from tinyld.cli import app
 from tinyld.data import Batch, TaskRows
 from tinyld.evaluate import Verbalizers
-from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, config_of
+from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, usual_epochs
 from tinyld.model import Denoiser
-from tinyld.options import EvalOptions, FinetuneOptions
+from tinyld.options import EvalOptions
 from tinyld.rows import GAPS, prompt_of
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
@@ -100,16 +100,11 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
 
 
 def test_few_rows_are_read_more_often(place: Path) -> None:
-    def epochs(task: str, **given: Any) -> float:
-        options = FinetuneOptions(task=str(place / f"{task}.toml"), base=place / "base", method="bitfit", **given)
-        return config_of(options)["train"]["epochs"]
-
-    assert epochs("mood") == UPDATES / 2 and epochs("mood", batch_size=1) == 3 and epochs("tell") == EPOCHS
-    assert (
-        epochs("tell", batch_size=1) == math.ceil(UPDATES_WRITING / 15)
-        and epochs("tell", batch_size=1, limit=2) == EPOCHS
-    )
-    assert epochs("tell", epochs=2.0) == 2
+    mood, tell = (load_task(str(place / f"{name}.toml")) for name in ("mood", "tell"))
+    assert usual_epochs(mood, 40, 32) == UPDATES / 2 and usual_epochs(mood, 40, 1) == 3
+    assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(UPDATES_WRITING / 15)
+    tinyld.finetune(place / "mood.toml", base=place / "base", out="mood", method="bitfit", quiet=True)
+    assert RunFolder(Path("mood")).config["train"]["epochs"] == UPDATES / 2
 
 
 def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:

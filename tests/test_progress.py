@@ -12,7 +12,7 @@ import pytest
 from tinyld.progress import Progress
 
 
-def test_the_time_left_is_told_once_something_was_done_here(
+def test_the_time_left_is_told_once_something_was_done_here_and_counts_down(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
@@ -21,9 +21,11 @@ def test_the_time_left_is_told_once_something_was_done_here(
         for done in (4.0, 4.0, 5.0, 6.0):  # a resumed run: 4 of 10 were done before
             clock[0] += 5.0
             bar.advance_to(done, "9 rows/s", "loss 1")
+        clock[0] += 10.0
+        bar.doing("dev evaluation")
     said = capsys.readouterr().err.splitlines()
-    assert [re.findall(r"eta (\S+)", line) for line in said] == [["-"], ["-"], ["75s"], ["40s"]]
-    assert said[-1] == "train 60% 9 rows/s eta 40s loss 1"
+    assert [re.findall(r"eta (\S+)", line) for line in said] == [["-"], ["-"], ["75s"], ["40s"], ["30s"]]
+    assert said[-2:] == ["train 60% 9 rows/s eta 40s loss 1", "train: dev evaluation 60% 9 rows/s eta 30s loss 1"]
 
 
 def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,33 +34,12 @@ def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "")
 
 
-def test_it_says_what_is_being_done_and_the_time_left_counts_down_between_reports(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Progress("train", 10.0, every=0.0) as bar:
-        bar.advance_to(0.0)
-        clock[0] = 10.0
-        bar.advance_to(1.0)
-        assert bar.eta == "90s"
-        clock[0] = 30.0
-        assert bar.eta == "70s"
-        clock[0] = 500.0
-        bar.doing("dev evaluation")
-        assert bar.eta == "0s"
-        bar.doing()
-    assert capsys.readouterr().err.splitlines()[-2:] == ["train: dev evaluation 10%  eta 0s", "train 10%  eta 0s"]
-
-
 def test_a_terminal_has_one_line_that_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("train [x]", 10.0) as bar:
         bar.advance_to(5.0, "9 rows/s", "loss 1")
         bar.doing("saving")
-    *_, last, end = sys.stderr.getvalue().split("\r")
+    *_, last, end = terminal.getvalue().split("\r")
     assert last == "train [x]: saving 50% 9 rows/s eta - loss 1\x1b[K" and end == "\x1b[K"

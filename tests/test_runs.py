@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -174,19 +175,14 @@ def test_no_source_file_unpickles() -> None:
 # ------------------------------------------------------------------------------------------------ the manifest
 
 
-def test_the_manifest_has_the_digest_and_size_of_every_file(base: Path) -> None:
+def test_a_base_and_an_adapter_come_back_with_their_bits(base: Path, adapter: Path, config: ModelConfig) -> None:
     files = json.loads((base / MANIFEST).read_text())["files"]
     assert set(files) == {CONFIG, MODEL, TOKENIZER}
     for name, entry in files.items():
         content = (base / name).read_bytes()
         assert entry == {"sha256": sha256(content), "bytes": len(content)}
-
-
-def test_a_base_and_an_adapter_come_back_with_their_bits(base: Path, adapter: Path, config: ModelConfig) -> None:
-    loaded = load(base)
     first = Denoiser(config, torch_seeded(0))
-    for name, parameter in loaded.model.named_parameters():
-        assert torch.equal(parameter, first.get_parameter(name))
+    assert all(torch.equal(p, first.get_parameter(name)) for name, p in load(base).model.named_parameters())
     _, method = load(adapter)
     stored = RunFolder(adapter).read_tensors(ADAPTER)
     assert stored.keys() == method.own.keys()
@@ -221,13 +217,17 @@ def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(
 
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
-    first = RunFolder.create(tmp_path / "run")
-    with first.locked():
-        first.write("a.json", b"1")
-        with pytest.raises(TinyldError, match="another process is writing"):
-            RunFolder(tmp_path / "run").write("a.json", b"2")
-    RunFolder(tmp_path / "run").write("a.json", b"3")
-    assert first.read("a.json") == b"3"
+    folder = RunFolder.create(tmp_path / "run")
+    other = os.open(folder.path, os.O_RDONLY)  # of another process, as far as the lock can tell
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(TinyldError, match="another process is writing"):
+        folder.write("a.json", b"2")
+    os.close(other)
+    with folder.locked(), RunFolder(folder.path).locked():
+        folder.write("a.json", b"3")
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(os.open(folder.path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert folder.read("a.json") == b"3"
 
 
 def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
@@ -346,11 +346,8 @@ def test_a_config_that_says_something_else_is_refused(
     folder = RunFolder(tmp_path / run)
     folder.write_json(CONFIG, folder.config | change)
     assert part in refusal(folder.path) and str(folder.path) in refusal(folder.path)
-
-
-def test_a_missing_key_of_a_config_is_one_line(adapter: Path) -> None:
-    RunFolder(adapter).write_json(CONFIG, {"kind": "adapter"})
-    assert refusal(adapter) == f"{adapter / CONFIG}: missing key 'base'"
+    folder.write_json(CONFIG, {"kind": run})
+    assert refusal(folder.path).startswith(f"{folder.path / CONFIG}: missing key '")
 
 
 def test_no_number_that_is_not_finite_is_written_as_json(tmp_path: Path) -> None:
@@ -435,30 +432,9 @@ def test_the_log_is_read_without_its_torn_last_line_and_rewound(tmp_path: Path) 
     folder.rewind(5)
     folder.log({"step": 6})
     assert folder.metrics() == [{"step": 0, "loss": 0.0}, {"step": 5, "loss": 5 / 3}, {"step": 6}]
-    folder.save_checkpoint(6, {}, {}, keep=2)
-    digest = folder.load_checkpoint()[1]["log"]
-    folder.log({"step": 7})
-    folder.rewind(6, digest)
-    assert folder.metrics()[-1] == {"step": 6}
-    log = tmp_path / "run" / METRICS
-    log.write_text(log.read_text().replace("0.0", "0.5"))
-    with pytest.raises(TinyldError, match="metrics.jsonl: changed since step 6 was saved"):
-        folder.rewind(6, digest)
-    log.unlink()
-    folder.rewind(6, digest)
 
 
-def test_checkpoints_that_are_a_link_are_left_alone(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "photos")
-    for act in (folder.load_checkpoint, lambda: folder.save_checkpoint(1, {}, {}, keep=1)):
-        with pytest.raises(TinyldError, match="checkpoints: is a link"):
-            act()
-    assert not list((tmp_path / "photos").iterdir())
-
-
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 3])
 def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(keep: int, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     for step in (2, 9, 10, 100, 1000):
@@ -484,17 +460,16 @@ def test_a_checkpoint_that_was_cut_short_is_not_seen(
     assert torch.equal(folder.load_checkpoint()[0]["w"], torch.full((1,), 5.0))
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_it_is_deleted(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     for step in (1, 2):
         folder.save_checkpoint(step, {"w": torch.ones(50)}, {}, 2)
     path = folder.checkpoints()[-1]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TinyldError, match=f"{path}: damaged.*--set from_step=1$"):
+    with pytest.raises(TinyldError, match=f"{path}: damaged.*; delete it to go on from the one before"):
         folder.load_checkpoint()
-    assert folder.load_checkpoint(1)[1]["step"] == 1
-    with pytest.raises(TinyldError, match="no checkpoint at step 7 .*; there are 1, 2"):
-        folder.load_checkpoint(7)
+    path.unlink()
+    assert folder.load_checkpoint()[1]["step"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ nothing of others
@@ -502,7 +477,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(tmp_path:
 
 def test_a_new_run_takes_a_new_or_an_empty_folder_or_what_a_killed_writer_left(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "new", "deep/er"):
+    for name, found in (("empty", "an empty folder"), ("new", "no such folder"), ("deep/er", "no such folder")):
+        with pytest.raises(TinyldError, match=f"no run in .*{name}: expected config.json, found {found}"):
+            RunFolder.open(tmp_path / name)
         assert RunFolder.create(tmp_path / name).path.is_dir()
     run = tmp_path / "new"
     RunFolder(run).write(TOKENIZER, b"{}")
@@ -511,15 +488,6 @@ def test_a_new_run_takes_a_new_or_an_empty_folder_or_what_a_killed_writer_left(t
     (run / MANIFEST).unlink()  # then the tokenizer is somebody else's
     with pytest.raises(TinyldError, match="not empty"):
         RunFolder.check_free(run)
-
-
-def test_what_is_no_run_says_what_was_found(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_text("cat")
-    for name, found in (("photos", "cat.jpg"), ("empty", "an empty folder"), ("missing", "no such folder")):
-        with pytest.raises(TinyldError, match=f"no run in .*{name}: expected config.json, found {found}"):
-            RunFolder.open(tmp_path / name)
 
 
 FOREIGN = [
@@ -577,6 +545,9 @@ def test_what_is_behind_a_link_is_not_ours(base: Path, tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to(base)
     before = tree(tmp_path)
     folder.remove_checkpoints()
+    for act in (folder.load_checkpoint, lambda: folder.save_checkpoint(1, {}, {}, keep=1)):
+        with pytest.raises(TinyldError, match="checkpoints: is a link"):
+            act()
     with pytest.raises(TinyldError, match="is not empty"):
         RunFolder.create(tmp_path / "latest", force=True)
     assert tree(tmp_path) == before and folder.checkpoints() == []

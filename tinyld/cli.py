@@ -41,53 +41,31 @@ class Verb(NamedTuple):
 
 MAIN = ("finetune", "predict", "eval", "compose", "pretrain")  # whose examples stand in the first help
 VERBS = {
-    "finetune": Verb(
-        options.FinetuneOptions, "finetuning:finetune", "Teach a base your task: a small adapter is trained.",
-        "tinyld finetune --data mine.csv --out runs/mine",
-    ),
-    "predict": Verb(
-        options.PredictOptions, "texts:predict", "Answer new texts with what was trained, by many tasks at once.",
-        "tinyld predict runs/mine new.csv --out answered.csv",
-    ),
-    "eval": Verb(
-        options.EvalOptions, "scores:eval", "Measure a run on rows whose labels are known.",
-        "tinyld eval runs/mine --split dev", "scores:show",
-    ),
-    "compose": Verb(
-        options.ComposeOptions, "compose:compose", "Use several adapters of one base at once.",
-        "tinyld compose runs/reviews runs/topics --out runs/both", "compose:show",
-    ),
-    "pretrain": Verb(
-        options.PretrainOptions, "pretrain:pretrain", "Make a base from running text (10 minutes if not told).",
-        "tinyld pretrain --data texts/ --minutes 20 --out runs/base",
-    ),
-    "sample": Verb(
-        options.SampleOptions, "verbs:sample", "Write text, or fill in {answer}.",
-        "tinyld sample --prompt 'the film was {answer} .' --length 3", "verbs:show_samples",
-    ),
-    "compare": Verb(
-        options.CompareOptions, "compare:compare", "Tune and run every method alike on your task.",
-        "tinyld compare --task mine.toml --seeds 3", "report:show",
-    ),
-    "report": Verb(
-        options.ReportOptions, "report:report", "One table of many evaluated runs.", "tinyld report runs/*",
-        "report:show",
-    ),
-    "info": Verb(options.InfoOptions, "verbs:info", "Say what a run is, and check its files.", "tinyld info runs/mine",
-                 "verbs:show_info"),
+    "finetune": Verb(options.FinetuneOptions, "finetuning:finetune", "Teach a base your task by a small adapter.",
+                     "tinyld finetune --data mine.csv --out runs/mine"),
+    "predict": Verb(options.PredictOptions, "texts:predict", "Answer new texts with one run or several at once.",
+                    "tinyld predict runs/mine new.csv --out answered.csv"),
+    "eval": Verb(options.EvalOptions, "scores:eval", "Measure a run on rows whose labels are known.",
+                 "tinyld eval runs/mine --split dev", "scores:show"),
+    "compose": Verb(options.ComposeOptions, "compose:compose", "Use several adapters of one base at once.",
+                    "tinyld compose runs/reviews runs/topics --out runs/both", "compose:show"),
+    "pretrain": Verb(options.PretrainOptions, "pretrain:pretrain", "Make a base from text (10 minutes if not told).",
+                     "tinyld pretrain --data texts/ --minutes 20 --out runs/base"),
+    "sample": Verb(options.SampleOptions, "verbs:sample", "Write text, or fill in {answer}.",
+                   "tinyld sample --prompt 'the film was {answer} .' --length 3", "verbs:show_samples"),
+    "compare": Verb(options.CompareOptions, "compare:compare", "Tune and run every method alike on your task.",
+                    "tinyld compare --task mine.toml --seeds 3", "report:show"),
+    "report": Verb(options.ReportOptions, "report:report", "One table of many evaluated runs.",
+                   "tinyld report runs/*", "report:show"),
+    "info": Verb(options.InfoOptions, "verbs:info", "Say what a run is, and check its files.",
+                 "tinyld info runs/mine", "verbs:show_info"),
     "tasks": Verb(options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", "verbs:show_tasks"),
-    "merge": Verb(
-        options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",
-        "tinyld merge runs/mine --out runs/merged",
-    ),
-    "export": Verb(
-        options.ExportOptions, "verbs:export", "Write a base for transformers, or a LoRA for peft.",
-        "tinyld export runs/mine --to peft --out lora", "verbs:show_export",
-    ),
+    "merge": Verb(options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",
+                  "tinyld merge runs/mine --out runs/merged"),
+    "export": Verb(options.ExportOptions, "verbs:export", "Write a base for transformers, or a LoRA for peft.",
+                   "tinyld export runs/mine --to peft --out lora"),
     "demo": Verb(options.DemoOptions, "verbs:demo", "See it all in two minutes, without a network.", "tinyld demo"),
 }  # fmt: skip
-
-
 GROUPS_LAST = "Writing Training Machine Output"  # in this order behind all others
 
 
@@ -186,19 +164,18 @@ def keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
 
 def parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """A field of an options class as typer wants it."""
-    default, choices, group = field.default, field.metadata.get("among"), field.metadata["group"]
-    if choices:
-        kind = Literal[tuple(choices)]
-    elif field.metadata["read"] is not None:
+    default, rules = field.default, field.metadata
+    if "among" in rules:
+        kind = Literal[tuple(rules["among"])]
+    elif rules["read"] is not None:
         kind = str
     elif typing.get_origin(kind) is tuple:
         kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
         default = list(default) or None if isinstance(default, tuple) else default
-    metavar = None if choices or kind is bool else METAVARS.get(kind)
-    extra = {"min": field.metadata.get("least"), "help": field.metadata["help"], "metavar": metavar}
-    if group == ARGUMENT:
-        return keyword(field.name, kind, default, typer.Argument(**extra | {"metavar": field.name.upper()}))
-    return keyword(field.name, kind, default, typer.Option(flag(field.name), **extra))
+    about = {"min": rules.get("least"), "help": rules["help"], "metavar": METAVARS.get(kind)}
+    if rules["group"] == ARGUMENT:
+        return keyword(field.name, kind, default, typer.Argument(**about | {"metavar": field.name.upper()}))
+    return keyword(field.name, kind, default, typer.Option(flag(field.name), **about))
 
 
 def add(name: str, verb: Verb) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
-from tinyld.tasks import from_record, load_task, to_record
+from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 from tinyld.write import make_folder, write_atomic
@@ -65,7 +64,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 def config_of(options: FinetuneOptions) -> dict[str, Any]:
     """A new run's config.json, but for what only its base and rows can tell: what was left open is filled in, the task
-    of a file, the method's learning rate and optimizer, the epochs."""
+    of a file, the method's learning rate and optimizer."""
     base, method, data = options.base or default_base(), options.method, options.data
     reading = Reading(**options.only(Reading))
     shape, tokenizer = read_shape(base, reading)
@@ -84,44 +83,50 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         data, held_out, file = data_file(data)
         task = make_task(options, file, tokenizer, shape.max_length)
         say_to_stderr(options.quiet)(described(task))
-    if all(training[budget] is None for budget in BUDGETS):
-        rows = to_learn(task, load_split(task, "train", data, options.limit, held_out))
-        least = UPDATES_WRITING if task.is_generation else UPDATES
-        training["epochs"] = float(min(EPOCHS, max(3, math.ceil(least / math.ceil(len(rows) / options.batch_size)))))
-    config = TrainConfig(**training)
+    open_ended = all(training[budget] is None for budget in BUDGETS)
+    train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
+    kept = {"path": str(base.resolve()), "dtype": options.base_dtype}
+    kept |= {} if reading == Reading() else {"reading": to_dict(reading)}
     return {
         "kind": "adapter",
         "task": to_record(task),
         "method": {"name": method, **to_dict(settings)},
-        "base": {"path": str(base.resolve()), "dtype": options.base_dtype}
-        | ({} if reading == Reading() else {"reading": to_dict(reading)}),
-        "train": to_dict(config),
+        "base": kept,
+        "train": train | ({"epochs": None} if open_ended else {}),  # for `usual_epochs` to tell
         "cache_gb": options.cache_gb,
         "data": {"folder": data and os.path.realpath(data), "held_out": held_out, "limit": options.limit},
     }
+
+
+def usual_epochs(task: Task, rows: int, batch_size: int) -> float:
+    """Passes over so many training rows where nothing is said."""
+    least = UPDATES_WRITING if task.is_generation else UPDATES
+    return float(min(EPOCHS, max(3, math.ceil(least / math.ceil(rows / batch_size)))))
 
 
 def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None) -> dict[str, Any]:
     """Trains as the config says, in a new run or one that was `begun`; its results, which are also in results.json."""
     where, data = str(out / CONFIG), config["data"]
     quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
-    training = from_dict(TrainConfig, config["train"], where)
+    task = from_record(config["task"], where)
+    rows_in, train = data["folder"] and Path(data["folder"]), config["train"]
+    examples = to_learn(task, load_split(task, "train", rows_in, data["limit"], data["held_out"]))
+    dev = load_split(task, "dev", rows_in, None, data["held_out"])
+    if task.is_generation:  # some, spread over all, as a file may begin with the shortest
+        dev = [dev[i * len(dev) // WRITTEN] for i in range(WRITTEN)] if len(dev) > WRITTEN else dev
+    if not begun and all(train[budget] is None for budget in BUDGETS):
+        train["epochs"] = usual_epochs(task, len(examples), train["batch_size"])
+    training = from_dict(TrainConfig, train, where)
     device = resolve_device(training.device)
     dtype = resolve_dtype(training.dtype, device)
     processes = Processes.join(device)
-    task, folder_of_rows = from_record(config["task"], where), data["folder"] and Path(data["folder"])
-    examples = [
-        load_split(task, split, folder_of_rows, limit, data["held_out"])
-        for split, limit in (("train", data["limit"]), ("dev", None))
-    ]
-    examples[0] = to_learn(task, examples[0])
     reading = from_dict(Reading, config["base"].get("reading", {}), where)
     base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"], reading)
     if begun:
         check_base(config, base, out)
     model, tokenizer = base.model, base.tokenizer
-    train_rows, dev_rows = (TaskRows(rows, task, tokenizer, model.config.max_length) for rows in examples)
+    train_rows, dev_rows = (TaskRows(e, task, tokenizer, model.config.max_length) for e in (examples, dev))
     started_as = config.get("started_as", config["method"])
     kind, settings = read_config(started_as, where)
     method = attach(base, kind.name, settings, torch_seeded(training.seed, 0))
@@ -160,7 +165,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         result = TrainingRun(
             model, method.own, train_rows, objective, training, folder, held_out, f"{method.name} {task.name}",
             method.penalty, method.after_update, processes=processes, quiet=quiet,
-        ).train(begun is not None, options.from_step)  # fmt: skip
+        ).train(begun is not None)  # fmt: skip
         metrics = result.metrics
         method.finish()
         changed = method_record(method) != began
@@ -170,10 +175,8 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
                 metrics = held_out()
             say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
         if task.is_generation:
-            n = min(WRITTEN, len(dev_rows))  # spread over all, as a file may begin with the shortest
-            some = [examples[1][i * len(dev_rows) // n] for i in range(n)]
             with autocast(device, dtype):
-                written = evaluate(model, TaskRows(some, task, tokenizer, model.config.max_length), tokenizer, draws=1)
+                written = evaluate(model, dev_rows, tokenizer, draws=1)
             metrics = metrics | {f"dev_{k}": v for k, v in written.texts.items()} | {"dev_written": written.n}
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
@@ -181,17 +184,9 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         if changed and is_writer():
             now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
             folder.write_json(CONFIG, folder.config | now)
-        summary = {
-            "task": task.name,
-            "method": method.name,
-            "rows": len(train_rows),
-            "steps": result.step,
-            "seconds": round(result.seconds + cache_seconds, 2),
-            "cache_seconds": round(cache_seconds, 2),
-            "peak_memory_mb": result.peak_memory_mb,
-            **counts,
-            **metrics,
-        }
+        seconds = {"seconds": round(result.seconds + cache_seconds, 2), "cache_seconds": round(cache_seconds, 2)}
+        summary = {"task": task.name, "method": method.name, "rows": len(train_rows), "steps": result.step, **seconds}
+        summary |= {"peak_memory_mb": result.peak_memory_mb, **counts, **metrics}
         folder.close_log()
         folder.write_json(RESULTS, {"finetune": summary})
         folder.remove_checkpoints()
@@ -204,7 +199,7 @@ def resume(options: Training) -> dict[str, Any]:
 
     assert options.resume is not None
     for field in fields(options):
-        kept = field.name in ("resume", "from_step", "allow_changed", "lr", "json", "quiet")
+        kept = field.name in ("resume", "allow_changed", "lr", "json", "quiet")
         check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
@@ -212,9 +207,7 @@ def resume(options: Training) -> dict[str, Any]:
         if config["kind"] == "composition":
             raise UsageError(f"{out} is a composition; there is nothing in it to train")
         if "merged" in config:
-            raise UsageError(
-                f"{out} was made by tinyld merge and has nothing left to train; pretrain --init {out} goes on"
-            )
+            raise UsageError(f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}")
         verb = "pretrain" if config["kind"] == "base" else "finetune"
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
@@ -224,8 +217,6 @@ def resume(options: Training) -> dict[str, Any]:
                     folder.write_json(CONFIG, config)
             go_on = pretrain.train_base if verb == "pretrain" else _train
             return {"run": str(out), **go_on(config, out, options, folder)}
-        if options.from_step is not None:
-            raise TinyldError(f"{out} is finished already; step {options.from_step} has no checkpoint to go on from")
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()
@@ -252,18 +243,18 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     out = Path(out)
     file, run = out.with_name(f"{out.name}-rows.jsonl") if out.name else out, RunFolder(out)
     made = _options(options, out=out, data=file)
-    records = []
+    lines = []
     for row in several(rows_or_task, "rows"):
         if not isinstance(row, Mapping):
             check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
             row = dict(zip(("text", "label"), row, strict=True))
         try:
-            records.append(json.dumps(dict(row), ensure_ascii=False, default=_number))
-        except TypeError:
+            lines.append(json.dumps(dict(row), ensure_ascii=False, default=lambda value: value.item()))  # of numpy's
+        except (AttributeError, TypeError, ValueError):
             raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
-    content = "".join(f"{record}\n" for record in records).encode(errors="surrogatepass")
+    content = "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass")
     is_new = not os.path.lexists(file)
     if not (is_new or run.is_run() or read_bytes(file) == content):  # a run that is there is to be replaced
         raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
@@ -284,12 +275,3 @@ def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
         free = name in known and name not in ours
         check(free, f"no option {name} here; the first argument says what is learned")
     return FinetuneOptions(**{"quiet": True, **ours, **given})
-
-
-def _number(value: Any) -> int | float:
-    """A number of numpy's; TypeError for what is none."""
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    raise TypeError(value)

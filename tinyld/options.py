@@ -133,13 +133,11 @@ class Sampling(Options, SampleConfig):
 class Training(OnDevice, Written, Printed, Loop):
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, no other option.", "Output")
-    from_step: int | None = option(None, "With --resume: from this checkpoint instead of the newest.")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        alone = self.resume is None and (self.from_step is not None or self.allow_changed)
-        check(not alone, "from_step and allow_changed are for --resume")
+        check(self.resume is not None or not self.allow_changed, "allow_changed is for --resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +234,7 @@ class PredictOptions(Sampling, OnDevice, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(Sampling, OnDevice, Reading):
+class SampleOptions(Sampling, OnDevice, Printed, Reading):
     run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
@@ -245,7 +243,6 @@ class SampleOptions(Sampling, OnDevice, Reading):
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
-    json: bool = option(False, "Print the result as JSON.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,33 +269,29 @@ class CompareOptions(Printed):
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
-    csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
+    csv: Path | None = option(None, "Write a row a run to this file.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(Options):
-    runs: tuple[Path, ...] = option((), "Evaluated adapters and compositions.", ARGUMENT)
-    csv: Path | None = option(None, "Write a row a run to this file, which tinyld report reads.", "Output")
-    json: bool = option(False, "Print the table as JSON.", "Output")
+class ReportOptions(Printed):
+    runs: tuple[Path, ...] = option((), "Evaluated adapters.", ARGUMENT)
+    csv: Path | None = option(None, "Write a row a run to this file.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions(Options, Reading):
+class InfoOptions(Printed, Reading):
     run: Path = option(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
-    json: bool = option(False, "Print the result as JSON.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(Options):
+class MergeOptions(Written, Printed):
     run: Path = option(dataclasses.MISSING, "A weight-lora adapter.", ARGUMENT)
     base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("runs/merged"), "Base to write.", "Output")
-    force: bool = option(False, "Replace the run that is in --out.", "Output")
-    json: bool = option(False, "Print the result as JSON.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(Options):
+class ExportOptions(Printed):
     run: Path = option(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
     to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
     base: Path | None = option(None, "Where a LoRA's base is, if it has moved.", "Output", read=base_folder)
@@ -306,9 +299,8 @@ class ExportOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions(Options):
+class DemoOptions(Written):
     out: Path = option(Path("runs/demo"), "Folder for the demo's runs.", "Output")
-    force: bool = option(False, "Replace what is in --out.", "Output")
     dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
     limit: int | None = option(None, "Train on the first so many rows.", "Machine", least=1)
     quiet: bool = option(False, "Nothing on stderr but errors.", "Output")

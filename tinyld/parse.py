@@ -15,15 +15,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def given(options: Any, names: Iterable[str]) -> list[str]:
-    """Those of the named options that have another value than their default."""
-    default = {field.name: field.default for field in dataclasses.fields(options)}
-    return [name for name in names if name in default and getattr(options, name) != default[name]]
-
-
 def refuse_idle(options: Any, names: Iterable[str], where: str) -> None:
-    """UsageError where one of the named options is given, which has no effect `where`."""
-    found = given(options, names)
+    """UsageError where one of the named options has another value than its default, which has no effect `where`."""
+    default = {field.name: field.default for field in dataclasses.fields(options)}
+    found = [name for name in names if name in default and getattr(options, name) != default[name]]
     check(not found, f"{', '.join(map(flag, found))} has no effect {where}")
 
 

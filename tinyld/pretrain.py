@@ -181,7 +181,7 @@ def train_base(
             model, parameters, rows, objective, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,
         )  # fmt: skip
-        run.train(begun is not None, options.from_step)
+        run.train(begun is not None)
         folder.close_log()
         save_base(folder, parameters, tokenizer, SAVED[config["save_dtype"]])
         summary = {

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tinyld.errors import TinyldError, failing
-from tinyld.read import TENSORS_BYTES, Record, as_object, parse_json, parse_tensors, read_bytes, read_object, read_text
+from tinyld.read import TENSORS_BYTES, Record, parse_json, parse_tensors, read_bytes, read_object, read_text
 from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ KINDS = ("base", "adapter", "composition")  # of a run, in its config
 SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least": 1}]
 SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)
 SCORES |= dict.fromkeys(("nll_bound", "nll_stderr"), float)
+ENTRY: Any = {"sha256": str, "bytes": int, "before": str}
 MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict}
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
@@ -48,8 +50,9 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
     },
     RESULTS: {"eval": dict[str, SCORES]}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}),
+    MANIFEST: {"files": dict[str, ENTRY]},
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
-    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float], "log": str},
+    | dict.fromkeys(("seconds", "log_sum"), float) | {"scaler": dict[str, float]},
 }  # fmt: skip
 
 
@@ -68,7 +71,6 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._is_locked = False
 
     @staticmethod
     def check_free(path: Path, force: bool = False) -> None:
@@ -114,18 +116,9 @@ class RunFolder:
         except (TinyldError, OSError):
             return False
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """`locked` of this folder, once for all that is done within."""
-        if self._is_locked:
-            yield
-            return
-        with locked(self.path):
-            self._is_locked = True
-            try:
-                yield
-            finally:
-                self._is_locked = False
+    def locked(self) -> AbstractContextManager[None]:
+        """`write.locked` of this folder."""
+        return locked(self.path)
 
     @property
     def config(self) -> Record:
@@ -195,14 +188,10 @@ class RunFolder:
         path = self.path / MANIFEST
         if not os.path.lexists(path):
             return {}
-        files = as_object(read_object(path)["files"], f"{path}: files")
+        files = parse_json(read_text(path), path, TYPES[MANIFEST])["files"]
         for name, entry in files.items():
-            entry = as_object(entry, f"{path}: {name!r}")
-            digest, size = entry["sha256"], entry["bytes"]
-            if not (isinstance(digest, str) and digest.isascii() and isinstance(size, int)):
-                raise TinyldError(f"{path}: damaged, the entry for {name!r} has no sha256 and bytes")
-            if Path(name).name != name:
-                raise TinyldError(f"{path}: the name {name!r} leaves the run folder")
+            if Path(name).name != name or not entry["sha256"].isascii() or "bytes" not in entry:
+                raise TinyldError(f"{path}: damaged, at {name!r}")
         return files
 
     # ---- the metrics log
@@ -220,28 +209,17 @@ class RunFolder:
         if not path.exists():
             return []
         *lines, _ = read_text(path).split("\n")
-        records = [as_object(parse_json(line, path), path) for line in lines]
-        if not all(isinstance(record["step"], int) for record in records):
-            raise TinyldError(f"{path}: damaged, a line has no step")
-        return records
+        return [parse_json(line, path, {"step": int}) for line in lines]
 
     def close_log(self) -> None:
         """Puts the finished log into the manifest."""
         self.write(METRICS, read_bytes(self.path / METRICS))
 
-    def rewind(self, step: int, log: str | None = None) -> None:
-        """Drops the checkpoints and the log's lines after `step`, which a resumed run writes again.
-
-        log: SHA-256 of the lines that stay; TinyldError where a log is there and they are others.
-        """
-        path = self.path / METRICS
+    def rewind(self, step: int) -> None:
+        """Drops the checkpoints and the log's lines after `step`, which a resumed run writes again."""
         kept = b"".join(to_json(r, None) for r in self.metrics() if r["step"] <= step)
-        if path.exists() and log not in (None, sha256(kept)):
-            raise TinyldError(
-                f"{path}: changed since step {step} was saved; put it back, or delete it to go on without"
-            )
         self.remove_checkpoints(after=max(step, 0))
-        write_atomic(path, kept)
+        write_atomic(self.path / METRICS, kept)
 
     # ---- checkpoints
 
@@ -260,7 +238,6 @@ class RunFolder:
             with failing(self.path, "written"):
                 if (self.path / METRICS).exists():
                     sync(self.path / METRICS)
-                    state["log"] = sha256(read_bytes(self.path / METRICS))
                 folder = self._checkpoints
                 folder.path.mkdir(exist_ok=True)
             about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
@@ -282,23 +259,16 @@ class RunFolder:
             return []
         return sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8,12}", path.name) and path.is_file())
 
-    def load_checkpoint(self, step: int | None = None) -> tuple[dict[str, Tensor], Record] | None:
-        """(tensors, state) of the newest checkpoint, or of that at `step`; None when there is none to go on from."""
-        folder, steps = self._checkpoints, [int(path.name) for path in self.checkpoints()]
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise TinyldError(f"no checkpoint at step {step} in {self.path}; there are {there}")
-        if not steps:
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], Record] | None:
+        """(tensors, state) of the newest checkpoint; None when there is none to go on from."""
+        folder, found = self._checkpoints, self.checkpoints()
+        if not found:
             return None
-        chosen = max(steps) if step is None else step
-        path = folder.path / f"{chosen:08d}"
         try:
-            tensors = folder.read_tensors(path.name)
-            return tensors, parse_json(tensors.pop("state").numpy().tobytes(), path, TYPES[CHECKPOINTS])
+            tensors = folder.read_tensors(found[-1].name)
+            return tensors, parse_json(tensors.pop("state").numpy().tobytes(), found[-1], TYPES[CHECKPOINTS])
         except TinyldError as error:
-            older = [s for s in steps if s < chosen]
-            way_out = f"go on from an older one with --set from_step={older[-1]}" if older else "there is no older one"
-            raise TinyldError(f"{error}; {way_out}") from None
+            raise TinyldError(f"{error}; delete it to go on from the one before, or else from the start") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
         """Removes the checkpoints of steps after `after`, by default all of them, and what is half-written."""
@@ -319,9 +289,8 @@ def _found(path: Path) -> str:
 class Spectator(RunFolder):
     """A run folder that another process of the same run writes: reading works, writing does nothing."""
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        yield
+    def locked(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path

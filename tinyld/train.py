@@ -148,18 +148,18 @@ class TrainingRun:
         self.bar = Progress(self.label, 1.0, quiet=self.quiet)
         self.stop = StopSignals("stopping after this step" if self.processes.rank == 0 else "")
 
-    def train(self, resume: bool = False, from_step: int | None = None) -> TrainingRun:
+    def train(self, resume: bool = False) -> TrainingRun:
         """Trains until the budget is used up, and leaves the parameters at their last values.
 
-        With `resume` it goes on from the newest checkpoint, or that of `from_step`; a run that was stopped before it
-        had one begins again. A signal ends the step, saves and raises Interrupted.
+        With `resume` it goes on from the newest checkpoint; a run that was stopped before it had one begins again. A
+        signal ends the step, saves and raises Interrupted.
         """
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
             torch.cuda.reset_peak_memory_stats()
         self.model.recompute = self.config.recompute
         if resume:
-            self.go_on(from_step)
+            self.go_on()
         with self.stop, self.bar:
             self.to_the_end()
         self.metrics = self.metrics or self.held_out()  # none yet when a run is resumed after its last step
@@ -185,12 +185,11 @@ class TrainingRun:
         """The learning rate as a share of its peak."""
         return lr_factor(self.progress, self.config.warmup, self.config.flat)
 
-    def go_on(self, from_step: int | None) -> None:
+    def go_on(self) -> None:
         """Takes up a checkpoint, if there is one, and removes what came after it."""
-        found, log = self.folder.load_checkpoint(from_step), None
-        if found is not None:
+        if (found := self.folder.load_checkpoint()) is not None:
             tensors, state = found
-            scaler, log, self.saved_step = state["scaler"], state.get("log"), state["step"]
+            scaler, self.saved_step = state["scaler"], state["step"]
             for name in COUNTERS:
                 setattr(self, name, state[name])
             saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -199,7 +198,7 @@ class TrainingRun:
             if scaler:
                 self.scaler.load_state_dict(scaler)
         self.processes.meet()  # before process 0 removes what another may still read
-        self.folder.rewind(self.saved_step, log)
+        self.folder.rewind(self.saved_step)
 
     def to_the_end(self) -> None:
         """Steps, log lines, evaluations and checkpoints until the budget is used up."""

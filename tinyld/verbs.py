@@ -29,41 +29,32 @@ from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
 def info(options: InfoOptions) -> dict[str, Any]:
     """What a run is, from its JSON files; every file is checked against the manifest."""
+    reading = Reading(**options.only(Reading))
     if is_foreign(options.run):
         from tinyld.costs import describe
 
-        return {"folder": str(options.run), **describe(options.run, Reading(**options.only(Reading)))}
-    check_ours(Reading(**options.only(Reading)))
+        return {"folder": str(options.run), **describe(options.run, reading)}
+    check_ours(reading)
     folder = RunFolder.open(options.run)
     config, files = folder.config, folder.files()
     for name in files:
         folder.read(name)
+    results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
-        record |= {f"model {k}": v for k, v in config["model"].items()}
-        record["text tokens"] = config["data"]["tokens"]
-    elif config["kind"] == "adapter":
-        task = config["task"]
-        record |= {"task": task["name"], "template": task["template"]}
-        record["answers"] = ", ".join(f"{label}: {words}" for label, words in task["verbalizer"].items()) or "text"
-        record["base"] = config["base"]["fingerprint"]
-        record |= {f"method {k}": str(v) if isinstance(v, list) else v for k, v in config["method"].items()}
-        record |= config["parameters"]
-    else:
-        for i, member in enumerate(config["members"], 1):
-            record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
-    results = folder.read_json(RESULTS) if RESULTS in files else {}
-    record |= {k: v for verb in ("pretrain", "finetune") for k, v in results.get(verb, {}).items() if k not in record}
+    for i, member in enumerate(config.get("members", ()), 1):
+        record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
+    for part in ("task", "method", "model", "base", "data", "parameters"):
+        record |= {f"{part} {name}": value for name, value in config.get(part, {}).items()}
+    record |= {name: value for verb in ("pretrain", "finetune") for name, value in results.get(verb, {}).items()}
     for key, found in results.get("eval", {}).items():
-        text = f"NLL bound {found['nll_bound']:.3f}"
+        record[f"eval {key}"] = f"NLL bound {found['nll_bound']:.3f}"
         if "accuracy" in found:
-            text = f"{100 * found['accuracy']:.1f}% ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
-        record[f"eval {key}"] = text
-    for name, size in files.items():
-        record[f"file {name}"] = f"{size:,} bytes, sha256 {folder.digest(name)[:16]}"
-    record["command"] = config["environment"]["command"]
-    return record
+            interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
+            record[f"eval {key}"] = f"{100 * found['accuracy']:.1f}% ({interval})"
+    record |= {f"file {k}": f"{n:,} bytes, sha256 {folder.digest(k)[:16]}" for k, n in files.items()}
+    return record | {"command": config["environment"]["command"]}
 
 
 def show_info(record: dict[str, Any], options: InfoOptions) -> None:
@@ -144,10 +135,6 @@ def export(options: ExportOptions) -> dict[str, Any]:
     base, method = weight_lora(run, options.base)
     export_peft(method.config, method.own, base.fingerprint, out)
     return {"out": str(out), "load": f"peft.PeftModel.from_pretrained(denoiser, {str(out)!r})"}
-
-
-def show_export(result: dict[str, Any], options: ExportOptions) -> None:
-    print(plain(f"wrote {result['out']}: load it with {result['load']}"))
 
 
 def merge(options: MergeOptions) -> dict[str, Any]:
