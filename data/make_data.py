@@ -755,9 +755,8 @@ def write_files() -> None:
     tasks = make_tasks()
     for task, (labels, splits) in tasks.items():
         (HERE / task).mkdir(exist_ok=True)
-        (HERE / task / "labels.txt").write_bytes("".join(f"{label}\n" for label in labels).encode())
         for split, rows in splits.items():
-            lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows)]
+            lines = ["sentence\tlabel", *(f"{text}\t{labels[label]}" for text, label in rows)]
             (HERE / task / f"{split}.tsv").write_bytes(("\n".join(lines) + "\n").encode())
     splits_of = [splits for _, splits in tasks.values()]
     held_out = [text for splits in splits_of for text, _ in splits["dev"] + splits["test"]]

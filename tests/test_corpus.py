@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tinyld import corpus
-from tinyld.corpus import held_out_part, in_chunks, sample, text_bytes, tokenize
+from tinyld.corpus import held_out_part, sample, text_bytes, tokenize
 from tinyld.errors import TinyldError
 from tinyld.tokenizer import Tokenizer
 
@@ -28,23 +28,16 @@ def test_documents_become_one_stream_with_an_eos_after_each(tokenizer: Tokenizer
     assert len(empty.stream) == empty.documents == empty.counts.sum() == 0
 
 
-def test_a_stream_is_the_same_in_whatever_chunks_it_was_made(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tokenize(LINES, tokenizer)
-    monkeypatch.setattr(corpus, "in_chunks", lambda lines: in_chunks(lines, 100))
-    done: list[int] = []
-    parts = tokenize(LINES, tokenizer, done.append)
-    assert np.array_equal(parts.stream, whole.stream) and parts.sha256 == whole.sha256
-    assert len(done) > 100 and done[-1] == sum(len(line) + 1 for line in LINES)
-
-
-def test_a_stream_is_mapped_and_leaves_no_file(
+def test_a_stream_is_mapped_leaves_no_file_and_is_the_same_in_whatever_chunks_it_was_made(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    found = tokenize(LINES, tokenizer)
-    assert isinstance(found.stream, np.memmap) and list(tmp_path.iterdir()) == []
+    whole, done = tokenize(LINES, tokenizer), []
+    assert isinstance(whole.stream, np.memmap) and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(corpus, "CHARACTERS", 100)
+    parts = tokenize(LINES, tokenizer, done.append)
+    assert np.array_equal(parts.stream, whole.stream) and parts.sha256 == whole.sha256
+    assert len(done) > 100 and done[-1] == sum(len(line) + 1 for line in LINES)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(TinyldError, match="cannot be kept in .*gone.*set TMPDIR"):
         tokenize(LINES, tokenizer)

@@ -13,88 +13,85 @@ from safetensors.torch import save
 from tinyld import read
 from tinyld.config import ModelConfig, from_dict
 from tinyld.errors import TinyldError, plain, show
-from tinyld.read import finite, parse_tensors, read_json, read_object, read_text, read_toml
+from tinyld.read import finite, parse_tensors, read_object, read_text, read_toml
 
-BAD_JSON = {
-    "": "Expecting value",
-    "{": "Expecting property name",
-    '{"a": 1, "a": 2}': "key 'a' twice",
-    '{"a": {"b": 1, "b": 2}}': "key 'b' twice",
-    '{"a": NaN}': "no finite number",
-    "[1e999]": "no finite number",
-    "[" + "9" * 400 + "]": "no finite number",
-    "[" * 65 + "]" * 65: "nested deeper than 64",
-    "[" * 100_000: "recursion",
-    '{"a": 1}}': "Extra data",
-}
+BAD = [
+    ("a.json", "", "Expecting value"),
+    ("a.json", "{", "Expecting property name"),
+    ("a.json", '{"a": 1, "a": 2}', "key 'a' twice"),
+    ("a.json", '{"a": {"b": 1, "b": 2}}', "key 'b' twice"),
+    ("a.json", '{"a": NaN}', "no finite number"),
+    ("a.json", "[1e999]", "no finite number"),
+    ("a.json", "[" + "9" * 400 + "]", "no finite number"),
+    ("a.json", "[" * 65 + "]" * 65, "nested deeper than 64"),
+    ("a.json", "[" * 100_000, "recursion"),
+    ("a.json", '{"a": 1}}', "Extra data"),
+    ("a.toml", "a = nan", "no finite number"),
+    ("a.toml", "a = 1\na = 2", "overwrite"),
+    ("a.toml", "a = " + "[" * 70 + "]" * 70, "nested deeper than 64"),
+    ("a.toml", "a =", "Invalid value"),
+    ("a.toml", "a = " + 400 * "9", "no finite number"),
+]
 
 
 def test_a_strict_reading_of_json_and_toml(tmp_path: Path) -> None:
-    for content, message in BAD_JSON.items():
-        (tmp_path / "a.json").write_text(content)
-        with pytest.raises(TinyldError, match=f"^{tmp_path}/a.json: damaged, not JSON .*{message}"):
-            read_json(tmp_path / "a.json")
-    for content in ("a = nan", "a = 1\na = 2", "a = " + "[" * 70 + "]" * 70, "a =", "a = " + 400 * "9"):
-        (tmp_path / "a.toml").write_text(content)
-        with pytest.raises(TinyldError, match="a.toml: not valid TOML"):
-            read_toml(tmp_path / "a.toml")
+    for name, content, message in BAD:
+        (tmp_path / name).write_text(content)
+        kind = "damaged, not JSON" if name == "a.json" else "not valid TOML"
+        with pytest.raises(TinyldError, match=f"^{tmp_path}/{name}: {kind}.*{message}"):
+            (read_object if name == "a.json" else read_toml)(tmp_path / name)
 
 
 def test_what_is_well_formed_is_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1, -2.5, true, null, "\\u00e9"], "b": {}}')
-    assert read_object(tmp_path / "a.json") == {"a": [1, -2.5, True, None, "é"], "b": {}}
     (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
-    assert read_json(tmp_path / "link.json")["b"] == {}
-    with pytest.raises(TinyldError, match="a.json: missing key 'c'"):
-        read_json(tmp_path / "a.json")["c"]
+    found = read_object(tmp_path / "link.json")
+    assert found == {"a": [1, -2.5, True, None, "é"], "b": {}}
+    with pytest.raises(TinyldError, match="link.json: missing key 'c'"):
+        found["c"]
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(TinyldError, match=r"a.json: expected an object, got '\[1\]'"):
         read_object(tmp_path / "a.json")
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
-    with pytest.raises(TinyldError, match=r"a.txt: line 2: not UTF-8 \(byte 8 of the file\)"):
+    with pytest.raises(TinyldError, match="a.txt: line 2: not UTF-8"):
         read_text(tmp_path / "a.txt")
 
 
 def test_only_regular_files_of_a_sane_size_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path, message in (
-        (tmp_path / "pipe", "not a file but a device"),
-        (Path("/dev/zero"), "not a file but a device"),
-        (tmp_path, "not a file but a folder"),
-        (tmp_path / "none", "no such file"),
-        (tmp_path / ("n" * 300), "File name too long"),
-        (tmp_path / "a\0b", "null"),
-    ):
-        with pytest.raises(TinyldError, match=message):
-            read_json(path)
     (tmp_path / "a.json").write_text("[1, 2]")
     monkeypatch.setattr(read.read_text, "__defaults__", (5,))
-    with pytest.raises(TinyldError, match="a.json: 6 bytes are more than the 5"):
-        read_json(tmp_path / "a.json")
+    for name, message in (
+        ("pipe", "not a file but a device"),
+        ("/dev/zero", "not a file but a device"),
+        (".", "not a file but a folder"),
+        ("none", "no such file"),
+        ("n" * 300, "File name too long"),
+        ("a\0b", "null"),
+        ("a.json", "a.json: 6 bytes are more than the 5"),
+    ):
+        with pytest.raises(TinyldError, match=message):
+            read_object(tmp_path / name)
 
 
-def header(text: str, data: bytes = b"") -> bytes:
+def header(text: str, data: bytes = b"0000") -> bytes:
     return struct.pack("<Q", len(text)) + text.encode() + data
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_strict_reading_of_tensors(tmp_path: Path) -> None:
+    for content, message in (
         (b"", "damaged safetensors"),
         (struct.pack("<Q", 1 << 60), "damaged safetensors"),
         (header("[]"), "damaged safetensors"),
         (header('{"a": 1}'), "damaged safetensors"),
         (header('{"a": {}}'), "damaged safetensors"),
-        (header('{"a": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}', b"0"), "type torch.float8_e5m2"),
-        (header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}', b"0000"), "damaged safetensors"),
-        (header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b"0000"), "damaged safetensors"),
+        (header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}'), "damaged safetensors"),
+        (header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}'), "damaged safetensors"),
+        (header('{"a": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}'), "type torch.float8_e5m2"),
         (save({"a": torch.tensor([float("nan")])}), "'a' holds values that are not finite"),
-    ],
-)
-def test_a_strict_reading_of_tensors(content: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(TinyldError, match=message) as raised:
-        parse_tensors(content, tmp_path / "a.safetensors")
-    assert "a.safetensors" in str(raised.value)
+    ):
+        with pytest.raises(TinyldError, match=f"a.safetensors: .*{message}"):
+            parse_tensors(content, tmp_path / "a.safetensors")
 
 
 def test_what_reaches_a_model_is_finite_in_float32() -> None:
@@ -108,9 +105,8 @@ def test_what_reaches_a_model_is_finite_in_float32() -> None:
             finite({"a": torch.zeros(1).to(dtype)}, "x")
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_a_config_is_checked_against_its_dataclass() -> None:
+    for values, message in (
         ([], "expected an object"),
         ({}, "missing key 'vocab_size'"),
         ({"vocab_size": True}, "vocab_size: 'True' is not of type int"),
@@ -118,23 +114,18 @@ def test_what_reaches_a_model_is_finite_in_float32() -> None:
         ({"vocab_size": 9, "rotary": "false"}, "rotary: 'false' is not of type bool"),
         ({"vocab_size": 9, "norm_eps": 1e39}, "norm_eps must be below 1"),
         ({"vocab_size": 9, "depth": 1}, "unknown key 'depth'"),
-    ],
-)
-def test_a_config_is_checked_against_its_dataclass(values: object, message: str) -> None:
-    with pytest.raises(TinyldError, match=f"a.json: .*{message}|a.json: {message}"):
-        from_dict(ModelConfig, values, "a.json")  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TinyldError, match=f"a.json: {message}"):
+            from_dict(ModelConfig, values, "a.json")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
+def test_text_from_outside_is_plain_on_a_terminal_and_in_errors() -> None:
+    for text, shown in (
         ("a\x1b[2Jb", "a?[2Jb"),
         ("a\nb\tc\u00a0d", "a b c d"),
         ("abc\u202edef", "abc?def"),
         ("half \ud83d", "half ?"),
         ("naïve 漢字 👩\u200d🚀", "naïve 漢字 👩\u200d🚀"),
-    ],
-)
-def test_text_from_outside_is_plain_on_a_terminal_and_in_errors(text: str, shown: str) -> None:
-    assert plain(text) == shown == str(TinyldError(text))
-    assert show(text).isprintable() or "\u200d" in text
+    ):
+        assert plain(text) == shown == str(TinyldError(text))
+        assert show(text).isprintable() or "\u200d" in text

@@ -67,22 +67,19 @@ def test_two_spellings_of_one_text_give_the_same_ids_and_what_carries_meaning_st
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-@pytest.mark.parametrize("frame", ["{}", "a {} b", "it's{}{}great", "[{}]", "[M{}ASK]", "[{}MASK]"])
-def test_a_special_tokens_name_in_text_is_plain_text(english: Tokenizer, name: str, frame: str) -> None:
+def test_a_special_tokens_name_in_text_is_plain_text(english: Tokenizer, name: str) -> None:
     special = {english.pad_id, english.bos_id, english.eos_id, english.mask_id}
-    text = frame.replace("{}", name)
-    assert not special & set(english.encode(text))
-    assert english.encode_batch([text, "great"]) == [english.encode(text), english.encode("great")]
+    for frame in ("{}", "a {} b", "it's{}{}great", "[{}]", "[M{}ASK]", "[{}MASK]"):
+        text = frame.replace("{}", name)
+        assert not special & set(english.encode(text))
+        assert english.encode_batch([text, "great"]) == [english.encode(text), english.encode("great")]
 
 
-def test_special_tokens_come_first_and_a_character_never_seen_is_unknown(english: Tokenizer) -> None:
+def test_a_vocabulary_is_of_its_size_and_comes_back_from_its_file(english: Tokenizer, tmp_path: Path) -> None:
     ids = [english.pad_id, english.unk_id, english.bos_id, english.eos_id, english.mask_id]
-    assert ids == list(range(len(SPECIAL)))
+    assert ids == list(range(len(SPECIAL))), "special tokens come first"
     assert max(max(english.encode(s)) for s in SENTENCES) < english.vocab_size <= 220
     assert english.encode("漢") == [english.unk_id] and english.decode([english.unk_id]) == "[UNK]"
-
-
-def test_save_and_load_give_the_same_tokenizer(english: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(english.to_json(), encoding="utf-8")
     loaded = Tokenizer.load(path)
@@ -114,8 +111,6 @@ def test_a_damaged_or_hostile_tokenizer_file_is_refused(
     english: Tokenizer, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     raw, path = json.loads(english.to_json()), tmp_path / "tokenizer.json"
-    with pytest.raises(TinyldError, match="no such file"):
-        Tokenizer.load(path)
     text = change(raw)
     path.write_text(text if isinstance(text, str) else json.dumps(raw))
     with pytest.raises(TinyldError, match=f"tokenizer.json: .*{message}"):
@@ -141,12 +136,12 @@ def test_pieces_are_joined_as_people_write(english: Tokenizer) -> None:
     assert english.decode(ids) == "great _ no", "up to the first [EOS], with masks"
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_decoded_text_reads_back_as_the_same_ids(english: Tokenizer, seed: int) -> None:
-    rng = random.Random(seed)
+def test_decoded_text_reads_back_as_the_same_ids(english: Tokenizer) -> None:
+    rng = random.Random(0)
     words = [w for s in SENTENCES for w in s.split() if w != '"no"']
-    ids = english.encode(" ".join(rng.choice(words) for _ in range(rng.randint(1, 12))))
-    assert english.encode(english.decode(ids)) == ids
+    for _ in range(50):
+        ids = english.encode(" ".join(rng.choices(words, k=rng.randint(1, 12))))
+        assert english.encode(english.decode(ids)) == ids
 
 
 def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
@@ -162,25 +157,19 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
     assert list(read_lines([tmp_path / "c.jsonl"])) == ["cut ? short"], "half a surrogate pair is no text"
 
 
-BAD_FILES = [
-    ("a.txt", b"caf\xe9\n", "not UTF-8 .invalid continuation byte"),
-    ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
-    ("a.jsonl", b'{"body": "a"}\n', "string field 'text'"),
-    ("a.txt.gz", b"plain", "cannot be read"),
-    ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
-    ("a.jsonl", b"[" * 100_000, "line 1: damaged, not JSON"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
-def test_text_that_cannot_be_read_names_the_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(TinyldError, match=message) as caught:
-        list(read_lines([tmp_path / name]))
-    assert name in str(caught.value)
-
-
-def test_find_text_files_refuses_what_holds_no_text(tmp_path: Path) -> None:
+def test_text_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("a.txt", b"caf\xe9\n", "not UTF-8 .invalid continuation byte"),
+        ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
+        ("a.jsonl", b'{"body": "a"}\n', "line 1: missing key 'text'"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: text: '3' is not of type str"),
+        ("a.jsonl", b'["a"]\n', "line 1: .* is not of type dict"),
+        ("a.txt.gz", b"plain", "cannot be read"),
+        ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TinyldError, match=f"{name}.*{message}"):
+            list(read_lines([tmp_path / name]))
     (tmp_path / "empty").mkdir()
     (tmp_path / "b.csv").write_text("a\n")
     for name, message in (("empty", "no text in"), ("b.csv", "files ending in"), ("gone", "no such")):

@@ -36,8 +36,8 @@ def answers(
     labels = [None if t.is_generation else Verbalizers(t, tokenizer) for t in tasks]
     generator = torch.Generator(device).manual_seed(sampling.seed)
     at_once = data.slot == 1 and sampling.temperature == 0 and not task.is_generation
-    several, ids = len(runs) > 1, [of and torch.tensor([i[0] for i in of.answers], device=device) for of in labels]
-    pushes = [run.push for run in runs] if several else []
+    shared, ids = len(runs) > 1, [of and torch.tensor([i[0] for i in of.answers], device=device) for of in labels]
+    pushes = [run.push for run in runs] if shared else []
     found: list[list[Record]] = [[{}] * len(data) for _ in runs]
     with autocast(device, resolve_dtype(runs[0].dtype, device)):
         for chosen in data.in_length_order(model.rows_at_once(int(data.lengths.max(initial=1)), EVAL_BATCH)):
@@ -48,8 +48,8 @@ def answers(
             for i, logits in enumerate(passes):
                 columns: dict[str, Sequence[Any]] = {}
                 if logits is not None:
-                    columns = by_label(logits if several else logits[:, ids[i]], tasks[i].labels)
-                    if not several:
+                    columns = by_label(logits if shared else logits[:, ids[i]], tasks[i].labels)
+                    if not shared:
                         columns["decoded"] = likeliest(logits, tokenizer)
                 else:
                     if labels[i] is not None:
@@ -101,8 +101,7 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
 
 def input_columns(task: Task) -> list[str]:
     """The columns that asking takes: all that the task reads but the answer."""
-    label = [task.label_column] if task.is_generation and task.label_column else []
-    return list(dict.fromkeys([*task.columns.values(), *label]))
+    return list(dict.fromkeys(task.columns.values()))
 
 
 def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:

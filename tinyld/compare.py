@@ -39,6 +39,8 @@ def compare(options: CompareOptions) -> list[Row]:
     base = RunFolder(options.base or default_base())
     methods = variants(options.methods, read_shape(base.path)[0])
     grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base))
+    is_file = options.data is not None and options.data.is_file()
+    check(not is_file, f"--data {options.data}: compare takes a folder with <task>/train.tsv and so on")
     for task in grid.tasks:
         for split in ("dev", tested_on(task)):
             load_split(task, split, options.data, limit=1)

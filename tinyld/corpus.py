@@ -38,7 +38,7 @@ def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int]
     documents = characters = tokens = 0
     try:
         with tempfile.TemporaryFile(prefix="tinyld-tokens-") as file:
-            for chunk in in_chunks(lines):
+            for chunk in _in_chunks(lines):
                 ids = [i for document in tokenizer.encode_batch(chunk) for i in (*document, tokenizer.eos_id)]
                 part = np.array(ids, dtype=dtype)
                 file.write(part.tobytes())
@@ -50,21 +50,19 @@ def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int]
             file.flush()
             stream = np.memmap(file, dtype, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype)
     except OSError as error:
-        raise TinyldError(
-            f"the tokens of the text cannot be kept in {tempfile.gettempdir()} ({error.strerror}); "
-            "set TMPDIR to a folder with room for them"
-        ) from None
+        problem = f"the tokens of the text cannot be kept in {tempfile.gettempdir()} ({error.strerror})"
+        raise TinyldError(f"{problem}; set TMPDIR to a folder with room for them") from None
     return Corpus(stream, counts, documents, digest.hexdigest())
 
 
-def in_chunks(lines: Iterable[str], characters: int = CHARACTERS) -> Iterator[list[str]]:
-    """Documents in lists of about `characters`, so that a few long ones weigh like many short ones."""
+def _in_chunks(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists of about CHARACTERS, so that a few long ones weigh like many short ones."""
     chunk: list[str] = []
     size = 0
     for line in lines:
         chunk.append(line)
         size += len(line)
-        if size >= characters:
+        if size >= CHARACTERS:
             yield chunk
             chunk, size = [], 0
     if chunk:

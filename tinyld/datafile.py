@@ -1,47 +1,24 @@
-"""A user's rows: which of a file train and which are held out, and a task made from a file that has none. No torch."""
+"""A task made from a file of rows that nothing else is known of. No torch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import unicodedata
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import check
+from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError, show
 from tinyld.options import FinetuneOptions
 from tinyld.parse import refuse_idle
-from tinyld.rows import Example, cell, in_folder, load_split, read_rows, references
-from tinyld.tasks import KEPT, Task, from_record
+from tinyld.rows import cell, in_folder, read_rows, references
+from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
 
-HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 MAX_LABELS = 200
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
 WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
-
-
-def read_split(
-    task: Task, split: str, data: Path | None, limit: int | None = None, held_out: bool = False
-) -> list[Example]:
-    """The first `limit` examples of a split. `data`: a folder, or one file, all of whose rows are read; `held_out`: of
-    that file the dev rows are one in ten, chosen by their text, and the train rows the others."""
-    if data is None or not data.is_file():
-        return load_split(task, split, data, limit=limit)
-    examples = load_split(task, "train", file=data, limit=None if held_out else limit)
-    if not held_out:
-        return examples
-    check(split != "test", f"task {task.name} has no test rows: give a file of them with --data")
-    check(len(examples) >= 2, f"{data}: one row; dev rows are held out, so that at least two are needed")
-    by_text = sorted(range(len(examples)), key=lambda i: (_digest(examples[i]), i))
-    dev = set(by_text[: max(1, len(examples) // HELD_OUT)])
-    return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
-
-
-def _digest(example: Example) -> bytes:
-    return hashlib.sha256(f"{example.before}\0{example.after}".encode(errors="surrogatepass")).digest()
 
 
 def data_file(data: Path) -> tuple[Path, bool, Path]:
@@ -56,58 +33,53 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
 
 
 def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
-    """The task of a file that nothing else is known of: of a .txt to fill gaps in texts, else to write the answers in
-    its answer column, or to label its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
+    """The task of a file: of a .txt to fill gaps in texts, else to write the answers in its answer column, or to label
+    its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
     real = Path(os.path.realpath(file))  # which a loop of links has, too
     name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else real.parent.name).strip("-.")
-    record: dict[str, Any] = dict.fromkeys(KEPT) | {"name": name or "mine", "path": str(real)}
+    task: dict[str, Any] = {"name": name or "mine", "path": real}
     if file.suffix.lower() == ".txt":
         idle = ["text_column", "label_column", "answer_column", "template"]
         refuse_idle(options, idle, f"on the lines of {file}: a gap is filled")
-        own = {"template": "{text}", "columns": {"text": "text"}, "answer_tokens": GAP_TOKENS, "metric": "nll"}
-        return from_record(record | {"verbalizer": {}, "label_names": []} | own, str(file))
+        return from_dict(Task, task | {"template": "{text}", "answer_tokens": GAP_TOKENS}, str(file))
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
     check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
-    numbered = list(read_rows(file))
-    rows = [row for _, row in numbered]
-    text, label = _columns(options, file, rows)
+    rows = list(read_rows(file))
+    text, label = _columns(options, file, [row for _, row in rows])
+    task |= {"template": options.template, "columns": {"text": text}}
     if options.answer_column is not None:
-        answers = [answer for where, row in numbered for answer in references(row, label, where)]
+        answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(answer)) for answer in answers)
-        own = {"verbalizer": {}, "label_names": [], "columns": {"text": text}, "answer_column": label, "metric": "nll"}
-        own["template"] = WRITING if options.template == FinetuneOptions.template else options.template
-        return from_record(record | own | {"answer_tokens": min(longest + 1, max_length // 2)}, str(file))
-    labels = list(dict.fromkeys(cell(row, label, where) for where, row in numbered))
-    check(len(labels) >= 2, f"{file}: column {label!r} holds the one label {labels[0]!r}; at least two are needed")
+        task |= {"answer_column": label, "answer_tokens": min(longest + 1, max_length // 2)}
+        if options.template == FinetuneOptions.template:
+            task["template"] = WRITING
+        return from_dict(Task, task, str(file))
+    labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
+    _check_labels(labels, f"{file}: column {label!r}", len(rows))
+    verbalizer = dict(zip(labels, answer_words(labels, tokenizer), strict=True))
+    return from_dict(Task, task | {"verbalizer": verbalizer, "label_column": label}, str(file))
+
+
+def _check_labels(labels: list[str], where: str, rows: int) -> None:
+    """UsageError for what can hardly be meant: one label, two that look like one, or nearly as many as rows."""
+    check(len(labels) >= 2, f"{where} holds the one label {labels[0]!r}; at least two are needed")
     alike: dict[Any, str] = {}
-    for name in labels:
-        other = alike.setdefault(folded(name), name)
+    for label in labels:
+        other = alike.setdefault(folded(label), label)
         way_out = "write them alike, or say in a task file which labels there are"
-        check(other == name, f"{file}: labels {show(other)} and {show(name)} look like one label; {way_out}")
-    many = len(labels) > min(MAX_LABELS, max(10, len(rows) // 2)) or 2 < len(rows) == len(labels)
-    problem = f"{file}: column {label!r} holds {len(labels)} different labels; is it the --label-column?"
+        check(other == label, f"{where}: labels {show(other)} and {show(label)} look like one label; {way_out}")
+    many = len(labels) > min(MAX_LABELS, max(10, rows // 2)) or 2 < rows == len(labels)
+    problem = f"{where} holds {len(labels)} different labels; is it the --label-column?"
     check(not many, f"{problem} Texts to write are an --answer-column")
-    record |= {
-        "template": options.template,
-        "verbalizer": dict(zip(labels, answer_words(labels, tokenizer), strict=True)),
-        "columns": {"text": text},
-        "label_column": label,
-        "label_names": labels,
-        "answer_tokens": 0,
-        "metric": "accuracy",
-    }
-    return from_record(record, str(file))
 
 
 def described(task: Task) -> str:
     """What was made of a file, in a line: so that a column that was guessed wrongly is seen at once."""
     (text,) = task.columns.values()
-    if task.label_column is not None:
+    if task.labels:
         few = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
         return f"texts are in column {text!r}, their labels in {task.label_column!r}: {len(task.labels)} ({few})"
-    return f"texts are in column {text!r}, " + (
-        f"answers in {task.answer_column!r}" if task.answer_column else "to have gaps"
-    )
+    return f"texts are in column {text!r}, {'to have gaps' if task.is_infill else f'answers in {task.answer_column!r}'}"
 
 
 def folded(label: str) -> Any:
@@ -134,25 +106,16 @@ def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -
         label = label or left.pop(0)
         text = text or left.pop()
     if text is None or label is None:
-        check(
-            len(names) > 1, f"{file}: it has the one column {names[0]}; texts and labels take two, with a comma between"
-        )
-        raise TinyldError(
-            f"{file}: which of its columns are text and label? It has {', '.join(names)}; "
-            "say so with --text-column and --label-column (or --answer-column, of texts to write)"
-        )
+        check(len(names) > 1, f"{file}: it has the one column {names[0]}; texts and labels take two, a comma between")
+        way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
+        raise TinyldError(f"{file}: which of its columns are text and label? It has {', '.join(names)}; {way_out}")
     return text, label
 
 
 def answer_words(labels: list[str], tokenizer: Tokenizer) -> list[str]:
     """A word of one token for each label, all different: its name, else the longest word in it, else a letter."""
-
-    def token(word: str) -> int | None:
-        ids = tokenizer.encode(word)
-        return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_id and ids[0] not in taken else None
-
     words: dict[str, str] = {}
-    taken: set[int] = set()
+    taken = {tokenizer.unk_id}
     spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *tokenizer.inner.get_vocab()]
     for candidates in (
         lambda label: [label],
@@ -160,10 +123,11 @@ def answer_words(labels: list[str], tokenizer: Tokenizer) -> list[str]:
         lambda label: spare,
     ):
         for label in labels:
-            if label not in words:
-                word = next((w for w in candidates(label) if token(w) is not None), None)
-                if word is not None:
+            for word in candidates(label) if label not in words else ():
+                ids = tokenizer.encode(word)
+                if len(ids) == 1 and ids[0] not in taken:
                     words[label] = word
-                    taken.add(tokenizer.encode(word)[0])
+                    taken.add(ids[0])
+                    break
     check(len(words) == len(labels), f"the base's vocabulary has too few words for {len(labels)} labels")
     return [words[label] for label in labels]

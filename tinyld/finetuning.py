@@ -19,7 +19,7 @@ from typing import Any
 from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
-from tinyld.datafile import data_file, described, make_task, read_split
+from tinyld.datafile import data_file, described, make_task
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes
 from tinyld.environment import check_unchanged, environment, is_writer
@@ -32,7 +32,7 @@ from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
-from tinyld.rows import SUFFIXES, to_learn
+from tinyld.rows import SUFFIXES, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.tasks import from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
@@ -85,7 +85,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         task = make_task(options, file, tokenizer, shape.max_length)
         say_to_stderr(options.quiet)(described(task))
     if all(training[budget] is None for budget in BUDGETS):
-        rows = to_learn(task, read_split(task, "train", data, options.limit, held_out))
+        rows = to_learn(task, load_split(task, "train", data, options.limit, held_out))
         least = UPDATES_WRITING if task.is_generation else UPDATES
         training["epochs"] = float(min(EPOCHS, max(3, math.ceil(least / math.ceil(len(rows) / options.batch_size)))))
     config = TrainConfig(**training)
@@ -112,7 +112,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     processes = Processes.join(device)
     task, folder_of_rows = from_record(config["task"], where), data["folder"] and Path(data["folder"])
     examples = [
-        read_split(task, split, folder_of_rows, limit, data["held_out"])
+        load_split(task, split, folder_of_rows, limit, data["held_out"])
         for split, limit in (("train", data["limit"]), ("dev", None))
     ]
     examples[0] = to_learn(task, examples[0])

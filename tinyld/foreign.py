@@ -29,7 +29,7 @@ from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import BLOCKWISE, FAMILIES, IGNORED, REFUSED, Family, Make, Said, same
 from tinyld.layers import rotary_tables
 from tinyld.model import Denoiser
-from tinyld.read import TENSORS_BYTES, as_object, check_size, opened, read_bytes, read_object, read_text, refuse_pickled
+from tinyld.read import TENSORS_BYTES, as_object, opened, read_bytes, read_object, read_text, refuse_pickled
 from tinyld.tokenizer import ROLES, Tokenizer
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -98,8 +98,7 @@ class Weights:
 
 def safetensors(path: Path) -> Any:
     try:
-        with opened(path) as file:  # a regular one
-            check_size(file, path, TENSORS_BYTES)
+        with opened(path, TENSORS_BYTES):  # a regular one
             return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None

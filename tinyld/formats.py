@@ -10,42 +10,27 @@ import csv
 import hashlib
 import re
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO, StringIO
 from typing import Any
 
-MAX_BYTES = 2 << 30  # of a download, and of what is read of an archive
 PAIR = " ||| "  # joins the two sentences of a pair in our files
 
 Row = tuple[str, str]  # sentence, label name
 Splits = dict[str, list[Row]]
-Converter = Callable[[list[BytesIO]], Splits]  # ValueError, or what a broken archive raises, for another format
 
 
 def read_members(archive: BytesIO, pattern: str) -> dict[str, bytes]:
-    """Name -> content of the files in a zip or tar whose whole name matches `pattern`; nothing goes to the disk.
-
-    Raises ValueError when nothing matches, or more than MAX_BYTES do, and whatever a broken archive makes Python raise.
-    """
+    """Name -> content of the files in a zip or tar whose whole name matches `pattern`; nothing goes to the disk."""
     import tarfile
     import zipfile
 
     is_zip = zipfile.is_zipfile(archive)
     archive.seek(0)
-    try:
-        pack: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(fileobj=archive)
-        files = [(i.filename, i.file_size, i) for i in pack.infolist()] if is_zip else [
-            (i.name, i.size, i) for i in pack if i.isfile()
-        ]  # fmt: skip
-        chosen = [file for file in files if re.fullmatch(pattern, file[0].removeprefix("./"))]
-        size = sum(size for _, size, _ in chosen)
-        if not 0 < size <= MAX_BYTES:
-            raise ValueError(f"{pattern} has {size:,} bytes in the archive")
-        return {
-            name.removeprefix("./"): pack.read(info) if is_zip else pack.extractfile(info).read()
-            for name, _, info in chosen
-        }
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise ValueError(f"not a readable archive: {error}") from None
+    pack: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(fileobj=archive)
+    infos = {i.filename: i for i in pack.infolist()} if is_zip else {i.name.removeprefix("./"): i for i in pack}
+    opened = pack.open if is_zip else pack.extractfile
+    return {name: opened(info).read() for name, info in infos.items() if re.fullmatch(pattern, name)}
 
 
 def _lines(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
@@ -56,13 +41,10 @@ def _lines(data: bytes, encoding: str = "utf-8-sig") -> list[str]:
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
-def _glue(folder: str, row: Callable[[list[str]], Row], header: bool = True) -> Converter:
-    def convert(files: list[BytesIO]) -> Splits:
-        found = read_members(files[0], rf"{folder}/(train|dev)\.tsv")
-        return {split: [row(line.split("\t")) for line in _lines(found[f"{folder}/{split}.tsv"])[header:]]
-                for split in ("train", "dev")}  # fmt: skip
-
-    return convert
+def _glue(folder: str, row: Callable[[list[str]], Row], files: list[BytesIO], header: bool = True) -> Splits:
+    found = read_members(files[0], rf"{folder}/(train|dev)\.tsv")
+    lines = {split: _lines(found[f"{folder}/{split}.tsv"])[header:] for split in ("train", "dev")}
+    return {split: [row(line.split("\t")) for line in own] for split, own in lines.items()}
 
 
 def _mrpc(files: list[BytesIO]) -> Splits:
@@ -78,36 +60,29 @@ def _mrpc(files: list[BytesIO]) -> Splits:
     return splits
 
 
-def _trec(files: list[BytesIO]) -> Splits:
-    """Lines like `DESC:manner How did ...`; the coarse type is the label."""
-    parts = [[line.split(" ", 1) for line in _lines(file.read(), "latin-1")] for file in files]
-    return {
-        split: [(text, kind.split(":")[0]) for kind, text in of]
-        for split, of in zip(("train", "test"), parts, strict=True)
-    }
-
-
-def _line_files(members: dict[str, str]) -> Converter:
+def _line_files(members: dict[str, str], files: list[BytesIO]) -> Splits:
     """One pool from one file per label in an archive, a sentence a line."""
-
-    def convert(files: list[BytesIO]) -> Splits:
-        pool: list[Row] = []
-        for member, label in members.items():
-            (data,) = read_members(files[0], rf"(.*/)?{re.escape(member)}").values()
-            pool += [(line, label) for line in _lines(data, "latin-1")]
-        return {"all": pool}
-
-    return convert
+    pool: list[Row] = []
+    for member, label in members.items():
+        (data,) = read_members(files[0], rf"(.*/)?{re.escape(member)}").values()
+        pool += [(line, label) for line in _lines(data, "latin-1")]
+    return {"all": pool}
 
 
-def _ag_news(files: list[BytesIO]) -> Splits:
+def _train_test(rows: Callable[[bytes], list[Row]], files: list[BytesIO]) -> Splits:
+    return {split: rows(file.read()) for split, file in zip(("train", "test"), files, strict=True)}
+
+
+def _trec(data: bytes) -> list[Row]:
+    """Lines like `DESC:manner How did ...`; the coarse type is the label."""
+    parts = (line.split(" ", 1) for line in _lines(data, "latin-1"))
+    return [(text, kind.split(":")[0]) for kind, text in parts]
+
+
+def _ag_news(data: bytes) -> list[Row]:
     """Rows of class 1-4, title, description; the description alone is the sentence."""
     labels = ("World", "Sports", "Business", "Sci/Tech")
-    readers = [csv.reader(StringIO(file.read().decode(), newline="")) for file in files]
-    return {
-        split: [(text, labels[int(kind) - 1]) for kind, _, text in of]
-        for split, of in zip(("train", "test"), readers, strict=True)
-    }
+    return [(text, labels[int(kind) - 1]) for kind, _, text in csv.reader(StringIO(data.decode(), newline=""))]
 
 
 def _imdb(files: list[BytesIO]) -> Splits:
@@ -119,15 +94,17 @@ def _imdb(files: list[BytesIO]) -> Splits:
     return splits
 
 
-CONVERTERS: dict[str, Converter] = {
-    "glue-sst2": _glue("SST-2", lambda row: (row[0], ("negative", "positive")[int(row[1])])),
-    "glue-cola": _glue("CoLA", lambda row: (row[3], ("unacceptable", "acceptable")[int(row[1])]), header=False),
-    "glue-rte": _glue("RTE", lambda row: (row[1] + PAIR + row[2], row[3])),
+CONVERTERS: dict[str, Callable[[list[BytesIO]], Splits]] = {
+    "glue-sst2": partial(_glue, "SST-2", lambda row: (row[0], ("negative", "positive")[int(row[1])])),
+    "glue-cola": partial(
+        _glue, "CoLA", lambda row: (row[3], ("unacceptable", "acceptable")[int(row[1])]), header=False
+    ),
+    "glue-rte": partial(_glue, "RTE", lambda row: (row[1] + PAIR + row[2], row[3])),
     "mrpc": _mrpc,
-    "trec": _trec,
-    "subj": _line_files({"plot.tok.gt9.5000": "objective", "quote.tok.gt9.5000": "subjective"}),
-    "mr": _line_files({"rt-polarity.neg": "negative", "rt-polarity.pos": "positive"}),
-    "ag-news": _ag_news,
+    "trec": partial(_train_test, _trec),
+    "subj": partial(_line_files, {"plot.tok.gt9.5000": "objective", "quote.tok.gt9.5000": "subjective"}),
+    "mr": partial(_line_files, {"rt-polarity.neg": "negative", "rt-polarity.pos": "positive"}),
+    "ag-news": partial(_train_test, _ag_news),
     "imdb": _imdb,
 }
 

@@ -21,54 +21,49 @@ from tinyld.errors import TinyldError, failing, show
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The largest file of each kind, far above any that is meant: each of these is read whole.
+# The largest file of each kind, far above any that is meant: all but text is read whole.
 SETTINGS_BYTES = 256 << 20  # JSON and TOML; a tokenizer of 250,000 pieces has 20 MB
 ROWS_BYTES = 8 << 30
 TENSORS_BYTES = 64 << 30
+TEXT_BYTES = 1 << 40
 DEPTH = 64  # of JSON and TOML
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file (or what a link to one names), open for reading; no pipe, device or folder is opened at all."""
+def opened(path: Path, limit: int = TEXT_BYTES) -> Iterator[BinaryIO]:
+    """A regular file (or what a link to one names) of at most `limit` bytes, open for reading; no pipe, device or
+    folder is opened at all."""
     with failing(path, "read"):
         try:
-            mode = os.stat(path).st_mode
+            found = os.stat(path)
         except FileNotFoundError:
             raise TinyldError(f"{path}: no such file") from None
-        if not stat.S_ISREG(mode):
-            kind = "folder" if stat.S_ISDIR(mode) else "device"
+        if not stat.S_ISREG(found.st_mode):
+            kind = "folder" if stat.S_ISDIR(found.st_mode) else "device"
             raise TinyldError(f"{path}: cannot be read (not a file but a {kind})")
+        if found.st_size > limit:
+            raise TinyldError(f"{path}: {found.st_size:,} bytes are more than the {limit:,} that such a file may have")
         # without blocking, should a pipe have taken its place meanwhile
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             yield file
 
 
 def read_bytes(path: Path, limit: int = SETTINGS_BYTES) -> bytes:
-    with opened(path) as file:
-        check_size(file, path, limit)
+    with opened(path, limit) as file:
         return file.read()
-
-
-def check_size(file: BinaryIO, path: Path, limit: int) -> None:
-    if (size := os.fstat(file.fileno()).st_size) > limit:
-        raise TinyldError(f"{path}: {size:,} bytes are more than the {limit:,} that such a file may have")
 
 
 def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
     return decode(read_bytes(path, limit), path)
 
 
-def decode(content: bytes, path: object) -> str:
-    """UTF-8 text, with or without a byte-order mark."""
-    content = content.removeprefix(b"\xef\xbb\xbf")
+def decode(content: bytes, path: object, first: int = 1) -> str:
+    """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
     try:
-        return content.decode("utf-8")
+        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise TinyldError(
-            f"{path}: line {line}: not UTF-8 (byte {error.start} of the file); save it as UTF-8"
-        ) from None
+        line = first + error.object.count(b"\n", 0, error.start)
+        raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8") from None
 
 
 def clean(text: str) -> str:
@@ -110,12 +105,8 @@ def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    return parse_json(read_text(path), path)
-
-
 def read_object(path: Path) -> Record:
-    return as_object(read_json(path), path)
+    return as_object(parse_json(read_text(path), path), path)
 
 
 def as_object(value: Any, path: object) -> Record:
@@ -135,19 +126,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_sane(value: Any) -> None:
+def _check_sane(value: Any, depth: int = 1) -> None:
     """ValueError for a number that no float holds, and for more than DEPTH levels."""
-    level, depth = [value], 0
-    while level:
-        below: list[Any] = []
-        for node in level:
-            if isinstance(node, dict | list):
-                below += node.values() if isinstance(node, dict) else node
-            elif isinstance(node, int | float) and not abs(node) <= 1e308:
-                raise ValueError(f"{show(node)} is no finite number")
-        level, depth = below, depth + 1
-        if depth > DEPTH:
-            raise ValueError(f"nested deeper than {DEPTH}")
+    if depth > DEPTH:
+        raise ValueError(f"nested deeper than {DEPTH}")
+    if isinstance(value, dict | list):
+        for node in value.values() if isinstance(value, dict) else value:
+            _check_sane(node, depth + 1)
+    elif isinstance(value, int | float) and not abs(value) <= 1e308:
+        raise ValueError(f"{show(value)} is no finite number")
 
 
 class Said:
@@ -211,10 +198,6 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite")
     return tensors
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    return parse_tensors(read_bytes(path, TENSORS_BYTES), path)
 
 
 def finite(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import random
 import re
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,6 +31,7 @@ TABLES: dict[str, dict[str, Any]] = {  # how csv reads each; in a TSV a quote is
 SUFFIXES = (*TABLES, ".jsonl")
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
+HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
 
 
@@ -47,27 +48,26 @@ class Example:
         """Every answer that is right."""
         return self.references or (self.answer,)
 
-    def each(self) -> list[Example]:
-        """An example for each right answer, to learn from all of them."""
-        return [replace(self, answer=text) for text in self.right]
-
     def cut(self, n: int, longest: int) -> list[Example]:
         """n examples of the same text, each with a gap of 1 to `longest` words where the text itself decides."""
         words = f"{self.before} {self.answer} {self.after}".split()
         rng = random.Random(" ".join(words))
-        spans = []
+        found = []
         for _ in range(n):
             length = rng.randint(1, max(1, min(longest, len(words) - 1)))
             start = rng.randrange(len(words) - length + 1)
-            spans.append((words[:start], words[start + length :], words[start : start + length]))
-        return [Example(*map(" ".join, span), None) for span in spans]
+            parts = words[:start], words[start + length :], words[start : start + length]
+            found.append(Example(*map(" ".join, parts), None))
+        return found
+
+
+# ---------------------------------------------------------------------------------------------- where rows are
 
 
 def bundled_data_dir() -> Path:
     """The rows that come with tinyld: inside an installed package, or `data/` at the top of a checkout."""
-    package = Path(__file__).parent
-    inside = package / "bundled"
-    return inside if inside.exists() else package.parent / "data"
+    inside = Path(__file__).parent / "bundled"
+    return inside if inside.exists() else inside.parents[1] / "data"
 
 
 def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
@@ -82,12 +82,12 @@ def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
 
 def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     """The split's file: in `data`, else the task's own, in $TINYLD_DATA, the cache, the bundled data, or fetched."""
-    name = task.rows_name
+    name, none = task.rows_from or task.name, f"no {split} rows of {task.name}"
     if data is not None:
         if found := in_folder(data, (name, ""), split):
             return found
         what = "no such folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
-        raise TinyldError(f"no {split} rows of {task.name} in {data}: {what} (.csv and .jsonl are read too)")
+        raise TinyldError(f"{none} in {data}: {what} (.csv and .jsonl are read too)")
     if split in task.data:
         return Path(task.data[split])
     if not task.builtin:
@@ -100,29 +100,30 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
         if found := in_folder(folder, (name,), split):
             if folder == cache:
-                download.check_cached(found, task.label_counts.get(split))
+                download.check_cached(found, task.download and task.download.rows.get(split))
             return found
     if split not in task.splits:
         raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
     columns = dict.fromkeys(filter(None, (*task.columns.values(), task.answer_column, task.label_column)))
-    way_out = (
-        f"put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv "
-        f"or at DIR/{name}/{split}.tsv with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
-    )
+    way_out = f"put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv or at DIR/{name}/{split}.tsv"
+    way_out += f" with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
     if task.download is None:
-        raise TinyldError(f"no {split} rows of {task.name}, which has no official download: {way_out}")
+        raise TinyldError(f"{none}, which has no official download: {way_out}")
     try:
         return download.download_task(name, task.download) / f"{split}.tsv"
     except download.NetworkError as error:
-        raise TinyldError(f"no {split} rows of {task.name}: {error}; {way_out}") from None
+        raise TinyldError(f"{none}: {error}; {way_out}") from None
 
 
-def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank. With `lines` also of
-    a .txt file, whose lines are the column `text`."""
+# ---------------------------------------------------------------------------------------------- rows of a file
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank, or of a .txt file,
+    whose lines are the column `text`."""
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES and not (lines and suffix == ".txt"):
-        raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
+    if suffix not in (*SUFFIXES, ".txt"):
+        raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
     text = read_text(path, ROWS_BYTES)
     if not text.strip():
         raise TinyldError(f"{path}: the file is empty")
@@ -140,39 +141,34 @@ def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, 
 def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
     reader = csv.reader(io.StringIO(text, newline=""), **table)
-    header: list[str] | None = None
+    header: list[str] = []
     start, any_rows = 1, False
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
             if not any(value.strip() for value in values):
                 continue
-            if header is None:
+            if not header:
                 header = [clean(value) for value in values]
                 if len(set(header)) != len(header):
                     raise TinyldError(f"{where}: two columns of one name in {show(', '.join(header))}")
-            elif len(values) != len(header):
+                continue
+            if len(values) != len(header):
                 stray = f"the header has {len(header)}; look for a stray {table['delimiter']!r}"
                 raise TinyldError(f"{where}: {len(values)} columns, {stray}")
-            else:
-                any_rows = True
-                yield where, dict(zip(header, values, strict=True))
+            any_rows = True
+            yield where, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
     if not any_rows:
         raise TinyldError(f"{path}: a header but no rows")
 
 
-# ---------------------------------------------------------------------------------------------- prompts, answers
-
-
 def cell(row: dict[str, Any], column: str, where: str) -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
     if column not in row:
-        raise TinyldError(
-            f"{where}: no column {show(column)}, found {show(', '.join(row))}; "
-            "rename it, or name its own: --column (predict), or a task file's [columns] table"
-        )
+        way_out = "rename it, or name its own: --column (predict), or a task file's [columns] table"
+        raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(row))}; {way_out}")
     value = row[column]
     if isinstance(value, bool):
         value = str(value).lower()
@@ -193,30 +189,60 @@ def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     return tuple(cell({column: part}, column, where) for part in parts)
 
 
-def _fields(task: Task, row: dict[str, Any], where: str) -> dict[str, str]:
-    """Template field -> text."""
-    fields: dict[str, str] = {}
-    for column in dict.fromkeys(task.columns.values()):
-        names = [name for name, own in task.columns.items() if own == column]
-        text = cell(row, column, where)
-        parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
-        if len(parts) != len(names) or not all(parts):
-            raise TinyldError(
-                f"{where}: column {show(column)} must hold {len(names)} texts with {PAIR!r} between, got {show(text)}"
-            )
-        fields |= zip(names, parts, strict=True)
-    return fields
+# ---------------------------------------------------------------------------------------------- examples
+
+
+def load_split(
+    task: Task, split: str, data: Path | None = None, limit: int | None = None, held_out: bool = False
+) -> list[Example]:
+    """The first `limit` examples of a split, in file order. `data`: a folder that is searched before all others, or one
+    file, all of whose rows are read; `held_out`: of that file the dev rows are one in ten, chosen by their text, and
+    the train rows the others.
+
+    Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
+    lacks a column, has too many, or bears an unknown label.
+    """
+    check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
+    check_choice("split", split, SPLITS)
+    is_file = data is not None and data.is_file()
+    path = data if is_file else find_file(task, split, data)
+    if not (is_file and held_out):
+        return _examples(task, list(islice(read_rows(path), limit)))
+    check(split != "test", f"task {task.name} has no test rows: give a file of them with --data")
+    examples = _examples(task, list(read_rows(path)))
+    check(len(examples) >= 2, f"{path}: one row; dev rows are held out, so that at least two are needed")
+    texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
+    by_text = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest())
+    dev = set(by_text[: max(1, len(examples) // HELD_OUT)])
+    return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
+
+
+def _examples(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Example]:
+    if task.is_infill:
+        (column,) = task.columns.values()
+        texts = [GAP.sub(" ", cell(row, column, where)) for where, row in rows]
+        return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
+    prompts = [prompt_of(task, row, where) for where, row in rows]
+    if task.is_generation:
+        right = [references(row, str(task.answer_column), where) for where, row in rows]
+        return [
+            replace(prompt, answer=texts[0], references=texts if len(texts) > 1 else ())
+            for prompt, texts in zip(prompts, right, strict=True)
+        ]
+    answers = list(task.verbalizer.values())
+    labels = _labels(task, rows)
+    return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
 
 
 def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
     """The rows' labels as ints: all of them names, or all of them numbers where the task's names are none."""
     texts = [cell(row, str(task.label_column), where) for where, row in rows]
-    known = {name: i for i, name in enumerate(task.label_names)}
+    known = {name: i for i, name in enumerate(task.labels)}
     allowed = ", ".join(known)
     has_order = task.path.suffix.lower() not in SUFFIXES  # and not just that of the rows it was made from
     if has_order and not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
         allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(known)) + "; all numbers or all names"
-        if texts[:1] != [] and texts[0] not in known:
+        if texts and texts[0] not in known:
             known = {str(i): i for i in range(len(known))}
     for (where, _), text in zip(rows, texts, strict=True):
         if text not in known:
@@ -224,69 +250,34 @@ def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]
     return [known[text] for text in texts]
 
 
-def load_split(
-    task: Task, split: str, data: Path | None = None, file: Path | None = None, limit: int | None = None
-) -> list[Example]:
-    """The first `limit` examples of a split, in file order; `file` or the folder `data` goes before all other paths.
-
-    Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
-    lacks a column, has too many, or bears an unknown label.
-    """
-    check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
-    check_choice("split", split, SPLITS)
-    path = file if file is not None else find_file(task, split, data)
-    rows = list(islice(read_rows(path, task.is_infill), limit))
+def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
+    """An example without an answer, of a row that needs no label: what `predict` asks."""
+    fields: dict[str, str] = {}
+    for column in dict.fromkeys(task.columns.values()):
+        names = [name for name, own in task.columns.items() if own == column]
+        text = cell(row, column, where)
+        parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
+        if len(parts) != len(names) or not all(parts):
+            wanted = f"{len(names)} texts with {PAIR!r} between"
+            raise TinyldError(f"{where}: column {show(column)} must hold {wanted}, got {show(text)}")
+        fields |= zip(names, parts, strict=True)
     if task.is_infill:
-        (column,) = task.columns.values()
-        texts = [GAP.sub(" ", cell(row, column, where)) for where, row in rows]
-        return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
-    prompts = _prompts(task, rows)
-    if task.is_generation:
-        texts = [references(row, str(task.answer_column), where) for where, row in rows]
-        return [
-            replace(prompt, answer=own[0], references=own if len(own) > 1 else ())
-            for prompt, own in zip(prompts, texts, strict=True)
-        ]
-    answers = list(task.verbalizer.values())
-    labels = _labels(task, rows)
-    return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
+        (text,) = fields.values()
+        parts = GAP.split(text)
+        check(len(parts) == 2, f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
+    else:
+        parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
+    before, after = parts
+    return Example(before.strip(), after.strip(), "", None)
 
 
 def _longest(task: Task) -> int:
     """Words of a gap, at most: so many fit the answer's tokens nearly always."""
-    return max(1, task.answer_tokens // 2)
+    return max(1, (task.answer_tokens or 0) // 2)
 
 
 def to_learn(task: Task, examples: Sequence[Example]) -> list[Example]:
     """What training reads: every right answer; of a text that is filled, several gaps."""
-    return [own for e in examples for own in (e.cut(GAPS, _longest(task)) if task.is_infill else e.each())]
-
-
-def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
-    """An example without an answer, of a row that needs no label: what `predict` asks."""
-    return _prompts(task, [(where, row)])[0]
-
-
-def _prompts(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Example]:
-    fields = [_fields(task, row, where) for where, row in rows]
-    if task.is_generation and task.label_column is not None:  # its label is a part of the prompt
-        for row, label in zip(fields, _labels(task, rows), strict=True):
-            row["label"] = task.label_names[label]
     if task.is_infill:
-        halves = [GAP.split(text) for row in fields for text in row.values()]
-        for (where, _), parts in zip(rows, halves, strict=True):
-            check(len(parts) == 2, f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
-        return [Example(before.strip(), after.strip(), "", None) for before, after in halves]
-    return [Example(*_fill(task.template, row), "", None) for row in fields]
-
-
-def _fill(template: str, fields: dict[str, str]) -> tuple[str, str]:
-    """The prompt text ahead of and behind {answer}."""
-    halves = [""]
-    for literal, name, _, _ in string.Formatter().parse(template):
-        halves[-1] += literal
-        if name == "answer":
-            halves.append("")
-        elif name is not None:
-            halves[-1] += fields[name]
-    return halves[0].strip(), halves[1].strip()
+        return [own for example in examples for own in example.cut(GAPS, _longest(task))]
+    return [replace(example, answer=text) for example in examples for text in example.right]

@@ -12,7 +12,6 @@ from tinyld.checkpoint import base_record, find_base, load_base
 from tinyld.config import Reading, SampleConfig, check
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
-from tinyld.datafile import read_split
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import Estimate
 from tinyld.environment import environment
@@ -22,6 +21,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
+from tinyld.rows import load_split
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
@@ -50,7 +50,7 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
     held_out, own = False, run.config.get("data", {})
     if data is None and not task.builtin and not task.data and own.get("folder"):  # the task was made of that file
         data, held_out = Path(own["folder"]), own["held_out"]
-    examples = read_split(task, split, data, limit, held_out)
+    examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
 
 

@@ -1,4 +1,4 @@
-"""Tasks: a template, a verbalizer and rows -> prompt text around an answer. Text only: no tokens, no torch.
+"""Tasks: how a text is asked (a template), how an answer is read (a verbalizer), and what of that a run keeps.
 
 A task is a TOML file, one of `builtin_tasks/` or a user's own; its rows are a TSV, CSV or JSONL file per split.
 """
@@ -9,7 +9,7 @@ import os
 import re
 import string
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,92 +22,63 @@ from tinyld.rows import SPLITS, Example, bundled_data_dir, load_split, prompt_of
 __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
-# What a run keeps of its task; beside it `path`, the spec of one that a file describes.
-KEPT = (
-    "name", "template", "verbalizer", "columns", "label_column", "label_names", "answer_column", "answer_tokens",
-    "metric",
-)  # fmt: skip
+# What a run keeps of its task; beside it `path`, of the file that describes one.
+KEPT = ("name", "template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens")
 
 
 @dataclass(frozen=True)
-class TaskFile:
-    """The keys of a task's TOML file."""
+class Task:
+    """The keys of a task's TOML file, with what it leaves open filled in. A task that writes has no verbalizer.
 
-    template: str  # e.g. "{sentence} it was {answer} ."; exactly one {answer}; "{text}" alone: a gap in it is filled
-    name: str | None = None  # else the file's name
-    description: str = ""
-    metric: str | None = None  # else accuracy for a label task, nll for a generation task
-    verbalizer: dict[str, str] = field(default_factory=dict)  # label -> answer words; empty for a generation task
-    columns: dict[str, str] = field(default_factory=dict)  # template field -> file column, where their names differ
-    label_column: str | None = None  # else "label"
-    # generation: the column that is the answer; several that are all right are a JSON list, or have ` ||| ` between
-    answer_column: str | None = None
-    answer_tokens: int | None = None  # generation: width of the answer slot in tokens; else 32
-    rows_from: str | None = None  # generation: the label task whose text it writes
-    splits: tuple[str, ...] = ()  # of a built-in task
-    data: dict[str, str] = field(default_factory=dict)  # split -> file, relative to the TOML's folder
-    download: Source | None = None  # of a built-in task
-
-    def __post_init__(self) -> None:
-        """UsageError where a label task and a generation task are mixed up."""
-        if self.verbalizer:
-            for key in ("answer_column", "answer_tokens", "rows_from"):
-                mixed = f"{key} is for generation tasks, a [verbalizer] for label tasks; drop one"
-                check(getattr(self, key) is None, mixed)
-            return
-        way_out = "give one of: a [verbalizer] (label task), answer_column or rows_from (generation task)"
-        check(self.answer_column is None or self.rows_from is None, way_out)
-        check(
-            not self.is_infill or "{answer}" not in self.template, f"{way_out}, or no {{answer}} (fill a gap in a text)"
-        )
-        check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
-
-    @property
-    def is_infill(self) -> bool:
-        """Whether what is written is a gap inside a text."""
-        return not self.verbalizer and self.answer_column is None and self.rows_from is None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task(TaskFile):
-    """What asking and reading an answer takes, and where rows are: a file's keys with what it leaves open filled in.
-
-    `columns` has every field of the template that needs one; fields of one column stand in it in the template's order,
-    with ` ||| ` between. A task that reads no label has no `label_column`, a label task has 0 `answer_tokens`.
+    `columns` has every field of the template but {answer}; fields of one column stand in it in the template's order,
+    with ` ||| ` between.
     """
 
-    name: str = field()
-    metric: str = field()
-    answer_tokens: int = field()
-    label_names: tuple[str, ...]  # of the file's labels, in the order of their int
-    spec: str  # what load_task makes it from (a built-in name, or the whole path of a .toml file), or a file of rows
-    path: Path  # of the file it was read from
-    rows_name: str  # folder name of the rows: the task's own, or that of the task it borrows rows from
-    builtin: bool = False
+    template: str  # e.g. "{sentence} it was {answer} ."; exactly one {answer}; "{text}" alone: a gap in it is filled
+    name: str = ""  # else the file's name
+    description: str = ""
+    verbalizer: dict[str, str] = field(default_factory=dict)  # label -> answer words
+    columns: dict[str, str] = field(default_factory=dict)  # template field -> file column, where their names differ
+    label_column: str | None = None  # else "label", of a label task
+    answer_column: str | None = None  # several right answers are a JSON list, or have ` ||| ` between
+    answer_tokens: int | None = None  # width of the slot of an answer that is written; else 32
+    data: dict[str, str] = field(default_factory=dict)  # split -> file, relative to the TOML's folder
+    # of a built-in task
+    splits: tuple[str, ...] = ()
+    rows_from: str | None = None  # the task whose rows it reads, where it has none
+    download: Source | None = None
+    path: Path = Path()  # of its file, or of the file of rows that it was made from
 
     def __post_init__(self) -> None:
-        """UsageError where the parts do not fit each other."""
+        """Fills in what is left open; UsageError where the parts do not fit each other."""
         plain_name = re.fullmatch(r"\w[\w .-]*", self.name) is not None
         check(plain_name, f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
-            check(split in SPLITS, f"unknown split {show(split)}; allowed: {', '.join(SPLITS)}")
+            check_choice("a split", split, SPLITS)
         fields = _template_fields(self.template, self.is_infill)
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
+        filled: dict[str, Any] = {"columns": {name: name for name in fields} | self.columns}
+        filled["splits"] = tuple(self.splits or self.data or SPLITS)
         if self.is_generation:
-            check(self.answer_tokens >= 1, "answer_tokens must be at least 1")
-            check_choice("metric", self.metric, ("nll",))
-            return
-        check("label" not in (*fields, *self.columns.values()), "the template shows the label; use {answer}")
-        check(bool(fields), "the template names no column, e.g. {sentence}")
-        check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
-        check_choice("metric", self.metric, ("accuracy", "nll"))
+            filled["answer_tokens"] = 32 if self.answer_tokens is None else self.answer_tokens
+            check(filled["answer_tokens"] >= 1, "answer_tokens must be at least 1")
+            check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
+        else:
+            filled |= {"answer_tokens": 0, "label_column": self.label_column or "label"}
+            mixed = "answer_column and answer_tokens are for tasks that write, a [verbalizer] for label tasks; drop one"
+            check(self.answer_column is None and not self.answer_tokens, mixed)
+            check("label" not in (*fields, *self.columns.values()), "the template shows the label; use {answer}")
+            check(len(fields) > 0, "the template names no column, e.g. {sentence}")
+            check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
         owner: dict[str, str] = {}  # answer in lower case -> label
         for label, words in self.verbalizer.items():
             check(bool(label and words), f"[verbalizer] has an empty label or answer at {show(label)}")
             other = owner.setdefault(words.lower(), label)
             shared = f"labels {show(other)} and {show(label)} share the answer {show(words)}; give each its own"
             check(other == label, shared)
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -117,6 +88,15 @@ class Task(TaskFile):
     @property
     def is_generation(self) -> bool:
         return not self.verbalizer
+
+    @property
+    def is_infill(self) -> bool:
+        """Whether what is written is a gap inside a text."""
+        return self.is_generation and self.answer_column is None
+
+    @property
+    def builtin(self) -> bool:
+        return self.path.parent == BUILTIN_DIR
 
     @property
     def reads(self) -> tuple[Any, ...]:
@@ -132,14 +112,9 @@ class Task(TaskFile):
         return *self.reads, self.answer_tokens, *sorted(self.verbalizer.values())
 
     @property
-    def label_counts(self) -> dict[str, dict[str, int]]:
-        """Official split -> label -> rows, as published: before dev (and test) are cut from a set that has none."""
-        return self.download.label_counts if self.download else {}
-
-    @property
     def rows(self) -> dict[str, int]:
-        """Official split -> rows, as published."""
-        return {split: sum(counts.values()) for split, counts in self.label_counts.items()}
+        """Official split -> rows, as published: before dev (and test) are cut from a set that has none."""
+        return self.download.rows if self.download else {}
 
 
 def builtin_names() -> list[str]:
@@ -151,43 +126,27 @@ def builtin_tasks() -> list[Task]:
     return [load_task(name) for name in builtin_names()]
 
 
-def load_task(name_or_path: str, lends: bool = False) -> Task:
-    """The built-in task of that name, or the one in a .toml file; `lends`: a label task is asked for."""
+def load_task(name_or_path: str) -> Task:
+    """The built-in task of that name, or the one in a .toml file."""
     spec = str(name_or_path)
     builtin = spec in builtin_names()
     if not builtin and not spec.endswith(".toml"):
         raise TinyldError(f"no task {show(spec)}; built in: {', '.join(builtin_names())}; or give a .toml file")
-    path = BUILTIN_DIR / f"{spec}.toml" if builtin else Path(spec)
-    file = from_dict(TaskFile, read_toml(path), str(path))
-    if lends and not file.verbalizer:
-        raise UsageError("it has no labels")
-    name, template = file.name or path.stem, clean(file.template)
-    verbalizer = {clean(label): clean(words) for label, words in file.verbalizer.items()}
-    given = {
-        "name": name,
-        "template": template,
-        "metric": file.metric or ("accuracy" if verbalizer else "nll"),
-        "verbalizer": verbalizer,
-        "label_column": (file.label_column or "label") if verbalizer else None,
-        "answer_tokens": 0 if verbalizer else 32 if file.answer_tokens is None else file.answer_tokens,
-        "splits": tuple(file.splits or file.data or SPLITS),
-        "data": {split: str(path.parent / os.path.expanduser(value)) for split, value in file.data.items()},
+    path = BUILTIN_DIR / f"{spec}.toml" if builtin else Path(spec).absolute()
+    said = {"name": path.stem} | read_toml(path)
+    task = from_dict(Task, said, str(path))  # so that its values have the right types
+    if not builtin and said.keys() & {"splits", "rows_from", "download"}:
+        raise TinyldError(f"{path}: splits, rows_from and download are for built-in tasks; use [data]")
+    said |= {
+        "template": clean(task.template),
+        "verbalizer": {clean(label): clean(words) for label, words in task.verbalizer.items()},
+        "data": {split: str(path.parent / os.path.expanduser(file)) for split, file in task.data.items()},
+        "path": path,
     }
-    try:
-        check(builtin or not (file.download or file.splits), "download and splits are for built-in tasks; use [data]")
-        given["columns"] = {name: name for name in _template_fields(template, file.is_infill)} | file.columns
-        task = Task(
-            **vars(file) | given, label_names=tuple(verbalizer), path=path, rows_name=name, builtin=builtin,
-            spec=spec if builtin else str(path.resolve()),
-        )  # fmt: skip
-    except UsageError as error:
-        raise TinyldError(f"{path}: {error}") from None
-    if file.rows_from is None:
-        return task
-    return _borrow_rows(task, str(path.parent / file.rows_from) if file.rows_from.endswith(".toml") else file.rows_from)
+    return from_dict(Task, said, str(path))
 
 
-def _template_fields(template: str, is_infill: bool = False) -> list[str]:
+def _template_fields(template: str, is_infill: bool) -> list[str]:
     """The names in the template other than {answer}, each once."""
     try:
         parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
@@ -198,29 +157,14 @@ def _template_fields(template: str, is_infill: bool = False) -> list[str]:
         check(is_plain, f"template {show(template)}: a field is a plain name in braces, got {show(name)}")
     names = [name for name, _, _ in parts]
     if is_infill:
+        way_out = "give one of: a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
+        check("answer" not in names, way_out)
         alone = f"template {show(template)}: without {{answer}} it is one text and nothing else, e.g. {{text}}"
-        check(len(names) == 1 and template == f"{{{names[0]}}}", alone)
+        check(len(names) == 1 and template.strip() == f"{{{names[0]}}}", alone)
         return names
     count = names.count("answer")
     check(count == 1, f"template {show(template)} must hold {{answer}} once, not {count} times")
     return [name for name in dict.fromkeys(names) if name != "answer"]
-
-
-def _borrow_rows(task: Task, lender: str) -> Task:
-    """The generation task reading the files of the label task `lender`, whose text becomes the answer."""
-    try:
-        rows = load_task(lender, lends=True)  # so that there are no cycles
-        check(len(rows.columns) == 1, "it has more than one text")
-    except UsageError as error:
-        wanted = f"that takes a label task with one text column, and {error}"
-        raise TinyldError(f"{task.path}: cannot write the rows of {show(lender)}: {wanted}") from None
-    return replace(
-        task,
-        columns={name: column for name, column in task.columns.items() if name != "label"},
-        answer_column=next(iter(rows.columns.values())),
-        label_column=rows.label_column if "label" in _template_fields(task.template) else None,
-        **{name: getattr(rows, name) for name in ("label_names", "splits", "data", "rows_name", "download", "builtin")},
-    )
 
 
 # ---------------------------------------------------------------------------------------------- in a run's config
@@ -228,8 +172,7 @@ def _borrow_rows(task: Task, lender: str) -> Task:
 
 def to_record(task: Task) -> dict[str, Any]:
     """The task as plain JSON types, for a run's config.json."""
-    record = {name: value for name, value in asdict(task).items() if name in KEPT}
-    return record | {"label_names": list(task.label_names), "path": None if task.spec == task.name else task.spec}
+    return {name: getattr(task, name) for name in KEPT} | {"path": None if task.builtin else str(task.path)}
 
 
 def from_record(record: dict[str, Any], where: str) -> Task:
@@ -239,14 +182,14 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     Without that file, or made from a file of rows, a task asks and reads answers all the same.
     """
     record = as_object(record, where)
-    kept = {name: value for name, value in record.items() if name != "path"}
-    name, path = str(kept.get("name")), record.get("path")
-    spec = name if path is None else str(path)
-    task = from_dict(Task, {**kept, "spec": spec, "path": Path(spec), "rows_name": name}, where)
-    is_here = os.path.lexists(spec) and spec.endswith(".toml") if path else name in builtin_names()
-    if not is_here:
+    dropped = ("path", "label_names", "metric")  # the last two are in older runs
+    kept = {key: value for key, value in record.items() if key not in dropped}
+    name, path = str(record["name"]), record.get("path")
+    file = BUILTIN_DIR / f"{name}.toml" if path is None else Path(str(path))
+    task = from_dict(Task, kept | {"path": file}, where)
+    if file.suffix != ".toml" or not os.path.lexists(file):
         return task
-    today = load_task(spec)
+    today = load_task(name if path is None else str(path))
     if changed := unlike(record, to_record(today)):
         raise TinyldError(
             f"{where}: its task {name} has changed since then in {today.path}: {changed}; "
@@ -256,5 +199,6 @@ def from_record(record: dict[str, Any], where: str) -> Task:
 
 
 def unlike(then: dict[str, Any], now: dict[str, Any], keys: Iterable[str] = KEPT) -> str:
-    """How two records of a task differ, in words."""
-    return "; ".join(f"{key} was {show(then[key])}, is {show(now[key])}" for key in keys if then[key] != now[key])
+    """How two records of a task differ, the order of labels too, in words."""
+    differing = [key for key in keys if str(then[key]) != str(now[key])]
+    return "; ".join(f"{key} was {show(then[key])}, is {show(now[key])}" for key in differing)

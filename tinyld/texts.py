@@ -20,7 +20,7 @@ from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
-from tinyld.read import opened
+from tinyld.read import decode, opened
 from tinyld.rows import SUFFIXES, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -43,10 +43,8 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
         for part in [enumerate(options.text, 1)] if options.text else lines_of(source):
             yield [(f"{source}: line {number}", {columns[0]: text}) for number, text in part]
         return
-    check(
-        path.suffix.lower() in SUFFIXES,
-        f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text",
-    )
+    is_table = path.suffix.lower() in SUFFIXES
+    check(is_table, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
     check(column is None or len(columns) == 1, f"--column is for tasks of one text, not {', '.join(columns)}")
     rows = iter(read_rows(path))
     while part := list(islice(rows, CHUNK)):
@@ -64,25 +62,19 @@ def lines_of(source: str) -> Iterator[list[tuple[int, str]]]:
     check(not piped or sys.stdin is not None, "stdin is closed: give a file, or --text")
     if piped and sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
-    done, rest, part = 0, b"", b"-"
+    first, rest, part = 1, b"", b"-"
     with nullcontext(sys.stdin.buffer) if piped else opened(Path(source)) as stream:
         while part:
             part = stream.read1(READ)  # type: ignore[attr-defined]
-            *lines, rest = (rest + part).split(b"\n")
-            if not part and rest:  # a last line without its end
-                lines, rest = [rest], b""
-            found = []
-            for number, line in enumerate(lines, done + 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise TinyldError(f"{name}: line {number}: not UTF-8; save it as UTF-8") from None
-                found.append((number, text.removesuffix("\r")))
-            done += len(lines)
+            block, end, rest = (rest + part).rpartition(b"\n")
+            if not part:  # the last line may have no end
+                block = end = rest
+            if end:
+                lines = decode(block, name, first).split("\n")
+                yield [(number, line.removesuffix("\r")) for number, line in enumerate(lines, first)]
+                first += len(lines)
             if len(rest) > LONGEST:
-                raise TinyldError(f"{name}: line {done + 1} is longer than {LONGEST >> 20} MB; is it text?")
-            if found:
-                yield found
+                raise TinyldError(f"{name}: line {first} is longer than {LONGEST >> 20} MB; is it text?")
 
 
 def predict(options: PredictOptions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
@@ -18,7 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.errors import TinyldError, show
-from tinyld.read import as_object, decode, opened, parse_json, read_bytes
+from tinyld.read import decode, opened, parse_json, read_bytes
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -42,48 +41,30 @@ _REPLACEMENTS = (
     (r"…|\.( ?\.)+", " ... "),
     (r"<[^>\s]{1,12}\s*/?>", " "),
 )
-
-
 # the library's Replace knows no group references, so the blank of "does n't" goes by a look-around
 _WORDS = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
 _CONTRACTION = rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)"
+
+ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
+PATTERN = 2_000  # characters of a regular expression in a foreign tokenizer, and its largest count
+LINE = 64 << 20  # characters of a document; what a compressed file holds beyond them is a document of its own
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
 
 def _rules(steps: Iterable[tuple[str, str]]) -> list[normalizers.Normalizer]:
     return [normalizers.Replace(Regex(pattern), text) for pattern, text in steps]
 
 
-def _normalizer() -> normalizers.Normalizer:
-    steps = _rules(_REPLACEMENTS)
-    steps.append(normalizers.NFKC())  # after the quotes: it would split an acute accent from its blank
-    steps += _rules([(_CONTRACTION, "")])
-    return normalizers.Sequence([*steps, normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
-
-
-ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
-PATTERN = 2_000  # characters of a regular expression in a foreign tokenizer, and its largest count
-LINE = 64 << 20  # characters of a document; what a compressed file holds beyond them is a document of its own
-
-
-def _pipeline(model: models.Model) -> HFTokenizer:
-    inner = HFTokenizer(model)
-    inner.normalizer = _normalizer()
+def _pipeline(vocab: dict[str, int] | None = None) -> HFTokenizer:
+    """Our own tokenizer, of a vocabulary or to be trained."""
+    inner = HFTokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=64))
+    # NFKC goes after the quotes: it would split an acute accent from its blank
+    steps = [*_rules(_REPLACEMENTS), normalizers.NFKC(), *_rules([(_CONTRACTION, "")])]
+    steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    inner.normalizer = normalizers.Sequence(steps)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return inner
-
-
-@contextlib.contextmanager
-def malformed_refused(path: Path) -> Iterator[None]:
-    """Within it, what the library makes of a file that is no tokenizer's becomes one line."""
-    try:
-        yield
-    except TinyldError:
-        raise
-    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
 
 
 class Tokenizer:
@@ -129,15 +110,13 @@ class Tokenizer:
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
         """A lower-casing WordPiece vocabulary of `vocab_size` pieces, special tokens first."""
         lines = list(lines)
-        inner = _pipeline(models.WordPiece(unk_token=UNK, max_input_chars_per_word=64))
+        inner = _pipeline()
         # The trainer numbers continuing characters in hash order, which would make ties, and so the vocabulary, differ
         # between runs. Numbering them up front, as if they were special, makes training a function of the text.
         counts: Counter[str] = Counter()
         for line in lines:
             counts.update(inner.normalizer.normalize_str(line))
-        letters = sorted(
-            c for c, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))[:ALPHABET] if not c.isspace()
-        )
+        letters = sorted(c for c in sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET] if not c.isspace())
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=[*SPECIAL, *(f"##{c}" for c in letters)],
@@ -146,8 +125,7 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator(lines, trainer)
-        vocab = inner.get_vocab()
-        final = _pipeline(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=64))
+        final = _pipeline(inner.get_vocab())
         final.add_special_tokens(list(SPECIAL))
         return cls(final)
 
@@ -161,15 +139,21 @@ class Tokenizer:
         cls, content: bytes, path: Path, find_roles: Callable[[HFTokenizer], Mapping[str, Any]] | None = None
     ) -> Tokenizer:
         """The tokenizer that a `tokenizer.json` holds, tried out on a text; with the roles that are found for it, or
-        else its own."""
+        else its own. TinyldError when it is damaged."""
         text = decode(content, path)
         raw = parse_json(text, path)
         check_patterns(raw, path)
         roles = raw.pop("roles", None) if isinstance(raw, dict) else None
-        with malformed_refused(path):
+        try:
             inner = HFTokenizer.from_str(text if roles is None else json.dumps(raw))
             tokenizer = cls(inner, str(path), roles if find_roles is None else find_roles(inner))
             tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
+        except TinyldError:
+            raise
+        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
         return tokenizer
 
     def to_json(self) -> str:
@@ -237,23 +221,12 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
                 lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig")
                 for number, line in enumerate(iter(lambda lines=lines: lines.readline(LINE), ""), 1):
                     if path.suffix == ".jsonl":
-                        line = _text_field(line, f"{path}, line {number}")
-                    line = " ".join(line.split())
-                    if line:
+                        text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
+                        line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
+                    if line := " ".join(line.split()):
                         yield line
         except (EOFError, zlib.error) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
-
-
-def _text_field(line: str, where: str) -> str:
-    text = as_object(parse_json(line, where), where).get("text")
-    if not isinstance(text, str):
-        raise TinyldError(f"{where}: expected an object with a string field 'text'")
-    return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as scraped text has
-
-
-TEXT_BYTES = 1 << 40
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
 
 def find_text_files(paths: Iterable[Path]) -> list[Path]:
@@ -269,6 +242,4 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
         found += texts
     if twice := [path for path in found if found.count(path) > 1]:
         raise TinyldError(f"{twice[0]} is named twice, and would be read twice")
-    if vast := [path for path in found if path.stat().st_size > TEXT_BYTES]:
-        raise TinyldError(f"{vast[0]}: {vast[0].stat().st_size:,} bytes are more than the {TEXT_BYTES:,} of a text")
     return found

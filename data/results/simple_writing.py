@@ -74,7 +74,7 @@ def main() -> None:
             lines = [f"{row['ask']},{row['answer']}\n" for row in rows[args.rows :]]
             file.write_text("ask,answer\n" + "".join(lines), encoding="utf-8")
             task = run.tasks[0]
-            tested = TaskRows(load_split(task, "test", file=file), task, run.base.tokenizer, 256)
+            tested = TaskRows(load_split(task, "test", file), task, run.base.tokenizer, 256)
             scores = measure(run, tested, SampleConfig(), draws=1)
         right = f"{100 * float(scores.texts['exact_match']):.1f}"
         found.append((name, args.rows, scores.n, right, f"{scores.passes_per_row:.2f}", round(seconds)))
