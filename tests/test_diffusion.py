@@ -133,6 +133,8 @@ def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(
     x0, answer_mask, attention_mask, tail_mask = slots(lengths, width=6)
     asked, told = noise_answers(x0, answer_mask, attention_mask, tail_mask, MASK, seeded(seed))
     assert len(asked.t) == OPEN * 8 and len(told.t) == 6
+    alone = [noise_answers(*(v[3:4] for v in slots(lengths, 6)), MASK, seeded(100 * seed + i))[0] for i in range(100)]
+    assert sum(bool(part.is_masked[0, 7]) for part in alone) == pytest.approx(25, abs=17.5), "four standard deviations"
     ends = (answer_mask & ~tail_mask).sum(1)
     for part in (asked, told):
         for row in range(len(part.t)):

@@ -6,7 +6,6 @@ is 1 - t). Formulas: MDLM (arXiv 2406.07524).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -125,15 +124,19 @@ def noise_answers(
     """
     if tail_mask is None:
         return [noise_counted(x0, answer_mask, attention_mask, mask_id, generator)]
-    end = tail_mask & ~tail_mask.roll(1, 1)
-    prompt_mask = attention_mask & ~answer_mask
-    asked, told = torch.randperm(len(x0), generator=generator).tensor_split([math.ceil(OPEN * len(x0))])
-    scored = (answer_mask & ~tail_mask | end)[asked]
-    whole = noised_at(x0[asked], scored, torch.ones(len(asked)), attention_mask[asked], prompt_mask[asked], mask_id)
-    whole = replace(whole, xt=torch.where(answer_mask[asked], mask_id, x0[asked]))
-    seen = attention_mask & ~tail_mask | end
-    known = noise_counted(x0[told], (answer_mask & ~tail_mask)[told], seen[told], mask_id, generator)
-    return [whole, replace(known, prompt_mask=prompt_mask[told]).trimmed()] if len(told) else [whole]
+    end, text = tail_mask & ~tail_mask.roll(1, 1), answer_mask & ~tail_mask
+    count = int(OPEN * len(x0) + float(torch.rand((), generator=generator)))  # a quarter, whatever the number of rows
+    asked, told = torch.randperm(len(x0), generator=generator).tensor_split([count])
+    prompt_mask, parts = attention_mask & ~answer_mask, []
+    if len(asked):
+        masks = (text | end)[asked], torch.ones(len(asked)), attention_mask[asked], prompt_mask[asked]
+        xt = torch.where(answer_mask, mask_id, x0)[asked]
+        parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
+    if len(told):
+        seen = (attention_mask & ~tail_mask | end)[told]
+        noised = noise_counted(x0[told], text[told], seen, mask_id, generator)
+        parts.append(replace(noised, prompt_mask=prompt_mask[told]).trimmed())
+    return parts
 
 
 def noised_at(
