@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor
 
 from tinyld.diffusion import (
     LONGEST_PREFIX,
+    OPEN,
     PREFIXED,
     T_MIN,
-    add_noise_counted,
+    Noised,
+    mask_counted,
     mask_some,
     nll_bound,
-    noise_batch,
+    noise_answers,
+    noise_counted,
+    noise_text,
     ratio_estimate,
     sample_t,
     token_nll,
@@ -80,38 +84,38 @@ class Uniform(Fake):
 # ---------------------------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("noise", [noise_text, noise_counted])
 @pytest.mark.parametrize("seed", range(10))
-def test_prompt_and_padding_are_never_masked(seed: int, counted: bool) -> None:
+def test_prompt_and_padding_are_never_masked(seed: int, noise: Callable[..., Noised]) -> None:
     x0, answer_mask, attention_mask = random_triple(12, seed)
-    noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, "uniform", seeded(seed), counted)
-    if not counted:  # two views of each row, whose clean prefix counts as a prompt
+    noised = noise(x0, answer_mask, attention_mask, MASK, seeded(seed))
+    if noise is noise_text:  # two views of each row, whose clean prefix counts as a prompt
         x0, answer_mask, attention_mask = (v.repeat(2, 1) for v in (x0, answer_mask, attention_mask))
     assert torch.equal(noised.xt[~answer_mask], x0[~answer_mask])
     assert not (noised.is_masked & ~answer_mask).any() and noised.is_masked.any()
     assert torch.equal(noised.xt == MASK, noised.is_masked)
     assert torch.equal(noised.xt[~noised.is_masked], x0[~noised.is_masked])
     prompt_mask = attention_mask & ~answer_mask
-    assert torch.equal(noised.prompt_mask, prompt_mask) if counted else (noised.prompt_mask >= prompt_mask).all()
+    exact = noise is noise_counted
+    assert torch.equal(noised.prompt_mask, prompt_mask) if exact else (noised.prompt_mask >= prompt_mask).all()
 
 
 def test_pretraining_masks_every_token_behind_a_rows_prefix_in_one_of_its_two_views() -> None:
     n, length = 3_000, 40
     x0 = torch.randint(6, 90, (n, length), generator=seeded(1))
     ones = torch.ones_like(x0, dtype=torch.bool)
-    noised, normaliser = noise_batch(x0, ones, ones, MASK, "uniform", seeded(0), counted=False)
+    noised = noise_text(x0, ones, ones, MASK, seeded(0))
     first, second = noised.is_masked.chunk(2)
     assert torch.equal(noised.x0, x0.repeat(2, 1)) and not (first & second).any()
     covered = first | second
     begins = length - covered.sum(1)
     assert torch.equal(covered, torch.arange(length)[None, :] >= begins[:, None]), "what is clean is a prefix"
-    assert normaliser == int(covered.sum())
     prefixed = float((begins > 0).float().mean())
     assert prefixed == pytest.approx(PREFIXED * (1 - 1 / (LONGEST_PREFIX * length)), abs=4 * (0.25 / n) ** 0.5)
     assert int(begins.max()) <= LONGEST_PREFIX * length and float(begins[begins > 0].float().mean()) > 15
 
 
-def slots(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def slots(lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x0, answer_mask, attention_mask, tail_mask): two tokens of prompt, then texts in slots, each with its [EOS]."""
     x0 = torch.full((len(lengths), 2 + width), EOS)
     answer_mask, tail_mask = torch.zeros(2, *x0.shape, dtype=torch.bool)
@@ -119,50 +123,41 @@ def slots(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor, t
     x0[:, :2] = 7
     for row, length in enumerate(lengths):
         x0[row, 2 : 2 + length] = torch.arange(20, 20 + length)
-        tail_mask[row, 2 + length + 1 :] = True
+        tail_mask[row, 2 + length :] = True
     return x0, answer_mask, torch.ones_like(answer_mask), tail_mask
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_what_is_behind_an_end_is_masked_with_it_and_leaves_the_row_once_it_is_seen(seed: int) -> None:
-    lengths = [0, 1, 3, 5, 6, 3, 2]
+@pytest.mark.parametrize("seed", range(10))
+def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(seed: int) -> None:
+    lengths = [0, 1, 3, 5, 6, 3, 2, 4]
     x0, answer_mask, attention_mask, tail_mask = slots(lengths, width=6)
-    noised, normaliser = noise_batch(
-        x0, answer_mask, attention_mask, MASK, "elbo", seeded(seed), counted=True, tail_mask=tail_mask
-    )
-    assert not (noised.is_masked & tail_mask).any() and normaliser == sum(min(k + 1, 6) for k in lengths)
-    real = torch.ones_like(answer_mask) if noised.attention_mask is None else noised.attention_mask
-    for row, length in enumerate(lengths):
-        tail = tail_mask[row]
-        hidden = length < 6 and bool(noised.is_masked[row, 2 + length])
-        masked = int(noised.is_masked[row].sum())
-        assert (noised.xt[row][tail] == (MASK if hidden else EOS)).all()
-        assert (real[row][tail] == hidden).all()
-        visible = min(length + 1, 6) + (int(tail.sum()) if hidden else 0)
-        assert float(noised.t[row]) == pytest.approx((masked + (int(tail.sum()) if hidden else 0)) / visible)
-        assert float(noised.weight[row]) == pytest.approx(min(length + 1, 6) / masked)
+    asked, told = noise_answers(x0, answer_mask, attention_mask, tail_mask, MASK, seeded(seed))
+    assert len(asked.t) == OPEN * 8 and len(told.t) == 6
+    alone = [noise_answers(*(v[3:4] for v in slots(lengths, 6)), MASK, seeded(100 * seed + i))[0] for i in range(100)]
+    assert sum(bool(part.is_masked[0, 7]) for part in alone) == pytest.approx(25, abs=17.5), "four standard deviations"
+    ends = (answer_mask & ~tail_mask).sum(1)
+    for part in (asked, told):
+        for row in range(len(part.t)):
+            same = (x0[:, : part.x0.shape[1]] == part.x0[row]).all(1) & (ends >= (part.x0[row] >= 20).sum())
+            length = int(ends[same.nonzero()[0, 0]])
+            assert part.prompt_mask[row].tolist() == [True, True] + [False] * (part.x0.shape[1] - 2)
+            scored, t = part.is_masked[row, 2:].tolist(), float(part.t[row])
+            if part is asked:
+                assert (part.xt[row, 2:] == MASK).all() and part.attention_mask is None and t == 1
+                assert scored == [i <= length for i in range(6)], "the tokens and the [EOS], and nothing behind it"
+            else:
+                assert sum(scored[:length]) == sum(scored) == pytest.approx(t * length) or length == 0
+                assert length == 6 or part.xt[row, 2 + length] == EOS
+                real = torch.ones(part.x0.shape[1]) if part.attention_mask is None else part.attention_mask[row]
+                assert real.tolist() == [i <= 2 + length for i in range(part.x0.shape[1])]
+    assert told.x0.shape[1] == 2 + min(6, 1 + max(int((row >= 20).sum()) for row in told.x0))
 
 
-def test_a_bound_with_ends_is_a_likelihood_over_texts_of_every_length() -> None:
-    """A denoiser that ends with chance 1/3 and else writes one of two words: its texts of up to 3 words add up to 1."""
-
-    class Ends:
-        def states(self, xt: torch.Tensor, *rest: object) -> torch.Tensor:
-            return xt[rest[-1]]  # type: ignore[index]
-
-        def nll(self, h: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return torch.full(target.shape, math.log(3.0))
-
-        def parameters(self) -> object:
-            return iter([torch.zeros(1)])
-
-    total = 0.0
-    for length in range(4):
-        x0, answer_mask, attention_mask, tail_mask = slots([length], width=4)
-        noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, "elbo", seeded(0), True, tail_mask)
-        nll, row = token_nll(Ends(), noised)
-        total += 2**length * math.exp(-float((nll * noised.weight[row]).sum()))
-    assert total + (2 / 3) ** 4 == pytest.approx(1.0), "what is left over fills the slot"
+def test_answers_that_all_fill_their_slots_are_asked_for_no_length() -> None:
+    x0, answer_mask, attention_mask = random_triple(12, 0, answer=3)
+    (noised,) = noise_answers(x0, answer_mask, attention_mask, None, MASK, seeded(0))
+    same = noise_counted(x0, answer_mask, attention_mask, MASK, seeded(0))
+    assert torch.equal(noised.xt, same.xt) and torch.equal(noised.t, same.t)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -180,9 +175,8 @@ def test_counted_noise_masks_exactly_the_ceiling_of_t_n(seed: int) -> None:
     cases = [*exact, *drawn, (1e-9, 24, 1)]
     order = torch.rand(len(cases), 30, generator=seeded(seed)).argsort(1)
     maskable = order < torch.tensor([n for _, n, _ in cases])[:, None]
-    x0 = torch.full(maskable.shape, 9)
     times = torch.tensor([t for t, _, _ in cases])
-    _, is_masked, ratio = add_noise_counted(x0, times, maskable, MASK, seeded(seed))
+    is_masked, ratio = mask_counted(times, maskable, seeded(seed))
     assert is_masked.sum(1).tolist() == [count for _, _, count in cases]
     assert ratio.tolist() == pytest.approx([count / n for _, n, count in cases])
     assert not (is_masked & ~maskable).any()
@@ -190,17 +184,12 @@ def test_counted_noise_masks_exactly_the_ceiling_of_t_n(seed: int) -> None:
 
 def test_a_one_token_answer_is_always_masked_at_ratio_1() -> None:
     x0, answer_mask, attention_mask = random_triple(50, 0, answer=1)
-    for loss in ("uniform", "elbo"):
-        noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, loss, seeded(1), counted=True)
-        assert torch.equal(noised.is_masked, answer_mask)
-        assert (noised.t == 1).all() and (noised.weight == 1).all() and normaliser == 50
+    noised = noise_counted(x0, answer_mask, attention_mask, MASK, seeded(1))
+    assert torch.equal(noised.is_masked, answer_mask) and (noised.t == 1).all()
 
 
 def test_counted_noise_chooses_every_set_of_positions_equally_often() -> None:
-    x0 = torch.full((6000, 4), 9)
-    _, is_masked, _ = add_noise_counted(
-        x0, torch.full((6000,), 0.5), torch.ones_like(x0, dtype=torch.bool), MASK, seeded(0)
-    )
+    is_masked, _ = mask_counted(torch.full((6000,), 0.5), torch.ones(6000, 4, dtype=torch.bool), seeded(0))
     counts = (is_masked.long() * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
     pairs = [sum(1 << i for i in pair) for pair in itertools.combinations(range(4), 2)]
     assert int(counts[pairs].sum()) == 6000
@@ -220,43 +209,25 @@ def test_times_are_in_range_and_one_from_each_nth_of_the_distribution(bell: bool
         torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / n), atol=1e-5, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------- loss
-
-
-def test_rows_without_a_prefix_are_masked_at_bell_shaped_times_and_under_the_elbo_times_are_uniform() -> None:
+def test_rows_without_a_prefix_are_masked_at_bell_shaped_times() -> None:
     x0, ones = torch.full((4000, 200), 9), torch.ones(4000, 200, dtype=torch.bool)
-    noised, _ = noise_batch(x0, ones, ones, MASK, "uniform", seeded(0), counted=False)
+    noised = noise_text(x0, ones, ones, MASK, seeded(0))
     whole = ~noised.prompt_mask.any(1)
     assert float(noised.t[whole].var()) == pytest.approx(1 / 20, rel=0.06), "and the spread of 200 draws"
     assert float(noised.t[~whole].var()) == pytest.approx(1 / 12, rel=0.06)
-    noised, _ = noise_batch(x0, ones, ones, MASK, "elbo", seeded(0), counted=False)
-    assert float(noised.t.var()) == pytest.approx(1 / 12, rel=0.02)
 
 
 def test_tasks_see_every_share_of_a_masked_answer_equally_often() -> None:
     x0, ones = torch.full((4000, 5), 9), torch.ones(4000, 5, dtype=torch.bool)
-    noised, _ = noise_batch(x0, ones, ones, MASK, "uniform", seeded(0), counted=True)
+    noised = noise_counted(x0, ones, ones, MASK, seeded(0))
     assert noised.is_masked.sum(1).bincount().tolist() == pytest.approx([0, 800, 800, 800, 800, 800], abs=8)
-
-
-@pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("loss", ["uniform", "elbo"])
-def test_the_normaliser_counts_masked_tokens_or_for_the_elbo_all_answer_tokens(loss: str, counted: bool) -> None:
-    x0, answer_mask, attention_mask = random_triple(20, 3)
-    noised, normaliser = noise_batch(x0, answer_mask, attention_mask, MASK, loss, seeded(0), counted)
-    assert noised.is_masked.any()
-    assert normaliser == (int(answer_mask.sum()) if loss == "elbo" else int(noised.is_masked.sum()))
-    if loss == "uniform":
-        assert (noised.weight == 1).all()
 
 
 def test_nothing_masked_is_no_division_by_zero() -> None:
     x0, _, attention_mask = random_triple(3, 0)
-    noised, normaliser = noise_batch(
-        x0, torch.zeros_like(attention_mask), attention_mask, MASK, "uniform", seeded(0), counted=True
-    )
+    noised = noise_counted(x0, torch.zeros_like(attention_mask), attention_mask, MASK, seeded(0))
     nll, row = token_nll(Uniform(1.0), noised)
-    assert len(nll) == len(row) == 0 and normaliser == 1.0 and noised.weight.isfinite().all()
+    assert len(nll) == len(row) == 0 and (noised.t == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------- NLL bound
@@ -266,14 +237,13 @@ def batches(rows: int, seed: int, answer: int | None = None) -> list[Triple]:
     return [random_triple(rows, seed, answer), random_triple(rows // 2, seed + 1, answer)]
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_a_denoiser_uniform_over_n_tokens_scores_log_n_and_a_perfect_one_scores_0(counted: bool) -> None:
+def test_a_denoiser_uniform_over_n_tokens_scores_log_n_and_a_perfect_one_scores_0() -> None:
     n = 37
-    found = nll_bound(Uniform(math.log(n)), batches(200, 0), MASK, draws=8, counted=counted)
+    found = nll_bound(Uniform(math.log(n)), batches(200, 0), MASK, draws=8)
     assert found.n == 300
     assert found.mean == pytest.approx(math.log(n), abs=4 * found.stderr + 2 * T_MIN)
     assert found.stderr < 0.1
-    assert nll_bound(Uniform(0.0), batches(20, 0), MASK, counted=counted).mean == 0.0
+    assert nll_bound(Uniform(0.0), batches(20, 0), MASK).mean == 0.0
 
 
 def exact_bound(denoiser: Fake, triples: list[Triple]) -> float:
@@ -293,13 +263,12 @@ def exact_bound(denoiser: Fake, triples: list[Triple]) -> float:
     return nats / tokens
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_the_bound_is_the_one_computed_over_every_mask(counted: bool) -> None:
+def test_the_bound_is_the_one_computed_over_every_mask() -> None:
     triples = batches(120, 4)
-    found = nll_bound(Fake(), triples, MASK, draws=100, seed=1, counted=counted)
+    found = nll_bound(Fake(), triples, MASK, draws=100, seed=1)
     exact = exact_bound(Fake(), triples)
     assert found.mean == pytest.approx(exact, rel=0.02)
-    many = torch.tensor([nll_bound(Fake(), triples, MASK, 1, s, counted).mean for s in range(40)])
+    many = torch.tensor([nll_bound(Fake(), triples, MASK, 1, s).mean for s in range(40)])
     assert float(many.mean()) == pytest.approx(exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * T_MIN * exact)
 
 

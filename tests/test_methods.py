@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import TaskRows
-from tinyld.diffusion import Noised, noise_batch, token_nll
+from tinyld.diffusion import Noised, noise_counted, token_nll
 from tinyld.errors import UsageError
 from tinyld.methods import METHODS, make_config
 from tinyld.methods.contract import Method
@@ -95,7 +95,7 @@ def noised_batch(config: ModelConfig, seed: int = 0, rows: int = 6) -> Noised:
         answer_mask[row, start : start + 6] = True
         attention_mask[row, :length] = True
     x0[~attention_mask] = 0
-    noised, _ = noise_batch(x0, answer_mask, attention_mask, MASK, "uniform", generator, counted=True)
+    noised = noise_counted(x0, answer_mask, attention_mask, MASK, generator)
     assert len(band_of(noised.t).unique()) == NUM_BANDS
     return noised
 
@@ -524,7 +524,7 @@ def no_autocast() -> torch.autocast:
 
 
 def objective(tokenizer: Tokenizer) -> Objective:
-    return Objective(tokenizer.mask_id, counted=True, seed=0)
+    return Objective(tokenizer.mask_id, is_task=True, seed=0)
 
 
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])
@@ -539,8 +539,8 @@ def test_training_from_kept_states_is_training_from_the_start(
     assert kept[-1] == len(rows)
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
         batch = rows.take(chunk)
-        (noised, normaliser), (cached, same) = noise.noise(batch, step), cache.noise(batch, step)
-        assert torch.equal(noised.xt, cached.xt) and torch.equal(noised.t, cached.t) and normaliser == same
+        (noised,), (cached,) = noise.noise(batch, step), cache.noise(batch, step)
+        assert torch.equal(noised.xt, cached.xt) and torch.equal(noised.t, cached.t)
         real = batch.attention_mask
         lower = on_base(config, None).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
         assert cached.cached is not None and cached.cached.shape[2] == (depth + 1 if reads else 1)

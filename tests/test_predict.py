@@ -17,17 +17,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, ROWS
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tinyld
 from tinyld.answers import by_label, label_logp
 from tinyld.cli import app
-from tinyld.data import Batch, TaskRows
+from tinyld.data import Batch
 from tinyld.evaluate import Verbalizers
 from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, usual_epochs
 from tinyld.model import Denoiser
 from tinyld.options import EvalOptions
-from tinyld.rows import GAPS, prompt_of
+from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
 from tinyld.tasks import load_task
@@ -53,36 +54,37 @@ def records(*args: object, text: str | bytes = "") -> list[dict[str, Any]]:
 
 def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokenizer) -> None:
     """Against a sum that is written out: every token given those before it, the rest masked."""
-    task = load_task("reviews")
-    rows = TaskRows([prompt_of(task, {"sentence": "the film was"}, "")] * 2, task, tokenizer, 48)
-    answers = [tokenizer.encode(w) for w in ("not good", "great", "very very great")]
-    rows.slot, ids = 3, [(a + [tokenizer.eos_id] * 3)[:3] for a in answers]
+    words = ("not good", "great", "very very great", "very bad")
     verbalizers = object.__new__(Verbalizers)
-    verbalizers.ids, verbalizers.eos_id = torch.tensor(ids), tokenizer.eos_id
+    verbalizers.answers, verbalizers.eos_id = [tuple(tokenizer.encode(w)) for w in words], tokenizer.eos_id
     head, tail = tokenizer.encode("the film was it was"), tokenizer.encode(".")
     x0 = torch.tensor([[tokenizer.bos_id, *head, 0, 0, 0, *tail, tokenizer.eos_id]] * 2)
-    mask = torch.zeros_like(x0, dtype=torch.bool)
-    start = 1 + len(head)
+    mask, start = torch.zeros_like(x0, dtype=torch.bool), 1 + len(head)
     mask[:, start : start + 3] = True
     batch = Batch(x0, mask, torch.ones_like(mask), torch.arange(2))
     passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         found = label_logp(model, batch, verbalizers, tokenizer.mask_id)
-        took = len(passes)
-        for k, answer in enumerate(ids):
-            total = 0.0
+        hook.remove()
+
+        def logp(xt: Tensor, t: float, real: Tensor | None = None) -> Tensor:
+            return model(xt, torch.full((2,), t), real, ~mask).log_softmax(-1)[0, start : start + 3]
+
+        whole = torch.where(mask, tokenizer.mask_id, x0)
+        ends = logp(whole, 1.0)[:, tokenizer.eos_id].exp()
+        for k, answer in enumerate(verbalizers.answers):
+            n = len(answer)
+            total = float((1 - ends[:n]).log().sum() + (ends[n].log() if n < 3 else 0.0))
             for i, token in enumerate(answer):
-                xt = torch.where(mask, tokenizer.mask_id, x0)
+                xt, real = whole.clone(), torch.ones_like(mask)
                 xt[:, start : start + i] = torch.tensor(answer[:i])
-                here = torch.zeros_like(mask)
-                here[:, start + i] = True
-                logits = model(xt, torch.full((2,), (3 - i) / 3), None, ~mask, where=here)
-                total += float(logits.log_softmax(-1)[0, token])
-                if token == tokenizer.eos_id:
-                    break
+                if n < 3:
+                    xt[:, start + n] = tokenizer.eos_id
+                    real[:, start + n + 1 : start + 3] = False
+                total += float(logp(xt, (n - i) / n, real)[i, token])
             assert found[0, k] == found[1, k] == pytest.approx(total, abs=1e-4)
-        assert took == 1 + 3 + 2, "one for the first token, three for the second ones, two for what has not ended"
+        assert len(passes) == 1 + 1 + 3 + 3, "one for all lengths; then one a beginning: of one token, of two, of three"
     record = by_label(torch.tensor([[0.0, 1.0]]), ["a", "b"])
     assert record["label"] == ["b"] and sum(record["probabilities"][0].values()) == pytest.approx(1, abs=1e-3)
 

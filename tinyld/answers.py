@@ -33,10 +33,10 @@ def answers(
     model, tokenizer, task = runs[0].model, runs[0].base.tokenizer, tasks[0]
     device = model.device
     data = TaskRows(examples_of(rows, task), task, tokenizer, model.config.max_length)
-    labels = [None if t.is_generation else Verbalizers(t, data.slot, tokenizer) for t in tasks]
+    labels = [None if t.is_generation else Verbalizers(t, tokenizer) for t in tasks]
     generator = torch.Generator(device).manual_seed(sampling.seed)
     at_once = data.slot == 1 and sampling.temperature == 0 and not task.is_generation
-    shared, ids = len(runs) > 1, [of and of.ids[:, 0].to(device) for of in labels]
+    shared, ids = len(runs) > 1, [of and torch.tensor([i[0] for i in of.answers], device=device) for of in labels]
     pushes = [run.push for run in runs] if shared else []
     found: list[list[Record]] = [[{}] * len(data) for _ in runs]
     with autocast(device, resolve_dtype(runs[0].dtype, device)):
@@ -54,7 +54,7 @@ def answers(
                 else:
                     if labels[i] is not None:
                         columns = by_label(label_logp(model, batch, labels[i], tokenizer.mask_id), tasks[i].labels)
-                    written, _ = fill_slots(model, batch, tokenizer, sampling, generator)
+                    written, _ = fill_slots(model, batch, data, tokenizer, sampling, generator)
                     columns["decoded" if columns else "answer"] = written
                 columns["truncated"] = data.cut[chosen].tolist()
                 if (by := runs[i].answered_by(batch)) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Batch:
     answer_mask: Tensor  # (B, L) bool: may be noised and is scored (every real token while pretraining)
     attention_mask: Tensor  # (B, L) bool: real token, not padding
     rows: Tensor  # (B,) int64: which rows of the source these are
-    tail_mask: Tensor | None = None  # (B, L) bool: what a slot holds behind its answer's [EOS]; None: nothing
+    tail_mask: Tensor | None = None  # (B, L) bool: a slot from its answer's [EOS] on; None where all answers fill it
 
 
 def seeded(*key: int) -> np.random.Generator:
@@ -150,14 +150,15 @@ class TextRows(Source):
 class TaskRows(Source):
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
-    An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text (`tail_mask`). A row
-    longer than `max_length` keeps what is nearest to the answer: each side of it has half of the room, or what the
-    other side leaves. `cut` says which rows are.
+    An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text. What is written at the
+    end of a row has no other [EOS]. A row longer than `max_length` keeps what is nearest to the answer: each side of it
+    has half of the room, or what the other side leaves. `cut` says which rows are.
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):
         self.task, self.examples = task, examples
         self.slot = slot_width(task, tokenizer)
+        self.open_ended = open_ended(task, tokenizer)
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]
         before, answers, after = map(tokenizer.encode_batch, parts)
@@ -178,7 +179,8 @@ class TaskRows(Source):
             self.ends[i] = min(len(answer), self.slot)
             answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
             self.starts[i] = len(first) + len(head) + len(turn)
-            row = [*first, *head, *turn, *answer, *tail, tokenizer.eos_id]
+            row = [*first, *head, *turn, *answer, *tail]
+            row += [tokenizer.eos_id] if tail or not task.is_generation else []
             self.ids.append(np.array(row, dtype=np.int32))
         self.lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
         self.pad_id = tokenizer.pad_id
@@ -206,7 +208,8 @@ class TaskRows(Source):
         batches: list[np.ndarray] = []
         for start in range(0, len(order), 64 * batch_size):
             pool = order[start : start + 64 * batch_size]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            seen = self.lengths[pool] - self.slot + self.ends[pool]
+            pool = pool[np.argsort(seen, kind="stable")]
             batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
         return [(batches[i],) for i in rng.permutation(len(batches))]
 
@@ -224,8 +227,14 @@ class TaskRows(Source):
             x0[i, : len(ids)] = ids
             real[i, : len(ids)] = True
             answer[i, start : start + self.slot] = True
-            tail[i, start + self.ends[row] + 1 : start + self.slot] = True
-        return Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64), tail)))
+            tail[i, start + self.ends[row] : start + self.slot] = True
+        batch = Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64), tail)))
+        return batch if self.open_ended else replace(batch, tail_mask=None)
+
+
+def open_ended(task: Task, tokenizer: Tokenizer) -> bool:
+    """Whether answers differ in length, so that one is chosen before anything is written."""
+    return task.is_generation or len({len(tokenizer.encode(words)) for words in task.verbalizer.values()}) > 1
 
 
 def slot_width(task: Task, tokenizer: Tokenizer) -> int:

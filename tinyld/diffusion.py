@@ -7,7 +7,7 @@ is 1 - t). Formulas: MDLM (arXiv 2406.07524).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyld.errors import TinyldError
 
-T_MIN = 1e-3  # smallest t drawn: the ELBO's weight 1/t is finite there
+T_MIN = 1e-3  # smallest t drawn
 
 
 def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
@@ -35,20 +35,15 @@ def mask_some(t: Tensor, maskable: Tensor, generator: torch.Generator) -> Tensor
     return (torch.rand(maskable.shape, generator=generator) < t[:, None]) & maskable
 
 
-def add_noise_counted(
-    x0: Tensor, t: Tensor, maskable: Tensor, mask_id: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(xt, is_masked, ratio): exactly ceil(t * n) of a row's n maskable tokens are masked; ratio (B,) is that share.
+def mask_counted(t: Tensor, maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(is_masked, share): exactly ceil(t * n) of a row's n maskable tokens, (B, L) bool; share (B,) is that of n.
 
-    Given its count, a set of masked positions is as likely here as under any schedule, so
-    E[CE summed / ratio] over a uniform t is the same ELBO with less variance (LLaDA's likelihood, arXiv 2502.09992).
-    A one-token answer is always masked, and its loss is exact.
+    Given its count, a set of masked positions is as likely here as under any schedule.
     """
     n = maskable.sum(1)  # (B,)
     count = torch.clamp(torch.ceil(t * n - 1e-6), min=1).to(torch.int64)
-    order = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
-    is_masked = (order < count[:, None]) & maskable
-    return torch.where(is_masked, mask_id, x0), is_masked, count / n.clamp(min=1)
+    order = torch.rand(maskable.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
+    return (order < count[:, None]) & maskable, count / n.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,6 @@ class Noised:
     x0: Tensor  # (B, L) int64
     is_masked: Tensor  # (B, L) bool
     t: Tensor  # (B,)
-    weight: Tensor  # (B,): loss weight of each masked token of a row
     attention_mask: Tensor | None  # (B, L) bool; None when nothing is padding
     prompt_mask: Tensor  # (B, L) bool
     cached: Tensor | None = None  # (B, L, K, D) states of the frozen lower blocks, where they were kept
@@ -71,6 +65,13 @@ class Noised:
     def rows(self, some: Tensor) -> Noised:
         return self._map(lambda tensor: tensor[some])
 
+    def trimmed(self) -> Noised:
+        """Without the columns at the end that no row attends to."""
+        if self.attention_mask is None:
+            return self
+        width = int(self.attention_mask.any(0).nonzero()[-1]) + 1
+        return self._map(lambda tensor: tensor[:, :width] if tensor.dim() > 1 else tensor)
+
     def to(self, device: torch.device) -> Noised:
         if device.type == "cpu":
             return self
@@ -81,56 +82,68 @@ class Noised:
         return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in values.items()})
 
 
-def noise_batch(
+def noise_text(
+    x0: Tensor, maskable: Tensor, attention_mask: Tensor, mask_id: int, generator: torch.Generator
+) -> Noised:
+    """Pretraining's noise: the rows under `two_views`, for plain cross-entropy."""
+    is_masked, maskable = two_views(maskable, generator)
+    x0, attention_mask = x0.repeat(2, 1), attention_mask.repeat(2, 1)
+    t = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
+    return noised_at(x0, is_masked, t, attention_mask, attention_mask & ~maskable, mask_id)
+
+
+def noise_counted(
+    x0: Tensor, maskable: Tensor, attention_mask: Tensor, mask_id: int, generator: torch.Generator
+) -> Noised:
+    """Exactly ceil(t n) of a row's n maskable tokens masked, at uniform times; the t that is told is that share.
+
+    E[CE summed / t] is the ELBO (MDLM, eq. 10), with less variance than under independent masks (LLaDA's likelihood,
+    arXiv 2502.09992). A one-token answer is always masked, and its loss is exact.
+    """
+    is_masked, share = mask_counted(sample_t(len(x0), generator), maskable, generator)
+    return noised_at(x0, is_masked, share, attention_mask, attention_mask & ~maskable, mask_id)
+
+
+OPEN = 0.25  # share of the rows of a task that are asked for their length
+
+
+def noise_answers(
     x0: Tensor,
     answer_mask: Tensor,
     attention_mask: Tensor,
+    tail_mask: Tensor | None,
     mask_id: int,
-    loss: str,
     generator: torch.Generator,
-    counted: bool,
-    tail_mask: Tensor | None = None,
-) -> tuple[Noised, float]:
-    """(noised batch, normaliser): the loss of the batch is sum(weight * CE over masked tokens) / normaliser.
-    Under the loss `uniform` the weight is 1, under `elbo` 1 / t (MDLM, eq. 10: -alpha_t' / (1 - alpha_t)).
+) -> list[Noised]:
+    """A task's rows, as decoding meets them: first a length, then the tokens.
 
-    `counted` masks an exact number of tokens, at uniform times (tasks: answers are short). Otherwise tokens are masked
-    independently: under the ELBO, whose weights are a bound under no others, at uniform times; for plain cross-entropy
-    as `two_views` says (pretraining).
-
-    `tail_mask` (B, L): what a slot holds behind an answer's [EOS]. It is no part of the text and is never scored. It
-    is masked together with the [EOS], as nothing then tells where the text ends, and hidden once that is seen. So the
-    denoiser learns the chance that a text ends at a position given that it comes so far, and the product over
-    positions is a likelihood of texts of every length. The denoiser is told as t the share of the visible slot that is
-    masked, which decoding knows too.
+    `tail_mask` (B, L): what a slot holds from its answer's [EOS] on; None where all answers fill their slots. A quarter
+    of the rows are asked for their length: their whole slots are masked, and scored up to the [EOS]. So the chance of
+    [EOS] at a position is that the text ends there given that it comes so far. In the others the [EOS] is seen, what is
+    behind it leaves the row, and so many of the tokens before it are masked as `noise_counted` says.
     """
-    if counted:
-        tail_mask = torch.zeros_like(answer_mask) if tail_mask is None else tail_mask
-        scored = answer_mask & ~tail_mask
-        xt, is_masked, ratio = add_noise_counted(x0, sample_t(len(x0), generator), scored, mask_id, generator)
-        weight, t = 1.0 / ratio, ratio
-        if bool(tail_mask.any()):
-            has_end = scored & tail_mask.roll(-1, 1)  # an [EOS] with something behind it in its slot
-            open_tail = tail_mask & (is_masked & has_end).any(1, keepdim=True)
-            xt = torch.where(open_tail, mask_id, xt)
-            attention_mask = attention_mask & (open_tail | ~tail_mask)
-            t = (is_masked | open_tail).sum(1) / (scored | open_tail).sum(1).clamp(min=1)
-        answer_mask, prompt_mask = scored, attention_mask & ~scored & ~tail_mask
-    elif loss == "uniform":
-        is_masked, maskable = two_views(answer_mask, generator)
-        x0, attention_mask = x0.repeat(2, 1), attention_mask.repeat(2, 1)
-        t = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
-        xt, prompt_mask = torch.where(is_masked, mask_id, x0), attention_mask & ~maskable
-    else:
-        t = sample_t(len(x0), generator)
-        is_masked, weight, prompt_mask = mask_some(t, answer_mask, generator), 1.0 / t, attention_mask & ~answer_mask
-        xt = torch.where(is_masked, mask_id, x0)
-    if loss == "uniform":
-        weight, normaliser = torch.ones_like(t), float(is_masked.sum())
-    else:
-        normaliser = float(answer_mask.sum())
+    if tail_mask is None:
+        return [noise_counted(x0, answer_mask, attention_mask, mask_id, generator)]
+    end, text = tail_mask & ~tail_mask.roll(1, 1), answer_mask & ~tail_mask
+    count = int(OPEN * len(x0) + float(torch.rand((), generator=generator)))  # a quarter, whatever the number of rows
+    asked, told = torch.randperm(len(x0), generator=generator).tensor_split([count])
+    prompt_mask, parts = attention_mask & ~answer_mask, []
+    if len(asked):
+        masks = (text | end)[asked], torch.ones(len(asked)), attention_mask[asked], prompt_mask[asked]
+        xt = torch.where(answer_mask, mask_id, x0)[asked]
+        parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
+    if len(told):
+        seen = (attention_mask & ~tail_mask | end)[told]
+        noised = noise_counted(x0[told], text[told], seen, mask_id, generator)
+        parts.append(replace(noised, prompt_mask=prompt_mask[told]).trimmed())
+    return parts
+
+
+def noised_at(
+    x0: Tensor, is_masked: Tensor, t: Tensor, attention_mask: Tensor, prompt_mask: Tensor, mask_id: int
+) -> Noised:
     padded = None if bool(attention_mask.all()) else attention_mask
-    return Noised(xt, x0, is_masked, t.float(), weight.float(), padded, prompt_mask), max(normaliser, 1.0)
+    return Noised(torch.where(is_masked, mask_id, x0), x0, is_masked, t.float(), padded, prompt_mask)
 
 
 PREFIXED = 0.5  # share of pretraining rows that keep a prefix clean, as a prompt is
@@ -195,27 +208,21 @@ def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
 
 @torch.no_grad()
 def nll_bound(
-    denoiser: Any,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    mask_id: int,
-    draws: int = 1,
-    seed: int = 0,
-    counted: bool = False,
+    denoiser: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], mask_id: int, draws: int = 1, seed: int = 0
 ) -> Estimate:
     """Upper bound on the NLL in nats per answer token (the negative ELBO), with its standard error over rows.
 
-    batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row; `counted` has the lower
-    variance.
+    batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row.
     """
     generator = torch.Generator().manual_seed(seed)
     sums, counts = [], []
     for x0, answer_mask, attention_mask in batches:
         total = torch.zeros(len(x0))
         for _ in range(draws):
-            noised, _ = noise_batch(x0, answer_mask, attention_mask, mask_id, "elbo", generator, counted)
+            noised = noise_counted(x0, answer_mask, attention_mask, mask_id, generator)
             noised = noised.to(next(denoiser.parameters()).device)
             nll, row = token_nll(denoiser, noised)
-            total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll * noised.weight[row]).float().cpu())
+            total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll / noised.t[row]).float().cpu())
         sums.append(total / draws)
         counts.append(answer_mask.sum(1).float())
     return ratio_estimate(torch.cat(sums), torch.cat(counts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
-from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_batch, ratio_estimate
+from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_counted, ratio_estimate
 from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
 from tinyld.sampler import decode
@@ -62,12 +62,11 @@ class Evaluation:
 
 
 class Verbalizers:
-    """Label <-> answer tokens of one task, every answer filled to the slot's width with [EOS]."""
+    """Label <-> answer tokens of one task."""
 
-    def __init__(self, task: Task, slot: int, tokenizer: Tokenizer):
-        ids = [tokenizer.encode(words) for words in task.verbalizer.values()]
-        self.ids = torch.tensor([i + [tokenizer.eos_id] * (slot - len(i)) for i in ids])  # (labels, slot)
-        self.label = {tokenizer.decode(i): label for label, i in enumerate(ids)}
+    def __init__(self, task: Task, tokenizer: Tokenizer):
+        self.answers = [tuple(tokenizer.encode(words)) for words in task.verbalizer.values()]
+        self.label = {tokenizer.decode(i): label for label, i in enumerate(self.answers)}
         self.eos_id = tokenizer.eos_id
 
     def read(self, text: str) -> int:
@@ -76,12 +75,17 @@ class Verbalizers:
 
 
 def fill_slots(
-    model: Denoiser, batch: Batch, tokenizer: Tokenizer, sampling: SampleConfig, generator: torch.Generator
+    model: Denoiser,
+    batch: Batch,
+    rows: TaskRows,
+    tokenizer: Tokenizer,
+    sampling: SampleConfig,
+    generator: torch.Generator,
 ) -> tuple[list[str], Tensor]:
-    """(what the reverse process writes into each row's slot, forward passes of each row)."""
+    """(what the reverse process writes into the slot of each row of a batch, forward passes of each row)."""
     out, passes = decode(
         model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling,
-        generator, tokenizer.eos_id,
+        generator, tokenizer.eos_id if rows.open_ended else None,
     )  # fmt: skip
     return [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)], passes
 
@@ -112,7 +116,7 @@ def evaluate(
     sampling = sampling or SampleConfig()
     n = len(rows) if limit is None else min(limit, len(rows))
     device = model.device
-    verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, rows.slot, tokenizer)
+    verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, tokenizer)
     one_pass = verbalizers is not None and rows.slot == 1 and sampling.temperature == 0
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
@@ -130,10 +134,10 @@ def evaluate(
             target = asked.x0[asked.answer_mask]
             nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0
             hits, masked = hits + int((logits.argmax(1) == target).sum()), masked + len(chunk)
-            scored[chunk] = logits[:, verbalizers.ids[:, 0].to(device)].argmax(1).cpu().numpy()
+            scored[chunk] = logits[:, [i for (i,) in verbalizers.answers]].argmax(1).cpu().numpy()
             decoded, passes = likeliest(logits, tokenizer), passes + len(chunk)
         elif answer:
-            decoded, used = fill_slots(model, asked, tokenizer, sampling, generator)
+            decoded, used = fill_slots(model, asked, rows, tokenizer, sampling, generator)
             passes += int(used.sum())
         seconds += time.perf_counter() - started
         for row, text in zip(chunk, decoded, strict=answer):
@@ -143,7 +147,7 @@ def evaluate(
             right = PAIR.join(rows.examples[row].references) or right
             texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), right, text)
         if not one_pass:
-            nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer.mask_id, draws)
+            nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer, draws)
             hits, masked = hits + hit, masked + seen
             if verbalizers is not None:
                 scored[chunk] = label_logp(model, asked, verbalizers, tokenizer.mask_id).argmax(1).cpu().numpy()
@@ -204,33 +208,58 @@ def text_nll(
             done += len(chunk)
             advance(done)
 
-    return nll_bound(model, triples(), mask_id, draws=draws, counted=True)
+    return nll_bound(model, triples(), mask_id, draws=draws)
+
+
+def length_logp(model: Denoiser, batch: Batch, mask_id: int, eos_id: int) -> Tensor:
+    """log p of every length that a text in the slot can have, (B, slot + 1), before anything is written."""
+    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
+    xt = torch.where(batch.answer_mask, mask_id, batch.x0)
+    t = torch.ones(len(xt), device=xt.device)
+    logits = model(xt, t, real, batch.attention_mask & ~batch.answer_mask, where=batch.answer_mask)
+    ends = all_finite(logits).log_softmax(-1)[:, eos_id].view(len(xt), -1)  # given that the text comes so far
+    comes_so_far = torch.log1p(-ends.exp().clamp(max=1 - 1e-6)).cumsum(1)
+    none = torch.zeros_like(ends[:, :1])
+    return torch.cat([none, comes_so_far], dim=1) + torch.cat([ends, none], dim=1)
+
+
+def cut_to(batch: Batch, lengths: Tensor) -> Batch:
+    """A batch whose slots are seen to end after so many tokens, (B,): `answer_mask` covers those before the [EOS]."""
+    number = batch.answer_mask.cumsum(1) - 1  # of a position in its slot
+    inside = batch.answer_mask & (number < lengths[:, None])
+    seen = batch.attention_mask & (~batch.answer_mask | (number <= lengths[:, None]))
+    return Batch(batch.x0, inside, seen, batch.rows)
 
 
 def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id: int) -> Tensor:
     """log p of every label's answer, (B, labels).
 
-    The chain rule from the left: the answer's i-th token, given those before it, with the rest masked. A row's score
-    depends on no other row and no draw, and an answer of one token takes one forward pass for all labels.
+    That of its length, where lengths differ, and then the chain rule from the left: the answer's i-th token, given
+    those before it, with the rest masked. A row's score depends on no other row and no draw, and answers of one token
+    take one forward pass for all labels.
     """
-    ids = [tuple(i) for i in verbalizers.ids.tolist()]
-    size, slot, eos = len(batch.x0), len(ids[0]), verbalizers.eos_id
-    positions = batch.answer_mask.nonzero()[:, 1].view(size, slot)
-    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
-    prompt_mask = batch.attention_mask & ~batch.answer_mask
-    total = torch.zeros(size, len(ids), device=batch.x0.device)
-    for i in range(slot):
-        t = torch.full((size,), (slot - i) / slot, device=batch.x0.device)
-        here = torch.zeros_like(batch.answer_mask).scatter_(1, positions[:, i : i + 1], True)
-        for prefix in dict.fromkeys(answer[:i] for answer in ids):
-            if eos in prefix:  # after the end there is nothing to choose
-                continue
-            xt = torch.where(batch.answer_mask, mask_id, batch.x0)
-            xt = xt.scatter(1, positions[:, :i], torch.tensor(prefix, device=xt.device, dtype=xt.dtype).expand(size, i))
-            logp = all_finite(model(xt, t, real, prompt_mask, where=here)).log_softmax(-1)  # (B, V)
-            for label, answer in enumerate(ids):
-                if answer[:i] == prefix:
-                    total[:, label] += logp[:, answer[i]]
+    answers, size, device = verbalizers.answers, len(batch.x0), batch.x0.device
+    total = torch.zeros(size, len(answers), device=device)
+    prompt_mask, lengths = batch.attention_mask & ~batch.answer_mask, sorted(set(map(len, answers)))
+    if len(lengths) > 1:
+        total += length_logp(model, batch, mask_id, verbalizers.eos_id)[:, [len(answer) for answer in answers]]
+    for length in lengths:
+        ended = cut_to(batch, torch.full((size,), length, device=device))
+        real = None if bool(ended.attention_mask.all()) else ended.attention_mask
+        x0 = torch.where(batch.answer_mask, verbalizers.eos_id, batch.x0)
+        x0 = torch.where(ended.answer_mask, mask_id, x0)
+        positions = ended.answer_mask.nonzero()[:, 1].view(size, length)
+        for i in range(length):
+            t = torch.full((size,), (length - i) / length, device=device)
+            here = torch.zeros_like(batch.answer_mask).scatter_(1, positions[:, i : i + 1], True)
+            for prefix in dict.fromkeys(answer[:i] for answer in answers if len(answer) == length):
+                xt = x0.scatter(
+                    1, positions[:, :i], torch.tensor(prefix, device=device, dtype=x0.dtype).expand(size, i)
+                )
+                logp = all_finite(model(xt, t, real, prompt_mask, where=here)).log_softmax(-1)  # (B, V)
+                for label, answer in enumerate(answers):
+                    if len(answer) == length and answer[:i] == prefix:
+                        total[:, label] += logp[:, answer[i]]
     return total
 
 
@@ -258,29 +287,34 @@ def slot_logits(
         yield all_finite(F.linear(z, weight[only], None if bias is None else bias[only]))
 
 
-def _score(model: Denoiser, batch: Batch, rows: TaskRows, mask_id: int, draws: int) -> tuple[Tensor, Tensor, int, int]:
-    """(nll sum and answer tokens by row, hits, masked tokens)."""
+def _score(
+    model: Denoiser, batch: Batch, rows: TaskRows, tokenizer: Tokenizer, draws: int
+) -> tuple[Tensor, Tensor, int, int]:
+    """(nll sum and answer tokens by row, hits, masked tokens): of lengths, where they differ, and of tokens."""
     device, size = model.device, len(batch.x0)
     draws = 1 if rows.slot == 1 else draws
     generator = torch_seeded(0, 3, int(batch.rows[0]))
-    total = torch.zeros(size)
-    hits = masked = 0
+    total, hits, masked = torch.zeros(size), 0, 0
+    prompt_mask = batch.attention_mask & ~batch.answer_mask
+    if rows.open_ended:
+        lengths = torch.from_numpy(rows.ends[batch.rows.numpy()])
+        of_lengths = length_logp(model, on_device(batch, device), tokenizer.mask_id, tokenizer.eos_id).cpu()
+        counted = (lengths + 1).clamp(max=rows.slot).float()  # the [EOS] counts as a token
+        total, batch = -draws * of_lengths.gather(1, lengths[:, None])[:, 0], cut_to(batch, lengths)
+    else:
+        counted = batch.answer_mask.sum(1).float()
     for _ in range(draws):
-        noised, _ = noise_batch(
-            batch.x0, batch.answer_mask, batch.attention_mask, mask_id, "elbo", generator, True,
-            batch.tail_mask,
-        )  # fmt: skip
-        noised = noised.to(device)
+        noised = noise_counted(batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, generator)
+        noised = replace(noised, prompt_mask=prompt_mask).to(device)
         where = noised.is_masked
         row, target = where.nonzero()[:, 0], noised.x0[where]
         logits = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where)
         logp = all_finite(logits).log_softmax(-1)
         gold = logp.gather(1, target[:, None])[:, 0]
-        total += torch.zeros(size).index_add_(0, row.cpu(), (-gold * noised.weight[row]).cpu())
+        total += torch.zeros(size).index_add_(0, row.cpu(), (-gold / noised.t[row]).cpu())
         masked += len(target)
         hits += int((logp.argmax(-1) == target).sum())
-    assert batch.tail_mask is not None
-    return total / draws, (batch.answer_mask & ~batch.tail_mask).sum(1).float(), hits, masked
+    return total / draws, counted, hits, masked
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -149,7 +149,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         for rows in (train_rows, dev_rows):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length)
         started = time.perf_counter()
-        objective: Objective | StateCache = Objective(tokenizer.mask_id, counted=True, seed=training.seed)
+        objective: Objective | StateCache = Objective(tokenizer.mask_id, is_task=True, seed=training.seed)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         if reason is None:
             with Progress("cache", len(train_rows), quiet=quiet) as bar:

@@ -176,7 +176,7 @@ def train_base(
 
         parameters = dict(model.named_parameters())
         body = [n for n in parameters if config["warm_start"] and not n.startswith(("head_transform", "output_bias"))]
-        objective = Objective(tokenizer.mask_id, counted=False, seed=training.seed)
+        objective = Objective(tokenizer.mask_id, is_task=False, seed=training.seed)
         run = TrainingRun(
             model, parameters, rows, objective, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,

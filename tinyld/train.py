@@ -20,7 +20,7 @@ from tinyld.checkpoint import load_exactly
 from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
 from tinyld.device import autocast, resolve_dtype
-from tinyld.diffusion import Noised, noise_batch, token_nll
+from tinyld.diffusion import Noised, noise_answers, noise_text, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
@@ -35,14 +35,15 @@ class Objective:
     """Noise drawn anew at every step: a function of (seed, step) alone, so that a resumed run sees the same."""
 
     mask_id: int
-    counted: bool  # exact mask counts, for tasks
+    is_task: bool
     seed: int
 
-    def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
-        """(noised batch, normaliser of its summed loss)."""
-        masks = batch.answer_mask, batch.attention_mask
-        generator = torch_seeded(self.seed, 2, step)
-        return noise_batch(batch.x0, *masks, self.mask_id, "uniform", generator, self.counted, batch.tail_mask)
+    def noise(self, batch: Batch, step: int) -> list[Noised]:
+        """The batch with its noise, in parts of different widths."""
+        masks, generator = (batch.answer_mask, batch.attention_mask), torch_seeded(self.seed, 2, step)
+        if self.is_task:
+            return noise_answers(batch.x0, *masks, batch.tail_mask, self.mask_id, generator)
+        return [noise_text(batch.x0, *masks, self.mask_id, generator)]
 
 
 def kept_depths(model: Denoiser) -> tuple[int, int]:
@@ -56,7 +57,7 @@ def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | No
     first_depth, depths = kept_depths(model)
     if first_depth == 0:
         return "the method changes the first block"
-    if rows.slot > 1:
+    if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"
     size = int(rows.lengths.sum()) * depths * model.config.d_model * 2 / 2**30
     return None if size <= limit_gb else f"{size:.1f} GB of states, --cache-gb allows {limit_gb:g}"
@@ -96,10 +97,10 @@ class StateCache:
         numbers = self.starts[batch.rows.numpy()][:, None] + np.arange(batch.x0.shape[1])[None, :]
         return torch.from_numpy(np.minimum(numbers, int(self.starts[-1]) - 1))
 
-    def noise(self, batch: Batch, step: int) -> tuple[Noised, float]:
+    def noise(self, batch: Batch, step: int) -> list[Noised]:
         """The noise with its frozen states; what padding gets attention never reads."""
-        noised, normaliser = self.objective.noise(batch, step)
-        return replace(noised, cached=self.states[self.token_numbers(batch)].float()), normaliser
+        (noised,) = self.objective.noise(batch, step)
+        return [replace(noised, cached=self.states[self.token_numbers(batch)].float())]
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -238,10 +239,10 @@ class TrainingRun:
         config, started = self.config, time.perf_counter()
         self.optimizer.set_lr(self.rate, self.progress)
         batch = self.source.batch(self.step, config.batch_size, config.seed)
-        noised, normaliser = self.objective.noise(batch, self.step)
+        noised = self.objective.noise(batch, self.step)
         torch.manual_seed(seed_of(config.seed, 7, self.step, self.processes.rank))  # of dropout
         self.optimizer.zero_grad()
-        loss = float(self.backward(noised, normaliser))
+        loss = float(self.backward(noised))
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
@@ -257,13 +258,15 @@ class TrainingRun:
         self.after_update(self.progress)
         return loss, norm
 
-    def backward(self, noised: Noised, normaliser: float) -> Tensor:
-        """The loss of this process's rows; its gradient, of all processes' and of the penalty, is left behind."""
+    def backward(self, noised: list[Noised]) -> Tensor:
+        """The mean loss of all masked tokens, as far as this process's rows go; its gradient, of all processes' and of
+        the penalty, is left behind."""
         loss = torch.zeros((), device=self.device)
-        for micro in self.processes.share(noised, self.config.accumulate):
+        masked = max(1.0, sum(float(part.is_masked.sum()) for part in noised))
+        for micro in [some for part in noised for some in self.processes.share(part, self.config.accumulate)]:
             with self.autocast():
-                nll, row = token_nll(self.model, micro.to(self.device))
-                part = (nll * micro.weight.to(self.device)[row]).sum() / normaliser
+                nll, _ = token_nll(self.model, micro.to(self.device))
+                part = nll.sum() / masked
             self.scaler.scale(part).backward()
             loss += part.detach()
         self.processes.sum_gradients(self.parameters.values())

@@ -1,8 +1,9 @@
 """Samplers side by side: what is written, in how many passes, how fast.
 
-    python data/results/decoding.py RUN dev 200 low_confidence threshold threshold,threshold=0.7,least=3 klass,kl=0.05
+    python data/results/decoding.py RUN dev 200 low_confidence threshold threshold,threshold=0.7,least=3 llada
 
-A sampler is its name and settings of `SampleConfig`. Prints a Markdown table, in which `fewer passes` and
+A sampler is its name and settings of `SampleConfig`. `llada` is LLaDA's loop (arXiv 2502.09992): no length is chosen, a
+slot is filled to its end, a token a pass. Prints a Markdown table, in which `fewer passes` and
 `BLEU gained` are beside the first sampler. Times are of this process on its processors, whatever else they do.
 """
 
@@ -33,7 +34,9 @@ def main(path: str, split: str, limit: str, *samplers: str) -> None:
         name, *settings = text.split(",")
         given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
         started = time.process_time()
-        found = measure(run, rows, SampleConfig(name, **given), draws=1, quiet=True)
+        rows.open_ended = name != "llada"
+        sampling = SampleConfig(name if rows.open_ended else "low_confidence", **given)
+        found = measure(run, rows, sampling, draws=1, quiet=True)
         rate = found.n / (time.process_time() - started)
         scores, passes = [float(found.texts.get(key, "nan")) for key in SCORES.values()], found.passes_per_row
         first = first or (passes, scores[0])
