@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from tinyld.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tinyld.rows import Example
     from tinyld.tasks import Task
+
+
+Change = Callable[[np.ndarray, np.random.Generator], None]
 
 
 @dataclass(frozen=True)
@@ -61,38 +64,12 @@ class Source:
 # ---------------------------------------------------------------------------------------------- pretraining text
 
 
-ECHOED = 0.125  # share of pretraining rows that say part of themselves twice
-RENAMED = 0.25  # of the others, in which names and numbers that come again are exchanged for others
-SELDOM = 1e-4  # a token below this share of the text is a name
-
-
-def names_and_numbers(tokens: Sequence[str], counts: np.ndarray) -> np.ndarray:
-    """(V,) uint8, the kind of each token that may stand for another of its kind, else 0: 1 seldom words or their
-    beginnings, 2 their pieces, 3 numbers. counts: (V,) of the tokens in the text."""
-    kinds = np.zeros(len(tokens), np.uint8)
-    seldom = (counts > 0) & (counts < SELDOM * counts.sum())
-    for i, token in enumerate(tokens):
-        if counts[i] and token.isdecimal():
-            kinds[i] = 3
-        elif seldom[i] and token.removeprefix("##").isalpha():
-            kinds[i] = 2 if token.startswith("##") else 1
-    return kinds
-
-
 class TextRows(Source):
-    """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch.
+    """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch. `change` changes
+    some rows (length - 1,) in place, by what it draws."""
 
-    Text by itself asks for copying too seldom for a small model to learn it. So, with an `eos_id`, an eighth of the
-    rows end in a second saying of a stretch of what they began with, [EOS] between, at a distance that differs from row
-    to row. And, with `kinds` (of `names_and_numbers`), in a quarter of the others every name and number that comes
-    again is another one: what it is can only be read where it stood before.
-    """
-
-    def __init__(
-        self, stream: np.ndarray, length: int, bos_id: int, eos_id: int | None = None, kinds: np.ndarray | None = None
-    ):
-        self.stream, self.width, self.bos_id, self.eos_id, self.kinds = stream, length - 1, bos_id, eos_id, kinds
-        self.of_kind = [] if kinds is None else [np.flatnonzero(kinds == k) for k in range(kinds.max() + 1)]
+    def __init__(self, stream: np.ndarray, length: int, bos_id: int, change: Change | None = None):
+        self.stream, self.width, self.bos_id, self.change = stream, length - 1, bos_id, change
         self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
         if self.num_rows < 1:
             raise TinyldError(
@@ -116,32 +93,11 @@ class TextRows(Source):
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
         ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
-        if self.eos_id is not None and self.width > 3:
-            for row, number in zip(ids, rows.tolist(), strict=True):
-                rng = seeded(offset, number, 3)
-                if rng.random() < ECHOED:
-                    self._echo(row, rng)
-                elif self.kinds is not None and rng.random() < RENAMED:
-                    self._rename(row, rng)
+        for row, number in zip(ids, rows.tolist(), strict=True) if self.change else ():
+            self.change(row, seeded(offset, number, 3))
         x0 = torch.from_numpy(np.concatenate([np.full((len(rows), 1), self.bos_id), ids], axis=1))
         real = torch.ones_like(x0, dtype=torch.bool)
         return Batch(x0, real & (x0 != self.bos_id), real, torch.from_numpy(rows.astype(np.int64)))
-
-    def _echo(self, row: np.ndarray, rng: np.random.Generator) -> None:
-        """Puts an [EOS] into a row (length - 1,), and behind it a stretch of what stands before."""
-        first = int(rng.integers(len(row) * 3 // 8, len(row) * 3 // 4))
-        rest = len(row) - first - 1
-        start = int(rng.integers(max(first - rest, 0) + 1))
-        again = row[start : min(start + rest, first)].copy()
-        row[first] = self.eos_id
-        row[first + 1 : first + 1 + len(again)] = again
-
-    def _rename(self, row: np.ndarray, rng: np.random.Generator) -> None:
-        """Exchanges each name and number that a row (length - 1,) has more than once for another, everywhere in it."""
-        found, places, times = np.unique(row, return_inverse=True, return_counts=True)
-        for i in np.flatnonzero((times > 1) & (self.kinds[found] > 0)):
-            found[i] = rng.choice(self.of_kind[self.kinds[found[i]]])
-        row[:] = found[places]
 
 
 # ---------------------------------------------------------------------------------------------- tasks

@@ -13,8 +13,9 @@ import torch
 
 from tinyld.checkpoint import Base, load_base, load_exactly, save_base
 from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
+from tinyld.copying import Copying
 from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
-from tinyld.data import TextRows, names_and_numbers, torch_seeded
+from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
 from tinyld.distributed import Processes
 from tinyld.environment import check_unchanged, environment, is_writer
@@ -137,8 +138,8 @@ def train_base(
         tokenizer = Tokenizer.train(part(sample(files, read_lines(files)), held_out=False), shape.vocab_size)
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
     text, held_out = read("text", files, False), read("held-out text", valid or files, True)
-    kinds = names_and_numbers(tokenizer.tokens, text.counts)
-    rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, tokenizer.eos_id, kinds)
+    change = Copying(tokenizer.tokens, text.counts, tokenizer.eos_id) if shape.max_length > 4 else None
+    rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, change)
     held_out_length = min(shape.max_length, max(2, len(held_out.stream) // 2))
     held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)
     unigram = unigram_nll(text.counts, held_out.counts)
