@@ -461,7 +461,7 @@ ERRORS = [
     (TEXT + "--steps 1 --set body_lr=0.5", 2, "--body-lr needs --init"),
     # runs, bases and what is written
     (NOT_ON.replace("{place}/base", "nowhere"), 1, "no run in nowhere"),
-    ("eval --quiet", 2, "which run?"),
+    ("eval --quiet", 1, "no finished run in runs/: name one, or make one"),
     (EVAL + "--text missing.txt", 1, "no such file or folder: missing.txt"),
     (EVAL + "--predictions .", 1, "cannot be written"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
