@@ -211,14 +211,16 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
         """The id that the tokenizer's folder, or else the config, gives a role."""
         for role in roles:
             name, stated = named.get(f"{role}_token"), said.raw.get(f"{role}_token_id")
-            stated = stated[0] if isinstance(stated, list) and stated else stated
+            stated = stated[0] if isinstance(stated, list) and stated and role == "eos" else stated
+            if stated is not None and type(stated) is not int:
+                raise TinyldError(f"{folder / CONFIG}: {role}_token_id must be a token's number, got {show(stated)}")
             found = inner.token_to_id(name) if isinstance(name, str) else None
             if name is not None and found is None:
                 raise TinyldError(f"{extra}: {role}_token {show(name)} is not in tokenizer.json")
             if role == "mask" and None not in (found, stated) and found != stated:
                 doubt = f"mask is {stated} in {CONFIG}, {found} in {extra.name}"
                 raise TinyldError(f"{folder}: {doubt}; say --set mask_token=TOKEN")
-            if found is not None or type(stated) is int:
+            if found is not None or stated is not None:
                 return stated if found is None else found
         return None
 
