@@ -176,8 +176,7 @@ class ModelConfig(Settings):
     kv_heads: int = setting(0, least=0)  # heads of keys and values, each for a group of queries; 0: num_heads
     head_width: int = setting(0, least=0)  # 0: d_model / num_heads
     head_norms: bool = False  # an RMS norm of each head's queries, and of its keys (Qwen3)
-    # in local blocks a token reads others at most half of it away; 0: no such
-    local_window: int = setting(0, least=0, most=MAX_LENGTH)
+    local_window: int = setting(0, least=0, most=MAX_LENGTH)  # local blocks read at most half as far; 0: no such
     local_theta: float = 10_000.0  # rope_theta of the local blocks
     global_every: int = setting(1, least=1)  # every how many blocks, from the first on, is not local
     tied: bool = True  # the vocabulary matrix is the embedding's
