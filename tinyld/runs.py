@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +70,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._is_locked = False
 
     @staticmethod
     def check_free(path: Path, force: bool = False) -> None:
@@ -116,9 +116,18 @@ class RunFolder:
         except (TinyldError, OSError):
             return False
 
-    def locked(self) -> AbstractContextManager[None]:
-        """`write.locked` of this folder."""
-        return locked(self.path)
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """`locked` of this folder, once for all that is done within."""
+        if self._is_locked:
+            yield
+            return
+        with locked(self.path):
+            self._is_locked = True
+            try:
+                yield
+            finally:
+                self._is_locked = False
 
     @property
     def config(self) -> Record:
@@ -289,8 +298,9 @@ def _found(path: Path) -> str:
 class Spectator(RunFolder):
     """A run folder that another process of the same run writes: reading works, writing does nothing."""
 
-    def locked(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
 
     def _leave(self, *args: Any, **kwargs: Any) -> Any:
         return self.path

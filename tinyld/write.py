@@ -110,18 +110,12 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-HELD: set[str] = set()  # real paths of the folders that this process has locked
-
-
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Within it this process has `folder` to itself; where another one has it, TinyldError at once, unless it may wait.
 
-    The lock is flock's on the folder itself: it ends with the process and leaves no file. It may be held already.
+    The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
     """
-    if (path := os.path.realpath(folder)) in HELD:
-        yield
-        return
     with contextlib.ExitStack() as stack:
         with failing(folder, "written"):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -132,6 +126,4 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
                     raise BlockingIOError
             except BlockingIOError:
                 raise TinyldError(f"{folder}: another process is writing in it; wait for that") from None
-        HELD.add(path)
-        stack.callback(HELD.discard, path)
         yield
