@@ -93,7 +93,12 @@ def noise_text(
 
 
 def noise_counted(
-    x0: Tensor, maskable: Tensor, attention_mask: Tensor, mask_id: int, generator: torch.Generator
+    x0: Tensor,
+    maskable: Tensor,
+    attention_mask: Tensor,
+    mask_id: int,
+    generator: torch.Generator,
+    prompt_mask: Tensor | None = None,
 ) -> Noised:
     """Exactly ceil(t n) of a row's n maskable tokens masked, at uniform times; the t that is told is that share.
 
@@ -101,7 +106,8 @@ def noise_counted(
     arXiv 2502.09992). A one-token answer is always masked, and its loss is exact.
     """
     is_masked, share = mask_counted(sample_t(len(x0), generator), maskable, generator)
-    return noised_at(x0, is_masked, share, attention_mask, attention_mask & ~maskable, mask_id)
+    prompt_mask = attention_mask & ~maskable if prompt_mask is None else prompt_mask
+    return noised_at(x0, is_masked, share, attention_mask, prompt_mask, mask_id)
 
 
 OPEN = 0.25  # share of the rows of a task that are asked for their length
@@ -134,8 +140,7 @@ def noise_answers(
         parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
     if len(told):
         seen = (attention_mask & ~tail_mask | end)[told]
-        noised = noise_counted(x0[told], text[told], seen, mask_id, generator)
-        parts.append(replace(noised, prompt_mask=prompt_mask[told]).trimmed())
+        parts.append(noise_counted(x0[told], text[told], seen, mask_id, generator, prompt_mask[told]).trimmed())
     return parts
 
 

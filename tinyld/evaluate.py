@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_counted, ratio_estimate
 from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
-from tinyld.sampler import decode
+from tinyld.sampler import decode, log_survival
 from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
 from tinyld.writing import text_scores
@@ -218,9 +218,8 @@ def length_logp(model: Denoiser, batch: Batch, mask_id: int, eos_id: int) -> Ten
     t = torch.ones(len(xt), device=xt.device)
     logits = model(xt, t, real, batch.attention_mask & ~batch.answer_mask, where=batch.answer_mask)
     ends = all_finite(logits).log_softmax(-1)[:, eos_id].view(len(xt), -1)  # given that the text comes so far
-    comes_so_far = torch.log1p(-ends.exp().clamp(max=1 - 1e-6)).cumsum(1)
     none = torch.zeros_like(ends[:, :1])
-    return torch.cat([none, comes_so_far], dim=1) + torch.cat([ends, none], dim=1)
+    return torch.cat([none, log_survival(ends.exp())], dim=1) + torch.cat([ends, none], dim=1)
 
 
 def cut_to(batch: Batch, lengths: Tensor) -> Batch:
@@ -304,8 +303,8 @@ def _score(
     else:
         counted = batch.answer_mask.sum(1).float()
     for _ in range(draws):
-        noised = noise_counted(batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, generator)
-        noised = replace(noised, prompt_mask=prompt_mask).to(device)
+        masks = batch.answer_mask, batch.attention_mask
+        noised = noise_counted(batch.x0, *masks, tokenizer.mask_id, generator, prompt_mask).to(device)
         where = noised.is_masked
         row, target = where.nonzero()[:, 0], noised.x0[where]
         logits = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where)

@@ -78,9 +78,8 @@ def decode(
             if last is not None:
                 choice.moved = spread(divergence(choice.logp, last[1][whole[last[0]]]), masked, torch.inf)
             last = whole, choice.logp
-        choice.masked = masked & inside[rows, :length]
         choice.confidence *= share
-        tokens = accept(choice, config, steps, step, generator)
+        tokens = accept(choice, masked & inside[rows, :length], config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
         passes[rows.cpu()] += 1
         step += 1
@@ -93,7 +92,7 @@ def choose_ends(hazard: Tensor, temperature: float, generator: torch.Generator) 
 
     hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere.
     """
-    comes_so_far = torch.log1p(-hazard.clamp(max=1 - 1e-6)).cumsum(1).exp()
+    comes_so_far = log_survival(hazard).exp()
     chance = comes_so_far.new_full((len(hazard), 1), 0.5)  # the median
     if temperature > 0:
         chance = torch.rand(chance.shape, generator=generator, device=hazard.device)
@@ -102,6 +101,12 @@ def choose_ends(hazard: Tensor, temperature: float, generator: torch.Generator) 
     reaches = torch.cat([torch.ones_like(chance), comes_so_far], dim=1)
     likely = torch.where(ends, reaches[:, :-1] - reaches[:, 1:], 0.0).sum(1, keepdim=True)
     return ends, torch.where(ends.any(1, keepdim=True), likely, reaches[:, -1:])
+
+
+def log_survival(hazard: Tensor) -> Tensor:
+    """log of the chance that a text goes on behind each position; hazard: (B, L), its chance to end there if it comes
+    so far."""
+    return torch.log1p(-hazard.clamp(max=1 - 1e-6)).cumsum(1)
 
 
 def spread(values: Tensor, masked: Tensor, elsewhere: float = 0) -> Tensor:
@@ -123,8 +128,11 @@ class Candidates:
             best = logp.gather(1, token[:, None])[:, 0]
         self.token = spread(token, masked)
         self.confidence = spread(best.exp(), masked)
-        self.entropy = spread(-(logp.exp() * logp.clamp(min=-1e4)).sum(-1), masked, torch.inf)  # nats left open
         self.moved: Tensor | None = None  # klass: how far each distribution is from that of the last pass
+
+    def entropy(self) -> Tensor:
+        """Nats that each position leaves open, (N,)."""
+        return -(self.logp.exp() * self.logp.clamp(min=-1e4)).sum(-1)
 
 
 def divergence(logp: Tensor, other: Tensor) -> Tensor:
@@ -132,8 +140,10 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
     return (logp.exp() * (logp.clamp(min=-1e4) - other.clamp(min=-1e4))).sum(-1)
 
 
-def accept(choice: Candidates, config: SampleConfig, steps: int, step: int, generator: torch.Generator) -> Tensor:
-    """(B, L) bool: which tokens are written in this pass, at least one in every row.
+def accept(
+    choice: Candidates, masked: Tensor, config: SampleConfig, steps: int, step: int, generator: torch.Generator
+) -> Tensor:
+    """(B, L) bool: which of the masked (B, L) are written in this pass, at least one in every row.
 
     Those that look for what is sure write the `least` most confident tokens in any case.
 
@@ -145,7 +155,6 @@ def accept(choice: Candidates, config: SampleConfig, steps: int, step: int, gene
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
     """
-    masked = choice.masked
     if config.sampler == "ancestral":
         now, then = (torch.tensor(1.0 - min(step + i, steps) / steps, device=masked.device) for i in (0, 1))
         chance = (now - then) / now.clamp(min=1e-6)  # of those that are masked at t = now
@@ -155,7 +164,7 @@ def accept(choice: Candidates, config: SampleConfig, steps: int, step: int, gene
         return masked
     least: Any = config.least
     if config.sampler == "entropy":
-        entropy = choice.entropy.masked_fill(~masked, torch.inf)
+        entropy = spread(choice.entropy(), choice.masked, torch.inf).masked_fill(~masked, torch.inf)
         order = entropy.argsort(1)
         rising = entropy.gather(1, order)
         open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
