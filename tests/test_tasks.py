@@ -54,7 +54,7 @@ def read(folder: Path, content: str | bytes, task: Task | str = MOOD, name: str 
         ("a.csv", 'label,text\nsad,"said ""no"\n'),
         ("a.jsonl", '{"label": 0, "text": "said \\"no"}\n\n'),
         ("a.jsonl", '\ufeff{"text": " said\\n\\t \\"no ", "label": "sad", "more": [1]}'),
-        ("a.tsv", '\ufefftext\tlabel\nsaid\x00\x1b \u2028"no\tsad\n'),
+        ("a.tsv", '\ufefftext\tlabel\nsaid\x01\x1b \u2028"no\tsad\n'),
     ],
 )
 def test_every_file_format_reads_the_same(tmp_path: Path, name: str, content: str) -> None:
@@ -239,6 +239,7 @@ FILE_ERRORS = [
     ("a.csv", "text,label\n \t,0\n", ["line 2", "'text' is empty"]),
     ("a.csv", "text,label\na,\n", ["line 2", "'label' is empty"]),
     ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3: not UTF-8"]),
+    ("a.csv", "text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
     ("a.jsonl", "{\n", ["line 1", "not JSON"]),
     ("a.jsonl", "[" * 100_000 + "\n", ["line 1", "not JSON"]),
     ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),

@@ -82,7 +82,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     else:
         data, held_out, file = data_file(data)
         task = make_task(options, file, tokenizer, shape.max_length)
-        say_to_stderr(options.quiet)(described(task))
+        held = "; one row in ten is held out as dev rows" if held_out else ""
+        say_to_stderr(options.quiet)(described(task) + held)
     open_ended = all(training[budget] is None for budget in BUDGETS)
     train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)

@@ -60,10 +60,14 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
 def decode(content: bytes, path: object, first: int = 1) -> str:
     """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
     try:
-        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         line = first + error.object.count(b"\n", 0, error.start)
         raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8") from None
+    if (zero := text.find("\0")) >= 0:  # of a damaged disk, or UTF-16 without its mark
+        line = first + text.count("\n", 0, zero)
+        raise TinyldError(f"{path}: line {line}: a zero byte, which no text has; save it as UTF-8")
+    return text
 
 
 def clean(text: str) -> str:
