@@ -165,6 +165,9 @@ def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place
     ran = good("finetune", "--data", "mine.csv", *made, "--text-column", "Headline", "--label-column", "Kind")
     assert "texts are in column 'Headline', their labels in 'Kind': 2 (" in ran.stderr
     assert "one row in ten is held out as dev rows" in ran.stderr
+    Path("bare.csv").write_text("".join(f'"{t}",{k}\n' for t, k in ROWS))
+    ran = cli("finetune", "--data", "bare.csv", *made)
+    assert ran.code == 2 and "its first line is read as a header, but" in ran.stderr
 
 
 def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:

@@ -55,6 +55,9 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
             task["template"] = WRITING
         return from_dict(Task, task, str(file))
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
+    has_header = label in ("label", options.label_column) or folded(label) not in map(folded, labels)
+    way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
+    check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
     verbalizer = dict(zip(labels, answer_words(labels, tokenizer), strict=True))
     return from_dict(Task, task | {"verbalizer": verbalizer, "label_column": label}, str(file))
