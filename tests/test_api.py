@@ -97,6 +97,7 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
         (lambda run, base: run.write("a", temperature="hot"), "temperature: 'hot' is not of type float"),
         (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
+        (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "got a whole table"),
         (lambda run, base: tinyld.finetune(None), "rows are a list"),
         (lambda run, base: tinyld.finetune(""), "no task ''"),
         (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyld.config import SampleConfig
-from tinyld.data import TaskRows
-from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, by_class, evaluate, wilson
+from tinyld.config import ModelConfig, SampleConfig
+from tinyld.data import Batch, TaskRows
+from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, by_class, evaluate, slot_logits, wilson
+from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.rows import Example
 from tinyld.tasks import Task, load_task
@@ -29,7 +31,7 @@ class Oracle(nn.Module):
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, sure: float = 30.0):
         super().__init__()
-        self.device, self.rows_at_once = torch.device("cpu"), lambda length, most: most
+        self.device, self.rows_at_once = torch.device("cpu"), lambda length, most, asked: most
         self.answers, self.vocab_size, self.sure = answers, vocab_size, sure
 
     def forward(
@@ -251,6 +253,24 @@ def test_a_real_denoiser_is_scored_the_same_in_any_batch(
         parts.masked_acc,
     )
     assert whole.predictions == parts.predictions
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_adapters_that_share_a_pass_score_labels_as_each_does_alone(config: ModelConfig, shifted: bool) -> None:
+    model, generator = Denoiser(replace(config, shifted=shifted)).eval(), torch.Generator().manual_seed(0)
+    method = METHODS["trajectory-lora"](
+        make_config("trajectory-lora", {"recipe": "fast", "budget": 0.1}, config), config
+    )
+    method.attach(model, generator)
+    for parameter in method.own.values():
+        parameter.data.normal_(0.0, 0.3, generator=generator)
+    x0, slot = torch.randint(5, 60, (2, 8), generator=generator), torch.zeros(2, 8, dtype=torch.bool)
+    slot[0, 6] = slot[1, 3] = True
+    batch, ids = Batch(x0, slot, torch.ones_like(slot), torch.arange(2)), torch.tensor([7, 9, 30])
+    with torch.no_grad():
+        (alone,) = slot_logits(model, batch, 4)
+        (shared,) = slot_logits(model, batch, 4, [model.push], [ids])
+    torch.testing.assert_close(shared, alone[:, ids], atol=1e-4, rtol=1e-4)
 
 
 def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -244,6 +244,13 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
     (named,) = tinyld.load("both").predict(texts[:1], task="food-rows")
     assert set(named["probabilities"]) == {"good", "bad"}
+    with pytest.raises(tinyld.UsageError, match="both is a composition; name the runs"):
+        tinyld.load(["both", "food"])
+    loaded = tinyld.load("both", task="food-rows")
+    assert loaded.predict(texts[:1]) == [named] and tinyld.load("both").predict([]) == []
+    Path("asked.txt").write_text("\n".join(texts))
+    header, *rows = csv.reader(cli("both", "asked.txt", "--csv").stdout.splitlines())
+    assert {"p(sad)", "p(happy)", "p(good)", "p(bad)"} < set(header) and rows[2][header.index("p(bad)")]
 
 
 def test_many_tasks_answer_in_one_pass_what_each_answers_alone(

@@ -71,12 +71,19 @@ def test_what_report_writes_as_csv_is_a_row_a_run(tmp_path: Path) -> None:
     assert all(isinstance(r["accuracy"], float) and isinstance(r["n"], int) for r in json.loads(json.dumps(found)))
 
 
-def test_what_is_no_evaluated_adapter_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TinyldError, match="no run in .*: name evaluated adapters"):
-        report(ReportOptions(runs=(tmp_path,)))
+        report(ReportOptions(runs=(tmp_path / "nowhere",)))
     run_folder(tmp_path / "new").write_json(RESULTS, {"finetune": {}})
-    with pytest.raises(TinyldError, match="none of the runs was evaluated yet"):
-        report(ReportOptions(runs=(tmp_path / "new",)))
+    for kind in ("base", "composition"):
+        run_folder(tmp_path / kind, kind=kind)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    none = tuple(tmp_path / name for name in ("new", "base", "composition", "rows.jsonl"))
+    with pytest.raises(TinyldError, match="none of these is an adapter that was evaluated"):
+        report(ReportOptions(runs=none))
+    run_folder(tmp_path / "good")
+    assert len(report(ReportOptions(runs=(*none, tmp_path / "good")))) == 2
+    assert capsys.readouterr().err.count("is left out: no adapter that was evaluated") == 8
     for name, value in (("accuracy", 7), ("n", 0), ("low", -1), ("nll_bound", "x")):
         folder = run_folder(tmp_path / name)
         results = folder.read_json(RESULTS)
@@ -84,10 +91,6 @@ def test_what_is_no_evaluated_adapter_is_refused(tmp_path: Path) -> None:
         folder.write_json(RESULTS, results)
         with pytest.raises(TinyldError, match=f"results.json: eval: 'mood/dev': {name}"):
             report(ReportOptions(runs=(folder.path,)))
-    for kind in ("base", "composition"):
-        run_folder(tmp_path / kind, kind=kind)
-        with pytest.raises(TinyldError, match=f"holds a {kind}; report takes adapters"):
-            report(ReportOptions(runs=(tmp_path / kind,)))
 
 
 def test_whatever_sets_two_runs_apart_is_told_in_words(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
 from tinyld.parse import several
+from tinyld.read import clean
 from tinyld.rows import GAP_MARK, Example, prompt_of
 from tinyld.tasks import Task
 
@@ -40,7 +41,7 @@ def answers(
     pushes = [run.push for run in runs] if shared else []
     found: list[list[Record]] = [[{}] * len(data) for _ in runs]
     with autocast(device, resolve_dtype(runs[0].dtype, device)):
-        for chosen in data.in_length_order(model.rows_at_once(int(data.lengths.max(initial=1)), EVAL_BATCH)):
+        for chosen in data.in_length_order(model.rows_at_once(int(data.lengths.max(initial=1)), EVAL_BATCH, data.slot)):
             batch = on_device(data.take(chosen), device)
             passes: Iterable[Any] = [None]
             if at_once:  # one pass scores the labels and writes what decode would
@@ -67,7 +68,7 @@ def answers(
 def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]:
     columns = input_columns(task)
     nothing = GAP_MARK if task.is_infill else EMPTY
-    empty = [{k: nothing for k in columns if isinstance(row.get(k), str) and not row[k].strip()} for _, row in rows]
+    empty = [{k: nothing for k in columns if isinstance(row.get(k), str) and not clean(row[k])} for _, row in rows]
     return [prompt_of(task, row | asked, where) for (where, row), asked in zip(rows, empty, strict=True)]
 
 

@@ -24,7 +24,7 @@ from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval as evaluate
-from tinyld.tasks import Task, load_task
+from tinyld.tasks import Task, load_task, unlike
 from tinyld.workspace import check_writable, default_base, say_to_stderr
 from tinyld.write import make_folder, to_json
 
@@ -159,7 +159,9 @@ class Grid:
         if folder.is_run():
             made, asked = folder.config, json.loads(to_json(config_of(options)))
             made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
-            del asked["base"]["path"], asked["task"]
+            del asked["base"]["path"]
+            if differs := unlike(made["task"], asked.pop("task")):
+                raise TinyldError(f"{folder.path} was made for another task: {differs}; choose another --out")
             for part, settings in asked.items():
                 for name, value in settings.items() if isinstance(settings, dict) else ():
                     if (was := made[part].get(name)) != value:

@@ -113,9 +113,8 @@ def save_composition(
     folder.write_tensors(ADAPTER, tensors)
 
 
-def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> None:
-    """Hangs a composition that `save_composition` wrote on its base. With the name of a member's `task` every row goes
-    to that member, whatever its prompt."""
+def load_composition(folder: RunFolder, base: Base) -> None:
+    """Hangs a composition that `save_composition` wrote on its base."""
     config, tensors = folder.config, folder.read_tensors(ADAPTER)
 
     def under(prefix: str) -> dict[str, Tensor]:
@@ -130,5 +129,4 @@ def load_composition(folder: RunFolder, base: Base, task: str | None = None) -> 
     shapes = prototype_shapes(base.model.config.d_model)
     router = Router(**{name: torch.zeros(len(members), *shape) for name, shape in shapes.items()})
     load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
-    router.only = next((i for i, m in enumerate(members) if m.task["name"] == task), None)
     hang(base, members, router)

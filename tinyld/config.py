@@ -329,7 +329,7 @@ class SampleConfig(Settings):
     """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
     sampler: str = setting("threshold", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    steps: int | None = setting(None, "Denoising steps; one an answer token if not given.", "Writing", least=1)
+    steps: int | None = setting(None, "Passes a text at most.", "Writing", least=1)
     temperature: float = setting(0.0, "0 takes the most likely token.", "Writing", least=0)
     seed: int = setting(0, "Seed of what is drawn.", "Writing", least=0)
     threshold: float | None = setting(

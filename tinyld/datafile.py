@@ -44,6 +44,9 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
         return from_dict(Task, task | {"template": "{text}", "answer_tokens": GAP_TOKENS}, str(file))
     once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
     check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
+    other = set(re.findall(r"(?<!{){(\w+)}", options.template)) - {"text", "answer"}
+    way_out = "a task file says which columns others are"
+    check(not other, f"template holds {{text}} and {{answer}}, and not {', '.join(sorted(other))}; {way_out}")
     rows = list(read_rows(file))
     text, label = _columns(options, file, [row for _, row in rows])
     task |= {"template": options.template, "columns": {"text": text}}

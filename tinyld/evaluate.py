@@ -124,7 +124,7 @@ def evaluate(
     hits = masked = passes = done = 0
     seconds = 0.0
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    at_once = model.rows_at_once(int(rows.lengths[:n].max()), EVAL_BATCH)
+    at_once = model.rows_at_once(int(rows.lengths[:n].max()), EVAL_BATCH, rows.slot)
     for chunk in np.array_split(np.argsort(rows.lengths[:n], kind="stable"), math.ceil(n / at_once)):
         batch = rows.take(chunk)
         asked, started = on_device(batch, device), time.perf_counter()
@@ -275,7 +275,8 @@ def slot_logits(
         yield all_finite(model(xt, t, real, prompt_mask, where=batch.answer_mask))
         return
     history: Any = []
-    last, position = model.config.num_layers, batch.answer_mask.nonzero()[:, 1:]  # (B, 1)
+    last = model.config.num_layers
+    position = (batch.answer_mask.nonzero()[:, 1:] - int(model.config.shifted)).clamp(min=0)  # (B, 1)
     h = model.run_blocks(model.embed(xt), real, 0, last, history=history)
     depths = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in [*history, h]])
     here, weight, bias = take(h, position), model.vocabulary, model.output_bias

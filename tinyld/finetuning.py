@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import attach, check_base, check_frozen, load_base, method_record, read_shape, sizes
+from tinyld.checkpoint import attach, check_base, check_frozen, find_base, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, torch_seeded
 from tinyld.datafile import data_file, described, make_task
@@ -38,7 +38,7 @@ from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 from tinyld.write import make_folder, write_atomic
 
-DEV_ROWS = 1_000  # dev rows scored while training; the final evaluation reads all
+DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads all
 # Where nothing is said, three epochs; of few rows as many as make so many updates, but no more than EPOCHS. Three
 # epochs of 100 rows are 12 updates, which teach nothing.
 UPDATES, UPDATES_WRITING, EPOCHS = 100, 400, 100
@@ -72,6 +72,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
     check_frozen(method, options.base_dtype)
+    muon = "--optimizer muon has no effect with --method bitfit, which trains no matrix"
+    check(optimizer in METHODS[method].usual_rates(shape, options.recipe) or method != "bitfit", muon)
     if method != TrajectoryLora.name:
         refuse_idle(options, ["cache_gb"], f"with --method {method}, which keeps no states")
     held_out = data is not None and data.is_file()
@@ -114,8 +116,9 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     rows_in, train = data["folder"] and Path(data["folder"]), config["train"]
     examples = to_learn(task, load_split(task, "train", rows_in, data["limit"], data["held_out"]))
     dev = load_split(task, "dev", rows_in, None, data["held_out"])
-    if task.is_generation:  # some, spread over all, as a file may begin with the shortest
-        dev = [dev[i * len(dev) // WRITTEN] for i in range(WRITTEN)] if len(dev) > WRITTEN else dev
+    most = WRITTEN if task.is_generation else DEV_ROWS
+    if len(dev) > most:  # some, spread over all, as a file may begin with the shortest, or with one label
+        dev = [dev[i * len(dev) // most] for i in range(most)]
     if not begun and all(train[budget] is None for budget in BUDGETS):
         train["epochs"] = usual_epochs(task, len(examples), train["batch_size"])
     training = from_dict(TrainConfig, train, where)
@@ -123,7 +126,8 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     dtype = resolve_dtype(training.dtype, device)
     processes = Processes.join(device)
     reading = from_dict(Reading, config["base"].get("reading", {}), where)
-    base = load_base(Path(config["base"]["path"]), device, config["base"]["dtype"], reading)
+    base_path = find_base(config, out, None) if begun else Path(config["base"]["path"])
+    base = load_base(base_path, device, config["base"]["dtype"], reading)
     if begun:
         check_base(config, base, out)
     model, tokenizer = base.model, base.tokenizer
@@ -152,6 +156,8 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         started = time.perf_counter()
         objective: Objective | StateCache = Objective(tokenizer.mask_id, is_task=True, seed=training.seed)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
+        if (training.steps or len(train_rows)) * training.batch_size < len(train_rows):
+            reason = reason or "in so few updates no row is read twice"
         if reason is None:
             with Progress("cache", len(train_rows), quiet=quiet) as bar:
                 objective = StateCache(model, train_rows, objective, lambda: autocast(device, dtype), bar.advance_to)
@@ -160,7 +166,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         cache_seconds = time.perf_counter() - started
 
         def held_out() -> dict[str, float]:
-            found = evaluate(model, dev_rows, tokenizer, limit=DEV_ROWS, answer=not task.is_generation).record()
+            found = evaluate(model, dev_rows, tokenizer, answer=not task.is_generation).record()
             return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "masked_acc", "nll_bound") if k in found}
 
         result = TrainingRun(
@@ -212,7 +218,7 @@ def resume(options: Training) -> dict[str, Any]:
         verb = "pretrain" if config["kind"] == "base" else "finetune"
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
-            if (lr := options.lr) != type(options).lr:  # it may have diverged at its own
+            if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
                 if is_writer():
                     folder.write_json(CONFIG, config)

@@ -66,7 +66,7 @@ def _line_files(members: dict[str, str], files: list[BytesIO]) -> Splits:
     for member, label in members.items():
         (data,) = read_members(files[0], rf"(.*/)?{re.escape(member)}").values()
         pool += [(line, label) for line in _lines(data, "latin-1")]
-    return {"all": pool}
+    return {"all": mixed(pool)}
 
 
 def _train_test(rows: Callable[[bytes], list[Row]], files: list[BytesIO]) -> Splits:
@@ -91,7 +91,7 @@ def _imdb(files: list[BytesIO]) -> Splits:
         _, split, kind, _ = name.split("/")
         text = re.sub(r"<br\s*/?>", " ", data.decode("utf-8", errors="replace"))
         splits[split].append((text, {"neg": "negative", "pos": "positive"}[kind]))
-    return splits
+    return {split: mixed(rows) for split, rows in splits.items()}
 
 
 CONVERTERS: dict[str, Callable[[list[BytesIO]], Splits]] = {
@@ -109,10 +109,20 @@ CONVERTERS: dict[str, Callable[[list[BytesIO]], Splits]] = {
 }
 
 
-def tenth(sentence: str) -> int:
-    """0 to 9, from the SHA-1 of the sentence's letters and digits: 0 is dev's, 1 is test's where both are cut."""
+def number_of(sentence: str) -> int:
+    """From the SHA-1 of the sentence's letters and digits."""
     key = "".join(c for c in sentence.lower() if c.isalnum())
-    return int(hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest(), 16) % 10
+    return int(hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest(), 16)
+
+
+def tenth(sentence: str) -> int:
+    """0 to 9: 0 is dev's, 1 is test's where both are cut."""
+    return number_of(sentence) % 10
+
+
+def mixed(rows: list[Row]) -> list[Row]:
+    """Rows that are published label by label, in an order in which any first few hold all labels."""
+    return sorted(rows, key=lambda row: number_of(row[0]))
 
 
 def cut(splits: Splits) -> Splits:

@@ -187,7 +187,7 @@ class PretrainOptions(Training):
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", least=64)
     init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
     tokens: int | None = option(None, "Train on so many tokens.", "Training", least=1)
-    lr: float = option(3e-3, "Peak learning rate.", "Training")
+    lr: float | None = option(None, "Peak learning rate; 0.003 if not given.", "Training")
     optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=OPTIMIZERS)
     weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
     warmup: float = option(0.02, "Share of the budget with a rising learning rate.")

@@ -27,6 +27,7 @@ def several(value: Any, what: str) -> list[Any]:
     if isinstance(value, str | Path | Mapping):
         return [value]
     is_list = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray)
+    check(not hasattr(value, "columns"), f"{what} are a list, or one column of a table; got a whole table")
     check(is_list, f"{what} are a list, or one of them, got {value!r}")
     return list(value)
 

@@ -39,6 +39,7 @@ class Run:
     config: dict[str, Any]  # the run's config.json
     dtype: str = "auto"
     push: nn.Module | None = None  # of a trajectory adapter, which may share its base with others
+    named: str | None = None  # the task that it was loaded for
 
     @property
     def is_composition(self) -> bool:
@@ -62,11 +63,16 @@ class Run:
 
         A composition's adapter answers the texts that are like its own prompts or, where its task is named, all.
         """
+        task = self.named if task is None else task
         chosen = self.task_named(task)
+        self.answer_by(task)
+        return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
+
+    def answer_by(self, task: str | None) -> None:
+        """Lets a composition's member of that task answer all rows; None, and another task: each row's own."""
         if self.is_composition:
             names = [t.name for t in self.tasks]
             self.base.model.push.router.only = names.index(task) if task in names else None
-        return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
@@ -79,8 +85,8 @@ class Run:
         if writer is None:
             return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
         check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
-        rows = [("prompt", dict.fromkeys(input_columns(writer), prompt)) for prompt in prompts]
-        return [found["answer"] for found in self.answer(rows, writer, sampling)]
+        self.answer_by(writer.name)
+        return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
@@ -112,6 +118,8 @@ class Run:
 
     def route(self, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
         """What a composition of tasks that ask alike finds, each row by the adapter whose prompts it is like."""
+        if not rows:
+            return []
         first, base = self.tasks[0], self.base
         data = TaskRows(examples_of(rows, first), first, base.tokenizer, base.model.config.max_length)
         owners = base.model.push.router.nearest(task_features(base, data)).tolist()
@@ -187,6 +195,7 @@ class Runs:
         check(path not in [run.path for run in self.runs.values()], f"{path} is given twice")
         bases = [run.base for run in self.runs.values() if run.push is not None]
         run = load(path, bases=bases, **self.options)
+        check(not run.is_composition, f"{path} is a composition; name the runs that it was made of")
         run.task_named(None)  # refuses what has no task
         self.runs[name] = run
         return run
@@ -265,14 +274,15 @@ def load(
     check_ours(reading)
     if config["kind"] == "composition":
         loaded = load_base_of(config, path, base_path, on, kept_in)
-        load_composition(folder, loaded, task)
+        load_composition(folder, loaded)
         records = [m["task"] for m in config["members"]]
     else:
         pushes = config["method"].get("name") == TrajectoryLora.name  # and so leaves its base to others
         loaded, method = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
         records, push = [config["task"]], getattr(method, "push", None)
-    run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push)
+    run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push, task)
     if task is not None:
         run.task_named(task)  # refuses another one
+        run.answer_by(task)
     run.model.requires_grad_(False)
     return run

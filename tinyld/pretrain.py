@@ -34,6 +34,7 @@ from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import Objective, TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
+LR = 3e-3  # of Muon, where none is given
 SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 
@@ -87,7 +88,7 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
         check(not fixed, "--init brings its own sizes; only --max-length may change them")
         refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
-    training = options.only(TrainConfig)
+    training = options.only(TrainConfig) | {"lr": LR if options.lr is None else options.lr}
     if options.steps is None and options.tokens is None and options.minutes is None:
         training |= {"minutes": 10.0}
     fresh_head = path is not None and not own

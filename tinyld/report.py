@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -21,7 +22,7 @@ from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
 from tinyld.runs import CONFIG, RESULTS, RunFolder
 from tinyld.tables import percent, print_table
-from tinyld.workspace import check_writable
+from tinyld.workspace import check_writable, say_to_stderr
 from tinyld.write import write_atomic
 
 Row = dict[str, Any]
@@ -40,14 +41,17 @@ TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and wha
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
     check_writable(options.csv)
-    rows = []
+    rows, say = [], say_to_stderr(options.quiet)
     for path in options.runs:
-        inside = [path] if (path / CONFIG).exists() else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
-        if not inside:
+        if not path.exists():
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
-        rows += [row for folder in inside for row in run_rows(RunFolder.open(folder))]
+        inside = [path] if (path / CONFIG).exists() else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
+        found = [row for folder in inside for row in run_rows(RunFolder.open(folder))]
+        if not found:
+            say(f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)")
+        rows += found
     if not rows:
-        raise TinyldError("none of the runs was evaluated yet; tinyld eval RUN does that")
+        raise TinyldError("none of these is an adapter that was evaluated; tinyld eval RUN does that")
     if options.csv is not None:
         write_csv(options.csv, rows)
     return aggregate(rows)
@@ -57,10 +61,11 @@ def report(options: ReportOptions) -> list[Row]:
 
 
 def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
-    """A row for every evaluation of an adapter; of dev only where the task was not evaluated on test."""
-    config, results = folder.config, folder.read_json(RESULTS)
-    if config["kind"] != "adapter":
-        raise TinyldError(f"{folder.path} holds a {config['kind']}; report takes adapters")
+    """A row for every evaluation of an adapter, none for other runs; of dev only where the task has no such on test."""
+    config = folder.config
+    if config["kind"] != "adapter" or not os.path.lexists(folder.path / RESULTS):
+        return []
+    results = folder.read_json(RESULTS)
     found = results.get("eval", {})
     tested = {key.partition("/")[0] for key in found if key.endswith("/test")}
     method, train, base = dict(config["method"]), config["train"], config["base"]
@@ -83,7 +88,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     }
     rows = []
     for key, evaluation in found.items():
-        task, _, split = key.rpartition("/")
+        task, _, split = key.partition("/")
         if not (split == "dev" and task in tested):
             known = results["finetune"] | evaluation | config["environment"] | config["parameters"] | train | about
             rows.append({column: (known | {"task": task, "split": split}).get(column) for column in COLUMNS})

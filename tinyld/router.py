@@ -60,12 +60,11 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def task_features(base: Base, rows: TaskRows, limit: int | None = None) -> Tensor:
-    """(rows, 5 D) prompt features of a task's first `limit` rows."""
-    device = base.model.device
-    n = len(rows) if limit is None else min(limit, len(rows))
-    found = []
-    for chunk in np.array_split(np.arange(n), -(-n // 100)):
+def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) -> Tensor:
+    """(rows, 5 D) prompt features of a task's rows, or of some of them."""
+    device, found = base.model.device, []
+    chosen = np.arange(len(rows)) if chosen is None else chosen
+    for chunk in np.array_split(chosen, -(-len(chosen) // 100)):
         batch = rows.take(chunk)
         prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
         found.append(prompt_features(base.model.embed(batch.x0.to(device)), prompt_mask))
@@ -78,7 +77,8 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     "prototype" (2, 5 D): mean and variance of their features; "directions" (m, D): those in which their mean embedding
     varies most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
     """
-    features = task_features(base, rows, PROTOTYPE_ROWS).cpu()
+    spread = np.linspace(0, len(rows) - 1, min(len(rows), PROTOTYPE_ROWS)).astype(int)
+    features = task_features(base, rows, spread).cpu()
     width = base.model.config.d_model
     kept = prototype_shapes(width)["directions"][0]
     values, vectors = torch.linalg.eigh(torch.cov(features[:, :width].T, correction=0))  # smallest first
@@ -136,7 +136,7 @@ def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit
     """Sets the router's limits by every other row of each member's task, and counts on the rest: the share that goes to
     each member ("right": to the task's own), the share that is refused, and that of texts of no task that is taken for
     the task's. rows: by the tasks' names, in the members' order."""
-    features = {name: task_features(base, of, limit) for name, of in rows.items()}
+    features = {name: task_features(base, of, np.arange(len(of))[:limit]) for name, of in rows.items()}
     router.set_limits([own[::2] for own in features.values()])
     found = []
     for name, of in rows.items():

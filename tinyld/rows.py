@@ -168,7 +168,7 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
     if column not in row:
         way_out = "rename it, or name its own: --column (predict), or a task file's [columns] table"
-        raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(row))}; {way_out}")
+        raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
     if isinstance(value, bool):
         value = str(value).lower()
@@ -221,6 +221,8 @@ def _examples(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Ex
     if task.is_infill:
         (column,) = task.columns.values()
         texts = [GAP.sub(" ", cell(row, column, where)) for where, row in rows]
+        for (where, _), text in zip(rows, texts, strict=True):
+            check(text.strip() != "", f"{where}: no word to make a gap of; delete the line")
         return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
     prompts = [prompt_of(task, row, where) for where, row in rows]
     if task.is_generation:

@@ -48,7 +48,7 @@ OF_TEXTS = (
 def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None) -> TaskRows:
     """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
     held_out, own = False, run.config.get("data", {})
-    if data is None and not task.builtin and not task.data and own.get("folder"):  # the task was made of that file
+    if data is None and own.get("folder") and task.name == run.tasks[0].name:  # it was trained on those
         data, held_out = Path(own["folder"]), own["held_out"]
     examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
@@ -76,7 +76,7 @@ def eval(options: EvalOptions) -> list[Record]:
     source = str(data) if data is not None and not data.is_dir() else options.split
     check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")
     for path in options.runs or [newest_run(("adapter", "composition"))]:
-        run = load(path, options.base, options.device, options.dtype, options.base_dtype)
+        run = load(path, options.base, options.device, options.dtype, options.base_dtype, options.task)
         named = options.task is not None or not run.tasks
         tasks = [run.task_named(options.task)] if named else run.tasks
         if len(options.runs) < 2:  # of several, another one may heed it
@@ -138,6 +138,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
     for path in options.runs or [default_base()]:
         config = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config
         is_base = config["kind"] == "base"
+        check(not is_base or options.base is None, f"{path} is a base itself: --base has no effect on it")
         bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None)
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}

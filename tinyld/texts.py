@@ -95,7 +95,8 @@ def predict(options: PredictOptions) -> None:
         say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
     options.refuse_idle(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
     check_writable(out, [*options.runs, *(path for t in tasks for path in (t.path, *map(Path, t.data.values())))])
-    text_of, whole, truncated, total = formatter(options, as_csv), [], 0, 0
+    labels = [label for t in run.tasks for label in t.labels] if not several and run.asks_alike else []
+    text_of, whole, truncated, total = formatter(options, as_csv, labels), [], 0, 0
     for rows in chunks(options, source, input_columns(task)):
         records = run.answer(rows, task, sampling)
         if out is not None:
@@ -109,11 +110,13 @@ def predict(options: PredictOptions) -> None:
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
-def formatter(options: PredictOptions, as_csv: bool) -> Callable[[list[dict[str, Any]]], str]:
-    """What makes lines of records: of CSV, of JSON, or on a terminal of a table."""
+def formatter(options: PredictOptions, as_csv: bool, labels: Sequence[str]) -> Callable[[list[dict[str, Any]]], str]:
+    """What makes lines of records: of CSV, of JSON, or on a terminal of a table. labels: whose probabilities a CSV has
+    besides those of its first row."""
     to_file, header = options.out is not None, []
     if as_csv:
-        return lambda records: _csv(records, header, str if to_file else plain)  # a file keeps control characters
+        cell = str if to_file else plain  # a file keeps control characters
+        return lambda records: _csv(records, header, cell, [cell(f"p({label})") for label in labels])
     if not (to_file or options.json) and sys.stdout.isatty():
         return lambda records: "".join(map(_table_line, records))
     ascii_only = not to_file and "utf" not in (sys.stdout.encoding or "").lower()
@@ -125,9 +128,11 @@ def formatter(options: PredictOptions, as_csv: bool) -> Callable[[list[dict[str,
     return as_json
 
 
-def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[object], str]) -> str:
+def _csv(
+    records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[object], str], more: Sequence[str]
+) -> str:
     """Lines of CSV; every label's probability is a column, and of several runs each one's answer and its probability.
-    `header` is filled by the first record."""
+    `header` is filled by the first record, and by `more`; TinyldError for a later record that has other columns."""
     flat = []
     for record in records:
         row = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
@@ -137,9 +142,12 @@ def _csv(records: Sequence[dict[str, Any]], header: list[str], cell: Callable[[o
         flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
     file = io.StringIO()
     if flat and not header:
-        header += flat[0]
+        header += dict.fromkeys([*flat[0], *more])
         csv.writer(file, lineterminator="\n").writerow(header)
-    csv.DictWriter(file, header, restval="", extrasaction="ignore", lineterminator="\n").writerows(flat)
+    for row in flat:
+        if stray := set(row) - set(header):
+            raise TinyldError(f"a later row has a column {min(stray)!r}, the first has not: leave CSV for JSON lines")
+    csv.DictWriter(file, header, restval="", lineterminator="\n").writerows(flat)
     return file.getvalue()
 
 

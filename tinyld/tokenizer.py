@@ -28,6 +28,7 @@ SPECIAL_OF_FAMILIES = (
 )
 UNK = SPECIAL[1]
 ROLES = ("pad", "unk", "bos", "eos", "mask")
+AT_ONCE = 4096  # texts
 
 # Penn-Treebank spellings (`does n't`, -lrb-, `` '') and curly quotes meet the plain ones. Blanks around punctuation
 # need no rule: the pre-tokenizer splits at punctuation, so `it 's` and `it's` give the same pieces.
@@ -172,8 +173,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
-        batch = self.inner.encode_batch([self._defuse(t) for t in texts], add_special_tokens=False)
-        return [e.ids for e in batch]
+        texts, found = [self._defuse(t) for t in texts], []
+        for i in range(0, len(texts), AT_ONCE):  # an encoding has more than ids, and many of them are large
+            found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
+        return found
 
     def _defuse(self, text: str) -> str:
         """Text in which no special token's literal name stands, so that data cannot inject one."""
@@ -245,6 +248,6 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
         if not texts:
             raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
         found += texts
-    if twice := [path for path in found if found.count(path) > 1]:
+    if twice := [path for path, count in Counter(found).items() if count > 1]:
         raise TinyldError(f"{twice[0]} is named twice, and would be read twice")
     return found

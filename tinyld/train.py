@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -165,7 +166,7 @@ class TrainingRun:
             self.to_the_end()
         self.metrics = self.metrics or self.held_out()  # none yet when a run is resumed after its last step
         self.model.eval()
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
         self.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
         return self
 

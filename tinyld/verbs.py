@@ -19,6 +19,7 @@ from tinyld.options import (
     Printed,
     SampleOptions,
 )  # fmt: skip
+from tinyld.parse import refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import CONFIG, RESULTS, RunFolder, is_foreign
@@ -76,7 +77,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
             "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
             "template": t.template,
             "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
-            "needs": "nothing" if t.name in (*BUNDLED_TASKS, "write") else "data" + " or network" * bool(t.download),
+            "needs": "nothing" if t.name in BUNDLED_TASKS else "data" + " or network" * bool(t.download),
         }
         for t in builtin_tasks()
     ]
@@ -126,6 +127,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     from tinyld.hf import export_bert, export_peft
 
     run, out = options.run, options.out
+    if options.to == "hf":
+        refuse_idle(options, ["base"], "with --to hf, for a base itself")
     if is_foreign(run):
         raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
     if options.to == "hf":

@@ -1,6 +1,6 @@
 """What written texts are worth, beside references and by themselves. Text only: no tokens, no torch.
 
-Case, accents and blanks never count, as a base may read and write lower case alone.
+Case, accents, blanks and the form of quotation marks and dashes never count, as a base may not be able to write them.
 """
 
 from __future__ import annotations
@@ -50,20 +50,24 @@ def text_scores(
 
 
 def corpus_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | str]:
-    """BLEU and chrF, lower-cased; or the way to get them."""
+    """BLEU and chrF of folded texts; or the way to get them."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
         return {"note": NO_SACREBLEU}
     most = max(map(len, references))
-    streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
-    metrics = {"bleu": BLEU(lowercase=True, force=True), "chrf": CHRF(lowercase=True)}
-    return {name: metric.corpus_score(list(answers), streams).score for name, metric in metrics.items()}
+    streams = [[fold(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
+    metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
+    return {name: metric.corpus_score(list(map(fold, answers)), streams).score for name, metric in metrics.items()}
+
+
+MARKS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
 
 
 def fold(text: str) -> str:
-    """The text without case and accents."""
-    return "".join(c for c in unicodedata.normalize("NFD", text.casefold()) if not unicodedata.combining(c))
+    """The text without case and accents, and with typewriter's marks."""
+    found = unicodedata.normalize("NFD", text.casefold().translate(MARKS))
+    return "".join(c for c in found if not unicodedata.combining(c))
 
 
 def words(text: str) -> list[str]:
