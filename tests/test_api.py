@@ -115,6 +115,13 @@ def test_what_python_gives_of_another_kind_is_refused(call: Any, part: str, trai
     assert not list(Path().rglob("*.jsonl"))
 
 
+def test_a_run_is_measured_on_rows_of_where_it_was_trained(place: Path) -> None:
+    Path("more.csv").write_text("text,label\n" + "".join(f'"{t} {i}",{k}\n' for i, (t, k) in enumerate(ROWS)))
+    run = ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--quiet", "--out", "run"]
+    good("finetune", "--task", place / "mood.toml", "--data", "more.csv", *run)
+    assert [good("eval", "run", "--split", s, "--json").json[0]["n"] for s in ("dev", "train")] == [4, 36]
+
+
 def test_numbers_of_numpy_are_labels(place: Path) -> None:
     rows = [(text, np.int64(label == "sad")) for text, label in ROWS]
     run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)

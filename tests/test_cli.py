@@ -53,6 +53,7 @@ def place(place: Path) -> Path:
     is."""
     (place / "colours.toml").write_text(COLOURS)
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
+    (place / "rule.txt").write_text("a line\n________\n")
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")
     (place / "latin1").mkdir()
     for split in ("train", "dev"):
@@ -431,6 +432,9 @@ ERRORS = [
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),
     (NOT_ON + "--data {place}/mood.csv --text-column words", 2, "no column 'words'; it has text, label"),
     (NOT_ON + "--data {place}/mood.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
+    (NOT_ON + "--data {place}/mood.csv --set template={{title}}{{text}}{{answer}}", 2, "and not title; a task"),
+    (NOT_ON + "--data {place}/rule.txt", 2, "rule.txt: line 2: no word to make a gap of"),
+    (ON + "--method bitfit --set optimizer=muon", 2, "no effect with --method bitfit, which trains no matrix"),
     (NOT_ON + "--data {place}/unlabelled.csv", 1, "which of its columns are text and label?"),
     (NOT_ON + "--data {place}/unlabelled.csv --text-column a --label-column c", 2, "the one label 'z'"),
     # options
@@ -467,6 +471,8 @@ ERRORS = [
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
     ("report {place}/mood-full --csv {place}/mood-full/config.json", 1, "a file of a run"),
     ("predict {place}/mood-full {place}/mood.csv --out {place}/mood.csv", 1, "it is an input"),
+    ("export {place}/base --base {place}/other --out new", 2, "--base has no effect with --to hf"),
+    ("eval {place}/base --base {place}/other --text {place}/text.txt --quiet", 2, "--base has no effect on it"),
     ("merge {place}/base --out new", 1, "is no weight-lora adapter"),
     ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),

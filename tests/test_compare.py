@@ -30,7 +30,7 @@ class Trainer:
     def finetune(self, options: FinetuneOptions) -> None:
         self.ran.append(options)
         made = config_of(options)
-        made |= {"task": {"name": options.task}, "base": made["base"] | {"fingerprint": "f"}}
+        made |= {"base": made["base"] | {"fingerprint": "f"}}
         made["data"] |= {"rows": 10}
         folder = run_folder(Path(options.out), **made)
         accuracy = 0.9 if options.lr == 2e-3 else 0.8
@@ -122,6 +122,18 @@ def test_a_run_that_was_made_otherwise_is_refused_before_anything_runs(
     with pytest.raises(TinyldError, match=f"reviews_full_lr0.001_s0 was made otherwise: {said}; choose another --out"):
         grid(tmp_path, trainer, **changes).run()
     assert trainer.ran == []
+
+
+def test_a_run_of_a_task_that_has_changed_is_no_run_of_it(tmp_path: Path) -> None:
+    file, words = tmp_path / "mood.toml", '[verbalizer]\na = "bad"\nb = "good"\n[data]\ntrain = "x.csv"\n'
+    for template in ("{text} is {answer}", "{text} was {answer}"):
+        file.write_text(f'template = "{template}"\n{words}')
+        asked = grid(tmp_path / "grid", Trainer(), (str(file),))
+        if template == "{text} is {answer}":
+            asked.run()
+        else:
+            with pytest.raises(TinyldError, match="was made for another task: template was .* is .*; choose another"):
+                asked.run()
 
 
 def test_variants_carry_their_options(tmp_path: Path) -> None:
