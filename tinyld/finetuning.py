@@ -140,6 +140,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     with folder.locked():
         if begun:
             check_unchanged(out, config, train_rows.digest(), options.allow_changed, dev_sha256=dev_rows.digest())
+            folder.write_json(CONFIG, config)  # it may have a new rate
         else:
             data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
             data |= {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
@@ -220,8 +221,6 @@ def resume(options: Training) -> dict[str, Any]:
         if verb not in results:
             if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
-                if is_writer():
-                    folder.write_json(CONFIG, config)
             go_on = pretrain.train_base if verb == "pretrain" else _train
             return {"run": str(out), **go_on(config, out, options, folder)}
         say_to_stderr(options.quiet)(f"{out} is finished already")

@@ -153,6 +153,7 @@ def train_base(
             check_unchanged(out, config, text.sha256, options.allow_changed)
             if config["warm_start"] and not folder.checkpoints():
                 raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
+            folder.write_json(CONFIG, config)  # it may have a new rate
         else:
             facts = {
                 "files": [str(f.resolve()) for f in files],
