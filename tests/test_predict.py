@@ -104,7 +104,10 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
 def test_few_rows_are_read_more_often(place: Path) -> None:
     mood, tell = (load_task(str(place / f"{name}.toml")) for name in ("mood", "tell"))
     assert usual_epochs(mood, 40, 32) == UPDATES / 2 and usual_epochs(mood, 40, 1) == 3
-    assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(UPDATES_WRITING / 15)
+    least, most = UPDATES_WRITING
+    assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(least / 15)
+    assert usual_epochs(tell, 100, 1) == 8 and usual_epochs(tell, 300, 1) == most / 300
+    assert usual_epochs(tell, 18_102, 32) == 3
     tinyld.finetune(place / "mood.toml", base=place / "base", out="mood", method="bitfit", quiet=True)
     assert RunFolder(Path("mood")).config["train"]["epochs"] == UPDATES / 2
 

@@ -122,7 +122,7 @@ def answer_words(labels: list[str], tokenizer: Tokenizer) -> list[str]:
     """A word of one token for each label, all different: its name, else the longest word in it, else a letter."""
     words: dict[str, str] = {}
     taken = {tokenizer.unk_id}
-    spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *tokenizer.inner.get_vocab()]
+    spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *sorted(tokenizer.inner.get_vocab())]
     for candidates in (
         lambda label: [label],
         lambda label: sorted(re.findall(r"[^\W_]+", label), key=len, reverse=True),

@@ -39,9 +39,10 @@ from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_insid
 from tinyld.write import make_folder, write_atomic
 
 DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads all
-# Where nothing is said, three epochs; of few rows as many as make so many updates, but no more than EPOCHS. Three
-# epochs of 100 rows are 12 updates, which teach nothing.
-UPDATES, UPDATES_WRITING, EPOCHS = 100, 400, 100
+# Where nothing is said, three epochs; of few rows as many as make UPDATES, but no more than EPOCHS, as three epochs of
+# 100 rows are 12 updates, which teach nothing. Writing takes longer to learn: eight epochs, between those many updates.
+UPDATES, EPOCHS = 100, 100
+UPDATES_WRITING, EPOCHS_WRITING = (400, 1_200), 8
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
@@ -104,8 +105,11 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
 
 def usual_epochs(task: Task, rows: int, batch_size: int) -> float:
     """Passes over so many training rows where nothing is said."""
-    least = UPDATES_WRITING if task.is_generation else UPDATES
-    return float(min(EPOCHS, max(3, math.ceil(least / math.ceil(rows / batch_size)))))
+    updates, wanted = math.ceil(rows / batch_size), UPDATES
+    if task.is_generation:
+        least, most = UPDATES_WRITING
+        wanted = max(least, min(most, EPOCHS_WRITING * updates))
+    return float(min(EPOCHS, max(3, math.ceil(wanted / updates))))
 
 
 def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None) -> dict[str, Any]:
