@@ -1,21 +1,33 @@
 """Samplers side by side: what is written, in how many passes, how fast.
 
-    python data/results/decoding.py RUN dev 200 low_confidence threshold threshold,threshold=0.7,least=3 llada
+    python data/results/decoding.py FILE.csv RUN dev 96 low_confidence threshold threshold,threshold=0.8 kept,every=8
 
-A sampler is its name and settings of `SampleConfig`. `llada` is LLaDA's loop (arXiv 2502.09992): no length is chosen, a
-slot is filled to its end, a token a pass. Prints a Markdown table, in which `fewer passes` and
-`BLEU gained` are beside the first sampler. Times are of this process on its processors, whatever else they do.
+A sampler is its name and settings of `SampleConfig`, or one of these, which are here alone:
+- `llada`: LLaDA's loop (arXiv 2502.09992): no length is chosen, a slot is filled to its end, a token a pass;
+- `mask_predict,tokens=5`: all tokens are written in every pass, and the least sure masked again, fewer each time, in
+  length / tokens passes (arXiv 1904.09324);
+- `kept,every=8`: `threshold` on states of the prompt that are computed anew in every eighth pass alone (0: in the
+  first), which is what keeping its keys and values comes to.
+Writes a table, in which `fewer passes` and `BLEU gained` are beside the first sampler, and prints it. Times are of this
+process on its processors, whatever else they do.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from tinyld import evaluate as evaluation
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
 from tinyld.predict import load
+from tinyld.sampler import choose_ends, decode, spread
 from tinyld.scores import measure, rows_for
 from tinyld.tables import markdown
 
@@ -23,7 +35,67 @@ SCORES = {"BLEU": "bleu", "chrF": "chrf", "exact": "exact_match", "names": "name
 COLUMNS = ("sampler", *SCORES, "passes a text", "texts/s", "fewer passes", "BLEU gained")
 
 
-def main(path: str, split: str, limit: str, *samplers: str) -> None:
+class KeptPrompt:
+    """A denoiser whose states at a prompt's positions, before every block, are of an earlier pass."""
+
+    def __init__(self, denoiser: Any, every: int):
+        self.denoiser, self.every, self.passes = denoiser, every, 0
+        self.kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # (block, the prompt) -> its states
+
+    def __call__(self, x: Tensor, t: Tensor, real: Any, prompt_mask: Tensor, where: Tensor) -> Tensor:
+        fresh = self.passes == 0 or (self.every > 0 and self.passes % self.every == 0)
+        prompts = [tuple(row[mask].tolist()) for row, mask in zip(x, prompt_mask, strict=True)]
+
+        def hook(block: int) -> Any:
+            def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                h = args[0].clone()
+                for row, (prompt, mask) in enumerate(zip(prompts, prompt_mask, strict=True)):
+                    if fresh:
+                        self.kept[block, prompt] = h[row, mask]
+                    h[row, mask] = self.kept[block, prompt]
+                return (h, *args[1:])
+
+            return before
+
+        hooks = [block.register_forward_pre_hook(hook(i)) for i, block in enumerate(self.denoiser.blocks)]
+        logits = self.denoiser(x, t, real, prompt_mask, where=where)
+        for each in hooks:
+            each.remove()
+        self.passes += 1
+        return logits
+
+
+def mask_predict(
+    denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
+    config: SampleConfig, generator: torch.Generator, eos_id: int, tokens: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`tinyld.sampler.decode` by Mask-Predict."""
+    masked, inside, real = answer_mask.clone(), answer_mask.clone(), attention_mask.clone()
+    confidence, passes = torch.zeros(x.shape), torch.zeros(len(x), dtype=torch.long)
+    prompt_mask, step, total = attention_mask & ~answer_mask, 0, inside.sum(1)
+    while len(rows := masked.any(1).nonzero()[:, 0]):
+        x = torch.where(masked, mask_id, x)
+        where, share = masked[rows], masked[rows].sum(1) / inside[rows].sum(1)
+        logits = denoiser(x[rows], share, real[rows], prompt_mask[rows], where=where).float()
+        logits[:, forbidden] = -torch.inf
+        if step == 0:
+            ends, _ = choose_ends(spread(logits.softmax(-1)[:, eos_id], where), 0.0, generator)
+            behind = where & (ends.cumsum(1) > 0)
+            x, inside, real = torch.where(behind, eos_id, x), inside & ~behind, real & (~behind | ends)
+            masked, total = masked & inside, (inside.sum(1) / tokens).ceil().clamp(min=1)
+        logits[:, eos_id] = -torch.inf
+        best, token = logits.softmax(-1).max(-1)
+        whole = torch.zeros_like(masked).index_copy(0, rows, where)
+        x = torch.where(masked, spread(token, whole), x)
+        confidence = torch.where(masked, spread(best, whole), confidence)
+        passes[rows] += 1
+        step += 1
+        again = (inside.sum(1) * (total - step).clamp(min=0) / total).floor()
+        masked = inside & (confidence.masked_fill(~inside, 2.0).argsort(1).argsort(1) < again[:, None])
+    return x, passes
+
+
+def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
     run = load(Path(path))
     examples = rows_for(run, run.tasks[0], split).examples  # of which so many are taken, spread over all
     examples = [examples[i * len(examples) // int(limit)] for i in range(int(limit))]
@@ -33,16 +105,24 @@ def main(path: str, split: str, limit: str, *samplers: str) -> None:
     for text in samplers:
         name, *settings = text.split(",")
         given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
+        rows.open_ended, evaluation.decode = name != "llada", decode
+        if name == "mask_predict":
+            tokens = given.pop("tokens")
+            evaluation.decode = lambda *args, tokens=tokens: mask_predict(*args, tokens=tokens)
+        elif name == "kept":
+            every = given.pop("every")
+            evaluation.decode = lambda model, *args, every=every: decode(KeptPrompt(model, every), *args)
+        own = {"llada": "low_confidence", "mask_predict": "threshold", "kept": "threshold"}
         started = time.process_time()
-        rows.open_ended = name != "llada"
-        sampling = SampleConfig(name if rows.open_ended else "low_confidence", **given)
-        found = measure(run, rows, sampling, draws=1, quiet=True)
+        found = measure(run, rows, SampleConfig(own.get(name, name), **given), draws=1, quiet=True)
         rate = found.n / (time.process_time() - started)
         scores, passes = [float(found.texts.get(key, "nan")) for key in SCORES.values()], found.passes_per_row
         first = first or (passes, scores[0])
         lines.append((text, *(f"{v:.2f}" for v in (*scores, passes, rate, first[0] / passes, scores[0] - first[1]))))
         print(*lines[-1], sep="\t", file=sys.stderr, flush=True)
     print(markdown(COLUMNS, lines))
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines])
 
 
 if __name__ == "__main__":
