@@ -4,8 +4,8 @@
 
 *content* answers a question on the sentence before it. *style* repeats a statement that is its prompt, of other words,
 as "well , ... , i think ." Wanted is the answer in that style, of which neither adapter has seen an example. At noise
-level t (the share of the text that is masked) the pushes are weighed by a coefficient each. A pass writes one token; the
-first, at t = 1, chooses the length. Rows are made up, from a seed; test rows are no training rows.
+level t (the share of the text that is masked) the pushes are weighed by a coefficient each. A pass writes one token;
+the first, at t = 1, chooses the length. Rows are made up, from a seed; test rows are no training rows.
 """
 
 from __future__ import annotations
