@@ -172,7 +172,9 @@ def test_each_task_has_a_table_with_what_its_answers_have() -> None:
     assert title == "mood on small, 1000 training rows, 400 dev rows, seeds: 1"
     assert columns == ["method", "accuracy %", "95% interval", "% of full", "stored %", "seconds"]
     assert cells[0] == ["bitfit", "45.0", "40.2 to 49.9", "50.0", "0.50", 10]
-    assert written == ["method", "BLEU", "ROUGE-L %", "exact %", "% of full", "nats", "stored %", "seconds"]
+    assert written == ["method", "BLEU", "ROUGE-L %", "exact %", "% of full", "stored %", "seconds"]
+    _, (_, wide, cells) = result_tables(aggregate(rows), wide=True)
+    assert {*written, "nats", "seeds"} < set(wide) and cells[0][wide.index("epochs")] == 1
     assert [text[1:5] for text in texts] == [[None, "50.0", "25.0", "62.5"], ["40.0", "80.0", "25.0", "100.0"]]
 
 
@@ -184,6 +186,8 @@ def test_a_table_fits_80_columns_and_breaks_no_number(capsys: pytest.CaptureFixt
     show(aggregate(rows), ReportOptions())
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "88.1 to 93.6" in out and " 91.2 " in out
+    print_table("few", ["method", *(f"column {i}" for i in range(7))], [["full", *range(7)]])
+    assert re.search(r"^method +full *$", capsys.readouterr().out, flags=re.M), "nor a short word"
     columns = ["method", *(f"column {i}" for i in range(12))]
     print_table("many", columns, [["full", *(1_000_000 + i for i in range(12))]])
     out = capsys.readouterr().out

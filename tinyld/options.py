@@ -270,12 +270,14 @@ class CompareOptions(Printed):
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
     csv: Path | None = option(None, "Write a row a run to this file.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Printed):
     runs: tuple[Path, ...] = option((), "Evaluated adapters.", ARGUMENT)
     csv: Path | None = option(None, "Write a row a run to this file.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)

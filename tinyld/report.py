@@ -178,12 +178,15 @@ def over_seeds(values: Sequence[float]) -> float:
 
 
 GROUP = ("task", "base", "fingerprint", "split", "n", "rows")  # what a narrow table is about
+WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
+WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
+WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
 TELLS_APART = ("recipe", "settings", "optimizer", "training", "epochs", "steps", "lr")
 
 
-def result_tables(found: Sequence[Row]) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
+def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
     """(title, columns, rows) of a table for every task, base and amount of rows, with the accuracy or, where texts are
-    written, their scores and nats."""
+    written, their scores and nats; a wide one has more of both."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
         groups.setdefault(tuple(row[k] for k in GROUP), []).append(row)
@@ -202,9 +205,11 @@ def result_tables(found: Sequence[Row]) -> list[tuple[str, Sequence[str], list[l
                 "stored %": f"{row['stored_percent']:.2f}",
                 "seconds": round(row["seconds"]),
             }
+            | ({name: row[column] for name, column in WIDE.items()} if wide else {})
             for label, row in zip(labels(rows), rows, strict=True)
         ]
-        hidden = {"accuracy %", "95% interval"} if rows[0]["accuracy"] is None else {"nats"}
+        scored = any(rows[0][score] is not None for score in ("accuracy", "rouge_l"))  # else nats are all there is
+        hidden = {"nats"} if scored and not wide else set()
         columns = [c for c in cells[0] if c not in hidden and any(row[c] is not None for row in cells)]
         seeds = "/".join(map(str, sorted({row["seeds"] for row in rows})))
         title = "{task} on {base}, {rows} training rows, {n} {split} rows, seeds: ".format(**rows[0]) + seeds
@@ -227,6 +232,6 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def show(found: Sequence[Row], options: Any) -> None:
-    """Prints what `report` or `compare` found, as far as it fits 80 columns."""
-    for table in result_tables(found):
-        print_table(*table)
+    """Prints what `report` or `compare` found, as far as it fits 80 columns, or all of it."""
+    for table in result_tables(found, options.wide):
+        print_table(*table, options.wide)

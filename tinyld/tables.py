@@ -9,6 +9,7 @@ from typing import Any
 from tinyld.errors import plain
 
 WIDTH = 80  # where stdout is no terminal
+FOLDED = 12  # letters of a word, from which on it may be broken
 NUMBERS = re.compile(r"[-+\d.,%± ]|to")  # what a cell that must never be broken is made of
 
 
@@ -41,10 +42,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
     cells = [[plain(show(value)) for value in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), padding=(0, 1), pad_edge=False)
+    slack = 0  # by which columns of text may be narrower
     for i, column in enumerate(columns):
         number = all(not NUMBERS.sub("", row[i]) for row in cells)
         justify = "right" if number and any(columns) else "left"
         table.add_column(escape(plain(column)), justify=justify, overflow="fold", no_wrap=number)
+        texts = [] if number else [column, *(row[i] for row in cells)]
+        words = [min(len(word), FOLDED) for text in texts for word in text.split()]
+        slack += max(map(len, texts), default=0) - max(words, default=0)
     for row in cells:
         table.add_row(*map(escape, row))
     console, needed = Console(), Console(width=1 << 20).measure(table)
@@ -52,7 +57,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         width = console.width if console.is_terminal else WIDTH
         console = Console(width=max(width, needed.maximum) if wide else width)
     console.print(plain(title), style="bold", highlight=False, markup=False, soft_wrap=True)  # broken by nobody
-    if any(columns) and needed.minimum > console.width:
+    if any(columns) and needed.maximum - slack > console.width:
         for row in cells:
             print_table("", ("", ""), list(zip(columns, row, strict=True)))
     else:
