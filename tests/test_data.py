@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.errors import TinyldError
@@ -209,3 +211,21 @@ def test_rows_are_changed_by_what_their_place_in_the_text_draws() -> None:
     assert torch.equal(again.take(np.arange(10, 20)).x0, rows[10:]) and len(rows[:, 1].unique()) > 15
     assert not torch.equal(first.take(np.arange(20), offset=1).x0, rows)
     assert stream.tolist() == list(range(100, 800)) and (rows[:, 0] == 2).all()
+
+
+def test_words_of_a_byte_level_vocabulary_keep_their_blanks(tmp_path: Path) -> None:
+    inner = HFTokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<end>", "<mask>"], initial_alphabet=letters, vocab_size=290)
+    inner.train_from_iterator(["a b it was good .", "a b it was bad ."] * 9, trainer)
+    roles = {"pad": 0, "bos": 0, "eos": 0, "mask": 1}
+    tokenizer = Tokenizer(inner, roles=roles)
+    (tmp_path / "mood.toml").write_text('template = "{text} it was {answer} ."\n[verbalizer]\na = "bad"\nb = "good"\n')
+    task = load_task(str(tmp_path / "mood.toml"))
+    rows = TaskRows([Example("a b it was", ".", "good", 1)], task, tokenizer, 32)
+    assert rows.slot == 1 and inner.decode(rows.ids[0].tolist()[1:-1]) == "a b it was good ."
+    assert len(tokenizer.encode("good")) > 1 and tokenizer.blank == " "
+    assert tokenizer.decode(rows.ids[0][rows.starts[0] :][:1]) == "good"
+    chat = Tokenizer(inner, roles=roles | {"start": [0], "turn": tokenizer.encode("b")})
+    assert TaskRows([Example("a", "", "good", 1)], task, chat, 32).slot > 1, "a chat's turn ends without a blank"

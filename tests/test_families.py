@@ -401,11 +401,11 @@ def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused
     )
     end, task = plain.inner.token_to_id(last), load_task("reviews")
     for of in (tokenizer, Tokenizer.parse(tokenizer.to_json().encode(), path)):
-        rows = TaskRows([Example(said, ".", " good", 1)], task, of, 64)
+        rows = TaskRows([Example(said, ".", "good", 1)], task, of, 64)
         assert of.inner.decode(rows.ids[0], skip_special_tokens=False).startswith(theirs)
         assert rows.ids[0].tolist() == [*of.inner.encode(theirs).ids, *rows.ids[0][rows.starts[0] :]]
         assert rows.ids[0][-1] == of.eos_id == end and of.eos_id not in of.never_written
-    rows = TaskRows([Example("a b", ".", " good", 1)], task, plain, 64)
+    rows = TaskRows([Example("a b", ".", "good", 1)], task, plain, 64)
     assert rows.ids[0].tolist()[:3] == [plain.bos_id, *plain.encode("a b")][:3] and end not in rows.ids[0]
 
 

@@ -24,8 +24,8 @@ def test_the_time_left_is_told_once_something_was_done_here_and_counts_down(
         clock[0] += 10.0
         bar.doing("dev evaluation")
     said = capsys.readouterr().err.splitlines()
-    assert [re.findall(r"eta (\S+)", line) for line in said] == [["-"], ["-"], ["75s"], ["40s"], ["30s"]]
-    assert said[-2:] == ["train 60% 9 rows/s eta 40s loss 1", "train: dev evaluation 60% 9 rows/s eta 30s loss 1"]
+    assert [re.findall(r"eta (\S+)", line) for line in said] == [["-"], ["-"], ["50s"], ["30s"], ["20s"]]
+    assert said[-2:] == ["train 60% 9 rows/s eta 30s loss 1", "train: dev evaluation 60% 9 rows/s eta 20s loss 1"]
 
 
 def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ class Member(NamedTuple):
     run: str
     task: dict[str, Any]  # `tasks.to_record`
     method: TrajectoryLora
+    data: dict[str, Any] = {}  # where its rows are, as its config says it
 
 
 class RoutedPush(nn.Module):
@@ -98,7 +99,8 @@ def read_member(folder: RunFolder, base: Base) -> Member:
         raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
     check_base(config, base, folder.path)
     method = load_trajectory(config["method"], folder.read_tensors(ADAPTER), base, folder)
-    return Member(str(folder.path), config["task"], method)
+    rows = {name: config["data"].get(name) for name in ("folder", "held_out")}
+    return Member(str(folder.path), config["task"], method, rows)
 
 
 def save_composition(
@@ -107,7 +109,7 @@ def save_composition(
     """Writes one self-contained run: what is hung on the base, and what rows are routed by."""
     tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.method.own.items()}
     tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
-    records = [{"run": m.run, "task": m.task, "method": method_record(m.method)} for m in members]
+    records = [{"run": m.run, "task": m.task, "data": m.data, "method": method_record(m.method)} for m in members]
     config = {"kind": "composition", "members": records, "base": base.record(), "environment": environment}
     folder.write_json(CONFIG, config)
     folder.write_tensors(ADAPTER, tensors)

@@ -117,6 +117,8 @@ class TaskRows(Source):
         self.open_ended = open_ended(task, tokenizer)
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]
+        blanks = "", blank_before(task.template, tokenizer), tokenizer.blank
+        parts = [[text and blank + text for text in texts] for blank, texts in zip(blanks, parts, strict=True)]
         before, answers, after = map(tokenizer.encode_batch, parts)
         first, turn = tokenizer.start, tokenizer.turn
         room = max_length - self.slot - len(first) - len(turn) - 1
@@ -190,7 +192,19 @@ class TaskRows(Source):
 
 def open_ended(task: Task, tokenizer: Tokenizer) -> bool:
     """Whether answers differ in length, so that one is chosen before anything is written."""
-    return task.is_generation or len({len(tokenizer.encode(words)) for words in task.verbalizer.values()}) > 1
+    return task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
+
+
+def blank_before(template: str, tokenizer: Tokenizer) -> str:
+    """What parts an answer from the text before it (`Tokenizer.blank`); nothing does at the beginning of a row, or of
+    a chat's turn."""
+    return "" if tokenizer.turn or template.startswith("{answer}") else tokenizer.blank
+
+
+def answer_ids(task: Task, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The tokens of each label's answer."""
+    blank = blank_before(task.template, tokenizer)
+    return [tuple(tokenizer.encode(blank + words)) for words in task.verbalizer.values()]
 
 
 def slot_width(task: Task, tokenizer: Tokenizer) -> int:
@@ -201,8 +215,7 @@ def slot_width(task: Task, tokenizer: Tokenizer) -> int:
     if task.is_generation:
         return task.answer_tokens
     owner: dict[tuple[int, ...], str] = {}
-    for label, words in task.verbalizer.items():
-        ids = tuple(tokenizer.encode(words))
+    for (label, words), ids in zip(task.verbalizer.items(), answer_ids(task, tokenizer), strict=True):
         if tokenizer.unk_id in ids or not ids:
             raise TinyldError(
                 f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}"

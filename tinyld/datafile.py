@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.config import check, from_dict
+from tinyld.data import blank_before
 from tinyld.errors import TinyldError, show
 from tinyld.options import FinetuneOptions
 from tinyld.parse import refuse_idle
@@ -52,7 +53,7 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
     task |= {"template": options.template, "columns": {"text": text}}
     if options.answer_column is not None:
         answers = [answer for where, row in rows for answer in references(row, label, where)]
-        longest = max(len(tokenizer.encode(answer)) for answer in answers)
+        longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
         task |= {"answer_column": label, "answer_tokens": min(longest + 1, max_length // 2)}
         if options.template == FinetuneOptions.template:
             task["template"] = WRITING
@@ -62,7 +63,8 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
-    verbalizer = dict(zip(labels, answer_words(labels, tokenizer), strict=True))
+    words = answer_words(labels, tokenizer, blank_before(options.template, tokenizer))
+    verbalizer = dict(zip(labels, words, strict=True))
     return from_dict(Task, task | {"verbalizer": verbalizer, "label_column": label}, str(file))
 
 
@@ -118,7 +120,7 @@ def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -
     return text, label
 
 
-def answer_words(labels: list[str], tokenizer: Tokenizer) -> list[str]:
+def answer_words(labels: list[str], tokenizer: Tokenizer, blank: str = "") -> list[str]:
     """A word of one token for each label, all different: its name, else the longest word in it, else a letter."""
     words: dict[str, str] = {}
     taken = {tokenizer.unk_id}
@@ -130,7 +132,7 @@ def answer_words(labels: list[str], tokenizer: Tokenizer) -> list[str]:
     ):
         for label in labels:
             for word in candidates(label) if label not in words else ():
-                ids = tokenizer.encode(word)
+                ids = tokenizer.encode(blank + word)
                 if len(ids) == 1 and ids[0] not in taken:
                     words[label] = word
                     taken.add(ids[0])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld.config import SampleConfig
-from tinyld.data import Batch, TaskRows, TextRows, torch_seeded
+from tinyld.data import Batch, TaskRows, TextRows, answer_ids, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_counted, ratio_estimate
 from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
@@ -65,7 +65,7 @@ class Verbalizers:
     """Label <-> answer tokens of one task."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer):
-        self.answers = [tuple(tokenizer.encode(words)) for words in task.verbalizer.values()]
+        self.answers = answer_ids(task, tokenizer)
         self.label = {tokenizer.decode(i): label for label, i in enumerate(self.answers)}
         self.eos_id = tokenizer.eos_id
 
@@ -202,7 +202,8 @@ def text_nll(
 
     def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         done = 0
-        for chunk in np.array_split(chosen, math.ceil(n / 16)):
+        at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
+        for chunk in np.array_split(chosen, math.ceil(n / at_once)):
             batch = rows.take(chunk)
             yield batch.x0, batch.answer_mask, batch.attention_mask
             done += len(chunk)

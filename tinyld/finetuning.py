@@ -130,7 +130,8 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     dtype = resolve_dtype(training.dtype, device)
     processes = Processes.join(device)
     reading = from_dict(Reading, config["base"].get("reading", {}), where)
-    base_path = find_base(config, out, None) if begun else Path(config["base"]["path"])
+    moved = options.base if isinstance(options, FinetuneOptions) else None
+    base_path = find_base(config, out, moved) if begun else Path(config["base"]["path"])
     base = load_base(base_path, device, config["base"]["dtype"], reading)
     if begun:
         check_base(config, base, out)
@@ -211,7 +212,7 @@ def resume(options: Training) -> dict[str, Any]:
 
     assert options.resume is not None
     for field in fields(options):
-        kept = field.name in ("resume", "allow_changed", "lr", "json", "quiet")
+        kept = field.name in ("resume", "allow_changed", "lr", "base", "json", "quiet")
         check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished

@@ -15,7 +15,7 @@ from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import load_composition
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
-from tinyld.device import resolve_device, resolve_dtype
+from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
@@ -160,7 +160,9 @@ class Run:
         before, mark, after = prompt.partition("{answer}")
         check("{answer}" not in after, f"a prompt holds {{answer}} once, got {prompt!r}")
         check(type(length) is int and length >= 1, f"length must be a whole number, at least 1, got {length!r}")
-        head, tail = [*tokenizer.start, *tokenizer.encode(before), *tokenizer.turn], tokenizer.encode(after)
+        after = after.strip() and tokenizer.blank + after.strip()
+        head = [*tokenizer.start, *tokenizer.encode(before.strip()), *tokenizer.turn]
+        tail = tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
@@ -173,10 +175,11 @@ class Run:
             slots = [r[answer_mask[0]].tolist() for r in x]
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
-        out, passes = decode(
-            model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written, sampling,
-            eos_id=tokenizer.eos_id, watch=watch and steps,
-        )  # fmt: skip
+        with autocast(model.device, resolve_dtype(self.dtype, model.device)):
+            out, passes = decode(
+                model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written,
+                sampling, eos_id=tokenizer.eos_id, watch=watch and steps,
+            )  # fmt: skip
         return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], int(passes.max())
 
 

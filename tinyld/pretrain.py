@@ -69,6 +69,8 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     if options.init is not None:
         path = find_encoder(options.init)
         encoder = load_start(path, config["model"]["max_length"])
+        most = encoder.model.config.max_length
+        check(options.max_length in (None, most), f"--max-length must be at most the {most} of {path}")
         refuse_inside(out, [path])
     return {"run": str(out), **train_base(config, out, options, None, encoder)}
 

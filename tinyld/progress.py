@@ -25,12 +25,13 @@ class Progress:
         self.label, self.total, self.quiet, self.every = label, total, quiet, every
         self.now = self.rate = self.note = ""
         self.done = 0.0
-        self.begun: float | None = None  # where the work stood at the first report: a resumed run begins late
+        # Where the work stood at the first report: a resumed run begins late, and what comes before it takes time too.
+        self.begun: float | None = None
         self.ends: float | None = None  # when it will be done
         self.on_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
-        self.started = self.last = time.monotonic()
+        self.last = time.monotonic()
         return self
 
     @property
@@ -49,7 +50,8 @@ class Progress:
     def advance_to(self, done: float, rate: str = "", note: str = "") -> None:
         now = time.monotonic()
         self.done, self.rate, self.note = done, rate, note or self.note
-        self.begun = done if self.begun is None else self.begun
+        if self.begun is None:
+            self.begun, self.started = done, now
         if done > self.begun:
             self.ends = now + (now - self.started) * (self.total - done) / (done - self.begun)
         self._report()

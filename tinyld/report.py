@@ -26,7 +26,7 @@ from tinyld.workspace import check_writable, say_to_stderr
 from tinyld.write import write_atomic
 
 Row = dict[str, Any]
-ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "epochs", "steps")
+ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "data", "epochs", "steps")
 ALIKE += ("batch_size", "lr", "optimizer", "training")  # what runs share that differ by their seed alone
 DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
 SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
@@ -83,6 +83,7 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
         "recipe": recipe,
         "settings": unlike({"base": f"in {base.get('dtype', 'fp32')}"} | method, usual),
         "rows": config["data"]["rows"],
+        "data": config["data"].get("sha256", "")[:8],  # of rows as they were asked, templates and answers included
         "training": unlike({k: v for k, v in train.items() if k in trained}, trained),
         "trials": trials,
     }
@@ -181,7 +182,7 @@ GROUP = ("task", "base", "fingerprint", "split", "n", "rows")  # what a narrow t
 WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
-TELLS_APART = ("recipe", "settings", "optimizer", "training", "epochs", "steps", "lr")
+TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "steps", "lr")
 
 
 def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
@@ -221,7 +222,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
     """Each row's method, with as many of its settings as tell it from the others."""
     found = [row["method"] for row in rows]
     for column in TELLS_APART:
-        unit = f"{column} " if column in ("epochs", "steps", "lr") else ""
+        unit = f"{column} " if column in ("data", "epochs", "steps", "lr") else ""
         values = [row[column] for row in rows]
         different = Counter(label for label, _ in set(zip(found, values, strict=True)))
         found = [

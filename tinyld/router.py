@@ -64,7 +64,8 @@ def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) 
     """(rows, 5 D) prompt features of a task's rows, or of some of them."""
     device, found = base.model.device, []
     chosen = np.arange(len(rows)) if chosen is None else chosen
-    for chunk in np.array_split(chosen, -(-len(chosen) // 100)):
+    at_once = base.model.rows_at_once(int(rows.lengths[chosen].max()), 100)
+    for chunk in np.array_split(chosen, -(-len(chosen) // at_once)):
         batch = rows.take(chunk)
         prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
         found.append(prompt_features(base.model.embed(batch.x0.to(device)), prompt_mask))

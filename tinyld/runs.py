@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tinyld.errors import TinyldError, failing
-from tinyld.read import TENSORS_BYTES, Record, parse_json, parse_tensors, read_bytes, read_object, read_text
+from tinyld.read import TENSORS_BYTES, Record, decode, parse_json, parse_tensors, read_bytes, read_object, read_text
 from tinyld.write import clear, is_temporary, locked, make_folder, sha256, sync, to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -32,15 +32,13 @@ SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least
 SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)
 SCORES |= dict.fromkeys(("nll_bound", "nll_stderr"), float)
 ENTRY: Any = {"sha256": str, "bytes": int, "before": str}
-MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict}
+ROWS: Any = {"folder": str | None, "held_out": bool, "limit": int | None, "rows": int}
+MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict, "data": ROWS}
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
         "base": {"path": str, "fingerprint": str, "dtype": str, "reading": dict},
         "train": dict,
-        "data": {
-            "folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str, "dev_sha256": str,
-            "files": list[str], "tokens": int,
-        },
+        "data": ROWS | {"sha256": str, "dev_sha256": str, "files": list[str], "tokens": int},
         "parameters": dict[str, float],
         "task": {"name": str, "verbalizer": dict[str, str]},
         "method": {"name": str},
@@ -217,7 +215,8 @@ class RunFolder:
         path = self.path / METRICS
         if not path.exists():
             return []
-        *lines, _ = read_text(path).split("\n")
+        content = read_bytes(path)  # whose end may be of a disk that lost its power
+        *lines, _ = decode(content[: content.rfind(b"\n") + 1], path).split("\n")
         return [parse_json(line, path, {"step": int}) for line in lines]
 
     def close_log(self) -> None:

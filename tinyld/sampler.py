@@ -43,8 +43,6 @@ def decode(
     inside = answer_mask.clone()  # the slot, up to the end once that is known
     attended = attention_mask.clone()
     prompt_mask = attention_mask & ~answer_mask
-    width = int(answer_mask.sum(1).max()) if len(x) else 0
-    steps = config.steps or width
     passes, step = torch.zeros(len(x), dtype=torch.long), 0
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while True:
@@ -79,6 +77,7 @@ def decode(
                 choice.moved = spread(divergence(choice.logp, last[1][whole[last[0]]]), masked, torch.inf)
             last = whole, choice.logp
         choice.confidence *= share
+        steps = config.steps or inside[rows].sum(1, keepdim=True)
         tokens = accept(choice, masked & inside[rows, :length], config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
         passes[rows.cpu()] += 1
@@ -141,9 +140,10 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
 
 
 def accept(
-    choice: Candidates, masked: Tensor, config: SampleConfig, steps: int, step: int, generator: torch.Generator
+    choice: Candidates, masked: Tensor, config: SampleConfig, steps: Any, step: int, generator: torch.Generator
 ) -> Tensor:
-    """(B, L) bool: which of the masked (B, L) are written in this pass, at least one in every row.
+    """(B, L) bool: which of the masked (B, L) are written in this pass, by all but ancestral at least one in every row.
+    steps: of all rows, or (B, 1).
 
     Those that look for what is sure write the `least` most confident tokens in any case.
 
@@ -156,7 +156,8 @@ def accept(
     - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
     """
     if config.sampler == "ancestral":
-        now, then = (torch.tensor(1.0 - min(step + i, steps) / steps, device=masked.device) for i in (0, 1))
+        last = torch.as_tensor(steps, device=masked.device)
+        now, then = (1.0 - last.clamp(max=step + i) / last for i in (0, 1))
         chance = (now - then) / now.clamp(min=1e-6)  # of those that are masked at t = now
         draw = torch.rand(masked.shape, generator=generator, device=masked.device)
         return masked & ((draw < chance) | (step + 1 >= steps))

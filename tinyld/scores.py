@@ -21,7 +21,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
-from tinyld.rows import load_split
+from tinyld.rows import in_folder, load_split
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
@@ -47,9 +47,13 @@ OF_TEXTS = (
 
 def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None) -> TaskRows:
     """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
-    held_out, own = False, run.config.get("data", {})
-    if data is None and own.get("folder") and task.name == run.tasks[0].name:  # it was trained on those
-        data, held_out = Path(own["folder"]), own["held_out"]
+    held_out, made = False, [r for r in run.config.get("members", [run.config]) if "task" in r]
+    own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
+    if data is None and own.get("folder"):  # it was trained on those
+        folder = Path(own["folder"])
+        lacks = split == "test" if own["held_out"] else not in_folder(folder, (task.rows_from or task.name, ""), split)
+        if not (lacks and (task.builtin or split in task.data)):
+            data, held_out = folder, own["held_out"]
     examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
 
@@ -107,6 +111,8 @@ def why_unusual(run: Run, sampling: SampleConfig, options: EvalOptions) -> str |
         return f"of {options.limit:,} rows at most"
     if options.base_dtype is not None:
         return f"on the base in {options.base_dtype}"
+    if run.is_composition and options.task is not None:
+        return f"of {options.task}'s adapter alone"
     data, own = options.data, run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
     if data is not None and data.is_dir() and (own is None or os.path.realpath(data) != os.path.realpath(own)):
         return f"of the rows in {data}"

@@ -81,6 +81,10 @@ class Tokenizer:
         inner.no_padding()
         inner.no_truncation()
         self.is_wordpiece = isinstance(inner.model, models.WordPiece)
+        # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a part of
+        # the word behind it (byte-level BPE).
+        first, *rest = ([0], [0]) if self.is_wordpiece else map(self._ids, ("a b", "b", " b"))
+        self.blank = " " if rest and len(rest[-1]) == 1 and first[1:] != rest[0] else ""
         vocab = inner.get_vocab()
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if roles is not None:
@@ -169,7 +173,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
-        return self.inner.encode(self._defuse(text), add_special_tokens=False).ids
+        return self._ids(self._defuse(text))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""

@@ -110,15 +110,12 @@ def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
 
 
 def weight_lora(run: Path, base_path: Path | None) -> tuple[Any, Any]:
-    """(base, method) of a weight LoRA in fp32, the only kind of run that can be exported for peft or merged."""
+    """(base, method) of a weight LoRA, the only kind of run that can be exported for peft or merged."""
     from tinyld.checkpoint import load_adapter
 
     if RunFolder.open(run).config.get("method", {}).get("name") != "weight-lora":
         raise TinyldError(f"{run} is no weight-lora adapter; this takes no other run")
-    base, method = load_adapter(RunFolder(run), base_path)
-    if base.dtype != "fp32":
-        raise TinyldError(f"{run} was trained on a base in {base.dtype}; this takes one in fp32")
-    return base, method
+    return load_adapter(RunFolder(run), base_path)
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
@@ -150,6 +147,8 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [run])
     base, method = weight_lora(run, options.base)
+    if base.dtype != "fp32":
+        raise TinyldError(f"{run} was trained on a base in {base.dtype}; only one in fp32 can be merged")
     method.merge(base.model)
     tensors = finite(dict(base.model.named_parameters()), f"{run} in {base.path}")
     refuse_inside(out, [base.path])
