@@ -57,10 +57,10 @@ class Base:
 # ------------------------------------------------------------------------------------------------ bases
 
 
-def fingerprint(folder: RunFolder) -> str:
+def fingerprint(folder: RunFolder, reading: Reading | None = None) -> str:
     """Names a base: a digest of its stored weights, its tokenizer and its model config."""
     if is_foreign(folder.path):  # whose weights are all read for it
-        return load_base(folder.path, dtype="bf16").fingerprint
+        return load_base(folder.path, dtype="bf16", reading=reading).fingerprint
     parts = [folder.digest(MODEL), folder.digest(TOKENIZER), json.dumps(folder.config["model"], sort_keys=True)]
     return sha256(" ".join(parts).encode())[:16]
 

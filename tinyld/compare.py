@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_shape
-from tinyld.config import ModelConfig, check
+from tinyld.config import ModelConfig, Reading, check
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune
 from tinyld.methods import METHODS, make_config
@@ -30,15 +30,15 @@ from tinyld.write import make_folder, to_json
 
 RATES = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's usual learning rate, in the order they are tried
 SET_HERE = ("task", "data", "base", "limit", "method", "seed", "epochs", "steps", "tokens", "minutes", "batch_size")
-SET_HERE += ("device", "out", "force", "resume", "json", "quiet")
+SET_HERE += ("device", "out", "force", "resume", "json", "quiet", "mask_token", "max_length", "chat")
 
 
 def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
     check_writable(options.csv)
     base = RunFolder(options.base or default_base())
-    methods = variants(options.methods, read_shape(base.path)[0])
-    grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base))
+    methods = variants(options.methods, read_shape(base.path, options.reading())[0])
+    grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base, options.reading()))
     is_file = options.data is not None and options.data.is_file()
     check(not is_file, f"--data {options.data}: compare takes a folder with <task>/train.tsv and so on")
     for task in grid.tasks:
@@ -121,6 +121,7 @@ class Grid:
         options = self.options
         name = f"{task.name}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
         given = {name: getattr(options, name) for name in ("data", "base", "batch_size", "device", "quiet")}
+        given |= options.only(Reading)
         given |= {"epochs": options.epochs} if options.steps is None else {"steps": options.steps}
         given |= {"task": options.task[self.tasks.index(task)], "limit": limit, "method": variant.method, "lr": lr}
         return FinetuneOptions.of(given | {"seed": seed, "out": options.out / name, "force": True}, variant.sets)

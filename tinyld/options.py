@@ -75,6 +75,11 @@ class Options(Settings):
         names = {f.name for f in dataclasses.fields(config)}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
 
+    def reading(self) -> Reading | None:
+        """How a public model's folder is to be read, if anything is said of it."""
+        given = Reading(**self.only(Reading))
+        return None if given == Reading() else given
+
     @classmethod
     def of(cls, given: dict[str, Any], sets: Iterable[str] = ()) -> Self:
         """The options of a command line: `given` by name, and every `name=value` of `--set`."""
@@ -201,7 +206,7 @@ class PretrainOptions(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(Sampling, OnDevice, Printed):
+class EvalOptions(Sampling, OnDevice, Printed, Reading):
     runs: tuple[Path, ...] = option((), "Run folders; the newest in runs/ if none is given.", ARGUMENT)
     task: str | None = option(None, "The task, for a base, which has none of its own.", "Data")
     split: str = option("dev", "Which rows.", "Data", among=("train", "dev", "test"))
@@ -216,7 +221,7 @@ class EvalOptions(Sampling, OnDevice, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(Sampling, OnDevice, Printed):
+class PredictOptions(Sampling, OnDevice, Printed, Reading):
     runs: tuple[Path, ...] = option(
         dataclasses.MISSING, "One run or several; then a .txt, .csv, .tsv or .jsonl, or stdin's lines.", ARGUMENT
     )
@@ -226,6 +231,7 @@ class PredictOptions(Sampling, OnDevice, Printed):
     base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
     out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
     csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
 
     def runs_and_input(self) -> tuple[list[Path], str]:
         """The run folders, and what follows them: a file of texts, or - for stdin."""
@@ -242,6 +248,7 @@ class SampleOptions(Sampling, OnDevice, Printed, Reading):
     base: Path | None = option(None, "Where an adapter's base is, if it has moved.", "Writing", read=base_folder)
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 
@@ -256,7 +263,7 @@ class ComposeOptions(OnDevice, Written, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(Printed):
+class CompareOptions(Printed, Reading):
     task: tuple[str, ...] = option(("reviews",), "Task to compare on; may be repeated.", "Task")
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)

@@ -80,7 +80,8 @@ def eval(options: EvalOptions) -> list[Record]:
     source = str(data) if data is not None and not data.is_dir() else options.split
     check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")
     for path in options.runs or [newest_run(("adapter", "composition"))]:
-        run = load(path, options.base, options.device, options.dtype, options.base_dtype, options.task)
+        how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
+        run = load(path, options.base, *how)
         named = options.task is not None or not run.tasks
         tasks = [run.task_named(options.task)] if named else run.tasks
         if len(options.runs) < 2:  # of several, another one may heed it
@@ -145,7 +146,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
         config = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config
         is_base = config["kind"] == "base"
         check(not is_base or options.base is None, f"{path} is a base itself: --base has no effect on it")
-        bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None)
+        bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None, options.reading())
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if not is_base:

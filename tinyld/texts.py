@@ -86,7 +86,8 @@ def predict(options: PredictOptions) -> None:
     as_csv = options.csv or (out is not None and out.suffix == ".csv")
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
     check(not several or options.task is None, "--task is for one run; several answer for their own tasks")
-    run: Any = load(paths if several else paths[0], options.base, options.device, options.dtype, task=options.task)
+    how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
+    run: Any = load(paths if several else paths[0], options.base, *how)
     runs = list(run.runs.values()) if several else [run]
     task = run.task if several else run.task_named(options.task)
     tasks, bases = [r.tasks[0] for r in runs] if several else [task], [r.base for r in runs]

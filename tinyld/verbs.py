@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
+from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.options import (
@@ -30,7 +30,7 @@ from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
 def info(options: InfoOptions) -> dict[str, Any]:
     """What a run is, from its JSON files; every file is checked against the manifest."""
-    reading = Reading(**options.only(Reading))
+    reading = options.reading()
     if is_foreign(options.run):
         from tinyld.costs import describe
 
@@ -96,8 +96,8 @@ def sample(options: SampleOptions) -> dict[str, Any]:
     sampling, steps = options.sampling(), []
     options.refuse_idle(options.length, False)
     path = options.run or options.base or default_base()
-    run = load(path, options.base if options.run else None, options.device, options.dtype,
-               reading=Reading(**options.only(Reading)))  # fmt: skip
+    base, how = options.base if options.run else None, (options.device, options.dtype, options.base_dtype)
+    run = load(path, base, *how, reading=options.reading())
     texts, passes = run.fill(options.prompt, options.length, options.num, sampling, steps.append)
     return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
 
