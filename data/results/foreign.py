@@ -203,7 +203,7 @@ def whole_run(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimated(row: dict[str, Any]) -> int | None:
-    """The bytes that tinyld's arithmetic gives a measured row; None for peft."""
+    """The bytes that tinyld's arithmetic gives a measured row, with the states that it kept; None for peft."""
     from tinyld.config import ModelConfig
     from tinyld.costs import costs
 
@@ -212,7 +212,8 @@ def estimated(row: dict[str, Any]) -> int | None:
     config = ModelConfig(**LLADA | shape | {"tied": True, "head_norms": True})
     found = {f["method"].split()[-1]: f for f in costs(config, int(row["rows"]), int(row["length"]))}
     method = found.get(row["run"].removesuffix("-unkept"))
-    return None if method is None else method[f"memory_{row['base']}"]
+    kept = float(row["keep_bytes_a_row"] or 0) * int(row["rows"]) * int(row["steps"])
+    return None if method is None else method[f"memory_{row['base']}"] + int(kept)
 
 
 def estimate(rows: int, length: int, measured: Path | None) -> None:
