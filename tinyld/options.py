@@ -162,7 +162,7 @@ class FinetuneOptions(Training, Reading):
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
-    epochs: float | None = option(None, "Passes over the rows; 3, or more of few rows.", "Training")
+    epochs: float | None = option(None, "Passes over the rows; 3, more of few rows, 8 where it writes.", "Training")
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(
