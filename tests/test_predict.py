@@ -247,6 +247,8 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
     (named,) = tinyld.load("both").predict(texts[:1], task="food-rows")
     assert set(named["probabilities"]) == {"good", "bad"}
+    measured = eval(EvalOptions(runs=(Path("both"),), quiet=True))
+    assert [(r["task"], r["n"]) for r in measured] == [("weather-rows", 4), ("food-rows", 4)], "of each one's own rows"
     with pytest.raises(tinyld.UsageError, match="both is a composition; name the runs"):
         tinyld.load(["both", "food"])
     loaded = tinyld.load("both", task="food-rows")

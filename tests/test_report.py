@@ -149,6 +149,12 @@ def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
+def test_runs_on_other_rows_are_no_seeds_of_one_another() -> None:
+    found = aggregate([row("full", 0, 0.9, data="a1"), row("full", 1, 0.8, data="b2"), row("full", 1, 0.7, data="a1")])
+    assert [(r["seeds"], round(r["accuracy"], 3)) for r in found] == [(2, 0.8), (1, 0.8)]
+    assert labels(found) == ["full, data a1", "full, data b2"]
+
+
 def test_a_method_is_told_from_the_others_by_as_few_words_as_do() -> None:
     rows = [
         row("full", 0, 0.9, optimizer="muon", settings="x"),
