@@ -20,7 +20,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.runs import CONFIG, RESULTS, RunFolder
+from tinyld.runs import CONFIG, MANIFEST, RESULTS, RunFolder
 from tinyld.tables import percent, print_table
 from tinyld.workspace import check_writable, say_to_stderr
 from tinyld.write import write_atomic
@@ -45,7 +45,8 @@ def report(options: ReportOptions) -> list[Row]:
     for path in options.runs:
         if not path.exists():
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
-        inside = [path] if (path / CONFIG).exists() else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
+        is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
+        inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
         found = [row for folder in inside for row in run_rows(RunFolder.open(folder))]
         if not found:
             say(f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)")

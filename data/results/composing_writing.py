@@ -118,7 +118,7 @@ def main() -> None:
     print_table("an answer in a style", columns, lines)
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *lines])
+            csv.writer(file, lineterminator="\n").writerows([columns, *lines])
 
 
 if __name__ == "__main__":

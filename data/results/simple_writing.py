@@ -1,6 +1,6 @@
 """Does a task of 400 simple rows get learned by the defaults? Answers to questions, and words in reverse order.
 
-    python data/results/simple_writing.py [--rows 400] [--tested 200] [--seed 0] [--only reverse] [name=value ...]
+    python data/results/simple_writing.py [--rows 400] [--tested 200] [--only reverse] [--csv FILE] [name=value ...]
 
 Both are made up here, from a seed; no test row is a training row. Further words are options of `tinyld.finetune`.
 Prints the share of test answers that are right word for word, the passes a text took, and the seconds of training.
@@ -9,6 +9,7 @@ Prints the share of test answers that are right word for word, the passes a text
 from __future__ import annotations
 
 import argparse
+import csv
 import random
 import tempfile
 import time
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--tested", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=TASKS)
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("option", nargs="*")
     args = parser.parse_args()
     options = dict(option.split("=", 1) for option in args.option)
@@ -78,7 +80,11 @@ def main() -> None:
             scores = measure(run, tested, SampleConfig(), draws=1)
         right = f"{100 * float(scores.texts['exact_match']):.1f}"
         found.append((name, args.rows, scores.n, right, f"{scores.passes_per_row:.2f}", round(seconds)))
-    print_table("simple tasks of writing", ("task", "rows", "tested", "exact %", "passes a text", "seconds"), found)
+    columns = ("task", "rows", "tested", "exact %", "passes a text", "seconds")
+    print_table("simple tasks of writing", columns, found)
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as out:
+            csv.writer(out, lineterminator="\n").writerows([columns, *found])
 
 
 if __name__ == "__main__":
