@@ -72,13 +72,15 @@ def test_what_report_writes_as_csv_is_a_row_a_run(tmp_path: Path) -> None:
 
 
 def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TinyldError, match="no run in .*: name evaluated adapters"):
-        report(ReportOptions(runs=(tmp_path / "nowhere",)))
+    (tmp_path / "file").write_text("{}")
+    for name in ("nowhere", "file"):
+        with pytest.raises(TinyldError, match="no run in .*: name evaluated adapters"):
+            report(ReportOptions(runs=(tmp_path / name,)))
     run_folder(tmp_path / "new").write_json(RESULTS, {"finetune": {}})
     for kind in ("base", "composition"):
         run_folder(tmp_path / kind, kind=kind)
-    (tmp_path / "rows.jsonl").write_text("{}")
-    none = tuple(tmp_path / name for name in ("new", "base", "composition", "rows.jsonl"))
+    (tmp_path / "mine-rows.jsonl").write_text("{}")
+    none = tuple(tmp_path / name for name in ("new", "base", "composition", "mine-rows.jsonl"))
     with pytest.raises(TinyldError, match="none of these is an adapter that was evaluated"):
         report(ReportOptions(runs=none))
     run_folder(tmp_path / "good")

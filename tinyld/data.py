@@ -117,7 +117,7 @@ class TaskRows(Source):
         self.open_ended = open_ended(task, tokenizer)
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]
-        blanks = "", blank_before(task.template, tokenizer), tokenizer.blank
+        blanks = "", tokenizer.blank_before(task.template), tokenizer.blank
         parts = [[text and blank + text for text in texts] for blank, texts in zip(blanks, parts, strict=True)]
         before, answers, after = map(tokenizer.encode_batch, parts)
         first, turn = tokenizer.start, tokenizer.turn
@@ -195,15 +195,9 @@ def open_ended(task: Task, tokenizer: Tokenizer) -> bool:
     return task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
 
 
-def blank_before(template: str, tokenizer: Tokenizer) -> str:
-    """What parts an answer from the text before it (`Tokenizer.blank`); nothing does at the beginning of a row, or of
-    a chat's turn."""
-    return "" if tokenizer.turn or template.startswith("{answer}") else tokenizer.blank
-
-
 def answer_ids(task: Task, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The tokens of each label's answer."""
-    blank = blank_before(task.template, tokenizer)
+    blank = tokenizer.blank_before(task.template)
     return [tuple(tokenizer.encode(blank + words)) for words in task.verbalizer.values()]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.config import check, from_dict
-from tinyld.data import blank_before
 from tinyld.errors import TinyldError, show
 from tinyld.options import FinetuneOptions
 from tinyld.parse import refuse_idle
@@ -63,7 +62,7 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
-    words = answer_words(labels, tokenizer, blank_before(options.template, tokenizer))
+    words = answer_words(labels, tokenizer, tokenizer.blank_before(options.template))
     verbalizer = dict(zip(labels, words, strict=True))
     return from_dict(Task, task | {"verbalizer": verbalizer, "label_column": label}, str(file))
 

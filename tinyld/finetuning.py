@@ -32,7 +32,7 @@ from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, load_split, to_learn
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tasks import Task, from_record, load_task, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
@@ -73,8 +73,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     lr, optimizer = METHODS[method].usual(shape, options.optimizer, options.recipe)
     training |= {"lr": lr if options.lr is None else options.lr, "optimizer": optimizer}
     check_frozen(method, options.base_dtype)
-    muon = "--optimizer muon has no effect with --method bitfit, which trains no matrix"
-    check(optimizer in METHODS[method].usual_rates(shape, options.recipe) or method != "bitfit", muon)
+    idle = "--optimizer muon has no effect with --method bitfit, which trains no matrix"
+    check((method, optimizer) != ("bitfit", "muon"), idle)
     if method != TrajectoryLora.name:
         refuse_idle(options, ["cache_gb"], f"with --method {method}, which keeps no states")
     held_out = data is not None and data.is_file()
@@ -162,7 +162,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         started = time.perf_counter()
         objective: Objective | StateCache = Objective(tokenizer.mask_id, is_task=True, seed=training.seed)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
-        if (training.steps or len(train_rows)) * training.batch_size < len(train_rows):
+        if training.steps is not None and training.steps * training.batch_size < len(train_rows):
             reason = reason or "in so few updates no row is read twice"
         if reason is None:
             with Progress("cache", len(train_rows), quiet=quiet) as bar:
@@ -252,7 +252,7 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     out = RUNS / "mine" if out is None else out
     check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
     out = Path(out)
-    file, run = out.with_name(f"{out.name}-rows.jsonl") if out.name else out, RunFolder(out)
+    file, run = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out, RunFolder(out)
     made = _options(options, out=out, data=file)
     lines = []
     for row in several(rows_or_task, "rows"):

@@ -137,7 +137,7 @@ class Sampling(Options, SampleConfig):
 @dataclass(frozen=True, kw_only=True)
 class Training(OnDevice, Written, Printed, Loop):
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
-    resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, no other.", "Output")
+    resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, or a moved --base.", "Output")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.runs import CONFIG, MANIFEST, RESULTS, RunFolder
+from tinyld.runs import CONFIG, MANIFEST, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tables import percent, print_table
 from tinyld.workspace import check_writable, say_to_stderr
 from tinyld.write import write_atomic
@@ -43,7 +43,7 @@ def report(options: ReportOptions) -> list[Row]:
     check_writable(options.csv)
     rows, say = [], say_to_stderr(options.quiet)
     for path in options.runs:
-        if not path.exists():
+        if not (path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))):
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
         inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))

@@ -27,6 +27,7 @@ CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.j
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
 CHECKPOINTS = "checkpoints"
+ROWS_SUFFIX = "-rows.jsonl"  # of the file beside a run that keeps the rows it was given in Python
 KINDS = ("base", "adapter", "composition")  # of a run, in its config
 SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least": 1}]
 SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)

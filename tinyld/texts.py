@@ -145,9 +145,8 @@ def _csv(
     if flat and not header:
         header += dict.fromkeys([*flat[0], *more])
         csv.writer(file, lineterminator="\n").writerow(header)
-    for row in flat:
-        if stray := set(row) - set(header):
-            raise TinyldError(f"a later row has a column {min(stray)!r}, the first has not: leave CSV for JSON lines")
+    if stray := set().union(*flat) - set(header):
+        raise TinyldError(f"a later row has a column {min(stray)!r}, the first has not: leave CSV for JSON lines")
     csv.DictWriter(file, header, restval="", lineterminator="\n").writerows(flat)
     return file.getvalue()
 

@@ -171,6 +171,11 @@ class Tokenizer:
         raw = json.loads(self.inner.to_str()) | ({} if self.roles is None else {"roles": dict(self.roles)})
         return json.dumps(raw, ensure_ascii=False, indent=0)
 
+    def blank_before(self, template: str) -> str:
+        """What parts an answer from the text before it: `blank`, but nothing at the beginning of a row or of a chat's
+        turn."""
+        return "" if self.turn or template.startswith("{answer}") else self.blank
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
         return self._ids(self._defuse(text))

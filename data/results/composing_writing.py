@@ -11,7 +11,6 @@ the first, at t = 1, chooses the length. Rows are made up, from a seed; test row
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import sys
 import tempfile
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from simple_writing import JOBS, NAMES, PLACES, question
+from simple_writing import JOBS, NAMES, PLACES, pairs, question, tell
 from torch import Tensor, nn
 
 import tinyld
 from tinyld.config import SampleConfig
-from tinyld.tables import print_table
 from tinyld.writing import spelling
 
 Weights = Callable[[Tensor], tuple[Tensor, Tensor]]  # t (B,) -> the coefficients of content and of style, (B,) each
@@ -79,13 +77,6 @@ class Weighted(nn.Module):
         return push_at
 
 
-def pairs(make: Callable[[random.Random], tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
-    rng, found = random.Random(seed), dict[str, str]()
-    while len(found) < count:
-        found |= [make(rng)]
-    return list(found.items())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=400)
@@ -115,10 +106,7 @@ def main() -> None:
         lines.append((name, len(said), *(f"{100 * sum(hits) / len(hits):.1f}" for hits in (content, style, both))))
         print(f"{name}: {said[0]}", file=sys.stderr, flush=True)
     columns = ("coefficients", "n", "content right %", "style right %", "exactly both %")
-    print_table("an answer in a style", columns, lines)
-    if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *lines])
+    tell("an answer in a style", columns, lines, args.csv)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import csv
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tinyld
 from tinyld.config import SampleConfig
@@ -50,6 +51,22 @@ def reverse(rng: random.Random) -> tuple[str, str]:
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"question": question, "reverse": reverse}
 
 
+def pairs(make: Callable[[random.Random], tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
+    """`count` different (prompt, answer) pairs."""
+    rng, found = random.Random(seed), dict[str, str]()
+    while len(found) < count:
+        found |= [make(rng)]
+    return list(found.items())
+
+
+def tell(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], file: Path | None) -> None:
+    """Prints a table, and writes it as CSV."""
+    print_table(title, columns, rows)
+    if file:
+        with file.open("w", newline="", encoding="utf-8") as out:
+            csv.writer(out, lineterminator="\n").writerows([columns, *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=400)
@@ -62,11 +79,8 @@ def main() -> None:
     options = dict(option.split("=", 1) for option in args.option)
     found = []
     for name in [args.only] if args.only else TASKS:
-        rng = random.Random(args.seed)
-        pairs: dict[str, str] = {}
-        while len(pairs) < args.rows + args.tested:
-            pairs |= [TASKS[name](rng)]
-        rows = [{"ask": ask, "answer": answer} for ask, answer in pairs.items()]
+        drawn = pairs(TASKS[name], args.rows + args.tested, args.seed)
+        rows = [{"ask": ask, "answer": answer} for ask, answer in drawn]
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             made = {"text_column": "ask", "answer_column": "answer", "seed": args.seed, **options}
@@ -81,10 +95,7 @@ def main() -> None:
         right = f"{100 * float(scores.texts['exact_match']):.1f}"
         found.append((name, args.rows, scores.n, right, f"{scores.passes_per_row:.2f}", round(seconds)))
     columns = ("task", "rows", "tested", "exact %", "passes a text", "seconds")
-    print_table("simple tasks of writing", columns, found)
-    if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as out:
-            csv.writer(out, lineterminator="\n").writerows([columns, *found])
+    tell("simple tasks of writing", columns, found, args.csv)
 
 
 if __name__ == "__main__":
