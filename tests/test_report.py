@@ -50,6 +50,13 @@ def run_folder(path: Path, **changes: Any) -> RunFolder:
 # ------------------------------------------------------------------------------------------------ a row a run
 
 
+def test_ranks_that_were_found_are_called_auto_as_each_seed_finds_others(tmp_path: Path) -> None:
+    settings = {"name": "trajectory-lora", **to_dict(METHODS["trajectory-lora"].Config())}
+    now, then = settings | {"ranks": [3, 2, 1, 4, 4, 4]}, settings | {"ranks": [8, 8, 8], "prune": 0.5}
+    (found, _) = run_rows(run_folder(tmp_path / "run", method=now, started_as=then))
+    assert found["settings"] == "ranks auto"
+
+
 def test_a_run_is_shown_on_test_once_it_has_been_tested(tmp_path: Path) -> None:
     rows = run_rows(run_folder(tmp_path / "run"), trials=3)
     assert [(r["task"], r["split"], r["n"]) for r in rows] == [("mood", "test", 300), ("other", "dev", 400)]

@@ -195,6 +195,7 @@ class Denoiser(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
+        self._narrow: tuple[Any, Tensor] | None = None  # see narrow_vocabulary
         self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
         self.reset_parameters(generator)
 
@@ -299,6 +300,16 @@ class Denoiser(nn.Module):
         """The matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""
         return self.embedding.weight if self.output is None else self.output.weight
 
+    def narrow_vocabulary(self, dtype: torch.dtype) -> Tensor:
+        """`vocabulary` as products read it; made once while it is frozen."""
+        weight = self.vocabulary
+        if weight.dtype == dtype or weight.requires_grad or not weight.is_leaf:
+            return weight.to(dtype)
+        made_of = weight.data_ptr(), weight._version, dtype
+        if self._narrow is None or self._narrow[0] != made_of:
+            self._narrow = made_of, weight.to(dtype)
+        return self._narrow[1]
+
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
         logits = F.linear(self.head_transform(self.final_norm(h)), self.vocabulary, self.output_bias)
@@ -309,7 +320,7 @@ class Denoiser(nn.Module):
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
         dtype = product_dtype(h.device)
         h = self.head_transform(self.final_norm(h)).to(dtype)
-        weight, bias = self.vocabulary.to(dtype), self.output_bias
+        weight, bias = self.narrow_vocabulary(dtype), self.output_bias
         with torch.autocast(h.device.type, enabled=False):
             return HeadNLL.apply(h, weight, None if bias is None else bias.to(dtype), target)
 

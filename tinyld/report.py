@@ -69,11 +69,12 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     results = folder.read_json(RESULTS)
     found = results.get("eval", {})
     tested = {key.partition("/")[0] for key in found if key.endswith("/test")}
-    method, train, base = dict(config["method"]), config["train"], config["base"]
+    method, train, base = dict(config.get("started_as", config["method"])), config["train"], config["base"]
     name, recipe = method.pop("name"), method.pop("recipe", None)
     if name not in METHODS:
         raise TinyldError(f"{folder.path / CONFIG}: method must be one of {', '.join(METHODS)}, got {name[:60]!r}")
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
+    method |= {"ranks": "auto", "prune": usual["prune"]} if method.get("prune") else {}  # of each seed others are left
     method = {option: value for option, value in method.items() if option in usual}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     about = {

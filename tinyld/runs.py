@@ -43,6 +43,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
         "parameters": dict[str, float],
         "task": {"name": str, "verbalizer": dict[str, str]},
         "method": {"name": str},
+        "started_as": {"name": str, "prune": float},
         "environment": {"command": str},
         "members": list[MEMBER],
     },

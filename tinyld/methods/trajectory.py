@@ -174,13 +174,11 @@ class AttendingUnits(RankUnits):
     def forward(
         self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
     ) -> Tensor:
-        if isinstance(history, Tensor):  # (depths, B, L, D) of all, normalised once for several pushes that read them
-            with torch.autocast(h.device.type, enabled=False):
-                x = (self.mix.softmax(0) @ history.flatten(1)).view(h.shape)
-        else:
-            x = torch.zeros_like(h)
-            for state, share in zip([*history[: len(self.mix) - 1], h], self.mix.softmax(0).to(h.dtype), strict=True):
-                x = x + F.layer_norm(state, h.shape[-1:]) * share
+        if not isinstance(history, Tensor):  # (depths, B, L, D), normalised once for several pushes that read them
+            states = [*history[: len(self.mix) - 1], h]
+            history = torch.stack([F.layer_norm(state, h.shape[-1:]) for state in states])
+        with torch.autocast(h.device.type, enabled=False):
+            x = (self.mix.softmax(0) @ history.flatten(1).float()).view(h.shape)
         x = F.dropout(x, self.dropout, self.training)
         here = x if positions is None else take(x, positions)
         found = self.attend(here, x, noise.prompt_mask)
