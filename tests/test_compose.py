@@ -158,7 +158,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
         again.model.push.router.only = only
         with torch.no_grad():
             repeated = again.model(x, t, real, prompt_mask)
-            assert again.model.push.answered_by(again.model.embed(x), prompt_mask).tolist() == answered_by
+            assert again.model.push.owners(again.model.embed(x), prompt_mask).tolist() == answered_by
         assert answered_by != owner or torch.equal(repeated, found)
         for row, member in enumerate(answered_by):
             one, length = base_of(fresh_base(config)), int(real[row].sum())

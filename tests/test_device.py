@@ -79,5 +79,6 @@ def test_a_product_is_that_of_widened_weights_of_which_the_backward_pass_keeps_n
     assert kept and all(t.data_ptr() in own for t in kept if t.numel() >= wide.numel())
     ours.float().square().sum().backward()
     theirs.float().square().sum().backward()
-    assert torch.equal(x.grad, y.grad)
+    rounding = 2**-7 if low else 1e-6  # some rows at a time, so that they add up in another order
+    assert float((x.grad - y.grad).abs().max()) <= rounding * float(y.grad.abs().max())
     torch.testing.assert_close(layer.bias.grad, bias.grad)

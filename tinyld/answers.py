@@ -58,7 +58,7 @@ def answers(
                     written, _ = fill_slots(model, batch, data, tokenizer, sampling, generator)
                     columns["decoded" if columns else "answer"] = written
                 columns["truncated"] = data.cut[chosen].tolist()
-                if (by := runs[i].answered_by(batch)) is not None:
+                if (by := runs[i].owners(batch)) is not None:
                     columns["adapter"] = by
                 for row, values in zip(chosen, zip(*columns.values(), strict=True), strict=True):
                     found[i][row] = dict(zip(columns, values, strict=True))

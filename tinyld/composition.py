@@ -38,7 +38,7 @@ class RoutedPush(nn.Module):
         self.reads_depths = any(p.reads_depths for p in pushes)
         self.reads_others = any(p.reads_others for p in pushes)
 
-    def answered_by(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
+    def owners(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
         """(B,) the member that a row belongs to, or NONE where it belongs to no task. embedded: (B, L, D)."""
         return self.router.choose(prompt_features(embedded, prompt_mask))
 

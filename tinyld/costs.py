@@ -11,7 +11,7 @@ from tinyld.config import ModelConfig, Reading
 from tinyld.errors import UsageError
 from tinyld.foreign import read_foreign
 from tinyld.methods import METHODS, make_config
-from tinyld.model import Denoiser
+from tinyld.model import Denoiser, depths_read
 
 
 def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length: int = 256) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     An estimate, at most a fifth off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
     16 bytes a number that is trained, for its gradient, AdamW's moments and its update; the vocabulary's matrix in
     bf16, as a product has it; what the backward pass needs of every block that it goes through, and of the states that
-    `fast` reads at all depths. States kept for later epochs (--cache-gb) come on top.
+    `fast` reads. States kept for later epochs (--cache-gb) come on top.
     """
     kept, d, found = base_bytes(config), config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
@@ -59,7 +59,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
             if own == 0:  # bitfit, where there are no biases
                 continue
             needed = block * getattr(settings, "blocks", config.num_layers)
-            needed += 4 * rows * length * d * (config.num_layers + 1) * (recipe == "fast")
+            needed += 4 * rows * length * d * len(depths_read(config.num_layers)) * (recipe == "fast")
             memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
             found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,
                           "stored_bytes": 4 * own, **{f"memory_{t}": size for t, size in memory.items()}})  # fmt: skip

@@ -48,6 +48,11 @@ def torch_seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+def spread_over(n: int, most: int | None) -> np.ndarray:
+    """`most` of n rows, or all: spread over them, as a file may begin with the shortest, or with one label."""
+    return np.arange(n) if most is None or n <= most else np.linspace(0, n - 1, most).astype(int)
+
+
 class Source:
     """Rows that training reads; which ones a step takes is a function of (seed, step)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from typing import Any
 
@@ -15,6 +16,7 @@ from tinyld.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_DTYPES = ("fp32", "bf16", "int8")
+AT_ONCE = 4096  # rows of a matrix that are widened together: those of a vocabulary take more than all else
 
 
 def resolve_device(name: str) -> torch.device:
@@ -67,21 +69,16 @@ class Int8(nn.Module):
     """Symmetric weight-only quantisation by row: w = values * scale, |values| <= 127; given in `product_dtype`."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        parts = []
-        for rows in weight.split(4096):  # few at a time, as what is needed on the way is larger than the matrix
+        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(len(weight), 1, device=weight.device)
+        for rows, *to in zip(*(x.split(AT_ONCE) for x in (weight, values, scales)), strict=True):
             rows = rows.float()
-            scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            parts.append(((rows / scale).round().to(torch.int8), scale))
-        return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
+            to[1][:] = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            to[0][:] = (rows / to[1]).round()
+        return values, scales
 
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        dtype = product_dtype(values.device)
-        if dtype == torch.float32:
-            return values.to(scale.dtype) * scale
-        wide = torch.empty(values.shape, dtype=dtype, device=values.device)
-        for some, *made_of in zip(*(x.split(4096) for x in (wide, values, scale)), strict=True):
-            some[:] = made_of[0] * made_of[1]
-        return wide
+        return (values * scale).to(product_dtype(values.device))
 
 
 class Bf16(nn.Module):
@@ -99,18 +96,25 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, make: nn.Module, *parts: Tensor) -> Tensor:
         ctx.make, ctx.dtype = make, x.dtype
         ctx.save_for_backward(*parts)
-        return F.linear(x, make(*parts), bias)
+        biases = itertools.repeat(None) if bias is None else bias.split(AT_ONCE)
+        rows = zip(biases, *(part.split(AT_ONCE) for part in parts), strict=False)
+        found = [F.linear(x, make(*some), own) for own, *some in rows]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_bias, *others = ctx.needs_input_grad
-        grad_x = (grad @ ctx.make(*ctx.saved_tensors).to(grad.dtype)).to(ctx.dtype) if need_x else None
+        grad_x = None
+        if need_x:
+            rows = zip(grad.split(AT_ONCE, -1), *(part.split(AT_ONCE) for part in ctx.saved_tensors), strict=True)
+            grad_x = sum((g @ ctx.make(*some).to(g.dtype)).float() for g, *some in rows).to(ctx.dtype)
         return grad_x, grad.flatten(0, -2).sum(0).float() if need_bias else None, *(None for _ in others)
 
 
-def product(self: nn.Linear, x: Tensor) -> Tensor:
-    kept = self.parametrizations.weight
-    return Product.apply(x, self.bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
+def product(self: nn.Linear | nn.Embedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias of a module whose weight is kept in fewer bits."""
+    kept, bias = self.parametrizations.weight, getattr(self, "bias", bias)
+    return Product.apply(x, bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
 
 
 def shrink(model: nn.Module, dtype: str) -> None:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld.config import SampleConfig
-from tinyld.data import Batch, TaskRows, TextRows, answer_ids, torch_seeded
+from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_counted, ratio_estimate
 from tinyld.formats import PAIR
-from tinyld.model import Denoiser, take
+from tinyld.model import Denoiser, look_up, take
 from tinyld.sampler import decode, log_survival
 from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
@@ -197,13 +197,12 @@ def text_nll(
     advance: Callable[[int], None] = lambda done: None,
 ) -> Estimate:
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
-    n = len(rows) if limit is None else min(limit, len(rows))
-    chosen = np.unique(np.linspace(0, len(rows) - 1, num=n).astype(int))
+    chosen = spread_over(len(rows), limit)
 
     def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         done = 0
         at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
-        for chunk in np.array_split(chosen, math.ceil(n / at_once)):
+        for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
             batch = rows.take(chunk)
             yield batch.x0, batch.answer_mask, batch.attention_mask
             done += len(chunk)
@@ -280,12 +279,13 @@ def slot_logits(
     position = (batch.answer_mask.nonzero()[:, 1:] - int(model.config.shifted)).clamp(min=0)  # (B, 1)
     h = model.run_blocks(model.embed(xt), real, 0, last, history=history)
     depths = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in [*history, h]])
-    here, weight, bias = take(h, position), model.vocabulary, model.output_bias
+    here, bias = take(h, position), model.output_bias
     for push, only in zip(pushes, ids, strict=True):
         push_at = push.start(t, prompt_mask, depths if push.reads_depths else history)
         pushed = (here + push_at(last, h, position))[:, 0]
         z = model.head_transform(model.final_norm(pushed))
-        yield all_finite(F.linear(z, weight[only], None if bias is None else bias[only]))
+        words = look_up(model.vocabulary, only)
+        yield all_finite(F.linear(z, words, None if bias is None else bias[only]))
 
 
 def _score(

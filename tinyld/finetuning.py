@@ -17,7 +17,7 @@ from typing import Any
 
 from tinyld.checkpoint import attach, check_base, check_frozen, find_base, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
-from tinyld.data import TaskRows, torch_seeded
+from tinyld.data import TaskRows, spread_over, torch_seeded
 from tinyld.datafile import data_file, described, make_task
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes
@@ -120,9 +120,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     rows_in, train = data["folder"] and Path(data["folder"]), config["train"]
     examples = to_learn(task, load_split(task, "train", rows_in, data["limit"], data["held_out"]))
     dev = load_split(task, "dev", rows_in, None, data["held_out"])
-    most = WRITTEN if task.is_generation else DEV_ROWS
-    if len(dev) > most:  # some, spread over all, as a file may begin with the shortest, or with one label
-        dev = [dev[i * len(dev) // most] for i in range(most)]
+    dev = [dev[i] for i in spread_over(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
     if not begun and all(train[budget] is None for budget in BUDGETS):
         train["epochs"] = usual_epochs(task, len(examples), train["batch_size"])
     training = from_dict(TrainConfig, train, where)

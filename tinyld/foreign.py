@@ -317,7 +317,8 @@ def load_foreign(
             digest.update(tensor.view(torch.uint8).numpy())
         made = make(config, *(t if narrow and make is same else t.float() for t in theirs))
         made = made[: shape[0]]  # those that pad the vocabulary to a round size are left out
-        return made.clone() if made._base is not None else made  # so that the rest of theirs can go
+        rest = made.untyped_storage().nbytes() > made.nbytes  # of theirs, which is to go
+        return made.clone() if rest else made
 
     owners = [(f"{prefix}." if prefix else "", module) for prefix, module in model.named_modules()]
     own = {name: dict(module.named_parameters(prefix=name[:-1], recurse=False)) for name, module in owners}

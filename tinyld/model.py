@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyld.attention import near_attention, rotary_tables, rotate
 from tinyld.config import ModelConfig
-from tinyld.device import product_dtype
+from tinyld.device import product, product_dtype
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -43,10 +43,16 @@ class Push(Protocol):
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
         """The function that one pass calls at every depth from `first_depth` to num_layers, in order.
 
-        With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has at least the states before
-        blocks 0 to d - 1, unpushed at their own depth.
+        With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has at least the states of
+        those `depths_read` that are below d, unpushed at their own depth.
         """
         ...
+
+
+def depths_read(num_layers: int) -> list[int]:
+    """The depths (0: before the first block, num_layers: the final state) that a push which reads several is given:
+    all, or where there are many 8 of them, as each is a state a token to compute and keep."""
+    return sorted({round(i * num_layers / 7) for i in range(8)})
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -70,11 +76,11 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
 
 
-def look_up(embedding: nn.Module, ids: Tensor | slice) -> Tensor:
-    """Embeddings of ids; where the table is kept in fewer bits (device.shrink), only their rows are widened."""
-    if not parametrize.is_parametrized(embedding):
-        return embedding.weight[ids] if isinstance(ids, slice) else embedding(ids)
-    kept = embedding.parametrizations.weight
+def look_up(table: nn.Module, ids: Tensor | slice) -> Tensor:
+    """Rows of a module's weight; where that is kept in fewer bits (device.shrink), only they are widened."""
+    if not parametrize.is_parametrized(table):
+        return table.weight[ids] if isinstance(ids, slice) else F.embedding(ids, table.weight)
+    kept = table.parametrizations.weight
     parts = [part[ids] for _, part in kept.named_parameters(recurse=False)]
     with torch.autocast(parts[0].device.type, enabled=False):
         return kept[0](*parts)
@@ -195,7 +201,7 @@ class Denoiser(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
-        self._narrow: tuple[Any, Tensor] | None = None  # see narrow_vocabulary
+        self._narrow: tuple[Any, Tensor] | None = None  # see `narrow`
         self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
         self.reset_parameters(generator)
 
@@ -227,13 +233,14 @@ class Denoiser(nn.Module):
     ) -> Tensor:  # fmt: skip
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
-        attention_mask: (B, L) bool, or None when no position is padding. The states before each block that runs are
-        appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
+        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run and
+        are `depths_read` are appended to `history`. With `positions` (B, M) the model's last block computes those
+        alone, (B, M, D).
         """
-        length, dtype = h.shape[1], product_dtype(h.device)
+        length, dtype, reads = h.shape[1], product_dtype(h.device), depths_read(self.config.num_layers)
         angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
         for depth in range(start, stop):
-            if history is not None:
+            if history is not None and depth in reads:
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
@@ -253,8 +260,8 @@ class Denoiser(nn.Module):
         position i has the state at i - 1, and position 0 its own.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing below block
-        `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, before all blocks up
-        to it. t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
+        `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, of those up to it.
+        t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
         push, last = self.push, self.config.num_layers
         if push is not None and (t is None or prompt_mask is None):
@@ -296,33 +303,38 @@ class Denoiser(nn.Module):
         return max(1, min(most, (1 << 29) // row))
 
     @property
-    def vocabulary(self) -> Tensor:
-        """The matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""
-        return self.embedding.weight if self.output is None else self.output.weight
-
-    def narrow_vocabulary(self, dtype: torch.dtype) -> Tensor:
-        """`vocabulary` as products read it; made once while it is frozen."""
-        weight = self.vocabulary
-        if weight.dtype == dtype or weight.requires_grad or not weight.is_leaf:
-            return weight.to(dtype)
-        made_of = weight.data_ptr(), weight._version, dtype
-        if self._narrow is None or self._narrow[0] != made_of:
-            self._narrow = made_of, weight.to(dtype)
-        return self._narrow[1]
+    def vocabulary(self) -> nn.Module:
+        """What has the matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""
+        return self.embedding if self.output is None else self.output
 
     def head(self, h: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of final states (..., D)."""
-        logits = F.linear(self.head_transform(self.final_norm(h)), self.vocabulary, self.output_bias)
+        h, words = self.head_transform(self.final_norm(h)), self.vocabulary
+        if parametrize.is_parametrized(words):
+            logits = product(words, h, self.output_bias)
+        else:
+            logits = F.linear(h, words.weight, self.output_bias)
         missing = self.config.vocab_size - logits.shape[-1]
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
+        if parametrize.is_parametrized(self.vocabulary):
+            return F.cross_entropy(self.head(h).float(), target, reduction="none")
         dtype = product_dtype(h.device)
         h = self.head_transform(self.final_norm(h)).to(dtype)
-        weight, bias = self.narrow_vocabulary(dtype), self.output_bias
+        weight, bias = self.narrow(self.vocabulary.weight, dtype), self.output_bias
         with torch.autocast(h.device.type, enabled=False):
             return HeadNLL.apply(h, weight, None if bias is None else bias.to(dtype), target)
+
+    def narrow(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vocabulary's matrix as products read it; made once while it is frozen."""
+        if weight.requires_grad or weight.dtype == dtype:
+            return weight.to(dtype)
+        made_of = weight.data_ptr(), weight._version, dtype
+        if self._narrow is None or self._narrow[0] != made_of:
+            self._narrow = made_of, weight.to(dtype)
+        return self._narrow[1]
 
     def forward(
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,

@@ -65,10 +65,10 @@ class Run:
         """
         task = self.named if task is None else task
         chosen = self.task_named(task)
-        self.answer_by(task)
+        self.let_answer(task)
         return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
-    def answer_by(self, task: str | None) -> None:
+    def let_answer(self, task: str | None) -> None:
         """Lets a composition's member of that task answer all rows; None, and another task: each row's own."""
         if self.is_composition:
             names = [t.name for t in self.tasks]
@@ -85,7 +85,7 @@ class Run:
         if writer is None:
             return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
         check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
-        self.answer_by(writer.name)
+        self.let_answer(writer.name)
         return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
@@ -114,7 +114,7 @@ class Run:
         """What is found of each row, (where it stands, column -> value), with the row's other columns."""
         if self.asks_alike and task is self.tasks[0] and self.base.model.push.router.only is None:
             return self.route(rows, sampling)
-        return self.answer_as(task, rows, sampling)
+        return self.answer_task(task, rows, sampling)
 
     def route(self, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
         """What a composition of tasks that ask alike finds, each row by the adapter whose prompts it is like."""
@@ -128,11 +128,11 @@ class Run:
             own = [i for i, owner in enumerate(owners) if owner == member]
             names = dict(zip(input_columns(first), input_columns(task), strict=True))
             renamed = [(rows[i][0], {names.get(k, k): v for k, v in rows[i][1].items()}) for i in own]
-            for i, record in zip(own, self.answer_as(task, renamed, sampling) if own else [], strict=True):
+            for i, record in zip(own, self.answer_task(task, renamed, sampling) if own else [], strict=True):
                 found[i] = record
         return found
 
-    def answer_as(self, task: Task, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
+    def answer_task(self, task: Task, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
         """What is found of each row as one of that task."""
         (found,) = answers([self], [task], rows, sampling)
         records = [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
@@ -140,13 +140,13 @@ class Run:
             return [r | {"filled": GAP.sub(lambda _, r=r: r["answer"], str(r["text"]))} for r in records]
         return records
 
-    def answered_by(self, batch: Batch) -> list[str | None] | None:
+    def owners(self, batch: Batch) -> list[str | None] | None:
         """Of a composition, the member that each row belongs to, or None if to no task."""
         if not self.is_composition:
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
         embedded = self.base.model.embed(batch.x0)
-        owners = self.base.model.push.answered_by(embedded, batch.attention_mask & ~batch.answer_mask)
+        owners = self.base.model.push.owners(embedded, batch.attention_mask & ~batch.answer_mask)
         return [None if i == NONE else members[i] for i in owners.tolist()]
 
     def fill(
@@ -286,6 +286,6 @@ def load(
     run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push, task)
     if task is not None:
         run.task_named(task)  # refuses another one
-        run.answer_by(task)
+        run.let_answer(task)
     run.model.requires_grad_(False)
     return run

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import Base
-from tinyld.data import TaskRows
+from tinyld.data import TaskRows, spread_over
 from tinyld.rows import bundled_data_dir, prompt_of
 from tinyld.tasks import Task
 from tinyld.tokenizer import read_lines
@@ -78,8 +78,7 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     "prototype" (2, 5 D): mean and variance of their features; "directions" (m, D): those in which their mean embedding
     varies most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
     """
-    spread = np.linspace(0, len(rows) - 1, min(len(rows), PROTOTYPE_ROWS)).astype(int)
-    features = task_features(base, rows, spread).cpu()
+    features = task_features(base, rows, spread_over(len(rows), PROTOTYPE_ROWS)).cpu()
     width = base.model.config.d_model
     kept = prototype_shapes(width)["directions"][0]
     values, vectors = torch.linalg.eigh(torch.cov(features[:, :width].T, correction=0))  # smallest first

@@ -25,7 +25,7 @@ from tinyld.diffusion import Noised, noise_answers, noise_text, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
-from tinyld.model import Denoiser
+from tinyld.model import Denoiser, depths_read
 from tinyld.optim import Optimizer, lr_factor
 from tinyld.progress import Progress
 from tinyld.runs import RunFolder
@@ -49,8 +49,10 @@ class Objective:
 
 def kept_depths(model: Denoiser) -> tuple[int, int]:
     """The lowest block whose states are not the frozen base's, and how many depths up to it the model's push reads."""
-    push = model.push
-    return (0, 1) if push is None else (push.first_depth, push.first_depth + 1 if push.reads_depths else 1)
+    if (push := model.push) is None:
+        return 0, 1
+    up_to_it = [depth for depth in depths_read(model.config.num_layers) if depth < push.first_depth]
+    return push.first_depth, len(up_to_it) + 1 if push.reads_depths else 1
 
 
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
@@ -66,7 +68,7 @@ def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | No
 
 class StateCache:
     """bf16 states of every token of every row of one-token answers, which have one mask: before the lowest block that
-    the model's push acts on, or, where it reads them, before every block up to it. A source of noise for training."""
+    the model's push acts on, or, where it reads several, of those depths up to it. A source of noise for training."""
 
     def __init__(
         self,

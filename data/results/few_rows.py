@@ -23,10 +23,11 @@ from baselines import frozen_states
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from table import tables
 
 import tinyld
 from tinyld.checkpoint import load_base
-from tinyld.data import TaskRows, seeded
+from tinyld.data import TaskRows, seeded, spread_over
 from tinyld.rows import load_split
 from tinyld.tables import print_table
 from tinyld.tasks import load_task
@@ -54,7 +55,7 @@ def measure(name: str, kind: str, size: int, draw: int, data: Path, tested: int)
     drawn = [i for label in np.unique(labels) for i in rng.permutation(np.flatnonzero(labels == label))[:size]]
     test = next(path for split in ("test", "dev") if (path := data / name / f"{split}.tsv").exists())
     lines = read(test)[1]
-    lines = [lines[i] for i in np.linspace(0, len(lines) - 1, min(tested, len(lines))).astype(int)]
+    lines = [lines[i] for i in spread_over(len(lines), tested)]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         root, task = Path(folder), load_task(name)
@@ -108,13 +109,8 @@ def main() -> None:
                         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                         writer.writeheader()
                         writer.writerows(rows)
-    sizes = sorted({int(r["rows_a_label"]) for r in rows})
-    table = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        own = [r for r in rows if r["method"] == method]
-        cells = [[float(r["accuracy"]) for r in own if int(r["rows_a_label"]) == size] for size in sizes]
-        table.append((method, *(f"{100 * np.mean(cell):.1f}" if cell else "-" for cell in cells)))
-    print_table("accuracy by labelled rows, % (mean of tasks and draws)", ["method", *map(str, sizes)], table)
+    for title, columns, cells in tables(options.csv):
+        print_table(title, columns, cells)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinyld.report import COLUMNS, Row, aggregate, labels, result_tables
+from tinyld.report import COLUMNS, T_95, Row, aggregate, labels, result_tables
 from tinyld.tables import markdown, percent, print_table
 
 TEXT = {"run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "optimizer", "training"}
@@ -39,6 +39,8 @@ def value(name: str, text: str) -> Any:
 
 def tables(path: Path) -> list[Table]:
     rows = read(path)
+    if "rows_a_label" in rows[0]:
+        return [by_rows(path.stem, rows)]
     if "dev_nll_bound" not in rows[0]:  # not of runs: compositions, seconds
         return [(path.stem, list(rows[0]), [list(row.values()) for row in rows])]
     found = aggregate(dict.fromkeys(COLUMNS) | row for row in rows)
@@ -76,6 +78,36 @@ def by_task(title: str, found: Sequence[Row]) -> Table:
             round(sum(row["seconds"] for row in whole)) if whole else None,
         ])  # fmt: skip
     return title, ["method", *tasks, "mean %", "% of full", "stored %", "seconds"], cells
+
+
+def student(free: int) -> float:
+    """The two-sided 95% quantile of Student's t, of so many degrees of freedom (from ten on, of ten: a little wide)."""
+    return (*T_95, 2.228)[min(free, 10) - 1]
+
+
+def by_rows(title: str, rows: Sequence[Row]) -> Table:
+    """A row a method: its mean accuracy over tasks and draws, by the number of labelled rows a label.
+
+    The 95% interval is of the draws: their variance within a task, pooled over the tasks (Student).
+    """
+    sizes = sorted({row["rows_a_label"] for row in rows})
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [method]
+        for size in sizes:
+            tasks: dict[str, list[float]] = {}
+            for row in rows:
+                if (row["method"], row["rows_a_label"]) == (method, size):
+                    tasks.setdefault(row["task"], []).append(row["accuracy"])
+            mean = fmean(fmean(draws) for draws in tasks.values())
+            free = sum(len(draws) - 1 for draws in tasks.values())
+            text = f"{100 * mean:.1f}"
+            if free > 0:
+                spread = sum((a - fmean(draws)) ** 2 for draws in tasks.values() for a in draws) / free
+                text += f" ± {100 * student(free) * (spread / sum(map(len, tasks.values()))) ** 0.5:.1f}"
+            line.append(text)
+        cells.append(line)
+    return title, ["method", *(f"{size} a label" for size in sizes)], cells
 
 
 if __name__ == "__main__":

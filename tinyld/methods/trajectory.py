@@ -8,8 +8,8 @@ and B, of which a band uses the first r(t) rank units, so that the largest rank 
     pushed between positions. All sites share A and B, of a rank that none could afford alone, and weigh the units
     each for itself;
   - `fast` has one site, the final state, and so nothing of the base in its gradient. It reads a learned mix of the
-    states of all depths, and its attending units move information between positions: what they find in the prompt
-    (low-rank attention with rectified values) is pushed, and the rank units read it too.
+    states of all depths, or of 8 where there are more, and its attending units move information between positions:
+    what they find in the prompt (low-rank attention with rectified values) is pushed, and the rank units read it too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import Method
 from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
-from tinyld.model import Denoiser, PushAt, take
+from tinyld.model import Denoiser, PushAt, depths_read, take
 
 AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
@@ -160,7 +160,7 @@ class RankUnits(nn.Module):
 
 
 class AttendingUnits(RankUnits):
-    """The site of `fast`: rank units, and units that attend to the prompt, on a mix of the states of all depths."""
+    """The site of `fast`: rank units, and units that attend to the prompt, on a mix of the states of several depths."""
 
     def __init__(self, config: TrajectoryLoraConfig, width: int, depths: int, generator: torch.Generator | None):
         """`depths` are mixed, the site's own included."""
@@ -217,7 +217,7 @@ class TrajectoryPush(nn.Module):
             if config.recipe == "paper":
                 self.sites.append(paper.PaperUnits(config.ranks, config.sigma, width, generator))
             elif config.recipe == "fast":
-                self.sites.append(AttendingUnits(config, width, last + 1, generator))
+                self.sites.append(AttendingUnits(config, width, len(depths_read(last)), generator))
             else:
                 self.sites.append(RankUnits(config, site, width, generator))
             if config.is_tied:
@@ -284,7 +284,8 @@ class TrajectoryLora(Method):
         units = sum(max(config.site_ranks(site)) for site in range(sites))
         if config.recipe == "best":
             return units * unit
-        return units * (unit + config.attending) + 4 * d * config.attending + model_config.num_layers + 1
+        mix = len(depths_read(model_config.num_layers))
+        return units * (unit + config.attending) + 4 * d * config.attending + mix
 
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> TrajectoryLoraConfig:
