@@ -14,8 +14,9 @@ from test_methods import fresh_base
 from torch import Tensor
 
 from tinyld.config import ModelConfig
+from tinyld.device import shrink
 from tinyld.errors import UsageError
-from tinyld.model import Denoiser, HeadNLL, PushAt, take
+from tinyld.model import Denoiser, HeadNLL, PushAt, depths_read, take
 
 
 @pytest.fixture()
@@ -153,6 +154,29 @@ def test_nll_stays_finite_where_the_target_is_all_but_impossible(lively: Denoise
     nll = lively.nll(h, torch.full((4,), 6))
     nll.sum().backward()
     assert (nll > 50).all() and nll.isfinite().all() and h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_the_nll_of_a_frozen_vocabulary_is_that_of_its_logits_also_once_it_has_changed(
+    lively: Denoiser, dtype: str
+) -> None:
+    lively.requires_grad_(False)
+    shrink(lively, dtype)
+    h, target = torch.randn(6, lively.config.d_model, requires_grad=True), torch.arange(6)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            nll, logits = lively.nll(h, target), lively.head(h).float()
+        torch.testing.assert_close(nll, F.cross_entropy(logits, target, reduction="none"), rtol=0.02, atol=0.02)
+        assert float(torch.autograd.grad(nll.sum(), h)[0].abs().sum()) > 0
+        for parameter in lively.vocabulary.parameters():
+            with torch.no_grad():
+                parameter.copy_(-parameter)  # every logit is another one then
+
+
+def test_a_push_is_given_all_depths_of_a_shallow_model_and_eight_of_a_deep_one() -> None:
+    for layers in range(1, 8):
+        assert depths_read(layers) == list(range(layers + 1))
+    assert depths_read(28) == [0, 4, 8, 12, 16, 20, 24, 28]
 
 
 class RecordingPush:
