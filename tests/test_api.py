@@ -130,7 +130,7 @@ def test_numbers_of_numpy_are_labels(place: Path) -> None:
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:
     Path("mine-rows.jsonl").write_text("precious")
-    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl exists and holds something else"):
+    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl exists and holds other rows"):
         tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
     assert Path("mine-rows.jsonl").read_text() == "precious" and len(list(Path().iterdir())) == 1
     Path("mine-rows.jsonl").unlink()
@@ -171,7 +171,7 @@ def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place
     ran = cli("finetune", "--data", "mine.csv", *made)
     assert ran.code == 1 and "It has ID, Headline, Kind; say so with --text-column" in ran.stderr
     ran = good("finetune", "--data", "mine.csv", *made, "--text-column", "Headline", "--label-column", "Kind")
-    assert "texts are in column 'Headline', their labels in 'Kind': 2 (" in ran.stderr
+    assert "texts are in column 'Headline', labels in 'Kind': 2 (" in ran.stderr
     assert "one row in ten is held out as dev rows" in ran.stderr
     Path("bare.csv").write_text("".join(f'"{t}",{k}\n' for t, k in ROWS))
     ran = cli("finetune", "--data", "bare.csv", *made)

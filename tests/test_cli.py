@@ -336,7 +336,9 @@ def test_an_interrupted_finetune_resumes_or_begins_again_to_the_same_adapter(
 def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--out", "cut")
     assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 1, "lr must be above 0")
-    assert_refused(cli("finetune", "--resume", "cut", "--steps", 9), 2, "--resume goes on as it began: no steps")
+    assert_refused(
+        cli("finetune", "--resume", "cut", "--steps", 9), 2, "--resume goes on as it began: leave --steps out"
+    )
     good("finetune", "--resume", "cut", "--lr", 1e-5, "--quiet")
     assert RunFolder(Path("cut")).config["train"]["lr"] == RunFolder(Path("cut")).metrics()[-1]["lr"] + 1e-5 == 1e-5
 
@@ -447,7 +449,7 @@ ERRORS = [
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
-    (ON + "--set depth=3", 2, "--set takes name=value, got 'depth=3'; --set help lists the names"),
+    (ON + "--set depth=3", 2, "--set depth=3: there is no option 'depth'; --set help lists the names"),
     (ON + "--set rslora=maybe", 2, "give true or false"),
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
@@ -528,9 +530,9 @@ USAGE = (
 
 @pytest.mark.parametrize("args", USAGE)
 def test_wrong_usage_exits_2_and_says_how_to_get_help(args: str) -> None:
-    ran = cli(*args.split())
-    assert ran.code == 2 and ran.stdout == ""
-    assert "Usage:" in ran.stderr and "Error:" in ran.stderr and "Traceback" not in ran.stderr
+    assert_refused(
+        cli(*args.split()), 2, "(tinyld --help)" if args == "train" else f"(tinyld {args.split()[0]} --help)"
+    )
     assert list(Path().iterdir()) == []
 
 
@@ -548,7 +550,9 @@ def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(steps: int, place: 
     assert_refused(ran, 1, "is not finite")
     assert "there is no good checkpoint; lower --lr" in ran.stderr and not RunFolder(Path("new")).checkpoints()
     assert not (Path("new") / ADAPTER).exists()
-    assert_refused(cli("eval", "new", "--quiet"), 1, f"no {ADAPTER} in new")
+    assert_refused(
+        cli("eval", "new", "--quiet"), 1, "new was not trained to its end: tinyld finetune --resume new goes on"
+    )
 
 
 def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:

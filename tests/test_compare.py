@@ -159,7 +159,7 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
         ("full:lr=x", "--methods full:lr=x: .*'x' is not a number"),
         ("full:lr=2", "lr must be between 0 and 1, got 2"),
         ("full:rank=2", "--methods full:rank=2: --rank is not an option of full"),
-        ("full:depth=2", "--methods full:depth=2: --set takes name=value"),
+        ("full:depth=2", "--methods full:depth=2: --set depth=2: there is no option"),
     ],
 )
 def test_wrong_variants_are_refused_by_name(text: str, message: str) -> None:

@@ -18,10 +18,11 @@ from tinyld.checkpoint import Base, method_record
 from tinyld.compose import compose, show
 from tinyld.composition import Member, hang, load_composition, save_composition
 from tinyld.config import ModelConfig
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
+from tinyld.predict import load
 from tinyld.router import NEAR, NONE, Router, answer_slot, prompt_features, prototype_shapes  # fmt: skip
 from tinyld.runs import RunFolder
 
@@ -57,7 +58,7 @@ def test_a_composition_that_is_damaged_or_of_another_method_is_refused(
     config: ModelConfig, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     folder, (member, _) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
-    save_composition(folder, base_of(fresh_base(config)), [member], any_router(config, 1), {})
+    save_composition(folder, base_of(fresh_base(config)), [member], any_router(config, 1), False, {})
     written = folder.config
     change(written)
     folder.write_json("config.json", written)
@@ -151,7 +152,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
     assert ran == [3, 3] * 2, "each adapter runs on its own rows only"
     torch.testing.assert_close(some, found[answer_slot(prompt_mask)], atol=1e-4, rtol=1e-4)
     folder = RunFolder.create(tmp_path / "both")
-    save_composition(folder, base_of(fresh_base(config)), members, router, {})
+    save_composition(folder, base_of(fresh_base(config)), members, router, False, {})
     for only, answered_by in ((None, owner), (1, [1] * 6)):
         again = base_of(fresh_base(config))
         load_composition(folder, again)
@@ -203,10 +204,18 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
         compose(replace(options, out=tmp_path / "new"))
 
 
-def test_tasks_that_cannot_be_told_apart_are_refused_unless_told(fast: list[Path], tmp_path: Path) -> None:
-    options = ComposeOptions(runs=(fast[0], fast[2]), out=tmp_path / "both", quiet=True, dtype="fp32", limit=20)
-    with pytest.raises(TinyldError, match=r"its prompts are like another task's.* --set least_right=([\d.]+)") as found:
-        compose(options)
-    assert not (tmp_path / "both").exists()
-    least = float(str(found.value).partition("least_right=")[2].split(",")[0])
-    assert min(r["right"] for r in compose(replace(options, least_right=least))["routing"]) < 0.95
+def test_tasks_that_cannot_be_told_apart_are_to_be_named(
+    fast: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ComposeOptions(runs=(fast[0], fast[2]), out=tmp_path / "both", dtype="fp32", limit=20)
+    result = compose(options)
+    assert min(r["right"] for r in result["routing"]) < 0.95 and result["by_name"]
+    assert all(d["drop"] == 0 for d in result["drops"]), "each answers its own rows"
+    assert "name the task when you ask" in capsys.readouterr().err
+    run = load(tmp_path / "both", dtype="fp32")
+    with pytest.raises(UsageError, match="has tasks .*, which cannot be told apart by their texts; say which with"):
+        run.predict(["the rain is cold"])
+    for path, task in zip(options.runs, run.tasks, strict=True):
+        (answer,) = run.predict(["the rain is cold"], task=task.name)
+        assert answer["adapter"] == path.name, "named, it answers also what is unlike its own texts"
+        assert answer["probability"] == load(path, dtype="fp32").predict(["the rain is cold"])[0]["probability"]

@@ -554,7 +554,7 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(
         run(f"finetune --task {name}.toml --base model --out {name} {small} {read_so}")
     kept = {"mask_token": "<|spare|>", "max_length": 40, "chat": True}
     assert json.loads(Path("one/config.json").read_text())["base"]["reading"] == kept
-    run("compose one two --limit 4 --out both --quiet --set least_right=0")
+    run("compose one two --limit 4 --out both --quiet")
     assert labels("one") and labels("both --task two")
     make("llada", Path("model"), seed=1)
     assert "was trained on base" in run("predict run --text ab", 1)

@@ -64,7 +64,7 @@ END = "--dtype fp32 --json --quiet"
 TUNE = f"--steps 2 --batch-size 4 {END} --base tiny"
 TEXT = f"--data text --preset nano --vocab-size 128 --max-length 32 --steps 2 --batch-size 4 {END}"
 LORA = f"finetune --method weight-lora --set rank=2 --task mood.toml {TUNE} --out"
-COMPOSE = f"compose push push2 --base tiny --limit 8 --set least_right=0 {END} --out"
+COMPOSE = f"compose push push2 --base tiny --limit 8 {END} --out"
 GRID = "--methods bitfit --seeds 1 --trials 1 --steps 2 --json --quiet"
 COMMANDS = {  # by names that begin with the verb
     "finetune": f"{LORA} out",

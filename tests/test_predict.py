@@ -119,7 +119,9 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     one, other, empty = records("fill", text="the rain ____ sun .\n____ and the sea\n\n")
     assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
     assert empty["filled"] == "" and "label" not in one
-    assert cli("fill", "--text", "the rain").stderr.endswith("-: line 1: 0 gaps in the text; mark one with ____\n")
+    assert cli("fill", "--text", "the rain").stderr.endswith(
+        "--text, number 1: 0 gaps in the text; mark one with ____\n"
+    )
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
     assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
 
@@ -239,7 +241,7 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
         column = {"text_column": name, "label_column": "label"}
         rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS)]
         tinyld.finetune(rows, out=name, **options, **column)
-    ran = CliRunner().invoke(app, ["compose", "weather", "food", "--out", "both", "--quiet", "--set", "least_right=0"])
+    ran = CliRunner().invoke(app, ["compose", "weather", "food", "--out", "both", "--quiet"])
     assert ran.exit_code == 0, ran.stderr
     texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
     found = tinyld.load("both").predict(texts)

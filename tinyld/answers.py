@@ -73,13 +73,13 @@ def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]
 
 
 def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]:
-    """Of each row its `text`, where the task reads one, and its other columns."""
+    """Each row's columns, in their order; that of the one text that the task reads is called `text`."""
     one = columns[0] if len(columns := input_columns(task)) == 1 else None
-    return [
-        {own_name(k, row) if k in OURS else str(k): v for k, v in row.items() if k != one}
-        | ({} if one is None else {"text": row[one]})
-        for _, row in rows
-    ]
+
+    def name(column: Any, row: Record) -> str:
+        return "text" if column == one else own_name(column, row) if column in OURS else str(column)
+
+    return [{name(k, row): v for k, v in row.items()} for _, row in rows]
 
 
 def own_name(column: str, row: Record) -> str:

@@ -101,6 +101,7 @@ def read_shape(path: Path, reading: Reading | None = None) -> tuple[ModelConfig,
     if folder.config["kind"] != "base":
         raise TinyldError(f"{path} is an adapter, not a base; its base is {base_record(folder.config, where).path}")
     config = from_dict(ModelConfig, folder.config["model"], str(where))
+    folder.check_finished(MODEL)
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
     if tokenizer.vocab_size != config.vocab_size:
         raise TinyldError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
@@ -210,6 +211,7 @@ def load_adapter(
     config, path = folder.config, str(folder.path / CONFIG)
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
+    folder.check_finished(ADAPTER)
     record = base_record(config, path)
     dtype = record.dtype if dtype is None else dtype
     check_frozen(read_config(config["method"], path)[0].name, dtype)

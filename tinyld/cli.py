@@ -79,8 +79,8 @@ class Command(TyperCommand):
             name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
             if name and name in kinds(VERBS[self.name or ""].options):
                 raise UsageError(f"{flag(name)} goes by --set {name}=value; --set help lists all such") from None
-            if hasattr(error, "message"):
-                error.message = plain(error.message)
+            if hasattr(error, "format_message"):
+                raise UsageError(f"{error.format_message()} (tinyld {self.name} --help)") from None
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -129,6 +129,10 @@ class Group(TyperGroup):
             has = [f.name for f in dataclasses.fields(VERBS[ctx.invoked_subcommand].options) if f.metadata["group"]]
             lower = [flag(n) for n in ("batch_size", "max_length", "rank", "length", "num", "limit") if n in has]
             fail(f"out of memory; lower {' or '.join(lower)}" if lower else "out of memory", 1)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # click's: no such verb
+                raise
+            fail(f"{error.format_message()} (tinyld --help)", 2)
 
 
 def fail(message: str, code: int) -> None:

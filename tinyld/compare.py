@@ -40,7 +40,8 @@ def compare(options: CompareOptions) -> list[Row]:
     methods = variants(options.methods, read_shape(base.path, options.reading())[0])
     grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base, options.reading()))
     is_file = options.data is not None and options.data.is_file()
-    check(not is_file, f"--data {options.data}: compare takes a folder with <task>/train.tsv and so on")
+    way_out = "for one file write a task file that names it under [data], and give that as --task"
+    check(not is_file, f"--data {options.data}: compare takes a folder with <task>/train.tsv and so on; {way_out}")
     for task in grid.tasks:
         for split in ("dev", tested_on(task)):
             load_split(task, split, options.data, limit=1)

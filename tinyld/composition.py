@@ -104,14 +104,15 @@ def read_member(folder: RunFolder, base: Base) -> Member:
 
 
 def save_composition(
-    folder: RunFolder, base: Base, members: Sequence[Member], router: Router, environment: dict[str, Any]
+    folder: RunFolder, base: Base, members: Sequence[Member], router: Router, by_name: bool, environment: dict[str, Any]
 ) -> None:
-    """Writes one self-contained run: what is hung on the base, and what rows are routed by."""
+    """Writes one self-contained run: what is hung on the base, and what rows are routed by, unless tasks are to be
+    named."""
     tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.method.own.items()}
     tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
     records = [{"run": m.run, "task": m.task, "data": m.data, "method": method_record(m.method)} for m in members]
-    config = {"kind": "composition", "members": records, "base": base.record(), "environment": environment}
-    folder.write_json(CONFIG, config)
+    config = {"kind": "composition", "members": records, "by_name": by_name, "base": base.record()}
+    folder.write_json(CONFIG, config | {"environment": environment})
     folder.write_tensors(ADAPTER, tensors)
 
 

@@ -85,7 +85,9 @@ def described(task: Task) -> str:
     (text,) = task.columns.values()
     if task.labels:
         few = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
-        return f"texts are in column {text!r}, their labels in {task.label_column!r}: {len(task.labels)} ({few})"
+        other = [f"{words} for {label}" for label, words in task.verbalizer.items() if words != label]
+        written = f"; the model writes {', '.join(other[:3])}{', ...' * (len(other) > 3)}" if other else ""
+        return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(task.labels)} ({few}){written}"
     return f"texts are in column {text!r}, {'to have gaps' if task.is_infill else f'answers in {task.answer_column!r}'}"
 
 

@@ -26,7 +26,7 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
-from tinyld.parse import refuse_idle, several
+from tinyld.parse import flag, refuse_idle, several
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
@@ -211,7 +211,8 @@ def resume(options: Training) -> dict[str, Any]:
     assert options.resume is not None
     for field in fields(options):
         kept = field.name in ("resume", "allow_changed", "lr", "base", "json", "quiet")
-        check(kept or getattr(options, field.name) == field.default, f"--resume goes on as it began: no {field.name}")
+        asked = f"--resume goes on as it began: leave {flag(field.name)} out"
+        check(kept or getattr(options, field.name) == field.default, asked)
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
         out, config = folder.path, folder.config
@@ -265,8 +266,8 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     make_folder(out.parent)
     content = "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass")
     is_new = not os.path.lexists(file)
-    if not (is_new or run.is_run() or read_bytes(file) == content):  # a run that is there is to be replaced
-        raise TinyldError(f"{file} exists and holds something else: choose another out, or remove it")
+    if not (is_new or made.force or run.is_run() or read_bytes(file) == content):  # a run there is to be replaced
+        raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
     write_atomic(file, content)
     try:
         finetune(made)

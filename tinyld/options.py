@@ -87,8 +87,9 @@ class Options(Settings):
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
-            if not equals or name not in fields or fields[name].metadata["group"] == ARGUMENT:
-                raise UsageError(f"--set takes name=value, got {text!r}; --set help lists the names")
+            check(bool(equals), f"--set takes name=value, got {text!r}; --set help lists the names")
+            known = name in fields and fields[name].metadata["group"] != ARGUMENT
+            check(known, f"--set {text}: there is no option {name!r}; --set help lists the names")
             if given.get(name, fields[name].default) != fields[name].default:
                 raise UsageError(f"{name} is given twice, by --set {text} as well")
             given = given | {name: value}
@@ -259,7 +260,6 @@ class ComposeOptions(OnDevice, Written, Printed):
     data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", least=1)
     base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
-    least_right: float = option(0.95, "Share of a task's rows that must be routed to its adapter.", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

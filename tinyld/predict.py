@@ -47,9 +47,11 @@ class Run:
 
     @property
     def asks_alike(self) -> bool:
-        """Whether it is a composition whose tasks label texts and ask in the same words: each row is then routed."""
+        """Whether it is a composition whose tasks label texts, ask in the same words and can be told apart by their
+        texts: each row is then routed."""
         labels = not any(task.is_generation for task in self.tasks)
-        return self.is_composition and len(self.tasks) > 1 and labels and len({t.reads for t in self.tasks}) == 1
+        is_routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
+        return is_routed and labels and len({t.reads for t in self.tasks}) == 1
 
     @property
     def model(self) -> Denoiser:
@@ -93,10 +95,9 @@ class Run:
         if name is None:
             check(len(self.tasks) > 0, f"{self.path} was made for no task: say which with --task")
             names = ", ".join(dict.fromkeys(task.name for task in self.tasks))
-            check(
-                len(self.tasks) == 1 or self.asks_alike,
-                f"{self.path} has tasks {names}, which are asked differently; say which with --task",
-            )
+            why = "cannot be told apart by their texts" if self.config.get("by_name") else "are asked differently"
+            routed = len(self.tasks) == 1 or self.asks_alike
+            check(routed, f"{self.path} has tasks {names}, which {why}; say which with --task")
             return self.tasks[0]
         known = {task.name: task for task in self.tasks}
         if name in known:
@@ -141,10 +142,12 @@ class Run:
         return records
 
     def owners(self, batch: Batch) -> list[str | None] | None:
-        """Of a composition, the member that each row belongs to, or None if to no task."""
+        """Of a composition, the member that each row belongs to, or None if it is like no task's rows."""
         if not self.is_composition:
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
+        if self.config.get("by_name"):  # where texts do not tell
+            return [members[self.base.model.push.router.only]] * len(batch.x0)
         embedded = self.base.model.embed(batch.x0)
         owners = self.base.model.push.owners(embedded, batch.attention_mask & ~batch.answer_mask)
         return [None if i == NONE else members[i] for i in owners.tolist()]

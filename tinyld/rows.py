@@ -196,8 +196,8 @@ def load_split(
     task: Task, split: str, data: Path | None = None, limit: int | None = None, held_out: bool = False
 ) -> list[Example]:
     """The first `limit` examples of a split, in file order. `data`: a folder that is searched before all others, or one
-    file, all of whose rows are read; `held_out`: of that file the dev rows are one in ten, chosen by their text, and
-    the train rows the others.
+    file, all of whose rows are read; `held_out`: of that file the dev rows are one in ten, chosen by their text, of
+    every label as many as it has rows, and the train rows the others.
 
     Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
     lacks a column, has too many, or bears an unknown label.
@@ -213,7 +213,11 @@ def load_split(
     check(len(examples) >= 2, f"{path}: one row; dev rows are held out, so that at least two are needed")
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
     by_text = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest())
-    dev = set(by_text[: max(1, len(examples) // HELD_OUT)])
+    of_label: dict[int | None, list[int]] = {}
+    for i in by_text:
+        of_label.setdefault(examples[i].label, []).append(i)
+    share = {i: (n + 0.5) / len(own) for own in of_label.values() for n, i in enumerate(own)}  # of its label's rows
+    dev = set(sorted(by_text, key=share.__getitem__)[: max(1, len(examples) // HELD_OUT)])
     return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
 
 

@@ -46,6 +46,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
         "started_as": {"name": str, "prune": float},
         "environment": {"command": str},
         "members": list[MEMBER],
+        "by_name": bool,
     },
     RESULTS: {"eval": dict[str, SCORES]}
     | dict.fromkeys(("pretrain", "finetune"), {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}),
@@ -161,6 +162,12 @@ class RunFolder:
             if files.pop(name, None):
                 clear(self.path, [name])  # first, so that --resume tries again should this process die between the two
                 write_atomic(self.path / MANIFEST, to_json({"files": files}))
+
+    def check_finished(self, name: str) -> None:
+        """TinyldError for a run whose training was stopped, so that it has no weights in the file of that name."""
+        if not os.path.lexists(self.path / name) and name not in self.files():
+            verb = "pretrain" if name == MODEL else "finetune"
+            raise TinyldError(f"{self.path} was not trained to its end: tinyld {verb} --resume {self.path} goes on")
 
     def read(self, name: str) -> bytes:
         """A file's bytes, checked against the manifest."""

@@ -52,7 +52,10 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
     if data is None and own.get("folder"):  # it was trained on those
         folder = Path(own["folder"])
         lacks = split == "test" if own["held_out"] else not in_folder(folder, (task.rows_from or task.name, ""), split)
-        if not (lacks and (task.builtin or split in task.data)):
+        elsewhere = task.builtin or split in task.data
+        if not (folder.exists() or elsewhere):
+            raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; say where they are by --data")
+        if not (lacks and elsewhere):
             data, held_out = folder, own["held_out"]
     examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
@@ -88,6 +91,8 @@ def eval(options: EvalOptions) -> list[Record]:
             options.refuse_idle(max(slot_width(t, run.base.tokenizer) for t in tasks), not tasks[0].is_generation)
         for task in tasks:
             rows = rows_for(run, task, options.split, data)
+            if run.config.get("by_name"):
+                run.let_answer(task.name)
             check_writable(predictions, [task.path, *map(Path, task.data.values())])
             found = measure(run, rows, sampling, options.draws, options.quiet, options.limit)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)

@@ -41,7 +41,8 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     if lines:
         check(len(columns) == 1, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
         for part in [enumerate(options.text, 1)] if options.text else lines_of(source):
-            yield [(f"{source}: line {number}", {columns[0]: text}) for number, text in part]
+            where = "--text, number" if options.text else f"{source}: line"
+            yield [(f"{where} {number}", {columns[0]: text}) for number, text in part]
         return
     is_table = path.suffix.lower() in SUFFIXES
     check(is_table, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
@@ -85,6 +86,8 @@ def predict(options: PredictOptions) -> None:
     several = len(paths) > 1
     as_csv = options.csv or (out is not None and out.suffix == ".csv")
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
+    ending = "" if out is None or as_csv else out.suffix.lower()
+    check(ending in ("", ".jsonl", ".json"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
     check(not several or options.task is None, "--task is for one run; several answer for their own tasks")
     how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
     run: Any = load(paths if several else paths[0], options.base, *how)
