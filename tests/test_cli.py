@@ -495,6 +495,7 @@ ERRORS = [
     (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold; it goes with klass"),
     ("predict {place}/colours --text a --set threshold=0.5", 2, "--threshold has no effect where every answer is"),
     ("predict {place}/mood-full --text a --json --out a.csv", 2, "give --csv or --json, not both"),
+    ("predict {place}/mood-full --text a --out a.xlsx", 2, "a.xlsx: the name must end in .csv or .jsonl"),
     ("sample {place}/base --sampler low_confidence --temperature 0 --seed 1", 2, "--seed has no effect"),
     ("sample {place}/base --length 1 --steps 4", 2, "--steps has no effect where every answer is one token"),
     ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),

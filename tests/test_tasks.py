@@ -104,6 +104,18 @@ def test_labels_are_all_names_or_all_numbers_that_are_no_names(
         read(tmp_path, content, toml)
 
 
+def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp_path: Path) -> None:
+    rows = [f"text {i},{'sad' if i < 60 else 'happy'}" for i in range(80)]
+    parts = []
+    for order in (rows, rows[::-1]):
+        file = rows_file(tmp_path, "mine.csv", "\n".join(["text,label", *order]))
+        train, dev = (load_split(user_task(tmp_path), split, file, held_out=True) for split in ("train", "dev"))
+        assert len(train) == 72 and [e.label for e in dev].count(0) == 6 and [e.label for e in dev].count(1) == 2
+        parts.append({e.before for e in dev})
+        assert parts[-1].isdisjoint(e.before for e in train)
+    assert parts[0] == parts[1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "right"),
     [

@@ -42,13 +42,13 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     """By method what is stored, and the memory that batches of `rows` rows of `length` tokens take to train, in bytes.
 
     An estimate, at most a fifth off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
-    16 bytes a number that is trained, for its gradient, AdamW's moments and its update; the vocabulary's matrix in
-    bf16, as a product has it; what the backward pass needs of every block that it goes through, and of the states that
-    `fast` reads. States kept for later epochs (--cache-gb) come on top.
+    16 bytes a number that is trained, for its gradient, AdamW's moments and its update; beside a base in fp32 its
+    vocabulary's matrix in bf16; what the backward pass needs of every block that it goes through, and of the states
+    that `fast` reads. States kept for later epochs (--cache-gb) come on top.
     """
     kept, d, found = base_bytes(config), config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
-    fixed = 350_000_000 + 2 * config.vocab_size * config.embedding_width
+    fixed, narrow = 350_000_000, 2 * config.vocab_size * config.embedding_width
     for name in METHODS:
         for recipe in ("fast", "best") if name == "trajectory-lora" else (None,):
             try:
@@ -61,6 +61,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
             needed = block * getattr(settings, "blocks", config.num_layers)
             needed += 4 * rows * length * d * len(depths_read(config.num_layers)) * (recipe == "fast")
             memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
+            memory["fp32"] += narrow
             found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,
                           "stored_bytes": 4 * own, **{f"memory_{t}": size for t, size in memory.items()}})  # fmt: skip
     return found
