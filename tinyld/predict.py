@@ -146,8 +146,9 @@ class Run:
         if not self.is_composition:
             return None
         members = [Path(m["run"]).name for m in self.config["members"]]
-        if self.config.get("by_name"):  # where texts do not tell
-            return [members[self.base.model.push.router.only]] * len(batch.x0)
+        only = self.base.model.push.router.only
+        if self.config.get("by_name") and only is not None:  # texts do not tell
+            return [members[only]] * len(batch.x0)
         embedded = self.base.model.embed(batch.x0)
         owners = self.base.model.push.owners(embedded, batch.attention_mask & ~batch.answer_mask)
         return [None if i == NONE else members[i] for i in owners.tolist()]
