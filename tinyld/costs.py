@@ -48,7 +48,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     """
     kept, d, found = base_bytes(config), config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
-    fixed, narrow = 350_000_000, 2 * config.vocab_size * config.embedding_width
+    fixed, narrow = 450_000_000, 2 * config.vocab_size * config.embedding_width
     for name in METHODS:
         for recipe in ("fast", "best") if name == "trajectory-lora" else (None,):
             try:
@@ -59,6 +59,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
             if own == 0:  # bitfit, where there are no biases
                 continue
             needed = block * getattr(settings, "blocks", config.num_layers)
+            needed += block * config.num_layers // 5 * (name == "weight-lora")  # its own products, beside the base's
             needed += 4 * rows * length * d * len(depths_read(config.num_layers)) * (recipe == "fast")
             memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
             memory["fp32"] += narrow
