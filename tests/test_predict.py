@@ -25,7 +25,7 @@ from tinyld.answers import by_label, label_logp
 from tinyld.cli import app
 from tinyld.data import Batch
 from tinyld.evaluate import Verbalizers
-from tinyld.finetuning import EPOCHS, UPDATES, UPDATES_WRITING, usual_epochs
+from tinyld.finetuning import EPOCHS, FEW, WRITING, usual_epochs
 from tinyld.model import Denoiser
 from tinyld.options import EvalOptions
 from tinyld.rows import GAPS
@@ -103,13 +103,15 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
 
 def test_few_rows_are_read_more_often(place: Path) -> None:
     mood, tell = (load_task(str(place / f"{name}.toml")) for name in ("mood", "tell"))
-    assert usual_epochs(mood, 40, 32) == UPDATES / 2 and usual_epochs(mood, 40, 1) == 3
-    least, most = UPDATES_WRITING
+    epochs, least, most = FEW
+    assert usual_epochs(mood, 40, 32) == least / 2 and usual_epochs(mood, 160, 32) == epochs
+    assert usual_epochs(mood, 640, 32) == most / 20 and usual_epochs(mood, 40, 1) == 3
+    _, least, most = WRITING
     assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(least / 15)
     assert usual_epochs(tell, 100, 1) == 8 and usual_epochs(tell, 300, 1) == most / 300
     assert usual_epochs(tell, 18_102, 32) == 3
     tinyld.finetune(place / "mood.toml", base=place / "base", out="mood", method="bitfit", quiet=True)
-    assert RunFolder(Path("mood")).config["train"]["epochs"] == UPDATES / 2
+    assert RunFolder(Path("mood")).config["train"]["epochs"] == FEW[1] / 2
 
 
 def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
