@@ -173,6 +173,19 @@ def test_the_nll_of_a_frozen_vocabulary_is_that_of_its_logits_also_once_it_has_c
                 parameter.copy_(-parameter)  # every logit is another one then
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_vocabulary_in_fewer_bits_keeps_its_bias(config: ModelConfig, dtype: str, tied: bool) -> None:
+    model = fresh_base(replace(config, tied=tied))
+    with torch.no_grad():
+        model.output_bias[3] = 50.0
+    h, target = torch.randn(4, config.d_model), torch.full((4,), 3)
+    wide = model.head(h)
+    shrink(model, dtype)
+    torch.testing.assert_close(model.head(h), wide, atol=0.1, rtol=0.02)  # of rounding to 8 bits
+    assert float(model.nll(h, target).detach().max()) < 1e-3
+
+
 def test_a_push_is_given_all_depths_of_a_shallow_model_and_eight_of_a_deep_one() -> None:
     for layers in range(1, 8):
         assert depths_read(layers) == list(range(layers + 1))

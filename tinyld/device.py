@@ -112,8 +112,8 @@ class Product(torch.autograd.Function):
 
 
 def product(self: nn.Linear | nn.Embedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias of a module whose weight is kept in fewer bits."""
-    kept, bias = self.parametrizations.weight, getattr(self, "bias", bias)
+    """x W^T + bias, or else the module's own, of a module whose weight is kept in fewer bits."""
+    kept, bias = self.parametrizations.weight, getattr(self, "bias", None) if bias is None else bias
     return Product.apply(x, bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
 
 
