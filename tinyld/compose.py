@@ -64,12 +64,12 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet, limit=options.limit)
 
     drops = []
-    for i, (name, member) in enumerate(members.items()):
+    for name, member in members.items():
         base.model.push = member.method.push
-        own = measured(name)
-        hang(base, list(members.values()), router)
-        router.only = i if by_name else None
-        both = measured(name)
+        own = both = measured(name)
+        if not by_name:  # else the member that is named answers, as it does alone
+            hang(base, list(members.values()), router)
+            both = measured(name)
         drops.append({
             "task": name, "split": options.split, "n": own.n, "own": own.accuracy, "composed": both.accuracy,
             "drop": None if own.accuracy is None else own.accuracy - both.accuracy,

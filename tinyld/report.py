@@ -174,7 +174,12 @@ def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
 def over_seeds(values: Sequence[float]) -> float:
     """Half of the 95% interval of a mean over seeds, by Student's t; 0 for one seed, which says nothing of it."""
     seeds = len(values)
-    return 0.0 if seeds == 1 else T_95[min(seeds - 1, len(T_95)) - 1] * stdev(values) / seeds**0.5
+    return 0.0 if seeds == 1 else student(seeds - 1) * stdev(values) / seeds**0.5
+
+
+def student(free: int) -> float:
+    """The two-sided 95% quantile of Student's t for so many degrees of freedom; of more than there are, the last."""
+    return T_95[min(free, len(T_95)) - 1]
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

@@ -9,10 +9,10 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tinyld.report import COLUMNS, T_95, Row, aggregate, labels, result_tables
+from tinyld.report import COLUMNS, Row, aggregate, labels, over_seeds, result_tables, student
 from tinyld.tables import markdown, percent, print_table
 
 TEXT = {"run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "optimizer", "training"}
@@ -96,14 +96,9 @@ def ahead(found: Sequence[Row]) -> list[Table]:
             if ours and theirs:
                 points.append(100 * (max(ours) - max(theirs)))
         if len(points) == len(tasks):
-            half = student(len(points) - 1) * stdev(points) / len(points) ** 0.5
-            cells.append([f"{size:.1f}", *(f"{p:+.1f}" for p in points), f"{fmean(points):+.1f} ± {half:.1f}"])
+            mean = f"{fmean(points):+.1f} ± {over_seeds(points):.1f}"
+            cells.append([f"{size:.1f}", *(f"{p:+.1f}" for p in points), mean])
     return [("points ahead", ["stored %", *tasks, "mean of the tasks"], cells)] if cells else []
-
-
-def student(free: int) -> float:
-    """The two-sided 95% quantile of Student's t, of so many degrees of freedom (from ten on, of ten: a little wide)."""
-    return (*T_95, 2.228)[min(free, 10) - 1]
 
 
 def by_rows(title: str, rows: Sequence[Row]) -> Table:
