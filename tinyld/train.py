@@ -30,6 +30,8 @@ from tinyld.optim import Optimizer, lr_factor
 from tinyld.progress import Progress
 from tinyld.runs import RunFolder
 
+GROUP = 64  # numbers of a kept state that have one scale
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -62,13 +64,30 @@ def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | No
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"
-    size = int(rows.lengths.sum()) * depths * model.config.d_model * 2 / 2**30
+    size = int(rows.lengths.sum()) * depths * kept_bytes(model.config.d_model) / 2**30
     return None if size <= limit_gb else f"{size:.1f} GB of states, --cache-gb allows {limit_gb:g}"
 
 
+def kept_bytes(width: int) -> int:
+    """Of one kept state of a token."""
+    return width + 4 * (width // math.gcd(width, GROUP))
+
+
+def pack(states: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) -> int8 (..., D / GROUP, GROUP) and scales (..., D / GROUP, 1): a few large numbers cost few others."""
+    groups = states.float().unflatten(-1, (-1, math.gcd(states.shape[-1], GROUP)))
+    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (groups / scales).round().to(torch.int8), scales
+
+
+def unpack(values: Tensor, scales: Tensor) -> Tensor:
+    return values.float().mul_(scales).flatten(-2)
+
+
 class StateCache:
-    """bf16 states of every token of every row of one-token answers, which have one mask: before the lowest block that
-    the model's push acts on, or, where it reads several, of those depths up to it. A source of noise for training."""
+    """States, in int8, of every token of every row of one-token answers, which have one mask: before the lowest block
+    that the model's push acts on, or, where it reads several, of those depths up to it. A source of noise for training.
+    """
 
     def __init__(
         self,
@@ -81,7 +100,8 @@ class StateCache:
         self.rows, self.objective = rows, objective
         self.starts = np.concatenate([[0], np.cumsum(rows.lengths)])  # of each row among the tokens of all
         first_depth, depths = kept_depths(model)
-        self.states = torch.empty(int(self.starts[-1]), depths, model.config.d_model, dtype=torch.bfloat16)
+        made = pack(torch.empty(0, depths, model.config.d_model))
+        self.kept = [x.new_empty(int(self.starts[-1]), *x.shape[1:]) for x in made]  # values and scales
         device, done = model.device, 0
         with torch.no_grad(), autocast():
             for chunk in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), 128)):
@@ -89,9 +109,10 @@ class StateCache:
                 noised = objective.noise(batch, 0)[0].to(device)
                 history: list[Tensor] = []
                 h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, first_depth, history=history)
-                h = torch.stack([state.bfloat16() for state in [*history, h][-depths:]], dim=2)  # (B, L, depths, D)
-                real = batch.attention_mask
-                self.states[self.token_numbers(batch)[real]] = h.cpu()[real]
+                real, numbers = batch.attention_mask.to(device), self.token_numbers(batch)[batch.attention_mask]
+                for depth, state in enumerate([*history, h][-depths:]):
+                    for kept, packed in zip(self.kept, pack(state[real]), strict=True):
+                        kept[numbers, depth] = packed.cpu()
                 done += len(chunk)
                 advance(done)
 
@@ -104,8 +125,8 @@ class StateCache:
         """The noise with its frozen states; what padding gets attention never reads."""
         (noised,) = self.objective.noise(batch, step)
         numbers = self.token_numbers(batch)
-        states = self.states.index_select(0, numbers.flatten())  # ten times as fast as by a table of numbers
-        return [replace(noised, cached=states.unflatten(0, numbers.shape).float())]
+        found = (kept.index_select(0, numbers.flatten()) for kept in self.kept)  # ten times as fast as kept[numbers]
+        return [replace(noised, cached=unpack(*found).unflatten(0, numbers.shape))]
 
 
 # ------------------------------------------------------------------------------------------------ the loop

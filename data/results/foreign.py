@@ -130,7 +130,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from tinyld.foreign import load_foreign
     from tinyld.methods import METHODS, make_config
-    from tinyld.train import kept_depths
+    from tinyld.train import kept_bytes, kept_depths, pack, unpack
 
     started = clock(args.device)
     base = load_foreign(Path(args.folder), args.device, "fp32" if name == "full" else args.dtype)
@@ -148,12 +148,12 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
             for xt, _, _ in data:
                 history: list[Any] = []
                 h = model.run_blocks(model.embed(xt), None, 0, first, history=history)
-                kept.append(torch.stack([*history, h][-depths:], 2).bfloat16().cpu())
+                kept.append([pack(state) for state in [*history, h][-depths:]])
         found["keep_seconds_a_row"] = (clock(args.device) - started) / (args.rows * args.steps)
-        found["keep_bytes_a_row"] = 2 * depths * config.d_model * args.length
+        found["keep_bytes_a_row"] = kept_bytes(config.d_model) * depths * args.length
 
     def loss_of(step: int, xt: Any, x0: Any, answer: Any) -> Any:
-        cached = kept[step].to(args.device).float() if kept else None
+        cached = torch.stack([unpack(*(x.to(args.device) for x in each)) for each in kept[step]], 2) if kept else None
         return model.nll(model.states(xt, answer.sum(1).float(), None, ~answer, cached, answer), x0[answer]).mean()
 
     found["step_seconds"] = timed_steps(args, data, list(attached.own.values()), loss_of)
@@ -184,12 +184,13 @@ def run_peft(args: argparse.Namespace) -> dict[str, Any]:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets)).to(args.device)
     own = [p for p in model.parameters() if p.requires_grad]
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)  # in memory as it is in a run, and in ours
     full = torch.ones(args.rows, 1, args.length, args.length, dtype=torch.bool, device=args.device)
 
     def loss_of(step: int, xt: Any, x0: Any, answer: Any) -> Any:
         return F.cross_entropy(model(input_ids=xt, attention_mask=full).logits[answer].float(), x0[answer])
 
-    found["step_seconds"] = timed_steps(args, batches(args, raw["vocab_size"] - 2, 0), own, loss_of)
+    found["step_seconds"] = timed_steps(args, batches(args, tokenizer.vocab_size, 0), own, loss_of)
     return found | {"peak": peak(args.device), "stored_bytes": sum(p.numel() * p.element_size() for p in own)}
 
 
