@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROWS, good
 from test_report import run_folder
 
 from tinyld import compare
-from tinyld.compare import Grid, variants
+from tinyld.compare import Asked, Grid, variants
 from tinyld.config import PRESETS, ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of
@@ -54,11 +55,15 @@ def real_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "evaluate", compare.evaluate)
 
 
+def asked(*tasks: str) -> list[Asked]:
+    return [Asked(load_task(name), name, "dev" if name == "write" else "test") for name in tasks]
+
+
 def grid(out: Path, trainer: Any, task: tuple[str, ...] = ("reviews",), base: str = "f", **changes: Any) -> Grid:
     options = CompareOptions(**{"out": out, "task": task, "epochs": 1.0, "device": "cpu", "quiet": True} | changes)
     methods = variants("full:lr=0.001,bitfit:lr=0.01", MODEL)
     compare.finetune, compare.evaluate = trainer.finetune, trainer.evaluate
-    return Grid(options, [load_task(name) for name in task], methods, base)
+    return Grid(options, asked(*task), methods, base)
 
 
 def trained(trainer: Trainer) -> list[str]:
@@ -170,7 +175,7 @@ def test_wrong_variants_are_refused_by_name(text: str, message: str) -> None:
 @pytest.mark.parametrize("twice", [{"task": ("reviews", "reviews")}, {"limit": (5, 5)}])
 def test_what_is_named_twice_is_refused(tmp_path: Path, twice: dict[str, Any]) -> None:
     options = CompareOptions(out=tmp_path, **twice)
-    tasks = [load_task(name) for name in options.task]
+    tasks = asked(*(options.task or ["reviews"]))
     for methods in (variants("full", MODEL), variants("full,full:lr=0.001", MODEL)):
         with pytest.raises(UsageError, match=f"--({next(iter(twice))}|methods) names one twice"):
             Grid(options, tasks, methods, "f")
@@ -192,3 +197,23 @@ def test_a_run_that_fails_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> 
 
     with pytest.raises(TinyldError, match="^no rows; finished runs are kept, the same command goes on$"):
         grid(tmp_path, Failing()).run()
+
+
+@pytest.mark.parametrize(("splits", "measured"), [(None, "dev"), (("train", "dev"), "dev"), (("train", "test"), "dev"),
+                                                  (("train", "dev", "test"), "test")])  # fmt: skip
+def test_methods_are_compared_on_a_file_of_ones_own(
+    place: Path, tmp_path: Path, splits: tuple[str, ...] | None, measured: str
+) -> None:
+    mine = tmp_path / ("mine.csv" if splits is None else "mine")
+    for name in splits or ("",):
+        file = mine / f"{name}.csv" if splits else mine
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("said,mood\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS))
+    args = ["compare", "--data", mine, "--text-column", "said", "--label-column", "mood", "--base", place / "base"]
+    args += ["--methods", "bitfit,full", "--seeds", 1, "--trials", 1, "--out", tmp_path / "grid", "--json", "--quiet"]
+    rows = good(*args).json
+    assert {row["method"] for row in rows} == {"bitfit", "full"} and {row["split"] for row in rows} == {measured}
+    made = RunFolder(next((tmp_path / "grid").glob("mine_full*")))
+    assert made.config["train"]["epochs"] > 3, "as many as finetune chooses for so few rows"
+    written = (made.path / ADAPTER).stat().st_mtime_ns
+    assert good(*args).json == rows and (made.path / ADAPTER).stat().st_mtime_ns == written, "nothing is run again"

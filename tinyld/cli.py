@@ -54,7 +54,7 @@ VERBS = {
     "sample": Verb(options.SampleOptions, "verbs:sample", "Write text, or fill in {answer}.",
                    "tinyld sample --prompt 'the film was {answer} .' --length 3", "verbs:show_samples"),
     "compare": Verb(options.CompareOptions, "compare:compare", "Tune and run every method alike on your task.",
-                    "tinyld compare --task mine.toml --seeds 3", "report:show"),
+                    "tinyld compare --data mine.csv", "report:show"),
     "report": Verb(options.ReportOptions, "report:report", "One table of many evaluated runs.",
                    "tinyld report runs/*", "report:show"),
     "info": Verb(options.InfoOptions, "verbs:info", "Say what a run is, and check its files.",

@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_shape
 from tinyld.config import ModelConfig, Reading, check
+from tinyld.datafile import task_and_rows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune
 from tinyld.methods import METHODS, make_config
-from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions
+from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, Rows
 from tinyld.report import Row, aggregate, run_rows, write_csv
-from tinyld.rows import load_split
+from tinyld.rows import in_folder, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval as evaluate
-from tinyld.tasks import Task, load_task, unlike
+from tinyld.tasks import Task, unlike
 from tinyld.workspace import check_writable, default_base, say_to_stderr
 from tinyld.write import make_folder, to_json
 
@@ -37,25 +38,34 @@ def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
     check_writable(options.csv)
     base = RunFolder(options.base or default_base())
-    methods = variants(options.methods, read_shape(base.path, options.reading())[0])
-    grid = Grid(options, [load_task(task) for task in options.task], methods, fingerprint(base, options.reading()))
-    is_file = options.data is not None and options.data.is_file()
-    way_out = "for one file write a task file that names it under [data], and give that as --task"
-    check(not is_file, f"--data {options.data}: compare takes a folder with <task>/train.tsv and so on; {way_out}")
-    for task in grid.tasks:
-        for split in ("dev", tested_on(task)):
-            load_split(task, split, options.data, limit=1)
-        rows = len(load_split(task, "train", options.data))
+    shape, tokenizer = read_shape(base.path, options.reading())
+    methods, tasks = variants(options.methods, shape), []
+    for name in options.task or (None,):
+        task, data, held_out = task_and_rows(options, name, tokenizer, shape.max_length)
+        tasks.append(Asked(task, name, tested_on(task, data, held_out)))
+        for split in ("dev", tasks[-1].split):
+            load_split(task, split, data, 1, held_out)
+        rows = len(load_split(task, "train", data, None, held_out))
         for limit in options.limit:
             check(limit <= rows, f"--limit {limit}: {task.name} has {rows:,} training rows")
-    rows = grid.run()
+    rows = Grid(options, tasks, methods, fingerprint(base, options.reading())).run()
     if options.csv is not None:
         write_csv(options.csv, rows)
     return aggregate(rows)
 
 
-def tested_on(task: Task) -> str:
-    return "test" if "test" in task.splits else "dev"
+def tested_on(task: Task, data: Path | None, held_out: bool) -> str:
+    """The split that the chosen runs are measured on: test rows where there are some."""
+    has_test = in_folder(data, ("",), "test") if data and task.path.suffix != ".toml" else "test" in task.splits
+    return "test" if has_test and not held_out else "dev"
+
+
+class Asked(NamedTuple):
+    """A task of the grid."""
+
+    task: Task
+    name: str | None  # as --task has it
+    split: str  # that the chosen runs are measured on
 
 
 class Variant(NamedTuple):
@@ -105,11 +115,14 @@ def score(run: Path) -> tuple[float, float]:
 class Grid:
     """What is asked for; `run` does it, a row of the table after the other."""
 
-    def __init__(self, options: CompareOptions, tasks: Sequence[Task], methods: Sequence[Variant], fingerprint: str):
+    def __init__(self, options: CompareOptions, tasks: Sequence[Asked], methods: Sequence[Variant], fingerprint: str):
         """fingerprint: of the base, as its path may hold another one later."""
-        alone = options.steps is None or options.epochs == CompareOptions.epochs
-        check(alone, "give --steps or --epochs, not both")
-        named = {"--task": [t.name for t in tasks], "--methods": [v.name for v in methods], "--limit": options.limit}
+        check(options.steps is None or options.epochs is None, "give --steps or --epochs, not both")
+        named = {
+            "--task": [a.task.name for a in tasks],
+            "--methods": [v.name for v in methods],
+            "--limit": options.limit,
+        }
         for flag, values in named.items():
             check(len(set(values)) == len(values), f"{flag} names one twice: {', '.join(map(str, values))}")
         self.options, self.tasks, self.fingerprint = options, tasks, fingerprint
@@ -117,14 +130,20 @@ class Grid:
         self.rows = list(product(tasks, options.limit or (None,), methods))
         self.total = len(self.rows) * (options.trials + options.seeds - 1)
 
-    def cell(self, task: Task, limit: int | None, variant: Variant, lr: float, seed: int) -> FinetuneOptions:
+    def cell(self, asked: Asked, limit: int | None, variant: Variant, lr: float, seed: int) -> FinetuneOptions:
         """What makes one run of the grid."""
         options = self.options
-        name = f"{task.name}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
-        given = {name: getattr(options, name) for name in ("data", "base", "batch_size", "device", "quiet")}
-        given |= options.only(Reading)
-        given |= {"epochs": options.epochs} if options.steps is None else {"steps": options.steps}
-        given |= {"task": options.task[self.tasks.index(task)], "limit": limit, "method": variant.method, "lr": lr}
+        name = f"{asked.task.name}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
+        given = {name: getattr(options, name) for name in ("base", "batch_size", "device", "quiet")}
+        given |= options.only(Reading) | options.only(Rows)
+        given |= {
+            "epochs": options.epochs,
+            "steps": options.steps,
+            "task": asked.name,
+            "limit": limit,
+            "method": variant.method,
+            "lr": lr,
+        }
         return FinetuneOptions.of(given | {"seed": seed, "out": options.out / name, "force": True}, variant.sets)
 
     def rates(self, variant: Variant) -> list[float]:
@@ -142,16 +161,16 @@ class Grid:
             except TinyldError as error:
                 raise TinyldError(f"{error}; finished runs are kept, the same command goes on") from None
 
-    def run_row(self, task: Task, limit: int | None, variant: Variant) -> list[Row]:
+    def run_row(self, asked: Asked, limit: int | None, variant: Variant) -> list[Row]:
         """Every rate with seed 0, the other seeds at the best rate, their evaluation."""
-        options, split = self.options, tested_on(task)
-        tried = {lr: self.trained(self.cell(task, limit, variant, lr, 0)) for lr in self.rates(variant)}
+        options, (task, _, split) = self.options, asked
+        tried = {lr: self.trained(self.cell(asked, limit, variant, lr, 0)) for lr in self.rates(variant)}
         best = max(tried, key=lambda lr: score(tried[lr]))
-        others = [self.cell(task, limit, variant, best, seed) for seed in range(1, options.seeds)]
+        others = [self.cell(asked, limit, variant, best, seed) for seed in range(1, options.seeds)]
         chosen = [tried[best], *map(self.trained, others)]
         for path in chosen:
             if f"{task.name}/{split}" not in RunFolder(path).read_json(RESULTS).get("eval", {}):
-                about = {name: getattr(options, name) for name in ("data", "base", "device", "quiet")}
+                about = {name: getattr(options, name) for name in ("base", "device", "quiet")}
                 evaluate(EvalOptions(runs=(path,), split=split, **about))
         return [row for path in chosen for row in run_rows(RunFolder(path), len(tried))]
 
@@ -166,7 +185,8 @@ class Grid:
                 raise TinyldError(f"{folder.path} was made for another task: {differs}; choose another --out")
             for part, settings in asked.items():
                 for name, value in settings.items() if isinstance(settings, dict) else ():
-                    if (was := made[part].get(name)) != value:
+                    is_left_open = name == "epochs" and value is None
+                    if (was := made[part].get(name)) != value and not is_left_open:
                         how = f"its {name} was {was}, and would be {value}"
                         raise TinyldError(f"{folder.path} was made otherwise: {how}; choose another --out")
 

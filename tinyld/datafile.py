@@ -10,15 +10,29 @@ from typing import Any
 
 from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError, show
-from tinyld.options import FinetuneOptions
+from tinyld.options import Rows
 from tinyld.parse import refuse_idle
 from tinyld.rows import cell, in_folder, read_rows, references
-from tinyld.tasks import Task
+from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 MAX_LABELS = 200
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
 WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
+
+
+def task_and_rows(
+    options: Rows, name: str | None, tokenizer: Tokenizer, max_length: int
+) -> tuple[Task, Path | None, bool]:
+    """(the task, where its rows are, whether dev rows are held out of them): the task of that name, or else that of
+    --data, or `reviews`."""
+    if name is not None or options.data is None:
+        mine = ("text_column", "label_column", "answer_column", "template")
+        refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
+        held_out = options.data is not None and options.data.is_file()
+        return load_task("reviews" if name is None else name), options.data, held_out
+    data, held_out, file = data_file(options.data)
+    return make_task(options, file, tokenizer, max_length), data, held_out
 
 
 def data_file(data: Path) -> tuple[Path, bool, Path]:
@@ -32,7 +46,7 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
     return (data, False, train) if dev else (train, True, train)
 
 
-def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
+def make_task(options: Rows, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
     """The task of a file: of a .txt to fill gaps in texts, else to write the answers in its answer column, or to label
     its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
     real = Path(os.path.realpath(file))  # which a loop of links has, too
@@ -54,7 +68,7 @@ def make_task(options: FinetuneOptions, file: Path, tokenizer: Tokenizer, max_le
         answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
         task |= {"answer_column": label, "answer_tokens": min(longest + 1, max_length // 2)}
-        if options.template == FinetuneOptions.template:
+        if options.template == Rows.template:
             task["template"] = WRITING
         return from_dict(Task, task, str(file))
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
@@ -99,7 +113,7 @@ def folded(label: str) -> Any:
         return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
 
 
-def _columns(options: FinetuneOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
+def _columns(options: Rows, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
     """(text column, label or answer column): as told, or by their names, or the one that is left of two; where none is
     told, the one with more different values is text."""
     names = list(rows[0])

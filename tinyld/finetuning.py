@@ -18,7 +18,7 @@ from typing import Any
 from tinyld.checkpoint import attach, check_base, check_frozen, find_base, load_base, method_record, read_shape, sizes
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, spread_over, torch_seeded
-from tinyld.datafile import data_file, described, make_task
+from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.distributed import Processes
 from tinyld.environment import check_unchanged, environment, is_writer
@@ -33,7 +33,7 @@ from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
-from tinyld.tasks import Task, from_record, load_task, to_record
+from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 from tinyld.write import make_folder, write_atomic
@@ -66,7 +66,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 def config_of(options: FinetuneOptions) -> dict[str, Any]:
     """A new run's config.json, but for what only its base and rows can tell: what was left open is filled in, the task
     of a file, the method's learning rate and optimizer."""
-    base, method, data = options.base or default_base(), options.method, options.data
+    base, method = options.base or default_base(), options.method
     reading = Reading(**options.only(Reading))
     shape, tokenizer = read_shape(base, reading)
     training = options.only(TrainConfig)
@@ -77,14 +77,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     check((method, optimizer) != ("bitfit", "muon"), idle)
     if method != TrajectoryLora.name:
         refuse_idle(options, ["cache_gb"], f"with --method {method}, which keeps no states")
-    held_out = data is not None and data.is_file()
-    if options.task is not None or data is None:
-        task = load_task("reviews" if options.task is None else options.task)
-        mine = ("text_column", "label_column", "answer_column", "template")
-        refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
-    else:
-        data, held_out, file = data_file(data)
-        task = make_task(options, file, tokenizer, shape.max_length)
+    task, data, held_out = task_and_rows(options, options.task, tokenizer, shape.max_length)
+    if task.path.suffix != ".toml":
         held = "; one row in ten is held out as dev rows" if held_out else ""
         say_to_stderr(options.quiet)(described(task) + held)
     open_ended = all(training[budget] is None for budget in BUDGETS)

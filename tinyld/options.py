@@ -147,14 +147,19 @@ class Training(OnDevice, Written, Printed, Loop):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Training, Reading):
-    task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
+class Rows(Options):
     data: Path | None = option(
         None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
     )
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     answer_column: str | None = option(None, "In place of a label column: the column of texts to write.", "Task")
+    template: str = option("{text} it was {answer} .", "With --data and no --task: the prompt.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Training, Reading, Rows):
+    task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
@@ -179,7 +184,6 @@ class FinetuneOptions(Training, Reading):
     rslora: bool | None = option(None, "weight-lora: scale by 1 / sqrt(rank).")
     base_dtype: str = option("fp32", "Type of the base's frozen matrices.", among=BASE_DTYPES)
     cache_gb: float = option(4.0, "Memory for frozen states; 0 keeps none.", least=0)
-    template: str = option("{text} it was {answer} .", "With --data and no --task: the prompt.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,15 +267,14 @@ class ComposeOptions(OnDevice, Written, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(Printed, Reading):
-    task: tuple[str, ...] = option(("reviews",), "Task to compare on; may be repeated.", "Task")
-    data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Task")
+class CompareOptions(Printed, Reading, Rows):
+    task: tuple[str, ...] = option((), "Task to compare on; may be repeated; reviews if nothing is given.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
     seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)
     trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1, most=5)
-    epochs: float = option(3.0, "Passes over the rows.", "Grid")
+    epochs: float | None = option(None, "Passes over the rows; as finetune has them if not given.", "Grid")
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
