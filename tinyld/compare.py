@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
@@ -178,7 +179,7 @@ class Grid:
         """TinyldError when a cell was made otherwise than this command would, as it must not pass for it."""
         folder = RunFolder(Path(options.out or ""))
         if folder.is_run():
-            made, asked = folder.config, json.loads(to_json(config_of(options)))
+            made, asked = folder.config, json.loads(to_json(config_of(replace(options, quiet=True))))
             made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
             del asked["base"]["path"]
             if differs := unlike(made["task"], asked.pop("task")):
