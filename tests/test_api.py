@@ -85,7 +85,7 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         (lambda run, base: tinyld.load(None), "runs are a list, or one of them, got None"),
         (lambda run, base: tinyld.load(b"runs/mine"), "runs are a list"),
         (lambda run, base: tinyld.load([run.path, None]), "a run is the path of its folder, got None"),
-        (lambda run, base: tinyld.load([run.path], task="mine"), "kept_in, task and reading are for one run"),
+        (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
         (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
         (lambda run, base: run.predict(None), "texts are a list"),
@@ -137,6 +137,13 @@ def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Pat
     tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
     tinyld.finetune(ROWS[:20], base=place / "base", out="mine", force=True, **QUICK)
     assert RunFolder(Path("mine")).config["data"]["rows"] == 18
+    kept = Path("mine-rows.jsonl").read_bytes()
+    with pytest.raises(tinyld.TinyldError, match="the one label"):
+        tinyld.finetune([("rain", "sad")] * 9, base=place / "base", out="mine", force=True, **QUICK)
+    assert Path("mine-rows.jsonl").read_bytes() == kept, "the run that stays keeps its rows"
+    with pytest.raises(tinyld.TinyldError, match="texts and labels take two columns; found none"):
+        tinyld.finetune([{}], base=place / "base", out="empty", **QUICK)
+    assert not Path("empty-rows.jsonl").exists()
 
 
 def test_a_csv_alone_is_enough(place: Path) -> None:
@@ -155,6 +162,17 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert [good("eval", "run", "--split", split, "--json").json[0]["n"] for split in ("train", "dev")] == [36, 4]
     ran = cli("eval", "run", "--split", "test")
     assert ran.code == 2 and "has no test rows" in ran.stderr
+    measured = good("eval", "run", "--json").json[0]["nll_bound"]
+    Path("opinions.csv").rename("moved.csv")
+    assert "is gone; say where it is by --data" in cli("eval", "run").stderr
+    (found,) = good("eval", "run", "--data", "moved.csv", "--json").json
+    assert (found["n"], found["nll_bound"]) == (4, measured), "and none that it learned"
+    Path("others.csv").write_text(Path("moved.csv").read_text().replace("rain", "sun"))
+    assert good("eval", "run", "--data", "others.csv", "--json").json[0]["n"] == 40
+    Path("blob").write_bytes(Path("others.csv").read_bytes())
+    Path("linked.csv").symlink_to("blob")
+    good("finetune", "--data", "linked.csv", *made, "--out", "by-link")
+    assert RunFolder(Path("by-link")).config["task"]["name"] == "linked"
     Path("set").mkdir()
     for split, rows in (("train", ROWS), ("dev", ROWS[:6])):
         Path(f"set/{split}.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in rows))

@@ -429,7 +429,7 @@ ERRORS = [
     # rows, and files of rows without a task
     (NOT_ON + "--task missing.toml", 1, "missing.toml: no such file"),
     (ON + "--text-column words", 2, "--text-column has no effect but for --data without --task"),
-    (ON + "--data {place}/loop.csv", 1, "loop.csv: no such folder"),
+    (ON + "--data {place}/loop.csv", 1, "loop.csv: no such file or folder"),
     (NOT_ON + "--data {place}/loop.csv", 1, "loop.csv: cannot be read"),
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),
     (NOT_ON + "--data {place}/mood.csv --text-column words", 2, "no column 'words'; it has text, label"),

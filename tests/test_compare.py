@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS, good
+from conftest import ROWS, cli, good
 from test_report import run_folder
 
 from tinyld import compare
@@ -56,7 +56,7 @@ def real_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(*tasks: str) -> list[Asked]:
-    return [Asked(load_task(name), name, "dev" if name == "write" else "test") for name in tasks]
+    return [Asked(load_task(name), name, "dev" if name == "write" else "test", {}) for name in tasks]
 
 
 def grid(out: Path, trainer: Any, task: tuple[str, ...] = ("reviews",), base: str = "f", **changes: Any) -> Grid:
@@ -215,5 +215,10 @@ def test_methods_are_compared_on_a_file_of_ones_own(
     assert {row["method"] for row in rows} == {"bitfit", "full"} and {row["split"] for row in rows} == {measured}
     made = RunFolder(next((tmp_path / "grid").glob("mine_full*")))
     assert made.config["train"]["epochs"] > 3, "as many as finetune chooses for so few rows"
+    for more, problem in ((["--epochs", 2], "its epochs was"), (["--steps", 3], "its steps was")):
+        assert problem in cli(*args, *more).stderr
     written = (made.path / ADAPTER).stat().st_mtime_ns
     assert good(*args).json == rows and (made.path / ADAPTER).stat().st_mtime_ns == written, "nothing is run again"
+    train = mine if splits is None else mine / "train.csv"
+    train.write_text(train.read_text() + "a sea,sad\n" * 4)
+    assert "mine_bitfit_lr0.005_s0 was made of other rows; choose another --out" in cli(*args).stderr

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, SampleConfig
 from tinyld.data import Batch, TaskRows
-from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, by_class, evaluate, slot_logits, wilson
+from tinyld.evaluate import EVAL_BATCH, UNREADABLE, Verbalizers, by_class, evaluate, macro_f1, slot_logits, wilson
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.rows import Example
@@ -101,6 +101,9 @@ def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
     assert classes["a"] == {"n": 3, "precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(1 / 2)}
     assert classes["b"] == {"n": 2, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
     assert classes["c"] == {"n": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert macro_f1(classes, confusion) == pytest.approx((1 / 2 + 2 / 3) / 3)
+    there = np.array([0, 1, 1])
+    assert macro_f1(*by_class(there, there, ["a", "b", "c"])) == 1.0, "c is asked nowhere"
 
 
 # ------------------------------------------------------------------------------------------------ one-token answers

@@ -258,6 +258,10 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     loaded = tinyld.load("both", task="food-rows")
     assert loaded.predict(texts[:1]) == [named] and tinyld.load("both").predict([]) == []
     Path("asked.txt").write_text("\n".join(texts))
+    both = [{"weather": texts[2], "food": "qq"}, {"food": "qq", "weather": texts[0]}]
+    assert [r["text"] for r in tinyld.load("both").predict(both)] == [texts[2], texts[0]], (
+        "not what the other one reads"
+    )
     header, *rows = csv.reader(cli("both", "asked.txt", "--csv").stdout.splitlines())
     assert {"p(sad)", "p(happy)", "p(good)", "p(bad)"} < set(header) and rows[2][header.index("p(bad)")]
 

@@ -347,7 +347,7 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
     user_task(tmp_path)
     for task, split, data, message in (
         ("sst2", "dev", tmp_path, "no dev rows of sst2 in .*: neither sst2/dev.tsv nor dev.tsv in it"),
-        ("sst2", "dev", tmp_path / "nowhere", "no such folder"),
+        ("sst2", "dev", tmp_path / "nowhere", "no such file or folder"),
         ("sst2", "test", None, "task sst2 has no test split; it has train, dev"),
         ("sst2", "valid", None, "split must be one of train, dev, test, got 'valid'"),
         ("mood.toml", "test", None, "mood.toml has no test split; it has train, dev"),

@@ -88,6 +88,12 @@ def own_name(column: str, row: Record) -> str:
     return name if name not in row else own_name(name, row)
 
 
+def under(names: Mapping[str, str], row: Record) -> Record:
+    """The row with columns called otherwise; another one that has such a name becomes given_NAME."""
+    taken = names.values()
+    return {names.get(k) or (own_name(k, row) if k in taken else k): v for k, v in row.items()}
+
+
 def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = input_columns(task), []

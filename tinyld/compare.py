@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_shape
 from tinyld.config import ModelConfig, Reading, check
+from tinyld.data import TaskRows
 from tinyld.datafile import task_and_rows
 from tinyld.errors import TinyldError, UsageError
-from tinyld.finetuning import config_of, finetune
+from tinyld.finetuning import config_of, finetune, rows_to_learn, usual_epochs
 from tinyld.methods import METHODS, make_config
 from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, Rows
 from tinyld.report import Row, aggregate, run_rows, write_csv
@@ -43,12 +44,17 @@ def compare(options: CompareOptions) -> list[Row]:
     methods, tasks = variants(options.methods, shape), []
     for name in options.task or (None,):
         task, data, held_out = task_and_rows(options, name, tokenizer, shape.max_length)
-        tasks.append(Asked(task, name, tested_on(task, data, held_out)))
-        for split in ("dev", tasks[-1].split):
-            load_split(task, split, data, 1, held_out)
+        split = tested_on(task, data, held_out)
+        load_split(task, split, data, None, held_out)
         rows = len(load_split(task, "train", data, None, held_out))
-        for limit in options.limit:
-            check(limit <= rows, f"--limit {limit}: {task.name} has {rows:,} training rows")
+        asked = Asked(task, name, split, {})
+        for limit in options.limit or (None,):
+            check(limit is None or limit <= rows, f"--limit {limit}: {task.name} has {rows:,} training rows")
+            if options.out.is_dir():  # runs that are there must have learned these
+                learned = rows_to_learn(task, {"folder": data, "held_out": held_out, "limit": limit})
+                digests = [TaskRows(of, task, tokenizer, shape.max_length).digest() for of in learned]
+                asked.digests[limit] = dict(zip(("sha256", "dev_sha256"), digests, strict=True))
+        tasks.append(asked)
     rows = Grid(options, tasks, methods, fingerprint(base, options.reading())).run()
     if options.csv is not None:
         write_csv(options.csv, rows)
@@ -57,7 +63,7 @@ def compare(options: CompareOptions) -> list[Row]:
 
 def tested_on(task: Task, data: Path | None, held_out: bool) -> str:
     """The split that the chosen runs are measured on: test rows where there are some."""
-    has_test = in_folder(data, ("",), "test") if data and task.path.suffix != ".toml" else "test" in task.splits
+    has_test = in_folder(data, (task.rows_from or task.name, ""), "test") if data else "test" in task.splits
     return "test" if has_test and not held_out else "dev"
 
 
@@ -67,6 +73,7 @@ class Asked(NamedTuple):
     task: Task
     name: str | None  # as --task has it
     split: str  # that the chosen runs are measured on
+    digests: dict[int | None, dict[str, str]]  # of train and dev rows, by the number of rows to learn
 
 
 class Variant(NamedTuple):
@@ -95,9 +102,12 @@ def variants(text: str, model_config: ModelConfig) -> list[Variant]:
             check(key not in SET_HERE, f"--methods: {key} is the same for all methods; give it as --{key}")
         try:
             options = FinetuneOptions.of({"method": method}, sets)
-            make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, model_config)
+            settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, model_config)
         except UsageError as error:
             raise UsageError(f"--methods {name}: {error}") from None
+        if METHODS[method].expected_parameters(settings, model_config) == 0:  # bitfit, where there are no biases
+            check(text == "all", f"--methods: {method} has nothing to train in this base")
+            continue
         usual, _ = METHODS[method].usual(model_config, options.optimizer, options.recipe)
         rate = usual if options.lr is None else options.lr
         check(0 < rate < 1, f"--methods {name}: lr must be between 0 and 1, got {rate:g}")
@@ -156,7 +166,7 @@ class Grid:
         with RunFolder(self.options.out).locked():
             for row in self.rows:
                 for lr, seed in product(self.rates(row[-1]), range(self.options.seeds)):
-                    self.check_cell(self.cell(*row, lr, seed))
+                    self.check_cell(row[0], self.cell(*row, lr, seed))
             try:
                 return [found for row in self.rows for found in self.run_row(*row)]
             except TinyldError as error:
@@ -164,7 +174,7 @@ class Grid:
 
     def run_row(self, asked: Asked, limit: int | None, variant: Variant) -> list[Row]:
         """Every rate with seed 0, the other seeds at the best rate, their evaluation."""
-        options, (task, _, split) = self.options, asked
+        options, task, split = self.options, asked.task, asked.split
         tried = {lr: self.trained(self.cell(asked, limit, variant, lr, 0)) for lr in self.rates(variant)}
         best = max(tried, key=lambda lr: score(tried[lr]))
         others = [self.cell(asked, limit, variant, best, seed) for seed in range(1, options.seeds)]
@@ -175,19 +185,23 @@ class Grid:
                 evaluate(EvalOptions(runs=(path,), split=split, **about))
         return [row for path in chosen for row in run_rows(RunFolder(path), len(tried))]
 
-    def check_cell(self, options: FinetuneOptions) -> None:
+    def check_cell(self, cell: Asked, options: FinetuneOptions) -> None:
         """TinyldError when a cell was made otherwise than this command would, as it must not pass for it."""
         folder = RunFolder(Path(options.out or ""))
         if folder.is_run():
             made, asked = folder.config, json.loads(to_json(config_of(replace(options, quiet=True))))
             made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
             del asked["base"]["path"]
+            if not cell.digests.get(options.limit, {}).items() <= made["data"].items():
+                raise TinyldError(f"{folder.path} was made of other rows; choose another --out")
+            if asked["train"]["epochs"] is asked["train"]["steps"] is None:
+                rows = made["data"]["rows"], made["train"]["batch_size"]
+                asked["train"]["epochs"] = usual_epochs(cell.task, *rows)
             if differs := unlike(made["task"], asked.pop("task")):
                 raise TinyldError(f"{folder.path} was made for another task: {differs}; choose another --out")
             for part, settings in asked.items():
                 for name, value in settings.items() if isinstance(settings, dict) else ():
-                    is_left_open = name == "epochs" and value is None
-                    if (was := made[part].get(name)) != value and not is_left_open:
+                    if (was := made[part].get(name)) != value:
                         how = f"its {name} was {was}, and would be {value}"
                         raise TinyldError(f"{folder.path} was made otherwise: {how}; choose another --out")
 
@@ -196,7 +210,9 @@ class Grid:
         number, folder = next(self.met), RunFolder(Path(options.out or ""))
         if not all((folder.path / name).is_file() for name in (ADAPTER, RESULTS)):
             self.say(f"-- run {number} of {self.total}: {folder.path.name}")
-            finetune(FinetuneOptions(resume=folder.path, quiet=options.quiet) if folder.checkpoints() else options)
-            accuracy, bound = score(folder.path)
-            self.say(f"   dev {100 * accuracy:.1f}%, NLL bound {-bound:.4f}")
+            again = FinetuneOptions(resume=folder.path, quiet=options.quiet, base=options.base)
+            finetune(again if folder.checkpoints() else options)
+            found = folder.read_json(RESULTS)["finetune"]
+            right = f"{100 * found['dev_accuracy']:.1f}%, " if "dev_accuracy" in found else ""
+            self.say(f"   dev {right}NLL bound {found['dev_nll_bound']:.4f}")
         return folder.path

@@ -49,9 +49,9 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
 def make_task(options: Rows, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
     """The task of a file: of a .txt to fill gaps in texts, else to write the answers in its answer column, or to label
     its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
-    real = Path(os.path.realpath(file))  # which a loop of links has, too
-    name = re.sub(r"[^\w.-]+", "-", file.stem if file.stem != "train" else real.parent.name).strip("-.")
-    task: dict[str, Any] = {"name": name or "mine", "path": real}
+    path = Path(os.path.abspath(file))
+    name = re.sub(r"[^\w.-]+", "-", path.stem if path.stem != "train" else path.parent.name).strip("-.")
+    task: dict[str, Any] = {"name": name or "mine", "path": path}
     if file.suffix.lower() == ".txt":
         idle = ["text_column", "label_column", "answer_column", "template"]
         refuse_idle(options, idle, f"on the lines of {file}: a gap is filled")
@@ -129,7 +129,7 @@ def _columns(options: Rows, file: Path, rows: list[dict[str, Any]]) -> tuple[str
         label = label or left.pop(0)
         text = text or left.pop()
     if text is None or label is None:
-        check(len(names) > 1, f"{file}: it has the one column {names[0]}; texts and labels take two, a comma between")
+        check(len(names) > 1, f"{file}: texts and labels take two columns; found {', '.join(names) or 'none'}")
         way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
         raise TinyldError(f"{file}: which of its columns are text and label? It has {', '.join(names)}; {way_out}")
     return text, label

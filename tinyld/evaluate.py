@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +168,7 @@ def evaluate(
         result.unreadable = float((predicted == UNREADABLE).mean())
         result.majority = float(np.bincount(gold).max() / n)
         result.classes, result.confusion = by_class(gold, predicted, rows.task.labels)
-        result.macro_f1 = float(np.mean([c["f1"] for c in result.classes.values()]))
+        result.macro_f1 = macro_f1(result.classes, result.confusion)
         result.scored_accuracy = float((scored == gold).mean())
     return result
 
@@ -186,6 +186,12 @@ def by_class(
     classes = {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, rows, strict=True)}
     said = [*labels, "unreadable"]
     return classes, {k: dict(zip(said, row, strict=True)) for k, row in zip(labels, counts.tolist(), strict=True)}
+
+
+def macro_f1(classes: Mapping[str, Mapping[str, float]], confusion: Mapping[str, Mapping[str, int]]) -> float:
+    """The mean F1 of the labels that a row has or was given."""
+    given = {label for row in confusion.values() for label, rows in row.items() if rows}
+    return float(np.mean([of["f1"] for label, of in classes.items() if of["n"] or label in given]))
 
 
 def text_nll(

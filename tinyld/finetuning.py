@@ -31,7 +31,7 @@ from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
-from tinyld.rows import SUFFIXES, load_split, to_learn
+from tinyld.rows import SUFFIXES, Example, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
@@ -93,7 +93,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
         "base": kept,
         "train": train | ({"epochs": None} if open_ended else {}),  # for `usual_epochs` to tell
         "cache_gb": options.cache_gb,
-        "data": {"folder": data and os.path.realpath(data), "held_out": held_out, "limit": options.limit},
+        "data": {"folder": data and os.path.abspath(data), "held_out": held_out, "limit": options.limit},
     }
 
 
@@ -104,15 +104,21 @@ def usual_epochs(task: Task, rows: int, batch_size: int) -> float:
     return float(min(EPOCHS, max(3, math.ceil(wanted / updates))))
 
 
+def rows_to_learn(task: Task, data: dict[str, Any]) -> tuple[list[Example], list[Example]]:
+    """What a run learns and the dev rows that it is measured on; data: of its config."""
+    folder = data["folder"] and Path(data["folder"])
+    examples = to_learn(task, load_split(task, "train", folder, data["limit"], data["held_out"]))
+    dev = load_split(task, "dev", folder, None, data["held_out"])
+    return examples, [dev[i] for i in spread_over(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
+
+
 def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None) -> dict[str, Any]:
     """Trains as the config says, in a new run or one that was `begun`; its results, which are also in results.json."""
     where, data = str(out / CONFIG), config["data"]
     quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
     task = from_record(config["task"], where)
-    rows_in, train = data["folder"] and Path(data["folder"]), config["train"]
-    examples = to_learn(task, load_split(task, "train", rows_in, data["limit"], data["held_out"]))
-    dev = load_split(task, "dev", rows_in, None, data["held_out"])
-    dev = [dev[i] for i in spread_over(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
+    examples, dev = rows_to_learn(task, data)
+    train = config["train"]
     if not begun and all(train[budget] is None for budget in BUDGETS):
         train["epochs"] = usual_epochs(task, len(examples), train["batch_size"])
     training = from_dict(TrainConfig, train, where)
@@ -257,15 +263,16 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
     content = "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass")
-    is_new = not os.path.lexists(file)
-    if not (is_new or made.force or run.is_run() or read_bytes(file) == content):  # a run there is to be replaced
+    before = read_bytes(file) if os.path.lexists(file) else None
+    begun = read_bytes(out / CONFIG) if run.is_run() else None
+    if not (before in (None, content) or made.force or begun is not None):  # a run there is to be replaced
         raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
     write_atomic(file, content)
     try:
         finetune(made)
     except TinyldError:
-        if is_new and not run.is_run():
-            file.unlink()  # so that the next try may have other rows
+        if begun == (read_bytes(out / CONFIG) if run.is_run() else None):  # nothing was begun with these rows
+            file.unlink() if before is None else write_atomic(file, before)
         raise
     return load(out, made.base)
 

@@ -168,7 +168,9 @@ class FinetuneOptions(Training, Reading, Rows):
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
-    epochs: float | None = option(None, "Passes over the rows; 3, more of few rows, 8 where it writes.", "Training")
+    epochs: float | None = option(
+        None, "Passes over the rows; 3, more of few rows, 8 where it writes.", "Training", above=0
+    )
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(
@@ -274,7 +276,7 @@ class CompareOptions(Printed, Reading, Rows):
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
     seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)
     trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1, most=5)
-    epochs: float | None = option(None, "Passes over the rows; as finetune has them if not given.", "Grid")
+    epochs: float | None = option(None, "Passes over the rows; as finetune has them if not given.", "Grid", above=0)
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")

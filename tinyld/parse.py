@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def base_folder(name: str | Path, option: str = "--base") -> Path:
 
     released = bundled_data_dir() / name
     named = isinstance(name, str) and Path(name).name == name and (released / "config.json").is_file()
+    mine = named and (Path(name) / "config.json").is_file() and not os.path.samefile(name, released)
+    check(not mine, f"{option} {name}: a released base and a folder here have this name; write ./{name} for the folder")
     return released if named else Path(name)
 
 

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.answers import Record, answers, as_rows, examples_of, input_columns, kept_columns
+from tinyld.answers import Record, answers, as_rows, examples_of, input_columns, kept_columns, under
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import load_composition
 from tinyld.config import Reading, SampleConfig, check, check_ours
@@ -128,7 +128,7 @@ class Run:
         for member, task in enumerate(self.tasks):
             own = [i for i, owner in enumerate(owners) if owner == member]
             names = dict(zip(input_columns(first), input_columns(task), strict=True))
-            renamed = [(rows[i][0], {names.get(k, k): v for k, v in rows[i][1].items()}) for i in own]
+            renamed = [(rows[i][0], under(names, rows[i][1])) for i in own]
             for i, record in zip(own, self.answer_task(task, renamed, sampling) if own else [], strict=True):
                 found[i] = record
         return found
@@ -263,7 +263,7 @@ def load(
     read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, if that is there.
     """
     if not isinstance(path, str | Path):
-        check(not (kept_in or task or reading), "kept_in, task and reading are for one run")
+        check(not (kept_in or task or reading), "base_dtype (kept_in), task and reading are for one run")
         together = Runs({"base": base, "device": device, "dtype": dtype})
         for each in several(path, "runs"):
             check(isinstance(each, str | Path), f"a run is the path of its folder, got {each!r}")

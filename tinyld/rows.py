@@ -86,7 +86,9 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
     if data is not None:
         if found := in_folder(data, (name, ""), split):
             return found
-        what = "no such folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
+        what = (
+            "no such file or folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
+        )
         raise TinyldError(f"{none} in {data}: {what} (.csv and .jsonl are read too)")
     if split in task.data:
         return Path(task.data[split])

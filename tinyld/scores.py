@@ -21,7 +21,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
-from tinyld.rows import in_folder, load_split
+from tinyld.rows import in_folder, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
@@ -54,11 +54,21 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
         lacks = split == "test" if own["held_out"] else not in_folder(folder, (task.rows_from or task.name, ""), split)
         elsewhere = task.builtin or split in task.data
         if not (folder.exists() or elsewhere):
-            raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; say where they are by --data")
+            raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; say where it is by --data")
         if not (lacks and elsewhere):
             data, held_out = folder, own["held_out"]
+    elif data is not None and data.is_file() and own.get("held_out"):  # maybe the very rows that it was trained on
+        held_out = own["sha256"] == learned(run, task, data, own)
     examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
+
+
+def learned(run: Run, task: Task, file: Path, own: Record) -> str | None:
+    """The digest of the rows that training would read of a file of rows, of which some are held out."""
+    if len(load_split(task, "train", file)) <= own["rows"]:
+        return None
+    examples = to_learn(task, load_split(task, "train", file, own["limit"], True))
+    return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length).digest()
 
 
 def measure(

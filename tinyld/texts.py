@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinyld.answers import OURS, input_columns, own_name
+from tinyld.answers import OURS, input_columns, own_name, under
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
@@ -35,7 +35,7 @@ Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iterator[Rows]:
     """The rows to answer, in parts. columns: what the task reads; a text alone is enough where it is one."""
     path, column = Path(source), options.column
-    lines = source == "-" or path.suffix == ".txt"
+    lines = source == "-" or path.suffix.lower() == ".txt"
     check(not options.text or source == "-", "give INPUT or --text, not both")
     check(not lines or column is None, "--column is for a file with columns; a line is one text")
     if lines:
@@ -51,10 +51,7 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     while part := list(islice(rows, CHUNK)):
         for where, row in part if column is not None else ():
             check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-            text = row.pop(column)
-            other = {own_name(columns[0], row): row.pop(columns[0])} if columns[0] in row else {}
-            row |= {columns[0]: text} | other
-        yield part
+        yield part if column is None else [(where, under({column: columns[0]}, row)) for where, row in part]
 
 
 def lines_of(source: str) -> Iterator[list[tuple[int, str]]]:
@@ -84,7 +81,7 @@ def predict(options: PredictOptions) -> None:
     sampling, say, out = options.sampling(), say_to_stderr(options.quiet), options.out
     paths, source = options.runs_and_input()
     several = len(paths) > 1
-    as_csv = options.csv or (out is not None and out.suffix == ".csv")
+    as_csv = options.csv or (out is not None and out.suffix.lower() == ".csv")
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
     ending = "" if out is None or as_csv else out.suffix.lower()
     check(ending in ("", ".jsonl", ".json"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
@@ -139,10 +136,11 @@ def _csv(
     `header` is filled by the first record, and by `more`; TinyldError for a later record that has other columns."""
     flat = []
     for record in records:
-        row = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
-        row |= {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
+        ours = {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
         for name, found in record.get("tasks", {}).items():
-            row |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
+            ours |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
+        kept = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
+        row = {own_name(k, record) if k in ours else k: v for k, v in kept.items()} | ours
         flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
     file = io.StringIO()
     if flat and not header:

@@ -13,7 +13,7 @@ from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RunFolder
+from tinyld.runs import ADAPTER, MANIFEST, METRICS, MODEL, RunFolder
 
 RUNS = Path("runs")
 
@@ -51,11 +51,11 @@ def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_len
 
 def newest_run(kinds: Sequence[str]) -> Path:
     """The run in `runs/` that was finished last."""
-    found = [p.parent for name in (ADAPTER, MODEL) for p in RUNS.glob(f"*/{name}")]
-    found = [p for p in found if RunFolder(p).config["kind"] in kinds]
+    found = [p for name in (ADAPTER, MODEL) for p in RUNS.glob(f"*/{name}") if RunFolder(p.parent).is_run()]
+    found = [p for p in found if RunFolder(p.parent).config["kind"] in kinds]
     if not found:
         raise TinyldError(f"no finished run in {RUNS}/: name one, or make one with: tinyld finetune --task reviews")
-    return max(found, key=lambda p: (p / CONFIG).stat().st_mtime_ns)
+    return max(found, key=lambda p: p.stat().st_mtime_ns).parent
 
 
 def refuse_inside(out: Path, inputs: Sequence[Path], texts: Sequence[Path] = ()) -> None:
