@@ -229,7 +229,7 @@ def test_predictions_keep_the_order_of_the_rows_over_several_batches(tokenizer: 
     assert done == sorted(done) and done[-1] == n and len(done) == 2
     for i, (prompt, gold, decoded) in enumerate(found.predictions):
         assert gold == decoded == list(ONE.values())[rows.labels[i]]
-        assert prompt == tokenizer.decode(rows.ids[i][1 : rows.starts[i]])
+        assert prompt == tokenizer.decode(rows.ids[i][1 : rows.starts[i]]) + " ____ ."
 
 
 def test_a_limit_reads_the_first_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:

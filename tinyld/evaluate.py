@@ -142,10 +142,11 @@ def evaluate(
         seconds += time.perf_counter() - started
         for row, text in zip(chunk, decoded, strict=answer):
             predicted[row] = UNREADABLE if verbalizers is None else verbalizers.read(text)
-            start = rows.starts[row]
-            right = tokenizer.decode(rows.ids[row][start : start + rows.slot].tolist())
+            start, end = rows.starts[row], rows.starts[row] + rows.slot
+            parts = (rows.ids[row][some].tolist() for some in (slice(1, start), slice(start, end), slice(end, None)))
+            before, right, after = map(tokenizer.decode, parts)
             right = PAIR.join(rows.examples[row].references) or right
-            texts[row] = (tokenizer.decode(rows.ids[row][1:start].tolist()), right, text)
+            texts[row] = (f"{before} ____ {after}" if after else before, right, text)
         if not one_pass:
             nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer, draws)
             hits, masked = hits + hit, masked + seen
