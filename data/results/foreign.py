@@ -283,7 +283,7 @@ def main() -> None:
             if args.csv:
                 is_new = not args.csv.exists()
                 with args.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
+                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                     if is_new:
                         writer.writeheader()
                     writer.writerow(row)
