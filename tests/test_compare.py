@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,11 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
     assert muon.lr != adamw.lr
     assert variants("trajectory-lora:recipe=fast", MODEL)[0].lr != muon.lr, "the grid is around the recipe's usual rate"
     assert len(variants("all", MODEL)) == 5
+    no_biases = {name: False for name in ("qkv_bias", "out_bias", "mlp_bias", "head_bias")}
+    bare = replace(MODEL, norm="rms", activation="silu", gated=True, **no_biases)
+    assert "bitfit" not in [variant.method for variant in variants("all", bare)]
+    with pytest.raises(UsageError, match="--methods: bitfit has nothing to train in this base"):
+        variants("full,bitfit", bare)
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,8 @@ class Grid:
     def __init__(self, options: CompareOptions, tasks: Sequence[Asked], methods: Sequence[Variant], fingerprint: str):
         """fingerprint: of the base, as its path may hold another one later."""
         check(options.steps is None or options.epochs is None, "give --steps or --epochs, not both")
-        named = {
-            "--task": [a.task.name for a in tasks],
-            "--methods": [v.name for v in methods],
-            "--limit": options.limit,
-        }
+        named = {"--task": [a.task.name for a in tasks], "--methods": [v.name for v in methods]}
+        named["--limit"] = list(options.limit)
         for flag, values in named.items():
             check(len(set(values)) == len(values), f"{flag} names one twice: {', '.join(map(str, values))}")
         self.options, self.tasks, self.fingerprint = options, tasks, fingerprint
@@ -146,16 +143,9 @@ class Grid:
         options = self.options
         name = f"{asked.task.name}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
         given = {name: getattr(options, name) for name in ("base", "batch_size", "device", "quiet")}
-        given |= options.only(Reading) | options.only(Rows)
-        given |= {
-            "epochs": options.epochs,
-            "steps": options.steps,
-            "task": asked.name,
-            "limit": limit,
-            "method": variant.method,
-            "lr": lr,
-        }
-        return FinetuneOptions.of(given | {"seed": seed, "out": options.out / name, "force": True}, variant.sets)
+        given |= options.only(Reading) | options.only(Rows) | {"epochs": options.epochs, "steps": options.steps}
+        given |= {"task": asked.name, "limit": limit, "method": variant.method, "lr": lr, "seed": seed}
+        return FinetuneOptions.of(given | {"out": options.out / name, "force": True}, variant.sets)
 
     def rates(self, variant: Variant) -> list[float]:
         return [float(f"{variant.lr * multiple:.3g}") for multiple in RATES[: self.options.trials]]
