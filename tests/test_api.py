@@ -71,7 +71,7 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
     [
         ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
         ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
-        ({"method": None}, "--method: 'None' is not of type str"),
+        ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
     ],
 )  # fmt: skip
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
@@ -163,6 +163,10 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     ran = cli("eval", "run", "--split", "test")
     assert ran.code == 2 and "has no test rows" in ran.stderr
     measured = good("eval", "run", "--json").json[0]["nll_bound"]
+    before = Path("opinions.csv").read_text()
+    Path("opinions.csv").write_text(before + "sad!,a sea\n" * 9)
+    assert "opinions.csv has changed since run was trained on it" in cli("eval", "run").stderr
+    Path("opinions.csv").write_text(before)
     Path("opinions.csv").rename("moved.csv")
     assert "is gone; say where it is by --data" in cli("eval", "run").stderr
     (found,) = good("eval", "run", "--data", "moved.csv", "--json").json

@@ -100,6 +100,7 @@ def test_set_help_lists_every_option_with_its_default() -> None:
     shown = good("finetune", "--set", "help", "--quiet").stdout
     fields = [f.name for f in dataclasses.fields(VERBS["finetune"].options) if f.metadata["group"] != ARGUMENT]
     assert all(name in shown for name in fields) and not list(Path().iterdir())
+    assert "threshold" in good("predict", "--set=help").stdout, "also where a run is required"
 
 
 def test_the_help_lists_every_verb_and_the_version_is_printed() -> None:
@@ -508,6 +509,7 @@ ERRORS = [
     (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
     ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),
     ("compose {place}/colours {place}/colours --out new", 1, "are both of a task"),
+    ("finetune --resume {place}/base --base {place}/base", 2, "--base has no effect on"),
 ]
 
 

@@ -205,7 +205,7 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
 
 
 def test_tasks_that_cannot_be_told_apart_are_to_be_named(
-    fast: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fast: list[Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ComposeOptions(runs=(fast[0], fast[2]), out=tmp_path / "both", dtype="fp32", limit=20)
     result = compose(options)
@@ -218,4 +218,5 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     for path, task in zip(options.runs, run.tasks, strict=True):
         (answer,) = run.predict(["the rain is cold"], task=task.name)
         assert answer["adapter"] == path.name, "named, it answers also what is unlike its own texts"
+        assert run.predict(["the rain is cold"], task=str(place / f"{task.name}.toml")) == [answer], "or by its file"
         assert answer["probability"] == load(path, dtype="fp32").predict(["the rain is cold"])[0]["probability"]

@@ -49,8 +49,9 @@ def run(path: Path, text: Path, resume: bool = False, **given: Any) -> dict[str,
     if resume:
         return pretrain(PretrainOptions(resume=path, quiet=True))
     defaults = {"steps": 6, "batch_size": 8, "lr": 5e-3, "dtype": "fp32", "device": "cpu", "eval_every": 3}
+    defaults |= {"valid": (text,)}
     defaults |= {} if "init" in given else SHAPE | {"vocab_size": 120, "optimizer": "adamw"}
-    options = PretrainOptions(data=(text,), valid=(text,), out=path, quiet=True, **(defaults | given))
+    options = PretrainOptions(data=(text,), out=path, quiet=True, **(defaults | given))
     return {k: v for k, v in pretrain(options).items() if k != "run"}
 
 
@@ -107,13 +108,16 @@ def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
 
 
 def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = write_text(tmp_path / "text.txt", 200)
+    text, held_out = write_text(tmp_path / "text.txt", 200), write_text(tmp_path / "valid.txt", 200)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "remove_checkpoints", lambda self: None)
-        run(tmp_path / "run", text)
+        run(tmp_path / "run", text, valid=(held_out,))
     (tmp_path / "run" / "results.json").unlink()
+    write_text(held_out, 200, seed=1)
+    with pytest.raises(TinyldError, match="began otherwise: held-out data was .*allow.changed"):
+        run(tmp_path / "run", text, resume=True)
     write_text(text, 200, seed=1)
-    with pytest.raises(TinyldError, match="data was .*allow.changed"):
+    with pytest.raises(TinyldError, match="began otherwise: data was .*allow.changed"):
         run(tmp_path / "run", text, resume=True)
 
 

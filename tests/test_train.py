@@ -383,6 +383,16 @@ def test_a_signal_is_answered_at_once_ends_the_step_saves_it_and_a_second_one_at
         signal.signal(signum, signal.SIG_IGN)
 
 
+def test_a_signal_in_the_last_evaluation_ends_the_run_too(base: Denoiser, rows: TaskRows, tmp_path: Path) -> None:
+    def held_out() -> dict[str, float]:
+        if len(RunFolder(tmp_path / "run").metrics()) == 1:  # at step 0 alone
+            signal.raise_signal(signal.SIGTERM)
+        return {"dev_nll_bound": 1.0}
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM: step 8 is saved"):
+        run(base, "adapters", rows, settings(eval_every=100), tmp_path / "run", held_out)
+
+
 def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

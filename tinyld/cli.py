@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -73,6 +74,9 @@ class Command(TyperCommand):
     """A verb: its help in the groups of its options, in 80 columns."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--set=help" in args or ("--set", "help") in itertools.pairwise(args):  # with or without what is required
+            list_options(self.name or "", VERBS[self.name or ""].options)
+            raise typer.Exit
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # click's NoSuchOption, whichever click typer has
@@ -187,8 +191,6 @@ def add(name: str, verb: Verb) -> None:
 
     def call(**given: Any) -> None:
         sets = given.pop("set", None) or []
-        if "help" in sets:
-            return list_options(name, verb.options)
         chosen = verb.options.of({k: v for k, v in given.items() if v is not None}, sets)
         if getattr(chosen, "json", False):
             refuse_idle(chosen, ["wide"], "on --json")

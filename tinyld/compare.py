@@ -198,7 +198,8 @@ class Grid:
     def trained(self, options: FinetuneOptions) -> Path:
         """The folder of a run of the grid, which is made unless it is finished."""
         number, folder = next(self.met), RunFolder(Path(options.out or ""))
-        if not all((folder.path / name).is_file() for name in (ADAPTER, RESULTS)):
+        is_there = all((folder.path / name).is_file() for name in (ADAPTER, RESULTS))
+        if not (is_there and "finetune" in folder.read_json(RESULTS)):
             self.say(f"-- run {number} of {self.total}: {folder.path.name}")
             again = FinetuneOptions(resume=folder.path, quiet=options.quiet, base=options.base)
             finetune(again if folder.checkpoints() else options)

@@ -100,7 +100,7 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     check_base(config, base, folder.path)
     folder.check_finished(ADAPTER)
     method = load_trajectory(config["method"], folder.read_tensors(ADAPTER), base, folder)
-    rows = {name: config["data"].get(name) for name in ("folder", "held_out")}
+    rows = {name: config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
     return Member(str(folder.path), config["task"], method, rows)
 
 

@@ -267,7 +267,7 @@ def check_ours(reading: Reading | None) -> None:
     check(not given, "mask_token, max_length and chat are for the folder of a public model")
 
 
-PRESETS: dict[str, dict[str, int]] = {  # about 0.15M, 7M and 110M parameters with VOCAB_SIZES
+PRESETS: dict[str, dict[str, int]] = {  # about 0.2M, 7M and 110M parameters with VOCAB_SIZES
     "nano": {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 256, "max_length": 128},
     "small": {"d_model": 256, "num_layers": 6, "num_heads": 4, "d_ff": 1024, "max_length": 256},
     "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},

@@ -15,9 +15,7 @@ from tinyld.errors import TinyldError
 from tinyld.runs import TOKENIZER, RunFolder
 
 
-def check_unchanged(
-    path: Path, config: Mapping[str, Any], data_sha256: str, allow: bool, dev_sha256: str | None = None
-) -> None:
+def check_unchanged(path: Path, config: Mapping[str, Any], data: Mapping[str, Any], allow: bool) -> None:
     """TinyldError unless a run goes on with the data, tokenizer and machine it began with: else its bits would differ.
 
     An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
@@ -27,9 +25,9 @@ def check_unchanged(
     then, now = config["environment"], environment()
     depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
     pairs = [(name, then[name], now[name]) for name in depends]
-    pairs.append(("data", config["data"]["sha256"][:12], data_sha256[:12]))
-    if dev_sha256 is not None:
-        pairs.append(("dev rows", config["data"]["dev_sha256"][:12], dev_sha256[:12]))
+    for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
+        if key in config["data"]:
+            pairs.append((what, config["data"][key][:12], data[key][:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
         raise TinyldError(f"{path} began otherwise: {changed}; --set allow_changed=true goes on all the same")

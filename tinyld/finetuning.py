@@ -139,12 +139,14 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
     counts, began = sizes(method, base), method_record(method)
     folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
     with folder.locked():
+        facts = {"rows": len(train_rows), "truncated": train_rows.truncated}
+        facts |= {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
         if begun:
-            check_unchanged(out, config, train_rows.digest(), options.allow_changed, dev_sha256=dev_rows.digest())
+            check_unchanged(out, config, facts, options.allow_changed)
+            data |= facts
             folder.write_json(CONFIG, config)  # it may have a new rate
         else:
-            data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
-            data |= {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
+            data |= facts
             config["base"]["fingerprint"] = base.fingerprint
             folder.write_json(CONFIG, config | {"parameters": counts, "environment": environment()})
         say(
@@ -219,6 +221,8 @@ def resume(options: Training) -> dict[str, Any]:
         if "merged" in config:
             raise UsageError(f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}")
         verb = "pretrain" if config["kind"] == "base" else "finetune"
+        moved = getattr(options, "base", None)
+        check(moved is None or verb == "finetune", f"--base has no effect on {out}, which is a base itself")
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
             if (lr := options.lr) is not None:  # it may have diverged at its own
@@ -245,7 +249,7 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     if isinstance(rows_or_task, str | Path):
         is_file = Path(rows_or_task).suffix.lower() in (*SUFFIXES, ".txt")
         made = _options(options, out=out, **{"data" if is_file else "task": str(rows_or_task)})
-        return load(finetune(made)["run"], made.base)
+        return load(finetune(made)["run"], made.base, made.device, made.dtype)
     out = RUNS / "mine" if out is None else out
     check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
     out = Path(out)
@@ -270,11 +274,11 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     write_atomic(file, content)
     try:
         finetune(made)
-    except TinyldError:
+    except BaseException:
         if begun == (read_bytes(out / CONFIG) if run.is_run() else None):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
         raise
-    return load(out, made.base)
+    return load(out, made.base, made.device, made.dtype)
 
 
 def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:

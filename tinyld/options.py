@@ -59,12 +59,12 @@ class Options(Settings):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind, read = getattr(self, field.name), kinds(type(self))[field.name], field.metadata["read"]
-            is_text = isinstance(value, str | Path)
+            is_text, is_many = isinstance(value, str | Path), isinstance(value, Iterable) and not isinstance(value, str)
             if read is not None and isinstance(value, str):
                 value = read(value, flag(field.name))
             elif typing.get_origin(kind) is tuple and value is not None:
                 member = typing.get_args(kind)[0]
-                value = tuple(parsed(v, member, field.name) for v in ([value] if is_text else value))
+                value = tuple(parsed(v, member, field.name) for v in (value if is_many else [value]))
             elif is_text:
                 value = parsed(value, kind, field.name)
             object.__setattr__(self, field.name, value)

@@ -73,8 +73,8 @@ class Run:
     def let_answer(self, task: str | None) -> None:
         """Lets a composition's member of that task answer all rows; None, and another task: each row's own."""
         if self.is_composition:
-            names = [t.name for t in self.tasks]
-            self.base.model.push.router.only = names.index(task) if task in names else None
+            names, named = [t.name for t in self.tasks], task and self.task_named(task).name
+            self.base.model.push.router.only = names.index(named) if named in names else None
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0

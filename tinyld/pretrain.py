@@ -149,10 +149,11 @@ def train_base(
     model = Denoiser(shape, torch_seeded(training.seed, 0))
     if encoder is not None:
         load_exactly(dict(model.named_parameters()), dict(encoder.model.named_parameters()), encoder.path)
+    digests = {"sha256": text.sha256, "dev_sha256": held_out.sha256}
     folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
     with folder.locked():
         if begun:
-            check_unchanged(out, config, text.sha256, options.allow_changed)
+            check_unchanged(out, config, digests, options.allow_changed)
             if config["warm_start"] and not folder.checkpoints():
                 raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
             folder.write_json(CONFIG, config)  # it may have a new rate
@@ -161,7 +162,7 @@ def train_base(
                 "files": [str(f.resolve()) for f in files],
                 "documents": text.documents,
                 "tokens": len(text.stream),
-                "sha256": text.sha256,
+                **digests,
                 "held_out_tokens": len(held_out.stream),
                 "unigram_nll": unigram,
             }

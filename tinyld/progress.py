@@ -18,7 +18,7 @@ def say(line: str, end: str = "\n") -> None:
 class Progress:
     """On a terminal one line that is written anew, elsewhere a line every `every` seconds; nothing when `quiet`.
 
-    `total` is in the unit that `advance_to` gets; a step budget counts steps, a time budget seconds.
+    `total` is in the unit that `advance_to` gets: rows, bytes, or the share of a budget.
     """
 
     def __init__(self, label: str, total: float, quiet: bool = False, every: float = 15.0):

@@ -67,6 +67,8 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     if config["kind"] != "adapter" or not os.path.lexists(folder.path / RESULTS):
         return []
     results = folder.read_json(RESULTS)
+    if "finetune" not in results:  # it was killed before its end
+        return []
     found = results.get("eval", {})
     tested = {key.partition("/")[0] for key in found if key.endswith("/test")}
     method, train, base = dict(config.get("started_as", config["method"])), config["train"], config["base"]

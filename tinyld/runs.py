@@ -33,13 +33,13 @@ SHARE, COUNT = Annotated[float, {"least": 0, "most": 1}], Annotated[int, {"least
 SCORES: Any = {"n": COUNT} | dict.fromkeys(("accuracy", "low", "high"), SHARE)
 SCORES |= dict.fromkeys(("nll_bound", "nll_stderr"), float)
 ENTRY: Any = {"sha256": str, "bytes": int, "before": str}
-ROWS: Any = {"folder": str | None, "held_out": bool, "limit": int | None, "rows": int}
+ROWS: Any = {"folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str}
 MEMBER: Any = {"run": str, "task": {"name": str}, "method": dict, "data": ROWS}
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
         "base": {"path": str, "fingerprint": str, "dtype": str, "reading": dict},
         "train": dict,
-        "data": ROWS | {"sha256": str, "dev_sha256": str, "files": list[str], "tokens": int},
+        "data": ROWS | {"dev_sha256": str, "files": list[str], "tokens": int},
         "parameters": dict[str, float],
         "task": {"name": str, "verbalizer": dict[str, str]},
         "method": {"name": str},

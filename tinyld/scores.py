@@ -57,8 +57,11 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
             raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; say where it is by --data")
         if not (lacks and elsewhere):
             data, held_out = folder, own["held_out"]
+        if held_out and own.get("sha256") not in (None, learned(run, task, folder, own)):
+            problem = f"{folder} has changed since {run.path} was trained on it: which rows were held out is not known"
+            raise TinyldError(f"{problem}; train again, or give a file of other rows by --data")
     elif data is not None and data.is_file() and own.get("held_out"):  # maybe the very rows that it was trained on
-        held_out = own["sha256"] == learned(run, task, data, own)
+        held_out = own.get("sha256") == learned(run, task, data, own)
     examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
 
@@ -67,7 +70,7 @@ def learned(run: Run, task: Task, file: Path, own: Record) -> str | None:
     """The digest of the rows that training would read of a file of rows, of which some are held out."""
     if len(load_split(task, "train", file, 2)) < 2:  # of which none can be held out
         return None
-    examples = to_learn(task, load_split(task, "train", file, own["limit"], True))
+    examples = to_learn(task, load_split(task, "train", file, own.get("limit"), True))
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length).digest()
 
 

@@ -250,7 +250,7 @@ class TrainingRun:
                     "seconds": self.seconds,
                     "lr": config.lr * self.rate,
                     "loss": self.log_sum / self.log_count,
-                    "grad_norm": norm,
+                    "grad_norm": norm if math.isfinite(norm) else None,  # of an update that the scaler left out
                 }
                 self.log_sum, self.log_count = 0.0, 0
                 self.folder.log(record | (self.held_out() if evaluates else {}))
@@ -258,6 +258,7 @@ class TrainingRun:
                 self.save()
                 saved = time.monotonic()
         self.save()
+        self.told = self.told or self.stop.received  # since the last update
         self.obey()
 
     def update(self) -> tuple[float, float]:

@@ -296,7 +296,7 @@ class TrajectoryLora(Method):
     @torch.no_grad()
     def after_update(self, progress: float) -> None:
         """Drops the weakest units of all sites until the share is reached that is due at `progress` of the run. What is
-        dropped is zero and stays so, which is how a resumed run knows it."""
+        dropped already is zero, or next to it after an update, and so is chosen again by a resumed run."""
         if self.config.prune == 0 or progress < PRUNED_FROM:
             return
         sites, strength = self.push.sites, torch.cat([site.strength() for site in self.push.sites])
