@@ -226,5 +226,6 @@ def test_methods_are_compared_on_a_file_of_ones_own(
     written = (made.path / ADAPTER).stat().st_mtime_ns
     assert good(*args).json == rows and (made.path / ADAPTER).stat().st_mtime_ns == written, "nothing is run again"
     train = mine if splits is None else mine / "train.csv"
+    assert "it is an input" in cli(*args, "--csv", train).stderr
     train.write_text(train.read_text() + "a sea,sad\n" * 4)
     assert "mine_bitfit_lr0.005_s0 was made of other rows; choose another --out" in cli(*args).stderr

@@ -24,7 +24,7 @@ from tinyld.finetuning import config_of, finetune, rows_to_learn, usual_epochs
 from tinyld.methods import METHODS, make_config
 from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, Rows
 from tinyld.report import Row, aggregate, run_rows, write_csv
-from tinyld.rows import in_folder, load_split
+from tinyld.rows import SPLITS, in_folder, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval as evaluate
 from tinyld.tasks import Task, unlike
@@ -38,13 +38,14 @@ SET_HERE += ("device", "out", "force", "resume", "json", "quiet", "mask_token", 
 
 def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
-    check_writable(options.csv)
     base = RunFolder(options.base or default_base())
     shape, tokenizer = read_shape(base.path, options.reading())
-    methods, tasks = variants(options.methods, shape), []
+    methods, tasks, inputs = variants(options.methods, shape), [], [options.data]
     for name in options.task or (None,):
         task, data, held_out = task_and_rows(options, name, tokenizer, shape.max_length)
         split = tested_on(task, data, held_out)
+        inputs += [task.path, *map(Path, task.data.values())]
+        inputs += [data and in_folder(data, (task.rows_from or task.name, ""), part) for part in SPLITS]
         load_split(task, split, data, None, held_out)
         rows = len(load_split(task, "train", data, None, held_out))
         asked = Asked(task, name, split, {})
@@ -55,6 +56,7 @@ def compare(options: CompareOptions) -> list[Row]:
                 digests = [TaskRows(of, task, tokenizer, shape.max_length).digest() for of in learned]
                 asked.digests[limit] = dict(zip(("sha256", "dev_sha256"), digests, strict=True))
         tasks.append(asked)
+    check_writable(options.csv, inputs)
     rows = Grid(options, tasks, methods, fingerprint(base, options.reading())).run()
     if options.csv is not None:
         write_csv(options.csv, rows)
