@@ -148,7 +148,7 @@ def test_variants_carry_their_options(tmp_path: Path) -> None:
     (moved,) = variants("weight-lora:lr=0.2:rank=3:rslora", MODEL)
     assert moved.lr == 0.2 and moved.name == "weight-lora-rank=3-rslora=true"
     made = grid(tmp_path, Trainer())
-    cell = made.cell(made.tasks[0], 50, moved, 0.2, 1)
+    cell = made.cell(made.rows[0][0], 50, moved, 0.2, 1)
     assert cell.out.name == "reviews_weight-lora-rank=3-rslora=true_lr0.2_n50_s1"
     assert (cell.rank, cell.rslora, cell.lr, cell.limit, cell.seed) == (3, True, 0.2, 50, 1)
     adamw, muon = variants("trajectory-lora:optimizer=adamw,trajectory-lora", MODEL)

@@ -22,7 +22,7 @@ from tinyld.datafile import task_and_rows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune, rows_to_learn, usual_epochs
 from tinyld.methods import METHODS, make_config
-from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, Rows
+from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, RowOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import SPLITS, in_folder, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
@@ -135,7 +135,7 @@ class Grid:
         named["--limit"] = list(options.limit)
         for flag, values in named.items():
             check(len(set(values)) == len(values), f"{flag} names one twice: {', '.join(map(str, values))}")
-        self.options, self.tasks, self.fingerprint = options, tasks, fingerprint
+        self.options, self.fingerprint = options, fingerprint
         self.say, self.met = say_to_stderr(options.quiet), count(1)  # runs that were met so far
         self.rows = list(product(tasks, options.limit or (None,), methods))
         self.total = len(self.rows) * (options.trials + options.seeds - 1)
@@ -145,7 +145,7 @@ class Grid:
         options = self.options
         name = f"{asked.task.name}_{variant.name}_lr{lr:g}{f'_n{limit}' if limit else ''}_s{seed}"
         given = {name: getattr(options, name) for name in ("base", "batch_size", "device", "quiet")}
-        given |= options.only(Reading) | options.only(Rows) | {"epochs": options.epochs, "steps": options.steps}
+        given |= options.only(Reading) | options.only(RowOptions) | {"epochs": options.epochs, "steps": options.steps}
         given |= {"task": asked.name, "limit": limit, "method": variant.method, "lr": lr, "seed": seed}
         return FinetuneOptions.of(given | {"out": options.out / name, "force": True}, variant.sets)
 

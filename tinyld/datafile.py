@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyld.config import check, from_dict
 from tinyld.errors import TinyldError, show
-from tinyld.options import Rows
+from tinyld.options import RowOptions
 from tinyld.parse import refuse_idle
 from tinyld.rows import cell, in_folder, read_rows, references
 from tinyld.tasks import Task, load_task
@@ -22,7 +22,7 @@ WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, whe
 
 
 def task_and_rows(
-    options: Rows, name: str | None, tokenizer: Tokenizer, max_length: int
+    options: RowOptions, name: str | None, tokenizer: Tokenizer, max_length: int
 ) -> tuple[Task, Path | None, bool]:
     """(the task, where its rows are, whether dev rows are held out of them): the task of that name, or else that of
     --data, or `reviews`."""
@@ -46,7 +46,7 @@ def data_file(data: Path) -> tuple[Path, bool, Path]:
     return (data, False, train) if dev else (train, True, train)
 
 
-def make_task(options: Rows, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
+def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
     """The task of a file: of a .txt to fill gaps in texts, else to write the answers in its answer column, or to label
     its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
     path = Path(os.path.abspath(file))
@@ -68,7 +68,7 @@ def make_task(options: Rows, file: Path, tokenizer: Tokenizer, max_length: int) 
         answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
         task |= {"answer_column": label, "answer_tokens": min(longest + 1, max_length // 2)}
-        if options.template == Rows.template:
+        if options.template == RowOptions.template:
             task["template"] = WRITING
         return from_dict(Task, task, str(file))
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
@@ -113,7 +113,7 @@ def folded(label: str) -> Any:
         return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
 
 
-def _columns(options: Rows, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
+def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
     """(text column, label or answer column): as told, or by their names, or the one that is left of two; where none is
     told, the one with more different values is text."""
     names = list(rows[0])

@@ -147,7 +147,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(Options):
+class RowOptions(Options):
     data: Path | None = option(
         None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
     )
@@ -158,7 +158,7 @@ class Rows(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Training, Reading, Rows):
+class FinetuneOptions(Training, Reading, RowOptions):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
@@ -269,7 +269,7 @@ class ComposeOptions(OnDevice, Written, Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(Printed, Reading, Rows):
+class CompareOptions(Printed, Reading, RowOptions):
     task: tuple[str, ...] = option((), "Task to compare on; may be repeated; reviews if nothing is given.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)

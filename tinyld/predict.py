@@ -67,14 +67,14 @@ class Run:
         """
         task = self.named if task is None else task
         chosen = self.task_named(task)
-        self.let_answer(task)
+        self.let_answer(task and chosen.name)
         return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def let_answer(self, task: str | None) -> None:
         """Lets a composition's member of that task answer all rows; None, and another task: each row's own."""
         if self.is_composition:
-            names, named = [t.name for t in self.tasks], task and self.task_named(task).name
-            self.base.model.push.router.only = names.index(named) if named in names else None
+            names = [t.name for t in self.tasks]
+            self.base.model.push.router.only = names.index(task) if task in names else None
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
@@ -289,7 +289,6 @@ def load(
         records, push = [config["task"]], getattr(method, "push", None)
     run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push, task)
     if task is not None:
-        run.task_named(task)  # refuses another one
-        run.let_answer(task)
+        run.let_answer(run.task_named(task).name)  # which refuses another one
     run.model.requires_grad_(False)
     return run

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tinyld.checkpoint import load_exactly
 from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
-from tinyld.device import autocast, resolve_dtype
+from tinyld.device import autocast, from_int8, resolve_dtype, to_int8
 from tinyld.diffusion import Noised, noise_answers, noise_text, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
@@ -75,13 +75,11 @@ def kept_bytes(width: int) -> int:
 
 def pack(states: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) -> int8 (..., D / GROUP, GROUP) and scales (..., D / GROUP, 1): a few large numbers cost few others."""
-    groups = states.float().unflatten(-1, (-1, math.gcd(states.shape[-1], GROUP)))
-    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (groups / scales).round().to(torch.int8), scales
+    return to_int8(states.unflatten(-1, (-1, math.gcd(states.shape[-1], GROUP))))
 
 
 def unpack(values: Tensor, scales: Tensor) -> Tensor:
-    return values.float().mul_(scales).flatten(-2)
+    return from_int8(values, scales).flatten(-2)
 
 
 class StateCache:
