@@ -122,6 +122,19 @@ def test_a_run_is_measured_on_rows_of_where_it_was_trained(place: Path) -> None:
     assert [good("eval", "run", "--split", s, "--json").json[0]["n"] for s in ("dev", "train")] == [4, 36]
 
 
+def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
+    rows = [{"text": f"{text} \ud83d", "label": label, "note": float("nan")} for text, label in ROWS]
+    run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
+    assert run.predict(np.array([1, 2]))[0]["text"] == 1
+    assert run.predict([{"text": "rain", "n": np.float32(3)}])[0]["n"] == 3.0
+    assert len(run.write("rain \ud83d", length=2)) == 1
+    with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' must hold text or a number, got 'None'"):
+        tinyld.finetune([rows[0], rows[1] | {"text": float("nan")}], base=place / "base", out="other", **QUICK)
+    with pytest.raises(tinyld.UsageError, match="template"):
+        tinyld.finetune(ROWS, base=place / "base", out="other", template="{text} {answer} {", **QUICK)
+    tinyld.finetune(ROWS, base=place / "base", out="zero", template="{text}\0{answer} \udce9", **QUICK)
+
+
 def test_numbers_of_numpy_are_labels(place: Path) -> None:
     rows = [(text, np.int64(label == "sad")) for text, label in ROWS]
     run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)

@@ -194,6 +194,35 @@ def test_files_are_read_by_their_columns_and_the_others_are_kept(suffix: str, pl
     assert [r["label"] for r in table] == [r["label"] for r in found] and float(table[0]["p(sad)"]) > 0
 
 
+def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
+    Path("holes.csv").write_text('text,id\nrain,1\n,\n"","  "\n\nsun,4\n')
+    assert [(r["text"], r["id"]) for r in records(place / "mood", "holes.csv")] == [
+        ("rain", "1"), ("", ""), ("", "  "), ("sun", "4"),
+    ]  # fmt: skip
+    texts = ["a\rb", "c\nd", "\ud83d rain", 'say "x", y']
+    Path("odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name in ("odd-out.jsonl", "odd-out.csv"):
+        cli(place / "mood", "odd.jsonl", "--out", name)
+    assert [json.loads(line)["text"] for line in Path("odd-out.jsonl").read_text("utf-8").splitlines()] == texts
+    with open("odd-out.csv", encoding="utf-8", newline="") as file:
+        assert [r["text"] for r in csv.DictReader(file)] == [*texts[:2], "? rain", texts[3]]
+    Path("pairs.toml").write_text(
+        (place / "same.toml").read_text().replace("same.csv", "pairs.csv") + '[columns]\na = "both"\nb = "both"\n'
+    )
+    Path("pairs.csv").write_text("both,label\n" + "rain ||| sun,sad\nsea ||| sky,happy\n" * 5)
+    tinyld.finetune("pairs.toml", base=place / "base", out="pairs", **QUICK)
+    assert [r["text"] for r in records("pairs", text="rain ||| sun\n\nsea ||| sky\n")][1] == ""
+
+
+def test_what_cannot_be_written_is_said_before_any_row_is_read(place: Path) -> None:
+    Path("bad.csv").write_text("text\nrain\nsun,sea\n")
+    Path("link.csv").symlink_to("real.csv")
+    Path("real.csv").touch()
+    for name in ("link.csv", "/proc/x.csv"):
+        ran = cli(place / "mood", "bad.csv", "--out", name)
+        assert ran.exit_code == 1 and "cannot be written" in ran.stderr, name
+
+
 def test_a_file_is_written_whole_or_not_at_all(place: Path) -> None:
     Path("bad.csv").write_text("text\n" + "rain\n" * 2000 + "sun,sea\n")
     ran = cli(place / "mood", "bad.csv", "--out", "out.csv")
@@ -265,6 +294,9 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     assert [r["text"] for r in tinyld.load("both").predict(both)] == [texts[2], texts[0]], (
         "not what the other one reads"
     )
+    Path("mixed.csv").write_text(f'weather,food,p(bad)\n"{texts[0]}",x,1\n"{texts[2]}",y,2\n')
+    table = list(csv.DictReader(io.StringIO(cli("both", "mixed.csv", "--csv").stdout)))
+    assert [(r["text"], r["food"], r["given_p(bad)"]) for r in table] == [(texts[0], "x", "1"), (texts[2], "y", "2")]
     header, *rows = csv.reader(cli("both", "asked.txt", "--csv").stdout.splitlines())
     assert {"p(sad)", "p(happy)", "p(good)", "p(bad)"} < set(header) and rows[2][header.index("p(bad)")]
 
@@ -301,6 +333,18 @@ def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
             tinyld.load(fast[:2]).predict(rows)
     with pytest.raises(tinyld.UsageError, match="same reads a, b"):
         tinyld.load([fast[0], place / "same"]).predict("rain")
+
+
+def test_columns_of_two_tasks_meet_by_name_whatever_their_order(place: Path) -> None:
+    text = (place / "same.toml").read_text().replace("same.csv", str(place / "same.csv"))
+    options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
+    for name, template in (("ab", "{a} {b}"), ("ba", "{b} {a}")):
+        Path(f"{name}.toml").write_text(text.replace("{a} {b}", template))
+        tinyld.finetune(f"{name}.toml", out=name, **options)
+    rows = [{"a": "rain , the rain", "b": "sun"}]
+    alone, runs = tinyld.load("ba").predict(rows)[0], tinyld.load(["ab", "ba"])
+    assert runs.predict(rows)[0]["tasks"]["ba"]["probabilities"] == alone["probabilities"]
+    assert len(runs.groups()) == 2, "their prompts differ"
 
 
 def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path) -> None:

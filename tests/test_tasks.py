@@ -159,7 +159,7 @@ def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
     assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)
     assert prompt_of(task, {"text": "_____"}, "") == Example("", "", "", None)
     for text, count in (("the rain", 0), ("a ____ b ___ c", 2)):
-        with pytest.raises(UsageError, match=f"line 3: {count} gaps in the text; mark one with ____"):
+        with pytest.raises(TinyldError, match=f"line 3: {count} gaps in the text; mark one with ____"):
             prompt_of(task, {"text": text}, "line 3")
 
 
@@ -287,6 +287,8 @@ TOML_ERRORS = [
     ('template = "{answer}"\n' + LABELS, ["names no column"]),
     ('template = "{label} {answer}"\n' + LABELS, ["shows the label"]),
     (f'columns = {{t = "label"}}\n{ASK}{LABELS}', ["shows the label"]),
+    (f'label_column = "t"\n{ASK}{LABELS}', ["shows the label"]),
+    (f'answer_column = "t"\n{ASK}', ["shows the label or the answer"]),
     (ASK, ["[verbalizer]", "answer_column"]),
     ('template = "{a} and {b}"', ["is one text and nothing else"]),
     (f'{ASK}[verbalizer]\na = "x"\n', ["at least two labels"]),

@@ -154,6 +154,7 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
     assert [p.name for p in paths] == ["a.txt", "b.txt.gz", "c.jsonl"]
     assert list(read_lines(paths)) == ["one two", "three", "four", "five six"]
     (tmp_path / "c.jsonl").write_text('{"text": "cut \\ud83d short"}\n')
+    (tmp_path / "c.jsonl").write_text((tmp_path / "c.jsonl").read_text() + "\n \n")
     assert list(read_lines([tmp_path / "c.jsonl"])) == ["cut ? short"], "half a surrogate pair is no text"
 
 

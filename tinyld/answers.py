@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
+from tinyld.formats import PAIR
 from tinyld.parse import several
 from tinyld.read import clean
 from tinyld.rows import GAP_MARK, Example, prompt_of
@@ -66,9 +69,9 @@ def answers(
 
 
 def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]:
-    columns = input_columns(task)
-    nothing = GAP_MARK if task.is_infill else EMPTY
-    empty = [{k: nothing for k in columns if isinstance(row.get(k), str) and not clean(row[k])} for _, row in rows]
+    fields = Counter(task.columns.values())
+    nothing = {k: GAP_MARK if task.is_infill else PAIR.join([EMPTY] * n) for k, n in fields.items()}
+    empty = [{k: v for k, v in nothing.items() if isinstance(row.get(k), str) and not clean(row[k])} for _, row in rows]
     return [prompt_of(task, row | asked, where) for (where, row), asked in zip(rows, empty, strict=True)]
 
 
@@ -102,13 +105,22 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
             values = list(text) if isinstance(text, list | tuple) else [text]
             check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
             text = dict(zip(columns, values, strict=True))
-        rows.append((f"text {i + 1}", dict(text)))
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in text.items()}
+        rows.append((f"text {i + 1}", plain))
     return rows
 
 
 def input_columns(task: Task) -> list[str]:
     """The columns that asking takes: all that the task reads but the answer."""
     return list(dict.fromkeys(task.columns.values()))
+
+
+def columns_for(task: Task, first: Task) -> dict[str, str]:
+    """Of each column that a task reads, the one in rows of the `first` task: of the same name where both read the same
+    columns, else the one that stands in its place."""
+    own, theirs = input_columns(task), input_columns(first)
+    check(len(own) == len(theirs), f"task {task.name} reads {', '.join(own)}, {first.name} {', '.join(theirs)}")
+    return dict(zip(own, own if {*own} == {*theirs} else theirs, strict=True))
 
 
 def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:

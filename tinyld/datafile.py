@@ -8,10 +8,11 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import check, from_dict
+from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.options import RowOptions
 from tinyld.parse import refuse_idle
+from tinyld.read import clean
 from tinyld.rows import cell, in_folder, read_rows, references
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
@@ -55,30 +56,31 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     if file.suffix.lower() == ".txt":
         idle = ["text_column", "label_column", "answer_column", "template"]
         refuse_idle(options, idle, f"on the lines of {file}: a gap is filled")
-        return from_dict(Task, task | {"template": "{text}", "answer_tokens": GAP_TOKENS}, str(file))
-    once = all(options.template.count(field) == 1 for field in ("{text}", "{answer}"))
-    check(once, f"template must hold {{text}} and {{answer}}, each once, got {options.template!r}")
-    other = set(re.findall(r"(?<!{){(\w+)}", options.template)) - {"text", "answer"}
+        return Task(**task, template="{text}", answer_tokens=GAP_TOKENS)
+    template = clean(options.template)
+    once = all(template.count(field) == 1 for field in ("{text}", "{answer}"))
+    check(once, f"template must hold {{text}} and {{answer}}, each once, got {template!r}")
+    other = set(re.findall(r"(?<!{){(\w+)}", template)) - {"text", "answer"}
     way_out = "a task file says which columns others are"
     check(not other, f"template holds {{text}} and {{answer}}, and not {', '.join(sorted(other))}; {way_out}")
     rows = list(read_rows(file))
     text, label = _columns(options, file, [row for _, row in rows])
-    task |= {"template": options.template, "columns": {"text": text}}
+    task |= {"template": template, "columns": {"text": text}}
     if options.answer_column is not None:
         answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
         task |= {"answer_column": label, "answer_tokens": min(longest + 1, max_length // 2)}
-        if options.template == RowOptions.template:
+        if template == RowOptions.template:
             task["template"] = WRITING
-        return from_dict(Task, task, str(file))
+        return Task(**task)
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
     has_header = label in ("label", options.label_column) or folded(label) not in map(folded, labels)
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
-    words = answer_words(labels, tokenizer, tokenizer.blank_before(options.template))
+    words = answer_words(labels, tokenizer, tokenizer.blank_before(template))
     verbalizer = dict(zip(labels, words, strict=True))
-    return from_dict(Task, task | {"verbalizer": verbalizer, "label_column": label}, str(file))
+    return Task(**task | {"verbalizer": verbalizer, "label_column": label})
 
 
 def _check_labels(labels: list[str], where: str, rows: int) -> None:

@@ -261,12 +261,13 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
             check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
             row = dict(zip(("text", "label"), row, strict=True))
         try:
-            lines.append(json.dumps(dict(row), ensure_ascii=False, default=lambda value: value.item()))  # of numpy's
+            row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
+            lines.append(json.dumps(row, ensure_ascii=False, default=lambda value: value.item()))  # of numpy's
         except (AttributeError, TypeError, ValueError):
             raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
-    content = "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass")
+    content = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")  # half of an emoji
     before = read_bytes(file) if os.path.lexists(file) else None
     begun = read_bytes(out / CONFIG) if run.is_run() else None
     if not (before in (None, content) or made.force or begun is not None):  # a run there is to be replaced

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.answers import Record, answers, as_rows, examples_of, input_columns, kept_columns, under
+from tinyld.answers import Record, answers, as_rows, columns_for, examples_of, input_columns, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import load_composition
 from tinyld.config import Reading, SampleConfig, check, check_ours
@@ -51,7 +51,7 @@ class Run:
         texts: each row is then routed."""
         labels = not any(task.is_generation for task in self.tasks)
         is_routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
-        return is_routed and labels and len({t.reads for t in self.tasks}) == 1
+        return is_routed and labels and len({asked_of(t, self.tasks[0]) for t in self.tasks}) == 1
 
     @property
     def model(self) -> Denoiser:
@@ -124,13 +124,13 @@ class Run:
         first, base = self.tasks[0], self.base
         data = TaskRows(examples_of(rows, first), first, base.tokenizer, base.model.config.max_length)
         owners = base.model.push.router.nearest(task_features(base, data)).tolist()
+        kept = kept_columns(rows, first)
         found: list[Record] = [{}] * len(rows)
         for member, task in enumerate(self.tasks):
             own = [i for i, owner in enumerate(owners) if owner == member]
-            names = dict(zip(input_columns(first), input_columns(task), strict=True))
-            renamed = [(rows[i][0], under(names, rows[i][1])) for i in own]
-            for i, record in zip(own, self.answer_task(task, renamed, sampling) if own else [], strict=True):
-                found[i] = record
+            renamed = [rows_for(task, first, rows[i]) for i in own]
+            for i, record in zip(own, *(answers([self], [task], renamed, sampling) if own else [[]]), strict=True):
+                found[i] = kept[i] | record
         return found
 
     def answer_task(self, task: Task, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
@@ -187,6 +187,18 @@ class Run:
         return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], int(passes.max())
 
 
+def asked_of(task: Task, first: Task) -> tuple[Any, ...]:
+    """What a task is asked of rows of the `first`: where two are alike, their prompts are the same."""
+    as_many = len(input_columns(task)) == len(input_columns(first))
+    return task.reads, as_many and tuple(columns_for(task, first).values())
+
+
+def rows_for(task: Task, first: Task, row: tuple[str, Record]) -> tuple[str, Record]:
+    """A row of the `first` task with the columns that the other reads."""
+    where, values = row
+    return where, values | {own: values[theirs] for own, theirs in columns_for(task, first).items()}
+
+
 @dataclass
 class Runs:
     """Several runs that answer each text. Adapters that push the final state alone (`--recipe fast`) share one pass of
@@ -223,21 +235,18 @@ class Runs:
             task, key = run.tasks[0], (name,)
             on_final_state = run.push is not None and run.push.first_depth == run.base.model.config.num_layers
             if on_final_state and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
-                key = (id(run.base), *task.reads)
+                key = (id(run.base), asked_of(task, self.task))
             found.setdefault(key, []).append(name)
         return list(found.values())
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
-        columns = input_columns(task)
-        examples_of([row for row in rows if not set(columns) <= set(row[1])], task)  # refuses them
+        examples_of([row for row in rows if not set(input_columns(task)) <= set(row[1])], task)  # refuses them
         kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
             runs = [self.runs[name] for name in names]
             tasks = [run.tasks[0] for run in runs]
-            own = input_columns(tasks[0])
-            check(len(own) == len(columns), f"{names[0]} reads {', '.join(own)}, {task.name} {', '.join(columns)}")
-            renamed = [(w, r | {new: r[old] for new, old in zip(own, columns, strict=True)}) for w, r in rows]
+            renamed = [rows_for(tasks[0], task, row) for row in rows]
             found |= zip(names, answers(runs, tasks, renamed, sampling), strict=True)
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
 

@@ -120,9 +120,9 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
 # ---------------------------------------------------------------------------------------------- rows of a file
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, empty: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank, or of a .txt file,
-    whose lines are the column `text`."""
+    whose lines are the column `text`. With `empty` also for rows of a table that hold empty cells alone."""
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
@@ -132,7 +132,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if suffix in TABLES:
         head = text.lstrip().partition("\n")[0]
         semicolons = suffix == ".csv" and ";" in head and "," not in head  # as spreadsheets write in much of Europe
-        yield from _read_table(text, path, TABLES[suffix] | ({"delimiter": ";"} if semicolons else {}))
+        yield from _read_table(text, path, TABLES[suffix] | ({"delimiter": ";"} if semicolons else {}), empty)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -140,7 +140,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, {"text": line} if suffix == ".txt" else as_object(parse_json(line, where), where)
 
 
-def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_table(text: str, path: Path, table: dict[str, Any], empty: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
     reader = csv.reader(io.StringIO(text, newline=""), **table)
     header: list[str] = []
@@ -148,7 +148,7 @@ def _read_table(text: str, path: Path, table: dict[str, Any]) -> Iterator[tuple[
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
-            if not any(value.strip() for value in values):
+            if not any(value.strip() for value in values) and not (empty and header and values):
                 continue
             if not header:
                 header = [clean(value) for value in values]
@@ -212,7 +212,8 @@ def load_split(
         return _examples(task, list(islice(read_rows(path), limit)))
     check(split != "test", f"task {task.name} has no test rows: give a file of them with --data")
     examples = _examples(task, list(read_rows(path)))
-    check(len(examples) >= 2, f"{path}: one row; dev rows are held out, so that at least two are needed")
+    if len(examples) < 2:
+        raise TinyldError(f"{path}: one row; dev rows are held out, so that at least two are needed")
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
     by_text = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest())
     of_label: dict[int | None, list[int]] = {}
@@ -228,7 +229,8 @@ def _examples(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Ex
         (column,) = task.columns.values()
         texts = [GAP.sub(" ", cell(row, column, where)) for where, row in rows]
         for (where, _), text in zip(rows, texts, strict=True):
-            check(text.strip() != "", f"{where}: no word to make a gap of; delete the line")
+            if not text.strip():
+                raise TinyldError(f"{where}: no word to make a gap of; delete the line")
         return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
     prompts = [prompt_of(task, row, where) for where, row in rows]
     if task.is_generation:
@@ -272,7 +274,8 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     if task.is_infill:
         (text,) = fields.values()
         parts = GAP.split(text)
-        check(len(parts) == 2, f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
+        if len(parts) != 2:
+            raise TinyldError(f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
     else:
         parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
     before, after = parts

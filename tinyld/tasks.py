@@ -68,9 +68,10 @@ class Task:
             filled |= {"answer_tokens": 0, "label_column": self.label_column or "label"}
             mixed = "answer_column and answer_tokens are for tasks that write, a [verbalizer] for label tasks; drop one"
             check(self.answer_column is None and not self.answer_tokens, mixed)
-            check("label" not in (*fields, *self.columns.values()), "the template shows the label; use {answer}")
             check(len(fields) > 0, "the template names no column, e.g. {sentence}")
             check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
+        shown = filled.get("label_column", self.answer_column) in filled["columns"].values()
+        check(not shown, "the template shows the label or the answer's column; use {answer}")
         owner: dict[str, str] = {}  # answer in lower case -> label
         for label, words in self.verbalizer.items():
             check(bool(label and words), f"[verbalizer] has an empty label or answer at {show(label)}")

@@ -47,7 +47,7 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     is_table = path.suffix.lower() in SUFFIXES
     check(is_table, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
     check(column is None or len(columns) == 1, f"--column is for tasks of one text, not {', '.join(columns)}")
-    rows = iter(read_rows(path))
+    rows = read_rows(path, empty=True)
     while part := list(islice(rows, CHUNK)):
         for where, row in part if column is not None else ():
             check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
@@ -107,7 +107,7 @@ def predict(options: PredictOptions) -> None:
         total += len(records)
         truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
-        write_atomic(out, "".join(whole).encode(errors="surrogatepass"))
+        write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
@@ -140,16 +140,21 @@ def _csv(
         for name, found in record.get("tasks", {}).items():
             ours |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
         kept = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
-        row = {own_name(k, record) if k in ours else k: v for k, v in kept.items()} | ours
+        row = {own_name(k, record) if k in ours or k in more else k: v for k, v in kept.items()} | ours
         flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
-    file = io.StringIO()
+    lines = []
     if flat and not header:
         header += dict.fromkeys([*flat[0], *more])
-        csv.writer(file, lineterminator="\n").writerow(header)
+        lines.append(header)
     if stray := set().union(*flat) - set(header):
         raise TinyldError(f"a later row has a column {min(stray)!r}, the first has not: leave CSV for JSON lines")
-    csv.DictWriter(file, header, restval="", lineterminator="\n").writerows(flat)
-    return file.getvalue()
+    return "".join(map(_csv_line, [*lines, *([row.get(name, "") for name in header] for row in flat)]))
+
+
+def _csv_line(values: Sequence[object]) -> str:
+    file = io.StringIO()
+    csv.writer(file).writerow(values)  # which quotes what holds a part of its own line end
+    return file.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _table_line(record: dict[str, Any]) -> str:

@@ -191,7 +191,8 @@ class Tokenizer:
         return found
 
     def _defuse(self, text: str) -> str:
-        """Text in which no special token's literal name stands, so that data cannot inject one."""
+        """Text in which no special token's literal name stands, so that data cannot inject one, and that is UTF-8."""
+        text = text.encode(errors="replace").decode()
         for name in self.special:
             if name in text:
                 text = text.replace(name, f"{name[0]} {name[1:-1]} {name[-1]}")
@@ -240,7 +241,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
                 unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
                 lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig")
                 for number, line in enumerate(iter(lambda lines=lines: lines.readline(LINE), ""), 1):
-                    if path.suffix == ".jsonl":
+                    if path.suffix == ".jsonl" and line.strip():
                         text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
                         line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
                     if line := " ".join(line.split()):

@@ -6,14 +6,16 @@ import contextlib
 import ctypes
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tinyld.environment import is_writer
-from tinyld.errors import TinyldError, plain
+from tinyld.errors import TinyldError, failing, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, MANIFEST, METRICS, MODEL, RunFolder
+from tinyld.write import is_stream
 
 RUNS = Path("runs")
 
@@ -77,6 +79,9 @@ def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> Non
         return
     if path.is_dir() or not path.parent.is_dir():
         raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")
+    with failing(path, "written"):
+        if not is_stream(path):
+            tempfile.TemporaryFile(dir=path.parent).close()
     both = [p for p in inputs if p is not None and os.path.exists(p) and os.path.exists(path)]
     folder = RunFolder(path.parent)
     if any(os.path.samefile(path, p) for p in both) or (

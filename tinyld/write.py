@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.parent / f".tinyld-{secrets.token_hex(8)}.tmp"
     with failing(path, "written"):
-        if _is_stream(path):
+        if is_stream(path):
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)  # an error where nobody reads a pipe
             os.set_blocking(descriptor, True)
             with open(descriptor, "wb") as file:
@@ -55,7 +55,7 @@ def is_temporary(name: str) -> bool:
     return re.fullmatch(r"\.tinyld-[0-9a-f]{16}\.tmp", name) is not None
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether bytes go into what `path` names; OSError where it is neither that nor a regular file nor free."""
     if not os.path.lexists(path) or stat.S_ISREG(os.lstat(path).st_mode):
         return False
