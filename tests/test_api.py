@@ -138,7 +138,7 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
 def test_numbers_of_numpy_are_labels(place: Path) -> None:
     rows = [(text, np.int64(label == "sad")) for text, label in ROWS]
     run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
-    assert run.tasks[0].labels == ("1", "0") and run.predict(np.array(["rain"]))[0]["label"] in ("0", "1")
+    assert run.tasks[0].labels == ("0", "1") and run.predict(np.array(["rain"]))[0]["label"] in ("0", "1")
 
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:

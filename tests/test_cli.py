@@ -54,6 +54,8 @@ def place(place: Path) -> Path:
     (place / "colours.toml").write_text(COLOURS)
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "rule.txt").write_text("a line\n________\n")
+    (place / "set").mkdir()
+    shutil.copy(place / "mood.csv", place / "set" / "dev.csv")
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")
     (place / "latin1").mkdir()
     for split in ("train", "dev"):
@@ -336,7 +338,7 @@ def test_an_interrupted_finetune_resumes_or_begins_again_to_the_same_adapter(
 
 def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--out", "cut")
-    assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 1, "lr must be above 0")
+    assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 2, "--lr must be above 0")
     assert_refused(
         cli("finetune", "--resume", "cut", "--steps", 9), 2, "--resume goes on as it began: leave --steps out"
     )
@@ -355,8 +357,8 @@ def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monke
     monkeypatch.setattr("platform.machine", lambda: "abacus")  # not one of what decides the bits
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    said = f"threads was {threads}, is {threads + 1}; --set allow_changed=true"
-    assert_refused(cli("finetune", "--resume", "cut"), 1, said)
+    way_out = "to go on all the same: tinyld finetune --resume cut --set allow_changed=true"
+    assert_refused(cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; {way_out}")
     assert good("finetune", "--resume", "cut", "--set", "allow_changed=true", "--json").json["steps"] == 7
 
 
@@ -465,6 +467,10 @@ ERRORS = [
     ("sample {place}/base --length 900", 2, "the base takes 24"),
     ("sample {place}/base --length 9 --num 99999999", 2, "lower --num"),
     ("pretrain --preset nano --set num_heads=3", 2, "num_heads must divide d_model"),
+    (TEXT + "--steps 1 --lr -1", 2, "--lr must be above 0"),
+    (TEXT + "--steps 1 --lr", 2, "requires an argument"),
+    (TEXT + "--steps 1 --device cpu:", 2, "device must be auto, cpu, cuda or cuda:N, got 'cpu:'"),
+    ("predict {place}/mood-full --task mine --text rain", 2, "mood-full has no task 'mine'; it has mood"),
     (TEXT + "--steps 1 --set body_lr=0.5", 2, "--body-lr needs --init"),
     # runs, bases and what is written
     (NOT_ON.replace("{place}/base", "nowhere"), 1, "no run in nowhere"),
@@ -488,6 +494,8 @@ ERRORS = [
     # options that can have no effect, and what is read or written by mistake
     (EVAL + "--predictions {place}/mood.toml", 1, "it is an input"),
     (EVAL + "--predictions {place}/mood.csv", 1, "it is an input"),
+    (EVAL + "--data {place}/set --predictions {place}/set/dev.csv", 1, "it is an input"),
+    (EVAL + "--text {place}/text.txt --set chat=true", 2, "are for the folder of a public model"),
     (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--sampler ancestral; it goes with threshold"),
     (EVAL + "--seed 3", 2, "--seed has no effect where nothing is drawn"),
     (ONE + "--steps 3", 2, "--steps has no effect where every answer is one token"),

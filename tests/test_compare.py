@@ -44,7 +44,7 @@ class Trainer:
         self.ran.append(options)
         folder = RunFolder(options.runs[0])
         results, task = folder.read_json(RESULTS), folder.config["task"]["name"]
-        found = {"n": 500, "rows_per_second": 9.0, "nll_bound": 0.7, "nll_stderr": 0.1}
+        found = {"n": 500, "sha256": "rows", "rows_per_second": 9.0, "nll_bound": 0.7, "nll_stderr": 0.1}
         found |= {"accuracy": 0.5, "unreadable": 0.0} if task == "reviews" else {}
         folder.write_json(RESULTS, results | {"eval": {f"{task}/{options.split}": found}})
 
@@ -57,7 +57,7 @@ def real_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(*tasks: str) -> list[Asked]:
-    return [Asked(load_task(name), name, "dev" if name == "write" else "test", {}) for name in tasks]
+    return [Asked(load_task(name), name, "dev" if name == "write" else "test", "rows", {}) for name in tasks]
 
 
 def grid(out: Path, trainer: Any, task: tuple[str, ...] = ("reviews",), base: str = "f", **changes: Any) -> Grid:
@@ -196,6 +196,15 @@ def test_every_number_of_rows_is_tuned_and_run_for_itself(tmp_path: Path) -> Non
     assert trainer.ran[0].limit == 50
 
 
+def test_a_method_that_cannot_be_made_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    trainer = Trainer()
+    made = grid(tmp_path, trainer)
+    options = CompareOptions(out=tmp_path, task=("reviews",), quiet=True)
+    with pytest.raises(UsageError, match="--optimizer muon has no effect with --method bitfit"):
+        Grid(options, [made.rows[0][0]], variants("full,bitfit:optimizer=muon", MODEL), "f").run()
+    assert trainer.ran == []
+
+
 def test_a_run_that_fails_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
     class Failing(Trainer):
         def evaluate(self, options: EvalOptions) -> None:
@@ -205,7 +214,7 @@ def test_a_run_that_fails_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> 
         grid(tmp_path, Failing()).run()
 
 
-@pytest.mark.parametrize(("splits", "measured"), [(None, "dev"), (("train", "dev"), "dev"), (("train", "test"), "dev"),
+@pytest.mark.parametrize(("splits", "measured"), [(None, "dev"), (("train", "dev"), "dev"), (("train", "test"), "test"),
                                                   (("train", "dev", "test"), "test")])  # fmt: skip
 def test_methods_are_compared_on_a_file_of_ones_own(
     place: Path, tmp_path: Path, splits: tuple[str, ...] | None, measured: str
@@ -227,5 +236,11 @@ def test_methods_are_compared_on_a_file_of_ones_own(
     assert good(*args).json == rows and (made.path / ADAPTER).stat().st_mtime_ns == written, "nothing is run again"
     train = mine if splits is None else mine / "train.csv"
     assert "it is an input" in cli(*args, "--csv", train).stderr
+    if measured == "test":
+        (mine / "test.csv").write_text("said,mood\nrain,sad\nsun,happy\n")
+        assert {row["n"] for row in good(*args).json} == {2}, "measured again, as the rows are others"
+        assert (made.path / ADAPTER).stat().st_mtime_ns == written
+        (found,) = good("eval", made.path, "--split", "test", "--json", "--base", place / "base").json
+        assert found["n"] == 2 and RunFolder(made.path).read_json(RESULTS)["eval"]["mine/test"]["n"] == 2
     train.write_text(train.read_text() + "a sea,sad\n" * 4)
     assert "mine_bitfit_lr0.005_s0 was made of other rows; choose another --out" in cli(*args).stderr

@@ -66,5 +66,7 @@ def test_the_size_of_a_compressed_text_is_known(tmp_path: Path) -> None:
     plain.write_text("\n".join(LINES))
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert text_bytes([plain, packed]) == 2 * plain.stat().st_size
+    packed.write_bytes(packed.read_bytes() + gzip.compress(b""))  # as bgzip ends its files
+    assert text_bytes([packed]) == packed.stat().st_size, "as much as there is, at least"
     with pytest.raises(TinyldError, match="gone.txt: no such file"):
         text_bytes([tmp_path / "gone.txt"])

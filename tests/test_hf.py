@@ -21,6 +21,7 @@ from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.hf import export_bert, export_peft, find_encoder
 from tinyld.runs import RunFolder
+from tinyld.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")
 transformers.logging.set_verbosity_error()
@@ -136,6 +137,11 @@ def test_an_exported_base_gives_transformers_our_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs.eval()(input_ids=x, attention_mask=mask.long()).logits
         torch.testing.assert_close(base.model(x, attention_mask=mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+    roles = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
+    base.tokenizer = Tokenizer(base.tokenizer.inner, roles=roles)  # as of a public model
+    export_bert(base, tmp_path / "named")
+    named = transformers.AutoTokenizer.from_pretrained(tmp_path / "named")
+    assert [named.pad_token_id, named.unk_token_id, named.cls_token_id, named.mask_token_id] == [0, 1, 2, 4]
     assert not RunFolder(tmp_path / "out").is_run(), "--init must not take it for a base of ours"
     again = tensors(load(tmp_path / "out"))
     assert all(torch.equal(again[n], t) for n, t in tensors(base).items())

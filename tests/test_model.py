@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -125,6 +126,23 @@ def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...])
         assert (found[name] is None) == (name in frozen) == (expected[name] is None)
         if name not in frozen:
             torch.testing.assert_close(found[name], expected[name], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rest", [0.02, 0.002, 0.0002])
+def test_a_nearly_certain_token_has_its_gradient_in_bf16(rest: float) -> None:
+    """Its probability is 1 to that type. The reference has the same operands and rounds nothing."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, 16, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).bfloat16()
+    exact = F.linear(h, weight).double().log_softmax(1)[0]
+    bias = torch.zeros(50, dtype=torch.bfloat16)
+    bias[3] = float((exact[torch.arange(50) != 3].logsumexp(0) - exact[3]).detach()) - math.log(rest)
+    target = torch.tensor([3])
+    HeadNLL.apply(h, weight, bias, target).backward()
+    found, double = h.grad, h.detach().double().requires_grad_()
+    F.cross_entropy(F.linear(double, weight.double(), bias.double()), target).backward()
+    error = float((found.double() - double.grad).norm() / double.grad.norm())
+    assert error < 0.05, "bf16 rounds each of 50 logits by up to 1%"
 
 
 def test_a_rare_token_counts_its_own_nats_in_fp16() -> None:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import tinyld
 from tinyld.answers import by_label, label_logp
 from tinyld.cli import app
+from tinyld.config import SampleConfig
 from tinyld.data import Batch
 from tinyld.evaluate import Verbalizers
 from tinyld.finetuning import EPOCHS, FEW, WRITING, usual_epochs
@@ -32,6 +33,7 @@ from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
 from tinyld.tasks import load_task
+from tinyld.texts import _table_line
 from tinyld.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -122,7 +124,7 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
     assert empty["filled"] == "" and "label" not in one
     assert cli("fill", "--text", "the rain").stderr.endswith(
-        "--text, number 1: 0 gaps in the text; mark one with ____\n"
+        "--text, number 1: no gap in the text; mark one with ____\n"
     )
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
     assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
@@ -230,6 +232,27 @@ def test_a_file_is_written_whole_or_not_at_all(place: Path) -> None:
     assert list(Path().iterdir()) == [Path("bad.csv")]
 
 
+def test_many_samples_are_those_of_few_whatever_is_written_at_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tinyld.load(place / "base")
+    whole = run.fill("rain", 4, 5, SampleConfig())
+    monkeypatch.setattr(Denoiser, "rows_at_once", lambda self, length, most, asked=0: min(most, 2))
+    assert run.fill("rain", 4, 5, SampleConfig()) == whole
+    with pytest.raises(tinyld.UsageError, match="the steps of at most 2 such texts"):
+        run.fill("rain", 4, 5, SampleConfig(), print)
+
+
+def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    line = _table_line({"text": "what " * 20, "answer": "a long answer"})
+    assert line.startswith("what what") and line.endswith("...  -> a long answer\n") and len(line) == 41
+    assert _table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
+    assert _table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None}).startswith(
+        "like no task: sad"
+    )
+
+
 def test_a_task_of_two_texts_takes_both(place: Path) -> None:
     Path("new.csv").write_text("a,b\nrain,sun\nsea,\n")
     found = records(place / "same", "new.csv")
@@ -287,6 +310,10 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     assert found["n"] == 2
     with pytest.raises(tinyld.UsageError, match="both is a composition; name the runs"):
         tinyld.load(["both", "food"])
+    run = tinyld.load("both")
+    alone = run.fill("rain", 3, 2, SampleConfig())
+    run.predict(texts[:1], task="food-rows")
+    assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push.router.only is None
     loaded = tinyld.load("both", task="food-rows")
     assert loaded.predict(texts[:1]) == [named] and tinyld.load("both").predict([]) == []
     Path("asked.txt").write_text("\n".join(texts))
@@ -396,7 +423,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood {place}/header.csv", "", 1, "header.csv: a header but no rows"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
         ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
-        ("{place}/mood new.txt --text rain", "", 2, "give INPUT or --text, not both"),
+        ("{place}/mood new.txt --text rain", "", 2, "give a file or --text, not both"),
         ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
         ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),

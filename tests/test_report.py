@@ -54,7 +54,7 @@ def test_ranks_that_were_found_are_called_auto_as_each_seed_finds_others(tmp_pat
     settings = {"name": "trajectory-lora", **to_dict(METHODS["trajectory-lora"].Config())}
     now, then = settings | {"ranks": [3, 2, 1, 4, 4, 4]}, settings | {"ranks": [8, 8, 8], "prune": 0.5}
     (found, _) = run_rows(run_folder(tmp_path / "run", method=now, started_as=then))
-    assert found["settings"] == "ranks auto"
+    assert found["settings"] == "ranks auto of 8"
 
 
 def test_a_run_is_shown_on_test_once_it_has_been_tested(tmp_path: Path) -> None:
@@ -161,6 +161,7 @@ def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
 def test_runs_on_other_rows_are_no_seeds_of_one_another() -> None:
     found = aggregate([row("full", 0, 0.9, data="a1"), row("full", 1, 0.8, data="b2"), row("full", 1, 0.7, data="a1")])
     assert [(r["seeds"], round(r["accuracy"], 3)) for r in found] == [(2, 0.8), (1, 0.8)]
+    assert len(aggregate([row("full", 0, 0.9), row("full", 1, 0.9, n=5)])) == 2, "nor on other test rows"
     assert labels(found) == ["full, data a1", "full, data b2"]
 
 
@@ -172,10 +173,13 @@ def test_a_method_is_told_from_the_others_by_as_few_words_as_do() -> None:
         row("lora", 0, 0.8, settings="rank 1"),
         row("lora", 0, 0.8, settings="rank 8"),
         row("lora", 0, 0.8, settings="rank 8", lr=2e-3),
+        row("adapters", 0, 0.8, batch_size=8),
+        row("adapters", 0, 0.8, batch_size=16),
     ]
     assert labels(rows) == [
         *("full, muon", "full, adamw", "bitfit"),
         *("lora, rank 1", "lora, rank 8, lr 0.001", "lora, rank 8, lr 0.002"),
+        *("adapters, batch size 8", "adapters, batch size 16"),
     ]
 
 

@@ -91,6 +91,9 @@ def split_by(pattern: str) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
+DOUBLES = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -101,6 +104,12 @@ def split_by(pattern: str) -> dict[str, object]:
         (lambda raw: raw.update(pre_tokenizer=split_by("(a{1,90000}){1,90000}")), "is too large to be tried"),
         (lambda raw: raw.update(pre_tokenizer=split_by("(")), "not a tokenizer file"),
         (lambda raw: raw.update(model=3), "not a tokenizer file"),
+        (lambda raw: raw["model"].update(merges=[], continuing_subword_prefix="x"), "subword_prefix are not read"),
+        (lambda raw: raw.update(normalizer={"normalizers": [DOUBLES] * 40}), "may make a text 10,000 times as long"),
+        (
+            lambda raw: raw.update(roles={"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 3}),
+            "mask and the end .* one token",
+        ),
         (lambda raw: json.dumps(raw).replace("[MASK]", "[GAP]"), r"has no \[MASK\] token"),
         (lambda raw: "not json", "damaged, not JSON"),
         (lambda raw: "{}", "not a tokenizer file"),

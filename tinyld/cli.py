@@ -62,9 +62,9 @@ VERBS = {
                  "tinyld info runs/mine", "verbs:show_info"),
     "tasks": Verb(options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", "verbs:show_tasks"),
     "merge": Verb(options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",
-                  "tinyld merge runs/mine --out runs/merged"),
+                  "tinyld merge runs/lora --out runs/merged"),
     "export": Verb(options.ExportOptions, "verbs:export", "Write a base for transformers, or a LoRA for peft.",
-                   "tinyld export runs/mine --to peft --out lora"),
+                   "tinyld export runs/lora --to peft --out lora"),
     "demo": Verb(options.DemoOptions, "verbs:demo", "See it all in two minutes, without a network.", "tinyld demo"),
 }  # fmt: skip
 GROUPS_LAST = "Writing Training Machine Output"  # in this order behind all others
@@ -81,7 +81,8 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:  # click's NoSuchOption, whichever click typer has
             name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-            if name and name in kinds(VERBS[self.name or ""].options):
+            unknown = type(error).__name__ == "NoSuchOption"
+            if unknown and name in kinds(VERBS[self.name or ""].options):
                 raise UsageError(f"{flag(name)} goes by --set {name}=value; --set help lists all such") from None
             if hasattr(error, "format_message"):
                 raise UsageError(f"{error.format_message()} (tinyld {self.name} --help)") from None

@@ -21,10 +21,11 @@ from tinyld.data import TaskRows
 from tinyld.datafile import task_and_rows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune, rows_to_learn, usual_epochs
+from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, make_config
 from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, RowOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
-from tinyld.rows import SPLITS, in_folder, load_split
+from tinyld.rows import files_of, in_folder, load_split, tests_beside
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval as evaluate
 from tinyld.tasks import Task, unlike
@@ -44,11 +45,10 @@ def compare(options: CompareOptions) -> list[Row]:
     for name in options.task or (None,):
         task, data, held_out = task_and_rows(options, name, tokenizer, shape.max_length)
         split = tested_on(task, data, held_out)
-        inputs += [task.path, *map(Path, task.data.values())]
-        inputs += [data and in_folder(data, (task.rows_from or task.name, ""), part) for part in SPLITS]
-        load_split(task, split, data, None, held_out)
+        inputs += files_of(task, data, options.data)
+        tested = load_split(task, split, data, None, held_out)
         rows = len(load_split(task, "train", data, None, held_out))
-        asked = Asked(task, name, split, {})
+        asked = Asked(task, name, split, TaskRows(tested, task, tokenizer, shape.max_length).digest(), {})
         for limit in options.limit or (None,):
             check(limit is None or limit <= rows, f"--limit {limit}: {task.name} has {rows:,} training rows")
             if options.out.is_dir():  # runs that are there must have learned these
@@ -65,8 +65,10 @@ def compare(options: CompareOptions) -> list[Row]:
 
 def tested_on(task: Task, data: Path | None, held_out: bool) -> str:
     """The split that the chosen runs are measured on: test rows where there are some."""
-    has_test = in_folder(data, (task.rows_from or task.name, ""), "test") if data else "test" in task.splits
-    return "test" if has_test and not held_out else "dev"
+    if data is None:
+        return "test" if "test" in task.splits else "dev"
+    found = tests_beside(data) if held_out else in_folder(data, (task.rows_from or task.name, ""), "test")
+    return "test" if found else "dev"
 
 
 class Asked(NamedTuple):
@@ -75,6 +77,7 @@ class Asked(NamedTuple):
     task: Task
     name: str | None  # as --task has it
     split: str  # that the chosen runs are measured on
+    tested: str  # digest of its rows
     digests: dict[int | None, dict[str, str]]  # of train and dev rows, by the number of rows to learn
 
 
@@ -161,6 +164,8 @@ class Grid:
                     self.check_cell(row[0], self.cell(*row, lr, seed))
             try:
                 return [found for row in self.rows for found in self.run_row(*row)]
+            except Interrupted as error:
+                raise Interrupted(error.exit_code - 128, "the same command goes on") from None
             except TinyldError as error:
                 raise TinyldError(f"{error}; finished runs are kept, the same command goes on") from None
 
@@ -172,16 +177,18 @@ class Grid:
         others = [self.cell(asked, limit, variant, best, seed) for seed in range(1, options.seeds)]
         chosen = [tried[best], *map(self.trained, others)]
         for path in chosen:
-            if f"{task.name}/{split}" not in RunFolder(path).read_json(RESULTS).get("eval", {}):
+            found = RunFolder(path).read_json(RESULTS).get("eval", {}).get(f"{task.name}/{split}", {})
+            if found.get("sha256") != asked.tested:
                 about = {name: getattr(options, name) for name in ("base", "device", "quiet")}
                 evaluate(EvalOptions(runs=(path,), split=split, **about))
         return [row for path in chosen for row in run_rows(RunFolder(path), len(tried))]
 
     def check_cell(self, cell: Asked, options: FinetuneOptions) -> None:
-        """TinyldError when a cell was made otherwise than this command would, as it must not pass for it."""
-        folder = RunFolder(Path(options.out or ""))
+        """UsageError for a cell that cannot be made; TinyldError when it was made otherwise than this command would, as
+        it must not pass for it."""
+        folder, would_be = RunFolder(Path(options.out or "")), config_of(replace(options, quiet=True))
         if folder.is_run():
-            made, asked = folder.config, json.loads(to_json(config_of(replace(options, quiet=True))))
+            made, asked = folder.config, json.loads(to_json(would_be))
             made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
             del asked["base"]["path"]
             if not cell.digests.get(options.limit, {}).items() <= made["data"].items():

@@ -95,6 +95,6 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
     rows = [(r["task"], *(percent(r["goes_to"][n]) for n in names)) for r in result["routing"]]
     print_table("% of each task's rows that would go to each adapter by their text", ("task", *names), rows)
     rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in result["routing"]]
-    columns = ("task", "own rows taken for no task's", "other texts taken for its own")
-    print_table("% of errors in telling a task's texts from others (`adapter` is then null)", columns, rows)
+    columns = ("task", "own rows held for no task's", "foreign sentences held for its own")
+    print_table("% of texts wrongly held for no task's (`adapter` is then null), or for one's", columns, rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

@@ -93,6 +93,6 @@ def text_bytes(files: Sequence[Path]) -> int:
             size = file.seek(0, 2)
             if path.suffix == ".gz" and size >= 4:
                 file.seek(-4, 2)
-                size = int.from_bytes(file.read(4), "little")
+                size = max(size, int.from_bytes(file.read(4), "little"))  # bgzip's last part is an empty one
         total += size
     return total

@@ -78,6 +78,8 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
+    if all(isinstance(folded(name), float) for name in labels):
+        labels.sort(key=folded)
     words = answer_words(labels, tokenizer, tokenizer.blank_before(template))
     verbalizer = dict(zip(labels, words, strict=True))
     return Task(**task | {"verbalizer": verbalizer, "label_column": label})
@@ -101,8 +103,9 @@ def described(task: Task) -> str:
     (text,) = task.columns.values()
     if task.labels:
         few = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
-        other = [f"{words} for {label}" for label, words in task.verbalizer.items() if words != label]
-        written = f"; the model writes {', '.join(other[:3])}{', ...' * (len(other) > 3)}" if other else ""
+        other = [f"{words!r} for {label!r}" for label, words in task.verbalizer.items() if words != label]
+        why = "; a label that is no single word to the model is written as another word: "
+        written = f"{why}{', '.join(other[:3])}{', ...' * (len(other) > 3)}" if other else ""
         return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(task.labels)} ({few}){written}"
     return f"texts are in column {text!r}, {'to have gaps' if task.is_infill else f'answers in {task.answer_column!r}'}"
 

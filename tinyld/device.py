@@ -23,8 +23,8 @@ def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         found = f"torch sees {torch.cuda.device_count()} CUDA devices"

@@ -30,7 +30,9 @@ def check_unchanged(path: Path, config: Mapping[str, Any], data: Mapping[str, An
             pairs.append((what, config["data"][key][:12], data[key][:12]))
     changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
     if changed and not allow:
-        raise TinyldError(f"{path} began otherwise: {changed}; --set allow_changed=true goes on all the same")
+        verb = "pretrain" if config["kind"] == "base" else "finetune"
+        go_on = f"tinyld {verb} --resume {path} --set allow_changed=true"
+        raise TinyldError(f"{path} began otherwise: {changed}; to go on all the same: {go_on}")
 
 
 def under_torchrun() -> bool:

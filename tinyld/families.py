@@ -208,7 +208,8 @@ def theta(s: Said, kind: str = "", key: str = "rope_theta") -> float:
 
 def full_attention(s: Said, shapes: Shapes) -> dict[str, Any]:
     s.seen.add("layer_types")
-    if any(kind != "full_attention" for kind in s.raw.get("layer_types") or ()):
+    kinds = s.raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         s.refuse("layer_types", "full_attention throughout")
     return {"rope_theta": theta(s)}
 

@@ -45,9 +45,11 @@ def export_bert(base: Base, out: Path) -> None:
         "hidden_act": "gelu", "pad_token_id": tokenizer.pad_id, "tie_word_embeddings": True,
     }  # fmt: skip
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", **dict(zip(roles, tokenizer.special, strict=True))}
+    ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id)
+    names = {role: tokenizer.inner.id_to_token(i) for role, i in zip(roles, ids, strict=True)}
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     write_atomic(out / CONFIG, to_json(settings))
-    write_atomic(out / "tokenizer.json", tokenizer.to_json().encode())
+    write_atomic(out / "tokenizer.json", tokenizer.inner.to_str().encode())
     write_atomic(out / "tokenizer_config.json", to_json(special))
     weights = save({n: t.detach().contiguous().cpu() for n, t in sorted(tensors.items())})
     write_atomic(out / "model.safetensors", weights)

@@ -98,11 +98,16 @@ class HeadNLL(torch.autograd.Function):
         logits = F.linear(h, weight, bias)  # (N, V)
         probs = torch.softmax(logits, dim=1)
         rows = torch.arange(len(target), device=target.device)
+        exact = torch.promote_types(probs.dtype, torch.float32)
+        p = probs[rows, target].to(exact)
+        probs[rows, target], rest = 0.0, 1.0 - p  # what all others have
+        if bool((sure := p > 0.5).any()):  # 1 - p is added up, as bf16 has few numbers below 1
+            rest[sure] = probs[sure].sum(1, dtype=exact)
         if logits.dtype == torch.float16:  # whose smallest probability, 6e-8, is 17 nats
             nll = F.cross_entropy(logits.float(), target, reduction="none")
         else:
-            nll = -torch.log(probs[rows, target].float().clamp(min=1e-30))
-        probs[rows, target] -= 1.0
+            nll = torch.where(sure, -torch.log1p(-rest), -torch.log(p.clamp(min=1e-30)))
+        probs[rows, target] = -rest.to(probs.dtype)
         ctx.save_for_backward(h, weight, probs)
         return nll
 
@@ -225,7 +230,7 @@ class Denoiser(nn.Module):
             h = h * self.config.embedding_scale
         if self.positions is not None:
             h = h + look_up(self.positions, slice(xt.shape[1]))
-        return self.embedding_projection(self.embedding_norm(h))
+        return self.embedding_projection(self.embedding_norm(h)).float()  # of autocast's type, where it is a product
 
     def run_blocks(
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,

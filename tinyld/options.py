@@ -137,8 +137,8 @@ class Sampling(Options, SampleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(OnDevice, Written, Printed, Loop):
-    lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training")
-    resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, or a moved --base.", "Output")
+    lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training", above=0)
+    resume: Path | None = option(None, "Run folder to go on with; takes a new --lr.", "Output")
     allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
 
     def __post_init__(self) -> None:
@@ -186,6 +186,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     rslora: bool | None = option(None, "weight-lora: scale by 1 / sqrt(rank).")
     base_dtype: str = option("fp32", "Type of the base's frozen matrices.", among=BASE_DTYPES)
     cache_gb: float = option(4.0, "Memory for frozen states; 0 keeps none.", least=0)
+    resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, or a moved --base.", "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,7 @@ class PretrainOptions(Training):
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", least=64)
     init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
     tokens: int | None = option(None, "Train on so many tokens.", "Training", least=1)
-    lr: float | None = option(None, "Peak learning rate; 0.003 if not given.", "Training")
+    lr: float | None = option(None, "Peak learning rate; 0.003 if not given.", "Training", above=0)
     optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=OPTIMIZERS)
     weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
     warmup: float = option(0.02, "Share of the budget with a rising learning rate.")
@@ -214,7 +215,9 @@ class PretrainOptions(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(Sampling, OnDevice, Printed, Reading):
-    runs: tuple[Path, ...] = option((), "Run folders; the newest in runs/ if none is given.", ARGUMENT)
+    runs: tuple[Path, ...] = option(
+        (), "Run folders; if none is given, the newest in runs/, or the released base with --text.", ARGUMENT
+    )
     task: str | None = option(None, "The task, for a base, which has none of its own.", "Data")
     split: str = option("dev", "Which rows.", "Data", among=("train", "dev", "test"))
     data: Path | None = option(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
@@ -232,7 +235,7 @@ class PredictOptions(Sampling, OnDevice, Printed, Reading):
     runs: tuple[Path, ...] = option(
         dataclasses.MISSING, "One run or several; then a .txt, .csv, .tsv or .jsonl, or stdin's lines.", ARGUMENT
     )
-    text: tuple[str, ...] = option((), "A text to answer instead of INPUT; may be repeated.", "Data")
+    text: tuple[str, ...] = option((), "A text to answer instead of a file; may be repeated.", "Data")
     column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
     task: str | None = option(None, "Which task, where the run has several or none.", "Data")
     base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
@@ -263,7 +266,7 @@ class SampleOptions(Sampling, OnDevice, Printed, Reading):
 class ComposeOptions(OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
     split: str = option("dev", "Rows to measure it on.", "Data", among=("train", "dev", "test"))
-    data: Path | None = option(None, "Folder with <task>/train.tsv and so on.", "Data")
+    data: Path | None = option(None, "Folder with <task>/dev.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", least=1)
     base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
 

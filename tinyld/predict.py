@@ -16,7 +16,7 @@ from tinyld.composition import load_composition
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, show
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
 from tinyld.parse import base_folder, several
@@ -24,7 +24,7 @@ from tinyld.router import NONE, task_features
 from tinyld.rows import GAP
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import KEPT, Task, from_record, load_task, to_record, unlike
+from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
 
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 
@@ -102,6 +102,8 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name in known:
             return known[name]
+        is_known = not self.tasks or name in builtin_names() or str(name).endswith(".toml")
+        check(is_known, f"{self.path} has no task {show(name)}; it has {', '.join(known)}")
         asked = load_task(name)  # maybe another set of reviews, which the run knows how to read
         own = known.get(asked.name)
         if self.tasks and (own is not None or asked.asks not in [task.asks for task in self.tasks]):
@@ -160,6 +162,7 @@ class Run:
 
         `watch` gets the texts after every pass, with a `_` for each token that is not written yet.
         """
+        self.let_answer(self.named)  # whoever was named in an earlier call
         tokenizer, model = self.base.tokenizer, self.model
         before, mark, after = prompt.partition("{answer}")
         check("{answer}" not in after, f"a prompt holds {{answer}} once, got {prompt!r}")
@@ -171,20 +174,26 @@ class Run:
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
         row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
-        x = torch.tensor([row] * num, device=model.device)
-        answer_mask = torch.zeros_like(x, dtype=torch.bool)
-        answer_mask[:, len(head) : len(head) + length] = True
+        slot = slice(len(head), len(head) + length)
+        at_once = model.rows_at_once(total, num, length)
+        check(watch is None or num <= at_once, f"the steps of at most {at_once} such texts are shown; lower --num")
 
         def steps(x: Tensor) -> None:
-            slots = [r[answer_mask[0]].tolist() for r in x]
+            slots = x[:, slot].tolist()
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
+        texts, most, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
         with autocast(model.device, resolve_dtype(self.dtype, model.device)):
-            out, passes = decode(
-                model, x, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written,
-                sampling, eos_id=tokenizer.eos_id, watch=watch and steps,
-            )  # fmt: skip
-        return [tokenizer.decode(row[answer_mask[0]].tolist()) for row in out], int(passes.max())
+            for some in torch.tensor([row] * num, device=model.device).split(at_once):
+                answer_mask = torch.zeros_like(some, dtype=torch.bool)
+                answer_mask[:, slot] = True
+                out, passes = decode(
+                    model, some, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written,
+                    sampling, generator, tokenizer.eos_id, watch and steps,
+                )  # fmt: skip
+                texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
+                most = max(most, int(passes.max()))
+        return texts, most
 
 
 def asked_of(task: Task, first: Task) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ class Progress:
     def _report(self) -> None:
         if self.quiet or not (self.on_terminal or time.monotonic() - self.last >= self.every):
             return
-        self.last, share = time.monotonic(), 100 * min(self.done / self.total, 1.0)
+        self.last, share = time.monotonic(), 100 * min(self.done / max(self.total, 1e-9), 1.0)
         line = f"{self.label}{self.now} {share:.0f}% {self.rate} eta {self.eta} {self.note}".rstrip()
         if self.on_terminal:
             say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")

@@ -76,7 +76,8 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     if name not in METHODS:
         raise TinyldError(f"{folder.path / CONFIG}: method must be one of {', '.join(METHODS)}, got {name[:60]!r}")
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
-    method |= {"ranks": "auto", "prune": usual["prune"]} if method.get("prune") else {}  # of each seed others are left
+    if method.get("prune"):  # of each seed others are left
+        method |= {"ranks": f"auto of {in_short(method['ranks'])}", "prune": usual["prune"]}
     method = {option: value for option, value in method.items() if option in usual}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     about = {
@@ -106,11 +107,16 @@ def unlike(given: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     for name, value in given.items():
         if value in (usual.get(name), list(usual[name]) if isinstance(usual.get(name), tuple) else None):
             continue
-        if isinstance(value, list):
-            numbers = all(isinstance(v, int | float) for v in value)
-            value = value[0] if len(set(value)) == 1 else ("/" if numbers else " ").join(map(str, value))
-        parts.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
+        parts.append(name.replace("_", " ") + ("" if value is True else f" {in_short(value)}"))
     return ", ".join(parts)
+
+
+def in_short(value: Any) -> Any:
+    """A list as one of its members where they are the same, else in one word of numbers, or in several."""
+    if not isinstance(value, list):
+        return value
+    numbers = all(isinstance(v, int | float) for v in value)
+    return value[0] if len(set(value)) == 1 else ("/" if numbers else " ").join(map(str, value))
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -134,7 +140,7 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
     """
     alike: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
-        key = tuple(row[column] or "" for column in ALIKE)
+        key = tuple(row[column] or "" for column in (*ALIKE, "n"))
         alike.setdefault(key, {}).setdefault(row["seed"], row)  # a copy of a run is no further seed
     found = [over_runs(list(runs.values())) for _, runs in sorted(alike.items(), key=lambda item: str(item[0]))]
     for row in found:
@@ -191,7 +197,7 @@ GROUP = ("task", "base", "fingerprint", "split", "n", "rows")  # what a narrow t
 WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
-TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "steps", "lr")
+TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "steps", "batch_size", "lr")
 
 
 def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
@@ -231,11 +237,11 @@ def labels(rows: Sequence[Row]) -> list[str]:
     """Each row's method, with as many of its settings as tell it from the others."""
     found = [row["method"] for row in rows]
     for column in TELLS_APART:
-        unit = f"{column} " if column in ("data", "epochs", "steps", "lr") else ""
+        unit = f"{column} " if column in ("data", "epochs", "steps", "batch_size", "lr") else ""
         values = [row[column] for row in rows]
         different = Counter(label for label, _ in set(zip(found, values, strict=True)))
         found = [
-            f"{label}, {unit}{value}" if value and different[label] > 1 else label
+            f"{label}, {unit.replace('_', ' ')}{value}" if value and different[label] > 1 else label
             for label, value in zip(found, values, strict=True)
         ]
     return found

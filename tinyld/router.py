@@ -133,19 +133,19 @@ class Router(nn.Module):
 
 
 def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
-    """Sets the router's limits by every other row of each member's task, and counts on the rest: the share that goes to
-    each member ("right": to the task's own), the share that is refused, and that of texts of no task that is taken for
-    the task's. rows: by the tasks' names, in the members' order."""
+    """Counts, of each member's task, the share of rows that goes to each member ("right": to the task's own); sets the
+    router's limits by every other row, and counts on the rest what is refused, and of texts of no task what is taken
+    for the task's. rows: by the tasks' names, in the members' order."""
     features = {name: task_features(base, of, np.arange(len(of))[:limit]) for name, of in rows.items()}
     router.set_limits([own[::2] for own in features.values()])
     found = []
     for name, of in rows.items():
         rest = features[name][1::2] if len(features[name]) > 1 else features[name]
-        nearest, strangers = router.nearest(rest), stranger_rows(base, of.task)
+        nearest, strangers = router.nearest(features[name]), stranger_rows(base, of.task)
         goes = {other: share(nearest == i) for i, other in enumerate(rows)}
         accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
         found.append({
-            "task": name, "n": len(rest), "right": goes[name], "goes_to": goes,
+            "task": name, "n": len(nearest), "right": goes[name], "goes_to": goes,
             "wrongly_refused": share(router.choose(rest) == NONE), "wrongly_accepted": accepted,
         })  # fmt: skip
     return found

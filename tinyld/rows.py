@@ -117,6 +117,18 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
         raise TinyldError(f"{none}: {error}; {way_out}") from None
 
 
+def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
+    """The files that a task is made of, and those of its rows that are in the folders."""
+    given, names = [Path(folder) for folder in folders if folder], (task.rows_from or task.name, "")
+    inside = [in_folder(folder, names, split) for folder in given for split in SPLITS]
+    return [task.path, *map(Path, task.data.values()), *given, *filter(None, inside)]
+
+
+def tests_beside(file: Path) -> Path | None:
+    """The test rows in the folder of a file of train rows, of which the dev rows are held out."""
+    return in_folder(file.parent, ("",), "test") if file.stem == "train" else None
+
+
 # ---------------------------------------------------------------------------------------------- rows of a file
 
 
@@ -169,7 +181,7 @@ def _read_table(text: str, path: Path, table: dict[str, Any], empty: bool) -> It
 def cell(row: dict[str, Any], column: str, where: str) -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
     if column not in row:
-        way_out = "rename it, or name its own: --column (predict), or a task file's [columns] table"
+        way_out = f"rename one to {column}, or name it: by --column (predict), or in a task file's [columns] table"
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
     if isinstance(value, bool):
@@ -210,7 +222,10 @@ def load_split(
     path = data if is_file else find_file(task, split, data)
     if not (is_file and held_out):
         return _examples(task, list(islice(read_rows(path), limit)))
-    check(split != "test", f"task {task.name} has no test rows: give a file of them with --data")
+    if split == "test":
+        test = tests_beside(path)
+        check(test is not None, f"task {task.name} has no test rows: give a file of them with --data")
+        return _examples(task, list(islice(read_rows(test), limit)))
     examples = _examples(task, list(read_rows(path)))
     if len(examples) < 2:
         raise TinyldError(f"{path}: one row; dev rows are held out, so that at least two are needed")
@@ -275,7 +290,9 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
         (text,) = fields.values()
         parts = GAP.split(text)
         if len(parts) != 2:
-            raise TinyldError(f"{where}: {len(parts) - 1} gaps in the text; mark one with {GAP_MARK}")
+            gaps = len(parts) - 1
+            problem = f"{gaps} gaps in the text; leave one" if gaps else "no gap in the text; mark one with"
+            raise TinyldError(f"{where}: {problem} {GAP_MARK}")
     else:
         parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
     before, after = parts

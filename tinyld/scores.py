@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.checkpoint import base_record, find_base, load_base
-from tinyld.config import Reading, SampleConfig, check
+from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -21,7 +21,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
-from tinyld.rows import in_folder, load_split, to_learn
+from tinyld.rows import files_of, in_folder, load_split, tests_beside, to_learn
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
@@ -51,7 +51,10 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
     own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
     if data is None and own.get("folder"):  # it was trained on those
         folder = Path(own["folder"])
-        lacks = split == "test" if own["held_out"] else not in_folder(folder, (task.rows_from or task.name, ""), split)
+        if own["held_out"]:
+            lacks = split == "test" and not tests_beside(folder)
+        else:
+            lacks = not in_folder(folder, (task.rows_from or task.name, ""), split)
         elsewhere = task.builtin or split in task.data
         if not (folder.exists() or elsewhere):
             raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; say where it is by --data")
@@ -91,7 +94,6 @@ def eval(options: EvalOptions) -> list[Record]:
         return eval_text(options)
     sampling, say = options.sampling(), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
-    check_writable(predictions, [data])
     records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else options.split
     check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")
@@ -106,10 +108,11 @@ def eval(options: EvalOptions) -> list[Record]:
             rows = rows_for(run, task, options.split, data)
             if run.config.get("by_name"):
                 run.let_answer(task.name)
-            check_writable(predictions, [task.path, *map(Path, task.data.values())])
+            own = run.config.get("data", {}).get("folder")
+            check_writable(predictions, files_of(task, data, own, os.environ.get("TINYLD_DATA")))
             found = measure(run, rows, sampling, options.draws, options.quiet, options.limit)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
-            record = {"run": str(path), "split": source, **found.record()}
+            record = {"run": str(path), "split": source, **found.record(), "sha256": rows.digest()}
             records.append(record)
             lines += [f"{path}\t{task.name}\t" + "\t".join(map(plain, p)) for p in found.predictions]
             key = f"{task.name}/{source}"
@@ -164,6 +167,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
         config = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config
         is_base = config["kind"] == "base"
         check(not is_base or options.base is None, f"{path} is a base itself: --base has no effect on it")
+        check_ours(Reading() if is_base else options.reading())
         bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None, options.reading())
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}

@@ -21,7 +21,7 @@ from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.read import decode, opened
-from tinyld.rows import SUFFIXES, read_rows
+from tinyld.rows import SUFFIXES, files_of, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
@@ -36,7 +36,7 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     """The rows to answer, in parts. columns: what the task reads; a text alone is enough where it is one."""
     path, column = Path(source), options.column
     lines = source == "-" or path.suffix.lower() == ".txt"
-    check(not options.text or source == "-", "give INPUT or --text, not both")
+    check(not options.text or source == "-", "give a file or --text, not both")
     check(not lines or column is None, "--column is for a file with columns; a line is one text")
     if lines:
         check(len(columns) == 1, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
@@ -95,7 +95,7 @@ def predict(options: PredictOptions) -> None:
         shares = "; ".join(", ".join(names) for names in groups)
         say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
     options.refuse_idle(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
-    check_writable(out, [*options.runs, *(path for t in tasks for path in (t.path, *map(Path, t.data.values())))])
+    check_writable(out, [*options.runs, *(file for t in tasks for file in files_of(t))])
     labels = [label for t in run.tasks for label in t.labels] if not several and run.asks_alike else []
     text_of, whole, truncated, total = formatter(options, as_csv, labels), [], 0, 0
     for rows in chunks(options, source, input_columns(task)):
@@ -160,9 +160,11 @@ def _csv_line(values: Sequence[object]) -> str:
 def _table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
     width = shutil.get_terminal_size().columns
-    text = record.get("text") or " | ".join(str(v) for k, v in record.items() if k not in OURS)
-    several = record.get("tasks", {"": record}).items()
+    text = record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)"
+    by = record.get("adapter", "") or "like no task:"  # of a composition
+    several = record.get("tasks", {by if "adapter" in record else "": record}).items()
     said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
     written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
-    line = plain("  ".join([*said, text, *written]))
-    return (line if len(line) <= width else line[: width - 3] + "...") + "\n"
+    before, text, after = plain("  ".join([*said, ""])), plain(text), plain("  ".join(["", *written]))
+    room = max(width - len(before) - len(after), 16)  # for the text: what was answered is never cut
+    return before + (text if len(text) <= room else text[: room - 3] + "...") + after + "\n"

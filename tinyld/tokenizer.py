@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ _WORDS = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|
 _CONTRACTION = rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)"
 
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
+GROWTH = 10_000  # times that a foreign tokenizer may lengthen a text: ours may 1,536
 PATTERN = 2_000  # characters of a regular expression in a foreign tokenizer, and its largest count
 LINE = 64 << 20  # characters of a document; what a compressed file holds beyond them is a document of its own
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
@@ -77,7 +80,7 @@ class Tokenizer:
     """
 
     def __init__(self, inner: HFTokenizer, where: str = "tokenizer.json", roles: Mapping[str, Any] | None = None):
-        self.inner, self.roles = inner, roles
+        self.inner, self.roles, self.where = inner, roles, where
         inner.no_padding()
         inner.no_truncation()
         self.is_wordpiece = isinstance(inner.model, models.WordPiece)
@@ -95,7 +98,11 @@ class Tokenizer:
             ids += [*self.start, *self.turn] if lists else [None]
             if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
                 raise TinyldError(f"{where}: roles must be ids of tokens, got {show(dict(roles))}")
-            special = {i: token.content for i, token in inner.get_added_tokens_decoder().items() if token.special}
+            if self.mask_id == self.eos_id:
+                raise TinyldError(f"{where}: the mask and the end of a text are one token")
+            added = inner.get_added_tokens_decoder().items()
+            named = (self.pad_id, self.bos_id, self.eos_id, self.mask_id)
+            special = {i: token.content for i, token in added if token.special or i in named}
             self.special = tuple(special.values())
             self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
             return
@@ -148,17 +155,16 @@ class Tokenizer:
         text = decode(content, path)
         raw = parse_json(text, path)
         check_patterns(raw, path)
-        roles = raw.pop("roles", None) if isinstance(raw, dict) else None
-        try:
+        raw = raw if isinstance(raw, dict) else {}
+        model, roles = raw.get("model"), raw.pop("roles", None)
+        if isinstance(model, dict) and "merges" in model and model.get("continuing_subword_prefix"):
+            raise TinyldError(f"{path}: byte pairs with a continuing_subword_prefix are not read")  # it may abort
+        if growth([raw.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]) > GROWTH:
+            raise TinyldError(f"{path}: its replacements may make a text {GROWTH:,} times as long")
+        with library(path):
             inner = HFTokenizer.from_str(text if roles is None else json.dumps(raw))
             tokenizer = cls(inner, str(path), roles if find_roles is None else find_roles(inner))
             tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
-        except TinyldError:
-            raise
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise TinyldError(f"{path}: not a tokenizer file ({str(error)[:120]})") from None
         return tokenizer
 
     @property
@@ -181,13 +187,15 @@ class Tokenizer:
         return self._ids(self._defuse(text))
 
     def _ids(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
+        with library(self.where):
+            return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         texts, found = [self._defuse(t) for t in texts], []
         for i in range(0, len(texts), AT_ONCE):  # an encoding has more than ids, and many of them are large
-            found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
+            with library(self.where):
+                found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
         return found
 
     def _defuse(self, text: str) -> str:
@@ -209,7 +217,31 @@ class Tokenizer:
                 runs.append([])
             else:
                 runs[-1].append(i)
-        return "_".join(self.inner.decode(run) for run in runs).strip()
+        with library(self.where):
+            return "_".join(self.inner.decode(run) for run in runs).strip()
+
+
+@contextmanager
+def library(where: object) -> Iterator[None]:
+    """What the library raises within, bare Exceptions and PanicException, which is none, as one TinyldError."""
+    try:
+        yield
+    except TinyldError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TinyldError(f"{where}: not a tokenizer file, or one that fails at a text ({str(error)[:120]})") from None
+
+
+def growth(value: Any) -> float:
+    """How many times as long a text may become by all replacements in a tokenizer's file."""
+    nodes = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    found = math.prod(map(growth, nodes))
+    if isinstance(value, dict) and isinstance(value.get("pattern"), dict):
+        old, new = value["pattern"].get("String"), str(value.get("content", ""))
+        found *= max(1.0, len(new) / len(old)) if isinstance(old, str) and old else len(new) + 1
+    return found * (1 + len(str(value["prepend"])) if isinstance(value, dict) and "prepend" in value else 1)
 
 
 def check_patterns(value: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tinyld.options import (
 from tinyld.parse import refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
-from tinyld.runs import CONFIG, RESULTS, RunFolder, is_foreign
+from tinyld.runs import ADAPTER, CONFIG, MODEL, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
@@ -42,12 +43,17 @@ def info(options: InfoOptions) -> dict[str, Any]:
         folder.read(name)
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
+    with contextlib.suppress(KeyError):
+        verb, weights = {"base": ("pretrain", MODEL), "adapter": ("finetune", ADAPTER)}[config["kind"]]
+        if weights not in files:
+            record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
     for i, member in enumerate(config.get("members", ()), 1):
         record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
-    for part in ("task", "method", "model", "base", "data", "parameters"):
+    for part in ("task", "method", "model", "base", "data"):
         record |= {f"{part} {name}": value for name, value in config.get(part, {}).items()}
+    record |= config.get("parameters", {})
     record |= {name: value for verb in ("pretrain", "finetune") for name, value in results.get(verb, {}).items()}
     for key, found in results.get("eval", {}).items():
         record[f"eval {key}"] = f"NLL bound {found['nll_bound']:.3f}"
@@ -79,7 +85,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
             "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
             "needs": "nothing"
             if (t.rows_from or t.name) in BUNDLED_TASKS
-            else "data" + " or network" * bool(t.download),
+            else "$TINYLD_DATA" + " or network" * bool(t.download),
         }
         for t in builtin_tasks()
     ]
@@ -100,7 +106,8 @@ def sample(options: SampleOptions) -> dict[str, Any]:
     path = options.run or options.base or default_base()
     base, how = options.base if options.run else None, (options.device, options.dtype, options.base_dtype)
     run = load(path, base, *how, reading=options.reading())
-    texts, passes = run.fill(options.prompt, options.length, options.num, sampling, steps.append)
+    watch = steps.append if options.show_steps else None
+    texts, passes = run.fill(options.prompt, options.length, options.num, sampling, watch)
     return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
 
 
@@ -116,7 +123,7 @@ def weight_lora(run: Path, base_path: Path | None) -> tuple[Any, Any]:
     from tinyld.checkpoint import load_adapter
 
     if RunFolder.open(run).config.get("method", {}).get("name") != "weight-lora":
-        raise TinyldError(f"{run} is no weight-lora adapter; this takes no other run")
+        raise TinyldError(f"{run} is no weight-lora adapter, which alone this takes: finetune --method weight-lora")
     return load_adapter(RunFolder(run), base_path)
 
 

@@ -22,8 +22,8 @@ RUNS = Path("runs")
 
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed blocks instead of returning them: activations are then not page-faulted in anew
-    every step, which is worth about 10% of a step on two cores (measured). Elsewhere it does nothing. What an earlier
-    run of this process left is given back, and the peak of memory counts from here."""
+    every step, which is worth about 10% of a step on two cores (measured). Elsewhere it does nothing. The peak of
+    memory counts from here, with what an earlier run of this process left and glibc does not give back."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")

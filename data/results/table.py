@@ -62,7 +62,8 @@ def by_task(title: str, found: Sequence[Row]) -> Table:
         best = mine.get(row["task"])
         if best is None or (row["rows"], -row["dev_nll_bound"]) > (best["rows"], -best["dev_nll_bound"]):
             mine[row["task"]] = row
-    named = labels([dict(zip(alike, key, strict=True), data=None, epochs=None, steps=None, lr=None) for key in methods])
+    same = dict.fromkeys(("data", "epochs", "steps", "batch_size", "lr"))
+    named = labels([dict(zip(alike, key, strict=True)) | same for key in methods])
     cells = []
     for label, mine in zip(named, methods.values(), strict=True):
         whole = [mine[task] for task in tasks] if len(mine) == len(tasks) else []
