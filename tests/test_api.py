@@ -181,7 +181,7 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert "opinions.csv has changed since run was trained on it" in cli("eval", "run").stderr
     Path("opinions.csv").write_text(before)
     Path("opinions.csv").rename("moved.csv")
-    assert "is gone; say where it is by --data" in cli("eval", "run").stderr
+    assert "is gone; say by --data where it is" in cli("eval", "run").stderr
     (found,) = good("eval", "run", "--data", "moved.csv", "--json").json
     assert (found["n"], found["nll_bound"]) == (4, measured), "and none that it learned"
     Path("others.csv").write_text(Path("moved.csv").read_text().replace("rain", "sun"))

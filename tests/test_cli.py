@@ -309,6 +309,11 @@ def begun(place: Path, method: str, *more: object) -> list[object]:
     return [*args, "--steps", 7, "--batch-size", 4, *(more or ("--set", "save_minutes=1e-9"))]
 
 
+def test_what_training_found_is_shown_in_percent_beside_the_number_of_rows(place: Path) -> None:
+    shown = good(*begun(place, "bitfit"), "--out", "new", "--quiet").stdout
+    assert re.search(r"dev rows +\d+ *\ndev accuracy % +\d+\.\d", shown)
+
+
 RESUMED = [(method, "save_minutes=1e-9") for method in METHODS] + [
     ("full", "save_minutes=1e-9 optimizer=muon"),
     ("full", "save_minutes=1e-9 accumulate=2 flat=0.3 clip=0"),

@@ -43,7 +43,7 @@ class Verb(NamedTuple):
 MAIN = ("finetune", "predict", "eval", "compose", "pretrain")  # whose examples stand in the first help
 VERBS = {
     "finetune": Verb(options.FinetuneOptions, "finetuning:finetune", "Teach a base your task by a small adapter.",
-                     "tinyld finetune --data mine.csv --out runs/mine"),
+                     "tinyld finetune --data mine.csv --out runs/mine", "finetuning:show"),
     "predict": Verb(options.PredictOptions, "texts:predict", "Answer new texts with one run or several at once.",
                     "tinyld predict runs/mine new.csv --out answered.csv"),
     "eval": Verb(options.EvalOptions, "scores:eval", "Measure a run on rows whose labels are known.",

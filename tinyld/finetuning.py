@@ -33,6 +33,7 @@ from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
+from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
@@ -43,6 +44,8 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # updates, which teach nothing, and a hundred of 16 rows teach them by heart. Writing takes longer to learn: eight
 # epochs, between 400 and 1,200 updates. No row is read more than EPOCHS times.
 FEW, WRITING, EPOCHS = (10, 40, 100), (8, 400, 1_200), 100
+SHARES = ("accuracy", "unreadable", "masked_acc", "exact_match", "rouge_l", "names_held", "repeated_4grams")
+SHARES += ("repeated_sentence",)
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
@@ -197,11 +200,17 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
             folder.write_json(CONFIG, folder.config | now)
         seconds = {"seconds": round(result.seconds + cache_seconds, 2), "cache_seconds": round(cache_seconds, 2)}
         summary = {"task": task.name, "method": method.name, "rows": len(train_rows), "steps": result.step, **seconds}
-        summary |= {"peak_memory_mb": result.peak_memory_mb, **counts, **metrics}
+        summary |= {"peak_memory_mb": result.peak_memory_mb, **counts, "dev_rows": len(dev_rows), **metrics}
         folder.close_log()
         folder.write_json(RESULTS, {"finetune": summary})
         folder.remove_checkpoints()
     return summary
+
+
+def show(result: dict[str, Any], options: FinetuneOptions) -> None:
+    """Prints what training found, shares in percent as `eval` does."""
+    shares = {f"dev_{name}": f"dev_{name}_%" for name in SHARES}
+    print_record("finetune", {shares.get(k, k): percent(v) if k in shares else v for k, v in result.items()})
 
 
 def resume(options: Training) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
             lacks = not in_folder(folder, (task.rows_from or task.name, ""), split)
         elsewhere = task.builtin or split in task.data
         if not (folder.exists() or elsewhere):
-            raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; say where it is by --data")
+            way_out = f"say by --data where it is, or a folder with {task.name}/{split}.csv"
+            raise TinyldError(f"{folder}, whose rows {run.path} was trained on, is gone; {way_out}")
         if not (lacks and elsewhere):
             data, held_out = folder, own["held_out"]
         if held_out and own.get("sha256") not in (None, learned(run, task, folder, own)):
