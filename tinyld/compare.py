@@ -25,7 +25,7 @@ from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, make_config
 from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, RowOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
-from tinyld.rows import files_of, in_folder, load_split, tests_beside
+from tinyld.rows import files_of, has_split, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval as evaluate
 from tinyld.tasks import Task, unlike
@@ -65,9 +65,7 @@ def compare(options: CompareOptions) -> list[Row]:
 
 def tested_on(task: Task, data: Path | None, held_out: bool) -> str:
     """The split that the chosen runs are measured on: test rows where there are some."""
-    if data is None:
-        return "test" if "test" in task.splits else "dev"
-    found = tests_beside(data) if held_out else in_folder(data, (task.rows_from or task.name, ""), "test")
+    found = "test" in task.splits if data is None else has_split(task, "test", data, held_out)
     return "test" if found else "dev"
 
 
@@ -160,6 +158,7 @@ class Grid:
         make_folder(self.options.out)
         with RunFolder(self.options.out).locked():
             for row in self.rows:
+                config_of(replace(self.cell(*row, row[-1].lr, 0), quiet=True))  # refuses what cannot be made
                 for lr, seed in product(self.rates(row[-1]), range(self.options.seeds)):
                     self.check_cell(row[0], self.cell(*row, lr, seed))
             try:
@@ -184,11 +183,10 @@ class Grid:
         return [row for path in chosen for row in run_rows(RunFolder(path), len(tried))]
 
     def check_cell(self, cell: Asked, options: FinetuneOptions) -> None:
-        """UsageError for a cell that cannot be made; TinyldError when it was made otherwise than this command would, as
-        it must not pass for it."""
-        folder, would_be = RunFolder(Path(options.out or "")), config_of(replace(options, quiet=True))
+        """TinyldError when a cell was made otherwise than this command would, as it must not pass for it."""
+        folder = RunFolder(Path(options.out or ""))
         if folder.is_run():
-            made, asked = folder.config, json.loads(to_json(would_be))
+            made, asked = folder.config, json.loads(to_json(config_of(replace(options, quiet=True))))
             made["method"], asked["base"]["fingerprint"] = made.get("started_as", made["method"]), self.fingerprint
             del asked["base"]["path"]
             if not cell.digests.get(options.limit, {}).items() <= made["data"].items():

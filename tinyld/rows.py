@@ -129,6 +129,13 @@ def tests_beside(file: Path) -> Path | None:
     return in_folder(file.parent, ("",), "test") if file.stem == "train" else None
 
 
+def has_split(task: Task, split: str, data: Path, held_out: bool) -> bool:
+    """Whether `load_split` finds rows of the split in `data`, a folder or a file of which the dev rows are held out."""
+    if held_out:
+        return split != "test" or tests_beside(data) is not None
+    return in_folder(data, (task.rows_from or task.name, ""), split) is not None
+
+
 # ---------------------------------------------------------------------------------------------- rows of a file
 
 

@@ -21,7 +21,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
-from tinyld.rows import files_of, in_folder, load_split, tests_beside, to_learn
+from tinyld.rows import files_of, has_split, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import percent, print_table
 from tinyld.tasks import Task
@@ -51,10 +51,7 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
     own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
     if data is None and own.get("folder"):  # it was trained on those
         folder = Path(own["folder"])
-        if own["held_out"]:
-            lacks = split == "test" and not tests_beside(folder)
-        else:
-            lacks = not in_folder(folder, (task.rows_from or task.name, ""), split)
+        lacks = not has_split(task, split, folder, own["held_out"])
         elsewhere = task.builtin or split in task.data
         if not (folder.exists() or elsewhere):
             way_out = f"say by --data where it is, or a folder with {task.name}/{split}.csv"
@@ -95,6 +92,7 @@ def eval(options: EvalOptions) -> list[Record]:
         return eval_text(options)
     sampling, say = options.sampling(), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
+    check_writable(predictions, [data])  # before anything is loaded; what a run reads is known once it is
     records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else options.split
     check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,9 @@ def info(options: InfoOptions) -> dict[str, Any]:
         folder.read(name)
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
-    with contextlib.suppress(KeyError):
-        verb, weights = {"base": ("pretrain", MODEL), "adapter": ("finetune", ADAPTER)}[config["kind"]]
-        if weights not in files:
-            record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
+    verb, weights = ("pretrain", MODEL) if config["kind"] == "base" else ("finetune", ADAPTER)
+    if weights not in files:
+        record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
     for i, member in enumerate(config.get("members", ()), 1):
