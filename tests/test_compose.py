@@ -96,6 +96,9 @@ def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) 
         moved = (prompt_features(model.embed(far), prompt_mask) - features)[0].abs().view(5, d).amax(1)
         assert (moved > 1e-3).nonzero().flatten().tolist() == ([0] if part is None else [0, part])
     alone = prompt_features(model.embed(x[:, 6:]), prompt_mask[:, 6:])
+    last = prompt_features(model.embed(x[:, :9]), prompt_mask[:, :9] & (torch.arange(9) < 6))  # behind: slot, padding
+    torch.testing.assert_close(last[:, d : 3 * d], features[:, d : 3 * d])
+    assert (last[:, 3 * d :] == 0).all(), "nothing behind"
     assert (alone[:, d : 3 * d] == 0).all() and (alone[:, 3 * d :] == features[:, 3 * d :]).all(), "nothing before"
 
 

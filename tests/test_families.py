@@ -22,12 +22,11 @@ from tinyld.checkpoint import attach
 from tinyld.config import Reading, SampleConfig
 from tinyld.costs import describe
 from tinyld.data import TaskRows
-from tinyld.device import shrink, stored_bytes
+from tinyld.device import look_up, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.methods import METHODS, make_config
-from tinyld.model import look_up
 from tinyld.sampler import decode
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer

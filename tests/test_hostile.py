@@ -37,11 +37,9 @@ import torch
 from safetensors.torch import load, save
 from typer.testing import CliRunner
 
-from tinyld import compare
 from tinyld.checkpoint import Base
 from tinyld.cli import VERBS, app
 from tinyld.config import ModelConfig
-from tinyld.errors import TinyldError
 from tinyld.hf import export_bert
 from tinyld.model import Denoiser
 from tinyld.options import kinds
@@ -325,12 +323,6 @@ def tinyld(arguments: list[str]) -> tuple[int, str, str, str]:
     return ran.exit_code, ran.stdout, ran.stderr, "".join(trace)
 
 
-def launch(command: list[str]) -> None:
-    """Stands in for compare's processes."""
-    if (ran := tinyld(command))[0]:
-        raise TinyldError(ran)
-
-
 def build(world: Path) -> None:
     """Text, rows, tasks, a foreign folder, and by the commands of SETUP a run of every kind."""
     torch.set_num_threads(1)
@@ -360,7 +352,6 @@ def build(world: Path) -> None:
     shape = ModelConfig(tokenizer.vocab_size, 16, 1, 2, 32, 32, norm_eps=1e-12, norm_first=False, rotary=False,
                         embedding_norm=True, head_transform=True)  # fmt: skip
     export_bert(Base(copy, Denoiser(shape, torch.Generator().manual_seed(0)), tokenizer, ""), Path("bert"))
-    compare.launch = launch
     for line in SETUP:
         if "stopped" in line:
             RunFolder.close_log = None  # type: ignore[assignment,method-assign]  # ends it behind its last checkpoint
@@ -434,7 +425,6 @@ def prepare(case: Case, world: Path) -> None:
 def work(pipe: Any, world: Path, cases: list[Case]) -> None:
     """Runs the cases in turn, and sends (what came of it, what is wrong with that)."""
     torch.set_num_threads(1)
-    compare.launch = launch
     most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     without: dict[str, Any] = {}

@@ -65,7 +65,7 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
     mask[:, start : start + 3] = True
     batch = Batch(x0, mask, torch.ones_like(mask), torch.arange(2))
     passes = []
-    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         found = label_logp(model, batch, verbalizers, tokenizer.mask_id)
         hook.remove()
@@ -317,6 +317,8 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     loaded = tinyld.load("both", task="food-rows")
     assert loaded.predict(texts[:1]) == [named] and tinyld.load("both").predict([]) == []
     Path("asked.txt").write_text("\n".join(texts))
+    with pytest.raises(tinyld.UsageError, match="both is a composition: --text is for one adapter"):
+        eval(EvalOptions(runs=(Path("both"),), text=(Path("asked.txt"),), quiet=True))
     both = [{"weather": texts[2], "food": "qq"}, {"food": "qq", "weather": texts[0]}]
     assert [r["text"] for r in tinyld.load("both").predict(both)] == [texts[2], texts[0]], (
         "not what the other one reads"

@@ -68,6 +68,7 @@ def test_overlap_is_the_f1_of_the_longest_common_subsequence(seed: int) -> None:
         ("It is good. It is bad.", 0, 0),
         ("It is good. It  is GOOD!", 0, 1),
         ("Good. Good.", 0, 1),
+        ("J. R. R. Tolkien", 0, 0),
         ("at 30.5 and 30.5 m", 0, 0),
         ("", 0, 0),
     ],
@@ -85,6 +86,7 @@ def test_names_are_words_with_a_capital_or_a_digit() -> None:
     assert names(FACTS) == [{"aarhus", "airport", "2702", "0"}, {"taro", "aso", "japan"}, {"aarhus", "jacob"}]
     assert names(["A review of Emma", "A play of 1999", "A review: a good one"]) == [{"emma"}, {"1999"}, set()]
     assert names(["Write of Emma"]) == [{"write", "emma"}]
+    assert names(["in Zu\u0308rich", "of Emma"]) == [{"zurich"}, {"emma"}], "an accent as a mark of its own"
 
 
 def test_in_prompts_without_capitals_rare_words_are_names() -> None:

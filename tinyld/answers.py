@@ -48,7 +48,7 @@ def answers(
             batch = on_device(data.take(chosen), device)
             passes: Iterable[Any] = [None]
             if at_once:  # one pass scores the labels and writes what decode would
-                passes = slot_logits(model, batch, tokenizer.mask_id, pushes, ids)
+                passes = slot_logits(model, batch, tokenizer.mask_id, ids, pushes)
             for i, logits in enumerate(passes):
                 columns: dict[str, Sequence[Any]] = {}
                 if logits is not None:

@@ -126,6 +126,16 @@ def product(self: nn.Linear | nn.Embedding, x: Tensor, bias: Tensor | None = Non
     return Product.apply(x, bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
 
 
+def look_up(table: nn.Module, ids: Tensor | slice) -> Tensor:
+    """Rows of a module's weight; where that is kept in fewer bits (shrink), only they are widened."""
+    if not parametrize.is_parametrized(table):
+        return table.weight[ids] if isinstance(ids, slice) else F.embedding(ids, table.weight)
+    kept = table.parametrizations.weight
+    parts = [part[ids] for _, part in kept.named_parameters(recurse=False)]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return kept[0](*parts)
+
+
 def shrink(model: nn.Module, dtype: str) -> None:
     """Freezes the model's matrices and embeddings and keeps them in `dtype`, widened whenever they are used."""
     check_choice("base dtype", dtype, BASE_DTYPES)

@@ -222,12 +222,26 @@ def nll_bound(
     generator = torch.Generator().manual_seed(seed)
     sums, counts = [], []
     for x0, answer_mask, attention_mask in batches:
-        total = torch.zeros(len(x0))
-        for _ in range(draws):
-            noised = noise_counted(x0, answer_mask, attention_mask, mask_id, generator)
-            noised = noised.to(next(denoiser.parameters()).device)
-            nll, row = token_nll(denoiser, noised)
-            total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll / noised.t[row]).float().cpu())
-        sums.append(total / draws)
+        sums.append(row_nll(denoiser, x0, answer_mask, attention_mask, mask_id, draws, generator))
         counts.append(answer_mask.sum(1).float())
     return ratio_estimate(torch.cat(sums), torch.cat(counts))
+
+
+@torch.no_grad()
+def row_nll(
+    denoiser: Any,
+    x0: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor,
+    mask_id: int,
+    draws: int,
+    generator: torch.Generator,
+    prompt_mask: Tensor | None = None,
+) -> Tensor:
+    """(B,) on the processor: the bound in nats of each row's answer, the mean over `draws` times."""
+    total = torch.zeros(len(x0))
+    for _ in range(draws):
+        noised = noise_counted(x0, answer_mask, attention_mask, mask_id, generator, prompt_mask)
+        nll, row = token_nll(denoiser, noised.to(denoiser.device))
+        total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll / noised.t[row]).float().cpu())
+    return total / draws

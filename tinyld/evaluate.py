@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
-from tinyld.diffusion import Estimate, all_finite, nll_bound, noise_counted, ratio_estimate
+from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
 from tinyld.formats import PAIR
-from tinyld.model import Denoiser, look_up, take
+from tinyld.model import Denoiser, take
 from tinyld.sampler import decode, log_survival
 from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
@@ -40,7 +40,6 @@ class Evaluation:
     n: int
     nll_bound: float
     nll_stderr: float
-    masked_acc: float  # token accuracy at masked positions: never a task accuracy
     truncated: int  # rows that were too long and were cut
     rows_per_second: float = 0.0
     passes_per_row: float = 0.0
@@ -121,7 +120,7 @@ def evaluate(
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
     nll_sum, tokens = torch.zeros(n), torch.zeros(n)
-    hits = masked = passes = done = 0
+    passes = done = 0
     seconds = 0.0
     generator = torch.Generator(device).manual_seed(sampling.seed)
     at_once = model.rows_at_once(int(rows.lengths[:n].max()), EVAL_BATCH, rows.slot)
@@ -130,11 +129,11 @@ def evaluate(
         asked, started = on_device(batch, device), time.perf_counter()
         decoded: list[str] = []
         if one_pass:  # which decodes an answer of one token, scores it and scores all labels
-            (logits,) = slot_logits(model, asked, tokenizer.mask_id)
+            words = torch.tensor(verbalizers.answers, device=device)[:, 0]
+            (logits,) = slot_logits(model, asked, tokenizer.mask_id, [words])
             target = asked.x0[asked.answer_mask]
             nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0
-            hits, masked = hits + int((logits.argmax(1) == target).sum()), masked + len(chunk)
-            scored[chunk] = logits[:, [i for (i,) in verbalizers.answers]].argmax(1).cpu().numpy()
+            scored[chunk] = logits[:, words].argmax(1).cpu().numpy()
             decoded, passes = likeliest(logits, tokenizer), passes + len(chunk)
         elif answer:
             decoded, used = fill_slots(model, asked, rows, tokenizer, sampling, generator)
@@ -148,16 +147,15 @@ def evaluate(
             right = PAIR.join(rows.examples[row].references) or right
             texts[row] = (f"{before} ____ {after}" if after else before, right, text)
         if not one_pass:
-            nll_sum[chunk], tokens[chunk], hit, seen = _score(model, batch, rows, tokenizer, draws)
-            hits, masked = hits + hit, masked + seen
+            nll_sum[chunk], tokens[chunk] = answer_nll(model, batch, rows, tokenizer, draws)
             if verbalizers is not None:
                 scored[chunk] = label_logp(model, asked, verbalizers, tokenizer.mask_id).argmax(1).cpu().numpy()
         done += len(chunk)
         advance(done)
     bound: Estimate = ratio_estimate(nll_sum, tokens)
     result = Evaluation(
-        rows.task.name, n, bound.mean, bound.stderr, hits / max(masked, 1), int(rows.cut[:n].sum()),
-        n / seconds if answer else 0.0, passes / n, texts,
+        rows.task.name, n, bound.mean, bound.stderr, int(rows.cut[:n].sum()), n / seconds if answer else 0.0,
+        passes / n, texts,
     )  # fmt: skip
     if verbalizers is None and answer:
         prompts = [f"{example.before} {example.after}" for example in rows.examples[:n]]
@@ -262,67 +260,58 @@ def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id:
                 xt = x0.scatter(
                     1, positions[:, :i], torch.tensor(prefix, device=device, dtype=x0.dtype).expand(size, i)
                 )
-                logp = all_finite(model(xt, t, real, prompt_mask, where=here)).log_softmax(-1)  # (B, V)
-                for label, answer in enumerate(answers):
-                    if len(answer) == length and answer[:i] == prefix:
-                        total[:, label] += logp[:, answer[i]]
+                asked = [k for k, answer in enumerate(answers) if len(answer) == length and answer[:i] == prefix]
+                ids = torch.tensor([answers[k][i] for k in asked], device=device)
+                h = model.states(xt, t, real, prompt_mask, where=here)
+                total[:, asked] += logits_of(model, h, ids).log_softmax(-1)[:, ids]
     return total
 
 
+def logits_of(model: Denoiser, h: Tensor, ids: Tensor) -> Tensor:
+    """Logits (N, V) of states (N, D), of which those of the tokens `ids` can be told apart however near they are."""
+    logits = all_finite(model.head(h))
+    logits[:, ids] = all_finite(model.head(h, ids))
+    return logits
+
+
 def slot_logits(
-    model: Denoiser, batch: Batch, mask_id: int, pushes: Sequence[Any] = (), ids: Sequence[Tensor] = ()
+    model: Denoiser, batch: Batch, mask_id: int, ids: Sequence[Tensor], pushes: Sequence[Any] = ()
 ) -> Iterator[Tensor]:
-    """Logits (B, V) of answers of one token: by the denoiser as it is or, on one pass of the base, by each of `pushes`,
-    which push its final state alone, those of the tokens in its `ids`, (B, len(ids))."""
+    """Logits of answers of one token: by the denoiser as it is, (B, V), where those of its one entry of `ids` are told
+    apart; or, on one pass of the base, by each of `pushes`, which push its final state alone, those of the tokens in
+    its `ids`, (B, len(ids))."""
     xt = torch.where(batch.answer_mask, mask_id, batch.x0)
     t = torch.ones(len(xt), device=xt.device)
     real = None if bool(batch.attention_mask.all()) else batch.attention_mask
     prompt_mask = batch.attention_mask & ~batch.answer_mask
     if not pushes:
-        yield all_finite(model(xt, t, real, prompt_mask, where=batch.answer_mask))
+        yield logits_of(model, model.states(xt, t, real, prompt_mask, where=batch.answer_mask), ids[0])
         return
     history: Any = []
     last = model.config.num_layers
     position = (batch.answer_mask.nonzero()[:, 1:] - int(model.config.shifted)).clamp(min=0)  # (B, 1)
     h = model.run_blocks(model.embed(xt), real, 0, last, history=history)
     depths = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in [*history, h]])
-    here, bias = take(h, position), model.output_bias
+    here = take(h, position)
     for push, only in zip(pushes, ids, strict=True):
         push_at = push.start(t, prompt_mask, depths if push.reads_depths else history)
-        pushed = (here + push_at(last, h, position))[:, 0]
-        z = model.head_transform(model.final_norm(pushed))
-        words = look_up(model.vocabulary, only)
-        yield all_finite(F.linear(z, words, None if bias is None else bias[only]))
+        yield all_finite(model.head((here + push_at(last, h, position))[:, 0], only))
 
 
-def _score(
+def answer_nll(
     model: Denoiser, batch: Batch, rows: TaskRows, tokenizer: Tokenizer, draws: int
-) -> tuple[Tensor, Tensor, int, int]:
-    """(nll sum and answer tokens by row, hits, masked tokens): of lengths, where they differ, and of tokens."""
-    device, size = model.device, len(batch.x0)
-    draws = 1 if rows.slot == 1 else draws
+) -> tuple[Tensor, Tensor]:
+    """(nats, tokens) of each row's answer, (B,) each: of its length, where they differ, and of its tokens."""
     generator = torch_seeded(0, 3, int(batch.rows[0]))
-    total, hits, masked = torch.zeros(size), 0, 0
     prompt_mask = batch.attention_mask & ~batch.answer_mask
+    nll, counted = torch.zeros(len(batch.x0)), batch.answer_mask.sum(1).float()
     if rows.open_ended:
         lengths = torch.from_numpy(rows.ends[batch.rows.numpy()])
-        of_lengths = length_logp(model, on_device(batch, device), tokenizer.mask_id, tokenizer.eos_id).cpu()
+        of_lengths = length_logp(model, on_device(batch, model.device), tokenizer.mask_id, tokenizer.eos_id).cpu()
+        nll, batch = -of_lengths.gather(1, lengths[:, None])[:, 0], cut_to(batch, lengths)
         counted = (lengths + 1).clamp(max=rows.slot).float()  # the [EOS] counts as a token
-        total, batch = -draws * of_lengths.gather(1, lengths[:, None])[:, 0], cut_to(batch, lengths)
-    else:
-        counted = batch.answer_mask.sum(1).float()
-    for _ in range(draws):
-        masks = batch.answer_mask, batch.attention_mask
-        noised = noise_counted(batch.x0, *masks, tokenizer.mask_id, generator, prompt_mask).to(device)
-        where = noised.is_masked
-        row, target = where.nonzero()[:, 0], noised.x0[where]
-        logits = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=where)
-        logp = all_finite(logits).log_softmax(-1)
-        gold = logp.gather(1, target[:, None])[:, 0]
-        total += torch.zeros(size).index_add_(0, row.cpu(), (-gold / noised.t[row]).cpu())
-        masked += len(target)
-        hits += int((logp.argmax(-1) == target).sum())
-    return total / draws, counted, hits, masked
+    masks, draws = (batch.answer_mask, batch.attention_mask), 1 if rows.slot == 1 else draws
+    return nll + row_nll(model, batch.x0, *masks, tokenizer.mask_id, draws, generator, prompt_mask), counted
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -44,7 +44,7 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # updates, which teach nothing, and a hundred of 16 rows teach them by heart. Writing takes longer to learn: eight
 # epochs, between 400 and 1,200 updates. No row is read more than EPOCHS times.
 FEW, WRITING, EPOCHS = (10, 40, 100), (8, 400, 1_200), 100
-SHARES = ("accuracy", "unreadable", "masked_acc", "exact_match", "rouge_l", "names_held", "repeated_4grams")
+SHARES = ("accuracy", "unreadable", "exact_match", "rouge_l", "names_held", "repeated_4grams")
 SHARES += ("repeated_sentence",)
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
@@ -174,7 +174,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
 
         def held_out() -> dict[str, float]:
             found = evaluate(model, dev_rows, tokenizer, answer=not task.is_generation).record()
-            return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "masked_acc", "nll_bound") if k in found}
+            return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "nll_bound") if k in found}
 
         result = TrainingRun(
             model, method.own, train_rows, objective, training, folder, held_out, f"{method.name} {task.name}",

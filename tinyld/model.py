@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyld.attention import near_attention, rotary_tables, rotate
 from tinyld.config import ModelConfig
-from tinyld.device import product, product_dtype
+from tinyld.device import look_up, product, product_dtype
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -74,16 +74,6 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
-
-
-def look_up(table: nn.Module, ids: Tensor | slice) -> Tensor:
-    """Rows of a module's weight; where that is kept in fewer bits (device.shrink), only they are widened."""
-    if not parametrize.is_parametrized(table):
-        return table.weight[ids] if isinstance(ids, slice) else F.embedding(ids, table.weight)
-    kept = table.parametrizations.weight
-    parts = [part[ids] for _, part in kept.named_parameters(recurse=False)]
-    with torch.autocast(parts[0].device.type, enabled=False):
-        return kept[0](*parts)
 
 
 class HeadNLL(torch.autograd.Function):
@@ -312,8 +302,13 @@ class Denoiser(nn.Module):
         """What has the matrix that gives the logits: (V, E), or fewer rows where the last ids have none."""
         return self.embedding if self.output is None else self.output
 
-    def head(self, h: Tensor) -> Tensor:
-        """Vocabulary logits (..., V) of final states (..., D)."""
+    def head(self, h: Tensor, only: Tensor | None = None) -> Tensor:
+        """Vocabulary logits (..., V) of final states (..., D); or those of the tokens `only` (n,) alone, (..., n), in
+        fp32 whatever autocast says: in bf16 one in ten of near labels is level with another."""
+        if only is not None:
+            with torch.autocast(h.device.type, enabled=False):
+                z, bias = self.head_transform(self.final_norm(h.float())), self.output_bias
+                return F.linear(z, look_up(self.vocabulary, only), None if bias is None else bias[only])
         h, words = self.head_transform(self.final_norm(h)), self.vocabulary
         if parametrize.is_parametrized(words):
             logits = product(words, h, self.output_bias)

@@ -32,7 +32,8 @@ NONE = -1
 
 
 def answer_slot(prompt_mask: Tensor) -> Tensor:
-    """(B, L) bool: positions that are no prompt and have some prompt after them; what comes last is padding."""
+    """(B, L) bool: positions that are no prompt and have some prompt after them; what comes last is padding, or an
+    answer that ends its row."""
     follows = prompt_mask.flip(1).cumsum(1).flip(1) > 0
     return ~prompt_mask & follows
 
@@ -50,8 +51,9 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
         return (normal * share[..., None]).sum(1)
 
     slot, length = answer_slot(prompt_mask).int(), prompt_mask.shape[1]
-    first = slot.argmax(1)
-    last = first + slot.sum(1) - 1
+    ends_row = slot.sum(1) == 0  # an answer with nothing behind it
+    first = torch.where(ends_row, prompt_mask.sum(1), slot.argmax(1))
+    last = torch.where(ends_row, length, first + slot.sum(1) - 1)
     parts = [mean(prompt_mask)]
     for offset in NEAR:
         position = (first if offset < 0 else last) + offset
@@ -117,7 +119,8 @@ class Router(nn.Module):
         """(B,) squared distance of the mean embedding from a member's, less what its own prompts vary by."""
         directions = self.directions[member]  # (m, D)
         off = features[:, : directions.shape[1]] - self.prototype[member, 0, : directions.shape[1]]
-        return off.square().sum(1) - (off @ directions.T).square().sum(1)
+        with torch.autocast(off.device.type, enabled=False):  # a difference of two sums
+            return off.square().sum(1) - (off @ directions.T).square().sum(1)
 
     def choose(self, features: Tensor) -> Tensor:
         """(B,) the member that each row belongs to, or NONE where the row is unlike all of that member's own."""

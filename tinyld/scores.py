@@ -35,13 +35,12 @@ MOST_CONFUSED = 8  # labels whose confusion matrix is shown
 OF_LABELS = (
     {"accuracy %": "accuracy", "95% interval": "interval"},
     {"± NLL": "nll_stderr", "macro-F1 %": "macro_f1", "scored %": "scored_accuracy", "unreadable %": "unreadable"}
-    | {"masked_acc %": "masked_acc", "rows/s": "rows_per_second"},
+    | {"rows/s": "rows_per_second"},
 )
 OF_TEXTS = (
     {"BLEU": "bleu", "chrF": "chrf", "ROUGE-L %": "rouge_l", "exact %": "exact_match", "names %": "names_held"},
     {"± NLL": "nll_stderr", "length ratio": "length_ratio", "repeated 4-grams %": "repeated_4grams"}
-    | {"repeated sentence %": "repeated_sentence", "masked_acc %": "masked_acc"}
-    | {"rows/s": "rows_per_second", "passes a row": "passes_per_row"},
+    | {"repeated sentence %": "repeated_sentence", "rows/s": "rows_per_second", "passes a row": "passes_per_row"},
 )
 
 
@@ -167,6 +166,9 @@ def eval_text(options: EvalOptions) -> list[Record]:
         is_base = config["kind"] == "base"
         check(not is_base or options.base is None, f"{path} is a base itself: --base has no effect on it")
         check_ours(Reading() if is_base else options.reading())
+        check(
+            config["kind"] != "composition", f"{path} is a composition: --text is for one adapter, as its members are"
+        )
         bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None, options.reading())
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}

@@ -95,7 +95,7 @@ def overlap(said: Sequence[str], wanted: Sequence[str]) -> float:
 
 def says_twice(text: str) -> bool:
     sentences = [tuple(words(part)) for part in re.split(r"[.!?]+(?:\s|$)", text)]
-    return any(n > 1 for sentence, n in Counter(sentences).items() if sentence)
+    return any(n > 1 for sentence, n in Counter(sentences).items() if len("".join(sentence)) > 1)  # not an initial
 
 
 def names(prompts: Sequence[str]) -> list[set[str]]:
@@ -104,7 +104,7 @@ def names(prompts: Sequence[str]) -> list[set[str]]:
     That is its words with a digit, and those with a capital that no prompt has without; where no prompt has a capital,
     its rare words. What stands in all prompts is their template's.
     """
-    parts = [re.findall(WORD, prompt) for prompt in prompts]
+    parts = [re.findall(WORD, unicodedata.normalize("NFC", prompt)) for prompt in prompts]
     count = Counter(word for part in parts for word in {fold(word) for word in part})
     small = {fold(word) for part in parts for word in part if word[0].islower()}
     cased = any(word[0].isupper() for part in parts for word in part)
