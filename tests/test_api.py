@@ -101,10 +101,11 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         (lambda run, base: tinyld.finetune(None), "rows are a list"),
         (lambda run, base: tinyld.finetune(""), "no task ''"),
         (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
-        (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang here"),
+        (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang; `tinyld finetune --help`"),
         (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
         (lambda run, base: tinyld.finetune([("a", "Good"), ("b", "good")], base=base), "'Good' and 'good' look like"),
         (lambda run, base: tinyld.finetune([("a", 1), ("b", "1.0")], base=base), "'1' and '1.0' look like one label"),
+        (lambda run, base: tinyld.finetune([("a", "nan"), ("b", "NaN")], base=base), "'nan' and 'NaN' look like"),
         (lambda run, base: tinyld.finetune([("a", "é"), ("b", "e\u0301")], base=base), "look like one label"),
     ],
 )  # fmt: skip
@@ -178,7 +179,8 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     measured = good("eval", "run", "--json").json[0]["nll_bound"]
     before = Path("opinions.csv").read_text()
     Path("opinions.csv").write_text(before + "sad!,a sea\n" * 9)
-    assert "opinions.csv has changed since run was trained on it" in cli("eval", "run").stderr
+    for way in ([], ["--data", "opinions.csv"]):
+        assert "opinions.csv has changed since run was trained on it" in cli("eval", "run", *way).stderr
     Path("opinions.csv").write_text(before)
     Path("opinions.csv").rename("moved.csv")
     assert "is gone; say by --data where it is" in cli("eval", "run").stderr

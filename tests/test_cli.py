@@ -56,6 +56,7 @@ def place(place: Path) -> Path:
     (place / "rule.txt").write_text("a line\n________\n")
     (place / "set").mkdir()
     shutil.copy(place / "mood.csv", place / "set" / "dev.csv")
+    (place / "quoted.tsv").write_text('text\t"label"\na b\t"x"\nc d\t"y"\ne f\t"x"\n')
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")
     (place / "latin1").mkdir()
     for split in ("train", "dev"):
@@ -452,6 +453,8 @@ ERRORS = [
     (ON + "--set ranks=4,2,1 --set blocks=7", 2, "blocks must be at most the base's 2, got 7"),
     (ON + "--set blocks=1 --budget 0.01%", 2, "too small for trajectory-lora"),
     (ON + "--method weight-lora --budget 200%", 2, "--budget must be above 0 and at most 100%"),
+    (ON + "--method weight-lora --budget 5", 2, "--budget 5 would be 500% of the base: write 5% or 0.05"),
+    (NOT_ON + "--data {place}/quoted.tsv", 2, 'label "x" is in quotes, which are letters to a .tsv; save it as .csv'),
     (ON + "--method weight-lora --budget little", 2, "--budget takes a share such as 0.7%"),
     (ON + "--method weight-lora --budget 0.7", 2, "would be 70% of the base: write 0.7% or 0.007, or else"),
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
 from tinyld.predict import load
-from tinyld.router import NEAR, NONE, Router, answer_slot, prompt_features, prototype_shapes  # fmt: skip
+from tinyld.router import NEAR, NONE, Router, answer_slot, prompt_features, prompt_prototype, prototype_shapes
 from tinyld.runs import RunFolder
 
 
@@ -170,6 +171,16 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
             with torch.no_grad():
                 alone = one.model(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
             torch.testing.assert_close(repeated[row, :length], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their covariance is 0, but in fp32 noise, of which some has no eigenvectors that LAPACK finds."""
+    base: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(d_model=384)))
+    for seed in range(40):
+        same = torch.randn(1, 5 * 384, generator=torch.Generator().manual_seed(seed)).expand(60, -1) / 20
+        monkeypatch.setattr("tinyld.router.task_features", lambda *_, same=same: same)
+        found = prompt_prototype(base, range(60))  # type: ignore[arg-type]
+        assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 # ---------------------------------------------------------------------------------------------- the verb

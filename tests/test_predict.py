@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,15 @@ def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
             tinyld.load(fast[:2]).predict(rows)
     with pytest.raises(tinyld.UsageError, match="same reads a, b"):
         tinyld.load([fast[0], place / "same"]).predict("rain")
+    assert "Denoiser" not in repr(runs), "a notebook shows it"
+
+
+def test_threads_may_share_what_is_loaded(fast: list[Path]) -> None:
+    runs, texts = tinyld.load(fast[:2]).runs, ["rain", "the sun is", "a sea"] * 20
+    right = {name: run.predict(texts) for name, run in runs.items()}
+    with ThreadPoolExecutor(4) as pool:
+        found = [(name, pool.submit(runs[name].predict, texts)) for name in [*runs] * 10]
+        assert all(each.result() == right[name] for name, each in found)
 
 
 def test_columns_of_two_tasks_meet_by_name_whatever_their_order(place: Path) -> None:

@@ -244,6 +244,7 @@ FILE_ERRORS = [
     ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
     ("a.jsonl", '{"txt": 1}\n', ["line 1", "no column 'text'", "'txt'"]),
     ("a.csv", "text,text\na,b\n", ["line 1", "two columns of one name"]),
+    ("a.csv", "sep=;\ntext;label\na;0\n", ["line 1", "sep= is a spreadsheet's own line; delete it"]),
     ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "stray ','"]),
     ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", r"stray '\t'"]),
     ("a.csv", 'text,label\na,0\n"b,1\n', ["line 3", "quotes"]),

@@ -40,7 +40,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
             raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
         other = members.setdefault(name := member.task["name"], member)
         if other is not member:
-            raise TinyldError(f"{other.run} and {member.run} are both of a task {name}; compose takes one a task")
+            way_out = "compose takes one a task; where they are two, train one on a file of another name"
+            raise TinyldError(f"{other.run} and {member.run} are both of a task {name}: {way_out}")
         task = from_record(member.task, str(folder.path / CONFIG))
         alone[name] = Run(folder.path, base, [task], folder.config, options.dtype)
     router = make_router(folders, base)

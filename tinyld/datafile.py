@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
@@ -77,6 +78,8 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     has_header = label in ("label", options.label_column) or folded(label) not in map(folded, labels)
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
+    quoted = [name for name in labels if re.fullmatch('".*"', name)]
+    check(not quoted, f"{file}: label {''.join(quoted[:1])} is in quotes, which are letters to a .tsv; save it as .csv")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
     if all(isinstance(folded(name), float) for name in labels):
         labels.sort(key=folded)
@@ -113,7 +116,7 @@ def described(task: Task) -> str:
 def folded(label: str) -> Any:
     """What labels that are meant to be one have in common: without case, odd spellings of characters, or 1 for 1.0."""
     try:
-        return float(label)
+        return float(label) if math.isfinite(float(label)) else label.casefold()
     except ValueError:
         return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
 
@@ -134,7 +137,9 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
         label = label or left.pop(0)
         text = text or left.pop()
     if text is None or label is None:
-        check(len(names) > 1, f"{file}: texts and labels take two columns; found {', '.join(names) or 'none'}")
+        check(
+            len(names) > 1, f"{file}: texts and labels take two columns; found {', '.join(map(show, names)) or 'none'}"
+        )
         way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
         raise TinyldError(f"{file}: which of its columns are text and label? It has {', '.join(names)}; {way_out}")
     return text, label

@@ -295,6 +295,6 @@ def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
     """The verb's options; UsageError for one that it does not have, or that the first argument says already."""
     known = {field.name for field in fields(FinetuneOptions)}
     for name in given:
-        free = name in known and name not in ours
-        check(free, f"no option {name} here; the first argument says what is learned")
+        check(name in known, f"no option {name}; `tinyld finetune --help` and `--set help` list them")
+        check(name not in ours, f"no option {name} here; the first argument says what is learned")
     return FinetuneOptions(**{"quiet": True, **ours, **given})

@@ -43,7 +43,7 @@ def parsed(value: Any, kind: Any, name: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UsageError(f"{flag(name)}: {value!r} is not a number") from None
+        raise UsageError(f"{flag(name)}: {value!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def base_folder(name: str | Path, option: str = "--base") -> Path:
@@ -71,7 +71,7 @@ def share(text: str, name: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise UsageError(f"{name} takes a share such as 0.7% or 0.007, got {text!r}") from None
-    check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
-    way_out = f"write {text}% or {value / 100:g}, or else {value:.0%}"
+    way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
     check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
+    check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
     return value

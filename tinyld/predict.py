@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
 
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
+ONE_AT_A_TIME = (
+    threading.RLock()
+)  # threads may ask at once, and runs that share a base hang their pushes on it by turns
 
 
 @dataclass
@@ -34,11 +38,13 @@ class Run:
     """A run that was loaded: an adapter, composition, full fine-tuning or base, ready to answer."""
 
     path: Path
-    base: Base  # with the adapters on it, but for `push`
+    base: Base = field(repr=False)  # with the adapters on it, but for `push`
     tasks: list[Task]  # that it was made for; none for a base
-    config: dict[str, Any]  # the run's config.json
+    config: dict[str, Any] = field(repr=False)  # the run's config.json
     dtype: str = "auto"
-    push: nn.Module | None = None  # of a trajectory adapter, which may share its base with others
+    push: nn.Module | None = field(
+        default=None, repr=False
+    )  # of a trajectory adapter, which may share its base with others
     named: str | None = None  # the task that it was loaded for
 
     @property
@@ -67,8 +73,9 @@ class Run:
         """
         task = self.named if task is None else task
         chosen = self.task_named(task)
-        self.let_answer(task and chosen.name)
-        return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
+        with ONE_AT_A_TIME:
+            self.let_answer(task and chosen.name)
+            return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
     def let_answer(self, task: str | None) -> None:
         """Lets a composition's member of that task answer all rows; None, and another task: each row's own."""
@@ -85,10 +92,12 @@ class Run:
         sampling = SampleConfig(temperature=temperature, seed=seed)
         writer = next((t for t in self.tasks if t.is_generation), None)
         if writer is None:
-            return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
+            with ONE_AT_A_TIME:
+                return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
         check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
-        self.let_answer(writer.name)
-        return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
+        with ONE_AT_A_TIME:
+            self.let_answer(writer.name)
+            return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
@@ -230,7 +239,8 @@ class Runs:
 
     def predict(self, texts: Iterable[Any]) -> list[Record]:
         """A dict for each text: `text`, and under `tasks` what each run says of it, by the run's name."""
-        return self.answer(as_rows(texts, self.task), self.task, SampleConfig())
+        with ONE_AT_A_TIME:
+            return self.answer(as_rows(texts, self.task), self.task, SampleConfig())
 
     @property
     def task(self) -> Task:

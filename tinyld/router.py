@@ -83,7 +83,8 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     features = task_features(base, rows, spread_over(len(rows), PROTOTYPE_ROWS)).cpu()
     width = base.model.config.d_model
     kept = prototype_shapes(width)["directions"][0]
-    values, vectors = torch.linalg.eigh(torch.cov(features[:, :width].T, correction=0))  # smallest first
+    of_means = torch.cov(features[:, :width].T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
+    values, vectors = (found.float() for found in torch.linalg.eigh(of_means))  # smallest first
     rest = values[:-kept].mean().clamp(min=1e-8)
     share = 1 - rest / values[-kept:].clamp(min=rest)
     prototype = torch.stack([features.mean(0), features.var(0, correction=0)])

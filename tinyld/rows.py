@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tinyld.tasks import Task
 
 SPLITS = ("train", "dev", "test")
+ALSO_DEV = "validation"  # what others call the dev rows
 TABLES: dict[str, dict[str, Any]] = {  # how csv reads each; in a TSV a quote is an ordinary character
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
     ".csv": {"delimiter": ",", "strict": True},
@@ -71,9 +72,11 @@ def bundled_data_dir() -> Path:
 
 
 def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
-    """folder/NAME/SPLIT.tsv, .csv or .jsonl, of the first NAME that has one; NAME "" is the folder itself."""
+    """folder/NAME/SPLIT.tsv, .csv or .jsonl, of the first NAME that has one; NAME "" is the folder itself. The dev rows
+    may also be called validation."""
+    files = [f"{stem}{suffix}" for stem in (split, ALSO_DEV)[: 1 + (split == "dev")] for suffix in SUFFIXES]
     for name in names:
-        found = [path for suffix in SUFFIXES if os.path.isfile(path := folder / name / f"{split}{suffix}")]
+        found = [path for file in files if os.path.isfile(path := folder / name / file)]
         check(len(found) < 2, f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there")
         if found:
             return found[0]
@@ -171,6 +174,8 @@ def _read_table(text: str, path: Path, table: dict[str, Any], empty: bool) -> It
                 continue
             if not header:
                 header = [clean(value) for value in values]
+                if header[0].startswith("sep="):
+                    raise TinyldError(f"{where}: {header[0]} is a spreadsheet's own line; delete it")
                 if len(set(header)) != len(header):
                     raise TinyldError(f"{where}: two columns of one name in {show(', '.join(header))}")
                 continue

@@ -79,7 +79,8 @@ class RunFolder:
         folder = RunFolder(path)
         is_run = folder.is_run() and not path.is_symlink()
         if os.path.lexists(path) and not folder._holds_nothing() and not (force and is_run):
-            go_on = f"go on with it by --resume {path}, " if folder.checkpoints() else ""
+            unfinished = is_run and not any(name.endswith(".safetensors") for name in folder.files())
+            go_on = f"go on with it by --resume {path}, " if unfinished or folder.checkpoints() else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
 

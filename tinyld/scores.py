@@ -58,12 +58,18 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
         if not (lacks and elsewhere):
             data, held_out = folder, own["held_out"]
         if held_out and own.get("sha256") not in (None, learned(run, task, folder, own)):
-            problem = f"{folder} has changed since {run.path} was trained on it: which rows were held out is not known"
-            raise TinyldError(f"{problem}; train again, or give a file of other rows by --data")
+            raise changed(folder, run)
     elif data is not None and data.is_file() and own.get("held_out"):  # maybe the very rows that it was trained on
         held_out = own.get("sha256") == learned(run, task, data, own)
+        if not held_out and os.path.realpath(data) == os.path.realpath(own["folder"]):
+            raise changed(data, run)
     examples = load_split(task, split, data, limit, held_out)
     return TaskRows(examples, task, run.base.tokenizer, run.base.model.config.max_length)
+
+
+def changed(file: Path, run: Run) -> TinyldError:
+    problem = f"{file} has changed since {run.path} was trained on it: which rows were held out is not known"
+    return TinyldError(f"{problem}; train again, or give a file of other rows by --data")
 
 
 def learned(run: Run, task: Task, file: Path, own: Record) -> str | None:

@@ -65,7 +65,7 @@ class Task:
             check(filled["answer_tokens"] >= 1, "answer_tokens must be at least 1")
             check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
         else:
-            filled |= {"answer_tokens": 0, "label_column": self.label_column or "label"}
+            filled |= {"answer_tokens": 0, "label_column": "label" if self.label_column is None else self.label_column}
             mixed = "answer_column and answer_tokens are for tasks that write, a [verbalizer] for label tasks; drop one"
             check(self.answer_column is None and not self.answer_tokens, mixed)
             check(len(fields) > 0, "the template names no column, e.g. {sentence}")
