@@ -190,7 +190,7 @@ def test_rows_may_come_from_a_file_and_predictions_go_to_one(adapters: dict[str,
     good("eval", adapters["full"][0], "--data", "mine.tsv", "--predictions", "out.tsv", "--json")
     lines = Path("out.tsv").read_text().splitlines()
     assert lines[0] == "run\ttask\tprompt\tgold\tanswer" and len(lines) == 2
-    assert lines[1].split("\t")[:4] == [str(adapters["full"][0]), "mood", "the sky it was ____ .", "very well"]
+    assert lines[1].split("\t")[:4] == [str(adapters["full"][0]), "mood", "the sky it was ____ .", "happy"]
 
 
 def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(

@@ -157,7 +157,7 @@ def test_wrong_answers_are_counted_row_by_row(tokenizer: Tokenizer, tmp_path: Pa
     assert found.macro_f1 == pytest.approx((2 * 7 / 17 + 2 * 10 / 23) / 2)  # 7 of 10 bad ones; 10 good ones, 13 said
     assert found.unreadable == 0.0
     assert (found.low, found.high) == wilson(17, 20)
-    assert [text for _, _, text in found.predictions] == ["great" if i < 6 or i % 2 else "terrible" for i in range(20)]
+    assert [text for _, _, text in found.predictions] == ["good" if i < 6 or i % 2 else "bad" for i in range(20)]
 
 
 def test_an_answer_that_is_no_verbalizer_is_wrong_though_its_label_may_score_best(
@@ -205,7 +205,7 @@ def test_answers_of_several_tokens_are_decoded_and_scored(tokenizer: Tokenizer, 
     found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer)
     assert rows.slot == 3 and found.passes_per_row == 1, "what is sure is written at once"
     assert (found.accuracy, found.scored_accuracy, found.macro_f1) == (1, 1, 1)
-    assert {text for _, _, text in found.predictions} == set(SEVERAL.values())
+    assert {text for _, _, text in found.predictions} == set(SEVERAL)
 
 
 def test_half_an_answer_is_unreadable_and_so_wrong(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_predictions_keep_the_order_of_the_rows_over_several_batches(tokenizer: 
     assert found.n == n and len(found.predictions) == n and found.accuracy == 1.0
     assert done == sorted(done) and done[-1] == n and len(done) == 2
     for i, (prompt, gold, decoded) in enumerate(found.predictions):
-        assert gold == decoded == list(ONE.values())[rows.labels[i]]
+        assert gold == decoded == list(ONE)[rows.labels[i]]
         assert prompt == tokenizer.decode(rows.ids[i][1 : rows.starts[i]]) + " ____ ."
 
 

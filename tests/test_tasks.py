@@ -347,6 +347,8 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     rows_file(folder, "sst2/dev.tsv", "sentence\tlabel\na\t0\n")
     with pytest.raises(TinyldError, match="which are the dev rows: .*dev.tsv or .*dev.csv"):
         load_split(task, "dev", folder)
+    rows_file(tmp_path, "theirs/validation.csv", "sentence,label\na,0\n")
+    assert len(load_split(task, "dev", tmp_path / "theirs")) == 1, "what others call it"
 
 
 def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

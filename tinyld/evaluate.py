@@ -43,7 +43,8 @@ class Evaluation:
     truncated: int  # rows that were too long and were cut
     rows_per_second: float = 0.0
     passes_per_row: float = 0.0
-    predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # (prompt, gold, decoded)
+    # (prompt, gold, decoded), the last two as labels where they can be read as such
+    predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)
     accuracy: float | None = None  # of decoded answers; an unreadable one is wrong
     low: float | None = None  # 95% Wilson interval
     high: float | None = None
@@ -145,6 +146,9 @@ def evaluate(
             parts = (rows.ids[row][some].tolist() for some in (slice(1, start), slice(start, end), slice(end, None)))
             before, right, after = map(tokenizer.decode, parts)
             right = PAIR.join(rows.examples[row].references) or right
+            if verbalizers is not None:  # their words may stand for labels that are none
+                right = rows.task.labels[rows.labels[row]]
+                text = text if predicted[row] == UNREADABLE else rows.task.labels[predicted[row]]
             texts[row] = (f"{before} ____ {after}" if after else before, right, text)
         if not one_pass:
             nll_sum[chunk], tokens[chunk] = answer_nll(model, batch, rows, tokenizer, draws)

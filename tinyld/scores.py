@@ -23,14 +23,14 @@ from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.rows import files_of, has_split, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, is_foreign
-from tinyld.tables import percent, print_table
+from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
 Record = dict[str, Any]
-MOST_CONFUSED = 8  # labels whose confusion matrix is shown
+MOST_CONFUSED = 8  # mistakes that are shown where the confusion matrix does not fit
 # Column -> what it shows of a record, in percent where its name ends so; and, in a wide table, more of them.
 OF_LABELS = (
     {"accuracy %": "accuracy", "95% interval": "interval"},
@@ -233,7 +233,7 @@ def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) 
 
 
 def show_classes(record: Record) -> None:
-    """Precision, recall and F1 of each label, and what its rows were answered, where that fits a screen."""
+    """Precision, recall and F1 of each label, and what its rows were answered, or the most frequent mistakes."""
     if "classes" not in record:
         return
     columns = ("label", "rows", "precision %", "recall %", "F1 %")
@@ -241,8 +241,12 @@ def show_classes(record: Record) -> None:
     always = f"always the most frequent label: {percent(record['majority'])}% right"
     print()
     print_table(f"{record['task']} {record['split']}, label by label ({always})", columns, rows)
-    if len(rows) <= MOST_CONFUSED:
-        said = [*record["classes"], *(["unreadable"] if record["unreadable"] else [])]
+    said = [*record["classes"], *(["unreadable"] if record["unreadable"] else [])]
+    print()
+    if max(map(len, said)) + sum(len(s) + 3 for s in said) <= WIDTH:
         counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
-        print()
         print_table("rows of each label, by what was answered", ("", *said), counts)
+    else:
+        wrong = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items() if s != label]
+        worst = sorted(wrong, key=lambda row: -row[2])[:MOST_CONFUSED]
+        print_table("most frequent mistakes", ("label", "answered", "rows"), [row for row in worst if row[2]])
