@@ -94,6 +94,7 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
         (lambda run, base: run.write([5]), "a prompt is a text"),
         (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
+        (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
         (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
         (lambda run, base: run.write("a", temperature="hot"), "temperature: 'hot' is not of type float"),
         (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
@@ -235,6 +236,15 @@ def test_labels_get_words_that_the_vocabulary_has_as_one_token_each(tokenizer: T
     words = answer_words(["1", "2", "3", "Zürich-ß", "good"], tokenizer)
     assert len({tuple(tokenizer.encode(w)) for w in words}) == 5 and words[4] == "good"
     assert all(len(tokenizer.encode(w)) == 1 and tokenizer.unk_id not in tokenizer.encode(w) for w in words)
+
+
+def test_a_folder_of_rows_is_learned_by_its_path(place: Path) -> None:
+    Path("set").mkdir()
+    for name, rows in (("train", ROWS), ("validation", ROWS[:5])):
+        Path(f"set/{name}.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    tinyld.finetune("set", base=place / "base", out="run", **QUICK)
+    assert RunFolder(Path("run")).config["data"]["rows"] == len(ROWS)
+    assert good("eval", "run", "--json").json[0]["n"] == 5, "the dev rows"
 
 
 def test_options_are_read_as_a_user_writes_them() -> None:

@@ -307,6 +307,8 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     measured = eval(EvalOptions(runs=(Path("both"),), quiet=True))
     assert [(r["task"], r["n"]) for r in measured] == [("weather-rows", 4), ("food-rows", 4)], "of each one's own rows"
     Path("new.csv").write_text("weather,label\n" + "rain weather,sad\nsun weather,happy\n")
+    with pytest.raises(tinyld.UsageError, match="say by --task whose rows new.csv holds"):
+        eval(EvalOptions(runs=(Path("both"),), data=Path("new.csv"), quiet=True))
     (found,) = eval(EvalOptions(runs=(Path("both"),), task="weather-rows", data=Path("new.csv"), quiet=True))
     assert found["n"] == 2
     with pytest.raises(tinyld.UsageError, match="both is a composition; name the runs"):

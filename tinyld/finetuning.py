@@ -34,7 +34,7 @@ from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tables import percent, print_record
-from tinyld.tasks import Task, from_record, to_record
+from tinyld.tasks import Task, builtin_names, from_record, to_record
 from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 from tinyld.write import make_folder, write_atomic
@@ -249,15 +249,16 @@ def resume(options: Training) -> dict[str, Any]:
 
 def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None = None, **options: Any) -> Run:
     """Trains an adapter and loads it. Rows are (text, label) pairs or dicts with a text and a label column; a task is a
-    built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, one in .txt of texts
-    in which gaps are to be filled.
+    built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, a folder has
+    train.csv and perhaps dev.csv and test.csv, a .txt has texts in which gaps are to be filled.
 
     `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on. Rows in memory are kept
     beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev.
     """
     if isinstance(rows_or_task, str | Path):
-        is_file = Path(rows_or_task).suffix.lower() in (*SUFFIXES, ".txt")
-        made = _options(options, out=out, **{"data" if is_file else "task": str(rows_or_task)})
+        path, name = Path(rows_or_task), str(rows_or_task)
+        is_rows = path.suffix.lower() in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and path.is_dir())
+        made = _options(options, out=out, **{"data" if is_rows else "task": name})
         return load(finetune(made)["run"], made.base, made.device, made.dtype)
     out = RUNS / "mine" if out is None else out
     check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")

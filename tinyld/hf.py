@@ -33,7 +33,7 @@ def export_bert(base: Base, out: Path) -> None:
     """Writes a folder that transformers' BertForMaskedLM loads with our logits; post-norm bases only."""
     config, family, tokenizer = base.model.config, FAMILIES["bert"], base.tokenizer
     if config.norm_first or config.rotary or config.projected or not config.embedding_norm:
-        how = "only bases begun with --init can be written for transformers (its BERT is post-norm)"
+        how = "only bases begun from a BERT-like encoder can be written for transformers (its BERT is post-norm)"
         raise TinyldError(f"{base.path}: {how}")
     tensors = {theirs_of(family, ours)[1][0]: tensor for ours, tensor in base.model.named_parameters()}
     tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)

@@ -309,7 +309,7 @@ class MergeOptions(Written, Printed):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Printed):
-    run: Path = option(dataclasses.MISSING, "hf: a base begun with --init; peft: a weight-lora adapter.", ARGUMENT)
+    run: Path = option(dataclasses.MISSING, "hf: a base begun from a BERT; peft: a weight-lora adapter.", ARGUMENT)
     to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
     base: Path | None = option(None, "Where a LoRA's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("exported"), "Folder to write.", "Output")

@@ -174,6 +174,7 @@ class Run:
         self.let_answer(self.named)  # whoever was named in an earlier call
         tokenizer, model = self.base.tokenizer, self.model
         before, mark, after = prompt.partition("{answer}")
+        check(mark or not GAP.search(prompt), f"a place in a prompt is marked by {{answer}}, got {prompt!r}")
         check("{answer}" not in after, f"a prompt holds {{answer}} once, got {prompt!r}")
         check(type(length) is int and length >= 1, f"length must be a whole number, at least 1, got {length!r}")
         after = after.strip() and tokenizer.blank + after.strip()

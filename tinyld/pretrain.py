@@ -128,7 +128,8 @@ def train_base(
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
             corpus = tokenize(part(read_lines(paths), held_out), tokenizer, bar.advance_to)
         if not corpus.documents:
-            raise TinyldError(f"too little text in {', '.join(map(str, paths))}: no document to be {which}")
+            lacks = f"no document (a line) to be {which}; give more, or --valid"
+            raise TinyldError(f"too little text in {', '.join(map(str, paths))}: {lacks}")
         return corpus
 
     shape = from_dict(ModelConfig, config["model"], where)

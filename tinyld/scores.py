@@ -106,6 +106,8 @@ def eval(options: EvalOptions) -> list[Record]:
         run = load(path, options.base, *how)
         named = options.task is not None or not run.tasks
         tasks = [run.task_named(options.task)] if named else run.tasks
+        one = len(tasks) == 1 or source == options.split
+        check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
         if len(options.runs) < 2:  # of several, another one may heed it
             options.refuse_idle(max(slot_width(t, run.base.tokenizer) for t in tasks), not tasks[0].is_generation)
         for task in tasks:
