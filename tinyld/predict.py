@@ -39,7 +39,7 @@ class Run:
 
     path: Path
     base: Base = field(repr=False)  # with the adapters on it, but for `push`
-    tasks: list[Task]  # that it was made for; none for a base
+    tasks: list[Task]  # that it was made for; none for a base, but for one with an adapter folded in
     config: dict[str, Any] = field(repr=False)  # the run's config.json
     dtype: str = "auto"
     push: nn.Module | None = field(
@@ -306,7 +306,9 @@ def load(
     folder, push = RunFolder(path), None
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
-        return Run(path, load_base(path, on, kept_in or "fp32", reading), [], config, dtype)
+        records = [of["task"]] if "task" in (of := config.get("merged", {})) else []
+        made_for = [from_record(r, where) for r in records]
+        return Run(path, load_base(path, on, kept_in or "fp32", reading), made_for, config, dtype)
     check_ours(reading)
     if config["kind"] == "composition":
         loaded = load_base_of(config, path, base_path, on, kept_in)

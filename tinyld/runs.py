@@ -46,6 +46,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
         "started_as": {"name": str, "prune": float},
         "environment": {"command": str},
         "members": list[MEMBER],
+        "merged": {"task": {"name": str}},
         "by_name": bool,
     },
     RESULTS: {"eval": dict[str, SCORES]}

@@ -145,7 +145,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
 
 def merge(options: MergeOptions) -> dict[str, Any]:
-    """Folds a weight-lora adapter into its base, and writes a base."""
+    """Folds a weight-lora adapter into its base, and writes a base that answers for its task."""
     import torch
 
     from tinyld.checkpoint import save_base
@@ -162,7 +162,7 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     target = RunFolder.create(out, options.force)
     made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
     merged = made if is_foreign(base.path) else RunFolder(base.path).config
-    merged |= {"merged": {"run": str(run), "base": base.fingerprint}}
+    merged |= {"merged": {"run": str(run), "base": base.fingerprint, "task": RunFolder(run).config["task"]}}
     target.write_json(CONFIG, merged | {"environment": environment()})
     save_base(target, tensors, base.tokenizer, torch.float32)
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
