@@ -137,9 +137,8 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
         label = label or left.pop(0)
         text = text or left.pop()
     if text is None or label is None:
-        check(
-            len(names) > 1, f"{file}: texts and labels take two columns; found {', '.join(map(show, names)) or 'none'}"
-        )
+        there = ", ".join(map(show, names)) or "none"
+        check(len(names) > 1, f"{file}: texts and labels take two columns; found {there}")
         way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
         raise TinyldError(f"{file}: which of its columns are text and label? It has {', '.join(names)}; {way_out}")
     return text, label

@@ -28,9 +28,8 @@ from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
 
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
-ONE_AT_A_TIME = (
-    threading.RLock()
-)  # threads may ask at once, and runs that share a base hang their pushes on it by turns
+# Threads may ask at once, and runs that share a base hang their pushes on it by turns.
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass
@@ -42,9 +41,7 @@ class Run:
     tasks: list[Task]  # that it was made for; none for a base, but for one with an adapter folded in
     config: dict[str, Any] = field(repr=False)  # the run's config.json
     dtype: str = "auto"
-    push: nn.Module | None = field(
-        default=None, repr=False
-    )  # of a trajectory adapter, which may share its base with others
+    push: nn.Module | None = field(default=None, repr=False)  # of a trajectory adapter, which may share its base
     named: str | None = None  # the task that it was loaded for
 
     @property

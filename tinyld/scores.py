@@ -174,9 +174,8 @@ def eval_text(options: EvalOptions) -> list[Record]:
         is_base = config["kind"] == "base"
         check(not is_base or options.base is None, f"{path} is a base itself: --base has no effect on it")
         check_ours(Reading() if is_base else options.reading())
-        check(
-            config["kind"] != "composition", f"{path} is a composition: --text is for one adapter, as its members are"
-        )
+        is_one = config["kind"] != "composition"
+        check(is_one, f"{path} is a composition: --text is for one adapter, as its members are")
         bound, tokens = bound_of(path.resolve(), "fp32" if is_base else None, options.reading())
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
@@ -244,11 +243,12 @@ def show_classes(record: Record) -> None:
     print()
     print_table(f"{record['task']} {record['split']}, label by label ({always})", columns, rows)
     said = [*record["classes"], *(["unreadable"] if record["unreadable"] else [])]
-    print()
     if max(map(len, said)) + sum(len(s) + 3 for s in said) <= WIDTH:
+        print()
         counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
         print_table("rows of each label, by what was answered", ("", *said), counts)
     else:
         wrong = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items() if s != label]
-        worst = sorted(wrong, key=lambda row: -row[2])[:MOST_CONFUSED]
-        print_table("most frequent mistakes", ("label", "answered", "rows"), [row for row in worst if row[2]])
+        worst = sorted((row for row in wrong if row[2]), key=lambda row: -row[2])[:MOST_CONFUSED]
+        print()
+        print_table("most frequent mistakes", ("label", "answered", "rows"), worst)
