@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Ran, cli, good
@@ -19,9 +20,11 @@ import tinyld
 from tinyld.cli import MAIN, VERBS
 from tinyld.config import ModelConfig, from_dict
 from tinyld.data import TaskRows
+from tinyld.evaluate import by_class
 from tinyld.methods import METHODS as METHOD_CLASSES
 from tinyld.options import ARGUMENT
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
+from tinyld.scores import show_classes
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 TINY = "--preset nano --set d_model=32 --set num_layers=2 --set num_heads=2 --set d_ff=64".split()
@@ -175,6 +178,21 @@ def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(
     assert table.stderr == "" and f"{found['nll_bound']:.4f}" in table.stdout and " test " in table.stdout
     quiet = finetune(place, Path("quiet"), "--method", "bitfit", "--quiet")
     assert "bitfit on mood" in loud.stderr and quiet.stderr == "" and "bitfit" in quiet.stdout
+
+
+@pytest.mark.parametrize(("letters", "fits"), [(5, True), (15, False)])
+def test_mistakes_are_counted_where_a_confusion_matrix_does_not_fit(
+    letters: int, fits: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [f"{letter * letters}" for letter in "abcde"]
+    gold = np.repeat(np.arange(5), 4)
+    classes, confusion = by_class(gold, np.where(np.arange(20) < 3, 4, gold), labels)
+    record = {"task": "t", "split": "dev", "classes": classes, "confusion": confusion, "unreadable": 0, "majority": 0.2}
+    show_classes(record)
+    out = capsys.readouterr().out
+    assert ("by what was answered" in out) == fits != ("most frequent mistakes" in out)
+    assert fits or out.splitlines()[-1].split() == [labels[0], labels[4], "3"]
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_a_builtin_task_is_finetuned_with_a_limit(place: Path) -> None:
