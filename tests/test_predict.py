@@ -27,7 +27,7 @@ from tinyld.cli import app
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
 from tinyld.evaluate import Verbalizers
-from tinyld.finetuning import EPOCHS, FEW, WRITING, usual_epochs
+from tinyld.finetuning import EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
 from tinyld.options import EvalOptions
 from tinyld.rows import GAPS
@@ -112,7 +112,8 @@ def test_few_rows_are_read_more_often(place: Path) -> None:
     _, least, most = WRITING
     assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(least / 15)
     assert usual_epochs(tell, 100, 1) == 8 and usual_epochs(tell, 300, 1) == most / 300
-    assert usual_epochs(tell, 18_102, 32) == 3
+    assert usual_epochs(tell, 18_102, 32) == usual_epochs(tell, 67_349, 32) == usual_epochs(mood, MANY - 1, 32) == 3
+    assert usual_epochs(mood, MANY, 32) == 1
     tinyld.finetune(place / "mood.toml", base=place / "base", out="mood", method="bitfit", quiet=True)
     assert RunFolder(Path("mood")).config["train"]["epochs"] == FEW[1] / 2
 

@@ -169,7 +169,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
     epochs: float | None = option(
-        None, "Passes over the rows; 3, more of few rows, 8 where it writes.", "Training", above=0
+        None, "Passes over the rows; 3, more of few, 1 of 30,000, 8 where it writes.", "Training", above=0
     )
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
