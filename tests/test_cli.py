@@ -592,6 +592,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(steps: int, place: 
     assert_refused(
         cli("eval", "new", "--quiet"), 1, "new was not trained to its end: tinyld finetune --resume new goes on"
     )
+    assert_refused(cli(*fill(args, place)), 1, "go on with it by --resume new, choose another --out, or replace it")
 
 
 def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:

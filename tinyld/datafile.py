@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -78,8 +79,6 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     has_header = label in ("label", options.label_column) or folded(label) not in map(folded, labels)
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
-    quoted = [name for name in labels if re.fullmatch('".*"', name)]
-    check(not quoted, f"{file}: label {''.join(quoted[:1])} is in quotes, which are letters to a .tsv; save it as .csv")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
     if all(isinstance(folded(name), float) for name in labels):
         labels.sort(key=folded)
@@ -89,13 +88,16 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
 
 
 def _check_labels(labels: list[str], where: str, rows: int) -> None:
-    """UsageError for what can hardly be meant: one label, two that look like one, or nearly as many as rows."""
+    """UsageError for what can hardly be meant: one label, two that look like one, one in quotes, or nearly as many as
+    rows."""
     check(len(labels) >= 2, f"{where} holds the one label {labels[0]!r}; at least two are needed")
     alike: dict[Any, str] = {}
     for label in labels:
         other = alike.setdefault(folded(label), label)
         way_out = "write them alike, or say in a task file which labels there are"
         check(other == label, f"{where}: labels {show(other)} and {show(label)} look like one label; {way_out}")
+        is_quoted = re.fullmatch('".*"', label)
+        check(not is_quoted, f"{where}: label {label} is in quotes, which are letters to a .tsv; save it as .csv")
     many = len(labels) > min(MAX_LABELS, max(10, rows // 2)) or 2 < rows == len(labels)
     problem = f"{where} holds {len(labels)} different labels; is it the --label-column?"
     check(not many, f"{problem} Texts to write are an --answer-column")
@@ -115,10 +117,10 @@ def described(task: Task) -> str:
 
 def folded(label: str) -> Any:
     """What labels that are meant to be one have in common: without case, odd spellings of characters, or 1 for 1.0."""
-    try:
-        return float(label) if math.isfinite(float(label)) else label.casefold()
-    except ValueError:
-        return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(label)):
+            return number
+    return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
 
 
 def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:

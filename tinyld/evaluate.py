@@ -118,6 +118,7 @@ def evaluate(
     device = model.device
     verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, tokenizer)
     one_pass = verbalizers is not None and rows.slot == 1 and sampling.temperature == 0
+    words = torch.tensor(verbalizers.answers, device=device)[:, 0] if one_pass else None
     predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
     texts: list[tuple[str, str, str]] = [("", "", "")] * n
     nll_sum, tokens = torch.zeros(n), torch.zeros(n)
@@ -130,7 +131,6 @@ def evaluate(
         asked, started = on_device(batch, device), time.perf_counter()
         decoded: list[str] = []
         if one_pass:  # which decodes an answer of one token, scores it and scores all labels
-            words = torch.tensor(verbalizers.answers, device=device)[:, 0]
             (logits,) = slot_logits(model, asked, tokenizer.mask_id, [words])
             target = asked.x0[asked.answer_mask]
             nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0

@@ -74,7 +74,8 @@ def bundled_data_dir() -> Path:
 def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
     """folder/NAME/SPLIT.tsv, .csv or .jsonl, of the first NAME that has one; NAME "" is the folder itself. The dev rows
     may also be called validation."""
-    files = [f"{stem}{suffix}" for stem in (split, ALSO_DEV)[: 1 + (split == "dev")] for suffix in SUFFIXES]
+    stems = (split, ALSO_DEV) if split == "dev" else (split,)
+    files = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     for name in names:
         found = [path for file in files if os.path.isfile(path := folder / name / file)]
         check(len(found) < 2, f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there")

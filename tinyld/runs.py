@@ -80,8 +80,8 @@ class RunFolder:
         folder = RunFolder(path)
         is_run = folder.is_run() and not path.is_symlink()
         if os.path.lexists(path) and not folder._holds_nothing() and not (force and is_run):
-            unfinished = is_run and not any(name.endswith(".safetensors") for name in folder.files())
-            go_on = f"go on with it by --resume {path}, " if unfinished or folder.checkpoints() else ""
+            stopped = folder.checkpoints() or (is_run and not folder.has_weights())
+            go_on = f"go on with it by --resume {path}, " if stopped else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
 
@@ -164,6 +164,10 @@ class RunFolder:
             if files.pop(name, None):
                 clear(self.path, [name])  # first, so that --resume tries again should this process die between the two
                 write_atomic(self.path / MANIFEST, to_json({"files": files}))
+
+    def has_weights(self) -> bool:
+        """Whether it was trained to its end."""
+        return any(name.endswith(".safetensors") for name in self.files())
 
     def check_finished(self, name: str) -> None:
         """TinyldError for a run whose training was stopped, so that it has no weights in the file of that name."""

@@ -248,7 +248,9 @@ def show_classes(record: Record) -> None:
         counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
         print_table("rows of each label, by what was answered", ("", *said), counts)
     else:
-        wrong = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items() if s != label]
-        worst = sorted((row for row in wrong if row[2]), key=lambda row: -row[2])[:MOST_CONFUSED]
+        answered = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items()]
+        wrong = [(label, s, n) for label, s, n in answered if n and s != label]
         print()
-        print_table("most frequent mistakes", ("label", "answered", "rows"), worst)
+        print_table(
+            "most frequent mistakes", ("label", "answered", "rows"), sorted(wrong, key=lambda w: -w[2])[:MOST_CONFUSED]
+        )

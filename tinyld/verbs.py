@@ -22,7 +22,7 @@ from tinyld.options import (
 from tinyld.parse import refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
-from tinyld.runs import ADAPTER, CONFIG, MODEL, RESULTS, RunFolder, is_foreign
+from tinyld.runs import CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_tasks
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
@@ -42,8 +42,8 @@ def info(options: InfoOptions) -> dict[str, Any]:
         folder.read(name)
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
-    verb, weights = ("pretrain", MODEL) if config["kind"] == "base" else ("finetune", ADAPTER)
-    if weights not in files:
+    verb = "pretrain" if config["kind"] == "base" else "finetune"
+    if not folder.has_weights():
         record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
