@@ -212,7 +212,10 @@ def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(
     folder.write("b.json", b"another")
     assert folder.read("a.json") == b"old" and folder.digest("a.json") == sha256(b"old")
     folder.write("a.json", b"newest")
-    assert folder.read("a.json") == b"newest" and {n: e["bytes"] for n, e in folder.files().items()} == {"a.json": 6, "b.json": 7}
+    assert folder.read("a.json") == b"newest" and {n: e["bytes"] for n, e in folder.files().items()} == {
+        "a.json": 6,
+        "b.json": 7,
+    }
 
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:

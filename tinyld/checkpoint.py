@@ -167,11 +167,16 @@ def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Pa
 
 
 def load_base_of(
-    config: Mapping[str, Any], run: Path, override: Path | None, device: torch.device | str, dtype: str | None = None
-) -> Base:
-    """The base of a run as it was read then, kept in `dtype` or else as in training. Where it is: see find_base."""
+    config: Mapping[str, Any], run: Path, override: Path | None, device: torch.device | str, dtype: str | None = None,
+    bases: Sequence[Base] = (),
+) -> Base:  # fmt: skip
+    """The base of a run as it was read then, kept in `dtype` or else as in training: one of `bases`, or as find_base
+    finds it."""
     record = base_record(config, run)
-    base = load_base(find_base(config, run, override), device, dtype or record.dtype, record.reading)
+    dtype = dtype or record.dtype
+    if shared := [base for base in bases if (base.fingerprint, base.dtype) == (record.fingerprint, dtype)]:
+        return shared[0]
+    base = load_base(find_base(config, run, override), device, dtype, record.reading)
     check_base(config, base, run)
     return base
 
@@ -197,16 +202,13 @@ def load_adapter(
     folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None,
     bases: Sequence[Base] = (),
 ) -> tuple[Base, Method]:  # fmt: skip
-    """(base, method): an adapter on its base, which is kept in `dtype` or else as in training, and is found as
-    `find_base` says, unless it is among `bases`."""
+    """(base, method): an adapter on its base, for which see `load_base_of`."""
     config = folder.config
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
-    record, tensors = base_record(config, folder.path), folder.read_tensors(ADAPTER)
-    dtype = dtype or record.dtype
-    check_frozen(config["method"]["name"], dtype)
-    shared = [b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, dtype)]
-    base = shared[0] if shared else load_base_of(config, folder.path, base_path, device, dtype)
+    check_frozen(config["method"]["name"], dtype or "fp32")
+    tensors = folder.read_tensors(ADAPTER)
+    base = load_base_of(config, folder.path, base_path, device, dtype, bases)
     return base, load_method(config["method"], tensors, base, folder)
 
 

@@ -167,12 +167,13 @@ class RunFolder:
         return parse_tensors(self.read(name), self.path / name)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file and its SHA-256 into the manifest."""
+        """Writes a file and its SHA-256 into the manifest, which forgets the files that are gone."""
         with self.locked():
-            files, entry = self.files(), {"sha256": sha256(content), "bytes": len(content)}
+            files = {name: entry for name, entry in self.files().items() if os.path.lexists(self.path / name)}
+            files[name] = {"sha256": sha256(content), "bytes": len(content)}
             with contextlib.suppress(TinyldError):
-                entry["before"] = sha256(self.read(name))
-            write_atomic(self.path / MANIFEST, to_json({"files": files | {name: entry}}))
+                files[name]["before"] = sha256(self.read(name))
+            write_atomic(self.path / MANIFEST, to_json({"files": files}))
             write_atomic(self.path / name, content)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -182,14 +183,6 @@ class RunFolder:
         from safetensors.torch import save
 
         self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
-
-    def remove(self, name: str) -> None:
-        """Removes a file that the manifest lists, and its line there."""
-        with self.locked():
-            files = self.files()
-            if files.pop(name, None):
-                clear(self.path, [name])  # first, so that --resume tries again should this process die between the two
-                write_atomic(self.path / MANIFEST, to_json({"files": files}))
 
     # ---- the metrics log
 
@@ -249,8 +242,7 @@ class RunFolder:
             folder.write_tensors(f"{step:08d}", {**tensors, "state": about})
         except TinyldError as error:
             raise TinyldError(f"{error}; {self.last_good()}") from None
-        for old in self.checkpoints()[:-keep]:
-            folder.remove(old.name)
+        clear(folder.path, [old.name for old in self.checkpoints()[:-keep]])
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Record] | None:
         """(tensors, state) of the newest checkpoint; None when there is none to go on from."""
@@ -265,12 +257,10 @@ class RunFolder:
 
     def remove_checkpoints(self, after: int = -1) -> None:
         """Removes the checkpoints of steps after `after`, by default all of them, and what is half-written."""
-        folder = self._saved
-        for path in self.checkpoints():
-            if int(path.name) > after:
-                folder.remove(path.name)
+        folder, found = self._saved, self.checkpoints()
+        later = [path.name for path in found if int(path.name) > after]
         clear(self.path)
-        clear(folder.path, [] if self.checkpoints() else [MANIFEST])
+        clear(folder.path, later if len(later) < len(found) else [*later, MANIFEST])
         with contextlib.suppress(OSError):  # something else is in it
             folder.path.rmdir()
 
@@ -288,4 +278,4 @@ class Spectator(RunFolder):
         pass
 
     locked = contextlib.nullcontext  # type: ignore[assignment]
-    write = write_tensors = remove = log = close_log = rewind = save_checkpoint = remove_checkpoints = _leave
+    write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = _leave
