@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROWS
 
 from tinyld.checkpoint import load_adapter, load_base
 from tinyld.errors import TinyldError
@@ -84,23 +85,10 @@ def child(arguments: list[str], log: str, die_at: int) -> None:
 
 
 class World:
-    """A folder with a tiny base, a task, a text, and what each job gives when nothing interrupts it."""
+    """A folder beside a tiny base, its text and its task, and what each job gives when nothing interrupts it."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        rng = random.Random(0)
-        words = "the film plot was is not great terrible good bad dull bright it and but very music".split()
-        lines = [" ".join(rng.choice(words) for _ in range(rng.randrange(4, 12))) for _ in range(300)]
-        (path / "text").mkdir()
-        (path / "text" / "lines.txt").write_text("\n".join(lines) + "\n")
-        for split, rows in (("train", lines[:80]), ("dev", lines[80:100])):
-            table = "".join(f"{line}\t{'good' if 'good' in line else 'bad'}\n" for line in rows)
-            (path / f"{split}.tsv").write_text("text\tlabel\n" + table)
-        (path / "mood.toml").write_text(
-            'template = "{text} it was {answer} ."\n[verbalizer]\nbad = "terrible"\ngood = "great"\n'
-            '[data]\ntrain = "train.tsv"\ndev = "dev.tsv"\n'
-        )
-        self.finish("base", self.arguments("pretrain", path / "base"))
+    def __init__(self, path: Path, place: Path):
+        self.path, self.place = path, place
         self.expected = {}
         for job in JOBS:
             started = time.monotonic()
@@ -112,8 +100,8 @@ class World:
         common = [*budget, "--dtype", "fp32", "--out", str(out)]
         if job == "pretrain":
             shape = ["--preset", "nano", "--vocab-size", "128", "--max-length", "32"]
-            return ["pretrain", "--data", str(self.path / "text"), *shape, *common]
-        task = ["--task", str(self.path / "mood.toml"), "--base", str(self.path / "base")]
+            return ["pretrain", "--data", str(self.place / "text.txt"), *shape, *common]
+        task = ["--task", str(self.place / "mood.toml"), "--base", str(self.place / "base")]
         return ["finetune", "--method", job, *task, *common]
 
     def start(self, arguments: list[str], die_at: int = 0) -> Any:
@@ -154,8 +142,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def world(place: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"), place)
 
 
 # ------------------------------------------------------------------------------------------------ kills, signals
@@ -256,28 +244,23 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     return found
 
 
-LOADS = {
-    "base": (MODEL, load_base),
-    "tokenizer": (TOKENIZER, load_base),
-    "config": (CONFIG, load_base),
-    "manifest": (MANIFEST, load_base),
-    "adapter": (ADAPTER, lambda run: load_adapter(RunFolder.open(run))),
-}
+DAMAGED = {  # the file, and the run that it is of
+    "base": (MODEL, "whole-pretrain"), "tokenizer": (TOKENIZER, "whole-pretrain"), "config": (CONFIG, "whole-pretrain"),
+    "manifest": (MANIFEST, "whole-pretrain"), "adapter": (ADAPTER, "whole-adapters"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", LOADS)
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_run_file_is_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
-    name, load = LOADS[kind]
-    source = world.path / ("whole-adapters" if kind == "adapter" else "base")
-    run = tmp_path / "run"
-    shutil.copytree(source, run)
+    name, source = DAMAGED[kind]
+    run = Path(shutil.copytree(world.path / source, tmp_path / "run"))
     content = (run / name).read_bytes()
     rng = random.Random(kind)
     refused = harmless = 0
     for _ in range(times(1000)):
         (run / name).write_bytes(damage(content, rng))
         try:
-            load(run)
+            load_adapter(RunFolder.open(run)) if kind == "adapter" else load_base(run)
         except TinyldError as error:
             assert "\n" not in str(error) and str(run) in str(error), str(error)
             refused += 1
@@ -295,21 +278,24 @@ def read_plainly(content: bytes, kind: str) -> list[tuple[str, str]] | None:
         if kind == "jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+            rows = list(csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
         return [(str(r["text"]), str(r["label"])) for r in rows]
     except (ValueError, KeyError, TypeError, csv.Error):
         return None
 
 
 @pytest.mark.parametrize("kind", ["tsv", "jsonl", "toml"])
-def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
-    task, table = (world.path / "mood.toml").read_text(), (world.path / "train.tsv").read_bytes()
-    rows = [json.dumps({"text": text, "label": label}) for text, label in read_plainly(table, "tsv") or []]
-    path = tmp_path / ("mood.toml" if kind == "toml" else f"train.{kind}")
-    content = {"tsv": table, "jsonl": "\n".join(rows).encode(), "toml": task.encode()}[kind]
-    (tmp_path / "train.tsv").write_bytes(table)
-    (tmp_path / "mood.toml").write_text(task.replace("train.tsv", "train.jsonl") if kind == "jsonl" else task)
-    rng = random.Random(kind)
+def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, place: Path, tmp_path: Path) -> None:
+    rows = {
+        "tsv": "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS),
+        "jsonl": "\n".join(json.dumps({"text": text, "label": label}) for text, label in ROWS),
+    }
+    suffix = "tsv" if kind == "toml" else kind
+    task = (place / "mood.toml").read_text().replace("mood.csv", f"rows.{suffix}")
+    (tmp_path / f"rows.{suffix}").write_text(rows[suffix])
+    (tmp_path / "mood.toml").write_text(task)
+    path = tmp_path / ("mood.toml" if kind == "toml" else f"rows.{kind}")
+    content, rng = path.read_bytes(), random.Random(kind)
     refused = read = 0
     for _ in range(times(1000)):
         damaged = damage(content, rng)
@@ -322,9 +308,8 @@ def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, world
             refused += 1
         else:
             read += 1
-            if kind != "toml":
-                labels = [("bad", "good")[e.label or 0] for e in examples]
-                assert labels == [label for _, label in read_plainly(damaged, kind) or []]
+            labels = [("sad", "happy")[e.label or 0] for e in examples]
+            assert kind == "toml" or labels == [label for _, label in read_plainly(damaged, kind) or []]
         assert time.monotonic() - started < 5
     COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name, {read:,} read as they stand"))
 
