@@ -92,7 +92,7 @@ class World:
         self.expected = {}
         for job in JOBS:
             started = time.monotonic()
-            self.finish(job, self.arguments(job, path / f"whole-{job}"))
+            self.finish(self.arguments(job, path / f"whole-{job}"))
             self.expected[job] = (self.facts(path / f"whole-{job}"), time.monotonic() - started)
 
     def arguments(self, job: str, out: Path, steps: int = STEPS) -> list[str]:
@@ -119,9 +119,8 @@ class World:
         assert not hangs, self.said()
         return process.exitcode
 
-    def finish(self, name: str, arguments: list[str]) -> None:
-        code = self.end(self.start(arguments))
-        assert code == 0, f"{name}: {self.said()}"
+    def finish(self, arguments: list[str]) -> None:
+        assert self.end(self.start(arguments)) == 0, self.said()
 
     def said(self) -> str:
         return (self.path / "log").read_text(errors="replace")
@@ -164,7 +163,7 @@ def interrupted(world: World, wanted: int, stop: Callable[[list[str], Path, floa
             if not stop(world.go_on(job, out), out, seconds):
                 break
             stops += 1
-        world.finish(job, world.go_on(job, out))
+        world.finish(world.go_on(job, out))
         assert world.facts(out) == expected
         assert not list(out.rglob("*.tmp"))
         runs += 1
@@ -244,6 +243,25 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     return found
 
 
+def count_damage(kind: str, path: Path, read: Callable[[], Any], is_right: Callable[[bytes, Any], bool]) -> None:
+    """A file that is damaged time and again is refused by name in a line, or else what is read of it is right."""
+    content, rng, refused = path.read_bytes(), random.Random(kind), 0
+    for _ in range(times(1000)):
+        damaged = damage(content, rng)
+        path.write_bytes(damaged)
+        started = time.monotonic()
+        try:
+            found = read()
+        except TinyldError as error:
+            assert "\n" not in str(error) and str(path.parent) in str(error), repr(str(error))
+            refused += 1
+        else:
+            assert is_right(damaged, found)
+        assert time.monotonic() - started < 5
+    rest = f"; {times(1000) - refused:,} read as they stand" if refused < times(1000) else ""
+    COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name{rest}"))
+
+
 DAMAGED = {  # the file, and the run that it is of
     "base": (MODEL, "whole-pretrain"), "tokenizer": (TOKENIZER, "whole-pretrain"), "config": (CONFIG, "whole-pretrain"),
     "manifest": (MANIFEST, "whole-pretrain"), "adapter": (ADAPTER, "whole-adapters"),
@@ -253,65 +271,40 @@ DAMAGED = {  # the file, and the run that it is of
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_run_file_is_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
     name, source = DAMAGED[kind]
-    run = Path(shutil.copytree(world.path / source, tmp_path / "run"))
-    content = (run / name).read_bytes()
-    rng = random.Random(kind)
-    refused = harmless = 0
-    for _ in range(times(1000)):
-        (run / name).write_bytes(damage(content, rng))
-        try:
-            load_adapter(RunFolder.open(run)) if kind == "adapter" else load_base(run)
-        except TinyldError as error:
-            assert "\n" not in str(error) and str(run) in str(error), str(error)
-            refused += 1
-        else:  # only a manifest can lose something that does not matter here: white space, another file's entry
-            assert kind == "manifest"
-            harmless += 1
-    rest = f"; {harmless} touched nothing that was needed" if harmless else ""
-    COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name{rest}"))
+    run = shutil.copytree(world.path / source, tmp_path / "run")
+
+    def read() -> Any:
+        return load_adapter(RunFolder.open(run)) if kind == "adapter" else load_base(run)
+
+    # only a manifest can lose something that does not matter here: white space, another file's entry
+    count_damage(kind, run / name, read, lambda damaged, found: kind == "manifest")
 
 
-def read_plainly(content: bytes, kind: str) -> list[tuple[str, str]] | None:
-    """(text, label) of every row by the simplest reading, or None when there is none."""
+def labels(content: bytes, kind: str) -> list[str] | None:
+    """The label of every row by the simplest reading, or None when there is none."""
     try:
         text = content.decode("utf-8-sig")
         if kind == "jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = list(csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
-        return [(str(r["text"]), str(r["label"])) for r in rows]
+        return [row["label"] for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error):
         return None
 
 
 @pytest.mark.parametrize("kind", ["tsv", "jsonl", "toml"])
 def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, place: Path, tmp_path: Path) -> None:
-    rows = {
-        "tsv": "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS),
-        "jsonl": "\n".join(json.dumps({"text": text, "label": label}) for text, label in ROWS),
-    }
-    suffix = "tsv" if kind == "toml" else kind
-    task = (place / "mood.toml").read_text().replace("mood.csv", f"rows.{suffix}")
-    (tmp_path / f"rows.{suffix}").write_text(rows[suffix])
-    (tmp_path / "mood.toml").write_text(task)
-    path = tmp_path / ("mood.toml" if kind == "toml" else f"rows.{kind}")
-    content, rng = path.read_bytes(), random.Random(kind)
-    refused = read = 0
-    for _ in range(times(1000)):
-        damaged = damage(content, rng)
-        path.write_bytes(damaged)
-        started = time.monotonic()
-        try:
-            examples = load_split(load_task(str(tmp_path / "mood.toml")), "train")
-        except TinyldError as error:
-            assert "\n" not in str(error) and str(tmp_path) in str(error), repr(str(error))
-            refused += 1
-        else:
-            read += 1
-            labels = [("sad", "happy")[e.label or 0] for e in examples]
-            assert kind == "toml" or labels == [label for _, label in read_plainly(damaged, kind) or []]
-        assert time.monotonic() - started < 5
-    COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name, {read:,} read as they stand"))
+    rows = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS))
+    path, task = tmp_path / f"rows.{kind}", tmp_path / "rows.toml"
+    task.write_text((place / "mood.toml").read_text().replace("mood.csv", "rows.tsv" if kind == "toml" else path.name))
+
+    def is_right(damaged: bytes, examples: Any) -> bool:
+        return kind == "toml" or [("sad", "happy")[e.label or 0] for e in examples] == (labels(damaged, kind) or [])
+
+    count_damage(kind, path, lambda: load_split(load_task(str(task)), "train"), is_right)
 
 
 # ------------------------------------------------------------------------------------------------ disks
@@ -324,7 +317,7 @@ def mounted(path: Path, options: str) -> None:
         pytest.skip("this user may not mount a small file system")
 
 
-@pytest.mark.parametrize("fault", ["full", "read-only", "gone"])
+@pytest.mark.parametrize("fault", ["full", "gone"])
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world: World, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     mounted(disk, "size=8m")
@@ -338,13 +331,6 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world:
             with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(bytes(4096)):
                     pass
-        elif fault == "read-only":
-            os.kill(process.pid, signal.SIGSTOP)
-            while subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
-                os.kill(process.pid, signal.SIGCONT)  # something was open for writing: try a little later
-                time.sleep(0.003)
-                os.kill(process.pid, signal.SIGSTOP)
-            os.kill(process.pid, signal.SIGCONT)
         else:
             os.rename(out, disk / "moved")
         code = world.end(process)

@@ -163,20 +163,20 @@ def test_a_base_and_an_adapter_come_back_with_their_bits(base: Path, adapter: Pa
     for name, entry in files.items():
         content = (base / name).read_bytes()
         assert (entry["sha256"], entry["bytes"]) == (sha256(content), len(content))
-    for own, path in (
-        (dict(load(base).model.named_parameters()), base / MODEL),
-        (load(adapter)[1].own, adapter / ADAPTER),
-    ):
-        stored = RunFolder(path.parent).read_tensors(path.name)
+    _, method = load(adapter)
+    for own, run, name in ((dict(load(base).model.named_parameters()), base, MODEL), (method.own, adapter, ADAPTER)):
+        stored = RunFolder(run).read_tensors(name)
         assert stored.keys() == own.keys() and all(torch.equal(p, stored[n]) for n, p in own.items())
 
 
 def test_a_base_is_named_by_weights_tokenizer_and_shape(base: Path) -> None:
     folder = RunFolder(base)
     names, model = [fingerprint(folder)], folder.config["model"]
-    changes = [lambda: change_weights(base), lambda: folder.write(TOKENIZER, b"{}"),
-               lambda: folder.write_json(CONFIG, folder.config | {"model": model | {"norm_eps": 0.5}})]  # fmt: skip
-    for change in changes:
+    for change in (
+        lambda: change_weights(base),
+        lambda: folder.write(TOKENIZER, b"{}"),
+        lambda: folder.write_json(CONFIG, folder.config | {"model": model | {"norm_eps": 0.5}}),
+    ):
         change()
         names.append(fingerprint(folder))
     assert len(set(names)) == 4
@@ -194,10 +194,7 @@ def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(
     run.write("b.json", b"another")
     assert run.read("a.json") == b"old" and run.digest("a.json") == sha256(b"old")
     run.write("a.json", b"newest")
-    assert run.read("a.json") == b"newest" and {n: e["bytes"] for n, e in run.files().items()} == {
-        "a.json": 6,
-        "b.json": 7,
-    }
+    assert run.read("a.json") == b"newest" and run.files().keys() == {"a.json", "b.json"}
 
 
 def test_a_second_writer_is_refused_until_the_first_is_done(run: RunFolder) -> None:
@@ -245,14 +242,12 @@ def test_a_damaged_or_missing_file_is_named(run: str, name: str, adapter: Path, 
     assert f"not listed in {MANIFEST}" in refusal(path.parent)
 
 
-@pytest.mark.parametrize("content", [
-    "[]", "{}", '{"files": []}', '{"files": {"config.json": 1}}', '{"files": {"config.json": {}}}', "\xff",
-])  # fmt: skip
-def test_a_damaged_manifest_is_one_error(content: str, base: Path) -> None:
-    (base / MANIFEST).write_bytes(content.encode("latin-1"))
-    assert str(base) in refusal(base)
-    with pytest.raises(TinyldError):
-        info(InfoOptions(run=base))
+def test_a_damaged_manifest_is_one_error(base: Path) -> None:
+    for content in (b"[]", b"{}", b'{"files": {"config.json": 1}}', b'{"files": {"config.json": {}}}', b"\xff"):
+        (base / MANIFEST).write_bytes(content)
+        assert str(base) in refusal(base)
+        with pytest.raises(TinyldError):
+            info(InfoOptions(run=base))
 
 
 @pytest.mark.parametrize(("run", "name"), [("base", MODEL), ("adapter", ADAPTER)])
@@ -280,18 +275,14 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("adapter", {"data": {"folder": [], "held_out": True}}, "data: folder: '[]' is not of type"),
     ("base", {"model": {"vocab_size": 10, "depth": 3}}, "unknown key 'depth'"),
     ("base", {"model": {}}, "missing key 'vocab_size'"),
-    ("base", {"model": {"vocab_size": "many"}}, "'many' is not of type int"),
-    ("base", {"model": {"vocab_size": 10, "num_heads": 0}}, "num_heads"),
     ("base", {"model": {"vocab_size": 10}}, "the tokenizer has"),
     # rotary tables are as long as a row may be, and no weight tells how long that is
     ("base", {"model": {"vocab_size": 10, "max_length": 10**9}}, "max_length must be at most 131072, got 1000000000"),
     ("base", {"model": {"vocab_size": 160, "d_model": 2**20, "d_ff": 2**20}}, "parameters is asked for; at most"),
     ("adapter", {"method": {"name": "adapters", "rank": 10**12}}, "values, but config.json asks for"),
-    ("adapter", {"method": {"name": "weight-lora", "rank": 10**12}}, "values, but config.json asks for"),
     ("adapter", {"method": {"name": "trajectory-lora", "ranks": [10**12, 8, 1]}}, "values, but config.json asks for"),
     ("adapter", {"method": {"name": "prefix"}}, f"unknown method 'prefix'; known: {', '.join(METHODS)}"),
     ("adapter", {"base": {"path": "x"}}, f"{CONFIG}: base: missing key 'fingerprint'"),
-    ("adapter", {"base": {"path": 3, "fingerprint": ""}}, f"{CONFIG}: base: path: '3' is not of type str"),
     ("adapter", {"base": {"path": "", "fingerprint": "", "dtype": "int3"}}, "dtype must be one of fp32, bf16, int8"),
     ("adapter", {"base": {"path": "", "fingerprint": "", "z": 1}}, f"{CONFIG}: base: unknown key 'z'"),
 ]  # fmt: skip
@@ -381,29 +372,22 @@ def test_the_log_is_read_without_its_torn_last_line_and_rewound(run: RunFolder) 
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(keep: int, run: RunFolder) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(
+    keep: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (2, 9, 10, 100, 1000):
         run.save_checkpoint(step, {"model.w": torch.full((2,), float(step))}, {"tokens": step * 7}, keep)
     assert [int(p.name) for p in run.checkpoints()] == [9, 10, 100, 1000][-keep:]
     assert len(list((run.path / "checkpoints").iterdir())) == keep + 1
+    for dies_at in (1, 2):
+        with dying(monkeypatch, dies_at):
+            run.save_checkpoint(2000, {"model.w": torch.zeros(2)}, {}, keep)
     tensors, state = run.load_checkpoint()
     assert state == {"step": 1000, "tokens": 7000} and torch.equal(tensors["model.w"], torch.full((2,), 1000.0))
     run.remove_checkpoints(after=100)
     assert [int(p.name) for p in run.checkpoints()] == [9, 10, 100][-keep + 1 :] * (keep > 1)
     run.remove_checkpoints()
     assert run.load_checkpoint() is None and not (run.path / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("dies_at", [1, 2])
-def test_a_checkpoint_that_was_cut_short_is_not_seen(
-    dies_at: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run.save_checkpoint(1, {"w": torch.ones(1)}, {}, 2)
-    with dying(monkeypatch, dies_at):
-        run.save_checkpoint(2, {"w": torch.zeros(1)}, {}, 2)
-    assert [p.name for p in run.checkpoints()] == ["00000001"] and run.load_checkpoint()[1]["step"] == 1
-    run.save_checkpoint(2, {"w": torch.full((1,), 5.0)}, {}, 2)
-    assert torch.equal(run.load_checkpoint()[0]["w"], torch.full((1,), 5.0))
 
 
 # ------------------------------------------------------------------------------------------------ nothing of others
