@@ -148,81 +148,53 @@ def world(place: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 # ------------------------------------------------------------------------------------------------ kills, signals
 
 
-def interrupted(world: World, wanted: int, stop: Callable[[list[str], Path, float], bool]) -> tuple[int, int]:
-    """(stops, runs): jobs in turn are stopped up to eight times each, until `wanted` were, and gone on with.
+STOPS = {"SIGKILL anywhere": 60, "SIGKILL in a save": 42, "SIGTERM": 25, "SIGINT": 25, "SIGHUP": 25}
 
-    `stop` gets a command, its folder and the seconds it takes, and says whether it ended the command. Each run must
-    end with the bits and the log of one that nothing stopped, and with nothing half-written.
-    """
-    stops, runs = 0, 0
-    while stops < wanted:
-        job = JOBS[runs % len(JOBS)]
+
+@pytest.mark.parametrize("how", STOPS)
+def test_a_run_that_is_stopped_time_and_again_ends_with_the_bits_of_one_that_was_not(how: str, world: World) -> None:
+    """Jobs in turn are stopped up to eight times each and gone on with; nothing half-written is left. A signal that can
+    be heard ends the step, saves, and gives its code."""
+    rng, signum = random.Random(how), signal.Signals[how.split()[0]]
+    stops = runs = saved = missed = 0
+    while stops < times(STOPS[how]):
+        job, out = JOBS[runs % len(JOBS)], world.path / f"stopped-{runs}"
         expected, seconds = world.expected[job]
-        out = world.path / f"stopped-{runs}"
         for _ in range(8):
-            if not stop(world.go_on(job, out), out, seconds):
+            dies = how == "SIGKILL in a save"
+            process = world.start(world.go_on(job, out), rng.randrange(1, 60) if dies else 0)
+            if not dies and stops % 3:  # two in three from the first step on, the rest at any time
+                while process.is_alive() and not RunFolder(out).checkpoints():
+                    time.sleep(0.005)
+            process.join(LIMIT_S if dies else rng.uniform(0, 0.3 if stops % 3 else 1.1) * seconds)
+            heard = process.is_alive() and not (out / RESULTS).exists()
+            if process.is_alive():
+                os.kill(process.pid, signum)
+            code, said = world.end(process), world.said()
+            assert code in (0, 128 + signum, -signum) or not said, said  # not: before main() has begun
+            assert code == 0 or "Traceback" not in said, said
+            if "is saved" in said:
+                step = int(said.split("step ")[-1].split(" is saved")[0])
+                assert int(RunFolder(out).checkpoints()[-1].name) == step
+                assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
+                saved += 1
+            if code == 0:
+                missed += heard  # its results came between the look at them and the signal
                 break
             stops += 1
         world.finish(world.go_on(job, out))
         assert world.facts(out) == expected
         assert not list(out.rglob("*.tmp"))
-        runs += 1
         shutil.rmtree(out)
-    return stops, runs
-
-
-@pytest.mark.parametrize("where", ["anywhere", "in a save"])
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(where: str, world: World) -> None:
-    rng = random.Random(where)
-
-    def kill(command: list[str], out: Path, seconds: float) -> bool:
-        process = world.start(command, rng.randrange(1, 60) if where == "in a save" else 0)
-        if where == "anywhere":
-            process.join(rng.uniform(0, 1.1 * seconds))
-            process.kill()
-        code = world.end(process)
-        assert code in (0, -signal.SIGKILL), world.said()
-        return code != 0
-
-    kills, runs = interrupted(world, times(60 if where == "anywhere" else 42), kill)
-    COUNTS.append((f"SIGKILL {where}", kills, f"{runs} runs went on; weights and log of all as without it"))
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_step_saves_and_gives_its_code(signum: signal.Signals, world: World) -> None:
-    rng = random.Random(int(signum))
-    sent, saved, missed = 0, 0, 0
-
-    def send(command: list[str], out: Path, seconds: float) -> bool:
-        nonlocal sent, saved, missed
-        process = world.start(command)
-        if sent % 3:  # two in three from the first step on, the rest at any time
-            while process.is_alive() and not RunFolder(out).checkpoints():
-                time.sleep(0.005)
-            process.join(rng.uniform(0, 0.3) * seconds)
-        else:
-            process.join(rng.uniform(0.1, 1) * seconds)
-        reached = process.is_alive()
-        done = (out / RESULTS).exists()
-        if reached:
-            os.kill(process.pid, signum)
-        code, said = world.end(process), world.said()
-        sent += code != 0
-        missed += reached and not done and code == 0  # its results came between the look at them and the signal
-        assert code in (0, 128 + signum, -signum) or not said, said  # not: before main() has begun
-        assert code == 0 or "Traceback" not in said, said
-        if "is saved" in said:
-            step = int(said.split("step ")[-1].split(" is saved")[0])
-            assert [int(p.name) for p in RunFolder(out).checkpoints()][-1] == step
-            assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
-            saved += 1
-        return code != 0
-
-    sent, runs = interrupted(world, times(25), send)
-    assert saved or sent < 10
-    assert missed <= max(1, sent // 10)  # a run that goes on to its end has not heard the signal
-    told = f"exit code {128 + signum}; {saved} came while training, all saved at their step"
-    COUNTS.append((signum.name, sent, f"{told}; weights and log of all as without it"))
+        runs += 1
+    assert missed <= max(1, stops // 10)  # a run that goes on to its end has not heard the signal
+    assert saved or stops < 10 or signum == signal.SIGKILL
+    told = (
+        ""
+        if signum == signal.SIGKILL
+        else f"exit code {128 + signum}; {saved} came while training, saved at their step; "
+    )
+    COUNTS.append((how, stops, f"{told}{runs} runs went on; weights and log of all as without it"))
 
 
 # ------------------------------------------------------------------------------------------------ damaged files

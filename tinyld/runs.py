@@ -3,8 +3,8 @@
 A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
 (`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
 (evaluations), `manifest.json`, and while it trains `checkpoints/`, a folder of the same kind with a file a step. Only
-what a manifest lists or what bears our temporary names is ever deleted, and nothing through a link. torch is imported
-only where tensors are, so that `tinyld info` needs none.
+what a manifest lists or what bears our temporary names is ever deleted, and nothing through a link. No torch but for
+tensors.
 """
 
 from __future__ import annotations
@@ -88,13 +88,12 @@ class RunFolder:
     def create(path: Path, force: bool = False) -> RunFolder:
         """A new run folder where `check_free` allows one; of the run that was there, all that is ours is gone."""
         RunFolder.check_free(path, force)
-        folder = RunFolder(path)
-        if folder.is_run():
-            with folder.locked():
-                files = [name for name in folder.files() if name != CONFIG]
-                folder.remove_checkpoints()
-                clear(path, [METRICS, *files, CONFIG, MANIFEST])  # last what tells that it is a run
         make_folder(path)
+        folder = RunFolder(path)
+        with folder.locked():
+            files = [name for name in folder.files() if name != CONFIG]
+            folder.remove_checkpoints()
+            clear(path, [METRICS, *files, CONFIG, MANIFEST])  # last what tells that it is a run
         return folder
 
     @staticmethod
@@ -222,8 +221,9 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
-        paths = [self._saved.path / name for name in sorted(self._saved.files()) if name.isdecimal()]
-        return [path for path in paths if path.is_file()]
+        folder = self._saved
+        steps = [name for name in sorted(folder.files()) if name.isdecimal() and (folder.path / name).is_file()]
+        return [folder.path / step for step in steps]
 
     def last_good(self) -> str:
         """For an error: what can be gone on with."""

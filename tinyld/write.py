@@ -37,8 +37,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             finally:
                 os.close(folder)
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def is_temporary(name: str) -> bool:
