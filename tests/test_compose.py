@@ -213,7 +213,7 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
         compose(replace(options, out=runs[0], force=True))
     with pytest.raises(TinyldError, match="one and .*fast-a are both of a task a"):
         compose(replace(options, runs=(runs[0], fast[0])))
-    RunFolder(runs[0]).remove("prototype.safetensors")
+    (runs[0] / "prototype.safetensors").unlink()
     with pytest.raises(TinyldError, match="no prototype.safetensors in .*one"):
         compose(replace(options, out=tmp_path / "new"))
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROWS
 
 from tinyld.checkpoint import load_adapter, load_base
 from tinyld.errors import TinyldError
@@ -84,27 +85,14 @@ def child(arguments: list[str], log: str, die_at: int) -> None:
 
 
 class World:
-    """A folder with a tiny base, a task, a text, and what each job gives when nothing interrupts it."""
+    """A folder beside a tiny base, its text and its task, and what each job gives when nothing interrupts it."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        rng = random.Random(0)
-        words = "the film plot was is not great terrible good bad dull bright it and but very music".split()
-        lines = [" ".join(rng.choice(words) for _ in range(rng.randrange(4, 12))) for _ in range(300)]
-        (path / "text").mkdir()
-        (path / "text" / "lines.txt").write_text("\n".join(lines) + "\n")
-        for split, rows in (("train", lines[:80]), ("dev", lines[80:100])):
-            table = "".join(f"{line}\t{'good' if 'good' in line else 'bad'}\n" for line in rows)
-            (path / f"{split}.tsv").write_text("text\tlabel\n" + table)
-        (path / "mood.toml").write_text(
-            'template = "{text} it was {answer} ."\n[verbalizer]\nbad = "terrible"\ngood = "great"\n'
-            '[data]\ntrain = "train.tsv"\ndev = "dev.tsv"\n'
-        )
-        self.finish("base", self.arguments("pretrain", path / "base"))
+    def __init__(self, path: Path, place: Path):
+        self.path, self.place = path, place
         self.expected = {}
         for job in JOBS:
             started = time.monotonic()
-            self.finish(job, self.arguments(job, path / f"whole-{job}"))
+            self.finish(self.arguments(job, path / f"whole-{job}"))
             self.expected[job] = (self.facts(path / f"whole-{job}"), time.monotonic() - started)
 
     def arguments(self, job: str, out: Path, steps: int = STEPS) -> list[str]:
@@ -112,8 +100,8 @@ class World:
         common = [*budget, "--dtype", "fp32", "--out", str(out)]
         if job == "pretrain":
             shape = ["--preset", "nano", "--vocab-size", "128", "--max-length", "32"]
-            return ["pretrain", "--data", str(self.path / "text"), *shape, *common]
-        task = ["--task", str(self.path / "mood.toml"), "--base", str(self.path / "base")]
+            return ["pretrain", "--data", str(self.place / "text.txt"), *shape, *common]
+        task = ["--task", str(self.place / "mood.toml"), "--base", str(self.place / "base")]
         return ["finetune", "--method", job, *task, *common]
 
     def start(self, arguments: list[str], die_at: int = 0) -> Any:
@@ -131,9 +119,8 @@ class World:
         assert not hangs, self.said()
         return process.exitcode
 
-    def finish(self, name: str, arguments: list[str]) -> None:
-        code = self.end(self.start(arguments))
-        assert code == 0, f"{name}: {self.said()}"
+    def finish(self, arguments: list[str]) -> None:
+        assert self.end(self.start(arguments)) == 0, self.said()
 
     def said(self) -> str:
         return (self.path / "log").read_text(errors="replace")
@@ -154,88 +141,60 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def world(place: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"), place)
 
 
 # ------------------------------------------------------------------------------------------------ kills, signals
 
 
-def interrupted(world: World, wanted: int, stop: Callable[[list[str], Path, float], bool]) -> tuple[int, int]:
-    """(stops, runs): jobs in turn are stopped up to eight times each, until `wanted` were, and gone on with.
+STOPS = {"SIGKILL anywhere": 60, "SIGKILL in a save": 42, "SIGTERM": 25, "SIGINT": 25, "SIGHUP": 25}
 
-    `stop` gets a command, its folder and the seconds it takes, and says whether it ended the command. Each run must
-    end with the bits and the log of one that nothing stopped, and with nothing half-written.
-    """
-    stops, runs = 0, 0
-    while stops < wanted:
-        job = JOBS[runs % len(JOBS)]
+
+@pytest.mark.parametrize("how", STOPS)
+def test_a_run_that_is_stopped_time_and_again_ends_with_the_bits_of_one_that_was_not(how: str, world: World) -> None:
+    """Jobs in turn are stopped up to eight times each and gone on with; nothing half-written is left. A signal that can
+    be heard ends the step, saves, and gives its code."""
+    rng, signum = random.Random(how), signal.Signals[how.split()[0]]
+    stops = runs = saved = missed = 0
+    while stops < times(STOPS[how]):
+        job, out = JOBS[runs % len(JOBS)], world.path / f"stopped-{runs}"
         expected, seconds = world.expected[job]
-        out = world.path / f"stopped-{runs}"
         for _ in range(8):
-            if not stop(world.go_on(job, out), out, seconds):
+            dies = how == "SIGKILL in a save"
+            process = world.start(world.go_on(job, out), rng.randrange(1, 60) if dies else 0)
+            if not dies and stops % 3:  # two in three from the first step on, the rest at any time
+                while process.is_alive() and not RunFolder(out).checkpoints():
+                    time.sleep(0.005)
+            process.join(LIMIT_S if dies else rng.uniform(0, 0.3 if stops % 3 else 1.1) * seconds)
+            heard = process.is_alive() and not (out / RESULTS).exists()
+            if process.is_alive():
+                os.kill(process.pid, signum)
+            code, said = world.end(process), world.said()
+            assert code in (0, 128 + signum, -signum) or not said, said  # not: before main() has begun
+            assert code == 0 or "Traceback" not in said, said
+            if "is saved" in said:
+                step = int(said.split("step ")[-1].split(" is saved")[0])
+                assert int(RunFolder(out).checkpoints()[-1].name) == step
+                assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
+                saved += 1
+            if code == 0:
+                missed += heard  # its results came between the look at them and the signal
                 break
             stops += 1
-        world.finish(job, world.go_on(job, out))
+        world.finish(world.go_on(job, out))
         assert world.facts(out) == expected
         assert not list(out.rglob("*.tmp"))
-        runs += 1
         shutil.rmtree(out)
-    return stops, runs
-
-
-@pytest.mark.parametrize("where", ["anywhere", "in a save"])
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(where: str, world: World) -> None:
-    rng = random.Random(where)
-
-    def kill(command: list[str], out: Path, seconds: float) -> bool:
-        process = world.start(command, rng.randrange(1, 60) if where == "in a save" else 0)
-        if where == "anywhere":
-            process.join(rng.uniform(0, 1.1 * seconds))
-            process.kill()
-        code = world.end(process)
-        assert code in (0, -signal.SIGKILL), world.said()
-        return code != 0
-
-    kills, runs = interrupted(world, times(60 if where == "anywhere" else 42), kill)
-    COUNTS.append((f"SIGKILL {where}", kills, f"{runs} runs went on; weights and log of all as without it"))
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_step_saves_and_gives_its_code(signum: signal.Signals, world: World) -> None:
-    rng = random.Random(int(signum))
-    sent, saved, missed = 0, 0, 0
-
-    def send(command: list[str], out: Path, seconds: float) -> bool:
-        nonlocal sent, saved, missed
-        process = world.start(command)
-        if sent % 3:  # two in three from the first step on, the rest at any time
-            while process.is_alive() and not RunFolder(out).checkpoints():
-                time.sleep(0.005)
-            process.join(rng.uniform(0, 0.3) * seconds)
-        else:
-            process.join(rng.uniform(0.1, 1) * seconds)
-        reached = process.is_alive()
-        done = (out / RESULTS).exists()
-        if reached:
-            os.kill(process.pid, signum)
-        code, said = world.end(process), world.said()
-        sent += code != 0
-        missed += reached and not done and code == 0  # its results came between the look at them and the signal
-        assert code in (0, 128 + signum, -signum) or not said, said  # not: before main() has begun
-        assert code == 0 or "Traceback" not in said, said
-        if "is saved" in said:
-            step = int(said.split("step ")[-1].split(" is saved")[0])
-            assert [int(p.name) for p in RunFolder(out).checkpoints()][-1] == step
-            assert (RunFolder(out).metrics() or [{"step": 0}])[-1]["step"] <= step
-            saved += 1
-        return code != 0
-
-    sent, runs = interrupted(world, times(25), send)
-    assert saved or sent < 10
-    assert missed <= max(1, sent // 10)  # a run that goes on to its end has not heard the signal
-    told = f"exit code {128 + signum}; {saved} came while training, all saved at their step"
-    COUNTS.append((signum.name, sent, f"{told}; weights and log of all as without it"))
+        runs += 1
+    assert missed <= max(1, stops // 10)  # a run that goes on to its end has not heard the signal
+    assert saved or stops < 10 or signum == signal.SIGKILL
+    told = (
+        ""
+        if signum == signal.SIGKILL
+        else f"exit code {128 + signum}; {saved} came while training, saved at their step; "
+    )
+    COUNTS.append((how, stops, f"{told}{runs} runs went on; weights and log of all as without it"))
 
 
 # ------------------------------------------------------------------------------------------------ damaged files
@@ -256,77 +215,68 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     return found
 
 
-LOADS = {
-    "base": (MODEL, load_base),
-    "tokenizer": (TOKENIZER, load_base),
-    "config": (CONFIG, load_base),
-    "manifest": (MANIFEST, load_base),
-    "adapter": (ADAPTER, lambda run: load_adapter(RunFolder.open(run))),
-}
-
-
-@pytest.mark.parametrize("kind", LOADS)
-def test_a_damaged_run_file_is_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
-    name, load = LOADS[kind]
-    source = world.path / ("whole-adapters" if kind == "adapter" else "base")
-    run = tmp_path / "run"
-    shutil.copytree(source, run)
-    content = (run / name).read_bytes()
-    rng = random.Random(kind)
-    refused = harmless = 0
-    for _ in range(times(1000)):
-        (run / name).write_bytes(damage(content, rng))
-        try:
-            load(run)
-        except TinyldError as error:
-            assert "\n" not in str(error) and str(run) in str(error), str(error)
-            refused += 1
-        else:  # only a manifest can lose something that does not matter here: white space, another file's entry
-            assert kind == "manifest"
-            harmless += 1
-    rest = f"; {harmless} touched nothing that was needed" if harmless else ""
-    COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name{rest}"))
-
-
-def read_plainly(content: bytes, kind: str) -> list[tuple[str, str]] | None:
-    """(text, label) of every row by the simplest reading, or None when there is none."""
-    try:
-        text = content.decode("utf-8-sig")
-        if kind == "jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
-        return [(str(r["text"]), str(r["label"])) for r in rows]
-    except (ValueError, KeyError, TypeError, csv.Error):
-        return None
-
-
-@pytest.mark.parametrize("kind", ["tsv", "jsonl", "toml"])
-def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
-    task, table = (world.path / "mood.toml").read_text(), (world.path / "train.tsv").read_bytes()
-    rows = [json.dumps({"text": text, "label": label}) for text, label in read_plainly(table, "tsv") or []]
-    path = tmp_path / ("mood.toml" if kind == "toml" else f"train.{kind}")
-    content = {"tsv": table, "jsonl": "\n".join(rows).encode(), "toml": task.encode()}[kind]
-    (tmp_path / "train.tsv").write_bytes(table)
-    (tmp_path / "mood.toml").write_text(task.replace("train.tsv", "train.jsonl") if kind == "jsonl" else task)
-    rng = random.Random(kind)
-    refused = read = 0
+def count_damage(kind: str, path: Path, read: Callable[[], Any], is_right: Callable[[bytes, Any], bool]) -> None:
+    """A file that is damaged time and again is refused by name in a line, or else what is read of it is right."""
+    content, rng, refused = path.read_bytes(), random.Random(kind), 0
     for _ in range(times(1000)):
         damaged = damage(content, rng)
         path.write_bytes(damaged)
         started = time.monotonic()
         try:
-            examples = load_split(load_task(str(tmp_path / "mood.toml")), "train")
+            found = read()
         except TinyldError as error:
-            assert "\n" not in str(error) and str(tmp_path) in str(error), repr(str(error))
+            assert "\n" not in str(error) and str(path.parent) in str(error), repr(str(error))
             refused += 1
         else:
-            read += 1
-            if kind != "toml":
-                labels = [("bad", "good")[e.label or 0] for e in examples]
-                assert labels == [label for _, label in read_plainly(damaged, kind) or []]
+            assert is_right(damaged, found)
         assert time.monotonic() - started < 5
-    COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name, {read:,} read as they stand"))
+    rest = f"; {times(1000) - refused:,} read as they stand" if refused < times(1000) else ""
+    COUNTS.append((f"damaged {kind}", times(1000), f"{refused:,} refused by name{rest}"))
+
+
+DAMAGED = {  # the file, and the run that it is of
+    "base": (MODEL, "whole-pretrain"), "tokenizer": (TOKENIZER, "whole-pretrain"), "config": (CONFIG, "whole-pretrain"),
+    "manifest": (MANIFEST, "whole-pretrain"), "adapter": (ADAPTER, "whole-adapters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_run_file_is_refused_by_name(kind: str, world: World, tmp_path: Path) -> None:
+    name, source = DAMAGED[kind]
+    run = shutil.copytree(world.path / source, tmp_path / "run")
+
+    def read() -> Any:
+        return load_adapter(RunFolder.open(run)) if kind == "adapter" else load_base(run)
+
+    # only a manifest can lose something that does not matter here: white space, another file's entry
+    count_damage(kind, run / name, read, lambda damaged, found: kind == "manifest")
+
+
+def labels(content: bytes, kind: str) -> list[str] | None:
+    """The label of every row by the simplest reading, or None when there is none."""
+    try:
+        text = content.decode("utf-8-sig")
+        if kind == "jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+        return [row["label"] for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error):
+        return None
+
+
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "toml"])
+def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, place: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS))
+    path, task = tmp_path / f"rows.{kind}", tmp_path / "rows.toml"
+    task.write_text((place / "mood.toml").read_text().replace("mood.csv", "rows.tsv" if kind == "toml" else path.name))
+
+    def is_right(damaged: bytes, examples: Any) -> bool:
+        return kind == "toml" or [("sad", "happy")[e.label or 0] for e in examples] == (labels(damaged, kind) or [])
+
+    count_damage(kind, path, lambda: load_split(load_task(str(task)), "train"), is_right)
 
 
 # ------------------------------------------------------------------------------------------------ disks
@@ -339,7 +289,7 @@ def mounted(path: Path, options: str) -> None:
         pytest.skip("this user may not mount a small file system")
 
 
-@pytest.mark.parametrize("fault", ["full", "read-only", "gone"])
+@pytest.mark.parametrize("fault", ["full", "gone"])
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world: World, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     mounted(disk, "size=8m")
@@ -353,13 +303,6 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world:
             with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(bytes(4096)):
                     pass
-        elif fault == "read-only":
-            os.kill(process.pid, signal.SIGSTOP)
-            while subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
-                os.kill(process.pid, signal.SIGCONT)  # something was open for writing: try a little later
-                time.sleep(0.003)
-                os.kill(process.pid, signal.SIGSTOP)
-            os.kill(process.pid, signal.SIGCONT)
         else:
             os.rename(out, disk / "moved")
         code = world.end(process)

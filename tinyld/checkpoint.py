@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import ModelConfig, Reading, check_ours, from_dict, to_dict
+from tinyld.config import ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
 from tinyld.device import BASE_DTYPES, Int8, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
@@ -24,16 +24,14 @@ from tinyld.runs import ADAPTER, CONFIG, MODEL, TOKENIZER, RunFolder, is_foreign
 from tinyld.tokenizer import Tokenizer
 from tinyld.write import sha256
 
-RELEASED = ("base", "small")  # folders of the bundled data that hold a base
-
 
 @dataclass(frozen=True)
-class BaseRecord:
+class BaseRecord(Settings):
     """What a run's config says of its base."""
 
     path: str
     fingerprint: str
-    dtype: str = "fp32"  # that it was kept in while training
+    dtype: str = setting("fp32", among=BASE_DTYPES)  # that it was kept in while training
     reading: Reading = Reading()  # of a public model
 
 
@@ -79,15 +77,15 @@ def save_base(folder: RunFolder, tensors: Mapping[str, Tensor], tokenizer: Token
     folder.write_tensors(MODEL, stored)
 
 
-def from_int8(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def read_saved(folder: RunFolder) -> dict[str, Tensor]:
     """The tensors that `save_base` stored, matrices in int8 as floats again."""
-    scales = {n: tensors[f"{n}.scale"] for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}.scale" in tensors}
-    found = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".scale") not in scales}
-    for name, scale in finite(scales, path).items():
+    tensors, path = folder.read_tensors(MODEL), folder.path / MODEL
+    scaled = [n for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}.scale" in tensors]
+    for name, scale in finite({n: tensors.pop(f"{n}.scale") for n in scaled}, path).items():
         if tensors[name].dim() != 2 or scale.shape != tensors[name].shape[:1]:
             raise TinyldError(f"{path}: tensor {name!r} needs one scale a row, got {tuple(scale.shape)}")
-        found[name] = Int8()(tensors[name], scale[:, None])
-    return found
+        tensors[name] = Int8()(tensors[name], scale[:, None])
+    return tensors
 
 
 def read_shape(path: Path, reading: Reading | None = None) -> tuple[ModelConfig, Tokenizer]:
@@ -97,11 +95,10 @@ def read_shape(path: Path, reading: Reading | None = None) -> tuple[ModelConfig,
 
         return (foreign := read_foreign(path, reading)).model.config, foreign.tokenizer
     check_ours(reading)
-    folder, where = RunFolder.open(path), path / CONFIG
-    if folder.config["kind"] != "base":
-        raise TinyldError(f"{path} is an adapter, not a base; its base is {base_record(folder.config, where).path}")
-    config = from_dict(ModelConfig, folder.config["model"], str(where))
-    folder.check_finished(MODEL)
+    folder = RunFolder.open(path)
+    if (record := folder.config)["kind"] != "base":
+        raise TinyldError(f"{path} is an adapter, not a base; its base is {base_record(record, path).path}")
+    config = from_dict(ModelConfig, record["model"], str(path / CONFIG))
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
     if tokenizer.vocab_size != config.vocab_size:
         raise TinyldError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
@@ -118,13 +115,12 @@ def load_base(
 
         return load_foreign(path, device, dtype, reading)
     config, tokenizer = read_shape(path, reading)
-    folder = RunFolder(path)
-    tensors = from_int8(folder.read_tensors(MODEL), path / MODEL)
+    tensors = read_saved(RunFolder(path))
     check_amount(config.num_parameters(), [t.shape for t in tensors.values()], path / MODEL)
     model = Denoiser(config)
     load_exactly(dict(model.named_parameters()), tensors, path / MODEL)
     shrink(model, dtype)
-    return Base(path, model.to(device).eval(), tokenizer, fingerprint(folder), dtype, stored_bytes(model))
+    return Base(path, model.to(device).eval(), tokenizer, fingerprint(RunFolder(path)), dtype, stored_bytes(model))
 
 
 def check_amount(asked: int, shapes: Iterable[tuple[int, ...]], path: Path) -> None:
@@ -141,31 +137,26 @@ def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     if missing or extra:
         parts = [f"{word} {', '.join(n[:3])}" for word, n in (("missing", missing), ("unexpected", extra)) if n]
         raise TinyldError(f"{path}: the tensors do not fit: {'; '.join(parts)}")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} expected"
-            raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
     for name, tensor in finite(tensors, path).items():
+        if tensor.shape != parameters[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} expected"
+            raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
         parameters[name].copy_(tensor)
 
 
 # ------------------------------------------------------------------------------------------------ the base of a run
 
 
-def base_record(config: Mapping[str, Any], where: object) -> BaseRecord:
-    """What a run's config says of its base; `where` names the config in errors."""
-    record = from_dict(BaseRecord, config["base"], f"{where}: base")
-    if record.dtype not in BASE_DTYPES:
-        raise TinyldError(f"{where}: base dtype must be one of {', '.join(BASE_DTYPES)}, got {record.dtype!r}")
-    return record
+def base_record(config: Mapping[str, Any], run: Path) -> BaseRecord:
+    return from_dict(BaseRecord, config["base"], f"{run / CONFIG}: base")
 
 
 def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
     """The folder of a run's base: `override`, else the released one that has its fingerprint, else as recorded."""
     if override is not None:
         return override
-    record = base_record(config, run / CONFIG)
-    released, recorded = [bundled_data_dir() / name for name in RELEASED], Path(record.path)
+    record = base_record(config, run)
+    released, recorded = [bundled_data_dir() / name for name in ("base", "small")], Path(record.path)
     for path in released:
         if RunFolder(path).is_run() and fingerprint(RunFolder(path)) == record.fingerprint:
             return path
@@ -176,18 +167,23 @@ def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Pa
 
 
 def load_base_of(
-    config: Mapping[str, Any], run: Path, override: Path | None, device: torch.device | str, dtype: str | None = None
-) -> Base:
-    """The base of a run as it was read then, kept in `dtype` or else as in training. Where it is: see find_base."""
-    record = base_record(config, run / CONFIG)
-    base = load_base(find_base(config, run, override), device, dtype or record.dtype, record.reading)
+    config: Mapping[str, Any], run: Path, override: Path | None, device: torch.device | str, dtype: str | None = None,
+    bases: Sequence[Base] = (),
+) -> Base:  # fmt: skip
+    """The base of a run as it was read then, kept in `dtype` or else as in training: one of `bases`, or as find_base
+    finds it."""
+    record = base_record(config, run)
+    dtype = dtype or record.dtype
+    if shared := [base for base in bases if (base.fingerprint, base.dtype) == (record.fingerprint, dtype)]:
+        return shared[0]
+    base = load_base(find_base(config, run, override), device, dtype, record.reading)
     check_base(config, base, run)
     return base
 
 
 def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
     """TinyldError when a run was trained on a base other than this one."""
-    if (trained_on := base_record(config, run / CONFIG).fingerprint) != base.fingerprint:
+    if (trained_on := base_record(config, run).fingerprint) != base.fingerprint:
         found = f"{base.path} is base {base.fingerprint}"
         raise TinyldError(f"{run} was trained on base {trained_on}, but {found}; give its own with --base")
 
@@ -206,18 +202,14 @@ def load_adapter(
     folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None,
     bases: Sequence[Base] = (),
 ) -> tuple[Base, Method]:  # fmt: skip
-    """(base, method): an adapter on its base, which is kept in `dtype` or else as in training, and is found as
-    `find_base` says, unless it is among `bases`."""
-    config, path = folder.config, str(folder.path / CONFIG)
+    """(base, method): an adapter on its base, for which see `load_base_of`."""
+    config = folder.config
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
-    folder.check_finished(ADAPTER)
-    record = base_record(config, path)
-    dtype = record.dtype if dtype is None else dtype
-    check_frozen(read_config(config["method"], path)[0].name, dtype)
-    shared = [b for b in bases if (b.fingerprint, b.dtype) == (record.fingerprint, dtype)]
-    base = shared[0] if shared else load_base_of(config, folder.path, base_path, device, dtype)
-    return base, load_method(config["method"], folder.read_tensors(ADAPTER), base, folder)
+    check_frozen(config["method"]["name"], dtype or "fp32")
+    tensors = folder.read_tensors(ADAPTER)
+    base = load_base_of(config, folder.path, base_path, device, dtype, bases)
+    return base, load_method(config["method"], tensors, base, folder)
 
 
 def load_method(record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, folder: RunFolder) -> Method:

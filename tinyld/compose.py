@@ -80,7 +80,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     save_composition(folder, base, list(members.values()), router, by_name, environment())
     parameters = sum(p.numel() for m in members.values() for p in m.method.own.values())
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
-    result |= {"parameters": parameters, "bytes": folder.files()[ADAPTER]}
+    result |= {"parameters": parameters, "bytes": folder.files()[ADAPTER]["bytes"]}
     folder.write_json(RESULTS, {"compose": result})
     return result
 

@@ -98,7 +98,6 @@ def read_member(folder: RunFolder, base: Base) -> Member:
     if config["kind"] != "adapter":
         raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
     check_base(config, base, folder.path)
-    folder.check_finished(ADAPTER)
     method = load_trajectory(config["method"], folder.read_tensors(ADAPTER), base, folder)
     rows = {name: config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
     return Member(str(folder.path), config["task"], method, rows)

@@ -101,7 +101,7 @@ def eval(options: EvalOptions) -> list[Record]:
     records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
     source = str(data) if data is not None and not data.is_dir() else options.split
     check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")
-    for path in options.runs or [newest_run(("adapter", "composition"))]:
+    for path in options.runs or [newest_run()]:
         how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
         run = load(path, options.base, *how)
         named = options.task is not None or not run.tasks

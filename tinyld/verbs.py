@@ -58,7 +58,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
         if "accuracy" in found:
             interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
             record[f"eval {key}"] = f"{100 * found['accuracy']:.1f}% ({interval})"
-    record |= {f"file {k}": f"{n:,} bytes, sha256 {folder.digest(k)[:16]}" for k, n in files.items()}
+    record |= {f"file {k}": f"{e['bytes']:,} bytes, sha256 {folder.digest(k)[:16]}" for k, e in files.items()}
     return record | {"command": config["environment"]["command"]}
 
 

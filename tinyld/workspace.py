@@ -14,7 +14,7 @@ from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, failing, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, MANIFEST, METRICS, MODEL, RunFolder
+from tinyld.runs import ADAPTER, MANIFEST, METRICS, RunFolder
 from tinyld.write import is_stream
 
 RUNS = Path("runs")
@@ -51,10 +51,9 @@ def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_len
         )
 
 
-def newest_run(kinds: Sequence[str]) -> Path:
-    """The run in `runs/` that was finished last."""
-    found = [p for name in (ADAPTER, MODEL) for p in RUNS.glob(f"*/{name}") if RunFolder(p.parent).is_run()]
-    found = [p for p in found if RunFolder(p.parent).config["kind"] in kinds]
+def newest_run() -> Path:
+    """The adapter or composition in `runs/` that was finished last."""
+    found = [path for path in RUNS.glob(f"*/{ADAPTER}") if RunFolder(path.parent).is_run()]
     if not found:
         raise TinyldError(f"no finished run in {RUNS}/: name one, or make one with: tinyld finetune --task reviews")
     return max(found, key=lambda p: p.stat().st_mtime_ns).parent
@@ -65,11 +64,10 @@ def refuse_inside(out: Path, inputs: Sequence[Path], texts: Sequence[Path] = ())
     `texts`, and would be read as text next time."""
     new = Path(os.path.realpath(out))
     for path in inputs:
-        real = Path(os.path.realpath(path))
-        if new in (real, *real.parents):
+        if Path(os.path.realpath(path)).is_relative_to(new):
             raise TinyldError(f"--out {out} holds {path}, which this command reads; choose another --out")
     for path in texts:
-        if path.is_dir() and Path(os.path.realpath(path)) in (new, *new.parents):
+        if path.is_dir() and new.is_relative_to(os.path.realpath(path)):
             raise TinyldError(f"--out {out} is inside {path}, and would be read as text; choose another --out")
 
 
@@ -77,14 +75,10 @@ def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> Non
     """TinyldError, before any work, for a file that could not be written after it, or that a run or `inputs` need."""
     if path is None:
         return
-    if path.is_dir() or not path.parent.is_dir():
-        raise TinyldError(f"{path}: cannot be written (not a file in a folder that exists)")
     with failing(path, "written"):
         if not is_stream(path):
             tempfile.TemporaryFile(dir=path.parent).close()
-    both = [p for p in inputs if p is not None and os.path.exists(p) and os.path.exists(path)]
+        is_input = path.exists() and any(path.samefile(p) for p in inputs if p is not None and p.exists())
     folder = RunFolder(path.parent)
-    if any(os.path.samefile(path, p) for p in both) or (
-        folder.is_run() and path.name in (MANIFEST, METRICS, *folder.files())
-    ):
+    if is_input or (folder.is_run() and path.name in (MANIFEST, METRICS, *folder.files())):
         raise TinyldError(f"{path}: cannot be written (it is an input or a file of a run); choose another name")
