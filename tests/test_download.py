@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from tinyld import download
-from tinyld.download import NetworkError, fetch
+from tinyld.download import NetworkError, fetch, number_of
 from tinyld.errors import TinyldError
-from tinyld.formats import tenth
 from tinyld.rows import load_split
 from tinyld.tasks import Task, load_task
 
@@ -167,9 +166,18 @@ def test_a_set_without_dev_gets_the_same_tenth_of_train_every_time(site: dict[st
     task = publish(site, "trec", ["\n".join(questions).encode(), b"HUM:ind Who ?\n"])
     dev, train = load_split(task, "dev"), load_split(task, "train")
     assert 60 < len(dev) < 140 and len(dev) + len(train) == 1000
-    assert all(tenth(e.before.removesuffix(" this asks for a")) == 0 for e in dev)
-    assert [tenth(f"Who is number {i} ?") for i in range(8)] == [4, 0, 6, 9, 9, 8, 8, 0]  # the cut must never move
-    assert tenth("Who is number 7 ?") == tenth("who is  number 7")
+    assert all(number_of(e.before.removesuffix(" this asks for a")) % 10 == 0 for e in dev)
+    assert [number_of(f"Who is number {i} ?") % 10 for i in range(8)] == [
+        4,
+        0,
+        6,
+        9,
+        9,
+        8,
+        8,
+        0,
+    ]  # the cut must never move
+    assert number_of("Who is number 7 ?") == number_of("who is  number 7")
 
 
 def test_another_file_in_its_place_is_refused_and_nothing_is_kept(site: dict[str, bytes], tmp_path: Path) -> None:

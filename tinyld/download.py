@@ -1,24 +1,29 @@
-"""Official data sets: fetch, check, and keep as `sentence<TAB>label` files in the user cache. It knows no template."""
+"""Official data sets: fetch, check, convert, and keep as `sentence<TAB>label` files in the user cache.
+
+A set without a dev split gets one from its train split, and a set published as one pool gets dev and test: by the
+SHA-1 of the sentence's letters and digits, a tenth each, so repeats stay together and the cut never moves.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
-import io
 import os
+import re
 import sys
-import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO, StringIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tinyld.errors import TinyldError, plain
-from tinyld.formats import CONVERTERS, cut
-from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
-from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
+from tinyld.read import PAIR, clean
+from tinyld.write import make_folder, write_atomic
 
-TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
-MAX_BYTES = 2 << 30  # of a download
-CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
+TIMEOUT = 30.0  # seconds without a byte
+Row = tuple[str, str]  # sentence, label name
 
 
 class NetworkError(TinyldError):
@@ -29,7 +34,7 @@ class NetworkError(TinyldError):
 class Source:
     """Where a task's official data is. What its files hold needs no check beside their digests."""
 
-    format: str  # a key of CONVERTERS
+    format: str  # a key of FORMATS
     files: dict[str, str]  # URL -> SHA-256, or MD5 where no other digest is published
     rows: dict[str, int]  # of each official split, before dev (and test) are cut from a set that has none
 
@@ -39,6 +44,22 @@ def cache_dir() -> Path:
     if own := os.environ.get("TINYLD_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
+
+
+def download_task(name: str, source: Source) -> Path:
+    """The folder of the cache that now holds the task's splits. Files already there stay as they are.
+
+    NetworkError where a file cannot be had, TinyldError where it is another one; nothing is left behind then.
+    """
+    urls = enumerate(source.files.items(), 1)
+    files = {url: fetch(url, digest, f"{name} ({i}/{len(source.files)})") for i, (url, digest) in urls}
+    folder = cache_dir() / "data" / name
+    make_folder(folder)
+    for split, rows in convert(source.format, files).items():
+        if not (folder / f"{split}.tsv").exists():
+            lines = ["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]
+            write_atomic(folder / f"{split}.tsv", "".join(lines).encode())
+    return folder
 
 
 def fetch(url: str, digest: str, description: str) -> bytes:
@@ -51,7 +72,7 @@ def fetch(url: str, digest: str, description: str) -> bytes:
 
     from tinyld.progress import Progress
 
-    content, deadline = bytearray(), time.monotonic() + TOTAL
+    content = bytearray()
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
@@ -61,8 +82,6 @@ def fetch(url: str, digest: str, description: str) -> bytes:
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
                     content += block
-                    if len(content) > MAX_BYTES or time.monotonic() > deadline:
-                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes or takes over {TOTAL:,.0f} s")
                     bar.advance_to(len(content), rate=f"{len(content) / 1e6:.1f} MB")
             if len(content) < size:
                 raise OSError(f"it broke off after {len(content):,} of {size:,} bytes")
@@ -75,43 +94,105 @@ def fetch(url: str, digest: str, description: str) -> bytes:
     return bytes(content)
 
 
-def download_task(name: str, source: Source) -> Path:
-    """The folder of the cache that now holds the task's splits. Files already there stay as they are.
-
-    NetworkError where a file cannot be had, TinyldError where it is another one; nothing is left behind then.
-    """
-    n = len(source.files)
-    files = [io.BytesIO(fetch(*file, f"{name} ({i}/{n})")) for i, file in enumerate(source.files.items(), 1)]
-    splits = cut(CONVERTERS[source.format](files))
-    folder = cache_dir() / "data" / name
-    make_folder(folder)
-    with locked(folder, wait=True):
-        new = {}
-        for split, rows in splits.items():
-            lines = (f"{clean(text)}\t{label}\n" for text, label in rows)
-            if not (folder / f"{split}.tsv").exists():
-                new[f"{split}.tsv"] = "".join(["sentence\tlabel\n", *lines]).encode()
-        sums = _checksums(folder) | {file: sha256(content) for file, content in new.items()}
-        write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
-        for file, content in new.items():
-            write_atomic(folder / file, content)
-    return folder
+# ---------------------------------------------------------------------------------------------- official formats
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    path = folder / CHECKSUMS
-    return dict(read_object(path)) if path.exists() else {}
+def _lines(text: str) -> list[str]:
+    headers = ("sentence\tlabel", "index\tsentence1", "Quality\t")
+    return [line for line in text.split("\n") if line and not line.startswith(headers)]
 
 
-def check_cached(path: Path, published: int | None = None) -> None:
-    """TinyldError when a file of the cache is no longer what `download_task` wrote, or, where a user put it there, has
-    not as many rows as are `published`."""
-    known, content = _checksums(path.parent).get(path.name), read_bytes(path, ROWS_BYTES)
-    if known is not None and sha256(content) != known:
-        raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
-    rows = len(content.splitlines()) - 1
-    if known is None and published not in (None, rows):
-        raise TinyldError(
-            f"{path}: has {rows:,} rows, which are not the {published:,} published ones; "
-            "delete it to download them, or keep rows of your own in another folder and say --data DIR"
-        )
+def _whole(text: str) -> Iterable[list[str]]:
+    return [[line] for line in _lines(text)]
+
+
+def _tabs(text: str) -> Iterable[list[str]]:
+    return [line.split("\t") for line in _lines(text)]
+
+
+def _question(text: str) -> Iterable[list[str]]:
+    """Of lines like `DESC:manner How did ...`; the coarse type is the label."""
+    return [re.split(r":\S* ", line, maxsplit=1) for line in _lines(text)]
+
+
+def _commas(text: str) -> Iterable[list[str]]:
+    return csv.reader(StringIO(text, newline=""))
+
+
+def _review(text: str) -> Iterable[list[str]]:
+    return [[re.sub(r"<br\s*/?>", " ", text)]]
+
+
+# Format -> its files, and what their names say (those outside of an archive are named by their order); the cells of a
+# text's rows; which of them are the sentence, or two; which is the label, -1: the file's; what labels are called here.
+TONE = {"neg": "negative", "pos": "positive"}
+FORMATS: dict[str, tuple[str, Callable[[str], Iterable[list[str]]], tuple[int, ...], int, dict[str, str]]] = {
+    "glue-sst2": (r"SST-2/(?P<split>train|dev)\.tsv", _tabs, (0,), 1, {"0": "negative", "1": "positive"}),
+    "glue-cola": (r"CoLA/(?P<split>train|dev)\.tsv", _tabs, (3,), 1, {"0": "unacceptable", "1": "acceptable"}),
+    "glue-rte": (r"RTE/(?P<split>train|dev)\.tsv", _tabs, (1, 2), 3, {}),
+    "mrpc": ("(?P<split>train|test)", _tabs, (3, 4), 0, {"0": "not_equivalent", "1": "equivalent"}),
+    "trec": ("(?P<split>train|test)", _question, (1,), 0, {}),
+    "ag-news": ("(?P<split>train|test)", _commas, (2,), 0,
+                {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}),
+    "subj": (r".*(?P<label>plot|quote)\.tok\.gt9\.5000", _whole, (0,), -1,
+             {"plot": "objective", "quote": "subjective"}),
+    "mr": (r".*rt-polarity\.(?P<label>neg|pos)", _whole, (0,), -1, TONE),
+    "imdb": (r"aclImdb/(?P<split>train|test)/(?P<label>neg|pos)/\d+_\d+\.txt", _review, (0,), -1, TONE),
+}  # fmt: skip
+
+
+def members(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Name -> content of the files in archives, and of those that are none; nothing goes to the disk."""
+    import tarfile
+    import zipfile
+
+    found: dict[str, bytes] = {}
+    for (url, content), name in zip(files.items(), ("train", "test", "dev"), strict=False):
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(BytesIO(content)) as pack:
+                found |= {inside: pack.read(inside) for inside in pack.namelist()}
+        elif url.endswith(".tar.gz"):
+            with tarfile.open(fileobj=BytesIO(content)) as pack:
+                found |= {info.name.removeprefix("./"): pack.extractfile(info).read() for info in pack if info.isfile()}
+        else:
+            found[name] = content
+    return found
+
+
+def as_text(content: bytes) -> str:
+    """UTF-8, or what Windows makes of Latin-1."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    return text.replace("\r\n", "\n")
+
+
+def convert(source_format: str, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
+    """Rows of the train, dev and test splits of a data set, whichever of them are published, of its files by URL."""
+    pattern, cells_of, sentence, label_cell, names = FORMATS[source_format]
+    contents = members(files)
+    splits: dict[str, list[Row]] = defaultdict(list)
+    dev_ids = set(_lines(as_text(contents.pop("dev", b""))))  # MRPC: which rows of train are dev rows, by two cells
+    for name, content in sorted(contents.items()):
+        if found := re.fullmatch(pattern, name):
+            own = found.groupdict()
+            for cells in cells_of(as_text(content)):
+                split = "dev" if "\t".join(cells[1:3]) in dev_ids else own.get("split", "all")
+                label = own["label"] if label_cell < 0 else cells[label_cell]
+                splits[split].append((PAIR.join(cells[i] for i in sentence), names.get(label, label)))
+    if label_cell < 0:  # published label by label: any first few rows are to hold all labels
+        splits = {split: sorted(rows, key=lambda row: number_of(row[0])) for split, rows in splits.items()}
+    if "dev" in splits:
+        return splits
+    parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": splits.get("test", [])}
+    places = {0: "dev", 1: "test"} if "all" in splits else {0: "dev"}
+    for row in splits["all" if "all" in splits else "train"]:
+        parts[places.get(number_of(row[0]) % 10, "train")].append(row)
+    return parts
+
+
+def number_of(sentence: str) -> int:
+    """From the SHA-1 of the sentence's letters and digits."""
+    key = "".join(c for c in sentence.lower() if c.isalnum())
+    return int(hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest(), 16)
