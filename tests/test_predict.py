@@ -34,7 +34,7 @@ from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
 from tinyld.tasks import load_task
-from tinyld.texts import _table_line
+from tinyld.texts import table_line
 from tinyld.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -247,10 +247,10 @@ def test_many_samples_are_those_of_few_whatever_is_written_at_once(
 
 def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    line = _table_line({"text": "what " * 20, "answer": "a long answer"})
+    line = table_line({"text": "what " * 20, "answer": "a long answer"})
     assert line.startswith("what what") and line.endswith("...  -> a long answer\n") and len(line) == 41
-    assert _table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
-    assert _table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None}).startswith(
+    assert table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
+    assert table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None}).startswith(
         "like no task: sad"
     )
 

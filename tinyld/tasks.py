@@ -16,7 +16,7 @@ from typing import Any
 from tinyld.config import check, check_choice, from_dict
 from tinyld.download import Source
 from tinyld.errors import TinyldError, UsageError, show
-from tinyld.read import as_object, clean, read_toml
+from tinyld.read import clean, read_toml
 from tinyld.rows import SPLITS, Example, bundled_data_dir, load_split, prompt_of, read_rows
 
 __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
@@ -51,33 +51,33 @@ class Task:
 
     def __post_init__(self) -> None:
         """Fills in what is left open; UsageError where the parts do not fit each other."""
-        plain_name = re.fullmatch(r"\w[\w .-]*", self.name) is not None
-        check(plain_name, f"name must be letters, digits and -, got {show(self.name)}")
+        check(re.fullmatch(r"\w[\w .-]*", self.name), f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
             check_choice("a split", split, SPLITS)
         fields = _template_fields(self.template, self.is_infill)
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
-        filled: dict[str, Any] = {"columns": {name: name for name in fields} | self.columns}
-        filled["splits"] = tuple(self.splits or self.data or SPLITS)
+        columns = {name: name for name in fields} | self.columns
         if self.is_generation:
-            filled["answer_tokens"] = 32 if self.answer_tokens is None else self.answer_tokens
-            check(filled["answer_tokens"] >= 1, "answer_tokens must be at least 1")
+            width, label_column = 32 if self.answer_tokens is None else self.answer_tokens, None
+            check(width >= 1, "answer_tokens must be at least 1")
             check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
         else:
-            filled |= {"answer_tokens": 0, "label_column": "label" if self.label_column is None else self.label_column}
+            width, label_column = 0, "label" if self.label_column is None else self.label_column
             mixed = "answer_column and answer_tokens are for tasks that write, a [verbalizer] for label tasks; drop one"
             check(self.answer_column is None and not self.answer_tokens, mixed)
             check(len(fields) > 0, "the template names no column, e.g. {sentence}")
             check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
-        shown = filled.get("label_column", self.answer_column) in filled["columns"].values()
+        shown = (label_column or self.answer_column) in columns.values()
         check(not shown, "the template shows the label or the answer's column; use {answer}")
         owner: dict[str, str] = {}  # answer in lower case -> label
         for label, words in self.verbalizer.items():
-            check(bool(label and words), f"[verbalizer] has an empty label or answer at {show(label)}")
+            check(label and words, f"[verbalizer] has an empty label or answer at {show(label)}")
             other = owner.setdefault(words.lower(), label)
             shared = f"labels {show(other)} and {show(label)} share the answer {show(words)}; give each its own"
             check(other == label, shared)
+        filled = {"columns": columns, "splits": tuple(self.splits or self.data or SPLITS)}
+        filled |= {"answer_tokens": width, "label_column": label_column}
         for name, value in filled.items():
             object.__setattr__(self, name, value)
 
@@ -129,14 +129,13 @@ def builtin_tasks() -> list[Task]:
 
 def load_task(name_or_path: str) -> Task:
     """The built-in task of that name, or the one in a .toml file."""
-    spec = str(name_or_path)
-    builtin = spec in builtin_names()
-    if not builtin and not spec.endswith(".toml"):
-        raise TinyldError(f"no task {show(spec)}; built in: {', '.join(builtin_names())}; or give a .toml file")
-    path = BUILTIN_DIR / f"{spec}.toml" if builtin else Path(spec).absolute()
+    spec, names = str(name_or_path), builtin_names()
+    if spec not in names and not spec.endswith(".toml"):
+        raise TinyldError(f"no task {show(spec)}; built in: {', '.join(names)}; or give a .toml file")
+    path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
     said = {"name": path.stem} | read_toml(path)
     task = from_dict(Task, said, str(path))  # so that its values have the right types
-    if not builtin and said.keys() & {"splits", "rows_from", "download"}:
+    if spec not in names and said.keys() & {"splits", "rows_from", "download"}:
         raise TinyldError(f"{path}: splits, rows_from and download are for built-in tasks; use [data]")
     said |= {
         "template": clean(task.template),
@@ -149,23 +148,25 @@ def load_task(name_or_path: str) -> Task:
 
 def _template_fields(template: str, is_infill: bool) -> list[str]:
     """The names in the template other than {answer}, each once."""
+    shown = f"template {show(template)}"
     try:
         parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise UsageError(f"template {show(template)}: {error}; write {{{{ and }}}} for braces") from None
+        raise UsageError(f"{shown}: {error}; write {{{{ and }}}} for braces") from None
     for name, spec, conversion in parts:
-        is_plain = name.isidentifier() and not spec and not conversion
-        check(is_plain, f"template {show(template)}: a field is a plain name in braces, got {show(name)}")
+        plain = name.isidentifier() and not spec and not conversion
+        check(plain, f"{shown}: a field is a plain name in braces, got {show(name)}")
     names = [name for name, _, _ in parts]
-    if is_infill:
-        way_out = "give one of: a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
-        check("answer" not in names, way_out)
-        alone = f"template {show(template)}: without {{answer}} it is one text and nothing else, e.g. {{text}}"
-        check(len(names) == 1 and template.strip() == f"{{{names[0]}}}", alone)
-        return names
-    count = names.count("answer")
-    check(count == 1, f"template {show(template)} must hold {{answer}} once, not {count} times")
-    return [name for name in dict.fromkeys(names) if name != "answer"]
+    fields = [name for name in dict.fromkeys(names) if name != "answer"]
+    if not is_infill:
+        count = names.count("answer")
+        check(count == 1, f"{shown} must hold {{answer}} once, not {count} times")
+        return fields
+    way_out = "give one of: a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
+    check("answer" not in names, way_out)
+    alone = len(fields) == 1 and template.strip() == f"{{{fields[0]}}}"
+    check(alone, f"{shown}: without {{answer}} it is one text and nothing else, e.g. {{text}}")
+    return fields
 
 
 # ---------------------------------------------------------------------------------------------- in a run's config
@@ -182,18 +183,15 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     TinyldError where the record is damaged, or where the built-in task of its name or its file says otherwise today.
     Without that file, or made from a file of rows, a task asks and reads answers all the same.
     """
-    record = as_object(record, where)
-    dropped = ("path", "label_names", "metric")  # the last two are in older runs
-    kept = {key: value for key, value in record.items() if key not in dropped}
-    name, path = str(record["name"]), record.get("path")
-    file = BUILTIN_DIR / f"{name}.toml" if path is None else Path(str(path))
-    task = from_dict(Task, kept | {"path": file}, where)
+    path = record.get("path")
+    file = BUILTIN_DIR / f"{record.get('name')}.toml" if path is None else Path(str(path))
+    then = from_dict(Task, {key: value for key, value in record.items() if key in KEPT} | {"path": file}, where)
     if file.suffix != ".toml" or not os.path.lexists(file):
-        return task
-    today = load_task(name if path is None else str(path))
-    if changed := unlike(record, to_record(today)):
+        return then
+    today = load_task(then.name if path is None else str(path))
+    if changed := unlike(to_record(then), to_record(today)):
         raise TinyldError(
-            f"{where}: its task {name} has changed since then in {today.path}: {changed}; "
+            f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; "
             "put that back, or give the new task a name of its own"
         )
     return today
