@@ -73,39 +73,43 @@ def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
     for name in names:
         paths = [folder / name / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
         if found := [path for path in paths if os.path.isfile(path)]:
-            check(
-                len(found) < 2, f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
-            )
+            which = f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
+            check(len(found) == 1, which)
             return found[0]
     return None
 
 
-def find_file(task: Task, split: str, data: Path | None = None) -> Path:
+def file_in(data: Path, task: Task, split: str, held_out: bool = False) -> Path | None:
+    """The file of a split in `data`, a folder or the one file. Where dev rows are held out of that, the test rows are
+    those that stand beside a file called train."""
+    if held_out and split == "test":
+        return in_folder(data.parent, ("",), split) if data.stem == "train" else None
+    return data if held_out or data.is_file() else in_folder(data, (task.rows_from, ""), split)
+
+
+def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path:
     """The split's file: in `data`, else the task's own, in $TINYLD_DATA, the cache, the bundled data, or fetched."""
-    name, none = task.rows_from or task.name, f"no {split} rows of {task.name}"
+    name, none = task.rows_from, f"no {split} rows of {task.name}"
     if data is not None:
-        if found := in_folder(data, (name, ""), split):
-            return found
-        lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it" if data.is_dir() else "no such file or folder"
-        raise TinyldError(f"{none} in {data}: {lacks} (.csv and .jsonl are read too)")
+        found = file_in(data, task, split, held_out)
+        check(found or not held_out, f"task {task.name} has no {split} rows: give a file of them with --data")
+        if found is None:
+            lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it" if data.is_dir() else "no such file or folder"
+            raise TinyldError(f"{none} in {data}: {lacks} (.csv and .jsonl are read too)")
+        return found
     if split in task.data:
         return Path(task.data[split])
-    if not task.builtin:
-        lacks = f"has no {split} split; it has {', '.join(task.data) or 'none'}"
-        state = lacks if os.path.lexists(task.path) else "is gone"
-        raise TinyldError(f"{task.path} {state}; give the {split} rows by --data DIR")
-    cache = download.cache_dir() / "data"
-    folders = [cache, bundled_data_dir()]
-    if own := os.environ.get("TINYLD_DATA"):
-        if not os.path.isdir(own):
-            raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
-        folders.insert(0, Path(own))
-    for folder in folders:
-        if found := in_folder(folder, (name,), split):
+    own, cache = os.environ.get("TINYLD_DATA"), download.cache_dir() / "data"
+    if own and not os.path.isdir(own):
+        raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
+    for folder in filter(None, (own, cache, bundled_data_dir())) if task.builtin else ():
+        if found := in_folder(Path(folder), (name,), split):
             return found
+    way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
     if split not in task.splits:
-        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
-    problem = "it has no official download"
+        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}")
+    if not task.builtin:
+        raise TinyldError(f"{none}: {task.path} {'names none' if task.path.exists() else 'is gone'}; {way_out}")
     if task.download is not None:
         try:
             return download.download_task(name, task.download) / f"{split}.tsv"
@@ -121,20 +125,8 @@ def find_file(task: Task, split: str, data: Path | None = None) -> Path:
 def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
     """The files that a task is made of, and those of its rows that are in the folders."""
     given = [Path(folder) for folder in folders if folder]
-    inside = [in_folder(folder, (task.rows_from or task.name, ""), split) for folder in given for split in SPLITS]
+    inside = [file_in(folder, task, split) for folder in given for split in SPLITS]
     return [task.path, *map(Path, task.data.values()), *given, *filter(None, inside)]
-
-
-def tests_beside(file: Path) -> Path | None:
-    """The test rows in the folder of a file of train rows, of which the dev rows are held out."""
-    return in_folder(file.parent, ("",), "test") if file.stem == "train" else None
-
-
-def has_split(task: Task, split: str, data: Path, held_out: bool) -> bool:
-    """Whether `load_split` finds rows of the split in `data`, a folder or a file of which the dev rows are held out."""
-    if held_out:
-        return split != "test" or tests_beside(data) is not None
-    return in_folder(data, (task.rows_from or task.name, ""), split) is not None
 
 
 # ---------------------------------------------------------------------------------------------- rows of a file
@@ -233,13 +225,9 @@ def load_split(
     """
     check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
     check_choice("split", split, SPLITS)
-    path = data if data is not None and data.is_file() else find_file(task, split, data)
-    if path != data or not held_out:
+    path = find_file(task, split, data, held_out)
+    if not held_out or path != data:
         return _examples(task, islice(read_rows(path), limit))
-    if split == "test":
-        test = tests_beside(path)
-        check(test is not None, f"task {task.name} has no test rows: give a file of them with --data")
-        return _examples(task, islice(read_rows(test), limit))
     examples = _examples(task, read_rows(path))
     if len(examples) < 2:
         raise TinyldError(f"{path}: one row; dev rows are held out, so that at least two are needed")
@@ -297,9 +285,7 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
         (text,) = fields.values()
         parts = GAP.split(text)
         if len(parts) != 2:
-            gaps = len(parts) - 1
-            problem = f"{gaps} gaps in the text; leave one" if gaps else "no gap in the text; mark one with"
-            raise TinyldError(f"{where}: {problem} {GAP_MARK}")
+            raise TinyldError(f"{where}: {len(parts) - 1 or 'no'} gaps in the text; mark one with {GAP_MARK}")
     else:
         parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
     before, after = parts

@@ -45,7 +45,7 @@ class Task:
     data: dict[str, str] = field(default_factory=dict)  # split -> file, relative to the TOML's folder
     # of a built-in task
     splits: tuple[str, ...] = ()
-    rows_from: str | None = None  # the task whose rows it reads, where it has none
+    rows_from: str = ""  # the task whose rows it reads, where it has none
     download: Source | None = None
     path: Path = Path()  # of its file, or of the file of rows that it was made from
 
@@ -77,7 +77,7 @@ class Task:
             shared = f"labels {show(other)} and {show(label)} share the answer {show(words)}; give each its own"
             check(other == label, shared)
         filled = {"columns": columns, "splits": tuple(self.splits or self.data or SPLITS)}
-        filled |= {"answer_tokens": width, "label_column": label_column}
+        filled |= {"rows_from": self.rows_from or self.name, "answer_tokens": width, "label_column": label_column}
         for name, value in filled.items():
             object.__setattr__(self, name, value)
 

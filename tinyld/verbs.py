@@ -81,9 +81,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
             "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
             "template": t.template,
             "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
-            "needs": "nothing"
-            if (t.rows_from or t.name) in BUNDLED_TASKS
-            else "$TINYLD_DATA" + " or network" * bool(t.download),
+            "needs": "nothing" if t.rows_from in BUNDLED_TASKS else "$TINYLD_DATA" + " or network" * bool(t.download),
         }
         for t in builtin_tasks()
     ]
