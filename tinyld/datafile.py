@@ -51,11 +51,9 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     if file.suffix.lower() == ".txt":
         refuse_idle(options, MINE, f"on the lines of {file}: a gap is filled")
         return Task("{text}", name, path=path, answer_tokens=GAP_TOKENS)
-    once = all(template.count(field) == 1 for field in ("{text}", "{answer}"))
-    check(once, f"template must hold {{text}} and {{answer}}, each once, got {template!r}")
-    other = set(re.findall(r"(?<!{){(\w+)}", template)) - {"text", "answer"}
-    way_out = "a task file says which columns others are"
-    check(not other, f"template holds {{text}} and {{answer}}, and not {', '.join(sorted(other))}; {way_out}")
+    fields = re.findall(r"(?<!{){(\w+)}", template)
+    way_out = "each once, and no other; a task file says which columns others are"
+    check(sorted(fields) == ["answer", "text"], f"template must hold {{text}} and {{answer}}, {way_out}")
     rows = list(read_rows(file))
     text, label = _columns(options, file, [row for _, row in rows])
     if options.answer_column is not None:

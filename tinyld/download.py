@@ -83,14 +83,12 @@ def fetch(url: str, digest: str, description: str) -> bytes:
                 while block := response.read1(1 << 18):
                     content += block
                     bar.advance_to(len(content), rate=f"{len(content) / 1e6:.1f} MB")
-            if len(content) < size:
-                raise OSError(f"it broke off after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
     kind = "md5" if len(digest) == 32 else "sha256"
     found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
     if found != digest:
-        raise TinyldError(f"{url}: checksum is {found}, expected {digest}; try again later")
+        raise TinyldError(f"{url}: checksum of {len(content):,} bytes is {found}, expected {digest}; try again later")
     return bytes(content)
 
 

@@ -122,11 +122,9 @@ def as_object(value: Any, path: object) -> Record:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        value = tomllib.loads(read_text(path))
-        _check_finite(value)
+        return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: not valid TOML: {error}") from None
-    return value
 
 
 def _check_finite(value: Any) -> None:

@@ -54,32 +54,56 @@ class Task:
         check(re.fullmatch(r"\w[\w .-]*", self.name), f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
             check_choice("a split", split, SPLITS)
-        fields = _template_fields(self.template, self.is_infill)
+        template, fields = clean(self.template), self._fields()
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
         columns = {name: name for name in fields} | self.columns
+        mixed = (
+            "answer_column and answer_tokens are for tasks that write, [verbalizer] and label_column for label tasks"
+        )
         if self.is_generation:
+            check(self.label_column is None, mixed)
             width, label_column = 32 if self.answer_tokens is None else self.answer_tokens, None
             check(width >= 1, "answer_tokens must be at least 1")
-            check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
         else:
+            check(not (self.answer_column or self.answer_tokens), mixed)
             width, label_column = 0, "label" if self.label_column is None else self.label_column
-            mixed = "answer_column and answer_tokens are for tasks that write, a [verbalizer] for label tasks; drop one"
-            check(self.answer_column is None and not self.answer_tokens, mixed)
-            check(len(fields) > 0, "the template names no column, e.g. {sentence}")
             check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
         shown = (label_column or self.answer_column) in columns.values()
         check(not shown, "the template shows the label or the answer's column; use {answer}")
-        owner: dict[str, str] = {}  # answer in lower case -> label
-        for label, words in self.verbalizer.items():
-            check(label and words, f"[verbalizer] has an empty label or answer at {show(label)}")
-            other = owner.setdefault(words.lower(), label)
-            shared = f"labels {show(other)} and {show(label)} share the answer {show(words)}; give each its own"
-            check(other == label, shared)
-        filled = {"columns": columns, "splits": tuple(self.splits or self.data or SPLITS)}
-        filled |= {"rows_from": self.rows_from or self.name, "answer_tokens": width, "label_column": label_column}
+        filled = {
+            "template": template,
+            "verbalizer": {clean(label): clean(words) for label, words in self.verbalizer.items()},
+            "columns": columns,
+            "label_column": label_column,
+            "answer_tokens": width,
+            "data": {split: str(self.path.parent / os.path.expanduser(file)) for split, file in self.data.items()},
+            "splits": tuple(self.splits or self.data or SPLITS),
+            "rows_from": self.rows_from or self.name,
+        }
         for name, value in filled.items():
             object.__setattr__(self, name, value)
+
+    def _fields(self) -> list[str]:
+        """The names in the template other than {answer}, each once."""
+        template, way_out = f"template {show(self.template)}", "write {{ and }} for braces"
+        try:
+            parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
+        except ValueError as error:
+            raise UsageError(f"{template}: {error}; {way_out}") from None
+        names = [name for _, name, _, _ in parts]
+        plain = all(name.isidentifier() and not spec and not conversion for _, name, spec, conversion in parts)
+        check(plain, f"{template}: a field is a plain name in braces, got {', '.join(names)}; {way_out}")
+        fields = [name for name in dict.fromkeys(names) if name != "answer"]
+        if self.is_infill:
+            kinds = "a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
+            check("answer" not in names, f"give one of: {kinds}")
+            alone = len(names) == 1 and clean(self.template) == f"{{{names[0]}}}"
+            check(alone, f"{template}: without {{answer}} it is one text and nothing else, e.g. {{text}}")
+        else:
+            once = names.count("answer") == 1 and fields
+            check(once, f"{template} must hold {{answer}} once, and a column, e.g. {{text}}")
+        return fields
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -134,39 +158,9 @@ def load_task(name_or_path: str) -> Task:
         raise TinyldError(f"no task {show(spec)}; built in: {', '.join(names)}; or give a .toml file")
     path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
     said = {"name": path.stem} | read_toml(path)
-    task = from_dict(Task, said, str(path))  # so that its values have the right types
-    if spec not in names and said.keys() & {"splits", "rows_from", "download"}:
-        raise TinyldError(f"{path}: splits, rows_from and download are for built-in tasks; use [data]")
-    said |= {
-        "template": clean(task.template),
-        "verbalizer": {clean(label): clean(words) for label, words in task.verbalizer.items()},
-        "data": {split: str(path.parent / os.path.expanduser(file)) for split, file in task.data.items()},
-        "path": path,
-    }
-    return from_dict(Task, said, str(path))
-
-
-def _template_fields(template: str, is_infill: bool) -> list[str]:
-    """The names in the template other than {answer}, each once."""
-    shown = f"template {show(template)}"
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UsageError(f"{shown}: {error}; write {{{{ and }}}} for braces") from None
-    for name, spec, conversion in parts:
-        plain = name.isidentifier() and not spec and not conversion
-        check(plain, f"{shown}: a field is a plain name in braces, got {show(name)}")
-    names = [name for name, _, _ in parts]
-    fields = [name for name in dict.fromkeys(names) if name != "answer"]
-    if not is_infill:
-        count = names.count("answer")
-        check(count == 1, f"{shown} must hold {{answer}} once, not {count} times")
-        return fields
-    way_out = "give one of: a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
-    check("answer" not in names, way_out)
-    alone = len(fields) == 1 and template.strip() == f"{{{fields[0]}}}"
-    check(alone, f"{shown}: without {{answer}} it is one text and nothing else, e.g. {{text}}")
-    return fields
+    if spec not in names and said.keys() & {"splits", "rows_from", "download", "path"}:
+        raise TinyldError(f"{path}: splits, rows_from, download and path are for built-in tasks; use [data]")
+    return from_dict(Task, said | {"path": path}, str(path))
 
 
 # ---------------------------------------------------------------------------------------------- in a run's config
