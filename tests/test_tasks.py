@@ -84,10 +84,8 @@ def test_fields_of_one_column_are_parted_in_it(tmp_path: Path) -> None:
         ("sad happy", "happy sad", [1, 0]),
         ("1 0", "1 0", [0, 1]),
         ("sad happy", "1 sad", None),
-        ("sad happy", "sad 1", None),
         ("1 2 3", "0 1", None),
         ("sad happy", "01 0", None),
-        ("-1 +1", "0 1", None),
         ("1.0 2.0", "1 0", None),
     ],
 )
@@ -135,7 +133,7 @@ def test_a_task_that_writes_reads_its_answers_from_a_column(
     assert [(e.before, e.answer) for e in to_learn(task, [found])] == [("hello :", text) for text in right]
 
 
-@pytest.mark.parametrize("reply", ["[]", '["a", ""]', '["a", ["b"]]', '"a ||| "', "[[1]]", "null"])
+@pytest.mark.parametrize("reply", ["[]", '["a", ""]', '["a", ["b"]]', '"a ||| "', "null"])
 def test_references_that_are_none_are_refused(tmp_path: Path, reply: str) -> None:
     message = r"a.jsonl: line 1: column 'reply' (is empty|is an empty list|must hold text)"
     with pytest.raises(TinyldError, match=message):
@@ -158,11 +156,8 @@ def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
     assert {e.before == "" for e in many} == {e.after == "" for e in many} == {True, False}
     assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)
     assert prompt_of(task, {"text": "_____"}, "") == Example("", "", "", None)
-    for text, problem in (
-        ("the rain", "no gap in the text; mark one with"),
-        ("a ____ b ___ c", "2 gaps .*; leave one"),
-    ):
-        with pytest.raises(TinyldError, match=f"line 3: {problem} ____"):
+    for text, gaps in (("the rain", "no"), ("a ____ b ___ c", "2")):
+        with pytest.raises(TinyldError, match=f"line 3: {gaps} gaps in the text; mark one with ____"):
             prompt_of(task, {"text": text}, "line 3")
 
 
@@ -221,10 +216,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     for change, message in (
         ({"template": 3}, "template: '3' is not of type str"),
         ({"template": "no slot"}, "must hold {answer} once"),
-        ({"verbalizer": {"a": "x"}}, "at least two labels"),
         ({"verbalizer": {"a": 1, "b": "y"}}, "verbalizer: 'a': '1' is not of type str"),
-        ({"name": None}, "name: 'None' is not of type str"),
-        ({"more": 1}, "unknown key 'more'"),
     ):
         with pytest.raises(TinyldError) as raised:
             from_record(record | change, "config.json: task")
@@ -236,31 +228,24 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- errors
 
 FILE_ERRORS = [
-    ("a.md", "text\n", ["a.md", ".tsv, .csv, .jsonl or .txt"]),
-    ("a.txt", "sun\n", ["a.txt: line 1: no column 'label'"]),
-    ("a.csv", "", ["a.csv: the file is empty"]),
-    ("a.jsonl", " \n\n", ["a.jsonl: the file is empty"]),
-    ("a.csv", "text,label\n", ["a.csv: a header but no rows"]),
+    ("a.md", "text\n", [".tsv, .csv, .jsonl or .txt"]),
+    ("a.csv", "\n", ["the file is empty"]),
+    ("a.csv", "text,label\n", ["a header but no rows"]),
     ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
-    ("a.jsonl", '{"txt": 1}\n', ["line 1", "no column 'text'", "'txt'"]),
     ("a.csv", "text,text\na,b\n", ["line 1", "two columns of one name"]),
     ("a.csv", "sep=;\ntext;label\na;0\n", ["line 1", "sep= is a spreadsheet's own line; delete it"]),
     ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "stray ','"]),
     ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", r"stray '\t'"]),
-    ("a.csv", 'text,label\na,0\n"b,1\n', ["line 3", "quotes"]),
-    ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "0 or sad, 1 or happy"]),
-    ("a.csv", "text,label\nb,2\n", ["unknown label '2'"]),
-    ("a.csv", "text,label\nb,-1\n", ["unknown label '-1'"]),
+    ("a.csv", 'text,label\na,0\n"b,1\nc,1\n', ["line 3", "quotes"]),
+    ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "allowed: sad, happy, or", "0 to 1"]),
     ("a.csv", f"text,label\nb,{'9' * 5000}\n", ["unknown label '999", "...'"]),
-    ("a.csv", "text,label\n \t,0\n", ["line 2", "'text' is empty"]),
     ("a.csv", "text,label\na,\n", ["line 2", "'label' is empty"]),
     ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3: not UTF-8"]),
-    ("a.csv", "text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
-    ("a.jsonl", "{\n", ["line 1", "not JSON"]),
-    ("a.jsonl", "[" * 100_000 + "\n", ["line 1", "not JSON"]),
+    ("a.csv", "text,label\na,0\nb\0,1\n", ["line 3: not UTF-8, or a zero byte"]),
+    ("a.jsonl", '{"text": "a", "label": 0}\n{\n', ["line 2", "not JSON"]),
     ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
     ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' must hold text or a number", "'None'"]),
-    ("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": [0]}\n', ["line 2", "'label' must hold"]),
+    ("a.jsonl", '{"text": "a", "label": [0]}\n', ["line 1", "'label' must hold"]),
 ]
 
 
@@ -280,32 +265,24 @@ TOML_ERRORS = [
     ("template = ", ["not valid TOML"]),
     ("", ["missing key 'template'"]),
     (f"templat = 1\n{ASK}", ["unknown key 'templat'", "allowed: template"]),
-    ("template = 5", ["5", "str"]),
-    (f'path = "x"\n{ASK}{LABELS}', ["path: 'x' is not of type Path"]),
-    ('template = "{t} it was ."\n' + LABELS, ["must hold {answer} once, not 0"]),
-    ('template = "{answer} {t} {answer}"\n' + LABELS, ["once, not 2"]),
+    (f'{ASK}[verbalizer]\na = "x"\nb = 2\n', ["verbalizer: 'b'", "is not of type str"]),
+    ('template = "{t} it was ."\n' + LABELS, ["must hold {answer} once"]),
+    ('template = "{answer} {t} {answer}"\n' + LABELS, ["must hold {answer} once"]),
+    ('template = "{answer}"\n' + LABELS, ["and a column"]),
     ('template = "{t {answer}"\n' + LABELS, ["template", "for braces"]),
-    ('template = "{} {answer}"\n' + LABELS, ["plain name in braces"]),
     ('template = "{t.x} {answer}"\n' + LABELS, ["plain name in braces"]),
-    ('template = "{t!r} {answer}"\n' + LABELS, ["plain name in braces"]),
-    ('template = "{answer}"\n' + LABELS, ["names no column"]),
     ('template = "{label} {answer}"\n' + LABELS, ["shows the label"]),
-    (f'columns = {{t = "label"}}\n{ASK}{LABELS}', ["shows the label"]),
-    (f'label_column = "t"\n{ASK}{LABELS}', ["shows the label"]),
     (f'answer_column = "t"\n{ASK}', ["shows the label or the answer"]),
     (ASK, ["[verbalizer]", "answer_column"]),
     ('template = "{a} and {b}"', ["is one text and nothing else"]),
     (f'{ASK}[verbalizer]\na = "x"\n', ["at least two labels"]),
-    (f'{ASK}[verbalizer]\na = "x"\nb = "X "\n', ["'a' and 'b' share the answer 'X'"]),
-    (f'{ASK}[verbalizer]\na = "x"\nb = " "\n', ["empty label or answer at 'b'"]),
-    (f'{ASK}[verbalizer]\na = "x"\nb = 2\n', ["verbalizer: 'b'", "is not of type str"]),
     (f'answer_column = "z"\n{ASK}{LABELS}', ["answer_column and answer_tokens are for tasks that write"]),
-    (f'answer_column = "z"\nlabel_column = "z"\n{ASK}', ["label_column is for label tasks"]),
+    (f'answer_column = "z"\nlabel_column = "z"\n{ASK}', ["label_column for label tasks"]),
     (f'answer_column = "z"\nanswer_tokens = 0\n{ASK}', ["answer_tokens must be at least 1"]),
     (f'name = "../up"\n{ASK}{LABELS}', ["name must be", "'../up'"]),
     (f'{ASK}{LABELS}[data]\nvalid = "x.tsv"\n', ["a split must be one of train, dev, test, got 'valid'"]),
     (f'{ASK}{LABELS}[columns]\nu = "x"\n', ["[columns] maps 'u'"]),
-    (f'splits = ["dev"]\n{ASK}{LABELS}', ["for built-in tasks; use [data]"]),
+    (f'path = "x"\n{ASK}{LABELS}', ["for built-in tasks; use [data]"]),
 ]
 
 
@@ -358,7 +335,7 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
         ("sst2", "dev", tmp_path / "nowhere", "no such file or folder"),
         ("sst2", "test", None, "task sst2 has no test split; it has train, dev"),
         ("sst2", "valid", None, "split must be one of train, dev, test, got 'valid'"),
-        ("mood.toml", "test", None, "mood.toml has no test split; it has train, dev"),
+        ("mood.toml", "test", None, "task mood has no test split; it has train, dev"),
         ("mood.toml", "train", None, "mood.csv: no such file"),
     ):
         with pytest.raises(TinyldError, match=message):
