@@ -12,8 +12,8 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,11 +32,19 @@ class NetworkError(TinyldError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's official data is. What its files hold needs no check beside their digests."""
+    """Where a task's official data is, and in what form. What its files hold needs no check beside their digests."""
 
-    format: str  # a key of FORMATS
     files: dict[str, str]  # URL -> SHA-256, or MD5 where no other digest is published
     rows: dict[str, int]  # of each official split, before dev (and test) are cut from a set that has none
+    # Files with rows: a pattern of their names in the archive, or of train, test, dev for the URLs in their order. The
+    # groups `split` and `label` are those of all rows of a file.
+    member: str
+    row: str = "line"  # or "csv", or the whole "file"
+    header: int = 0  # lines of it
+    between: str = ""  # a pattern of what stands between the cells of a line
+    sentence: tuple[int, ...] = (0,)  # cells, of one text or two
+    label: int | None = None  # cell, else the group
+    names: dict[str, str] = field(default_factory=dict)  # published label -> ours, where they differ
 
 
 def cache_dir() -> Path:
@@ -55,7 +63,7 @@ def download_task(name: str, source: Source) -> Path:
     files = {url: fetch(url, digest, f"{name} ({i}/{len(source.files)})") for i, (url, digest) in urls}
     folder = cache_dir() / "data" / name
     make_folder(folder)
-    for split, rows in convert(source.format, files).items():
+    for split, rows in convert(source, files).items():
         if not (folder / f"{split}.tsv").exists():
             lines = ["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]
             write_atomic(folder / f"{split}.tsv", "".join(lines).encode())
@@ -95,50 +103,6 @@ def fetch(url: str, digest: str, description: str) -> bytes:
 # ---------------------------------------------------------------------------------------------- official formats
 
 
-def _lines(text: str) -> list[str]:
-    headers = ("sentence\tlabel", "index\tsentence1", "Quality\t")
-    return [line for line in text.split("\n") if line and not line.startswith(headers)]
-
-
-def _whole(text: str) -> Iterable[list[str]]:
-    return [[line] for line in _lines(text)]
-
-
-def _tabs(text: str) -> Iterable[list[str]]:
-    return [line.split("\t") for line in _lines(text)]
-
-
-def _question(text: str) -> Iterable[list[str]]:
-    """Of lines like `DESC:manner How did ...`; the coarse type is the label."""
-    return [re.split(r":\S* ", line, maxsplit=1) for line in _lines(text)]
-
-
-def _commas(text: str) -> Iterable[list[str]]:
-    return csv.reader(StringIO(text, newline=""))
-
-
-def _review(text: str) -> Iterable[list[str]]:
-    return [[re.sub(r"<br\s*/?>", " ", text)]]
-
-
-# Format -> its files, and what their names say (those outside of an archive are named by their order); the cells of a
-# text's rows; which of them are the sentence, or two; which is the label, -1: the file's; what labels are called here.
-TONE = {"neg": "negative", "pos": "positive"}
-FORMATS: dict[str, tuple[str, Callable[[str], Iterable[list[str]]], tuple[int, ...], int, dict[str, str]]] = {
-    "glue-sst2": (r"SST-2/(?P<split>train|dev)\.tsv", _tabs, (0,), 1, {"0": "negative", "1": "positive"}),
-    "glue-cola": (r"CoLA/(?P<split>train|dev)\.tsv", _tabs, (3,), 1, {"0": "unacceptable", "1": "acceptable"}),
-    "glue-rte": (r"RTE/(?P<split>train|dev)\.tsv", _tabs, (1, 2), 3, {}),
-    "mrpc": ("(?P<split>train|test)", _tabs, (3, 4), 0, {"0": "not_equivalent", "1": "equivalent"}),
-    "trec": ("(?P<split>train|test)", _question, (1,), 0, {}),
-    "ag-news": ("(?P<split>train|test)", _commas, (2,), 0,
-                {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}),
-    "subj": (r".*(?P<label>plot|quote)\.tok\.gt9\.5000", _whole, (0,), -1,
-             {"plot": "objective", "quote": "subjective"}),
-    "mr": (r".*rt-polarity\.(?P<label>neg|pos)", _whole, (0,), -1, TONE),
-    "imdb": (r"aclImdb/(?P<split>train|test)/(?P<label>neg|pos)/\d+_\d+\.txt", _review, (0,), -1, TONE),
-}  # fmt: skip
-
-
 def members(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Name -> content of the files in archives, and of those that are none; nothing goes to the disk."""
     import tarfile
@@ -166,20 +130,18 @@ def as_text(content: bytes) -> str:
     return text.replace("\r\n", "\n")
 
 
-def convert(source_format: str, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
+def convert(source: Source, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
     """Rows of the train, dev and test splits of a data set, whichever of them are published, of its files by URL."""
-    pattern, cells_of, sentence, label_cell, names = FORMATS[source_format]
     contents = members(files)
+    dev_ids = set(as_text(contents.pop("dev", b"")).split("\n")) - {""}  # MRPC: of train's rows, two cells of each
     splits: dict[str, list[Row]] = defaultdict(list)
-    dev_ids = set(_lines(as_text(contents.pop("dev", b""))))  # MRPC: which rows of train are dev rows, by two cells
     for name, content in sorted(contents.items()):
-        if found := re.fullmatch(pattern, name):
-            own = found.groupdict()
-            for cells in cells_of(as_text(content)):
-                split = "dev" if "\t".join(cells[1:3]) in dev_ids else own.get("split", "all")
-                label = own["label"] if label_cell < 0 else cells[label_cell]
-                splits[split].append((PAIR.join(cells[i] for i in sentence), names.get(label, label)))
-    if label_cell < 0:  # published label by label: any first few rows are to hold all labels
+        own = found.groupdict() if (found := re.fullmatch(source.member, name)) else {}
+        for cells in cells_of(source, as_text(content)) if own else ():
+            split = "dev" if "\t".join(cells[1:3]) in dev_ids else own.get("split", "all")
+            label = own["label"] if source.label is None else cells[source.label]
+            splits[split].append((PAIR.join(cells[i] for i in source.sentence), source.names.get(label, label)))
+    if source.label is None:  # published label by label: any first few rows are to hold all labels
         splits = {split: sorted(rows, key=lambda row: number_of(row[0])) for split, rows in splits.items()}
     if "dev" in splits:
         return splits
@@ -188,6 +150,15 @@ def convert(source_format: str, files: Mapping[str, bytes]) -> dict[str, list[Ro
     for row in splits["all" if "all" in splits else "train"]:
         parts[places.get(number_of(row[0]) % 10, "train")].append(row)
     return parts
+
+
+def cells_of(source: Source, text: str) -> Iterable[list[str]]:
+    if source.row == "csv":
+        return csv.reader(StringIO(text, newline=""))
+    if source.row == "file":  # a review, with tags
+        return [[re.sub(r"<br\s*/?>", " ", text)]]
+    lines = filter(None, text.split("\n")[source.header :])
+    return [re.split(source.between, line) if source.between else [line] for line in lines]
 
 
 def number_of(sentence: str) -> int:
