@@ -433,7 +433,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
     ("args", "text", "code", "part"),
     [
         ("{place}/base", "rain", 2, "was made for no task"),
-        ("{place}/mood {place}/header.csv", "", 1, "header.csv: a header but no rows"),
+        ("{place}/mood {place}/header.csv", "", 1, "header.csv: there are no rows in it"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
         ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
         ("{place}/mood new.txt --text rain", "", 2, "give a file or --text, not both"),

@@ -95,11 +95,9 @@ def described(task: Task) -> str:
     if task.is_generation:
         answers = "to have gaps" if task.is_infill else f"answers in {task.answer_column!r}"
         return f"texts are in column {text!r}, {answers}"
-    few = ", ".join(task.labels[:6]) + ", ..." * (len(task.labels) > 6)
-    other = [f"{words!r} for {label!r}" for label, words in task.verbalizer.items() if words != label]
-    written = f"; a label that is no single word to the model is written as another word: {', '.join(other[:3])}"
-    written = (written + ", ..." * (len(other) > 3)) * bool(other)
-    return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(task.labels)} ({few}){written}"
+    labels = [label + f" (written {words!r})" * (words != label) for label, words in task.verbalizer.items()]
+    few = ", ".join(labels[:6]) + ", ..." * (len(labels) > 6)
+    return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(labels)} ({few})"
 
 
 def folded(label: str) -> Any:

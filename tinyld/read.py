@@ -57,16 +57,11 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
 
 def decode(content: bytes, path: object, first: int = 1) -> str:
     """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    text, wrong = "", content.find(b"\0")  # which is of a damaged disk, or of UTF-16 without its mark
     try:
-        text = content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        wrong = error.start
-    if wrong >= 0:
-        line = first + content.count(b"\n", 0, wrong)
-        raise TinyldError(f"{path}: line {line}: not UTF-8, or a zero byte in it; save it as UTF-8")
-    return text
+        line = first + error.object.count(b"\n", 0, error.start)
+        raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8") from None
 
 
 def clean(text: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "dev", "test")
 TABLES = {".tsv": "\t", ".csv": ","}  # and what is between their cells
 SUFFIXES = (*TABLES, ".jsonl")
+Row = tuple[str, dict[str, Any]]  # file and line, column -> value
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
@@ -132,57 +133,56 @@ def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
 # ---------------------------------------------------------------------------------------------- rows of a file
 
 
-def read_rows(path: Path, empty: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file, or of a .txt file, whose lines are the
-    column `text`. With `empty` also for rows of a table that hold empty cells alone, and for blank lines of text."""
+def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
+    """Each row of a TSV, CSV or JSONL file, or of a .txt file, whose lines are the column `text`; with `empty` also
+    rows of a table that hold empty cells alone, and blank lines of text. TinyldError where there is none."""
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
-    text = read_text(path, ROWS_BYTES)
-    if not text.strip():
-        raise TinyldError(f"{path}: the file is empty")
-    if suffix in TABLES:
-        yield from _table_rows(text, path, TABLES[suffix], empty)
-        return
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    rows = _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else _line_rows(path, suffix, empty)
+    first = next(rows, None)
+    if first is None:
+        raise TinyldError(f"{path}: there are no rows in it")
+    yield first
+    yield from rows
+
+
+def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
+    for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline="\n"), 1):
         where = f"{path}: line {number}"
-        if suffix == ".txt" and (line.strip() or empty):
-            yield where, {"text": line.removesuffix("\r")}
+        if suffix == ".txt" and (empty or line.strip()):
+            yield where, {"text": line.rstrip("\r\n")}
         elif line.strip():
             yield where, as_object(parse_json(line, where), where)
 
 
-def _table_rows(text: str, path: Path, separator: str, empty: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
+def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
+    text = read_text(path, ROWS_BYTES)
     head = text.lstrip().partition("\n")[0]
     if separator == "," and ";" in head and "," not in head:  # as spreadsheets write in much of Europe
         separator = ";"
+    csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # in a TSV a quote is an ordinary character
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
-    header, start, rows = [""], 1, -1
+    header, start = [], 1
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
-            if not any(value.strip() for value in values) and not (empty and values and rows >= 0):
-                continue
-            if rows < 0:
+            is_blank = not any(value.strip() for value in values)
+            if not header and not is_blank:
                 header = [clean(value) for value in values]
-            problem = ""
-            if header[0].startswith("sep="):
-                problem = f"{header[0]} is a spreadsheet's own line; delete it"
-            elif len(set(header)) < len(header):
-                problem = f"two columns of one name in {show(', '.join(header))}"
-            elif len(values) != len(header):
-                problem = f"{len(values)} columns, the header has {len(header)}; look for a stray {separator!r}"
-            if problem:
-                raise TinyldError(f"{where}: {problem}")
-            if rows >= 0:
+                if len(set(header)) < len(header) or header[0].startswith("sep="):  # which spreadsheets put before it
+                    found = show(", ".join(header))
+                    raise TinyldError(
+                        f"{where}: this line must name the columns, each by a name of its own, got {found}"
+                    )
+            elif header and values and (empty or not is_blank):
+                if len(values) != len(header):
+                    stray = f"the header has {len(header)}; look for a stray {separator!r}"
+                    raise TinyldError(f"{where}: {len(values)} columns, {stray}")
                 yield where, dict(zip(header, values, strict=True))
-            rows += 1
     except csv.Error as error:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
-    if rows < 1:
-        raise TinyldError(f"{path}: a header but no rows")
 
 
 def cell(row: dict[str, Any], column: str, where: str) -> str:
@@ -191,11 +191,9 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
         way_out = f"rename one to {column}, or name it: by --column (predict), or in a task file's [columns] table"
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
-    if isinstance(value, bool):
-        value = str(value).lower()
     if not isinstance(value, str | int | float) or value != value:  # not a number: what is missing, of pandas
         raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
-    text = clean(str(value))
+    text = str(value).lower() if isinstance(value, bool) else clean(str(value))
     if not text:
         raise TinyldError(f"{where}: column {show(column)} is empty; fill it in or delete the row")
     return text
@@ -241,7 +239,7 @@ def load_split(
     return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
 
 
-def _examples(task: Task, rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Example]:
+def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     examples, answers = [], list(task.verbalizer.values())
     labels = {name: i for i, name in enumerate(task.labels)}
     # All labels may be numbers instead, where no name is one, and the order is not just that of the rows.

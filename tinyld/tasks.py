@@ -136,19 +136,9 @@ class Task:
         """What a run learns: what it is asked, and the answers."""
         return *self.reads, self.answer_tokens, *sorted(self.verbalizer.values())
 
-    @property
-    def rows(self) -> dict[str, int]:
-        """Official split -> rows, as published: before dev (and test) are cut from a set that has none."""
-        return self.download.rows if self.download else {}
-
 
 def builtin_names() -> list[str]:
     return sorted(path.stem for path in BUILTIN_DIR.glob("*.toml"))
-
-
-def builtin_tasks() -> list[Task]:
-    """Every built-in task, by name."""
-    return [load_task(name) for name in builtin_names()]
 
 
 def load_task(name_or_path: str) -> Task:
