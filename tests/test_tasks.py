@@ -46,19 +46,15 @@ def read(folder: Path, content: str | bytes, task: Task | str = MOOD, name: str 
     return load_split(task, "train", rows_file(folder, name, content))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.tsv", 'text\tlabel\nsaid "no\tsad\n'),
+def test_every_file_format_reads_the_same(tmp_path: Path) -> None:
+    for name, content in (
         ("a.TSV", 'text\tlabel\r\nsaid "no\t0\r\n\r\n'),
-        ("a.csv", 'label,text\nsad,"said ""no"\n'),
+        ("a.csv", 'label,text\nsad,"said ""no"\n,\n'),
         ("a.jsonl", '{"label": 0, "text": "said \\"no"}\n\n'),
         ("a.jsonl", '\ufeff{"text": " said\\n\\t \\"no ", "label": "sad", "more": [1]}'),
         ("a.tsv", '\ufefftext\tlabel\nsaid\x01\x1b \u2028"no\tsad\n'),
-    ],
-)
-def test_every_file_format_reads_the_same(tmp_path: Path, name: str, content: str) -> None:
-    assert read(tmp_path, content, name=name) == [Example('said "no i feel', ".", "down", 0)]
+    ):
+        assert read(tmp_path, content, name=name) == [Example('said "no i feel', ".", "down", 0)]
 
 
 def test_columns_of_other_names_are_mapped_and_the_first_rows_read_alone(tmp_path: Path) -> None:
@@ -77,9 +73,8 @@ def test_fields_of_one_column_are_parted_in_it(tmp_path: Path) -> None:
             read(tmp_path, f"sentence\tlabel\n{text}\t1\n", load_task("rte"), "a.tsv")
 
 
-@pytest.mark.parametrize(
-    ("names", "labels", "found"),
-    [
+def test_labels_are_all_names_or_all_numbers_that_are_no_names(tmp_path: Path) -> None:
+    for names, labels, found in (
         ("sad happy", "1 0", [1, 0]),
         ("sad happy", "happy sad", [1, 0]),
         ("1 0", "1 0", [0, 1]),
@@ -87,19 +82,15 @@ def test_fields_of_one_column_are_parted_in_it(tmp_path: Path) -> None:
         ("1 2 3", "0 1", None),
         ("sad happy", "01 0", None),
         ("1.0 2.0", "1 0", None),
-    ],
-)
-def test_labels_are_all_names_or_all_numbers_that_are_no_names(
-    tmp_path: Path, names: str, labels: str, found: list[int] | None
-) -> None:
-    words = "".join(f'"{name}" = "word{i}"\n' for i, name in enumerate(names.split()))
-    toml = f'template = "{{text}} {{answer}}"\n[verbalizer]\n{words}'
-    content = "text,label\n" + "".join(f"x,{label}\n" for label in labels.split())
-    if found is not None:
-        assert [example.label for example in read(tmp_path, content, toml)] == found
-        return
-    with pytest.raises(TinyldError, match="unknown label .*; allowed: "):
-        read(tmp_path, content, toml)
+    ):
+        words = "".join(f'"{name}" = "word{i}"\n' for i, name in enumerate(names.split()))
+        toml = f'template = "{{text}} {{answer}}"\n[verbalizer]\n{words}'
+        content = "text,label\n" + "".join(f"x,{label}\n" for label in labels.split())
+        if found is not None:
+            assert [example.label for example in read(tmp_path, content, toml)] == found
+            continue
+        with pytest.raises(TinyldError, match="unknown label .*; allowed: "):
+            read(tmp_path, content, toml)
 
 
 def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp_path: Path) -> None:
@@ -114,30 +105,22 @@ def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp
     assert parts[0] == parts[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "right"),
-    [
-        ("a.csv", "label,reply\nhello,good day\n", ("good day",)),
-        ("a.csv", "label,reply\nhello,good day ||| hi there\n", ("good day", "hi there")),
-        ("a.jsonl", '{"label": "hello", "reply": ["good day", " hi  there"]}\n', ("good day", "hi there")),
-        ("a.jsonl", '{"label": "hello", "reply": "good day|||hi there"}\n', ("good day", "hi there")),
-    ],
-)
-def test_a_task_that_writes_reads_its_answers_from_a_column(
-    tmp_path: Path, name: str, content: str, right: tuple[str, ...]
-) -> None:
+def test_a_task_that_writes_reads_its_answers_from_a_column(tmp_path: Path) -> None:
     task = user_task(tmp_path, REPLY)
     assert (task.is_generation, task.is_infill, task.labels, task.answer_tokens) == (True, False, (), 32)
-    (found,) = read(tmp_path, content, task, name)
-    assert (found.before, found.answer, found.label, found.right) == ("hello :", right[0], None, right)
-    assert [(e.before, e.answer) for e in to_learn(task, [found])] == [("hello :", text) for text in right]
-
-
-@pytest.mark.parametrize("reply", ["[]", '["a", ""]', '["a", ["b"]]', '"a ||| "', "null"])
-def test_references_that_are_none_are_refused(tmp_path: Path, reply: str) -> None:
-    message = r"a.jsonl: line 1: column 'reply' (is empty|is an empty list|must hold text)"
-    with pytest.raises(TinyldError, match=message):
-        read(tmp_path, f'{{"label": "x", "reply": {reply}}}', REPLY, "a.jsonl")
+    both = ("good day", "hi there")
+    for name, content, right in (
+        ("a.csv", "label,reply\nhello,good day\n", both[:1]),
+        ("a.csv", "label,reply\nhello,good day ||| hi there\n", both),
+        ("a.jsonl", '{"label": "hello", "reply": ["good day", " hi  there"]}\n', both),
+    ):
+        (found,) = read(tmp_path, content, task, name)
+        assert (found.before, found.answer, found.label, found.right) == ("hello :", right[0], None, right)
+        assert [(e.before, e.answer) for e in to_learn(task, [found])] == [("hello :", text) for text in right]
+    for reply in ("[]", '["a", ""]', '["a", ["b"]]', '"a ||| "', "null"):
+        message = "a.jsonl: line 1: column 'reply' (is empty|is an empty list|must hold text)"
+        with pytest.raises(TinyldError, match=message):
+            read(tmp_path, f'{{"label": "x", "reply": {reply}}}', task, "a.jsonl")
 
 
 def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
@@ -192,35 +175,27 @@ def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path)
             read(tmp_path, "text,label\nsun,1\n", task, "imdb.csv")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("i feel", "i am", "template was '{text} i feel {answer} .', is '{text} i am {answer} .'"),
-        ('"down"', '"low"', "verbalizer was "),
-        ("{text}", "{words}", "columns was "),
-        ('sad = "down"\nhappy = "very well"', 'happy = "very well"\nsad = "down"', "verbalizer was "),
-    ],
-)
-def test_a_task_that_has_changed_since_is_refused_with_what_differs(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_a_task_that_has_changed_since_is_refused_with_what_differs(tmp_path: Path) -> None:
     record = to_record(user_task(tmp_path))
-    user_task(tmp_path, MOOD.replace(old, new))
-    with pytest.raises(TinyldError, match="has changed since then in .*mood.toml") as raised:
-        from_record(record, "config.json: task")
-    assert message in str(raised.value)
+    for old, new, message in (
+        ("i feel", "i am", "template was '{text} i feel {answer} .', is '{text} i am {answer} .'"),
+        ('sad = "down"\nhappy = "very well"', 'happy = "very well"\nsad = "down"', "verbalizer was "),
+    ):
+        user_task(tmp_path, MOOD.replace(old, new))
+        with pytest.raises(TinyldError, match="has changed since then in .*mood.toml") as raised:
+            from_record(record, "config.json: task")
+        assert message in str(raised.value)
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     record = to_record(user_task(tmp_path))
     for change, message in (
-        ({"template": 3}, "template: '3' is not of type str"),
-        ({"template": "no slot"}, "must hold {answer} once"),
-        ({"verbalizer": {"a": 1, "b": "y"}}, "verbalizer: 'a': '1' is not of type str"),
+        ({"template": 3}, "config.json: task: template: '3' is not of type str"),
+        ({"template": "no slot"}, "config.json: task: .* must hold {answer} once"),
+        ({"verbalizer": {"a": 1, "b": "y"}}, "config.json: task: verbalizer: 'a': '1' is not of type str"),
     ):
-        with pytest.raises(TinyldError) as raised:
+        with pytest.raises(TinyldError, match=message):
             from_record(record | change, "config.json: task")
-        assert message in str(raised.value) and "config.json: task" in str(raised.value)
     with pytest.raises(TinyldError, match="config.json: task: missing key 'template'"):
         from_record({"name": "reviews", "path": None}, "config.json: task")
 
