@@ -153,16 +153,8 @@ def test_a_set_without_dev_gets_the_same_tenth_of_train_every_time(site: dict[st
     dev, train = load_split(task, "dev"), load_split(task, "train")
     assert 60 < len(dev) < 140 and len(dev) + len(train) == 1000
     assert all(number_of(e.before.removesuffix(" this asks for a")) % 10 == 0 for e in dev)
-    assert [number_of(f"Who is number {i} ?") % 10 for i in range(8)] == [
-        4,
-        0,
-        6,
-        9,
-        9,
-        8,
-        8,
-        0,
-    ]  # the cut must never move
+    tenths = [number_of(f"Who is number {i} ?") % 10 for i in range(8)]
+    assert tenths == [4, 0, 6, 9, 9, 8, 8, 0], "the cut must never move"
     assert number_of("Who is number 7 ?") == number_of("who is  number 7")
 
 

@@ -36,7 +36,7 @@ def task_and_rows(
         return load_task("reviews" if name is None else name), data, data is not None and data.is_file()
     if not data.is_dir():
         return make_task(options, data, tokenizer, max_length), data, True
-    train, dev = (in_folder(data, ("",), split) for split in ("train", "dev"))
+    train, dev = (in_folder(data, split) for split in ("train", "dev"))
     if train is None:
         raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")
     task = make_task(options, train, tokenizer, max_length)

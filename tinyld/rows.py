@@ -67,25 +67,22 @@ def bundled_data_dir() -> Path:
     return inside if inside.exists() else inside.parents[1] / "data"
 
 
-def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
-    """folder/NAME/SPLIT.tsv, .csv or .jsonl, of the first NAME that has one; NAME "" is the folder itself. The dev rows
-    may also be called validation."""
+def in_folder(folder: Path, split: str) -> Path | None:
+    """SPLIT.tsv, .csv or .jsonl in the folder; the dev rows may also be called validation."""
     stems = ("dev", "validation") if split == "dev" else (split,)
-    for name in names:
-        paths = [folder / name / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        if found := [path for path in paths if os.path.isfile(path)]:
-            which = f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
-            check(len(found) == 1, which)
-            return found[0]
-    return None
+    paths = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    found = [path for path in paths if os.path.isfile(path)]
+    which = f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
+    check(len(found) < 2, which)
+    return found[0] if found else None
 
 
 def file_in(data: Path, task: Task, split: str, held_out: bool = False) -> Path | None:
     """The file of a split in `data`, a folder or the one file. Where dev rows are held out of that, the test rows are
     those that stand beside a file called train."""
     if held_out and split == "test":
-        return in_folder(data.parent, ("",), split) if data.stem == "train" else None
-    return data if held_out or data.is_file() else in_folder(data, (task.rows_from, ""), split)
+        return in_folder(data.parent, split) if data.stem == "train" else None
+    return data if held_out or data.is_file() else in_folder(data / task.rows_from, split) or in_folder(data, split)
 
 
 def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path:
@@ -104,7 +101,7 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
     if own and not os.path.isdir(own):
         raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
     for folder in filter(None, (own, cache, bundled_data_dir())) if task.builtin else ():
-        if found := in_folder(Path(folder), (name,), split):
+        if found := in_folder(Path(folder) / name, split):
             return found
     way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
     if split not in task.splits:

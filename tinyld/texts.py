@@ -27,7 +27,7 @@ from tinyld.write import write_atomic
 CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
 READ = 1 << 17  # bytes of text read at once: some thousand lines
 HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSON leaves as they are
-Rows = list[tuple[str, Record]]  # (where it stands, column -> value)
+Rows = list[tuple[str, Record]]  # where each stands, column -> value
 
 
 def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iterator[Rows]:
@@ -35,27 +35,28 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     path, column, piped = Path(source), options.column, source == "-"
     lines = piped or path.suffix.lower() == ".txt"
     check(not options.text or piped, "give a file or --text, not both")
-    check(not lines or column is None, "--column is for a file with columns; a line is one text")
-    several = f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both"
-    check(len(columns) == 1 or not lines, several)
-    check(len(columns) == 1 or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
+    check(column is None or not lines, "--column is for a file with columns; a line is one text")
+    one = len(columns) == 1
+    check(one or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
+    check(one or not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
     if options.text:
-        yield [(f"--text, number {i}", {columns[0]: text}) for i, text in enumerate(options.text, 1)]
+        parts = iter([[(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]])
     elif piped:
-        for part in piped_lines():
-            yield [(where, {columns[0]: text}) for where, text in part]
+        parts = piped_lines()
     else:
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
-        column, rows = "text" if lines else column, read_rows(path, empty=True)
-        while part := list(islice(rows, CHUNK)):
-            for where, row in part if column is not None else ():
-                check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-            yield part if column is None else [(where, under({column: columns[0]}, row)) for where, row in part]
+        rows = read_rows(path, empty=True)
+        parts = iter(lambda: list(islice(rows, CHUNK)), [])
+    column = "text" if lines else column
+    for part in parts:
+        for where, row in part if column is not None else ():
+            check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
+        yield part if column is None else [(where, under({column: columns[0]}, row)) for where, row in part]
 
 
-def piped_lines() -> Iterator[list[tuple[str, str]]]:
-    """(where it stands, text) of stdin's lines: those that were written so far, with no waiting for more."""
+def piped_lines() -> Iterator[Rows]:
+    """The lines of stdin: those that were written so far, with no waiting for more."""
     check(sys.stdin is not None, "stdin is closed: give a file, or --text")
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
@@ -67,7 +68,7 @@ def piped_lines() -> Iterator[list[tuple[str, str]]]:
             lines = [rest]
         texts = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
         if lines:
-            yield [(f"stdin: line {i}", text) for i, text in enumerate(texts, first)]
+            yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
         first += len(lines)
 
 
