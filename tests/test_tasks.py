@@ -205,7 +205,6 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
 FILE_ERRORS = [
     ("a.md", "text\n", [".tsv, .csv, .jsonl or .txt"]),
     ("a.csv", "text,label\n", ["there are no rows in it"]),
-    ("a.jsonl", "\n", ["there are no rows in it"]),
     ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
     ("a.csv", "text,text\na,b\n", ["line 1", "each by a name of its own, got 'text, text'"]),
     ("a.csv", "sep=;\ntext;label\na;0\n", ["line 1", "this line must name the columns"]),
@@ -219,7 +218,6 @@ FILE_ERRORS = [
     ("a.jsonl", '{"text": "a", "label": 0}\n{\n', ["line 2", "not JSON"]),
     ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
     ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' must hold text or a number", "'None'"]),
-    ("a.jsonl", '{"text": "a", "label": [0]}\n', ["line 1", "'label' must hold"]),
 ]
 
 
@@ -238,10 +236,8 @@ ASK, LABELS = 'template = "{t} {answer}"\n', '[verbalizer]\na = "x"\nb = "y"\n'
 TOML_ERRORS = [
     ("template = ", ["not valid TOML"]),
     ("", ["missing key 'template'"]),
-    (f"templat = 1\n{ASK}", ["unknown key 'templat'", "allowed: template"]),
     (f'{ASK}[verbalizer]\na = "x"\nb = 2\n', ["verbalizer: 'b'", "is not of type str"]),
     ('template = "{t} it was ."\n' + LABELS, ["must hold {answer} once"]),
-    ('template = "{answer} {t} {answer}"\n' + LABELS, ["must hold {answer} once"]),
     ('template = "{answer}"\n' + LABELS, ["and a column"]),
     ('template = "{t {answer}"\n' + LABELS, ["template", "for braces"]),
     ('template = "{t.x} {answer}"\n' + LABELS, ["plain name in braces"]),
@@ -267,11 +263,6 @@ def test_a_bad_task_file_is_refused_in_one_line_that_names_it(tmp_path: Path, to
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "mood.toml")) and message.isprintable()
     assert all(part in message for part in parts)
-
-
-def test_an_unknown_task_lists_the_built_in_ones() -> None:
-    with pytest.raises(TinyldError, match=r"no task 'ss\\x1bt'; built in: ag-news, .*reviews.*; or give a .toml file"):
-        load_task("ss\x1bt")
 
 
 # ---------------------------------------------------------------------------------------------- finding files
@@ -314,6 +305,8 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
     ):
         with pytest.raises(TinyldError, match=message):
             load_split(load_task(task), split, data)
+    with pytest.raises(TinyldError, match=r"no task 'ss\\x1bt'; built in: ag-news, .*reviews.*; or give a .toml file"):
+        load_task("ss\x1bt")
     for name, cause in (("sst2", "could not download http://127.0.0.1:9"), ("webnlg", "no official download")):
         with pytest.raises(TinyldError, match=cause) as caught:
             load_split(load_task(name), "train")
@@ -337,13 +330,11 @@ def test_built_in_tasks_are_whole() -> None:
             assert url.startswith("https://") and re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", digest)
 
 
+@pytest.mark.skipif(not (bundled_data_dir() / "reviews").is_dir(), reason="the bundled data is not here")
 @pytest.mark.parametrize("name", ["reviews", "topics", "write"])
 def test_bundled_tasks_need_no_network_and_no_files(name: str) -> None:
-    if not (bundled_data_dir() / "reviews").is_dir():
-        pytest.skip("the bundled data is not here")
-    task = load_task(name)
     for split in SPLITS:
-        examples = load_split(task, split)
+        examples = load_split(task := load_task(name), split)
         assert len(examples) >= 100
         assert {e.label for e in examples} == (set(range(len(task.labels))) or {None})
     if name == "write":

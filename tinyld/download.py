@@ -138,7 +138,9 @@ def convert(source: Source, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
     for name, content in sorted(contents.items()):
         own = found.groupdict() if (found := re.fullmatch(source.member, name)) else {}
         for cells in cells_of(source, as_text(content)) if own else ():
-            split = "dev" if "\t".join(cells[1:3]) in dev_ids else own.get("split", "all")
+            split = own.get("split", "all")
+            if split == "train" and "\t".join(cells[1:3]) in dev_ids:
+                split = "dev"
             label = own["label"] if source.label is None else cells[source.label]
             splits[split].append((PAIR.join(cells[i] for i in source.sentence), source.names.get(label, label)))
     if source.label is None:  # published label by label: any first few rows are to hold all labels

@@ -58,9 +58,7 @@ class Task:
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
         columns = {name: name for name in fields} | self.columns
-        mixed = (
-            "answer_column and answer_tokens are for tasks that write, [verbalizer] and label_column for label tasks"
-        )
+        mixed = "answer_column and answer_tokens are for tasks that write, [verbalizer], label_column for label tasks"
         if self.is_generation:
             check(self.label_column is None, mixed)
             width, label_column = 32 if self.answer_tokens is None else self.answer_tokens, None
