@@ -463,7 +463,7 @@ ERRORS = [
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),
     (NOT_ON + "--data {place}/mood.csv --text-column words", 2, "no column 'words'; it has text, label"),
     (NOT_ON + "--data {place}/mood.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
-    (NOT_ON + "--data {place}/mood.csv --set template={{title}}{{text}}{{answer}}", 2, "and not title; a task"),
+    (NOT_ON + "--data {place}/mood.csv --set template={{title}}{{text}}{{answer}}", 2, "and no other; a task"),
     (NOT_ON + "--data {place}/rule.txt", 1, "rule.txt: line 2: no word to make a gap of"),
     (ON + "--method bitfit --set optimizer=muon", 2, "no effect with --method bitfit, which trains no matrix"),
     (NOT_ON + "--data {place}/unlabelled.csv", 1, "which of its columns are text and label?"),

@@ -15,40 +15,35 @@ from pathlib import Path
 import pytest
 
 from tinyld import download
-from tinyld.download import NetworkError, fetch
+from tinyld.download import NetworkError, fetch, number_of
 from tinyld.errors import TinyldError
-from tinyld.formats import tenth
 from tinyld.rows import load_split
 from tinyld.tasks import Task, load_task
 
 
 @pytest.fixture
 def site(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """URL path -> content, served as every host's; /cut promises more than it sends, /moved... leads to its content."""
+    """URL path -> content, served as every host's; /cut promises more than it sends."""
     files: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            content = files.get(self.path)
-            self.send_response(302 if self.path.startswith("/moved") else 404 if content is None else 200)
-            if self.path.startswith("/moved"):
-                self.send_header("Location", content.decode())
-            extra = 10 if self.path == "/cut" else 0
-            self.send_header("Content-Length", str(len(content or b"") + extra))
+            content = files.get(self.path, b"")
+            self.send_response(200 if self.path in files else 404)
+            self.send_header("Content-Length", str(len(content) + 10 * (self.path == "/cut")))
             self.end_headers()
-            self.wfile.write(content or b"")
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("TINYLD_MIRROR", f"http://127.0.0.1:{server.server_port}")
-    yield files
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("TINYLD_MIRROR", f"http://127.0.0.1:{server.server_port}")
+        yield files
+        server.shutdown()
+        thread.join()
 
 
 def zip_of(members: dict[str, bytes | str]) -> bytes:
@@ -77,30 +72,20 @@ def fetched(path: str, digest: str = "0" * 64) -> bytes:
     return fetch(f"https://example.org{path}", digest, "letters")
 
 
-def test_a_download_arrives_whole_and_is_checked(site: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
-    site |= {"/a": bytes(range(256)) * 4096, "/moved": b"/a"}
+def test_a_download_arrives_whole_and_is_checked(
+    site: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site |= {"/a": bytes(range(256)) * 4096, "/cut": b"abc"}
     for kind in (hashlib.sha256, hashlib.md5):
         digest = kind(site["/a"]).hexdigest()
-        assert fetched("/a", digest) == fetched("/moved", digest) == site["/a"]
-        with pytest.raises(TinyldError, match=f"/a: checksum is {digest}, expected 0000.*; try again later"):
+        assert fetched("/a", digest) == site["/a"]
+        with pytest.raises(TinyldError, match=f"/a: checksum of 1,048,576 bytes is {digest}, expected 0000"):
             fetched("/a", "0" * len(digest))
     assert "downloading letters from http://127.0.0.1" in capsys.readouterr().err
-
-
-def test_a_failed_transfer_is_a_network_error(site: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "MAX_BYTES", 1000)
-    site |= {"/cut": b"abc", "/large": b"x" * 1001, "/moved": b"file:///etc/hosts", "/slow": b"x"}
-    for path, message in (
-        ("/none", r"could not download http://127.0.0.1:\d+/none: .*Not Found"),
-        ("/cut", "could not download .*/cut: .*after 3 of 13 bytes"),
-        ("/large", "could not download .*/large: it is larger than 1,000 bytes"),
-        ("/moved", "could not download .*/moved: .* not allowed"),
-        ("/slow", "or takes over -1 s"),
-    ):
-        if path == "/slow":
-            monkeypatch.setattr(download, "TOTAL", -1.0)
-        with pytest.raises(NetworkError, match=message):
-            fetched(path)
+    with pytest.raises(TinyldError, match="/cut: checksum of 3 bytes is .*; try again later"):
+        fetched("/cut")
+    with pytest.raises(NetworkError, match=r"could not download http://127.0.0.1:\d+/none: .*Not Found"):
+        fetched("/none")
     monkeypatch.setenv("TINYLD_MIRROR", "nowhere")
     with pytest.raises(NetworkError, match="unknown url type"):
         fetched("/a")
@@ -167,42 +152,21 @@ def test_a_set_without_dev_gets_the_same_tenth_of_train_every_time(site: dict[st
     task = publish(site, "trec", ["\n".join(questions).encode(), b"HUM:ind Who ?\n"])
     dev, train = load_split(task, "dev"), load_split(task, "train")
     assert 60 < len(dev) < 140 and len(dev) + len(train) == 1000
-    assert all(tenth(e.before.removesuffix(" this asks for a")) == 0 for e in dev)
-    assert [tenth(f"Who is number {i} ?") for i in range(8)] == [4, 0, 6, 9, 9, 8, 8, 0]  # the cut must never move
-    assert tenth("Who is number 7 ?") == tenth("who is  number 7")
+    assert all(number_of(e.before.removesuffix(" this asks for a")) % 10 == 0 for e in dev)
+    tenths = [number_of(f"Who is number {i} ?") % 10 for i in range(8)]
+    assert tenths == [4, 0, 6, 9, 9, 8, 8, 0], "the cut must never move"
+    assert number_of("Who is number 7 ?") == number_of("who is  number 7")
 
 
-def test_another_file_in_its_place_is_refused_and_nothing_is_kept(site: dict[str, bytes], tmp_path: Path) -> None:
-    for name in ("sst2", "mr"):
-        publish(site, name)
-        with pytest.raises(TinyldError, match=r"checksum is \w+, expected \w+; try again later"):
-            load_split(load_task(name), "train")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_what_is_in_the_cache_needs_no_network_and_is_noticed_when_it_changes(
-    site: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_what_is_in_the_cache_needs_no_network_and_is_not_replaced(site: dict[str, bytes], tmp_path: Path) -> None:
     task = publish(site, "sst2")
-    first, published = load_split(task, "dev"), dict(site)
-    site.clear()
-    assert load_split(task, "dev") == first and len(load_split(task, "train")) == 2
-    path = tmp_path / "cache/data/sst2/train.tsv"
-    path.write_text(path.read_text()[:-2])
-    with pytest.raises(TinyldError, match="train.tsv: changed or cut off since it was downloaded; delete it"):
-        load_split(task, "train")
-    path.unlink()
-    site |= published
-    assert len(load_split(task, "train")) == 2
-
-
-def test_a_file_in_the_cache_that_was_not_downloaded_stays(site: dict[str, bytes], tmp_path: Path) -> None:
-    task = publish(site, "sst2")
+    with pytest.raises(TinyldError, match="checksum"):
+        load_split(load_task("sst2"), "train")
+    assert not (tmp_path / "cache").exists(), "nothing of another file is kept"
     mine = tmp_path / "cache/data/sst2/train.tsv"
     mine.parent.mkdir(parents=True)
     mine.write_text("sentence\tlabel\nmine\t0\n")
     assert load_split(task, "dev")[0].before == "c it was"
-    with pytest.raises(TinyldError, match="train.tsv: has 1 rows, which are not the 67,349 published ones; delete it"):
-        load_split(task, "train")
-    task = replace(task, download=replace(task.download, rows={"train": 1}))
+    site.clear()
+    assert load_split(task, "dev")[0].before == "c it was"
     assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"

@@ -34,7 +34,7 @@ from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
 from tinyld.tasks import load_task
-from tinyld.texts import _table_line
+from tinyld.texts import table_line
 from tinyld.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -125,9 +125,7 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     one, other, empty = records("fill", text="the rain ____ sun .\n____ and the sea\n\n")
     assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
     assert empty["filled"] == "" and "label" not in one
-    assert cli("fill", "--text", "the rain").stderr.endswith(
-        "--text, number 1: no gap in the text; mark one with ____\n"
-    )
+    assert cli("fill", "--text", "the rain").stderr.endswith("number 1: no gaps in the text; mark one with ____\n")
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
     assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
 
@@ -247,10 +245,10 @@ def test_many_samples_are_those_of_few_whatever_is_written_at_once(
 
 def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    line = _table_line({"text": "what " * 20, "answer": "a long answer"})
+    line = table_line({"text": "what " * 20, "answer": "a long answer"})
     assert line.startswith("what what") and line.endswith("...  -> a long answer\n") and len(line) == 41
-    assert _table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
-    assert _table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None}).startswith(
+    assert table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
+    assert table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None}).startswith(
         "like no task: sad"
     )
 
@@ -435,7 +433,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
     ("args", "text", "code", "part"),
     [
         ("{place}/base", "rain", 2, "was made for no task"),
-        ("{place}/mood {place}/header.csv", "", 1, "header.csv: a header but no rows"),
+        ("{place}/mood {place}/header.csv", "", 1, "header.csv: there are no rows in it"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
         ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
         ("{place}/mood new.txt --text rain", "", 2, "give a file or --text, not both"),

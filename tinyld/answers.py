@@ -14,9 +14,8 @@ from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import EVAL_BATCH, Verbalizers, fill_slots, label_logp, likeliest, on_device, slot_logits
-from tinyld.formats import PAIR
 from tinyld.parse import several
-from tinyld.read import clean
+from tinyld.read import PAIR, clean
 from tinyld.rows import GAP_MARK, Example, prompt_of
 from tinyld.tasks import Task
 

@@ -25,7 +25,7 @@ from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, make_config
 from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, RowOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
-from tinyld.rows import files_of, has_split, load_split
+from tinyld.rows import file_in, files_of, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval as evaluate
 from tinyld.tasks import Task, unlike
@@ -65,7 +65,7 @@ def compare(options: CompareOptions) -> list[Row]:
 
 def tested_on(task: Task, data: Path | None, held_out: bool) -> str:
     """The split that the chosen runs are measured on: test rows where there are some."""
-    found = "test" in task.splits if data is None else has_split(task, "test", data, held_out)
+    found = "test" in task.splits if data is None else file_in(data, task, "test", held_out)
     return "test" if found else "dev"
 
 

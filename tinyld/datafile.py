@@ -22,59 +22,45 @@ from tinyld.tokenizer import Tokenizer
 MAX_LABELS = 200
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
 WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
+MINE = ("text_column", "label_column", "answer_column", "template")  # options of a file of rows alone
 
 
 def task_and_rows(
     options: RowOptions, name: str | None, tokenizer: Tokenizer, max_length: int
 ) -> tuple[Task, Path | None, bool]:
     """(the task, where its rows are, whether dev rows are held out of them): the task of that name, or else that of
-    --data, or `reviews`."""
-    if name is not None or options.data is None:
-        mine = ("text_column", "label_column", "answer_column", "template")
-        refuse_idle(options, mine, "but for --data without --task; a task has columns of its own")
-        held_out = options.data is not None and options.data.is_file()
-        return load_task("reviews" if name is None else name), options.data, held_out
-    data, held_out, file = data_file(options.data)
-    return make_task(options, file, tokenizer, max_length), data, held_out
-
-
-def data_file(data: Path) -> tuple[Path, bool, Path]:
-    """(where rows are, whether dev rows are held out of it, the file of train rows). `data`: a file, or a folder with
-    train and maybe dev rows."""
+    --data, a file or a folder with train and maybe dev rows, or `reviews`."""
+    data = options.data
+    if name is not None or data is None:
+        refuse_idle(options, MINE, "but for --data without --task; a task has columns of its own")
+        return load_task("reviews" if name is None else name), data, data is not None and data.is_file()
     if not data.is_dir():
-        return data, True, data
-    train, dev = (in_folder(data, ("",), split) for split in ("train", "dev"))
+        return make_task(options, data, tokenizer, max_length), data, True
+    train, dev = (in_folder(data, split) for split in ("train", "dev"))
     if train is None:
         raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")
-    return (data, False, train) if dev else (train, True, train)
+    task = make_task(options, train, tokenizer, max_length)
+    return (task, data, False) if dev else (task, train, True)
 
 
 def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length: int) -> Task:
     """The task of a file: of a .txt to fill gaps in texts, else to write the answers in its answer column, or to label
     its texts. max_length: of the base's rows, in tokens; an answer may be half of it."""
-    path = Path(os.path.abspath(file))
-    name = re.sub(r"[^\w.-]+", "-", path.stem if path.stem != "train" else path.parent.name).strip("-.")
-    task: dict[str, Any] = {"name": name or "mine", "path": path}
+    path, template = Path(os.path.abspath(file)), clean(options.template)
+    name = re.sub(r"[^\w.-]+", "-", path.stem if path.stem != "train" else path.parent.name).strip("-.") or "mine"
     if file.suffix.lower() == ".txt":
-        idle = ["text_column", "label_column", "answer_column", "template"]
-        refuse_idle(options, idle, f"on the lines of {file}: a gap is filled")
-        return Task(**task, template="{text}", answer_tokens=GAP_TOKENS)
-    template = clean(options.template)
-    once = all(template.count(field) == 1 for field in ("{text}", "{answer}"))
-    check(once, f"template must hold {{text}} and {{answer}}, each once, got {template!r}")
-    other = set(re.findall(r"(?<!{){(\w+)}", template)) - {"text", "answer"}
-    way_out = "a task file says which columns others are"
-    check(not other, f"template holds {{text}} and {{answer}}, and not {', '.join(sorted(other))}; {way_out}")
+        refuse_idle(options, MINE, f"on the lines of {file}: a gap is filled")
+        return Task("{text}", name, path=path, answer_tokens=GAP_TOKENS)
+    fields = re.findall(r"(?<!{){(\w+)}", template)
+    way_out = "each once, and no other; a task file says which columns others are"
+    check(sorted(fields) == ["answer", "text"], f"template must hold {{text}} and {{answer}}, {way_out}")
     rows = list(read_rows(file))
     text, label = _columns(options, file, [row for _, row in rows])
-    task |= {"template": template, "columns": {"text": text}}
     if options.answer_column is not None:
         answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
-        task |= {"answer_column": label, "answer_tokens": min(longest + 1, max_length // 2)}
-        if template == RowOptions.template:
-            task["template"] = WRITING
-        return Task(**task)
+        width, template = min(longest + 1, max_length // 2), WRITING if template == RowOptions.template else template
+        return Task(template, name, columns={"text": text}, answer_column=label, answer_tokens=width, path=path)
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
     has_header = label in ("label", options.label_column) or folded(label) not in map(folded, labels)
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
@@ -84,7 +70,7 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
         labels.sort(key=folded)
     words = answer_words(labels, tokenizer, tokenizer.blank_before(template))
     verbalizer = dict(zip(labels, words, strict=True))
-    return Task(**task | {"verbalizer": verbalizer, "label_column": label})
+    return Task(template, name, verbalizer=verbalizer, columns={"text": text}, label_column=label, path=path)
 
 
 def _check_labels(labels: list[str], where: str, rows: int) -> None:
@@ -106,13 +92,12 @@ def _check_labels(labels: list[str], where: str, rows: int) -> None:
 def described(task: Task) -> str:
     """What was made of a file, in a line: so that a column that was guessed wrongly is seen at once."""
     (text,) = task.columns.values()
-    if task.labels:
-        few = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
-        other = [f"{words!r} for {label!r}" for label, words in task.verbalizer.items() if words != label]
-        why = "; a label that is no single word to the model is written as another word: "
-        written = f"{why}{', '.join(other[:3])}{', ...' * (len(other) > 3)}" if other else ""
-        return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(task.labels)} ({few}){written}"
-    return f"texts are in column {text!r}, {'to have gaps' if task.is_infill else f'answers in {task.answer_column!r}'}"
+    if task.is_generation:
+        answers = "to have gaps" if task.is_infill else f"answers in {task.answer_column!r}"
+        return f"texts are in column {text!r}, {answers}"
+    labels = [label + f" (written {words!r})" * (words != label) for label, words in task.verbalizer.items()]
+    few = ", ".join(labels[:6]) + ", ..." * (len(labels) > 6)
+    return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(labels)} ({few})"
 
 
 def folded(label: str) -> Any:
@@ -133,16 +118,16 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
         check(name is None or name in names, f"{file}: no column {name!r}; it has {', '.join(names)}")
     text = text or ("text" if "text" in names and label != "text" else None)
     label = label or ("label" if "label" in names and text != "label" else None)
-    left = [name for name in names if name not in (text, label)]
-    if len(names) == 2 and (text is None or label is None):
+    if len(names) == 2:
+        left = [name for name in names if name not in (text, label)]
         left.sort(key=lambda name: len({str(row.get(name)) for row in rows}))
         label = label or left.pop(0)
         text = text or left.pop()
     if text is None or label is None:
-        there = ", ".join(map(show, names)) or "none"
+        there = ", ".join(names) or "none"
         check(len(names) > 1, f"{file}: texts and labels take two columns; found {there}")
         way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
-        raise TinyldError(f"{file}: which of its columns are text and label? It has {', '.join(names)}; {way_out}")
+        raise TinyldError(f"{file}: which of its columns are text and label? It has {there}; {way_out}")
     return text, label
 
 
@@ -151,13 +136,10 @@ def answer_words(labels: list[str], tokenizer: Tokenizer, blank: str = "") -> li
     words: dict[str, str] = {}
     taken = {tokenizer.unk_id}
     spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *sorted(tokenizer.inner.get_vocab())]
-    for candidates in (
-        lambda label: [label],
-        lambda label: sorted(re.findall(r"[^\W_]+", label), key=len, reverse=True),
-        lambda label: spare,
-    ):
-        for label in labels:
-            for word in candidates(label) if label not in words else ():
+    parts = [sorted(re.findall(r"[^\W_]+", label), key=len, reverse=True) for label in labels]
+    for candidates in ([[label] for label in labels], parts, [spare] * len(labels)):
+        for label, choice in zip(labels, candidates, strict=True):
+            for word in choice if label not in words else ():
                 ids = tokenizer.encode(blank + word)
                 if len(ids) == 1 and ids[0] not in taken:
                     words[label] = word

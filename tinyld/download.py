@@ -1,24 +1,29 @@
-"""Official data sets: fetch, check, and keep as `sentence<TAB>label` files in the user cache. It knows no template."""
+"""Official data sets: fetch, check, convert, and keep as `sentence<TAB>label` files in the user cache.
+
+A set without a dev split gets one from its train split, and a set published as one pool gets dev and test: by the
+SHA-1 of the sentence's letters and digits, a tenth each, so repeats stay together and the cut never moves.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
-import io
 import os
+import re
 import sys
-import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO, StringIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tinyld.errors import TinyldError, plain
-from tinyld.formats import CONVERTERS, cut
-from tinyld.read import ROWS_BYTES, clean, read_bytes, read_object
-from tinyld.write import locked, make_folder, sha256, to_json, write_atomic
+from tinyld.read import PAIR, clean
+from tinyld.write import make_folder, write_atomic
 
-TIMEOUT, TOTAL = 30.0, 3600.0  # seconds without a byte, and of a whole download
-MAX_BYTES = 2 << 30  # of a download
-CHECKSUMS = "checksums.json"  # of the files that were written into a set's folder
+TIMEOUT = 30.0  # seconds without a byte
+Row = tuple[str, str]  # sentence, label name
 
 
 class NetworkError(TinyldError):
@@ -27,11 +32,19 @@ class NetworkError(TinyldError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's official data is. What its files hold needs no check beside their digests."""
+    """Where a task's official data is, and in what form. What its files hold needs no check beside their digests."""
 
-    format: str  # a key of CONVERTERS
     files: dict[str, str]  # URL -> SHA-256, or MD5 where no other digest is published
     rows: dict[str, int]  # of each official split, before dev (and test) are cut from a set that has none
+    # Files with rows: a pattern of their names in the archive, or of train, test, dev for the URLs in their order. The
+    # groups `split` and `label` are those of all rows of a file.
+    member: str
+    row: str = "line"  # or "csv", or the whole "file"
+    header: int = 0  # lines of it
+    between: str = ""  # a pattern of what stands between the cells of a line
+    sentence: tuple[int, ...] = (0,)  # cells, of one text or two
+    label: int | None = None  # cell, else the group
+    names: dict[str, str] = field(default_factory=dict)  # published label -> ours, where they differ
 
 
 def cache_dir() -> Path:
@@ -39,6 +52,22 @@ def cache_dir() -> Path:
     if own := os.environ.get("TINYLD_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tinyld"
+
+
+def download_task(name: str, source: Source) -> Path:
+    """The folder of the cache that now holds the task's splits. Files already there stay as they are.
+
+    NetworkError where a file cannot be had, TinyldError where it is another one; nothing is left behind then.
+    """
+    urls = enumerate(source.files.items(), 1)
+    files = {url: fetch(url, digest, f"{name} ({i}/{len(source.files)})") for i, (url, digest) in urls}
+    folder = cache_dir() / "data" / name
+    make_folder(folder)
+    for split, rows in convert(source, files).items():
+        if not (folder / f"{split}.tsv").exists():
+            lines = ["sentence\tlabel\n", *(f"{clean(text)}\t{label}\n" for text, label in rows)]
+            write_atomic(folder / f"{split}.tsv", "".join(lines).encode())
+    return folder
 
 
 def fetch(url: str, digest: str, description: str) -> bytes:
@@ -51,7 +80,7 @@ def fetch(url: str, digest: str, description: str) -> bytes:
 
     from tinyld.progress import Progress
 
-    content, deadline = bytearray(), time.monotonic() + TOTAL
+    content = bytearray()
     if mirror := os.environ.get("TINYLD_MIRROR"):
         url = mirror.rstrip("/") + urlsplit(url).path
     print(f"downloading {description} from {plain(url)}", file=sys.stderr, flush=True)
@@ -61,57 +90,80 @@ def fetch(url: str, digest: str, description: str) -> bytes:
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
                     content += block
-                    if len(content) > MAX_BYTES or time.monotonic() > deadline:
-                        raise OSError(f"it is larger than {MAX_BYTES:,} bytes or takes over {TOTAL:,.0f} s")
                     bar.advance_to(len(content), rate=f"{len(content) / 1e6:.1f} MB")
-            if len(content) < size:
-                raise OSError(f"it broke off after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
     kind = "md5" if len(digest) == 32 else "sha256"
     found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
     if found != digest:
-        raise TinyldError(f"{url}: checksum is {found}, expected {digest}; try again later")
+        raise TinyldError(f"{url}: checksum of {len(content):,} bytes is {found}, expected {digest}; try again later")
     return bytes(content)
 
 
-def download_task(name: str, source: Source) -> Path:
-    """The folder of the cache that now holds the task's splits. Files already there stay as they are.
-
-    NetworkError where a file cannot be had, TinyldError where it is another one; nothing is left behind then.
-    """
-    n = len(source.files)
-    files = [io.BytesIO(fetch(*file, f"{name} ({i}/{n})")) for i, file in enumerate(source.files.items(), 1)]
-    splits = cut(CONVERTERS[source.format](files))
-    folder = cache_dir() / "data" / name
-    make_folder(folder)
-    with locked(folder, wait=True):
-        new = {}
-        for split, rows in splits.items():
-            lines = (f"{clean(text)}\t{label}\n" for text, label in rows)
-            if not (folder / f"{split}.tsv").exists():
-                new[f"{split}.tsv"] = "".join(["sentence\tlabel\n", *lines]).encode()
-        sums = _checksums(folder) | {file: sha256(content) for file, content in new.items()}
-        write_atomic(folder / CHECKSUMS, to_json(sums))  # first: no file is ever unlisted
-        for file, content in new.items():
-            write_atomic(folder / file, content)
-    return folder
+# ---------------------------------------------------------------------------------------------- official formats
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    path = folder / CHECKSUMS
-    return dict(read_object(path)) if path.exists() else {}
+def members(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Name -> content of the files in archives, and of those that are none; nothing goes to the disk."""
+    import tarfile
+    import zipfile
+
+    found: dict[str, bytes] = {}
+    for (url, content), name in zip(files.items(), ("train", "test", "dev"), strict=False):
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(BytesIO(content)) as pack:
+                found |= {inside: pack.read(inside) for inside in pack.namelist()}
+        elif url.endswith(".tar.gz"):
+            with tarfile.open(fileobj=BytesIO(content)) as pack:
+                found |= {info.name.removeprefix("./"): pack.extractfile(info).read() for info in pack if info.isfile()}
+        else:
+            found[name] = content
+    return found
 
 
-def check_cached(path: Path, published: int | None = None) -> None:
-    """TinyldError when a file of the cache is no longer what `download_task` wrote, or, where a user put it there, has
-    not as many rows as are `published`."""
-    known, content = _checksums(path.parent).get(path.name), read_bytes(path, ROWS_BYTES)
-    if known is not None and sha256(content) != known:
-        raise TinyldError(f"{path}: changed or cut off since it was downloaded; delete it to download it again")
-    rows = len(content.splitlines()) - 1
-    if known is None and published not in (None, rows):
-        raise TinyldError(
-            f"{path}: has {rows:,} rows, which are not the {published:,} published ones; "
-            "delete it to download them, or keep rows of your own in another folder and say --data DIR"
-        )
+def as_text(content: bytes) -> str:
+    """UTF-8, or what Windows makes of Latin-1."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    return text.replace("\r\n", "\n")
+
+
+def convert(source: Source, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
+    """Rows of the train, dev and test splits of a data set, whichever of them are published, of its files by URL."""
+    contents = members(files)
+    dev_ids = set(as_text(contents.pop("dev", b"")).split("\n")) - {""}  # MRPC: of train's rows, two cells of each
+    splits: dict[str, list[Row]] = defaultdict(list)
+    for name, content in sorted(contents.items()):
+        own = found.groupdict() if (found := re.fullmatch(source.member, name)) else {}
+        for cells in cells_of(source, as_text(content)) if own else ():
+            split = own.get("split", "all")
+            if split == "train" and "\t".join(cells[1:3]) in dev_ids:
+                split = "dev"
+            label = own["label"] if source.label is None else cells[source.label]
+            splits[split].append((PAIR.join(cells[i] for i in source.sentence), source.names.get(label, label)))
+    if source.label is None:  # published label by label: any first few rows are to hold all labels
+        splits = {split: sorted(rows, key=lambda row: number_of(row[0])) for split, rows in splits.items()}
+    if "dev" in splits:
+        return splits
+    parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": splits.get("test", [])}
+    places = {0: "dev", 1: "test"} if "all" in splits else {0: "dev"}
+    for row in splits["all" if "all" in splits else "train"]:
+        parts[places.get(number_of(row[0]) % 10, "train")].append(row)
+    return parts
+
+
+def cells_of(source: Source, text: str) -> Iterable[list[str]]:
+    if source.row == "csv":
+        return csv.reader(StringIO(text, newline=""))
+    if source.row == "file":  # a review, with tags
+        return [[re.sub(r"<br\s*/?>", " ", text)]]
+    lines = filter(None, text.split("\n")[source.header :])
+    return [re.split(source.between, line) if source.between else [line] for line in lines]
+
+
+def number_of(sentence: str) -> int:
+    """From the SHA-1 of the sentence's letters and digits."""
+    key = "".join(c for c in sentence.lower() if c.isalnum())
+    return int(hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest(), 16)

@@ -16,8 +16,8 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
-from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
+from tinyld.read import PAIR
 from tinyld.sampler import decode, log_survival
 from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer

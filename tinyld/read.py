@@ -26,7 +26,7 @@ SETTINGS_BYTES = 256 << 20  # JSON and TOML; a tokenizer of 250,000 pieces has 2
 ROWS_BYTES = 8 << 30
 TENSORS_BYTES = 64 << 30
 TEXT_BYTES = 1 << 40
-DEPTH = 64  # of JSON and TOML
+PAIR = " ||| "  # between texts in one cell
 
 
 @contextmanager
@@ -39,12 +39,10 @@ def opened(path: Path, limit: int = TEXT_BYTES) -> Iterator[BinaryIO]:
         except FileNotFoundError:
             raise TinyldError(f"{path}: no such file") from None
         if not stat.S_ISREG(found.st_mode):
-            kind = "folder" if stat.S_ISDIR(found.st_mode) else "device"
-            raise TinyldError(f"{path}: cannot be read (not a file but a {kind})")
+            raise TinyldError(f"{path}: not a file but a {'folder' if stat.S_ISDIR(found.st_mode) else 'device'}")
         if found.st_size > limit:
             raise TinyldError(f"{path}: {found.st_size:,} bytes are more than the {limit:,} that such a file may have")
-        # without blocking, should a pipe have taken its place meanwhile
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb") as file:
             yield file
 
 
@@ -60,14 +58,10 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
 def decode(content: bytes, path: object, first: int = 1) -> str:
     """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
     try:
-        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = first + error.object.count(b"\n", 0, error.start)
         raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8") from None
-    if (zero := text.find("\0")) >= 0:  # of a damaged disk, or UTF-16 without its mark
-        line = first + text.count("\n", 0, zero)
-        raise TinyldError(f"{path}: line {line}: a zero byte, which no text has; save it as UTF-8")
-    return text
 
 
 def clean(text: str) -> str:
@@ -88,8 +82,8 @@ class Record(dict[str, Any]):
 
 
 def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
-    """The JSON value in `text`: no key twice, no NaN or huge number, no bottomless nesting, nothing of another type
-    than `hint` has it (see config.check_type). `path` is for the error."""
+    """The JSON value in `text`: no key twice, no NaN or huge number, nothing of another type than `hint` has it (see
+    config.check_type). `path` is for the error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Record:
         record = Record(pairs)
@@ -102,7 +96,7 @@ def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
     try:
         text = text if isinstance(text, str) else decode(text, path)  # by itself json takes UTF-16 too
         value = json.loads(text, object_pairs_hook=unique)
-        _check_sane(value)
+        _check_finite(value)
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
     check_type(value, hint, str(path))
@@ -116,27 +110,23 @@ def read_object(path: Path) -> Record:
 def as_object(value: Any, path: object) -> Record:
     if not isinstance(value, dict):
         raise TinyldError(f"{path}: expected an object, got {show(value)}")
-    record = value if isinstance(value, Record) else Record(value)
+    record = Record(value)
     record.path = path
     return record
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        value = tomllib.loads(read_text(path))
-        _check_sane(value)
+        return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: not valid TOML: {error}") from None
-    return value
 
 
-def _check_sane(value: Any, depth: int = 1) -> None:
-    """ValueError for a number that no float holds, and for more than DEPTH levels."""
-    if depth > DEPTH:
-        raise ValueError(f"nested deeper than {DEPTH}")
+def _check_finite(value: Any) -> None:
+    """ValueError for a number that no float holds."""
     if isinstance(value, dict | list):
         for node in value.values() if isinstance(value, dict) else value:
-            _check_sane(node, depth + 1)
+            _check_finite(node)
     elif isinstance(value, int | float) and not abs(value) <= 1e308:
         raise ValueError(f"{show(value)} is no finite number")
 
@@ -188,7 +178,6 @@ def refuse_pickled(folder: Path, names: Iterable[str]) -> None:
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file that was read into memory; TinyldError when it is damaged or not finite."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -197,10 +186,8 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise TinyldError(f"{path}: damaged safetensors file ({str(error)[:100]})") from None
     for name, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() == 1):
-            raise TinyldError(f"{path}: tensor {name!r} has the type {tensor.dtype}, which tinyld does not read")
-        if not bool(torch.isfinite(tensor).all()):
-            raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite")
+        if tensor.is_floating_point():
+            finite({name: tensor}, path)
     return tensors
 
 
@@ -209,14 +196,11 @@ def finite(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]
 
     TinyldError for what is no float (whole, complex and 8-bit numbers), and for what float32 does not hold.
     """
-    import torch
-
-    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     found = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in floats:
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
             raise TinyldError(f"{path}: tensor {name!r} has the wrong type: {tensor.dtype}, expected floats")
         found[name] = tensor.float()
-        if not bool(torch.isfinite(found[name]).all()):
+        if not bool(found[name].isfinite().all()):
             raise TinyldError(f"{path}: tensor {name!r} holds values that are not finite in float32")
     return found

@@ -8,7 +8,7 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,19 +17,15 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check, check_choice
 from tinyld.errors import TinyldError, show
-from tinyld.formats import PAIR
-from tinyld.read import ROWS_BYTES, as_object, clean, parse_json, read_text
+from tinyld.read import PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
 
 SPLITS = ("train", "dev", "test")
-ALSO_DEV = "validation"  # what others call the dev rows
-TABLES: dict[str, dict[str, Any]] = {  # how csv reads each; in a TSV a quote is an ordinary character
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-    ".csv": {"delimiter": ",", "strict": True},
-}
+TABLES = {".tsv": "\t", ".csv": ","}  # and what is between their cells
 SUFFIXES = (*TABLES, ".jsonl")
+Row = tuple[str, dict[str, Any]]  # file and line, column -> value
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
@@ -71,124 +67,119 @@ def bundled_data_dir() -> Path:
     return inside if inside.exists() else inside.parents[1] / "data"
 
 
-def in_folder(folder: Path, names: tuple[str, ...], split: str) -> Path | None:
-    """folder/NAME/SPLIT.tsv, .csv or .jsonl, of the first NAME that has one; NAME "" is the folder itself. The dev rows
-    may also be called validation."""
-    stems = (split, ALSO_DEV) if split == "dev" else (split,)
-    files = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-    for name in names:
-        found = [path for file in files if os.path.isfile(path := folder / name / file)]
-        check(len(found) < 2, f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there")
-        if found:
-            return found[0]
-    return None
+def in_folder(folder: Path, split: str) -> Path | None:
+    """SPLIT.tsv, .csv or .jsonl in the folder; the dev rows may also be called validation."""
+    stems = ("dev", "validation") if split == "dev" else (split,)
+    paths = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    found = [path for path in paths if os.path.isfile(path)]
+    which = f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
+    check(len(found) < 2, which)
+    return found[0] if found else None
 
 
-def find_file(task: Task, split: str, data: Path | None = None) -> Path:
+def file_in(data: Path, task: Task, split: str, held_out: bool = False) -> Path | None:
+    """The file of a split in `data`, a folder or the one file. Where dev rows are held out of that, the test rows are
+    those that stand beside a file called train."""
+    if held_out and split == "test":
+        return in_folder(data.parent, split) if data.stem == "train" else None
+    return data if held_out or data.is_file() else in_folder(data / task.rows_from, split) or in_folder(data, split)
+
+
+def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path:
     """The split's file: in `data`, else the task's own, in $TINYLD_DATA, the cache, the bundled data, or fetched."""
-    name, none = task.rows_from or task.name, f"no {split} rows of {task.name}"
+    name, none = task.rows_from, f"no {split} rows of {task.name}"
     if data is not None:
-        if found := in_folder(data, (name, ""), split):
-            return found
-        what = (
-            "no such file or folder" if not os.path.isdir(data) else f"neither {name}/{split}.tsv nor {split}.tsv in it"
-        )
-        raise TinyldError(f"{none} in {data}: {what} (.csv and .jsonl are read too)")
+        found = file_in(data, task, split, held_out)
+        check(found or not held_out, f"task {task.name} has no {split} rows: give a file of them with --data")
+        if found is None:
+            lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it" if data.is_dir() else "no such file or folder"
+            raise TinyldError(f"{none} in {data}: {lacks} (.csv and .jsonl are read too)")
+        return found
     if split in task.data:
         return Path(task.data[split])
-    if not task.builtin:
-        lacks = f"has no {split} split; it has {', '.join(task.data) or 'none'}"
-        state = lacks if os.path.lexists(task.path) else "is gone"
-        raise TinyldError(f"{task.path} {state}; give the {split} rows by --data DIR")
-    cache, own = download.cache_dir() / "data", os.environ.get("TINYLD_DATA")
+    own, cache = os.environ.get("TINYLD_DATA"), download.cache_dir() / "data"
     if own and not os.path.isdir(own):
         raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
-    for folder in ([Path(own)] if own else []) + [cache, bundled_data_dir()]:
-        if found := in_folder(folder, (name,), split):
-            if folder == cache:
-                download.check_cached(found, task.download and task.download.rows.get(split))
+    for folder in filter(None, (own, cache, bundled_data_dir())) if task.builtin else ():
+        if found := in_folder(Path(folder) / name, split):
             return found
+    way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
     if split not in task.splits:
-        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}")
+        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}")
+    if not task.builtin:
+        raise TinyldError(f"{none}: {task.path} {'names none' if task.path.exists() else 'is gone'}; {way_out}")
+    if task.download is not None:
+        try:
+            return download.download_task(name, task.download) / f"{split}.tsv"
+        except download.NetworkError as error:
+            problem = str(error)
     columns = dict.fromkeys(filter(None, (*task.columns.values(), task.answer_column, task.label_column)))
-    way_out = f"put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv or at DIR/{name}/{split}.tsv"
-    way_out += f" with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
-    if task.download is None:
-        raise TinyldError(f"{none}, which has no official download: {way_out}")
-    try:
-        return download.download_task(name, task.download) / f"{split}.tsv"
-    except download.NetworkError as error:
-        raise TinyldError(f"{none}: {error}; {way_out}") from None
+    raise TinyldError(
+        f"{none}: {problem}; put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv or at "
+        f"DIR/{name}/{split}.tsv with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
+    )
 
 
 def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
     """The files that a task is made of, and those of its rows that are in the folders."""
-    given, names = [Path(folder) for folder in folders if folder], (task.rows_from or task.name, "")
-    inside = [in_folder(folder, names, split) for folder in given for split in SPLITS]
+    given = [Path(folder) for folder in folders if folder]
+    inside = [file_in(folder, task, split) for folder in given for split in SPLITS]
     return [task.path, *map(Path, task.data.values()), *given, *filter(None, inside)]
-
-
-def tests_beside(file: Path) -> Path | None:
-    """The test rows in the folder of a file of train rows, of which the dev rows are held out."""
-    return in_folder(file.parent, ("",), "test") if file.stem == "train" else None
-
-
-def has_split(task: Task, split: str, data: Path, held_out: bool) -> bool:
-    """Whether `load_split` finds rows of the split in `data`, a folder or a file of which the dev rows are held out."""
-    if held_out:
-        return split != "test" or tests_beside(data) is not None
-    return in_folder(data, (task.rows_from or task.name, ""), split) is not None
 
 
 # ---------------------------------------------------------------------------------------------- rows of a file
 
 
-def read_rows(path: Path, empty: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, column -> value) for each row of a TSV, CSV or JSONL file that is not blank, or of a .txt file,
-    whose lines are the column `text`. With `empty` also for rows of a table that hold empty cells alone."""
+def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
+    """Each row of a TSV, CSV or JSONL file, or of a .txt file, whose lines are the column `text`; with `empty` also
+    rows of a table that hold empty cells alone, and blank lines of text. TinyldError where there is none."""
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
+    rows = _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else _line_rows(path, suffix, empty)
+    first = next(rows, None)
+    if first is None:
+        raise TinyldError(f"{path}: there are no rows in it")
+    yield first
+    yield from rows
+
+
+def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
+    for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline="\n"), 1):
+        where = f"{path}: line {number}"
+        if suffix == ".txt" and (empty or line.strip()):
+            yield where, {"text": line.rstrip("\r\n")}
+        elif line.strip():
+            yield where, as_object(parse_json(line, where), where)
+
+
+def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     text = read_text(path, ROWS_BYTES)
-    if not text.strip():
-        raise TinyldError(f"{path}: the file is empty")
-    if suffix in TABLES:
-        head = text.lstrip().partition("\n")[0]
-        semicolons = suffix == ".csv" and ";" in head and "," not in head  # as spreadsheets write in much of Europe
-        yield from _read_table(text, path, TABLES[suffix] | ({"delimiter": ";"} if semicolons else {}), empty)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            yield where, {"text": line} if suffix == ".txt" else as_object(parse_json(line, where), where)
-
-
-def _read_table(text: str, path: Path, table: dict[str, Any], empty: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    head = text.lstrip().partition("\n")[0]
+    if separator == "," and ";" in head and "," not in head:  # as spreadsheets write in much of Europe
+        separator = ";"
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
-    reader = csv.reader(io.StringIO(text, newline=""), **table)
-    header: list[str] = []
-    start, any_rows = 1, False
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # in a TSV a quote is an ordinary character
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    header, start = [], 1
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
-            if not any(value.strip() for value in values) and not (empty and header and values):
-                continue
-            if not header:
+            is_blank = not any(value.strip() for value in values)
+            if not header and not is_blank:
                 header = [clean(value) for value in values]
-                if header[0].startswith("sep="):
-                    raise TinyldError(f"{where}: {header[0]} is a spreadsheet's own line; delete it")
-                if len(set(header)) != len(header):
-                    raise TinyldError(f"{where}: two columns of one name in {show(', '.join(header))}")
-                continue
-            if len(values) != len(header):
-                stray = f"the header has {len(header)}; look for a stray {table['delimiter']!r}"
-                raise TinyldError(f"{where}: {len(values)} columns, {stray}")
-            any_rows = True
-            yield where, dict(zip(header, values, strict=True))
+                if len(set(header)) < len(header) or header[0].startswith("sep="):  # which spreadsheets put before it
+                    found = show(", ".join(header))
+                    raise TinyldError(
+                        f"{where}: this line must name the columns, each by a name of its own, got {found}"
+                    )
+            elif header and values and (empty or not is_blank):
+                if len(values) != len(header):
+                    stray = f"the header has {len(header)}; look for a stray {separator!r}"
+                    raise TinyldError(f"{where}: {len(values)} columns, {stray}")
+                yield where, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
-    if not any_rows:
-        raise TinyldError(f"{path}: a header but no rows")
 
 
 def cell(row: dict[str, Any], column: str, where: str) -> str:
@@ -197,11 +188,9 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
         way_out = f"rename one to {column}, or name it: by --column (predict), or in a task file's [columns] table"
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
-    if isinstance(value, bool):
-        value = str(value).lower()
     if not isinstance(value, str | int | float) or value != value:  # not a number: what is missing, of pandas
         raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
-    text = clean(str(value))
+    text = str(value).lower() if isinstance(value, bool) else clean(str(value))
     if not text:
         raise TinyldError(f"{where}: column {show(column)} is empty; fill it in or delete the row")
     return text
@@ -231,15 +220,10 @@ def load_split(
     """
     check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
     check_choice("split", split, SPLITS)
-    is_file = data is not None and data.is_file()
-    path = data if is_file else find_file(task, split, data)
-    if not (is_file and held_out):
-        return _examples(task, list(islice(read_rows(path), limit)))
-    if split == "test":
-        test = tests_beside(path)
-        check(test is not None, f"task {task.name} has no test rows: give a file of them with --data")
-        return _examples(task, list(islice(read_rows(test), limit)))
-    examples = _examples(task, list(read_rows(path)))
+    path = find_file(task, split, data, held_out)
+    if not held_out or path != data:
+        return _examples(task, islice(read_rows(path), limit))
+    examples = _examples(task, read_rows(path))
     if len(examples) < 2:
         raise TinyldError(f"{path}: one row; dev rows are held out, so that at least two are needed")
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
@@ -252,40 +236,33 @@ def load_split(
     return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
 
 
-def _examples(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Example]:
-    if task.is_infill:
-        (column,) = task.columns.values()
-        texts = [GAP.sub(" ", cell(row, column, where)) for where, row in rows]
-        for (where, _), text in zip(rows, texts, strict=True):
+def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
+    examples, answers = [], list(task.verbalizer.values())
+    labels = {name: i for i, name in enumerate(task.labels)}
+    # All labels may be numbers instead, where no name is one, and the order is not just that of the rows.
+    may_be_numbers = not any(re.fullmatch(r"[-+.\d]+", name) for name in labels)
+    may_be_numbers = may_be_numbers and task.path.suffix.lower() not in SUFFIXES
+    for where, row in rows:
+        if task.is_infill:
+            (column,) = task.columns.values()
+            text = GAP.sub(" ", cell(row, column, where))
             if not text.strip():
                 raise TinyldError(f"{where}: no word to make a gap of; delete the line")
-        return [own for text in texts for own in Example(text, "", "", None).cut(1, _longest(task))]
-    prompts = [prompt_of(task, row, where) for where, row in rows]
-    if task.is_generation:
-        right = [references(row, str(task.answer_column), where) for where, row in rows]
-        return [
-            replace(prompt, answer=texts[0], references=texts if len(texts) > 1 else ())
-            for prompt, texts in zip(prompts, right, strict=True)
-        ]
-    answers = list(task.verbalizer.values())
-    labels = _labels(task, rows)
-    return [replace(p, answer=answers[label], label=label) for p, label in zip(prompts, labels, strict=True)]
-
-
-def _labels(task: Task, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
-    """The rows' labels as ints: all of them names, or all of them numbers where the task's names are none."""
-    texts = [cell(row, str(task.label_column), where) for where, row in rows]
-    known = {name: i for i, name in enumerate(task.labels)}
-    allowed = ", ".join(known)
-    has_order = task.path.suffix.lower() not in SUFFIXES  # and not just that of the rows it was made from
-    if has_order and not any(re.fullmatch(r"[-+.\d]+", name) for name in known):
-        allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(known)) + "; all numbers or all names"
-        if texts and texts[0] not in known:
-            known = {str(i): i for i in range(len(known))}
-    for (where, _), text in zip(rows, texts, strict=True):
-        if text not in known:
-            raise TinyldError(f"{where}: unknown label {show(text)}; allowed: {allowed}")
-    return [known[text] for text in texts]
+            examples += Example(text, "", "", None).cut(1, _longest(task))
+            continue
+        example = prompt_of(task, row, where)
+        if task.is_generation:
+            right = references(row, str(task.answer_column), where)
+            examples.append(replace(example, answer=right[0], references=right if len(right) > 1 else ()))
+            continue
+        name = cell(row, str(task.label_column), where)
+        if may_be_numbers and not examples and name not in labels:
+            labels = {str(i): i for i in range(len(labels))}
+        if name not in labels:
+            numbers = f", or for all rows the numbers from 0 to {len(labels) - 1}" if may_be_numbers else ""
+            raise TinyldError(f"{where}: unknown label {show(name)}; allowed: {', '.join(task.labels)}{numbers}")
+        examples.append(replace(example, answer=answers[labels[name]], label=labels[name]))
+    return examples
 
 
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
@@ -303,9 +280,7 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
         (text,) = fields.values()
         parts = GAP.split(text)
         if len(parts) != 2:
-            gaps = len(parts) - 1
-            problem = f"{gaps} gaps in the text; leave one" if gaps else "no gap in the text; mark one with"
-            raise TinyldError(f"{where}: {problem} {GAP_MARK}")
+            raise TinyldError(f"{where}: {len(parts) - 1 or 'no'} gaps in the text; mark one with {GAP_MARK}")
     else:
         parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
     before, after = parts

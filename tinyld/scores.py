@@ -21,7 +21,7 @@ from tinyld.options import EvalOptions, Sampling, kinds
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
-from tinyld.rows import files_of, has_split, load_split, to_learn
+from tinyld.rows import file_in, files_of, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, is_foreign
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task
@@ -50,7 +50,7 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
     own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
     if data is None and own.get("folder"):  # it was trained on those
         folder = Path(own["folder"])
-        lacks = not has_split(task, split, folder, own["held_out"])
+        lacks = file_in(folder, task, split, own["held_out"]) is None
         elsewhere = task.builtin or split in task.data
         if not (folder.exists() or elsewhere):
             way_out = f"say by --data where it is, or a folder with {task.name}/{split}.csv"

@@ -16,7 +16,7 @@ from typing import Any
 from tinyld.config import check, check_choice, from_dict
 from tinyld.download import Source
 from tinyld.errors import TinyldError, UsageError, show
-from tinyld.read import as_object, clean, read_toml
+from tinyld.read import clean, read_toml
 from tinyld.rows import SPLITS, Example, bundled_data_dir, load_split, prompt_of, read_rows
 
 __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
@@ -45,41 +45,63 @@ class Task:
     data: dict[str, str] = field(default_factory=dict)  # split -> file, relative to the TOML's folder
     # of a built-in task
     splits: tuple[str, ...] = ()
-    rows_from: str | None = None  # the task whose rows it reads, where it has none
+    rows_from: str = ""  # the task whose rows it reads, where it has none
     download: Source | None = None
     path: Path = Path()  # of its file, or of the file of rows that it was made from
 
     def __post_init__(self) -> None:
         """Fills in what is left open; UsageError where the parts do not fit each other."""
-        plain_name = re.fullmatch(r"\w[\w .-]*", self.name) is not None
-        check(plain_name, f"name must be letters, digits and -, got {show(self.name)}")
+        check(re.fullmatch(r"\w[\w .-]*", self.name), f"name must be letters, digits and -, got {show(self.name)}")
         for split in (*self.data, *self.splits):
             check_choice("a split", split, SPLITS)
-        fields = _template_fields(self.template, self.is_infill)
+        template, fields = clean(self.template), self._fields()
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
-        filled: dict[str, Any] = {"columns": {name: name for name in fields} | self.columns}
-        filled["splits"] = tuple(self.splits or self.data or SPLITS)
+        columns = {name: name for name in fields} | self.columns
+        mixed = "answer_column and answer_tokens are for tasks that write, [verbalizer], label_column for label tasks"
         if self.is_generation:
-            filled["answer_tokens"] = 32 if self.answer_tokens is None else self.answer_tokens
-            check(filled["answer_tokens"] >= 1, "answer_tokens must be at least 1")
-            check(self.label_column is None, "label_column is for label tasks; name the column in the template instead")
+            check(self.label_column is None, mixed)
+            width, label_column = 32 if self.answer_tokens is None else self.answer_tokens, None
+            check(width >= 1, "answer_tokens must be at least 1")
         else:
-            filled |= {"answer_tokens": 0, "label_column": "label" if self.label_column is None else self.label_column}
-            mixed = "answer_column and answer_tokens are for tasks that write, a [verbalizer] for label tasks; drop one"
-            check(self.answer_column is None and not self.answer_tokens, mixed)
-            check(len(fields) > 0, "the template names no column, e.g. {sentence}")
+            check(not (self.answer_column or self.answer_tokens), mixed)
+            width, label_column = 0, "label" if self.label_column is None else self.label_column
             check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
-        shown = filled.get("label_column", self.answer_column) in filled["columns"].values()
+        shown = (label_column or self.answer_column) in columns.values()
         check(not shown, "the template shows the label or the answer's column; use {answer}")
-        owner: dict[str, str] = {}  # answer in lower case -> label
-        for label, words in self.verbalizer.items():
-            check(bool(label and words), f"[verbalizer] has an empty label or answer at {show(label)}")
-            other = owner.setdefault(words.lower(), label)
-            shared = f"labels {show(other)} and {show(label)} share the answer {show(words)}; give each its own"
-            check(other == label, shared)
+        filled = {
+            "template": template,
+            "verbalizer": {clean(label): clean(words) for label, words in self.verbalizer.items()},
+            "columns": columns,
+            "label_column": label_column,
+            "answer_tokens": width,
+            "data": {split: str(self.path.parent / os.path.expanduser(file)) for split, file in self.data.items()},
+            "splits": tuple(self.splits or self.data or SPLITS),
+            "rows_from": self.rows_from or self.name,
+        }
         for name, value in filled.items():
             object.__setattr__(self, name, value)
+
+    def _fields(self) -> list[str]:
+        """The names in the template other than {answer}, each once."""
+        template, way_out = f"template {show(self.template)}", "write {{ and }} for braces"
+        try:
+            parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
+        except ValueError as error:
+            raise UsageError(f"{template}: {error}; {way_out}") from None
+        names = [name for _, name, _, _ in parts]
+        plain = all(name.isidentifier() and not spec and not conversion for _, name, spec, conversion in parts)
+        check(plain, f"{template}: a field is a plain name in braces, got {', '.join(names)}; {way_out}")
+        fields = [name for name in dict.fromkeys(names) if name != "answer"]
+        if self.is_infill:
+            kinds = "a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
+            check("answer" not in names, f"give one of: {kinds}")
+            alone = len(names) == 1 and clean(self.template) == f"{{{names[0]}}}"
+            check(alone, f"{template}: without {{answer}} it is one text and nothing else, e.g. {{text}}")
+        else:
+            once = names.count("answer") == 1 and fields
+            check(once, f"{template} must hold {{answer}} once, and a column, e.g. {{text}}")
+        return fields
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -112,60 +134,21 @@ class Task:
         """What a run learns: what it is asked, and the answers."""
         return *self.reads, self.answer_tokens, *sorted(self.verbalizer.values())
 
-    @property
-    def rows(self) -> dict[str, int]:
-        """Official split -> rows, as published: before dev (and test) are cut from a set that has none."""
-        return self.download.rows if self.download else {}
-
 
 def builtin_names() -> list[str]:
     return sorted(path.stem for path in BUILTIN_DIR.glob("*.toml"))
 
 
-def builtin_tasks() -> list[Task]:
-    """Every built-in task, by name."""
-    return [load_task(name) for name in builtin_names()]
-
-
 def load_task(name_or_path: str) -> Task:
     """The built-in task of that name, or the one in a .toml file."""
-    spec = str(name_or_path)
-    builtin = spec in builtin_names()
-    if not builtin and not spec.endswith(".toml"):
-        raise TinyldError(f"no task {show(spec)}; built in: {', '.join(builtin_names())}; or give a .toml file")
-    path = BUILTIN_DIR / f"{spec}.toml" if builtin else Path(spec).absolute()
+    spec, names = str(name_or_path), builtin_names()
+    if spec not in names and not spec.endswith(".toml"):
+        raise TinyldError(f"no task {show(spec)}; built in: {', '.join(names)}; or give a .toml file")
+    path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
     said = {"name": path.stem} | read_toml(path)
-    task = from_dict(Task, said, str(path))  # so that its values have the right types
-    if not builtin and said.keys() & {"splits", "rows_from", "download"}:
-        raise TinyldError(f"{path}: splits, rows_from and download are for built-in tasks; use [data]")
-    said |= {
-        "template": clean(task.template),
-        "verbalizer": {clean(label): clean(words) for label, words in task.verbalizer.items()},
-        "data": {split: str(path.parent / os.path.expanduser(file)) for split, file in task.data.items()},
-        "path": path,
-    }
-    return from_dict(Task, said, str(path))
-
-
-def _template_fields(template: str, is_infill: bool) -> list[str]:
-    """The names in the template other than {answer}, each once."""
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UsageError(f"template {show(template)}: {error}; write {{{{ and }}}} for braces") from None
-    for name, spec, conversion in parts:
-        is_plain = name.isidentifier() and not spec and not conversion
-        check(is_plain, f"template {show(template)}: a field is a plain name in braces, got {show(name)}")
-    names = [name for name, _, _ in parts]
-    if is_infill:
-        way_out = "give one of: a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
-        check("answer" not in names, way_out)
-        alone = f"template {show(template)}: without {{answer}} it is one text and nothing else, e.g. {{text}}"
-        check(len(names) == 1 and template.strip() == f"{{{names[0]}}}", alone)
-        return names
-    count = names.count("answer")
-    check(count == 1, f"template {show(template)} must hold {{answer}} once, not {count} times")
-    return [name for name in dict.fromkeys(names) if name != "answer"]
+    if spec not in names and said.keys() & {"splits", "rows_from", "download", "path"}:
+        raise TinyldError(f"{path}: splits, rows_from, download and path are for built-in tasks; use [data]")
+    return from_dict(Task, said | {"path": path}, str(path))
 
 
 # ---------------------------------------------------------------------------------------------- in a run's config
@@ -182,18 +165,15 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     TinyldError where the record is damaged, or where the built-in task of its name or its file says otherwise today.
     Without that file, or made from a file of rows, a task asks and reads answers all the same.
     """
-    record = as_object(record, where)
-    dropped = ("path", "label_names", "metric")  # the last two are in older runs
-    kept = {key: value for key, value in record.items() if key not in dropped}
-    name, path = str(record["name"]), record.get("path")
-    file = BUILTIN_DIR / f"{name}.toml" if path is None else Path(str(path))
-    task = from_dict(Task, kept | {"path": file}, where)
+    path = record.get("path")
+    file = BUILTIN_DIR / f"{record.get('name')}.toml" if path is None else Path(str(path))
+    then = from_dict(Task, {key: value for key, value in record.items() if key in KEPT} | {"path": file}, where)
     if file.suffix != ".toml" or not os.path.lexists(file):
-        return task
-    today = load_task(name if path is None else str(path))
-    if changed := unlike(record, to_record(today)):
+        return then
+    today = load_task(then.name if path is None else str(path))
+    if changed := unlike(to_record(then), to_record(today)):
         raise TinyldError(
-            f"{where}: its task {name} has changed since then in {today.path}: {changed}; "
+            f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; "
             "put that back, or give the new task a name of its own"
         )
     return today

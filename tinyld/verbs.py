@@ -24,7 +24,7 @@ from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import CONFIG, RESULTS, RunFolder, is_foreign
 from tinyld.tables import print_record, print_table
-from tinyld.tasks import builtin_tasks
+from tinyld.tasks import builtin_names, load_task
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 
 
@@ -80,12 +80,10 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
             "labels": ", ".join(t.labels) or "(text)",
             "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
             "template": t.template,
-            "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
-            "needs": "nothing"
-            if (t.rows_from or t.name) in BUNDLED_TASKS
-            else "$TINYLD_DATA" + " or network" * bool(t.download),
+            "rows": " / ".join(f"{n:,}" for n in (t.download.rows if t.download else {}).values()) or "-",
+            "needs": "nothing" if t.rows_from in BUNDLED_TASKS else "$TINYLD_DATA" + " or network" * bool(t.download),
         }
-        for t in builtin_tasks()
+        for t in map(load_task, builtin_names())
     ]
 
 
