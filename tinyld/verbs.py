@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
-from tinyld.options import (
-    ComposeOptions,
-    DemoOptions,
-    EvalOptions,
-    ExportOptions,
-    FinetuneOptions,
-    InfoOptions,
-    MergeOptions,
-    Printed,
-    SampleOptions,
-)  # fmt: skip
+from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions
 from tinyld.parse import refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
@@ -74,19 +67,16 @@ def show_info(record: dict[str, Any], options: InfoOptions) -> None:
 
 
 def tasks(options: Printed) -> list[dict[str, Any]]:
-    return [
-        {
-            "task": t.name,
-            "labels": ", ".join(t.labels) or "(text)",
-            "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
-            "template": t.template,
-            "rows": " / ".join(f"{n:,}" for n in t.rows.values()) or "-",
-            "needs": "nothing"
-            if (t.rows_from or t.name) in BUNDLED_TASKS
-            else "$TINYLD_DATA" + " or network" * bool(t.download),
-        }
-        for t in builtin_tasks()
-    ]
+    records = []
+    for task in builtin_tasks():
+        elsewhere = "$TINYLD_DATA" + " or network" * bool(task.download)
+        records.append({
+            "task": task.name, "labels": ", ".join(task.labels) or "(text)",
+            "answers": ", ".join(task.verbalizer.values()) or f"{task.answer_tokens} tokens", "template": task.template,
+            "rows": " / ".join(f"{n:,}" for n in task.rows.values()) or "-",
+            "needs": "nothing" if (task.rows_from or task.name) in BUNDLED_TASKS else elsewhere,
+        })  # fmt: skip
+    return records
 
 
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
@@ -100,7 +90,6 @@ def sample(options: SampleOptions) -> dict[str, Any]:
     from tinyld.predict import load
 
     sampling, steps = options.sampling(), []
-    options.refuse_idle(options.length, False)
     path = options.run or options.base or default_base()
     base, how = options.base if options.run else None, (options.device, options.dtype, options.base_dtype)
     run = load(path, base, *how, reading=options.reading())
@@ -168,37 +157,29 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 
-DEMO = {  # task -> recipe, and a text to label
-    "reviews": ("best", "i would not go back, the service was terrible"),
-    "topics": ("fast", "the band played two new songs on friday"),
-}
+DEMO = (
+    "finetune --task reviews --recipe best --out {out}/reviews{train}",
+    "finetune --task topics --recipe fast --out {out}/topics{train}",
+    "eval {out}/reviews {out}/topics --split test{more}",
+    "predict {out}/reviews --text 'i would not go back, the service was terrible'{more}",
+    "predict {out}/topics --text 'the band played two new songs on friday'{more}",
+    "compose {out}/reviews {out}/topics --split test --limit 200 --out {out}/composed{force}{more}",
+)
 
 
 def demo(options: DemoOptions) -> None:
-    """Two bundled tasks, one adapter each, that label a new sentence and are composed: the whole path."""
-    from tinyld.compose import compose
-    from tinyld.compose import show as show_composition
-    from tinyld.finetuning import finetune
-    from tinyld.predict import load
-    from tinyld.scores import eval as evaluate
-    from tinyld.scores import show_evaluations
+    """Two bundled tasks, one adapter each, that label a new sentence and are composed: the whole path, as commands."""
+    from tinyld.cli import app
 
     out, say = options.out, say_to_stderr(options.quiet)
     if out.exists() and not options.force:
         raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
-    runs = tuple(out / name for name in DEMO)
-    alike = {"force": options.force, "dtype": options.dtype, "quiet": options.quiet}
-    records = []
-    for (name, (recipe, text)), path in zip(DEMO.items(), runs, strict=True):
-        say(f"-- tinyld finetune --task {name} --recipe {recipe} --out {path}")
-        finetune(FinetuneOptions(task=name, recipe=recipe, out=path, limit=options.limit, **alike))
-        say(f"-- tinyld eval {path} --split test; tinyld predict {path} --text {text!r}")
-        records += evaluate(EvalOptions(runs=(path,), split="test", dtype=options.dtype, quiet=options.quiet))
-        answer = load(path, dtype=options.dtype).predict([text])[0]
-        print(plain(f"{name}: {text!r} is {answer['label']} ({100 * answer['probability']:.0f}%)"))
-    show_evaluations("each adapter on its own task", records)
-    asked = ComposeOptions(runs=runs, split="test", limit=200, out=out / "composed", **alike)
-    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --limit 200 --out {asked.out}")
-    show_composition(compose(asked), asked)
+    force, more = " --force" * options.force, f" --dtype {options.dtype}" + " --quiet" * options.quiet
+    train = force + more + (f" --limit {options.limit}" if options.limit else "")
+    for line in DEMO:
+        command = line.format(out=shlex.quote(str(out)), train=train, force=force, more=more)
+        say(f"-- tinyld {command}")
+        if code := app(shlex.split(command), standalone_mode=False):
+            raise typer.Exit(code)
     print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
     print("      tinyld predict runs/mine new.csv --out answered.csv")
