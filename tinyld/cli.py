@@ -112,9 +112,8 @@ class Group(TyperGroup):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
         except Exception as error:
-            if isinstance(error, MemoryError) or re.search(
-                "out of memory|allocate memory", str(error)
-            ):  # torch's words
+            full = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))  # of torch
+            if full:
                 fail("out of memory; lower the rows of a batch (--batch-size), their length or their number", 1)
             if not hasattr(error, "format_message"):  # click's own, whichever click typer has
                 raise

@@ -69,9 +69,9 @@ def check_type(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         origin, args = typing.get_origin(option) or option, typing.get_args(option)
-        if origin is typing.Any or (origin is types.NoneType and value is None):
+        if origin is typing.Any:
             return value
-        if isinstance(value, bool) and origin is not bool:
+        if isinstance(value, bool) and origin is not bool:  # no number
             continue
         if isinstance(value, dict) and dataclasses.is_dataclass(option):
             return from_dict(option, value, where)

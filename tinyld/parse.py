@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.config import check
-from tinyld.errors import UsageError
+from tinyld.errors import UsageError, show
 
 
 def flag(name: str) -> str:
@@ -28,9 +28,8 @@ def several(value: Any, what: str) -> list[Any]:
     """What Python gave in place of a list: one text, path or dict is a list of one; UsageError for what is no list."""
     if isinstance(value, str | Path | Mapping):
         return [value]
-    is_list = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray)
-    check(not hasattr(value, "columns"), f"{what} are a list, or one column of a table; got a whole table")
-    check(is_list, f"{what} are a list, or one of them, got {value!r}")
+    is_list = isinstance(value, Iterable) and not isinstance(value, bytes) and not hasattr(value, "columns")
+    check(is_list, f"{what} are a list, one column of a table, or one of them, got {show(value)}")
     return list(value)
 
 
@@ -64,11 +63,9 @@ def base_folder(name: str | Path, option: str = "--base") -> Path:
 
 def share(text: str, option: str) -> float:
     """`0.7%` or `0.007` as a share."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise UsageError(f"{option} takes a share such as 0.7% or 0.007, got {text!r}") from None
+    number = parsed(text.removesuffix("%"), float, option)
+    value = number / 100 if text.endswith("%") else number
     way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
     check(text.endswith("%") or value <= 0.1, f"{option} {text} would be {value:.0%} of the base: {way_out}")
-    check(0 < value <= 1, f"{option} must be above 0 and at most 100%, got {text!r}")
+    check(0 < value <= 1, f"{option} must be above 0 and at most 100%, such as 0.7% or 0.007, got {text!r}")
     return value
