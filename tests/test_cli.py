@@ -108,7 +108,7 @@ def test_the_help_lists_every_verb_and_the_version_is_printed() -> None:
 def test_help_info_and_tasks_import_no_torch(place: Path) -> None:
     code = """
 import sys
-from tinyld import verbs
+import tinyld
 from tinyld.cli import app
 for args in (["--help"], ["finetune", "--help"], ["info", sys.argv[1]], ["info", sys.argv[1], "--json"], ["tasks"]):
     try:
@@ -163,7 +163,8 @@ def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(
     table = good("eval", run, "--split", "test", "--quiet")
     assert table.stderr == "" and f"{found['nll_bound']:.4f}" in table.stdout and " test " in table.stdout
     quiet = finetune(place, Path("quiet"), "--method", "bitfit", "--quiet")
-    assert "bitfit on mood" in loud.stderr and quiet.stderr == "" and "bitfit" in quiet.stdout
+    assert "bitfit on mood" in loud.stderr and quiet.stderr == ""
+    assert re.search(r"dev rows +\d+ *\ndev accuracy % +\d+\.\d", quiet.stdout)
 
 
 @pytest.mark.parametrize(("letters", "fits"), [(5, True), (15, False)])
@@ -325,11 +326,6 @@ def begun(place: Path, method: str, *more: object) -> list[object]:
     return [*args, "--steps", 7, "--batch-size", 4, *(more or ("--set", "save_minutes=1e-9"))]
 
 
-def test_what_training_found_is_shown_in_percent_beside_the_number_of_rows(place: Path) -> None:
-    shown = good(*begun(place, "bitfit"), "--out", "new", "--quiet").stdout
-    assert re.search(r"dev rows +\d+ *\ndev accuracy % +\d+\.\d", shown)
-
-
 RESUMED = [(method, "save_minutes=1e-9") for method in METHODS] + [
     ("full", "save_minutes=1e-9 optimizer=muon"),
     ("full", "save_minutes=1e-9 accumulate=2 flat=0.3 clip=0"),
@@ -467,7 +463,6 @@ ERRORS = [
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),
-    (ON + "--method bitfit --device tpu9", 2, "device must be auto, cpu, cuda or cuda:N"),
     (EVAL + "--data {place}/mood.csv --split test", 2, "--split has no effect on the file"),
     (EVAL + "--text {place}/text.txt --sampler entropy", 2, "--sampler has no effect on the running text"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
@@ -477,16 +472,12 @@ ERRORS = [
     ("sample {place}/base --length 9 --num 99999999", 2, "lower --num"),
     ("predict {place}/mood-full --task mine --text rain", 2, "mood-full has no task 'mine'; it has mood"),
     # runs, bases and what is written
-    (NOT_ON.replace("{place}/base", "nowhere"), 1, "no run in nowhere"),
     ("eval --quiet", 1, "no finished run in runs/: name one, or make one"),
     (EVAL + "--predictions .", 1, "cannot be written"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
     ("report {place}/mood-full --csv {place}/mood-full/config.json", 1, "a file of a run"),
-    ("merge {place}/base --out new", 1, "is no weight-lora adapter"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
-    (PAIR + "--base {place}/other", 1, "was trained on base"),
-    (EVAL + "--predictions {place}/mood.csv", 1, "it is an input"),
     (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--threshold has no effect with --sampler ancestral"),
     (EVAL + "--seed 3", 2, "--seed has no effect with --sampler threshold"),
     (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold"),
@@ -494,7 +485,6 @@ ERRORS = [
     (ON + "--method bitfit --set cache_gb=1", 2, "--cache-gb has no effect with --method bitfit"),
     (NOT_ON + "--data {place}/text.txt --label-column x", 2, "--label-column has no effect on the lines of"),
     (TEXT + "--steps 1 --set body_lr=0", 2, "--body-lr needs --init"),
-    (TEXT + "--steps 1 --data {place}/text.txt", 1, "text.txt is named twice"),
     (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
     ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),
     ("finetune --resume {place}/base --base {place}/base", 2, "--base has no effect on"),

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import typing
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -74,11 +75,10 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         group_of = {f.name: f.metadata["group"] for f in dataclasses.fields(VERBS[self.name or ""].options)}
-        groups: dict[str, list[tuple[str, str]]] = {}
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(group_of.get(parameter.name, "Output"), []).append(record)
+            if record := parameter.get_help_record(ctx):
+                groups[group_of.get(parameter.name, "Output")].append(record)
         for group in sorted(groups, key=lambda g: (g != ARGUMENT, GROUPS_LAST.find(g))):
             with formatter.section(group):
                 formatter.write_dl(groups[group])
@@ -112,14 +112,15 @@ class Group(TyperGroup):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
         except Exception as error:
-            full = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))  # of torch
-            if full:
+            by_torch = re.search("out of memory|allocate memory", str(error))
+            if by_torch or isinstance(error, MemoryError):
                 fail("out of memory; lower the rows of a batch (--batch-size), their length or their number", 1)
             if not hasattr(error, "format_message"):  # click's own, whichever click typer has
                 raise
-            verb, name = ctx.invoked_subcommand, str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-            if verb and name in [f.name for f in dataclasses.fields(VERBS[verb].options) if not f.metadata["group"]]:
-                fail(f"{flag(name)} goes by --set {name}=value; --set help lists all such", 2)
+            verb, asked = ctx.invoked_subcommand, getattr(error, "option_name", "")
+            for field in dataclasses.fields(VERBS[verb].options) if verb else ():
+                if field.metadata["group"] is None and asked == flag(field.name):
+                    fail(f"{asked} goes by --set {field.name}=value; --set help lists all such", 2)
             fail(f"{error.format_message()} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
 
 
@@ -168,12 +169,9 @@ def of_field(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
 def list_options(ctx: typer.Context, sets: list[str] | None) -> list[str] | None:
     """Prints every option of the verb with its default where `--set help` asks for it."""
     if "help" in (sets or ()):
-        options = VERBS[ctx.info_name or ""].options
-        rows = [
-            (f.name, "" if f.default in (None, ()) else f.default, f.metadata["help"])
-            for f in sorted(dataclasses.fields(options), key=lambda f: f.metadata["group"] is not None)
-            if f.metadata["group"] != ARGUMENT
-        ]
+        fields = [f for f in dataclasses.fields(VERBS[ctx.info_name or ""].options) if f.metadata["group"] != ARGUMENT]
+        fields.sort(key=lambda field: field.metadata["group"] is not None)  # experts' first
+        rows = [(f.name, "" if f.default in (None, ()) else f.default, f.metadata["help"]) for f in fields]
         print_table(f"options of tinyld {ctx.info_name}: --set name=value", ("name", "default", "meaning"), rows)
         raise typer.Exit
     return sets

@@ -25,12 +25,12 @@ to_dict = dataclasses.asdict
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     """`cls` from JSON values, refusing unknown or missing keys and wrong types, nested too; `where` is for errors."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(check_type(values, dict, where)) - set(fields)):
-        raise TinyldError(f"{where}: unknown key {', '.join(map(repr, unknown))}; allowed: {', '.join(fields)}")
-    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [repr(n) for n in needed if n not in values]:
-        raise TinyldError(f"{where}: missing key {', '.join(missing)}")
+    fields = {f.name: f.default is f.default_factory for f in dataclasses.fields(cls)}  # is it one that must be given?
+    unknown = sorted(set(check_type(values, dict, where)) - set(fields))
+    missing = [name for name, needed in fields.items() if needed and name not in values]
+    for word, names in (("unknown", unknown), ("missing", missing)):
+        what = f"{word} key {', '.join(map(repr, names))}; allowed: {', '.join(fields)}"
+        check(not names, f"{where}: {what}", TinyldError)
     kwargs = {name: check_type(v, types_of(cls)[name], f"{where}: {name}") for name, v in values.items()}
     try:
         return cls(**kwargs)

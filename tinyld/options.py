@@ -129,9 +129,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 
 class RowOptions(Options):
-    data: Path | None = option(
-        None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
-    )
+    data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train and dev; .txt: fill gaps.", "Task")
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     answer_column: str | None = option(None, "In place of a label column: the column of texts to write.", "Task")
@@ -199,9 +197,7 @@ class EvalOptions(Answering):
 
 
 class PredictOptions(Answering):
-    runs: tuple[Path, ...] = option(
-        dataclasses.MISSING, "One run or several; then a .txt, .csv, .tsv or .jsonl, or stdin's lines.", ARGUMENT
-    )
+    runs: tuple[Path, ...] = option(dataclasses.MISSING, "Runs; then a .txt, .csv, .tsv or .jsonl; or stdin.", ARGUMENT)
     text: tuple[str, ...] = option((), "A text to answer instead of a file; may be repeated.", "Data")
     column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
     task: str | None = option(None, "Which task, where the run has several or none.", "Data")
