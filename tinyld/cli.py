@@ -141,7 +141,7 @@ def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version")]
         print(ctx.get_help())
 
 
-METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[Path]: "PATH", list[str]: "TEXT", list[int]: "N"}
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
@@ -152,15 +152,15 @@ def parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Paramete
 
 
 def of_field(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    """A field of an options class as typer wants it."""
-    default, rules = field.default, field.metadata
+    """A field of an options class as typer wants it: as text, which the class itself reads, or a path to complete."""
+    default, rules, several = field.default, field.metadata, typing.get_origin(kind) is tuple
+    member = typing.get_args(kind)[0] if several else kind
+    about = {"help": rules["help"], "metavar": METAVARS.get(member)}
     if "among" in rules:
-        kind = Literal[tuple(rules["among"])]
-    elif rules["read"] is not None:
-        kind = str
-    elif typing.get_origin(kind) is tuple:
-        kind, default = list[typing.get_args(kind)[0]], default or None  # type: ignore[misc]
-    about = {"min": rules.get("least"), "help": rules["help"], "metavar": METAVARS.get(kind)}
+        kind, about["metavar"] = Literal[tuple(rules["among"])], None
+    elif kind is not bool:
+        kind = Path if member is Path and rules["read"] is None else str
+        kind, default = (list[kind], default or None) if several else (kind, default)  # type: ignore[valid-type]
     if rules["group"] == ARGUMENT:
         return parameter(field.name, kind, default, typer.Argument(**about | {"metavar": field.name.upper()}))
     return parameter(field.name, kind, default, typer.Option(flag(field.name), **about))

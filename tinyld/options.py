@@ -80,9 +80,10 @@ class Options(Settings):
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
-            known = f"--set {text}: there is no option {name!r}, or no =value; --set help lists the names"
-            check(bool(equals) and name in defaults, known)
-            check(given.get(name, defaults[name]) == defaults[name], f"{name} is given twice, by --set {text} as well")
+            is_known = bool(equals) and name in defaults
+            check(is_known, f"--set {text}: takes NAME=VALUE, with a name that --set help lists")
+            once = str(given.get(name, defaults[name])) == str(defaults[name])
+            check(once, f"{name} is given twice, by --set {text} as well")
             given = given | {name: value}
         return cls(**given)
 
