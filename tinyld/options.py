@@ -120,7 +120,8 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         unread = [] if self.sampler == "klass" else ["kl"]
         unread += [] if self.sampler in THRESHOLDS else ["threshold", "least"]
         unread += ["seed"] if self.temperature == 0 and self.sampler != "ancestral" else []
-        refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}")
+        way_out = f"threshold and least go with {', '.join(THRESHOLDS)}, kl with klass, seed with what is drawn"
+        refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
 
