@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,12 @@ def good(*args: object) -> Ran:
     ran = cli(*args)
     assert ran.code == 0, ran.stderr
     return ran
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own that finds the package these tests are of."""
+    environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="session", autouse=True)

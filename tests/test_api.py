@@ -52,7 +52,6 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
     ("rows", "part"),
     [
         ([("a", "b", "c")], "a row is"),
-        ([("rain", "sad")] * 9, "the one label 'sad'"),
         ([("rain", ""), ("sun", "happy")], "line 1: column 'label' is empty"),
         ([("rain", None), ("sun", "happy")], "line 1: column 'label' must hold text"),
         ([("rain", {1}), ("sun", "happy")], "a row holds texts and numbers"),
@@ -71,7 +70,7 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
     [
         ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
         ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
-        ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
+        ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "--ranks: '64' is not of type"),
     ],
 )  # fmt: skip
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
@@ -82,31 +81,24 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
 @pytest.mark.parametrize(
     ("call", "part"),
     [
-        (lambda run, base: tinyld.load(None), "runs are a list, or one of them, got None"),
-        (lambda run, base: tinyld.load(b"runs/mine"), "runs are a list"),
-        (lambda run, base: tinyld.load([run.path, None]), "a run is the path of its folder, got None"),
+        (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
         (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
         (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
         (lambda run, base: run.predict(None), "texts are a list"),
-        (lambda run, base: run.predict(b"rain"), "texts are a list"),
-        (lambda run, base: run.predict([b"rain"]), "text 1: column 'text' must hold text"),
         (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
         (lambda run, base: run.write([5]), "a prompt is a text"),
         (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
         (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
         (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
-        (lambda run, base: run.write("a", temperature="hot"), "temperature: 'hot' is not of type float"),
         (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
-        (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "got a whole table"),
-        (lambda run, base: tinyld.finetune(None), "rows are a list"),
+        (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "one column of a table"),
         (lambda run, base: tinyld.finetune(""), "no task ''"),
         (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
         (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang; `tinyld finetune --help`"),
         (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
         (lambda run, base: tinyld.finetune([("a", "Good"), ("b", "good")], base=base), "'Good' and 'good' look like"),
         (lambda run, base: tinyld.finetune([("a", 1), ("b", "1.0")], base=base), "'1' and '1.0' look like one label"),
-        (lambda run, base: tinyld.finetune([("a", "nan"), ("b", "NaN")], base=base), "'nan' and 'NaN' look like"),
         (lambda run, base: tinyld.finetune([("a", "é"), ("b", "e\u0301")], base=base), "look like one label"),
     ],
 )  # fmt: skip
@@ -130,17 +122,11 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     assert run.predict(np.array([1, 2]))[0]["text"] == 1
     assert run.predict([{"text": "rain", "n": np.float32(3)}])[0]["n"] == 3.0
     assert len(run.write("rain \ud83d", length=2)) == 1
+    numbered = tinyld.finetune([(t, np.int64(k == "sad")) for t, k in ROWS], base=place / "base", out="n", **QUICK)
+    assert numbered.tasks[0].labels == ("0", "1")
     with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' must hold text or a number, got 'None'"):
         tinyld.finetune([rows[0], rows[1] | {"text": float("nan")}], base=place / "base", out="other", **QUICK)
-    with pytest.raises(tinyld.UsageError, match="template"):
-        tinyld.finetune(ROWS, base=place / "base", out="other", template="{text} {answer} {", **QUICK)
     tinyld.finetune(ROWS, base=place / "base", out="zero", template="{text}\0{answer} \udce9", **QUICK)
-
-
-def test_numbers_of_numpy_are_labels(place: Path) -> None:
-    rows = [(text, np.int64(label == "sad")) for text, label in ROWS]
-    run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
-    assert run.tasks[0].labels == ("0", "1") and run.predict(np.array(["rain"]))[0]["label"] in ("0", "1")
 
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:
@@ -156,9 +142,6 @@ def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Pat
     with pytest.raises(tinyld.TinyldError, match="the one label"):
         tinyld.finetune([("rain", "sad")] * 9, base=place / "base", out="mine", force=True, **QUICK)
     assert Path("mine-rows.jsonl").read_bytes() == kept, "the run that stays keeps its rows"
-    with pytest.raises(tinyld.TinyldError, match="texts and labels take two columns; found none"):
-        tinyld.finetune([{}], base=place / "base", out="empty", **QUICK)
-    assert not Path("empty-rows.jsonl").exists()
 
 
 def test_a_csv_alone_is_enough(place: Path) -> None:
@@ -189,16 +172,6 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert (found["n"], found["nll_bound"]) == (4, measured), "and none that it learned"
     Path("others.csv").write_text(Path("moved.csv").read_text().replace("rain", "sun"))
     assert good("eval", "run", "--data", "others.csv", "--json").json[0]["n"] == 40
-    Path("blob").write_bytes(Path("others.csv").read_bytes())
-    Path("linked.csv").symlink_to("blob")
-    good("finetune", "--data", "linked.csv", *made, "--out", "by-link")
-    assert RunFolder(Path("by-link")).config["task"]["name"] == "linked"
-    Path("set").mkdir()
-    for split, rows in (("train", ROWS), ("dev", ROWS[:6])):
-        Path(f"set/{split}.csv").write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in rows))
-    good("finetune", "--data", "set", *made, "--out", "two")
-    assert RunFolder(Path("two")).config["data"]["rows"] == 40
-    assert good("eval", "two", "--json").json[0]["n"] == 6
 
 
 def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:

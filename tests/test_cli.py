@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, cli, good
+from conftest import Ran, cli, good, python
 
-import tinyld
+from tinyld import verbs
 from tinyld.cli import MAIN, VERBS
 from tinyld.config import ModelConfig, from_dict
 from tinyld.data import TaskRows
 from tinyld.evaluate import by_class
 from tinyld.methods import METHODS as METHOD_CLASSES
-from tinyld.options import ARGUMENT
+from tinyld.options import ARGUMENT, DemoOptions
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
 from tinyld.scores import show_classes
 
@@ -44,12 +41,6 @@ data = {train = "colours.csv", dev = "colours.csv"}
 """
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
-    """A Python process of its own that finds the package these tests are of."""
-    environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture(scope="session")
 def place(place: Path) -> Path:
     """Beside a tiny base and its tasks another base, a task of one-token answers, broken files. Tests leave it as it
@@ -57,15 +48,12 @@ def place(place: Path) -> Path:
     (place / "colours.toml").write_text(COLOURS)
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "rule.txt").write_text("a line\n________\n")
-    (place / "set").mkdir()
-    shutil.copy(place / "mood.csv", place / "set" / "dev.csv")
     (place / "quoted.tsv").write_text('text\t"label"\na b\t"x"\nc d\t"y"\ne f\t"x"\n')
     (place / "unlabelled.csv").write_text("a,b,c\nx,y,z\nv,w,z\n")
     (place / "latin1").mkdir()
     for split in ("train", "dev"):
         (place / "latin1" / f"{split}.csv").write_bytes(b"text,label\ncaf\xe9,sad\n")
     (place / "latin1.txt").write_bytes(b"the sky\n" * 50 + b"caf\xe9\n")
-    (place / "short.txt").write_text("the sky\n")
     (place / "loop.csv").symlink_to("loop.csv")
     good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "other", "--quiet")
     return place
@@ -100,22 +88,20 @@ def test_every_verb_has_help(verb: str) -> None:
     assert ran.stdout == good(verb, "-h").stdout and all(len(line) <= 80 for line in ran.stdout.splitlines())
     options = [line.split()[0] for line in ran.stdout.splitlines() if line.startswith("  -")]
     assert len(options) <= 24 and "-h," in options
-
-
-def test_set_help_lists_every_option_with_its_default() -> None:
-    shown = good("finetune", "--set", "help", "--quiet").stdout
-    fields = [f.name for f in dataclasses.fields(VERBS["finetune"].options) if f.metadata["group"] != ARGUMENT]
-    assert all(name in shown for name in fields) and not list(Path().iterdir())
-    assert "threshold" in good("predict", "--set=help").stdout, "also where a run is required"
+    fields = [f for f in dataclasses.fields(VERBS[verb].options) if f.metadata["group"] != ARGUMENT]
+    if "--set" in options:  # also where a run is required
+        shown = good(verb, "--set", "help").stdout
+        assert all(f.name in shown for f in fields) and not list(Path().iterdir())
+    else:
+        assert all(f.metadata["group"] for f in fields), "no option is out of reach"
 
 
 def test_the_help_lists_every_verb_and_the_version_is_printed() -> None:
     text = good("--help").stdout
     assert text == cli().stdout == good("-h").stdout, "and without any word"
     lines = [line for line in text.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert [line.split()[0] for line in lines] == list(VERBS)
-    assert tuple(VERBS)[:5] == MAIN and all(VERBS[name].example in text for name in MAIN)
-    assert all(len(line) <= 80 for line in text.splitlines())
+    assert [line.split()[0] for line in lines] == list(VERBS) and all(len(line) <= 80 for line in text.splitlines())
+    assert all((VERBS[name].example in text) == (i < MAIN) for i, name in enumerate(VERBS))
     assert good("--version").stdout.startswith("tinyld 0.")
 
 
@@ -177,7 +163,8 @@ def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(
     table = good("eval", run, "--split", "test", "--quiet")
     assert table.stderr == "" and f"{found['nll_bound']:.4f}" in table.stdout and " test " in table.stdout
     quiet = finetune(place, Path("quiet"), "--method", "bitfit", "--quiet")
-    assert "bitfit on mood" in loud.stderr and quiet.stderr == "" and "bitfit" in quiet.stdout
+    assert "bitfit on mood" in loud.stderr and quiet.stderr == ""
+    assert re.search(r"dev rows +\d+ *\ndev accuracy % +\d+\.\d", quiet.stdout)
 
 
 @pytest.mark.parametrize(("letters", "fits"), [(5, True), (15, False)])
@@ -280,7 +267,7 @@ def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Pa
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
-@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy", "ancestral"])
+@pytest.mark.parametrize("sampler", ["threshold", "ancestral"])
 def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, pair: tuple[Path, Path]) -> None:
     for run in (place / "base", pair[0]):
         args = ["sample", run, "--prompt", "the {answer} .", "--length", 4, "--num", 2, "--sampler", sampler, "--json"]
@@ -292,19 +279,28 @@ def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, p
     assert shown[0].count("_") > shown[-2].count("_") == 0 and shown[0].strip().startswith("1 ")
 
 
-def test_info_says_what_a_run_is(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+def test_info_says_what_a_run_is_and_tasks_which_there_are(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
     record = good("info", place / "base", "--json").json
     assert record["kind"] == "base" and record["model d_model"] == 32 and f"file {MODEL}" in record
     run, ran = adapters["weight-lora"]
     record = good("info", run, "--json").json
     assert record["method name"] == "weight-lora" and record["stored_parameters"] == ran.json["stored_parameters"]
     assert "weight-lora" in good("info", run).stdout
-
-
-def test_tasks_lists_the_builtin_tasks() -> None:
     names = [t["task"] for t in good("tasks", "--json").json]
-    assert {"reviews", "topics", "sst2", "write"} <= set(names)
-    assert all(name in good("tasks").stdout for name in names)
+    assert {"reviews", "topics", "sst2", "write"} <= set(names) and all(n in good("tasks").stdout for n in names)
+
+
+def test_the_demo_is_commands_with_options_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyld.cli.load", lambda name: seen.append)
+        verbs.demo(DemoOptions(out=Path("my demo"), limit=8, quiet=True))
+    assert [type(options) for options in seen] == [VERBS[line.split()[0]].options for line in verbs.DEMO]
+    assert all(options.quiet for options in seen) and [getattr(options, "limit", 8) for options in seen[:2]] == [8, 8]
+    written, last = [options.out for options in seen[:2]], seen[-1]
+    assert last.runs == seen[2].runs == tuple(written) and last.out == Path("my demo/composed")
+    Path("my demo").mkdir()
+    assert_refused(cli("demo", "--out", "my demo"), 1, "--force to replace it")
 
 
 # ------------------------------------------------------------------------------------------------ resume, force
@@ -328,11 +324,6 @@ def begun(place: Path, method: str, *more: object) -> list[object]:
     """A command that trains seven steps and saves after each."""
     args = ["finetune", "--base", place / "base", "--task", place / "mood.toml", "--method", method, *METHODS[method]]
     return [*args, "--steps", 7, "--batch-size", 4, *(more or ("--set", "save_minutes=1e-9"))]
-
-
-def test_what_training_found_is_shown_in_percent_beside_the_number_of_rows(place: Path) -> None:
-    shown = good(*begun(place, "bitfit"), "--out", "new", "--quiet").stdout
-    assert re.search(r"dev rows +\d+ *\ndev accuracy % +\d+\.\d", shown)
 
 
 RESUMED = [(method, "save_minutes=1e-9") for method in METHODS] + [
@@ -372,20 +363,19 @@ def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.Monkey
     assert RunFolder(Path("cut")).config["train"]["lr"] == RunFolder(Path("cut")).metrics()[-1]["lr"] + 1e-5 == 1e-5
 
 
-def test_a_run_goes_on_only_as_it_began_unless_told_otherwise(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_with_its_own_data_and_says_what_differs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, rows = place / "again.toml", (place / "mood.csv").read_text()
     task.write_text((place / "mood.toml").read_text().replace("mood.csv", "again.csv"))
     (place / "again.csv").write_text(rows)
     interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--task", task, "--out", "cut")
     (place / "again.csv").write_text(rows.replace("rain", "sky"))
-    assert_refused(cli("finetune", "--resume", "cut"), 1, "data was ")
+    assert_refused(cli("finetune", "--resume", "cut"), 1, "cut began with other data: put it back")
     (place / "again.csv").write_text(rows)
-    monkeypatch.setattr("platform.machine", lambda: "abacus")  # not one of what decides the bits
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    way_out = "to go on all the same: tinyld finetune --resume cut --set allow_changed=true"
-    assert_refused(cli("finetune", "--resume", "cut"), 1, f"threads was {threads}, is {threads + 1}; {way_out}")
-    assert good("finetune", "--resume", "cut", "--set", "allow_changed=true", "--json").json["steps"] == 7
+    ran = good("finetune", "--resume", "cut", "--json")
+    assert f"its last digits may differ: threads was {threads}, is {threads + 1}" in ran.stderr
+    assert ran.json["steps"] == 7
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,24 +402,19 @@ def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.M
     "args",
     [
         "pretrain {tiny} --steps 1 --data {place}/latin1.txt",
-        "pretrain {tiny} --steps 1 --data {place}/short.txt",
         "finetune --base {place}/base --task {place}/mood.toml --data {place}/latin1 --steps 1",
         "compose {place}/mood-trajectory-lora {place}/colours --data {place}/latin1",
+        "finetune --base old --task {place}/mood.toml --method bitfit --steps 1",
     ],
 )
-def test_force_keeps_the_old_run_when_the_input_is_bad(args: str, place: Path, pair: tuple[Path, Path]) -> None:
+def test_force_keeps_the_old_run_where_nothing_comes_of_the_new_one(
+    args: str, place: Path, pair: tuple[Path, Path]
+) -> None:
     shutil.copytree(place / "base", "old")
     files = {p.name: p.read_bytes() for p in Path("old").iterdir()}
     ran = cli(*fill(args, place), "--out", "old", "--force", "--quiet")
     assert ran.code == 1
     assert {p.name: p.read_bytes() for p in Path("old").iterdir()} == files
-
-
-def test_force_does_not_remove_what_the_command_reads(place: Path) -> None:
-    shutil.copytree(place / "base", "mine")
-    args = fill("finetune --base mine --task {place}/mood.toml --method bitfit --steps 1", place)
-    assert_refused(cli(*args, "--out", "mine", "--force", "--quiet"), 1, "mine")
-    assert len(list(Path("mine").iterdir())) > 3
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -452,13 +437,11 @@ NOT_ON = "finetune --base {place}/base --steps 1 --quiet --out new "
 EVAL = "eval {place}/mood-full --quiet "
 TEXT = "pretrain {tiny} --quiet --out new --data {place}/text.txt "
 PAIR = "compose {place}/colours {place}/mood-trajectory-lora --out new "
-ONE = EVAL.replace("mood-full", "colours")  # whose answers are one token
 INIT = TEXT.replace("{tiny}", "") + "--init {place}/base "
 ERRORS = [
     # rows, and files of rows without a task
     (NOT_ON + "--task missing.toml", 1, "missing.toml: no such file"),
     (ON + "--text-column words", 2, "--text-column has no effect but for --data without --task"),
-    (ON + "--data {place}/loop.csv", 1, "loop.csv: no such file or folder"),
     (NOT_ON + "--data {place}/loop.csv", 1, "loop.csv: cannot be read"),
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),
     (NOT_ON + "--data {place}/mood.csv --text-column words", 2, "no column 'words'; it has text, label"),
@@ -467,26 +450,22 @@ ERRORS = [
     (NOT_ON + "--data {place}/rule.txt", 1, "rule.txt: line 2: no word to make a gap of"),
     (ON + "--method bitfit --set optimizer=muon", 2, "no effect with --method bitfit, which trains no matrix"),
     (NOT_ON + "--data {place}/unlabelled.csv", 1, "which of its columns are text and label?"),
-    (NOT_ON + "--data {place}/unlabelled.csv --text-column a --label-column c", 2, "the one label 'z'"),
     # options
-    (ON + "--set ranks=4,two,1", 2, "--ranks takes numbers with commas between them, got '4,two,1'"),
+    ("finetune --limit 0", 2, "--limit must be at least 1, got 0"),
+    ("finetune --steps many", 2, "--steps: 'many' is not a whole number"),
+    ("compare --limit 9 --limit 0", 2, "--limit must be at least 1, got 0"),
+    (ON + "--set ranks=4,two,1", 2, "--ranks: 'two' is not a whole number"),
     (ON + "--set ranks=4,2,1 --set blocks=7", 2, "blocks must be at most the base's 2, got 7"),
     (ON + "--set blocks=1 --budget 0.01%", 2, "too small for trajectory-lora"),
-    (ON + "--method weight-lora --budget 200%", 2, "--budget must be above 0 and at most 100%"),
-    (ON + "--method weight-lora --budget 5", 2, "--budget 5 would be 500% of the base: write 5% or 0.05"),
     (NOT_ON + "--data {place}/quoted.tsv", 2, 'label "x" is in quotes, which are letters to a .tsv; save it as .csv'),
-    (ON + "--method weight-lora --budget little", 2, "--budget takes a share such as 0.7%"),
     (ON + "--method weight-lora --budget 0.7", 2, "would be 70% of the base: write 0.7% or 0.007, or else"),
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
-    (ON + "--set depth=3", 2, "--set depth=3: there is no option 'depth'; --set help lists the names"),
-    (ON + "--set rslora=maybe", 2, "give true or false"),
+    (ON + "--set depth=3", 2, "--set depth=3: takes NAME=VALUE, with a name that --set help lists"),
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),
-    (ON + "--method bitfit --device cuda:99", 2, "torch sees"),
-    (ON + "--method bitfit --device tpu9", 2, "device must be auto, cpu, cuda or cuda:N"),
     (EVAL + "--data {place}/mood.csv --split test", 2, "--split has no effect on the file"),
     (EVAL + "--text {place}/text.txt --sampler entropy", 2, "--sampler has no effect on the running text"),
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
@@ -494,57 +473,24 @@ ERRORS = [
     ("compare --task {place}/mood.toml --base {place}/base --steps 1 --epochs 2", 2, "--steps or --epochs, not both"),
     ("sample {place}/base --length 900", 2, "the base takes 24"),
     ("sample {place}/base --length 9 --num 99999999", 2, "lower --num"),
-    ("pretrain --preset nano --set num_heads=3", 2, "num_heads must divide d_model"),
-    (TEXT + "--steps 1 --lr -1", 2, "--lr must be above 0"),
-    (TEXT + "--steps 1 --lr", 2, "requires an argument"),
-    (TEXT + "--steps 1 --device cpu:", 2, "device must be auto, cpu, cuda or cuda:N, got 'cpu:'"),
     ("predict {place}/mood-full --task mine --text rain", 2, "mood-full has no task 'mine'; it has mood"),
-    (TEXT + "--steps 1 --set body_lr=0.5", 2, "--body-lr needs --init"),
     # runs, bases and what is written
-    (NOT_ON.replace("{place}/base", "nowhere"), 1, "no run in nowhere"),
     ("eval --quiet", 1, "no finished run in runs/: name one, or make one"),
-    (EVAL + "--text missing.txt", 1, "no such file or folder: missing.txt"),
     (EVAL + "--predictions .", 1, "cannot be written"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
     ("report {place}/mood-full --csv {place}/mood-full/config.json", 1, "a file of a run"),
-    ("predict {place}/mood-full {place}/mood.csv --out {place}/mood.csv", 1, "it is an input"),
-    ("export {place}/base --base {place}/other --out new", 2, "--base has no effect with --to hf"),
-    ("eval {place}/base --base {place}/other --text {place}/text.txt --quiet", 2, "--base has no effect on it"),
-    ("merge {place}/base --out new", 1, "is no weight-lora adapter"),
-    ("merge {place}/mood-weight-lora --out {place}/mood-weight-lora --force", 1, "which this command reads"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
-    ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
-    ("compose {place}/mood-full {place}/colours --out new", 1, "holds full; only trajectory-lora adapters"),
     ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
-    ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
-    (PAIR + "--base {place}/other", 1, "was trained on base"),
-    ("pretrain {tiny} --quiet --steps 1 --out {place}/text.txt --data {place}/text.txt", 1, "is not empty"),
-    # options that can have no effect, and what is read or written by mistake
-    (EVAL + "--predictions {place}/mood.toml", 1, "it is an input"),
-    (EVAL + "--predictions {place}/mood.csv", 1, "it is an input"),
-    (EVAL + "--data {place}/set --predictions {place}/set/dev.csv", 1, "it is an input"),
-    (EVAL + "--text {place}/text.txt --set chat=true", 2, "are for the folder of a public model"),
-    (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--sampler ancestral; it goes with threshold"),
-    (EVAL + "--seed 3", 2, "--seed has no effect where nothing is drawn"),
-    (ONE + "--steps 3", 2, "--steps has no effect where every answer is one token"),
-    (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),
-    (ONE + "--set draws=2 --set least=2", 2, "--least, --draws has no effect where every answer is one token"),
-    (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold; it goes with klass"),
-    ("predict {place}/colours --text a --set threshold=0.5", 2, "--threshold has no effect where every answer is"),
-    ("predict {place}/mood-full --text a --json --out a.csv", 2, "give --csv or --json, not both"),
-    ("predict {place}/mood-full --text a --out a.xlsx", 2, "a.xlsx: the name must end in .csv or .jsonl"),
-    ("sample {place}/base --sampler low_confidence --temperature 0 --seed 1", 2, "--seed has no effect"),
-    ("sample {place}/base --length 1 --steps 4", 2, "--steps has no effect where every answer is one token"),
+    (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--threshold has no effect with --sampler ancestral"),
+    (EVAL + "--seed 3", 2, "--seed has no effect with --sampler threshold"),
+    (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold"),
     ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),
-    ("sample {place}/base --temperature 0.0001", 2, "temperature must be 0, or at least 0.001"),
-    ("sample {place}/base --prompt {{answer}}{{answer}}", 2, "a prompt holds {answer} once"),
     (ON + "--method bitfit --set cache_gb=1", 2, "--cache-gb has no effect with --method bitfit"),
     (NOT_ON + "--data {place}/text.txt --label-column x", 2, "--label-column has no effect on the lines of"),
     (TEXT + "--steps 1 --set body_lr=0", 2, "--body-lr needs --init"),
     (TEXT + "--steps 1 --data {place}/text.txt", 1, "text.txt is named twice"),
     (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
     ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),
-    ("compose {place}/colours {place}/colours --out new", 1, "are both of a task"),
     ("finetune --resume {place}/base --base {place}/base", 2, "--base has no effect on"),
 ]
 
@@ -558,20 +504,13 @@ def test_an_error_is_one_line_and_writes_nothing(
     assert list(Path().iterdir()) == []
 
 
-USAGE = (
-    "finetune --method prefix, finetune --limit 0, finetune --steps 0, finetune --steps many, "
-    "finetune --seed -1, finetune --batch-size 0, finetune --dtype int8, eval --split validation, "
-    "eval --limit 0, eval --sampler greedy, sample --length 0, sample --num 0, "
-    "compare --limit 0, pretrain --preset huge, "
-    "pretrain --vocab-size 3, pretrain --optimizer sgd, predict, info, train, tasks --nonsense"
-).split(", ")
+USAGE = ("finetune --method prefix, pretrain --lr, finetune --dtype int8, predict, train, tasks --nonsense").split(", ")
 
 
 @pytest.mark.parametrize("args", USAGE)
 def test_wrong_usage_exits_2_and_says_how_to_get_help(args: str) -> None:
-    assert_refused(
-        cli(*args.split()), 2, "(tinyld --help)" if args == "train" else f"(tinyld {args.split()[0]} --help)"
-    )
+    verb = "" if args == "train" else f"{args.split()[0]} "
+    assert_refused(cli(*args.split()), 2, f"(tinyld {verb}--help)")
     assert list(Path().iterdir()) == []
 
 
@@ -608,23 +547,13 @@ def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters:
     assert not Path("new").exists()
 
 
-WORDS_OF = {"predict": "predict run --text a", "info": "info run", "merge": "merge run", "export": "export run"}
-
-
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_is_one_line_that_names_options_the_verb_has(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_one_line(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(tinyld.cli, "load", lambda name: run)
-    for verb, row in VERBS.items():
-        ran = cli(*WORDS_OF.get(verb, verb).split())
-        assert_refused(ran, 1, "out of memory")
-        named = {word.removeprefix("--").replace("-", "_") for word in re.findall("--[a-z-]+", ran.stderr)}
-        assert named <= {f.name for f in dataclasses.fields(row.options) if f.metadata["group"] is not None}
-        assert named or verb not in ("finetune", "pretrain", "eval", "sample", "compose", "compare", "demo")
+    monkeypatch.setattr("tinyld.cli.load", lambda name: run)
+    assert_refused(cli("finetune"), 1, "out of memory; lower the rows of a batch (--batch-size)")
 
 
 def test_an_error_of_a_real_process_has_no_traceback() -> None:

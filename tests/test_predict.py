@@ -442,7 +442,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
         ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
-        ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "it goes with threshold, klass, entropy"),
+        ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
         ("nowhere", "rain", 1, "no run in nowhere"),
     ],
 )

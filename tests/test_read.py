@@ -96,7 +96,7 @@ def test_what_reaches_a_model_is_finite_in_float32() -> None:
 
 def test_a_config_is_checked_against_its_dataclass() -> None:
     for values, message in (
-        ([], "expected an object"),
+        ([], r"'\[\]' is not of type dict"),
         ({}, "missing key 'vocab_size'"),
         ({"vocab_size": True}, "vocab_size: 'True' is not of type int"),
         ({"vocab_size": 9, "norm_eps": 1e39}, "norm_eps must be below 1"),

@@ -6,11 +6,11 @@ import dataclasses
 import errno
 import importlib
 import inspect
-import itertools
 import os
 import re
 import sys
 import typing
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,10 +22,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from tinyld import __version__, options
 from tinyld.environment import is_writer
-from tinyld.errors import TinyldError, UsageError, plain
-from tinyld.interrupt import Interrupted, raise_at_signals, raise_if_one_came, raise_no_more
+from tinyld.errors import TinyldError, plain
+from tinyld.interrupt import Interrupted, raising_at_signals
 from tinyld.options import ARGUMENT, Options, kinds
-from tinyld.parse import flag, refuse_idle
+from tinyld.parse import flag
 from tinyld.tables import print_record, print_table
 from tinyld.write import to_json
 
@@ -40,7 +40,7 @@ class Verb(NamedTuple):
     show: str | None = None  # of (result, options); a table with a line a field if there is none
 
 
-MAIN = ("finetune", "predict", "eval", "compose", "pretrain")  # whose examples stand in the first help
+MAIN = 5  # so many verbs have an example in the first help
 VERBS = {
     "finetune": Verb(options.FinetuneOptions, "finetuning:finetune", "Teach a base your task by a small adapter.",
                      "tinyld finetune --data mine.csv --out runs/mine", "finetuning:show"),
@@ -73,28 +73,12 @@ GROUPS_LAST = "Writing Training Machine Output"  # in this order behind all othe
 class Command(TyperCommand):
     """A verb: its help in the groups of its options, in 80 columns."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--set=help" in args or ("--set", "help") in itertools.pairwise(args):  # with or without what is required
-            list_options(self.name or "", VERBS[self.name or ""].options)
-            raise typer.Exit
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:  # click's NoSuchOption, whichever click typer has
-            name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-            unknown = type(error).__name__ == "NoSuchOption"
-            if unknown and name in kinds(VERBS[self.name or ""].options):
-                raise UsageError(f"{flag(name)} goes by --set {name}=value; --set help lists all such") from None
-            if hasattr(error, "format_message"):
-                raise UsageError(f"{error.format_message()} (tinyld {self.name} --help)") from None
-            raise
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
         group_of = {f.name: f.metadata["group"] for f in dataclasses.fields(VERBS[self.name or ""].options)}
-        groups: dict[str, list[tuple[str, str]]] = {}
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(group_of.get(parameter.name, "Output"), []).append(record)
+            if record := parameter.get_help_record(ctx):
+                groups[group_of.get(parameter.name, "Output")].append(record)
         for group in sorted(groups, key=lambda g: (g != ARGUMENT, GROUPS_LAST.find(g))):
             with formatter.section(group):
                 formatter.write_dl(groups[group])
@@ -109,10 +93,9 @@ class Group(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write("tinyld: small masked diffusion language models, taught to label or write text.\n\n")
         formatter.write("Usage: tinyld VERB [OPTIONS]; tinyld VERB --help lists them. Main verbs:\n\n")
-        for name, verb in VERBS.items():
-            if name == "sample":
-                formatter.write("\nOthers:\n\n")
-            formatter.write(f"  {name:<9} {verb.help}\n" + (f"            {verb.example}\n" if name in MAIN else ""))
+        for i, (name, verb) in enumerate(VERBS.items()):
+            formatter.write("\nOthers:\n\n" if i == MAIN else "")
+            formatter.write(f"  {name:<9} {verb.help}\n" + (f"            {verb.example}\n" if i < MAIN else ""))
         formatter.write("\nAlso: --version, --install-completion.\n")
 
     def invoke(self, ctx: Any) -> Any:
@@ -120,7 +103,7 @@ class Group(TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except (TinyldError, Interrupted) as error:
+        except TinyldError as error:
             fail(str(error), error.exit_code)
         except OSError as error:
             if error.errno == errno.EPIPE:  # nobody reads any more, which click ends well
@@ -128,16 +111,17 @@ class Group(TyperGroup):
             if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
-        except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
-            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
-                raise
-            has = [f.name for f in dataclasses.fields(VERBS[ctx.invoked_subcommand].options) if f.metadata["group"]]
-            lower = [flag(n) for n in ("batch_size", "max_length", "rank", "length", "num", "limit") if n in has]
-            fail(f"out of memory; lower {' or '.join(lower)}" if lower else "out of memory", 1)
         except Exception as error:
-            if not hasattr(error, "format_message"):  # click's: no such verb
+            by_torch = re.search("out of memory|allocate memory", str(error))
+            if by_torch or isinstance(error, MemoryError):
+                fail("out of memory; lower the rows of a batch (--batch-size), their length or their number", 1)
+            if not hasattr(error, "format_message"):  # click's own, whichever click typer has
                 raise
-            fail(f"{error.format_message()} (tinyld --help)", 2)
+            verb, asked = ctx.invoked_subcommand, getattr(error, "option_name", "")
+            for field in dataclasses.fields(VERBS[verb].options) if verb else ():
+                if field.metadata["group"] is None and asked == flag(field.name):
+                    fail(f"{asked} goes by --set {field.name}=value; --set help lists all such", 2)
+            fail(f"{error.format_message()} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
 
 
 def fail(message: str, code: int) -> None:
@@ -145,12 +129,8 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code) from None
 
 
-app = typer.Typer(
-    cls=Group,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(cls=Group, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
 @app.callback(invoke_without_command=True)
@@ -161,30 +141,40 @@ def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version")]
         print(ctx.get_help())
 
 
-METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[Path]: "PATH", list[str]: "TEXT", list[int]: "N"}
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-def keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
-    """A parameter as typer wants it; with no default it is required."""
-    kind, missing = (kind | None, None) if default is None else (kind, inspect.Parameter.empty)
-    default = missing if default in (None, dataclasses.MISSING) else default
+def parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
+    """A parameter as typer wants it."""
+    kind = kind | None if default is None else kind
+    default = inspect.Parameter.empty if default is dataclasses.MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    """A field of an options class as typer wants it."""
-    default, rules = field.default, field.metadata
+def of_field(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """A field of an options class as typer wants it: as text, which the class itself reads, or a path to complete."""
+    default, rules, several = field.default, field.metadata, typing.get_origin(kind) is tuple
+    member = typing.get_args(kind)[0] if several else kind
+    about = {"help": rules["help"], "metavar": METAVARS.get(member)}
     if "among" in rules:
-        kind = Literal[tuple(rules["among"])]
-    elif rules["read"] is not None:
-        kind = str
-    elif typing.get_origin(kind) is tuple:
-        kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
-        default = list(default) or None if isinstance(default, tuple) else default
-    about = {"min": rules.get("least"), "help": rules["help"], "metavar": METAVARS.get(kind)}
+        kind, about["metavar"] = Literal[tuple(rules["among"])], None
+    elif kind is not bool:
+        kind = Path if member is Path and rules["read"] is None else str
+        kind, default = (list[kind], default or None) if several else (kind, default)  # type: ignore[valid-type]
     if rules["group"] == ARGUMENT:
-        return keyword(field.name, kind, default, typer.Argument(**about | {"metavar": field.name.upper()}))
-    return keyword(field.name, kind, default, typer.Option(flag(field.name), **about))
+        return parameter(field.name, kind, default, typer.Argument(**about | {"metavar": field.name.upper()}))
+    return parameter(field.name, kind, default, typer.Option(flag(field.name), **about))
+
+
+def list_options(ctx: typer.Context, sets: list[str] | None) -> list[str] | None:
+    """Prints every option of the verb with its default where `--set help` asks for it."""
+    if "help" in (sets or ()):
+        fields = [f for f in dataclasses.fields(VERBS[ctx.info_name or ""].options) if f.metadata["group"] != ARGUMENT]
+        fields.sort(key=lambda field: field.metadata["group"] is not None)  # experts' first
+        rows = [(f.name, "" if f.default in (None, ()) else f.default, f.metadata["help"]) for f in fields]
+        print_table(f"options of tinyld {ctx.info_name}: --set name=value", ("name", "default", "meaning"), rows)
+        raise typer.Exit
+    return sets
 
 
 def add(name: str, verb: Verb) -> None:
@@ -193,8 +183,6 @@ def add(name: str, verb: Verb) -> None:
     def call(**given: Any) -> None:
         sets = given.pop("set", None) or []
         chosen = verb.options.of({k: v for k, v in given.items() if v is not None}, sets)
-        if getattr(chosen, "json", False):
-            refuse_idle(chosen, ["wide"], "on --json")
         result = load(verb.run)(chosen)
         if result is None or not is_writer():
             return
@@ -209,10 +197,11 @@ def add(name: str, verb: Verb) -> None:
                 raise TinyldError(record["problem"])
 
     fields, kind_of = dataclasses.fields(verb.options), kinds(verb.options)
-    parameters = [parameter(f, kind_of[f.name]) for f in fields if f.metadata["group"] is not None]
+    parameters = [of_field(f, kind_of[f.name]) for f in fields if f.metadata["group"] is not None]
     if len(parameters) < len(fields):
-        info = typer.Option("--set", metavar="NAME=VALUE", help="Any option, and experts' ones; --set help lists all.")
-        parameters.append(keyword("set", list[str], None, info))
+        about = {"metavar": "NAME=VALUE", "help": "Any option, and experts' ones; --set help lists all."}
+        info = typer.Option("--set", is_eager=True, callback=list_options, **about)
+        parameters.append(parameter("set", list[str], None, info))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(name, cls=Command, help=f"{verb.help}\n\n\b\n{verb.example}")(call)
@@ -221,16 +210,6 @@ def add(name: str, verb: Verb) -> None:
 def load(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(f"tinyld.{module}"), function)
-
-
-def list_options(name: str, options: type[Options]) -> None:
-    """Every option of a verb with its default: what `--set help` prints."""
-    rows = [
-        (f.name, "" if f.default in (None, ()) else f.default, f.metadata["help"])
-        for f in sorted(dataclasses.fields(options), key=lambda f: f.metadata["group"] is not None)
-        if f.metadata["group"] != ARGUMENT
-    ]
-    print_table(f"options of tinyld {name}: --set name=value", ("name", "default", "meaning"), rows)
 
 
 for name, verb in VERBS.items():
@@ -243,15 +222,8 @@ def main() -> None:
             setattr(sys, stream, open(os.devnull, "w"))
         getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, what was found is shown
     try:
-        raise_at_signals()
-        try:
+        with raising_at_signals():
             app()
-        except SystemExit as end:
-            if end.code:
-                raise
-        finally:
-            raise_no_more()
-        raise_if_one_came()
-    except Interrupted as error:  # before or after a verb's own work
+    except Interrupted as error:
         print(f"tinyld: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -19,76 +20,22 @@ from tinyld.errors import TinyldError, UsageError, show
 C = TypeVar("C")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain JSON types; tuples become lists."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     """`cls` from JSON values, refusing unknown or missing keys and wrong types, nested too; `where` is for errors."""
-    if not isinstance(values, dict):
-        raise TinyldError(f"{where}: expected an object with the fields of {cls.__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(fields)):
-        raise TinyldError(f"{where}: unknown key {', '.join(map(repr, unknown))}; allowed: {', '.join(fields)}")
-    kwargs = {name: check_type(value, types_of(cls)[name], f"{where}: {name}") for name, value in values.items()}
-    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [repr(n) for n in needed if n not in kwargs]:
-        raise TinyldError(f"{where}: missing key {', '.join(missing)}")
+    fields = {f.name: f.default is f.default_factory for f in dataclasses.fields(cls)}  # is it one that must be given?
+    unknown = sorted(set(check_type(values, dict, where)) - set(fields))
+    missing = [name for name, needed in fields.items() if needed and name not in values]
+    for word, names in (("unknown", unknown), ("missing", missing)):
+        what = f"{word} key {', '.join(map(repr, names))}; allowed: {', '.join(fields)}"
+        check(not names, f"{where}: {what}", TinyldError)
+    kwargs = {name: check_type(v, types_of(cls)[name], f"{where}: {name}") for name, v in values.items()}
     try:
         return cls(**kwargs)
     except UsageError as error:
         raise TinyldError(f"{where}: {error}") from None
-
-
-def check_type(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type.
-
-    The rules of an Annotated hold too (see `setting`). A dict of hints is of an object, and of those keys that it has.
-    """
-    if isinstance(hint, dict):
-        return {k: check_type(v, hint.get(k, Any), f"{where}: {k}") for k, v in check_type(value, dict, where).items()}
-    if typing.get_origin(hint) is Annotated:
-        hint, rules = typing.get_args(hint)
-        if problem := broken(check_type(value, hint, where), rules):
-            raise TinyldError(f"{where} {problem}, got {show(value)}")
-        return value
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        origin, args = typing.get_origin(option) or option, typing.get_args(option)
-        if origin is typing.Any or (origin is types.NoneType and value is None):
-            return value
-        if isinstance(value, bool) and origin is not bool:
-            continue
-        if isinstance(value, dict) and dataclasses.is_dataclass(option):
-            return from_dict(option, value, where)
-        if isinstance(value, list) and origin is tuple:
-            value = tuple(value)
-        if origin is float and isinstance(value, int | float):
-            return float(value)
-        if isinstance(origin, type) and isinstance(value, origin):
-            if origin in (tuple, list) and args:
-                return origin(check_type(v, args[0], f"{where}: {i}") for i, v in enumerate(value, 1))
-            if origin is dict and args:
-                return {k: check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
-            return value
-    raise TinyldError(f"{where}: {show(value)} is not of type {hint if len(options) > 1 else options[0].__name__}")
-
-
-def check(condition: bool, message: str) -> None:
-    """Raises UsageError with `message` unless `condition` holds."""
-    if not condition:
-        raise UsageError(message)
-
-
-def setting(default: Any, help: str = "", group: str | None = None, *, read: Any = None, **rules: Any) -> Any:
-    """A field with a default and the RULES that its value, or every member of a tuple, keeps: `least=1, below=4`.
-
-    Of an option: what it means, the group of the help it stands in (none: for experts, by --set alone), and `read`,
-    which makes its value of (text, option's name).
-    """
-    assert rules.keys() <= RULES.keys(), rules
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "read": read} | rules)
 
 
 RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -98,22 +45,69 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "below": ("below", operator.lt),
     "among": ("one of", lambda value, allowed: value in allowed),
 }
+LARGEST = {int: 1 << 63, float: 3.4e38}  # of float32
 
 
-def broken(value: Any, rules: Mapping[str, Any]) -> str:
-    """Which rule a value breaks, in words, or that it is no finite float32; empty where it breaks none."""
-    for rule, (words, holds) in RULES.items():
-        bound = rules.get(rule)
-        if bound is not None and not holds(value, bound):
-            return f"must be {words} {', '.join(bound) if isinstance(bound, tuple) else bound}"
-    most = {int: 1 << 63, float: 3.4e38}.get(type(value))
-    return "" if most is None or abs(value) < most else "must be a finite number"
+def check_type(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type.
+
+    A dict of hints is of an object, and of those keys that it has. An Annotated has RULES for the value, or for every
+    member of a tuple.
+    """
+    if isinstance(hint, dict):
+        return {k: check_type(v, hint.get(k, Any), f"{where}: {k}") for k, v in check_type(value, dict, where).items()}
+    if typing.get_origin(hint) is Annotated:
+        hint, rules = typing.get_args(hint)
+        value = check_type(value, hint, where)
+        for member in value if isinstance(value, tuple) else () if value is None else (value,):
+            for bound, (words, holds) in ((rules[name], rule) for name, rule in RULES.items() if name in rules):
+                wanted = f"{words} {', '.join(bound) if isinstance(bound, tuple) else bound}"
+                check(holds(member, bound), f"{where} must be {wanted}, got {member!r}", TinyldError)
+            finite = type(member) not in LARGEST or abs(member) < LARGEST[type(member)]
+            check(finite, f"{where} must be a finite number, got {member!r}", TinyldError)
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin, args = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is typing.Any:
+            return value
+        if isinstance(value, bool) and origin is not bool:  # no number
+            continue
+        if isinstance(value, dict) and dataclasses.is_dataclass(option):
+            return from_dict(option, value, where)
+        if origin is float and isinstance(value, int | float):
+            return float(value)
+        if origin is tuple and isinstance(value, list):
+            value = tuple(value)
+        if isinstance(value, origin):
+            if origin in (tuple, list) and args:
+                return origin(check_type(v, args[0], f"{where}: {i}") for i, v in enumerate(value, 1))
+            if origin is dict and args:
+                return {k: check_type(v, args[1], f"{where}: {k!r}") for k, v in value.items()}
+            return value
+    raise TinyldError(f"{where}: {show(value)} is not of type {hint if len(options) > 1 else options[0].__name__}")
 
 
-@functools.cache
-def types_of(config: type) -> dict[str, Any]:
-    """Field -> the type of its value."""
-    return typing.get_type_hints(config)
+def check(condition: bool, message: str, error: type[TinyldError] = UsageError) -> None:
+    """Raises the error, by default a UsageError, with `message` unless `condition` holds."""
+    if not condition:
+        raise error(message)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    check(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def setting(default: Any, help: str = "", group: str | None = None, *, read: Any = None, **rules: Any) -> Any:
+    """A field with a default and the RULES that its value keeps: `least=1, below=4`.
+
+    Of an option: what it means, the group of the help it stands in (none: for experts, by --set alone), and `read`,
+    which makes its value of text.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "read": read} | rules)
+
+
+types_of = functools.cache(typing.get_type_hints)  # field of a config -> the type of its value
 
 
 class Settings:
@@ -124,24 +118,16 @@ class Settings:
     def __post_init__(self) -> None:
         """UsageError naming the first field of another type, or that breaks a rule of its own."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            name = self.called(field.name)
+            hint = Annotated[types_of(type(self))[field.name], field.metadata]
             try:
-                given = check_type(getattr(self, field.name), types_of(type(self))[field.name], name)
+                value = check_type(getattr(self, field.name), hint, self.called(field.name))
             except TinyldError as error:
                 raise UsageError(error) from None
-            object.__setattr__(self, field.name, given)
-            for value in given if isinstance(given, tuple) else () if given is None else (given,):
-                if problem := broken(value, field.metadata):
-                    raise UsageError(f"{name} {problem}, got {value!r}")
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises UsageError naming the allowed values unless `value` is one of them."""
-    check(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            object.__setattr__(self, field.name, value)
 
 
 MAX_LENGTH = 131_072  # tokens of a row: rotary positions are tables, which a config alone must not make huge
-MAX_LAYERS, MAX_PARAMETERS = 100_000, 20_000_000_000
+MAX_PARAMETERS = 20_000_000_000
 
 
 @dataclass(frozen=True)
@@ -153,7 +139,7 @@ class ModelConfig(Settings):
 
     vocab_size: int = setting(dataclasses.MISSING, least=1)
     d_model: int = setting(256, least=1)
-    num_layers: int = setting(6, least=1, most=MAX_LAYERS)
+    num_layers: int = setting(6, least=1, most=100_000)
     num_heads: int = setting(4, least=1)
     d_ff: int = setting(1024, least=1)
     max_length: int = setting(256, least=2, most=MAX_LENGTH)  # tokens a row may have, answer and markers included
@@ -192,10 +178,8 @@ class ModelConfig(Settings):
         most = 0 if self.tied else self.vocab_size
         check(self.head_rows <= most, f"head_rows must be at most {most} (untied: vocab_size), got {self.head_rows}")
         check(self.d_embed in (0, d) or self.head_transform, "d_embed needs head_transform")
-        check(
-            self.head_width > 0 or d % heads == 0,
-            f"num_heads must divide d_model, got d_model {d} and num_heads {heads}",
-        )
+        is_whole = self.head_width > 0 or d % heads == 0
+        check(is_whole, f"num_heads must divide d_model, got d_model {d} and num_heads {heads}")
         check(self.width_of_head % 2 == 0 or not self.rotary, "d_model / num_heads must be even for rotary positions")
         size = f"a denoiser of {self.num_parameters():,} parameters is asked for; at most {MAX_PARAMETERS:,}"
         check(self.num_parameters() <= MAX_PARAMETERS, size)
@@ -223,33 +207,31 @@ class ModelConfig(Settings):
         queries, keys = (n * self.width_of_head for n in (self.num_heads, self.kv_heads or self.num_heads))
         up = 2 * f if self.gated else f
         return {
-            "query": (d, queries), "key": (d, keys), "value": (d, keys), "out": (queries, d), "up": (d, up),
-            "down": (f, d),
+            "query": (d, queries), "key": (d, keys), "value": (d, keys), "out": (queries, d),
+            "up": (d, up), "down": (f, d),
         }  # fmt: skip
 
-    def num_biases(self) -> int:
-        """Closed-form count of all biases, those of norms and of the vocabulary included (BitFit's parameters)."""
-        d, e, size = self.d_model, self.embedding_width, self.matrices()
-        norm = self.norm == "layer" and self.norm_bias
-        has = {"query": self.qkv_bias, "key": self.qkv_bias, "value": self.qkv_bias, "out": self.out_bias}
-        block = sum(outputs for name, (_, outputs) in size.items() if has.get(name, self.mlp_bias))
-        head = (e * self.mlp_bias if self.head_transform else 0) + (self.head_rows or self.vocab_size) * self.head_bias
-        return self.num_layers * block + self._norms() * norm + (d if self.projected else 0) + head
-
-    def _norms(self) -> int:
-        """Numbers that all norms weigh, those of single heads left out."""
-        d, e = self.d_model, self.embedding_width
-        blocks = 2 * self.num_layers - (not self.first_norm)
-        return blocks * d + d * self.norm_first + e * self.embedding_norm + e * self.head_transform
-
     def num_parameters(self) -> int:
-        """Closed-form parameter count of the denoiser."""
-        d, e = self.d_model, self.embedding_width
-        block = sum(inputs * outputs for inputs, outputs in self.matrices().values())
-        block += 2 * self.width_of_head * self.head_norms
-        embedding = self.vocab_size * e + (0 if self.rotary else self.max_length * e) + (d * e if self.projected else 0)
-        head = (d * e if self.head_transform else 0) + (0 if self.tied else e * (self.head_rows or self.vocab_size))
-        return self.num_biases() + self.num_layers * block + self._norms() + embedding + head
+        """How many numbers the denoiser has; nothing is made to count them."""
+        return sum(self._counts())
+
+    def num_biases(self) -> int:
+        """How many of them are biases, those of norms and of the vocabulary included: what BitFit trains."""
+        return self._counts()[0]
+
+    def _counts(self) -> tuple[int, int]:
+        """(biases, all else), in closed form."""
+        d, e, rows, size = self.d_model, self.embedding_width, self.head_rows or self.vocab_size, self.matrices()
+        norms = (2 * self.num_layers - (not self.first_norm) + self.norm_first) * d
+        norms += (self.embedding_norm + self.head_transform) * e
+        has_bias = {"up": self.mlp_bias, "down": self.mlp_bias, "out": self.out_bias}
+        biases = self.num_layers * sum(outputs * has_bias.get(n, self.qkv_bias) for n, (_, outputs) in size.items())
+        biases += norms * (self.norm == "layer" and self.norm_bias) + d * self.projected + rows * self.head_bias
+        biases += e * (self.head_transform and self.mlp_bias)
+        block = sum(map(math.prod, size.values())) + 2 * self.width_of_head * self.head_norms
+        embedding = (self.vocab_size + (0 if self.rotary else self.max_length) + d * self.projected) * e
+        head = (d * self.head_transform + (0 if self.tied else rows)) * e
+        return biases, self.num_layers * block + norms + embedding + head
 
 
 @dataclass(frozen=True)

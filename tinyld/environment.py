@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,20 @@ from tinyld.errors import TinyldError
 from tinyld.runs import TOKENIZER, RunFolder
 
 
-def check_unchanged(path: Path, config: Mapping[str, Any], data: Mapping[str, Any], allow: bool) -> None:
-    """TinyldError unless a run goes on with the data, tokenizer and machine it began with: else its bits would differ.
+def check_unchanged(path: Path, config: Mapping[str, Any], data: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """TinyldError unless a run goes on with the data and tokenizer it began with; says what of the machine differs.
 
     An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
     """
     if config["kind"] == "base":
         RunFolder(path).read(TOKENIZER)
+    for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
+        if config["data"].get(key, data[key]) != data[key]:
+            raise TinyldError(f"{path} began with other {what}: put it back as it was, or begin a new run")
     then, now = config["environment"], environment()
     depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
-    pairs = [(name, then[name], now[name]) for name in depends]
-    for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
-        if key in config["data"]:
-            pairs.append((what, config["data"][key][:12], data[key][:12]))
-    changed = ", ".join(f"{name} was {a}, is {b}" for name, a, b in pairs if a != b)
-    if changed and not allow:
-        verb = "pretrain" if config["kind"] == "base" else "finetune"
-        go_on = f"tinyld {verb} --resume {path} --set allow_changed=true"
-        raise TinyldError(f"{path} began otherwise: {changed}; to go on all the same: {go_on}")
+    if changed := ", ".join(f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]):
+        say(f"{path} goes on otherwise than it began, so its last digits may differ: {changed}")
 
 
 def under_torchrun() -> bool:

@@ -147,7 +147,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         facts = {"rows": len(train_rows), "truncated": train_rows.truncated}
         facts |= {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
         if begun:
-            check_unchanged(out, config, facts, options.allow_changed)
+            check_unchanged(out, config, facts, say)
             data |= facts
             folder.write_json(CONFIG, config)  # it may have a new rate
         else:
@@ -221,7 +221,7 @@ def resume(options: Training) -> dict[str, Any]:
 
     assert options.resume is not None
     for field in fields(options):
-        kept = field.name in ("resume", "allow_changed", "lr", "base", "json", "quiet")
+        kept = field.name in ("resume", "lr", "base", "json", "quiet")
         asked = f"--resume goes on as it began: leave {flag(field.name)} out"
         check(kept or getattr(options, field.name) == field.default, asked)
     folder = RunFolder.open(options.resume)

@@ -11,7 +11,6 @@ import functools
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,45 +27,39 @@ from tinyld.config import (
     TrainConfig,
     check,
     types_of,
-)  # fmt: skip
+)
 from tinyld.config import setting as option
-from tinyld.errors import UsageError
-from tinyld.parse import base_folder, flag, numbers, parsed, refuse_idle, share
+from tinyld.parse import base_folder, flag, parsed, refuse_idle, share
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
 RECIPE_NAMES = ("best", "fast", "paper")
 BASE_DTYPES = ("fp32", "bf16", "int8")
+SPLITS = ("train", "dev", "test")
 
 
 @functools.cache
 def kinds(options: type[Options]) -> dict[str, Any]:
-    """Option -> the first type of its value, None left out."""
-    found = {}
-    for name, hint in types_of(options).items():
-        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        found[name] = next(part for part in parts if part is not types.NoneType)
-    return found
+    """Option -> the type of its value, the first where there are several."""
+    hints = types_of(options).items()
+    return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
 
 
-@dataclass(frozen=True, kw_only=True)
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 class Options(Settings):
-    """Values may be given as a user writes them: as text."""
+    """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""
 
     called = staticmethod(flag)
 
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, kind, read = getattr(self, field.name), kinds(type(self))[field.name], field.metadata["read"]
-            is_text, is_many = isinstance(value, str | Path), isinstance(value, Iterable) and not isinstance(value, str)
-            if read is not None and isinstance(value, str):
-                value = read(value, flag(field.name))
-            elif typing.get_origin(kind) is tuple and value is not None:
-                member = typing.get_args(kind)[0]
-                value = tuple(parsed(v, member, field.name) for v in (value if is_many else [value]))
-            elif is_text:
-                value = parsed(value, kind, field.name)
+            value, read, name = getattr(self, field.name), field.metadata["read"], flag(field.name)
+            by_itself = read is not None and isinstance(value, str)
+            value = read(value, name) if by_itself else parsed(value, kinds(type(self))[field.name], name)
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 
@@ -83,100 +76,81 @@ class Options(Settings):
     @classmethod
     def of(cls, given: dict[str, Any], sets: Iterable[str] = ()) -> Self:
         """The options of a command line: `given` by name, and every `name=value` of `--set`."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.metadata["group"] != ARGUMENT}
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
-            check(bool(equals), f"--set takes name=value, got {text!r}; --set help lists the names")
-            known = name in fields and fields[name].metadata["group"] != ARGUMENT
-            check(known, f"--set {text}: there is no option {name!r}; --set help lists the names")
-            if given.get(name, fields[name].default) != fields[name].default:
-                raise UsageError(f"{name} is given twice, by --set {text} as well")
+            is_known = bool(equals) and name in defaults
+            check(is_known, f"--set {text}: takes NAME=VALUE, with a name that --set help lists")
+            once = str(given.get(name, defaults[name])) == str(defaults[name])
+            check(once, f"{name} is given twice, by --set {text} as well")
             given = given | {name: value}
         return cls(**given)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Printed(Options):
     json: bool = option(False, "Print the result as JSON.", "Output")
     quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
 class OnDevice(Options):
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Machine")
     dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Written(Options):
     out: Path | None = option(None, "Run folder to write; made if missing.", "Output")
     force: bool = option(False, "Replace the run that is in --out.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling(Options, SampleConfig):
+class Moved(Options):
+    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
+
+
+class Table(Printed):
+    csv: Path | None = option(None, "Write a row a run to this file.", "Output")
+    wide: bool = option(False, "All columns, however wide.", "Output")
+
+
+class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
+
     def sampling(self) -> SampleConfig:
         """How answers are written; UsageError for an option that the sampler does not read."""
-        sampler = f"with --sampler {self.sampler}"
-        if self.sampler not in THRESHOLDS:
-            refuse_idle(self, ["threshold", "least"], f"{sampler}; it goes with {', '.join(THRESHOLDS)}")
-        if self.sampler != "klass":
-            refuse_idle(self, ["kl"], f"{sampler}; it goes with klass")
-        if self.temperature == 0 and self.sampler != "ancestral":
-            refuse_idle(self, ["seed"], "where nothing is drawn: at --temperature 0")
+        unread = [] if self.sampler == "klass" else ["kl"]
+        unread += [] if self.sampler in THRESHOLDS else ["threshold", "least"]
+        unread += ["seed"] if self.temperature == 0 and self.sampler != "ancestral" else []
+        way_out = f"threshold and least go with {', '.join(THRESHOLDS)}, kl with klass, seed with what is drawn"
+        refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
-    def refuse_idle(self, width: int, is_label: bool) -> None:
-        """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
-        if width == 1:
-            idle = ["steps", "threshold", "least", "kl", "draws"]
-            more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
-            refuse_idle(self, idle + more, "where every answer is one token")
 
-
-@dataclass(frozen=True, kw_only=True)
 class Training(OnDevice, Written, Printed, Loop):
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training", above=0)
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr.", "Output")
-    allow_changed: bool = option(False, "With --resume: go on though data, torch or threads differ.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.resume is not None or not self.allow_changed, "allow_changed is for --resume")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowOptions(Options):
-    data: Path | None = option(
-        None, "CSV, TSV or JSONL of texts and labels or answers, or a folder of train and dev; .txt: fill gaps.", "Task"
-    )
+    data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train and dev; .txt: fill gaps.", "Task")
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     answer_column: str | None = option(None, "In place of a label column: the column of texts to write.", "Task")
     template: str = option("{text} it was {answer} .", "With --data and no --task: the prompt.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Training, Reading, RowOptions):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
-    budget: float | None = option(
-        None, "Largest share of the base to store: 0.7%; sets the rank.", "Method", read=share
-    )
+    budget: float | None = option(None, "Most of the base to store, as 0.7%; sets the rank.", "Method", read=share)
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
-    epochs: float | None = option(
-        None, "Passes over the rows; 3, more of few, 1 of 30,000, 8 where it writes.", "Training", above=0
-    )
+    epochs: float | None = option(None, "Passes; 3, more of few rows, 1 of 30,000, 8 to write.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
-    ranks: tuple[int, ...] | str | None = option(
-        None, "Rank by noise band, high first: 64,32,8; or auto.", read=functools.partial(numbers, kind=int)
-    )
-    sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.", read=numbers)
+    ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
+    sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.")
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
     attend: int | None = option(None, "trajectory-lora: units that attend to the prompt.")
     dropout: float | None = option(None, "Share of the numbers read that an update does without.")
@@ -189,7 +163,6 @@ class FinetuneOptions(Training, Reading, RowOptions):
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, or a moved --base.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
 class PretrainOptions(Training):
     data: tuple[Path, ...] = option((), "Text file or folder (.txt, .txt.gz, .jsonl); may be repeated.", "Text")
     valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
@@ -213,35 +186,25 @@ class PretrainOptions(Training):
     save_dtype: str = option("fp32", "Type of the stored weights.", among=BASE_DTYPES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions(Sampling, OnDevice, Printed, Reading):
-    runs: tuple[Path, ...] = option(
-        (), "Run folders; if none is given, the newest in runs/, or the released base with --text.", ARGUMENT
-    )
+class EvalOptions(Answering):
+    runs: tuple[Path, ...] = option((), "Run folders; else the newest in runs/, or with --text our base.", ARGUMENT)
     task: str | None = option(None, "The task, for a base, which has none of its own.", "Data")
-    split: str = option("dev", "Which rows.", "Data", among=("train", "dev", "test"))
+    split: str = option("dev", "Which rows.", "Data", among=SPLITS)
     data: Path | None = option(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
     text: tuple[Path, ...] = option((), "Running text to measure the NLL bound on instead.", "Data")
     limit: int | None = option(None, "Read the first so many rows.", "Data", least=1)
-    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
     predictions: Path | None = option(None, "Write prompt, gold and decoded answer as TSV.", "Output")
     wide: bool = option(False, "All columns, however wide.", "Output")
     draws: int = option(4, "Noise levels a row for the NLL bound of longer answers.", least=1)
-    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictOptions(Sampling, OnDevice, Printed, Reading):
-    runs: tuple[Path, ...] = option(
-        dataclasses.MISSING, "One run or several; then a .txt, .csv, .tsv or .jsonl, or stdin's lines.", ARGUMENT
-    )
+class PredictOptions(Answering):
+    runs: tuple[Path, ...] = option(dataclasses.MISSING, "Runs; then a .txt, .csv, .tsv or .jsonl; or stdin.", ARGUMENT)
     text: tuple[str, ...] = option((), "A text to answer instead of a file; may be repeated.", "Data")
     column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
     task: str | None = option(None, "Which task, where the run has several or none.", "Data")
-    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Data", read=base_folder)
     out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
     csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
-    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
 
     def runs_and_input(self) -> tuple[list[Path], str]:
         """The run folders, and what follows them: a file of texts, or - for stdin."""
@@ -249,30 +212,24 @@ class PredictOptions(Sampling, OnDevice, Printed, Reading):
         return (paths, str(last)) if paths and not last.is_dir() else ([*paths, last], "-")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(Sampling, OnDevice, Printed, Reading):
+class SampleOptions(Answering):
     run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
     num: int = option(3, "How many samples.", "Writing", least=1)
-    base: Path | None = option(None, "Where an adapter's base is, if it has moved.", "Writing", read=base_folder)
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
-    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComposeOptions(OnDevice, Written, Printed):
+class ComposeOptions(Moved, OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
-    split: str = option("dev", "Rows to measure it on.", "Data", among=("train", "dev", "test"))
+    split: str = option("dev", "Rows to measure it on.", "Data", among=SPLITS)
     data: Path | None = option(None, "Folder with <task>/dev.tsv and so on.", "Data")
     limit: int | None = option(None, "Read the first so many rows of a task.", "Data", least=1)
-    base: Path | None = option(None, "Where the adapters' base is, if it has moved.", "Data", read=base_folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions(Printed, Reading, RowOptions):
+class CompareOptions(Table, Reading, RowOptions):
     task: tuple[str, ...] = option((), "Task to compare on; may be repeated; reviews if nothing is given.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
@@ -284,38 +241,27 @@ class CompareOptions(Printed, Reading, RowOptions):
     batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
-    csv: Path | None = option(None, "Write a row a run to this file.", "Output")
-    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions(Printed):
+class ReportOptions(Table):
     runs: tuple[Path, ...] = option((), "Evaluated adapters.", ARGUMENT)
-    csv: Path | None = option(None, "Write a row a run to this file.", "Output")
-    wide: bool = option(False, "All columns, however wide.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
 class InfoOptions(Printed, Reading):
     run: Path = option(dataclasses.MISSING, "A run folder, or that of a public model.", ARGUMENT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions(Written, Printed):
+class MergeOptions(Moved, Written, Printed):
     run: Path = option(dataclasses.MISSING, "A weight-lora adapter.", ARGUMENT)
-    base: Path | None = option(None, "Where the run's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("runs/merged"), "Base to write.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(Printed):
+class ExportOptions(Moved, Printed):
     run: Path = option(dataclasses.MISSING, "hf: a base begun from a BERT; peft: a weight-lora adapter.", ARGUMENT)
     to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
-    base: Path | None = option(None, "Where a LoRA's base is, if it has moved.", "Output", read=base_folder)
     out: Path = option(Path("exported"), "Folder to write.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
 class DemoOptions(Written):
     out: Path = option(Path("runs/demo"), "Folder for the demo's runs.", "Output")
     dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tinyld.config import check
-from tinyld.errors import UsageError
+from tinyld.errors import UsageError, show
 
 
 def flag(name: str) -> str:
@@ -18,32 +19,35 @@ def flag(name: str) -> str:
 
 def refuse_idle(options: Any, names: Iterable[str], where: str) -> None:
     """UsageError where one of the named options has another value than its default, which has no effect `where`."""
-    default = {field.name: field.default for field in dataclasses.fields(options)}
-    found = [name for name in names if name in default and getattr(options, name) != default[name]]
-    check(not found, f"{', '.join(map(flag, found))} has no effect {where}")
+    default = {field.name: field.default for field in dataclasses.fields(options) if field.name in names}
+    found = [flag(name) for name in default if getattr(options, name) != default[name]]
+    check(not found, f"{', '.join(found)} has no effect {where}")
 
 
 def several(value: Any, what: str) -> list[Any]:
     """What Python gave in place of a list: one text, path or dict is a list of one; UsageError for what is no list."""
     if isinstance(value, str | Path | Mapping):
         return [value]
-    is_list = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray)
-    check(not hasattr(value, "columns"), f"{what} are a list, or one column of a table; got a whole table")
-    check(is_list, f"{what} are a list, or one of them, got {value!r}")
+    is_list = isinstance(value, Iterable) and not isinstance(value, bytes) and not hasattr(value, "columns")
+    check(is_list, f"{what} are a list, one column of a table, or one of them, got {show(value)}")
     return list(value)
 
 
-def parsed(value: Any, kind: Any, name: str) -> Any:
-    """What was given as text, as the option's type; all else as it is."""
-    if kind is str or not isinstance(value, str):
-        return Path(value) if kind is Path and value is not None else value
-    if kind is bool:
-        check(value in ("true", "false"), f"{flag(name)}: give true or false, got {value!r}")
-        return value == "true"
+def parsed(value: Any, kind: Any, option: str) -> Any:
+    """What was given as text, as the type of the option; all else as it is. Numbers may have commas between them."""
+    if typing.get_origin(kind) is tuple:
+        member = typing.get_args(kind)[0]
+        if isinstance(value, str) and value != "auto":
+            value = value.split(",") if member in (int, float) else [value]
+        return tuple(parsed(v, member, option) for v in value) if isinstance(value, list | tuple) else value
+    if not isinstance(value, str):
+        return value
     try:
-        return kind(value)
+        return {"true": True, "false": False}[value] if kind is bool else kind(value)
+    except KeyError:
+        raise UsageError(f"{option}: give true or false, got {value!r}") from None
     except ValueError:
-        raise UsageError(f"{flag(name)}: {value!r} is not a {'whole ' if kind is int else ''}number") from None
+        raise UsageError(f"{option}: {value!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def base_folder(name: str | Path, option: str = "--base") -> Path:
@@ -57,21 +61,11 @@ def base_folder(name: str | Path, option: str = "--base") -> Path:
     return released if named else Path(name)
 
 
-def numbers(text: str, name: str, kind: type = float) -> Any:
-    """Numbers with commas between them; `auto` stays as it is."""
-    try:
-        return text if text == "auto" else tuple(map(kind, text.split(",")))
-    except ValueError:
-        raise UsageError(f"{name} takes numbers with commas between them, got {text!r}") from None
-
-
-def share(text: str, name: str) -> float:
+def share(text: str, option: str) -> float:
     """`0.7%` or `0.007` as a share."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise UsageError(f"{name} takes a share such as 0.7% or 0.007, got {text!r}") from None
+    number = parsed(text.removesuffix("%"), float, option)
+    value = number / 100 if text.endswith("%") else number
     way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
-    check(text.endswith("%") or value <= 0.1, f"{name} {text} would be {value:.0%} of the base: {way_out}")
-    check(0 < value <= 1, f"{name} must be above 0 and at most 100%, got {text!r}")
+    check(text.endswith("%") or value <= 0.1, f"{option} {text} would be {value:.0%} of the base: {way_out}")
+    check(0 < value <= 1, f"{option} must be above 0 and at most 100%, such as 0.7% or 0.007, got {text!r}")
     return value

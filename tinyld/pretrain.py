@@ -154,7 +154,7 @@ def train_base(
     folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
     with folder.locked():
         if begun:
-            check_unchanged(out, config, digests, options.allow_changed)
+            check_unchanged(out, config, digests, say)
             if config["warm_start"] and not folder.checkpoints():
                 raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
             folder.write_json(CONFIG, config)  # it may have a new rate

@@ -26,21 +26,13 @@ class Progress:
         self.now = self.rate = self.note = ""
         self.done = 0.0
         # Where the work stood at the first report: a resumed run begins late, and what comes before it takes time too.
-        self.begun: float | None = None
-        self.ends: float | None = None  # when it will be done
+        self.begun: tuple[float, float] | None = None
+        self.ends: float | None = None  # when it will be done, by the mean rate so far
         self.on_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
         self.last = time.monotonic()
         return self
-
-    @property
-    def eta(self) -> str:
-        """Time that is left, by the mean rate so far."""
-        if self.ends is None:
-            return "-"
-        seconds = max(0, round(self.ends - time.monotonic()))
-        return f"{seconds}s" if seconds < 100 else f"{seconds // 60}:{seconds % 60:02d}"
 
     def doing(self, what: str = "") -> None:
         """Says what is being done besides the work that is counted; without `what`, that this goes on."""
@@ -48,19 +40,20 @@ class Progress:
         self._report()
 
     def advance_to(self, done: float, rate: str = "", note: str = "") -> None:
-        now = time.monotonic()
-        self.done, self.rate, self.note = done, rate, note or self.note
-        if self.begun is None:
-            self.begun, self.started = done, now
-        if done > self.begun:
-            self.ends = now + (now - self.started) * (self.total - done) / (done - self.begun)
+        self.done, self.rate, self.note, now = done, rate, note or self.note, time.monotonic()
+        begun, started = self.begun = self.begun or (done, now)
+        if done > begun:
+            self.ends = now + (now - started) * (self.total - done) / (done - begun)
         self._report()
 
     def _report(self) -> None:
-        if self.quiet or not (self.on_terminal or time.monotonic() - self.last >= self.every):
+        now = time.monotonic()
+        if self.quiet or not (self.on_terminal or now - self.last >= self.every):
             return
-        self.last, share = time.monotonic(), 100 * min(self.done / max(self.total, 1e-9), 1.0)
-        line = f"{self.label}{self.now} {share:.0f}% {self.rate} eta {self.eta} {self.note}".rstrip()
+        self.last, share = now, 100 * min(self.done / max(self.total, 1e-9), 1.0)
+        left = None if self.ends is None else max(0, round(self.ends - now))
+        eta = "-" if left is None else f"{left}s" if left < 100 else f"{left // 60}:{left % 60:02d}"
+        line = f"{self.label}{self.now} {share:.0f}% {self.rate} eta {eta} {self.note}".rstrip()
         if self.on_terminal:
             say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")
         else:

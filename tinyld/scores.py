@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.checkpoint import base_record, find_base, load_base
-from tinyld.config import Reading, SampleConfig, check, check_ours
+from tinyld.config import Reading, SampleConfig, check, check_ours, types_of
 from tinyld.corpus import tokenize
-from tinyld.data import TaskRows, TextRows, slot_width
+from tinyld.data import TaskRows, TextRows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import Estimate
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
-from tinyld.options import EvalOptions, Sampling, kinds
+from tinyld.options import EvalOptions
 from tinyld.parse import refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
@@ -108,8 +108,6 @@ def eval(options: EvalOptions) -> list[Record]:
         tasks = [run.task_named(options.task)] if named else run.tasks
         one = len(tasks) == 1 or source == options.split
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
-        if len(options.runs) < 2:  # of several, another one may heed it
-            options.refuse_idle(max(slot_width(t, run.base.tokenizer) for t in tasks), not tasks[0].is_generation)
         for task in tasks:
             rows = rows_for(run, task, options.split, data)
             if run.config.get("by_name"):
@@ -152,7 +150,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
 
     All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
     """
-    unread = ("task", "split", "data", "limit", "predictions", "base_dtype", "wide", *kinds(Sampling))
+    unread = ("task", "split", "data", "limit", "predictions", "base_dtype", "wide", *types_of(SampleConfig))
     refuse_idle(options, unread, "on the running text of --text")
     device, files = resolve_device(options.device), find_text_files(options.text)
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
-from tinyld.options import (
-    ComposeOptions,
-    DemoOptions,
-    EvalOptions,
-    ExportOptions,
-    FinetuneOptions,
-    InfoOptions,
-    MergeOptions,
-    Printed,
-    SampleOptions,
-)  # fmt: skip
+from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions
 from tinyld.parse import refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
@@ -42,8 +35,8 @@ def info(options: InfoOptions) -> dict[str, Any]:
         folder.read(name)
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
-    verb = "pretrain" if config["kind"] == "base" else "finetune"
     if not folder.has_weights():
+        verb = "pretrain" if config["kind"] == "base" else "finetune"
         record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
@@ -51,13 +44,11 @@ def info(options: InfoOptions) -> dict[str, Any]:
         record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
     for part in ("task", "method", "model", "base", "data"):
         record |= {f"{part} {name}": value for name, value in config.get(part, {}).items()}
-    record |= config.get("parameters", {})
-    record |= {name: value for verb in ("pretrain", "finetune") for name, value in results.get(verb, {}).items()}
+    record |= config.get("parameters", {}) | results.get("pretrain", {}) | results.get("finetune", {})
     for key, found in results.get("eval", {}).items():
-        record[f"eval {key}"] = f"NLL bound {found['nll_bound']:.3f}"
-        if "accuracy" in found:
-            interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
-            record[f"eval {key}"] = f"{100 * found['accuracy']:.1f}% ({interval})"
+        shares = [f"{100 * found[name]:.1f}" for name in ("accuracy", "low", "high") if name in found]
+        shown = "{}% ({} to {})".format(*shares) if len(shares) == 3 else f"NLL bound {found['nll_bound']:.3f}"
+        record[f"eval {key}"] = shown
     record |= {f"file {k}": f"{e['bytes']:,} bytes, sha256 {folder.digest(k)[:16]}" for k, e in files.items()}
     return record | {"command": config["environment"]["command"]}
 
@@ -66,10 +57,9 @@ def show_info(record: dict[str, Any], options: InfoOptions) -> None:
     methods = record.pop("methods", [])
     print_record(str(options.run), record)
     if methods:
+        units = {"stored_bytes": 1e6, "memory_fp32": 1e9, "memory_bf16": 1e9, "memory_int8": 1e9}
+        shown = [[m["method"], *(m[key] and round(m[key] / unit, 2) for key, unit in units.items())] for m in methods]
         columns = ("method", "stored MB", "GB, base in fp32", "bf16", "int8")
-        keys = ("stored_bytes", "memory_fp32", "memory_bf16", "memory_int8")
-        unit = {key: 1e9 for key in keys} | {"stored_bytes": 1e6}
-        shown = [[m["method"], *(m[k] and round(m[k] / unit[k], 2) for k in keys)] for m in methods]
         print_table("memory to adapt it, estimated for that batch", columns, shown)
 
 
@@ -89,7 +79,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
 
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
     columns = ("task", "labels", "rows", "needs")
-    rows = [tuple(map(r.get, columns)) for r in records]
+    rows = [[record[column] for column in columns] for record in records]
     print_table("built-in tasks (--json has templates and answers)", columns, rows)
 
 
@@ -98,10 +88,8 @@ def sample(options: SampleOptions) -> dict[str, Any]:
     from tinyld.predict import load
 
     sampling, steps = options.sampling(), []
-    options.refuse_idle(options.length, False)
-    path = options.run or options.base or default_base()
-    base, how = options.base if options.run else None, (options.device, options.dtype, options.base_dtype)
-    run = load(path, base, *how, reading=options.reading())
+    path, base = options.run or options.base or default_base(), options.base if options.run else None
+    run = load(path, base, options.device, options.dtype, options.base_dtype, reading=options.reading())
     watch = steps.append if options.show_steps else None
     texts, passes = run.fill(options.prompt, options.length, options.num, sampling, watch)
     return {"samples": texts, "forward_passes": passes} | ({"steps": steps} if options.show_steps else {})
@@ -129,13 +117,11 @@ def export(options: ExportOptions) -> dict[str, Any]:
     from tinyld.hf import export_bert, export_peft
 
     run, out = options.run, options.out
-    if options.to == "hf":
-        refuse_idle(options, ["base"], "with --to hf, for a base itself")
     if is_foreign(run):
         raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
     if options.to == "hf":
-        base = load_base(run)
-        export_bert(base, out)
+        refuse_idle(options, ["base"], "with --to hf, for a base itself")
+        export_bert(load_base(run), out)
         return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
     base, method = weight_lora(run, options.base)
     export_peft(method.config, method.own, base.fingerprint, out)
@@ -150,13 +136,12 @@ def merge(options: MergeOptions) -> dict[str, Any]:
 
     run, out = options.run, options.out
     RunFolder.check_free(out, options.force)
-    refuse_inside(out, [run])
     base, method = weight_lora(run, options.base)
+    refuse_inside(out, [run, base.path])
     if base.dtype != "fp32":
         raise TinyldError(f"{run} was trained on a base in {base.dtype}; only one in fp32 can be merged")
     method.merge(base.model)
     tensors = finite(dict(base.model.named_parameters()), f"{run} in {base.path}")
-    refuse_inside(out, [base.path])
     target = RunFolder.create(out, options.force)
     made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
     merged = made if is_foreign(base.path) else RunFolder(base.path).config
@@ -166,37 +151,29 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 
-DEMO = {  # task -> recipe, and a text to label
-    "reviews": ("best", "i would not go back, the service was terrible"),
-    "topics": ("fast", "the band played two new songs on friday"),
-}
+DEMO = (
+    "finetune --task reviews --recipe best --out {out}/reviews{train}",
+    "finetune --task topics --recipe fast --out {out}/topics{train}",
+    "eval {out}/reviews {out}/topics --split test{more}",
+    "predict {out}/reviews --text 'i would not go back, the service was terrible'{more}",
+    "predict {out}/topics --text 'the band played two new songs on friday'{more}",
+    "compose {out}/reviews {out}/topics --split test --limit 200 --out {out}/composed{force}{more}",
+)
 
 
 def demo(options: DemoOptions) -> None:
-    """Two bundled tasks, one adapter each, that label a new sentence and are composed: the whole path."""
-    from tinyld.compose import compose
-    from tinyld.compose import show as show_composition
-    from tinyld.finetuning import finetune
-    from tinyld.predict import load
-    from tinyld.scores import eval as evaluate
-    from tinyld.scores import show_evaluations
+    """Two bundled tasks, one adapter each, that label a new sentence and are composed: the whole path, as commands."""
+    from tinyld.cli import app
 
     out, say = options.out, say_to_stderr(options.quiet)
     if out.exists() and not options.force:
         raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
-    runs = tuple(out / name for name in DEMO)
-    alike = {"force": options.force, "dtype": options.dtype, "quiet": options.quiet}
-    records = []
-    for (name, (recipe, text)), path in zip(DEMO.items(), runs, strict=True):
-        say(f"-- tinyld finetune --task {name} --recipe {recipe} --out {path}")
-        finetune(FinetuneOptions(task=name, recipe=recipe, out=path, limit=options.limit, **alike))
-        say(f"-- tinyld eval {path} --split test; tinyld predict {path} --text {text!r}")
-        records += evaluate(EvalOptions(runs=(path,), split="test", dtype=options.dtype, quiet=options.quiet))
-        answer = load(path, dtype=options.dtype).predict([text])[0]
-        print(plain(f"{name}: {text!r} is {answer['label']} ({100 * answer['probability']:.0f}%)"))
-    show_evaluations("each adapter on its own task", records)
-    asked = ComposeOptions(runs=runs, split="test", limit=200, out=out / "composed", **alike)
-    say(f"-- tinyld compose {runs[0]} {runs[1]} --split test --limit 200 --out {asked.out}")
-    show_composition(compose(asked), asked)
+    force, more = " --force" * options.force, f" --dtype {options.dtype}" + " --quiet" * options.quiet
+    train = force + more + (f" --limit {options.limit}" if options.limit else "")
+    for line in DEMO:
+        command = line.format(out=shlex.quote(str(out)), train=train, force=force, more=more)
+        say(f"-- tinyld {command}")
+        if code := app(shlex.split(command), standalone_mode=False):
+            raise typer.Exit(code)
     print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
     print("      tinyld predict runs/mine new.csv --out answered.csv")
