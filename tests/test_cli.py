@@ -515,7 +515,7 @@ ERRORS = [
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/mood-trajectory-lora --out new", 2, "compose needs at least two adapters, got 1"),
     ("compose {place}/mood-full {place}/colours --out new", 1, "holds full; only trajectory-lora adapters"),
-    ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
+    ("compose {place}/base {place}/colours --out new", 1, "holds a base; compose takes"),
     ("compose {place}/colours {place}/base --out new", 1, "holds a base; compose takes"),
     (PAIR + "--base {place}/other", 1, "was trained on base"),
     ("pretrain {tiny} --quiet --steps 1 --out {place}/text.txt --data {place}/text.txt", 1, "is not empty"),

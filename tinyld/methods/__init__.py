@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from tinyld.config import ModelConfig, check_choice, from_dict
+from tinyld.config import ModelConfig, check, check_choice, from_dict
 from tinyld.errors import TinyldError
 from tinyld.methods.baselines import BitFit, Bottleneck, Full, WeightLora
 from tinyld.methods.contract import Method
@@ -29,4 +30,10 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     UsageError for an unknown method or an option that the method does not have.
     """
     check_choice("method", name, tuple(METHODS))
-    return METHODS[name].make_config({k: v for k, v in options.items() if v is not None}, model_config)
+    method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
+    known = {field.name for field in fields(method.Config)}
+    own = ", ".join(f"--{option}" for option in sorted(known - {"prune"})) or "no option"
+    for option in given:
+        known_here = option in known or option == "budget"
+        check(known_here, f"--{option.replace('_', '-')} is not an option of {name}, which has {own}")
+    return method.make_config(given, model_config)

@@ -32,7 +32,7 @@ from tinyld.model import Denoiser, PushAt, depths_read, take
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
-BY_UNIT = {"up": 1, "down": 0, "down_attended": 0}  # parameters with a part for every rank unit: along which dimension
+BY_UNIT = {"up": 1, "down": 0, "down_attended": 0}
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,8 @@ class RankUnits(nn.Module):
         self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
         self.up = nn.Parameter(torch.zeros(width, max(ranks)))
         self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
-        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
-        self.register_buffer("dropped", torch.zeros(max(ranks), dtype=torch.bool), persistent=False)
-        self.set_ranks(ranks)
-
-    def set_ranks(self, ranks: Sequence[int]) -> None:
-        """By band. `scale` (NUM_BANDS, units) is sigma where a band uses a unit, else 0."""
-        self.ranks = tuple(ranks)
-        is_used = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
-        self.register_buffer("scale", self.sigma[:, None] * is_used.to(self.sigma.device), persistent=False)
+        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)  # by band
+        self.register_buffer("ranks", torch.tensor(ranks), persistent=False)
 
     def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
@@ -123,30 +116,19 @@ class RankUnits(nn.Module):
         """sigma(t) A ReLU(B [x; Emb(t)] + attended): (B, L, D) -> (B, L, D)"""
         width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
         hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :] + attended
-        return (F.relu(hidden) * self.scale[noise.band][:, None, :]) @ up.T
+        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[noise.band][:, None]  # (B, units)
+        scale = self.sigma[noise.band][:, None] * is_used
+        return (F.relu(hidden) * scale[:, None, :]) @ up.T
 
     def strength(self) -> Tensor:
-        """(units,) ||a_u|| ||b_u|| of each rank unit, or -1 once it is dropped; infinite for the strongest of those
-        that all bands use, which every site keeps."""
-        found = (self.up.norm(dim=0) * self.down.norm(dim=1)).detach().masked_fill(self.dropped, -1.0)
-        found[found[: min(self.ranks)].argmax()] = math.inf
+        """(units,) ||a_u|| ||b_u||; infinite for the strongest of the units that all bands use: every site keeps it."""
+        found = (self.up.norm(dim=0) * self.down.norm(dim=1)).detach()
+        found[found[: self.ranks.min()].argmax()] = math.inf
         return found
 
-    def drop(self, dropped: Tensor) -> None:
-        """Sets rank units (units,) to zero, which then push nothing."""
-        self.dropped = dropped
-        for name, parameter in self.named_parameters():
-            if name in BY_UNIT:
-                parameter.index_fill_(BY_UNIT[name], dropped.nonzero()[:, 0], 0.0)
-
-    def shrink(self) -> tuple[int, ...]:
-        """Forgets the rank units that push nothing; returns the ranks that are left."""
-        is_kept = self.strength() > 0
-        for name, parameter in self.named_parameters():
-            if name in BY_UNIT:
-                parameter.data = parameter.data.index_select(BY_UNIT[name], is_kept.nonzero()[:, 0])
-        self.set_ranks([int(is_kept[:rank].sum()) for rank in self.ranks])
-        return self.ranks
+    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
+        """The parameters that have a part for every rank unit, with the dimension that counts them."""
+        return [(p, BY_UNIT[name]) for name, p in self.named_parameters() if name in BY_UNIT]
 
 
 class AttendingUnits(RankUnits):
@@ -196,6 +178,7 @@ class TrajectoryPush(nn.Module):
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
         super().__init__()
         width, last = model_config.d_model, model_config.num_layers
+        check(config.blocks <= last, f"blocks must be at most the base's {last}, got {config.blocks}")
         self.first_depth = last - config.blocks
         self.depths = list(range(self.first_depth, last + 1))
         self.reads_depths, self.reads_others = config.recipe == "fast", config.recipe != "best"
@@ -221,11 +204,6 @@ class TrajectoryPush(nn.Module):
 class TrajectoryLora(Method):
     name, Config, recipes = "trajectory-lora", TrajectoryLoraConfig, RECIPES
 
-    def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
-        super().__init__(config, model_config)
-        most = model_config.num_layers
-        check(config.blocks <= most, f"blocks must be at most the base's {most}, got {config.blocks}")
-
     @classmethod
     def make_config(cls, given: dict[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
         recipe = RECIPES[given.pop("recipe", "best")]
@@ -234,9 +212,8 @@ class TrajectoryLora(Method):
             del given["ranks"]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
         config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
-        config = cls.configure(replace(config, blocks=min(config.blocks, model_config.num_layers)), given)
-        if budget is not None:
-            config = cls.fit_budget(config, model_config, budget)
+        config = replace(replace(config, blocks=min(config.blocks, model_config.num_layers)), **given)
+        config = cls.fit_budget(config, model_config, budget)
         if config.recipe == "fast":
             config = replace(config, attend=config.attending)
         if budget is not None:  # once units are pruned, no more are left than fit
@@ -268,23 +245,29 @@ class TrajectoryLora(Method):
 
     @torch.no_grad()
     def after_update(self, progress: float) -> None:
-        """Drops the weakest units of all sites until the share is reached that is due at `progress` of the run. What a
-        run dropped before it was resumed is zero, or next to it after an update, and so is chosen again."""
+        """Sets the weakest units of all sites to zero, as many as are due at `progress` of the run. One update later
+        they are still next to zero, and so are chosen again."""
         if self.config.prune == 0 or progress < PRUNED_FROM:
             return
         sites, strength = self.push.sites, torch.cat([site.strength() for site in self.push.sites])
         share = self.config.prune * min(1.0, (progress - PRUNED_FROM) / (PRUNED_TO - PRUNED_FROM))
         due = min(math.ceil(share * len(strength) - 1e-9), len(strength) - len(sites))
-        dropped = torch.zeros_like(strength, dtype=torch.bool)
-        dropped[strength.argsort(stable=True)[:due]] = True
-        for site, of_site in zip(sites, dropped.split([len(site.down) for site in sites]), strict=True):
-            site.drop(of_site)
+        rank = strength.argsort(stable=True).argsort()  # of each unit, the weakest first
+        for site, is_due in zip(sites, (rank < due).split([len(site.down) for site in sites]), strict=True):
+            for parameter, dim in site.by_unit():
+                parameter.index_fill_(dim, is_due.nonzero()[:, 0], 0.0)
 
     def finish(self) -> None:
         """Stores the living units only: another config, with ranks site by site."""
-        if self.config.prune:
-            ranks = tuple(rank for site in self.push.sites for rank in site.shrink())
-            self.config = replace(self.config, ranks=ranks, prune=0.0)
+        if self.config.prune == 0:
+            return
+        for site in self.push.sites:
+            is_kept = site.strength() > 0
+            site.ranks = is_kept.cumsum(0)[site.ranks - 1]
+            for parameter, dim in site.by_unit():
+                parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0])
+        ranks = torch.cat([site.ranks for site in self.push.sites]).tolist()
+        self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
 
     def penalty(self) -> Tensor | None:
         return self.push.sites[0].penalty() if self.config.recipe == "paper" else None
