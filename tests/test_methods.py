@@ -210,48 +210,32 @@ def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, 
     torch.testing.assert_close(model.blocks[1].down.weight.detach(), matrix + scale * (b @ a).detach())
 
 
-BUDGETED = [("weight-lora", {}), ("weight-lora", {"targets": ("key",)}), ("adapters", {})]
-BUDGETED += [("trajectory-lora", {"blocks": b}) for b in (0, 2)]
-BUDGETED += [("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8)}), ("trajectory-lora", {"recipe": "fast"})]
+BUDGETED = [("weight-lora", {"budget": 0.2}), ("weight-lora", {"budget": 0.05, "targets": ("key",)})]
+BUDGETED += [("adapters", {"budget": 0.013}), ("trajectory-lora", {}), ("trajectory-lora", {"budget": 0.001})]
+BUDGETED += [("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1})]
+BUDGETED += [("trajectory-lora", {"blocks": 0, "budget": 0.3}), ("trajectory-lora", {"ranks": "auto"})]
+BUDGETED += [("trajectory-lora", {"recipe": "fast", **more}) for more in ({}, {"attend": 8}, {"ranks": "auto"})]
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.37, 0.6])
 @pytest.mark.parametrize(("name", "options"), BUDGETED)
-def test_a_budget_gives_the_largest_rank_that_fits(
-    config: ModelConfig, name: str, options: dict[str, Any], budget: float
-) -> None:
-    settings, method = make_config(name, {**options, "budget": budget}, config), METHODS[name]
+def test_a_budget_gives_the_largest_rank_that_fits_once_units_are_pruned(name: str, options: dict[str, Any]) -> None:
+    base, method = ModelConfig(8192), METHODS[name]
+    settings, limit = make_config(name, options, base), options.get("budget", 0.007) * base.num_parameters()
     rank = settings.rank if hasattr(settings, "rank") else max(settings.ranks)
-    more = replace(settings, attend=None) if options.get("recipe") == "fast" else settings
-    limit = budget * config.num_parameters()
-    assert method.expected_parameters(settings, config) <= limit
-    assert method.expected_parameters(method.with_rank(more, rank + 1), config) > limit
+    rank = rank // 2 if options.get("ranks") == "auto" else rank
+    more = method.with_rank(settings, rank + 1)
+    more = replace(more, attend=rank + 1) if options.get("recipe") == "fast" and "attend" not in options else more
+    stored = [method.expected_parameters(c, base) for c in (method.with_rank(settings, rank), more)]
+    assert stored[0] <= limit < stored[1]
 
 
-REAL = [({}, 0.007, 1), ({"budget": 0.001}, 0.001, 1), ({"recipe": "fast"}, 0.007, 1)]
-REAL += [({"recipe": "fast", "attend": 8}, 0.007, 1), ({"ranks": "auto"}, 0.007, 2)]
-REAL += [({"recipe": "fast", "ranks": "auto"}, 0.007, 2)]
-
-
-@pytest.mark.parametrize(("options", "most", "begins_with"), REAL)
-def test_a_recipe_stores_its_share_of_a_real_base_once_units_are_pruned(
-    options: dict[str, Any], most: float, begins_with: int
-) -> None:
-    base = ModelConfig(8192)
-    settings = make_config("trajectory-lora", options, base)
-    assert len(set(settings.ranks)) == 1 and settings.sigma == (1.0, 1.0, 1.0), "which writes better"
-    assert settings.attend == options.get("attend", settings.attend)
-    final = replace(settings, ranks=tuple(r // begins_with for r in settings.ranks))
-    more = replace(final, ranks=tuple(r + 1 for r in final.ranks))
-    more = replace(more, attend=more.ranks[0]) if settings.attend == final.ranks[0] else more
-    fits = [TrajectoryLora.expected_parameters(c, base) <= most * base.num_parameters() for c in (final, more)]
-    assert fits == [True, False]
-
-
-def test_ranks_that_are_given_are_taken() -> None:
-    paper = make_config("trajectory-lora", {"recipe": "paper"}, ModelConfig(8192))
-    assert paper.ranks == (64, 32, 8) and paper.sigma == (1.0, 0.5, 0.25)
-    assert make_config("trajectory-lora", {"ranks": (5, 4, 3)}, ModelConfig(8192)).ranks == (5, 4, 3)
+def test_bands_are_alike_but_in_the_paper_or_where_ranks_are_given() -> None:
+    paper, best, given = (
+        make_config("trajectory-lora", options, ModelConfig(8192))
+        for options in ({"recipe": "paper"}, {}, {"ranks": (5, 4, 3)})
+    )
+    assert paper.ranks == (64, 32, 8) and paper.sigma == (1.0, 0.5, 0.25) and given.ranks == (5, 4, 3)
+    assert len(set(best.ranks)) == 1 and best.sigma == (1.0, 1.0, 1.0), "which writes better"
 
 
 OURS = "trajectory-lora"
@@ -270,7 +254,6 @@ WRONG = [
     (OURS, {"attend": 4}, "recipe best has no attending units"),
     (OURS, {"prune": 1.0}, "prune must be below 1, got 1.0"),
     (OURS, {"recipe": "paper", "ranks": "auto"}, "neither ranks auto nor dropout"),
-    (OURS, {"recipe": "paper", "dropout": 0.1}, "neither ranks auto nor dropout"),
 ]
 
 
@@ -388,18 +371,17 @@ def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, Trajector
     return model, method
 
 
-def living(method: TrajectoryLora) -> list[int]:
-    return [int((site.up.norm(dim=0) > 0).sum()) for site in method.push.sites]
-
-
-def test_ranks_shrink_from_the_weakest_unit_and_every_site_keeps_one(config: ModelConfig) -> None:
-    assert living(pruned(config, 0.1)[1]) == [8, 8, 8]
-    assert living(pruned(config, 0.4)[1]) == [2, 8, 8]  # a quarter of 24
-    assert living(pruned(config, 0.6)[1]) == [1, 3, 8]  # half; the strongest of the first site stays
-    method = pruned(config, 0.3, 0.4, 0.5, 0.9, 1.0)[1]
-    assert living(method) == [1, 3, 8]
-    kept = method.push.sites[1].up.norm(dim=0).nonzero()[:, 0].tolist()
-    assert kept == [0, 6, 7], "the unit that every band uses stays"
+@pytest.mark.parametrize(
+    ("progresses", "left"),
+    [((0.1,), [8, 8, 8]), ((0.4,), [2, 8, 8]), ((0.6,), [1, 3, 8]), ((0.3, 0.4, 0.5, 0.9, 1.0), [1, 3, 8])],
+)
+def test_ranks_shrink_from_the_weakest_unit_and_every_site_keeps_one(
+    config: ModelConfig, progresses: tuple[float, ...], left: list[int]
+) -> None:
+    sites = pruned(config, *progresses)[1].push.sites
+    assert [int((site.up.norm(dim=0) > 0).sum()) for site in sites] == left
+    kept = sites[1].up.norm(dim=0).nonzero()[:, 0].tolist()
+    assert kept == ([0, 6, 7] if left[1] == 3 else list(range(8))), "the unit that every band uses stays"
 
 
 def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config: ModelConfig) -> None:
@@ -466,25 +448,20 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
 # ---------------------------------------------------------------------------------------------- state cache
 
 
-def task_rows(
-    folder: Path, tokenizer: Tokenizer, answers: tuple[str, str] = ("bad", "good"), n: int = 24, words_each: int = 0
-) -> TaskRows:
-    rng = random.Random(0)
-    words = ("film", "plot", "music", "food", "dull", "bright", "very")
-    lines = [
-        " ".join(rng.choice(words) for _ in range(words_each or rng.randint(1, 9))) + f"\t{i % 2}" for i in range(n)
-    ]
-    (folder / "train.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
-    (folder / "mood.toml").write_text(
-        'template = "{text} it was {answer} ."\n'
-        f'[verbalizer]\nneg = "{answers[0]}"\npos = "{answers[1]}"\n[data]\ntrain = "train.tsv"\n'
-    )
+def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_each: int = 0) -> TaskRows:
+    rng, lines = random.Random(0), ["text\tlabel"]
+    for i in range(24):
+        words = rng.choices(("film", "plot", "music", "food", "dull", "bright"), k=words_each or rng.randint(1, 9))
+        lines.append(f"{' '.join(words)}\t{i % 2}")
+    (folder / "train.tsv").write_text("\n".join(lines))
+    labels = f'[verbalizer]\nneg = "bad"\npos = "{positive}"\n[data]\ntrain = "train.tsv"\n'
+    (folder / "mood.toml").write_text(f'template = "{{text}} it was {{answer}} ."\n{labels}')
     task = load_task(str(folder / "mood.toml"))
     return TaskRows(load_split(task, "train"), task, tokenizer, 48)
 
 
-def no_autocast() -> torch.autocast:
-    return torch.autocast("cpu", enabled=False)
+def state_cache(model: Denoiser, rows: TaskRows, objective: Objective, told: Any = None) -> StateCache:
+    return StateCache(model, rows, objective, lambda: torch.autocast("cpu", enabled=False), *([told] if told else []))
 
 
 def objective(tokenizer: Tokenizer) -> Objective:
@@ -498,7 +475,7 @@ def test_training_from_kept_states_is_training_from_the_start(
     rows, noise, kept = task_rows(tmp_path, tokenizer), objective(tokenizer), []
     method = lively_push(config, case)
     model = on_base(config, method.push)
-    cache = StateCache(model, rows, noise, no_autocast, kept.append)
+    cache = state_cache(model, rows, noise, kept.append)
     depth, reads = method.push.first_depth, method.push.reads_depths
     assert kept[-1] == len(rows)
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
@@ -529,7 +506,7 @@ def test_training_from_kept_states_is_training_from_the_start(
 def test_states_of_rows_of_one_length_are_kept_too(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows, model = task_rows(tmp_path, tokenizer, words_each=3), fresh_base(config)
     attach(model, "fast")
-    (cached,) = StateCache(model, rows, objective(tokenizer), no_autocast).noise(rows.take(np.arange(4)), 0)
+    (cached,) = state_cache(model, rows, objective(tokenizer)).noise(rows.take(np.arange(4)), 0)
     assert cached.attention_mask is None and cached.cached is not None and bool(cached.cached.isfinite().all())
 
 
@@ -544,18 +521,17 @@ def test_a_large_number_of_a_kept_state_costs_its_own_group_alone() -> None:
 
 
 CACHE_REASONS = [
-    ("full", ("bad", "good"), 4.0, "the method changes the first block"),
-    ("best-2", ("bad", "good"), 4.0, "the method changes the first block"),
-    ("best-1", ("bad", "very good"), 4.0, "the answer has 2 tokens, whose masks vary"),
-    ("best-1", ("bad", "good"), 0.0, "--cache-gb allows 0"),
+    ("full", "good", 4.0, "the method changes the first block"),
+    ("best-2", "good", 4.0, "the method changes the first block"),
+    ("best-1", "very good", 4.0, "the answer has 2 tokens, whose masks vary"),
+    ("best-1", "good", 0.0, "--cache-gb allows 0"),
 ]
 
 
-@pytest.mark.parametrize(("case", "answers", "limit", "reason"), CACHE_REASONS)
+@pytest.mark.parametrize(("case", "answer", "limit", "reason"), CACHE_REASONS)
 def test_states_are_not_kept_where_a_reason_is_named(
-    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, answers: tuple[str, str], limit: float,
-    reason: str,
-) -> None:  # fmt: skip
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, answer: str, limit: float, reason: str
+) -> None:
     model = fresh_base(config)
     attach(model, case)
-    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, answers), limit) or "")
+    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, answer), limit) or "")

@@ -245,17 +245,18 @@ class TrajectoryLora(Method):
 
     @torch.no_grad()
     def after_update(self, progress: float) -> None:
-        """Sets the weakest units of all sites to zero, as many as are due at `progress` of the run. One update later
-        they are still next to zero, and so are chosen again."""
+        """Sets the weakest units of all sites to zero, as many as are due at `progress` of the run, and all that push
+        nothing yet. One update later they are still next to zero, and so are chosen again."""
         if self.config.prune == 0 or progress < PRUNED_FROM:
             return
         sites, strength = self.push.sites, torch.cat([site.strength() for site in self.push.sites])
         share = self.config.prune * min(1.0, (progress - PRUNED_FROM) / (PRUNED_TO - PRUNED_FROM))
         due = min(math.ceil(share * len(strength) - 1e-9), len(strength) - len(sites))
-        rank = strength.argsort(stable=True).argsort()  # of each unit, the weakest first
-        for site, is_due in zip(sites, (rank < due).split([len(site.down) for site in sites]), strict=True):
+        dropped = strength == 0
+        dropped[strength.argsort(stable=True)[:due]] = True
+        for site, of_site in zip(sites, dropped.split([len(site.down) for site in sites]), strict=True):
             for parameter, dim in site.by_unit():
-                parameter.index_fill_(dim, is_due.nonzero()[:, 0], 0.0)
+                parameter.index_fill_(dim, of_site.nonzero()[:, 0], 0.0)
 
     def finish(self) -> None:
         """Stores the living units only: another config, with ranks site by site."""
