@@ -32,13 +32,6 @@ FLOOR = 0.01  # under variances: a template's tokens have none
 NONE = -1
 
 
-def answer_slot(prompt_mask: Tensor) -> Tensor:
-    """(B, L) bool: positions that are no prompt and have some prompt after them; what comes last is padding, or an
-    answer that ends its row."""
-    follows = prompt_mask.flip(1).cumsum(1).flip(1) > 0
-    return ~prompt_mask & follows
-
-
 def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
     """(B, 5 D) of token embeddings (B, L, D): their mean over the prompt, and those of the tokens next to the answer.
 
@@ -51,8 +44,9 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
         share = chosen.to(normal.dtype) / chosen.sum(1, keepdim=True).clamp(min=1)
         return (normal * share[..., None]).sum(1)
 
-    slot, length = answer_slot(prompt_mask).int(), prompt_mask.shape[1]
-    ends_row = slot.sum(1) == 0  # an answer with nothing behind it
+    length, follows = prompt_mask.shape[1], prompt_mask.flip(1).cumsum(1).flip(1) > 0
+    slot = (~prompt_mask & follows).int()  # what is no prompt and comes last is padding, or an answer that ends its row
+    ends_row = slot.sum(1) == 0
     first = torch.where(ends_row, prompt_mask.sum(1), slot.argmax(1))
     last = torch.where(ends_row, length, first + slot.sum(1) - 1)
     parts = [mean(prompt_mask)]
