@@ -480,7 +480,7 @@ ERRORS = [
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
     ("report {place}/mood-full --csv {place}/mood-full/config.json", 1, "a file of a run"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
-    ("compose {place}/base {place}/colours --out new", 1, "is a base; compose takes"),
+    ("compose {place}/base {place}/colours --out new", 1, "holds a base; compose takes"),
     (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--threshold has no effect with --sampler ancestral"),
     (EVAL + "--seed 3", 2, "--seed has no effect with --sampler threshold"),
     (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold"),

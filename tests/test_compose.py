@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import WEATHER
-from test_methods import attach, fresh_base, logits, noised_batch, train
+from test_methods import attach, fresh_base, train
 from torch import Tensor
 
+from tinyld import composition
 from tinyld.checkpoint import Base, method_record
 from tinyld.compose import compose, show
-from tinyld.composition import Member, hang, load_composition, save_composition
+from tinyld.composition import NONE, RoutedPush, Router, prompt_features, prompt_prototype
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, make_config
+from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
 from tinyld.predict import load
-from tinyld.router import NEAR, NONE, Router, answer_slot, prompt_features, prompt_prototype, prototype_shapes
 from tinyld.runs import RunFolder
 
 
@@ -32,16 +33,12 @@ def base_of(model: Denoiser) -> Base:
     return Base(Path("base"), model, None, "fingerprint")  # type: ignore[arg-type]
 
 
-def trained_member(config: ModelConfig, case: str, seed: int = 0) -> tuple[Member, Tensor]:
-    """A member of its own training, and the logits that its adapter gives by itself."""
+def trained_member(config: ModelConfig, case: str, seed: int = 0) -> tuple[dict[str, Any], TrajectoryPush]:
+    """(its record, its push), of a training of its own."""
     model = fresh_base(config)
     method = attach(model, case, seed)
     train(model, method, updates=2 + seed)
-    return Member(f"run{seed}", {"name": f"task{seed}"}, method), logits(model, noised_batch(config))
-
-
-def any_router(config: ModelConfig, members: int) -> Router:
-    return Router(*(torch.zeros(members, *shape) for shape in prototype_shapes(config.d_model).values()))
+    return {"run": f"run{seed}", "task": {"name": f"task{seed}"}, "method": method_record(method)}, method.push
 
 
 LORA = METHODS["weight-lora"](make_config("weight-lora", {"rank": 1}, ModelConfig(160)), ModelConfig(160))
@@ -58,13 +55,14 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 def test_a_composition_that_is_damaged_or_of_another_method_is_refused(
     config: ModelConfig, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    folder, (member, _) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
-    save_composition(folder, base_of(fresh_base(config)), [member], any_router(config, 1), False, {})
+    folder, (record, push) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
+    routed = RoutedPush([push], Router(1, config.d_model))
+    composition.save_composition(folder, base_of(fresh_base(config)), [record | {"data": {}}], routed, False)
     written = folder.config
     change(written)
     folder.write_json("config.json", written)
     with pytest.raises(TinyldError, match=message):
-        load_composition(folder, base_of(fresh_base(config)))
+        composition.load_composition(folder, base_of(fresh_base(config)))
 
 
 # ---------------------------------------------------------------------------------------------- routers
@@ -74,46 +72,42 @@ def prompts(config: ModelConfig, rows: int = 6) -> tuple[Tensor, Tensor]:
     """(x, prompt_mask): rows of 12 tokens, the answer at 6, row 1 padded behind 9."""
     x = torch.randint(5, config.vocab_size, (rows, 12), generator=torch.Generator().manual_seed(3))
     prompt_mask = torch.ones_like(x, dtype=torch.bool)
-    prompt_mask[:, 6] = False
-    prompt_mask[1, 9:] = False
+    prompt_mask[:, 6] = prompt_mask[1, 9:] = False
     return x, prompt_mask
 
 
 def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) -> None:
-    model, (x, prompt_mask) = fresh_base(config), prompts(config)
-    slot = answer_slot(prompt_mask)
-    assert slot.nonzero().tolist() == [[row, 6] for row in range(6)], "padding is no answer"
+    model, (x, prompt_mask), d = fresh_base(config), prompts(config), config.d_model
     features = prompt_features(model.embed(x), prompt_mask)
     short = prompt_features(model.embed(x[1:2, :9]), prompt_mask[1:2, :9])
     torch.testing.assert_close(features[1:2], short)
     changed = x.clone()
-    changed[0, 6] = 4  # the answer is not read
-    changed[1, 10] = 5  # nor padding
+    changed[0, 6], changed[1, 10] = 4, 5  # neither the answer is read, nor padding
     torch.testing.assert_close(prompt_features(model.embed(changed), prompt_mask), features)
-    far = x.clone()
-    d = config.d_model
-    for place, part in ((6 + NEAR[0] - 1, None), (4, 1), (5, 2), (7, 3), (8, 4)):
-        far[0] = torch.where(torch.arange(12) == place, x[0] % 90 + 10, x[0])
-        moved = (prompt_features(model.embed(far), prompt_mask) - features)[0].abs().view(5, d).amax(1)
+    for place, part in ((3, None), (4, 1), (5, 2), (7, 3), (8, 4)):
+        changed[0] = torch.where(torch.arange(12) == place, x[0] % 90 + 10, x[0])
+        moved = (prompt_features(model.embed(changed), prompt_mask) - features)[0].abs().view(5, d).amax(1)
         assert (moved > 1e-3).nonzero().flatten().tolist() == ([0] if part is None else [0, part])
-    alone = prompt_features(model.embed(x[:, 6:]), prompt_mask[:, 6:])
+    first = prompt_features(model.embed(x[:, 6:]), prompt_mask[:, 6:])
+    assert (first[:, d : 3 * d] == 0).all() and (first[:, 3 * d :] == features[:, 3 * d :]).all(), "nothing before"
     last = prompt_features(model.embed(x[:, :9]), prompt_mask[:, :9] & (torch.arange(9) < 6))  # behind: slot, padding
     torch.testing.assert_close(last[:, d : 3 * d], features[:, d : 3 * d])
     assert (last[:, 3 * d :] == 0).all(), "nothing behind"
-    assert (alone[:, d : 3 * d] == 0).all() and (alone[:, 3 * d :] == features[:, 3 * d :]).all(), "nothing before"
 
 
 def test_the_nearest_prototype_is_in_units_of_the_mean_variance() -> None:
     mean = torch.tensor([[0.0, 0.0], [4.0, 1.0]])
     prototypes = torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1)
     features = torch.tensor([[3.9, 0.1], [0.1, 0.9]])  # near in the wide first feature, far in the narrow second
-    assert Router(prototypes, torch.zeros(2, 1, 2)).nearest(features).tolist() == [0, 1]
+    router = Router(2, 2)
+    router.prototype = prototypes
+    assert router.nearest(features).tolist() == [0, 1]
 
 
 def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
     """What lies off the directions in which a task's prompts vary is strange; along them it may lie far."""
-    router = Router(torch.zeros(2, 2, 10), torch.tensor([[[0.99, 0.0]], [[0.0, 0.99]]]))
-    router.prototype[1, 0, 0] = 20.0  # the second task's mean
+    router = Router(2, 2)
+    router.directions, router.prototype[1, 0, 0] = torch.tensor([[[0.99, 0.0]], [[0.0, 0.99]]]), 20.0  # its mean
     along = torch.linspace(-3, 3, 200)[:, None]
     own = [torch.zeros(200, 10), torch.zeros(200, 10)]
     own[0][:, :1], own[1][:, 1:2] = along, along
@@ -134,42 +128,41 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
     config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch that mixes two tasks' rows equals each row under the one adapter whose prompts it is like."""
-    model, (x, prompt_mask) = fresh_base(config), prompts(config)
+    (x, prompt_mask), owner, t = prompts(config), [0, 1, 0, 0, 1, 1], torch.ones(6)
     for row in range(2, 6):  # rows 2, 3 are nearly row 0; rows 4, 5 nearly row 1
-        x[row, 1:], prompt_mask[row] = x[(row - 2) // 2, 1:], prompt_mask[(row - 2) // 2]
-    owner, t = [0, 1, 0, 0, 1, 1], torch.ones(6)
-    features = prompt_features(model.embed(x), prompt_mask).detach()
-    own = [features[[row for row, o in enumerate(owner) if o == i]] for i in (0, 1)]
-    router = any_router(config, 2)
-    router.prototype.copy_(torch.stack([torch.stack([f.mean(0), f.var(0, correction=0)]) for f in own]))
-    members = [trained_member(config, case, i)[0] for i, case in enumerate(("best-2", "fast"))]
-    base = base_of(fresh_base(config))
-    hang(base, members, router)
+        x[row, 1:], prompt_mask[row] = x[owner[row], 1:], prompt_mask[owner[row]]
+    records, pushes = zip(*(trained_member(config, case, i) for i, case in enumerate(("best-2", "fast"))), strict=True)
+    base, answer = base_of(fresh_base(config)), torch.arange(12)[None] == torch.full((6, 1), 6)
+    features = prompt_features(base.model.embed(x), prompt_mask).detach()
+    router = Router(2, config.d_model)
+    for i in (0, 1):
+        own = features[torch.tensor(owner) == i]
+        router.prototype[i] = torch.stack([own.mean(0), own.var(0, correction=0)])
+    base.model.push = routed = RoutedPush(pushes, router)
     ran: list[int] = []
-    for push in base.model.push.pushes:
+    for push in pushes:
         start = push.start
         monkeypatch.setattr(push, "start", lambda t, *args, start=start: ran.append(len(t)) or start(t, *args))
-    real = prompt_mask | answer_slot(prompt_mask)
+    real = prompt_mask | answer
     with torch.no_grad():
         found = base.model(x, t, real, prompt_mask)
-        some = base.model(x, t, real, prompt_mask, where=answer_slot(prompt_mask))
+        some = base.model(x, t, real, prompt_mask, where=answer)
     assert ran == [3, 3] * 2, "each adapter runs on its own rows only"
-    torch.testing.assert_close(some, found[answer_slot(prompt_mask)], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(some, found[answer], atol=1e-4, rtol=1e-4)
     folder = RunFolder.create(tmp_path / "both")
-    save_composition(folder, base_of(fresh_base(config)), members, router, False, {})
+    composition.save_composition(folder, base, [record | {"data": {}} for record in records], routed, False)
+    again, one = base_of(fresh_base(config)), fresh_base(config)
+    composition.load_composition(folder, again)
     for only, answered_by in ((None, owner), (1, [1] * 6)):
-        again = base_of(fresh_base(config))
-        load_composition(folder, again)
         again.model.push.router.only = only
         with torch.no_grad():
             repeated = again.model(x, t, real, prompt_mask)
             assert again.model.push.owners(again.model.embed(x), prompt_mask).tolist() == answered_by
-        assert answered_by != owner or torch.equal(repeated, found)
+        assert only == 1 or torch.equal(repeated, found)
         for row, member in enumerate(answered_by):
-            one, length = base_of(fresh_base(config)), int(real[row].sum())
-            one.model.push = members[member].method.push
+            one.push, length = pushes[member], int(real[row].sum())
             with torch.no_grad():
-                alone = one.model(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
+                alone = one(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
             torch.testing.assert_close(repeated[row, :length], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -178,7 +171,7 @@ def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.Monk
     base: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(d_model=384)))
     for seed in range(40):
         same = torch.randn(1, 5 * 384, generator=torch.Generator().manual_seed(seed)).expand(60, -1) / 20
-        monkeypatch.setattr("tinyld.router.task_features", lambda *_, same=same: same)
+        monkeypatch.setattr("tinyld.composition.task_features", lambda *_, same=same: same)
         found = prompt_prototype(base, range(60))  # type: ignore[arg-type]
         assert all(tensor.isfinite().all() for tensor in found.values())
 

@@ -2,87 +2,134 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
-from tinyld.checkpoint import load_base_of
-from tinyld.composition import Member, hang, make_router, read_member, save_composition
+import numpy as np
+from torch import Tensor
+
+from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
+from tinyld.composition import NONE, RoutedPush, Router, load_push, save_composition, task_features
 from tinyld.config import SampleConfig, check
+from tinyld.data import TaskRows
 from tinyld.device import resolve_device
-from tinyld.environment import environment
 from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run
-from tinyld.router import measure_routing
-from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
+from tinyld.rows import bundled_data_dir, prompt_of
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.scores import measure, rows_for
 from tinyld.tables import percent, print_record, print_table
-from tinyld.tasks import from_record
+from tinyld.tasks import Task, from_record
+from tinyld.tokenizer import read_lines
 from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
 
 LEAST_RIGHT = 0.95  # share of a task's rows that go to its adapter by their text; below it tasks are to be named
+STRANGERS = 500  # texts that belong to no task, to count wrong acceptances on
 
 
 def compose(options: ComposeOptions) -> dict[str, Any]:
     """Writes a composition, and says what each task gains or loses by it on held-out rows."""
-    runs = options.runs
+    runs, say = options.runs, say_to_stderr(options.quiet)
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
     folders = [RunFolder.open(run) for run in runs]
-    first = folders[0].config
-    if "base" not in first:
-        raise TinyldError(f"{runs[0]} is a base; compose takes adapters")
-    base = load_base_of(first, runs[0], options.base, resolve_device(options.device))
-    members: dict[str, Member] = {}
-    alone: dict[str, Run] = {}
     for folder in folders:
-        member, dtype = read_member(folder, base), folder.config["base"].get("dtype", "fp32")
-        if dtype != base.dtype:
-            raise TinyldError(f"{folder.path} was trained on the base in {dtype}, the others on it in {base.dtype}")
-        other = members.setdefault(name := member.task["name"], member)
-        if other is not member:
+        if folder.config["kind"] != "adapter":
+            raise TinyldError(f"{folder.path} holds a {folder.config['kind']}; compose takes adapters")
+    base = load_base_of(folders[0].config, runs[0], options.base, resolve_device(options.device))
+    router = Router(len(runs), base.model.config.d_model).to(base.model.device)
+    alone: dict[str, Run] = {}
+    for i, folder in enumerate(folders):
+        config, path = folder.config, folder.path
+        check_base(config, base, path)
+        if (dtype := config["base"].get("dtype", "fp32")) != base.dtype:
+            raise TinyldError(f"{path} was trained on the base in {dtype}, the others on it in {base.dtype}")
+        push = load_push(config["method"], folder.read_tensors(ADAPTER), base, folder)
+        task = from_record(config["task"], str(path / CONFIG))
+        if task.name in alone:
             way_out = "compose takes one a task; where they are two, train one on a file of another name"
-            raise TinyldError(f"{other.run} and {member.run} are both of a task {name}: {way_out}")
-        task = from_record(member.task, str(folder.path / CONFIG))
-        alone[name] = Run(folder.path, base, [task], folder.config, options.dtype)
-    router = make_router(folders, base)
-    out = options.out or RUNS / f"compose-{'-'.join(members)}"
+            raise TinyldError(f"{alone[task.name].path} and {path} are both of a task {task.name}: {way_out}")
+        alone[task.name] = Run(path, base, [task], config, options.dtype, push)
+        of_member = {name: tensor[i] for name, tensor in router.state_dict().items() if name != "limits"}
+        load_exactly(of_member, folder.read_tensors(PROTOTYPE), path / PROTOTYPE)
+    out = options.out or RUNS / f"compose-{'-'.join(alone)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
     rows = {name: rows_for(run, run.tasks[0], options.split, options.data) for name, run in alone.items()}
     for of in rows.values():
-        say_truncated(say_to_stderr(options.quiet), of.truncated, len(of), base.model.config.max_length)
+        say_truncated(say, of.truncated, len(of), base.model.config.max_length)
     routing = measure_routing(base, router, rows, options.limit)
     worst = min(routing, key=lambda r: r["right"])
     by_name = worst["right"] < LEAST_RIGHT
     if by_name:
-        say_to_stderr(options.quiet)(
+        say(
             f"by their texts only {100 * worst['right']:.0f}% of {worst['task']}'s rows would go to its adapter: "
             f"name the task when you ask (tinyld predict {out} --task {worst['task']}), or train one of them with a "
             "template of its own (finetune --set template='...')"
         )
+    routed = RoutedPush([run.push for run in alone.values()], router)
 
-    def measured(name: str) -> Evaluation:
+    def measured(name: str, push: Any) -> Evaluation:
+        base.model.push = push
         return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet, limit=options.limit)
 
     drops = []
-    for name, member in members.items():
-        base.model.push = member.method.push
-        own = both = measured(name)
-        if not by_name:  # else the member that is named answers, as it does alone
-            hang(base, list(members.values()), router)
-            both = measured(name)
+    for name, run in alone.items():
+        own = measured(name, run.push)
+        both = own if by_name else measured(name, routed)  # the member that is named answers as it does alone
         drops.append({
             "task": name, "split": options.split, "n": own.n, "own": own.accuracy, "composed": both.accuracy,
             "drop": None if own.accuracy is None else own.accuracy - both.accuracy,
             "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
-    save_composition(folder, base, list(members.values()), router, by_name, environment())
-    parameters = sum(p.numel() for m in members.values() for p in m.method.own.values())
+    members = []
+    for run in alone.values():
+        data = {name: run.config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
+        record = {"run": str(run.path), "task": run.config["task"], "data": data, "method": run.config["method"]}
+        members.append(record)
+    save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
-    result |= {"parameters": parameters, "bytes": folder.files()[ADAPTER]["bytes"]}
+    result |= {"parameters": sum(p.numel() for p in routed.parameters()), "bytes": folder.files()[ADAPTER]["bytes"]}
     folder.write_json(RESULTS, {"compose": result})
     return result
+
+
+def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
+    """Counts, of each member's task, the share of rows that goes to each member ("right": to the task's own); sets the
+    router's limits by every other row, and counts on the rest what is refused, and of texts of no task what is taken
+    for the task's. rows: by the tasks' names, in the members' order."""
+    features = {name: task_features(base, of, np.arange(len(of))[:limit]) for name, of in rows.items()}
+    router.set_limits([own[::2] for own in features.values()])
+    found = []
+    for name, of in rows.items():
+        rest = features[name][1::2] if len(features[name]) > 1 else features[name]
+        nearest, strangers = router.nearest(features[name]), stranger_rows(base, of.task)
+        goes = {other: share(nearest == i) for i, other in enumerate(rows)}
+        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
+        found.append({
+            "task": name, "n": len(nearest), "right": goes[name], "goes_to": goes,
+            "wrongly_refused": share(router.choose(rest) == NONE), "wrongly_accepted": accepted,
+        })  # fmt: skip
+    return found
+
+
+def share(hits: Tensor) -> float:
+    return float(hits.float().mean())
+
+
+def stranger_rows(base: Base, task: Task) -> TaskRows | None:
+    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text.
+
+    Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
+    """
+    if len(task.columns) != 1 or task.is_generation:
+        return None
+    (column,) = task.columns.values()
+    lines = islice(read_lines([bundled_data_dir() / "corpus.txt.gz"]), STRANGERS)
+    examples = [prompt_of(task, {column: line.partition(". ")[0]}, "corpus.txt.gz") for line in lines]
+    return TaskRows(examples, task, base.tokenizer, base.model.config.max_length)
 
 
 def show(result: dict[str, Any], options: ComposeOptions) -> None:

@@ -1,30 +1,133 @@
-"""Several trajectory adapters on one base, which runs once: a row gets the push of the one whose prompts it is like."""
+"""A composition: several trajectory adapters on one base, which runs once; a row gets the push of the one whose prompts
+it is like.
+
+Prompts are read by the base's token embeddings alone, normalised: averaged over the whole prompt, and one by one for
+the few tokens next to the answer, where a task's template stands. Nothing is trained.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.checkpoint import Base, check_base, load_exactly, load_method, method_record
+from tinyld.checkpoint import Base, load_exactly, load_method
+from tinyld.data import TaskRows, spread_over
+from tinyld.environment import environment
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
-from tinyld.read import finite
-from tinyld.router import Router, prompt_features, prototype_shapes
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, RunFolder
+
+NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
+PROTOTYPE_ROWS = 1_000
+DIRECTIONS = 64  # in which a task's prompts are known to vary
+KNOWN = 0.99  # share of a task's own prompts that its limit takes in
+FLOOR = 0.01  # under variances: a template's tokens have none
+NONE = -1
 
 
-class Member(NamedTuple):
-    """One adapter of a composition."""
+def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
+    """(B, 5 D) of token embeddings (B, L, D): their mean over the prompt, and those of the tokens next to the answer.
 
-    run: str
-    task: dict[str, Any]  # `tasks.to_record`
-    method: TrajectoryLora
-    data: dict[str, Any] = {}  # where its rows are, as its config says it
+    What stands next to the answer is the task's template, the same in every row; apart from the rest, it tells tasks
+    apart whose texts are alike, or longer than those that a prototype was made from. A token that is missing is zero.
+    """
+    normal = F.layer_norm(embedded, embedded.shape[-1:])
+
+    def mean(chosen: Tensor) -> Tensor:
+        share = chosen.to(normal.dtype) / chosen.sum(1, keepdim=True).clamp(min=1)
+        return (normal * share[..., None]).sum(1)
+
+    length, follows = prompt_mask.shape[1], prompt_mask.flip(1).cumsum(1).flip(1) > 0
+    slot = (~prompt_mask & follows).int()  # what is no prompt and comes last is padding, or an answer that ends its row
+    ends_row = slot.sum(1) == 0
+    first = torch.where(ends_row, prompt_mask.sum(1), slot.argmax(1))
+    last = torch.where(ends_row, length, first + slot.sum(1) - 1)
+    parts = [mean(prompt_mask)]
+    for offset in NEAR:
+        position = (first if offset < 0 else last) + offset
+        parts.append(mean(prompt_mask & (torch.arange(length, device=position.device) == position[:, None])))
+    return torch.cat(parts, dim=1).float()
+
+
+@torch.no_grad()
+def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) -> Tensor:
+    """(rows, 5 D) prompt features of a task's rows, or of some of them."""
+    device, found = base.model.device, []
+    chosen = np.arange(len(rows)) if chosen is None else chosen
+    at_once = base.model.rows_at_once(int(rows.lengths[chosen].max()), 100)
+    for chunk in np.array_split(chosen, -(-len(chosen) // at_once)):
+        batch = rows.take(chunk)
+        prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
+        found.append(prompt_features(base.model.embed(batch.x0.to(device)), prompt_mask))
+    return torch.cat(found)
+
+
+def prototype_shapes(width: int) -> dict[str, tuple[int, int]]:
+    """Of the tensors of `prompt_prototype`, for a base of that width."""
+    return {"prototype": (2, (1 + len(NEAR)) * width), "directions": (min(DIRECTIONS, width // 2), width)}
+
+
+def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
+    """What a router knows of a task's prompts; each adapter keeps its own.
+
+    "prototype" (2, 5 D): mean and variance of their features; "directions" (m, D): those in which their mean embedding
+    varies most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
+    """
+    features = task_features(base, rows, spread_over(len(rows), PROTOTYPE_ROWS)).cpu()
+    kept, width = prototype_shapes(base.model.config.d_model)["directions"]
+    of_means = torch.cov(features[:, :width].T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
+    values, vectors = (found.float() for found in torch.linalg.eigh(of_means))  # smallest first
+    rest = values[:-kept].mean().clamp(min=1e-8)
+    share = 1 - rest / values[-kept:].clamp(min=rest)
+    prototype = torch.stack([features.mean(0), features.var(0, correction=0)])
+    return {"prototype": prototype, "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
+
+
+class Router(nn.Module):
+    """Names the member whose mean is nearest, in units of the members' mean variance (linear discriminant analysis
+    with a diagonal covariance), and says whether a prompt is nearer to that member than its limit."""
+
+    def __init__(self, members: int, width: int):
+        """Prototypes are to be filled in: (k, 2, 5 D), (k, m, D). No prompt is refused before `set_limits`."""
+        super().__init__()
+        for name, shape in prototype_shapes(width).items():
+            self.register_buffer(name, torch.zeros(members, *shape))
+        self.register_buffer("limits", torch.full((members,), torch.finfo(torch.float32).max))
+        self.only: int | None = None  # the member that answers all rows, whatever their prompts
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """(B,) the member to answer each row, whether or not it is near. features: (B, 5 D)."""
+        if self.only is not None:
+            return torch.full((len(features),), self.only, device=features.device)
+        mean, variance = self.prototype[:, 0], self.prototype[:, 1].mean(0)
+        scale = (variance + FLOOR).rsqrt()
+        return torch.cdist(features * scale, mean * scale).argmin(1)
+
+    def distance(self, features: Tensor, member: int) -> Tensor:
+        """(B,) squared distance of the mean embedding from a member's, less what its own prompts vary by."""
+        directions = self.directions[member]  # (m, D)
+        off = features[:, : directions.shape[1]] - self.prototype[member, 0, : directions.shape[1]]
+        with torch.autocast(off.device.type, enabled=False):  # a difference of two sums
+            return off.square().sum(1) - (off @ directions.T).square().sum(1)
+
+    def choose(self, features: Tensor) -> Tensor:
+        """(B,) the member that each row belongs to, or NONE where the row is unlike all of that member's own."""
+        chosen = self.nearest(features)
+        for member, limit in enumerate(self.limits):
+            chosen[(chosen == member) & (self.distance(features, member) > limit)] = NONE
+        return chosen
+
+    def set_limits(self, features: Sequence[Tensor]) -> None:
+        """Each member's limit: its distance from the KNOWN share of the prompts (rows, 5 D) of its own task."""
+        for member, own in enumerate(features):
+            self.limits[member] = torch.quantile(self.distance(own, member), KNOWN)
 
 
 class RoutedPush(nn.Module):
@@ -37,6 +140,7 @@ class RoutedPush(nn.Module):
         self.pushes, self.router = nn.ModuleList(pushes), router
         self.reads_depths = any(p.reads_depths for p in pushes)
         self.reads_others = any(p.reads_others for p in pushes)
+        self.eval().requires_grad_(False)
 
     def owners(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
         """(B,) the member that a row belongs to, or NONE where it belongs to no task. embedded: (B, L, D)."""
@@ -63,73 +167,38 @@ class RoutedPush(nn.Module):
         return push_at
 
 
-def hang(base: Base, members: Sequence[Member], router: Router) -> None:
-    """Puts members on their base's denoiser, instead of what pushes it now."""
-    base.model.push = RoutedPush([m.method.push for m in members], router.to(base.model.device)).eval()
-    base.model.requires_grad_(False)
-
-
-def make_router(folders: Sequence[RunFolder], base: Base) -> Router:
-    """A router by the prototypes that adapters keep of their tasks; TinyldError where one of them does not fit."""
-    found, shapes = [], prototype_shapes(base.model.config.d_model)
-    for folder in folders:
-        found.append(finite(folder.read_tensors(PROTOTYPE), where := folder.path / PROTOTYPE))
-        if {name: tuple(t.shape) for name, t in found[-1].items()} != shapes:
-            raise TinyldError(f"{where}: no prototype for this base; train the adapter again")
-    router = Router(**{name: torch.stack([prototype[name] for prototype in found]) for name in shapes})
-    return router.to(base.model.device)
-
-
 # ------------------------------------------------------------------------------------------------ files
 
 
-def load_trajectory(
-    record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder
-) -> TrajectoryLora:
-    """The method that a run recorded, on its base; TinyldError where it is not one that pushes."""
+def load_push(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryPush:
+    """The push that a run recorded and stored, on its base; TinyldError where its method is not one that pushes."""
     if record.get("name") != TrajectoryLora.name:
         raise TinyldError(f"{folder.path} holds {record.get('name')}; only trajectory-lora adapters are composed")
-    return load_method(record, tensors, base, folder)  # type: ignore[return-value]
-
-
-def read_member(folder: RunFolder, base: Base) -> Member:
-    """A trajectory-lora run as a member; refuses any other, and another base."""
-    config = folder.config
-    if config["kind"] != "adapter":
-        raise TinyldError(f"{folder.path} holds a {config['kind']}; compose takes adapters")
-    check_base(config, base, folder.path)
-    method = load_trajectory(config["method"], folder.read_tensors(ADAPTER), base, folder)
-    rows = {name: config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
-    return Member(str(folder.path), config["task"], method, rows)
+    return load_method(record, tensors, base, folder).push  # type: ignore[attr-defined]
 
 
 def save_composition(
-    folder: RunFolder, base: Base, members: Sequence[Member], router: Router, by_name: bool, environment: dict[str, Any]
+    folder: RunFolder, base: Base, members: Sequence[dict[str, Any]], routed: RoutedPush, by_name: bool
 ) -> None:
     """Writes one self-contained run: what is hung on the base, and what rows are routed by, unless tasks are to be
-    named."""
-    tensors = {f"{i}.{n}": p for i, m in enumerate(members) for n, p in m.method.own.items()}
-    tensors |= {f"router.{n}": p for n, p in router.state_dict().items()}
-    records = [{"run": m.run, "task": m.task, "data": m.data, "method": method_record(m.method)} for m in members]
-    config = {"kind": "composition", "members": records, "by_name": by_name, "base": base.record()}
-    folder.write_json(CONFIG, config | {"environment": environment})
+    named. members: of each its run, task, data and method."""
+    config = {"kind": "composition", "members": members, "by_name": by_name, "base": base.record()}
+    tensors = {f"{i}.{n}": p for i, push in enumerate(routed.pushes) for n, p in push.named_parameters()}
+    tensors |= {f"router.{n}": p for n, p in routed.router.state_dict().items()}
+    folder.write_json(CONFIG, config | {"environment": environment()})
     folder.write_tensors(ADAPTER, tensors)
 
 
 def load_composition(folder: RunFolder, base: Base) -> None:
     """Hangs a composition that `save_composition` wrote on its base."""
-    config, tensors = folder.config, folder.read_tensors(ADAPTER)
+    members, tensors = folder.config["members"], folder.read_tensors(ADAPTER)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
-    members = []
-    for i, record in enumerate(config["members"]):
-        method = load_trajectory(record["method"], under(f"{i}."), base, folder)
-        members.append(Member(record["run"], record["task"], method))
     if not members:
         raise TinyldError(f"{folder.path / CONFIG}: a composition needs at least one adapter")
-    shapes = prototype_shapes(base.model.config.d_model)
-    router = Router(**{name: torch.zeros(len(members), *shape) for name, shape in shapes.items()})
+    pushes = [load_push(member["method"], under(f"{i}."), base, folder) for i, member in enumerate(members)]
+    router = Router(len(pushes), base.model.config.d_model).to(base.model.device)
     load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
-    hang(base, members, router)
+    base.model.push = RoutedPush(pushes, router)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.checkpoint import attach, check_base, check_frozen, find_base, load_base, method_record, read_shape, sizes
+from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, spread_over, torch_seeded
 from tinyld.datafile import described, task_and_rows
@@ -30,7 +31,6 @@ from tinyld.parse import flag, refuse_idle, several
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
-from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tables import percent, print_record

@@ -14,7 +14,7 @@ from tinyld.checkpoint import Base
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import theirs_of
-from tinyld.methods.weight_lora import ALPHA, WeightLoraConfig
+from tinyld.methods.baselines import ALPHA, WeightLoraConfig
 from tinyld.runs import CONFIG, RunFolder
 from tinyld.write import to_json, write_atomic
 

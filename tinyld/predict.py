@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tinyld.answers import Record, answers, as_rows, columns_for, examples_of, input_columns, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
-from tinyld.composition import load_composition
+from tinyld.composition import NONE, load_composition, task_features
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -21,7 +21,6 @@ from tinyld.errors import TinyldError, show
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
 from tinyld.parse import base_folder, several
-from tinyld.router import NONE, task_features
 from tinyld.rows import GAP
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from tinyld.config import ModelConfig, from_dict
-from tinyld.errors import TinyldError, UsageError
+from tinyld.config import ModelConfig, check, check_choice, from_dict
+from tinyld.errors import TinyldError
+from tinyld.methods.baselines import BitFit, Bottleneck, Full, WeightLora
 from tinyld.methods.contract import Method
-from tinyld.methods.simple import BitFit, Bottleneck, Full
 from tinyld.methods.trajectory import TrajectoryLora
-from tinyld.methods.weight_lora import WeightLora
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottleneck, BitFit, TrajectoryLora)}
 
 
 def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
     """(method, config) from what a run recorded of its method; `where` names the file in the error."""
-    name = record.get("name") if isinstance(record, Mapping) else None
+    name = record.get("name")
     if name not in METHODS:
         raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
     config: Any = METHODS[name].Config
@@ -29,6 +29,11 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
 
     UsageError for an unknown method or an option that the method does not have.
     """
-    if name not in METHODS:
-        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name].make_config(options, model_config)
+    check_choice("method", name, tuple(METHODS))
+    method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
+    known = {field.name for field in fields(method.Config)}
+    own = ", ".join(f"--{option}" for option in sorted(known - {"prune"})) or "no option"
+    for option in given:
+        known_here = option in known or option == "budget"
+        check(known_here, f"--{option.replace('_', '-')} is not an option of {name}, which has {own}")
+    return method.make_config(given, model_config)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, check
-from tinyld.errors import UsageError
 from tinyld.model import Denoiser
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The config of a method that has none."""
 
 
 class Method:
     """An adaptation method, made from its config and the base's model config.
 
-    A subclass is one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the
-    method's options, and in `rates` the learning rate that the tuning grid is centred on for an optimizer, its usual
-    optimizer first; `post_norm` takes its place on an encoder that normalises after each sublayer, where the states are
-    small and the same rate is too much.
+    A subclass is one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the method's
+    options, and in `rates` the learning rate that the tuning grid is centred on by optimizer, its usual one first.
+    `post_norm` takes their place on an encoder that normalises after each sublayer, where the states are small and the
+    same rate is too much; where there are `recipes`, each has both for itself.
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type]
+    Config: ClassVar[type] = NoOptions
     rates: ClassVar[dict[str, float]]
-    post_norm: ClassVar[dict[str, float] | None] = None
+    post_norm: ClassVar[dict[str, float]] = {}
+    recipes: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: Any, model_config: ModelConfig):
         self.config, self.model_config = config, model_config
@@ -37,33 +43,17 @@ class Method:
         cls, model_config: ModelConfig, optimizer: str | None = None, recipe: str | None = None
     ) -> tuple[float, str]:
         """The learning rate where none is given, and the optimizer; of one that the method has no rate for, AdamW's."""
-        rates = cls.usual_rates(model_config, recipe)
+        of = cls.recipes.get(recipe or "best", cls)
+        rates = of.rates if model_config.norm_first else of.post_norm or of.rates
         optimizer = optimizer or next(iter(rates))
         return rates.get(optimizer, rates["adamw"]), optimizer
 
     @classmethod
-    def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
-        """The rate of every optimizer that the method has one for, its usual optimizer first."""
-        return cls.rates if model_config.norm_first or cls.post_norm is None else cls.post_norm
-
-    @classmethod
-    def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
-        """The config from the options that a user gave (None: not given), with the rank that a budget allows."""
-        given = {name: value for name, value in options.items() if value is not None}
+    def make_config(cls, given: dict[str, Any], model_config: ModelConfig) -> Any:
+        """The config from the options that a user gave, with the rank that a budget allows."""
         budget = given.pop("budget", None)
         check(budget is None or "rank" not in given, "--budget sets the rank; leave --rank or --budget out")
-        config = cls.configure(cls.Config(), given)
-        return config if budget is None else cls.fit_budget(config, model_config, budget)
-
-    @classmethod
-    def configure(cls, config: Any, given: Mapping[str, Any]) -> Any:
-        """The config with the options given; UsageError for one that the method does not have."""
-        options = [f.name for f in fields(config)]
-        for name in given:
-            if name not in options:
-                own = ", ".join(f"--{option}" for option in sorted({*options} - {"prune"})) or "no option"
-                raise UsageError(f"--{name.replace('_', '-')} is not an option of {cls.name}, which has {own}")
-        return replace(config, **given)
+        return cls.fit_budget(replace(cls.Config(), **given), model_config, budget)
 
     def attach(self, model: Denoiser, generator: torch.Generator | None = None) -> None:
         """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
@@ -72,9 +62,6 @@ class Method:
         model.train(model.training)  # what was added, too
         for parameter in self.own.values():
             parameter.requires_grad_(True)
-        expected = self.expected_parameters(self.config, self.model_config)
-        counted = sum(p.numel() for p in self.own.values())
-        assert counted == expected, f"{self.name}: {counted} parameters, closed form {expected}"
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         """Adds the method to the model; returns its own parameters by name."""
@@ -88,23 +75,23 @@ class Method:
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> Any:
         """The config at another rank; UsageError where the method has none."""
-        if not hasattr(config, "rank"):
-            raise UsageError(f"{cls.name} has no rank to fit a budget with; leave --budget out")
+        check(hasattr(config, "rank"), f"{cls.name} has no rank to fit a budget with; leave --budget out")
         return replace(config, rank=rank)
 
     @classmethod
-    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float) -> Any:
+    def fit_budget(cls, config: Any, model_config: ModelConfig, budget: float | None) -> Any:
         """The config with the largest rank whose parameters are at most `budget`, a share of the base's."""
+        if budget is None:
+            return config
+
+        def stored(rank: int) -> int:
+            return cls.expected_parameters(cls.with_rank(config, rank), model_config)
+
         check(budget <= 1, f"budget is a share of the base, at most 1, got {budget:g}")
-        limit, rank = budget * model_config.num_parameters(), 0
-        while cls.expected_parameters(cls.with_rank(config, rank + 1), model_config) <= limit:
-            rank += 1
-        if rank == 0:
-            least = cls.expected_parameters(cls.with_rank(config, 1), model_config)
-            raise UsageError(
-                f"budget {budget:.2%} is too small for {cls.name}: rank 1 stores {least:,} parameters of {limit:,.0f}"
-            )
-        return cls.with_rank(config, rank)
+        limit = budget * model_config.num_parameters()
+        least = f"rank 1 stores {stored(1):,} parameters of {limit:,.0f}"
+        check(stored(1) <= limit, f"budget {budget:.2%} is too small for {cls.name}: {least}")
+        return cls.with_rank(config, next(rank for rank in count(1) if stored(rank + 1) > limit))
 
     def after_update(self, progress: float) -> None:
         """Called after every optimizer update, with the share of the run that is done."""

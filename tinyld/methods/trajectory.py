@@ -15,7 +15,7 @@ and B, of which a band uses the first r(t) rank units, so that the largest rank 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,8 +30,9 @@ from tinyld.methods.contract import Method
 from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
 from tinyld.model import Denoiser, PushAt, depths_read, take
 
-AUTO, PRUNED = "auto", 0.5  # --ranks auto: half of the units that a run begins with are dropped,
+AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
+BY_UNIT = {"up": 1, "down": 0, "down_attended": 0}
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ class TrajectoryLoraConfig(Settings):
         super().__post_init__()
         check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
         check(self.recipe == "best" or self.blocks == 0, f"recipe {self.recipe} pushes the final state only: blocks 0")
-        check(
-            len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites),
-            f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}",
-        )
+        many = f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}"
+        check(len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites), many)
         check(self.attend is None or self.recipe == "fast", f"recipe {self.recipe} has no attending units")
         fixed = self.prune == 0 and self.dropout == 0
         check(self.recipe != "paper" or fixed, "recipe paper is the paper's own: neither ranks auto nor dropout")
@@ -78,7 +77,7 @@ class TrajectoryLoraConfig(Settings):
 class Recipe(NamedTuple):
     config: TrajectoryLoraConfig
     budget: float | None  # as a share of the base
-    rates: dict[str, float]  # of the optimizers, the usual one first, as a method's
+    rates: dict[str, float]  # as a method's
     post_norm: dict[str, float]
     post_norm_options: dict[str, Any] = {}
 
@@ -87,15 +86,10 @@ class Recipe(NamedTuple):
 # that wrote better than more where there is more noise. The one site of `fast` has less of a hold than seven that share
 # their units, and takes larger steps; the better its base, the more it learns by heart.
 BEST_RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
+FAST_RATES = {"muon": 6e-3, "adamw": 1e-2}, {"adamw": 4e-3, "muon": 4e-3}
 RECIPES = {
     "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES, {"blocks": 4}),
-    "fast": Recipe(
-        TrajectoryLoraConfig("fast", blocks=0, dropout=0.1),
-        0.007,
-        {"muon": 6e-3, "adamw": 1e-2},
-        {"adamw": 4e-3, "muon": 4e-3},
-        {"dropout": 0.3},
-    ),
+    "fast": Recipe(TrajectoryLoraConfig("fast", blocks=0, dropout=0.1), 0.007, *FAST_RATES, {"dropout": 0.3}),
     "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *BEST_RATES),
 }
 
@@ -109,15 +103,8 @@ class RankUnits(nn.Module):
         self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
         self.up = nn.Parameter(torch.zeros(width, max(ranks)))
         self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
-        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)
-        self.register_buffer("scale", torch.empty(0), persistent=False)
-        self.set_ranks(ranks)
-
-    def set_ranks(self, ranks: Sequence[int]) -> None:
-        """By band. `scale` (NUM_BANDS, units) is sigma where a band uses a unit, else 0."""
-        self.ranks = tuple(ranks)
-        is_used = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
-        self.scale = self.sigma[:, None] * is_used.to(self.sigma.device)
+        self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)  # by band
+        self.register_buffer("ranks", torch.tensor(ranks), persistent=False)
 
     def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
@@ -129,34 +116,19 @@ class RankUnits(nn.Module):
         """sigma(t) A ReLU(B [x; Emb(t)] + attended): (B, L, D) -> (B, L, D)"""
         width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
         hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :] + attended
-        return (F.relu(hidden) * self.scale[noise.band][:, None, :]) @ up.T
+        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[noise.band][:, None]  # (B, units)
+        scale = self.sigma[noise.band][:, None] * is_used
+        return (F.relu(hidden) * scale[:, None, :]) @ up.T
+
+    def strength(self) -> Tensor:
+        """(units,) ||a_u|| ||b_u||; infinite for the strongest of the units that all bands use: every site keeps it."""
+        found = (self.up.norm(dim=0) * self.down.norm(dim=1)).detach()
+        found[found[: self.ranks.min()].argmax()] = math.inf
+        return found
 
     def by_unit(self) -> list[tuple[nn.Parameter, int]]:
         """The parameters that have a part for every rank unit, with the dimension that counts them."""
-        return [(self.up, 1), (self.down, 0)]
-
-    def strength(self) -> Tensor:
-        """||a_u|| ||b_u|| of each rank unit: (units,), on the processor."""
-        return (self.up.norm(dim=0) * self.down.norm(dim=1)).detach().cpu()
-
-    def lasting(self) -> Tensor:
-        """(units,) bool: the strongest of the units that all bands use, which every site keeps."""
-        found = torch.zeros(len(self.down), dtype=torch.bool)
-        found[self.strength()[: min(self.ranks)].argmax()] = True
-        return found
-
-    def drop(self, dropped: Tensor) -> None:
-        """Sets rank units (units,) to zero, which then push nothing."""
-        for parameter, dim in self.by_unit():
-            parameter.index_fill_(dim, dropped.nonzero()[:, 0].to(parameter.device), 0.0)
-
-    def shrink(self) -> None:
-        """Forgets the rank units that were dropped."""
-        is_kept = (self.strength() > 0) | self.lasting()
-        for parameter, dim in self.by_unit():
-            parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0].to(parameter.device))
-            parameter.grad = None
-        self.set_ranks([int(is_kept[:rank].sum()) for rank in self.ranks])
+        return [(p, BY_UNIT[name]) for name, p in self.named_parameters() if name in BY_UNIT]
 
 
 class AttendingUnits(RankUnits):
@@ -171,9 +143,7 @@ class AttendingUnits(RankUnits):
         self.attended = nn.Parameter(torch.zeros(width, units))
         self.down_attended = normal(len(self.down), units, fan_in=units, generator=generator)
 
-    def forward(
-        self, h: Tensor, noise: Noise, history: Sequence[Tensor] = (), positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         if not isinstance(history, Tensor):  # (depths, B, L, D), normalised once for several pushes that read them
             states = [*history[: len(self.mix) - 1], h]
             history = torch.stack([F.layer_norm(state, h.shape[-1:]) for state in states])
@@ -197,9 +167,6 @@ class AttendingUnits(RankUnits):
             q, k, v = (F.pad(of, (0, 7)) for of in (q * 8**0.5, k, v))
         return attention(q, k, v, prompt_mask)[..., 0].mT
 
-    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
-        return [*super().by_unit(), (self.down_attended, 0)]
-
 
 def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
@@ -211,19 +178,19 @@ class TrajectoryPush(nn.Module):
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
         super().__init__()
         width, last = model_config.d_model, model_config.num_layers
+        check(config.blocks <= last, f"blocks must be at most the base's {last}, got {config.blocks}")
         self.first_depth = last - config.blocks
         self.depths = list(range(self.first_depth, last + 1))
         self.reads_depths, self.reads_others = config.recipe == "fast", config.recipe != "best"
-        self.sites = nn.ModuleList()
-        for site in range(config.num_sites):
-            if config.recipe == "paper":
-                self.sites.append(paper.PaperUnits(config.ranks, config.sigma, width, generator))
-            elif config.recipe == "fast":
-                self.sites.append(AttendingUnits(config, width, len(depths_read(last)), generator))
-            else:
-                self.sites.append(RankUnits(config, site, width, generator))
-            if config.is_tied:
-                self.sites[-1].down, self.sites[-1].up = self.sites[0].down, self.sites[0].up
+        if config.recipe == "paper":
+            sites: list[nn.Module] = [paper.PaperUnits(config.ranks, config.sigma, width, generator)]
+        elif config.recipe == "fast":
+            sites = [AttendingUnits(config, width, len(depths_read(last)), generator)]
+        else:
+            sites = [RankUnits(config, site, width, generator) for site in range(config.num_sites)]
+        for site in sites if config.is_tied else ():
+            site.down, site.up = sites[0].down, sites[0].up
+        self.sites = nn.ModuleList(sites)
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         noise = Noise(band_of(t), time_embedding(t), prompt_mask)
@@ -235,44 +202,26 @@ class TrajectoryPush(nn.Module):
 
 
 class TrajectoryLora(Method):
-    name, Config = "trajectory-lora", TrajectoryLoraConfig
-    rates, post_norm = BEST_RATES
-
-    def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig):
-        super().__init__(config, model_config)
-        most = model_config.num_layers
-        check(config.blocks <= most, f"blocks must be at most the base's {most}, got {config.blocks}")
+    name, Config, recipes = "trajectory-lora", TrajectoryLoraConfig, RECIPES
 
     @classmethod
-    def make_config(cls, options: Mapping[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
-        given = {name: value for name, value in options.items() if value is not None}
+    def make_config(cls, given: dict[str, Any], model_config: ModelConfig) -> TrajectoryLoraConfig:
         recipe = RECIPES[given.pop("recipe", "best")]
         if given.get("ranks") == AUTO:
             given["prune"] = PRUNED
             del given["ranks"]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
-        usual = {} if model_config.norm_first else recipe.post_norm_options
-        config = replace(recipe.config, **usual)
-        config = replace(config, blocks=min(config.blocks, model_config.num_layers))
-        config = cls.configure(config, given)
-        if budget is not None:
-            config = cls.fit_budget(config, model_config, budget)
+        config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
+        config = replace(replace(config, blocks=min(config.blocks, model_config.num_layers)), **given)
+        config = cls.fit_budget(config, model_config, budget)
         if config.recipe == "fast":
             config = replace(config, attend=config.attending)
         if budget is not None:  # once units are pruned, no more are left than fit
             config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))
         return config
 
-    @classmethod
-    def usual_rates(cls, model_config: ModelConfig, recipe: str | None) -> dict[str, float]:
-        own = RECIPES[recipe or "best"]
-        return own.rates if model_config.norm_first else own.post_norm
-
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        config = self.config
-        self.push = TrajectoryPush(config, self.model_config, generator).to(model.device)
-        self.dropped: Tensor | None = None  # (rank units of all sites,) bool
-        model.push = self.push
+        model.push = self.push = TrajectoryPush(self.config, self.model_config, generator).to(model.device)
         return dict(self.push.named_parameters())
 
     @classmethod
@@ -286,41 +235,40 @@ class TrajectoryLora(Method):
         units = sum(max(config.site_ranks(site)) for site in range(sites))
         if config.recipe == "best":
             return units * unit
-        mix = len(depths_read(model_config.num_layers))
-        return units * (unit + config.attending) + 4 * d * config.attending + mix
+        return units * (unit + config.attending) + 4 * d * config.attending + len(depths_read(model_config.num_layers))
 
     @classmethod
-    def with_rank(cls, config: Any, rank: int) -> TrajectoryLoraConfig:
+    def with_rank(cls, config: TrajectoryLoraConfig, rank: int) -> TrajectoryLoraConfig:
         """The same proportion between bands, with `rank` in the largest."""
         top = max(config.ranks)
         return replace(config, ranks=tuple(max(1, round(rank * r / top)) for r in config.ranks))
 
     @torch.no_grad()
     def after_update(self, progress: float) -> None:
-        """Drops the weakest units of all sites until the share is reached that is due at `progress` of the run. What is
-        dropped already is zero, or next to it after an update, and so is chosen again by a resumed run."""
+        """Sets the weakest units of all sites to zero, as many as are due at `progress` of the run, and all that push
+        nothing yet. One update later they are still next to zero, and so are chosen again."""
         if self.config.prune == 0 or progress < PRUNED_FROM:
             return
         sites, strength = self.push.sites, torch.cat([site.strength() for site in self.push.sites])
-        if self.dropped is None:
-            self.dropped = strength == 0
         share = self.config.prune * min(1.0, (progress - PRUNED_FROM) / (PRUNED_TO - PRUNED_FROM))
-        due = math.ceil(share * len(strength) - 1e-9)
-        if due > int(self.dropped.sum()):
-            lasting = torch.cat([site.lasting() for site in sites])
-            order = strength.masked_fill(self.dropped, -1.0).masked_fill(lasting, math.inf).argsort(stable=True)
-            self.dropped = torch.zeros_like(lasting)
-            self.dropped[order[: min(due, int((~lasting).sum()))]] = True
-        for site, dropped in zip(sites, self.dropped.split([len(site.down) for site in sites]), strict=True):
-            site.drop(dropped)
+        due = min(math.ceil(share * len(strength) - 1e-9), len(strength) - len(sites))
+        dropped = strength == 0
+        dropped[strength.argsort(stable=True)[:due]] = True
+        for site, of_site in zip(sites, dropped.split([len(site.down) for site in sites]), strict=True):
+            for parameter, dim in site.by_unit():
+                parameter.index_fill_(dim, of_site.nonzero()[:, 0], 0.0)
 
     def finish(self) -> None:
         """Stores the living units only: another config, with ranks site by site."""
-        if self.config.prune:
-            for site in self.push.sites:
-                site.shrink()
-            ranks = tuple(rank for site in self.push.sites for rank in site.ranks)
-            self.config = replace(self.config, ranks=ranks, prune=0.0)
+        if self.config.prune == 0:
+            return
+        for site in self.push.sites:
+            is_kept = site.strength() > 0
+            site.ranks = is_kept.cumsum(0)[site.ranks - 1]
+            for parameter, dim in site.by_unit():
+                parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0])
+        ranks = torch.cat([site.ranks for site in self.push.sites]).tolist()
+        self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
 
     def penalty(self) -> Tensor | None:
         return self.push.sites[0].penalty() if self.config.recipe == "paper" else None

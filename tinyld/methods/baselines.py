@@ -1,4 +1,9 @@
-"""Weight LoRA (arXiv 2106.09685): W + scale * B A on attention and MLP matrices, scale = ALPHA / r."""
+"""What trajectory LoRA is compared with.
+
+Full fine-tuning trains all tensors of the base; BitFit (arXiv 2106.10199) the biases; bottleneck adapters (Houlsby et
+al., arXiv 1902.00751) are a small residual MLP after attention and after the MLP; weight LoRA (arXiv 2106.09685) is
+W + scale * B A on attention and MLP matrices, scale = ALPHA / r.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, Settings, check, setting
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import Method, NoOptions
 from tinyld.model import LINEARS, Denoiser
 
 ALPHA = 16.0
+
+
+class Full(Method):
+    name, rates, post_norm = "full", {"adamw": 5e-4, "muon": 1e-3}, {"adamw": 2e-4, "muon": 4e-4}
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        return dict(model.named_parameters())
+
+    @classmethod
+    def expected_parameters(cls, config: NoOptions, model_config: ModelConfig) -> int:
+        return model_config.num_parameters()
+
+
+class BitFit(Method):
+    name, rates = "bitfit", {"adamw": 5e-3}
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        own = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+        check(len(own) > 0, "bitfit trains biases, and this base has none; take another --method")
+        return own
+
+    @classmethod
+    def expected_parameters(cls, config: NoOptions, model_config: ModelConfig) -> int:
+        return model_config.num_biases()
+
+
+@dataclass(frozen=True)
+class BottleneckConfig(Settings):
+    rank: int = setting(16, least=1)  # width of the bottleneck
+
+
+class BottleneckAdapter(nn.Module):
+    """x + up(gelu(down(x))); `up` starts at zero, so a fresh adapter is the identity. x: (B, L, D)."""
+
+    def __init__(self, width: int, rank: int, generator: torch.Generator | None):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        nn.init.normal_(self.down.weight, 0.0, width**-0.5, generator)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+class Bottleneck(Method):
+    name, Config, rates = "adapters", BottleneckConfig, {"adamw": 2e-3}
+
+    def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
+        own: dict[str, nn.Parameter] = {}
+        for i, block in enumerate(model.blocks):
+            for seam in ("after_attention", "after_mlp"):
+                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(model.device)
+                setattr(block, seam, adapter)
+                own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
+        return own
+
+    @classmethod
+    def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:
+        d, r = model_config.d_model, config.rank
+        return 2 * model_config.num_layers * (2 * d * r + r + d)
 
 
 @dataclass(frozen=True)
@@ -59,8 +125,7 @@ class WeightLora(Method):
             for name in self.config.targets:
                 lora = LoraLinear(getattr(block, name), self.config, generator)
                 setattr(block, name, lora)
-                own[f"blocks.{i}.{name}.lora_A.weight"] = lora.lora_A
-                own[f"blocks.{i}.{name}.lora_B.weight"] = lora.lora_B
+                own |= {f"blocks.{i}.{name}.lora_{x}.weight": getattr(lora, f"lora_{x}") for x in "AB"}
         return own
 
     @classmethod
