@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from tinyld.attention import rotary_tables
@@ -191,14 +190,13 @@ def check_fit(name: str, make: Make, stored: list[Stored], config: ModelConfig, 
 
 def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: int, reading: Reading) -> Tokenizer:
     """That of a tokenizer.json, with the special tokens that tokenizer_config.json names, config.json has the ids of
-    (`said`), or the family has. An encoder's are known by their names; it may have a vocab.txt."""
+    (`said`), or the family has; an encoder's are known by their names."""
     path, extra = folder / "tokenizer.json", folder / "tokenizer_config.json"
     raw = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in raw.items()}
-    if family.prefix and not path.is_file() and (folder / "vocab.txt").is_file():
-        return from_vocabulary(folder / "vocab.txt", bool(named.get("do_lower_case", True)))
     if not path.is_file():
-        raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json or vocab.txt, of an encoder")
+        how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json ({how})")
     inner, _ = parse_tokenizer(read_bytes(path), path)
     if family.prefix and reading.mask_token is None and not reading.chat:
         return Tokenizer(inner, path)
@@ -236,16 +234,6 @@ def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: 
     unk = inner.token_to_id(unk) if isinstance(unk, str) else None
     ids = (eos if pad is None else pad, unk, eos if bos is None else bos, eos, mask)
     return Tokenizer(inner, path, dict(zip(ROLES, ids, strict=True)) | chat)
-
-
-def from_vocabulary(path: Path, lowercase: bool) -> Tokenizer:
-    """BERT's own tokenizer of a `vocab.txt`, a piece a line."""
-    vocab = {piece: i for i, piece in enumerate(read_text(path).split("\n")) if piece}
-    inner = HFTokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##")
-    inner.add_special_tokens([s for s in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if s in vocab])
-    return Tokenizer(inner, str(path))
 
 
 def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) -> dict[str, Any]:
