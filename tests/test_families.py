@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cli
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -268,26 +269,6 @@ def test_chosen_positions_have_the_logits_and_the_nll_of_the_whole_pass(kind: st
         torch.testing.assert_close(nll, F.cross_entropy(whole, x[where], reduction="none"), atol=1e-4, rtol=1e-4)
 
 
-WRONG: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {"norm": "layer", "norm_bias": False}) for kind in (*HF, "llada", "smdm")),
-    ("Dream", {"shifted": False}), ("a2d-qwen2", {"shifted": True}), ("a2d-qwen3", {"rope_theta": 9e3}),
-    ("mdlm", {"activation": "gelu"}), ("llada", {"activation": "gelu"}), ("modernbert", {"local_window": 8}),
-    ("modernbert", {"local_theta": 16e4}), ("modernbert", {"global_every": 2}), ("llada", {"embedding_scale": 2.0}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "change"), WRONG)
-def test_a_wrong_norm_shift_or_rotation_would_show(
-    kind: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The comparison of logits is sharp enough to tell a model that is read almost right."""
-    reference = make(kind, tmp_path)
-    right = gap(tmp_path, reference)
-    plain = foreign.ModelConfig
-    monkeypatch.setattr(foreign, "ModelConfig", lambda **values: plain(**values | change))
-    assert gap(tmp_path, reference) > 10 * max(right, 5e-5)
-
-
 # ------------------------------------------------------------------ everything works on them
 
 
@@ -389,7 +370,7 @@ def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused
     for unknown in (None, "{{ messages }}", CHATML + HEADERS, 7 * "{{ '<|user|>' }}"):
         if unknown:
             path.write_text(unknown)
-        with pytest.raises(TinyldError, match="its chat template is of no form|no chat template in") as raised:
+        with pytest.raises(TinyldError, match="no chat template of a form that tinyld knows") as raised:
             load_foreign(tmp_path, reading=chat)
         assert str(raised.value).endswith("leave chat out")
     path.write_text(template)
@@ -425,10 +406,14 @@ def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, mon
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"model_type": "lladamoe"}, "must be one of"), ("llada", {"rope_scaling": {"type": "yarn"}}, "rope"),
     ("llada", {"scale_logits": True}, "scale_logits must be False"), ("llada", {"num_experts": 8}, "num_experts"),
-    ("mdlm", {"backbone_config": {}}, "e2d2"), ("mdlm", {"time_conditioning": True}, "time_conditioning"),
+    ("mdlm", {"backbone_config": {"a": 1}}, "backbone_config"), ("mdlm", {"time_conditioning": True}, "must be False"),
+    ("Dream", {"architectures": ["DreamForCausalLM"]}, "architectures"),
+    ("modernbert", {"layer_types": ["sliding_attention"]}, "full_attention for every n-th block"),
+    ("a2d-qwen3", {"layer_types": ["sliding_attention"]}, "full_attention throughout"),
     ("llada", {"d_model": 10**12}, "asked for|at most"), ("llada", {"n_layers": 10**5}, "asks for|at most"),
     ("llada", {"n_heads": 3}, "n_heads|kv_heads|num_heads"), ("mdlm", {"noise": "uniform"}, "noise"),
     ("llada", {"_name_or_path": "x/a-bd3lm-v0.1"}, "block-causal"), ("llada", {"rms_norm_eps": "small"}, "type float"),
+    ("llada", {"eos_token_id": "7"}, "eos_token_id: '7' is not of type"),
 ]  # fmt: skip
 
 
@@ -451,10 +436,9 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
 def damage(folder: Path, rng: random.Random) -> str:
     """One seeded change to a folder; returns what it was."""
     shard, config = rng.choice(sorted(folder.glob("*.safetensors"))), folder / "config.json"
-    tensors, content = load_file(shard), shard.read_bytes()
+    tensors, text = load_file(shard), (folder / "tokenizer.json").read_text()
     name = rng.choice(sorted(tensors))
-    what = rng.choice(("drop", "rename", "shape", "cut", "nan", "extra", "ints", "flip", "index", "key", "huge", "type",
-                       "tokenizer"))  # fmt: skip
+    what = rng.choice("drop rename shape cut nan extra ints index key huge type tokenizer".split())
     if what in ("key", "huge", "type") and config.is_file():
         raw = json.loads(config.read_text())
         key = rng.choice([k for k, v in raw.items() if what == "key" or (isinstance(v, int) and v is not False)])
@@ -462,18 +446,13 @@ def damage(folder: Path, rng: random.Random) -> str:
         edit(folder, drop=key) if what == "key" else edit(folder, **{key: rng.choice(wrong[what])})
         return f"{what} {key}"
     if what == "index" and (folder / foreign.INDEX).is_file():
-        index = json.loads((folder / foreign.INDEX).read_text())
-        of = rng.choice(sorted(index["weight_map"]))
-        index["weight_map"][of] = rng.choice(("../x", "/etc/passwd", "none", 3, None))
-        (folder / foreign.INDEX).write_text(json.dumps(index))
+        names = json.loads((folder / foreign.INDEX).read_text())["weight_map"]
+        wrong = rng.choice(("../x", "/etc/passwd", "none", 3, None))
+        edit(folder, foreign.INDEX, weight_map=names | {rng.choice(sorted(names)): wrong})
     elif what == "tokenizer":
-        text = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text[: rng.randrange(len(text))])
     elif what == "cut":
-        shard.write_bytes(content[: rng.randrange(len(content))])
-    elif what == "flip":  # a bit of the header, as in a value nobody could tell
-        at = rng.randrange(8 + int.from_bytes(content[:8], "little"))
-        shard.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :])
+        shard.write_bytes(shard.read_bytes()[: rng.randrange(shard.stat().st_size)])
     else:
         tensor = tensors.pop(name)
         if what == "nan":
@@ -486,7 +465,7 @@ def damage(folder: Path, rng: random.Random) -> str:
     return f"{what} {name}"
 
 
-FEW_AND_MANY = pytest.mark.parametrize("changes", [40, pytest.param(200, marks=pytest.mark.faults)])
+FEW_AND_MANY = pytest.mark.parametrize("changes", [20, pytest.param(200, marks=pytest.mark.faults)])
 
 
 def check_damaged(kind: str, tmp_path: Path, changes: int, least: float) -> None:
@@ -521,10 +500,6 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """finetune, predict, sample, eval and info take the folder as it is; a changed one is refused by its run."""
-    from typer.testing import CliRunner
-
-    from tinyld.cli import app
-
     monkeypatch.chdir(tmp_path)
     make("llada", Path("model"))
     texts = [f"{a} {b}" for a in "abcdefgh" for b in "abcdefgh"]
@@ -532,9 +507,9 @@ def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(
     Path("rows.csv").write_text("text,label\n" + rows)
 
     def run(words: str, code: int = 0) -> Any:
-        ran = CliRunner().invoke(app, words.split())
-        assert ran.exit_code == code, ran.output
-        return json.loads(ran.stdout) if ran.stdout.startswith(("{", "[")) else ran.output
+        ran = cli(*words.split())
+        assert ran.code == code, ran.stderr
+        return ran.json if ran.stdout.startswith(("{", "[")) else ran.stderr
 
     def labels(words: str) -> bool:
         return run(f"predict {words} --text ab")["label"] in ("yes", "no")

@@ -30,15 +30,6 @@ def random_ids(model: Denoiser, rows: int, length: int, seed: int = 0) -> Tensor
     return torch.randint(5, model.config.vocab_size, (rows, length), generator=generator)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_closed_form_counts_the_parameters_that_are_there(seed: int) -> None:
-    rng = random.Random(seed)
-    heads = rng.randint(1, 3)
-    d, layers, d_ff = heads * 2 * rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 40)
-    config = ModelConfig(rng.randint(10, 90), d, layers, heads, d_ff, max_length=rng.randint(2, 30))
-    assert config.num_parameters() == sum(p.numel() for p in Denoiser(config).parameters())
-
-
 def test_fewer_rows_are_read_at_once_where_their_states_would_fill_the_memory() -> None:
     def rows(d_model: int, num_layers: int, length: int) -> int:
         with torch.device("meta"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyld.config import ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
-from tinyld.device import BASE_DTYPES, Int8, shrink, stored_bytes
+from tinyld.device import BASE_DTYPES, shrink, stored_bytes, to_int8
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import METHODS, Full, Method, read_config
 from tinyld.model import Denoiser
@@ -70,7 +70,7 @@ def save_base(folder: RunFolder, tensors: Mapping[str, Tensor], tokenizer: Token
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if dtype == torch.int8 and tensor.dim() == 2:
-            stored[name], scale = Int8().right_inverse(tensor.detach().float())
+            stored[name], scale = to_int8(tensor.detach())
             stored[f"{name}.scale"] = scale[:, 0]
         else:
             stored[name] = tensor.detach().to(torch.bfloat16 if dtype == torch.int8 else dtype)
@@ -84,7 +84,7 @@ def read_saved(folder: RunFolder) -> dict[str, Tensor]:
     for name, scale in finite({n: tensors.pop(f"{n}.scale") for n in scaled}, path).items():
         if tensors[name].dim() != 2 or scale.shape != tensors[name].shape[:1]:
             raise TinyldError(f"{path}: tensor {name!r} needs one scale a row, got {tuple(scale.shape)}")
-        tensors[name] = Int8()(tensors[name], scale[:, None])
+        tensors[name] = tensors[name].float() * scale[:, None]
     return tensors
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tinyld.config import ModelConfig, Reading
+from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import UsageError
 from tinyld.foreign import read_foreign
 from tinyld.methods import METHODS, make_config
@@ -24,18 +25,17 @@ def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length
         "longest_row": foreign.longest, "shifted": config.shifted,
         "mask_token": tokenizer.inner.id_to_token(tokenizer.mask_id),
         "end_token": tokenizer.inner.id_to_token(tokenizer.eos_id), "batch_rows": rows, "batch_tokens": length,
-        **{f"{dtype}_bytes": size for dtype, size in base_bytes(config).items()},
+        **{f"{dtype}_bytes": base_bytes(config, dtype) for dtype in BASE_DTYPES},
         "methods": costs(config, rows, length),
     }  # fmt: skip
 
 
-def base_bytes(config: ModelConfig) -> dict[str, int]:
-    """Bytes of a base's weights by the type that its matrices are kept in."""
+def base_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of a base's weights whose matrices are kept in `dtype`."""
     with torch.device("meta"):
-        tensors = list(Denoiser(config).parameters())
-    flat = sum(p.numel() for p in tensors if p.dim() == 1)
-    matrices, heights = (sum(n) for n in zip(*((p.numel(), p.shape[0]) for p in tensors if p.dim() == 2), strict=True))
-    return {"fp32": 4 * (flat + matrices), "bf16": 4 * flat + 2 * matrices, "int8": 4 * (flat + heights) + matrices}
+        model = Denoiser(config)
+    shrink(model, dtype)
+    return stored_bytes(model)
 
 
 def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     vocabulary's matrix in bf16; what the backward pass needs of every block that it goes through, and of the states
     that `fast` reads. States kept for later epochs (--cache-gb) come on top.
     """
-    kept, d, found = base_bytes(config), config.d_model, []
+    kept, d, found = {t: base_bytes(config, t) for t in BASE_DTYPES}, config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
     fixed, narrow = 450_000_000, 2 * config.vocab_size * config.embedding_width
     for name in METHODS:

@@ -76,26 +76,21 @@ def from_int8(values: Tensor, scales: Tensor) -> Tensor:
     return values.float().mul_(scales)  # twenty times as fast as values * scales on a processor
 
 
-class Int8(nn.Module):
-    """Symmetric weight-only quantisation by row; given in `product_dtype`."""
+class Fewer(nn.Module):
+    """A matrix kept in bf16, or in int8 with a scale a row (symmetric, weights only); given in `product_dtype`."""
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(len(weight), 1, device=weight.device)
-        for rows, *to in zip(*(x.split(AT_ONCE) for x in (weight, values, scales)), strict=True):
-            to[0][:], to[1][:] = to_int8(rows)
-        return values, scales
+    def __init__(self, dtype: str):
+        super().__init__()
+        self.dtype = dtype
 
-    def forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        return from_int8(values, scale).to(product_dtype(values.device))
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        if self.dtype == "bf16":
+            return (weight.to(torch.bfloat16),)  # a tuple: torch lets its parts have types of their own
+        return tuple(map(torch.cat, zip(*map(to_int8, weight.split(AT_ONCE)), strict=True)))
 
-
-class Bf16(nn.Module):
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
-        return (weight.to(torch.bfloat16),)  # a tuple: torch lets its parts have types of their own
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.to(product_dtype(values.device))
+    def forward(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
+        wide = values if scales is None else from_int8(values, scales)
+        return wide.to(product_dtype(values.device))
 
 
 class Product(torch.autograd.Function):
@@ -144,7 +139,7 @@ def shrink(model: nn.Module, dtype: str) -> None:
     for module in list(model.modules()):
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.requires_grad_(False)
-            parametrize.register_parametrization(module, "weight", Int8() if dtype == "int8" else Bf16(), unsafe=True)
+            parametrize.register_parametrization(module, "weight", Fewer(dtype), unsafe=True)
             if isinstance(module, nn.Linear):
                 module.forward = types.MethodType(product, module)
 

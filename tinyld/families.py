@@ -20,22 +20,15 @@ from tinyld.read import Said
 
 # ------------------------------------------------------------------------------------------------ their tensors, ours
 
-Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor; ValueError and the like where they do not fit
+Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor; RuntimeError and the like where it fails
 
 
 def same(config: ModelConfig, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def alike(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`; ValueError unless it has the other's shape, to which it might be broadcast."""
-    if tensor.shape != other.shape:
-        raise ValueError(f"{tuple(tensor.shape)} beside {tuple(other.shape)}")
-    return tensor
-
-
 def pair(config: ModelConfig, gate: Tensor, up: Tensor) -> Tensor:
-    return torch.cat([gate, alike(up, gate)])
+    return torch.cat([gate, up])
 
 
 def places(skipped: int) -> Make:
@@ -43,41 +36,9 @@ def places(skipped: int) -> Make:
 
     def make(config: ModelConfig, positions: Tensor, *types: Tensor) -> Tensor:
         kept = positions[skipped:][: config.max_length]
-        return kept + alike(types[0][0], kept[0]) if types else kept
+        return kept + types[0][0] if types else kept
 
     return make
-
-
-def adaln(chunk: int, of: int) -> Make:
-    """A tensor under one of the `of` vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = weight @ x
-        return y + alike(bias, y)
-
-    def make(config: ModelConfig, tensor: Tensor, *layers: Tensor) -> Tensor:
-        half = layers[0].shape[1] // 2
-        time = torch.cat([layers[0].new_ones(half), layers[0].new_zeros(half)])  # cosines and sines of 0
-        time = F.silu(linear(F.silu(linear(time, *layers[:2])), *layers[2:4]))
-        by, role = linear(time, *layers[4:]).unflatten(0, (of, -1))[chunk], ("shift", "scale", "gate")[chunk % 3]
-        if role == "gate":
-            return tensor * (by[:, None].expand_as(tensor) if tensor.dim() == 2 else alike(by, tensor))
-        return by if role == "shift" else tensor * (1.0 + alike(by, tensor))
-
-    return make
-
-
-def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
-    return torch.cat([bias[:-1], torch.full_like(bias[-1:], -1e6)])  # as MDLM itself, its "subs" parameterisation
-
-
-def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Our module or tensor -> theirs, or (how it is made, theirs ...)."""
-
-    def behind(theirs: Any) -> Any:
-        return prefix + theirs if isinstance(theirs, str) else (theirs[0], *(prefix + name for name in theirs[1:]))
-
-    return {**edges, **{f"blocks.{ours}": behind(theirs) for ours, theirs in block.items()}}
 
 
 def fused(name: str, by_head: bool = False) -> dict[str, Any]:
@@ -87,6 +48,37 @@ def fused(name: str, by_head: bool = False) -> dict[str, Any]:
         return lambda config, qkv: qkv.unflatten(0, (config.num_heads if by_head else 1, 3, -1))[:, part].flatten(0, 1)
 
     return {ours: (split(part), name) for part, ours in enumerate(("query", "key", "value"))}
+
+
+def adaln(at: str, of: int, chunk: int, theirs: str) -> Any:
+    """A tensor under one of the `of` vectors that MDLM's adaLN makes of its one time, sigma = 0: a constant."""
+
+    def make(config: ModelConfig, tensor: Tensor, *layers: Tensor) -> Tensor:
+        weight_0, bias_0, weight_2, bias_2, weight, bias = layers
+        half = weight_0.shape[1] // 2
+        time = torch.cat([weight_0.new_ones(half), weight_0.new_zeros(half)])  # cosines and sines of 0
+        time = F.silu(weight_2 @ F.silu(weight_0 @ time + bias_0) + bias_2)
+        by = (weight @ time + bias).unflatten(0, (of, -1))[chunk]
+        if (role := chunk % 3) == 0:  # the shift
+            return by
+        return tensor * (1.0 + by if role == 1 else by[:, None] if tensor.dim() == 2 else by)  # the scale, the gate
+
+    layers = ("sigma_map.mlp.0", "sigma_map.mlp.2", f"{at}.adaLN_modulation")
+    names = (f"backbone.{layer}.{part}" for layer in layers for part in ("weight", "bias"))
+    return make, f"backbone.{at}.{theirs}", *names
+
+
+def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
+    return torch.cat([bias[:-1], torch.full_like(bias[-1:], -1e6)])  # as MDLM itself, its "subs" parameterisation
+
+
+def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """Our module or tensor -> theirs, or (how it is made, theirs ...)."""
+    found = dict(edges)
+    for ours, entry in block.items():
+        make, *theirs = (same, entry) if isinstance(entry, str) else entry
+        found[f"blocks.{ours}"] = make, *(prefix + name for name in theirs)
+    return found
 
 
 SKIPPED = {"roberta": 2}  # learned positions that are never used
@@ -105,7 +97,7 @@ def encoder(kind: str, head: str, blocks: str = "encoder.layer", block: str = BE
     return parts(
         {"embedding": f"{at}word_embeddings", "positions.weight": positions, "embedding_norm": f"{at}LayerNorm",
          "embedding_projection": f"{kind}.embeddings_project", "head_transform.0": dense, "head_transform.2": norm,
-         "output_bias": (same, bias)},
+         "output_bias": bias},
         f"{kind}.{blocks}.{{i}}.", dict(zip(ours, block.split(), strict=True)),
     )  # fmt: skip
 
@@ -131,25 +123,21 @@ SMDM = parts(
 MODERNBERT = parts(
     {"embedding": "model.embeddings.tok_embeddings", "embedding_norm": "model.embeddings.norm",
      "final_norm": "model.final_norm", "head_transform.0": "head.dense", "head_transform.2": "head.norm",
-     "output": "decoder", "output_bias": (same, "decoder.bias")}, "model.layers.{i}.",
+     "output": "decoder", "output_bias": "decoder.bias"}, "model.layers.{i}.",
     {"attention_norm": "attn_norm", **fused("attn.Wqkv"), "out": "attn.Wo", "mlp_norm": "mlp_norm",
      "up": "mlp.Wi", "down": "mlp.Wo"},
 )  # fmt: skip
 MDLM = parts(
-    {"embedding.weight": (same, "backbone.vocab_embed.embedding"), "output": "backbone.output_layer.linear",
-     "output_bias": (never_the_mask, "backbone.output_layer.linear.bias")}, "backbone.blocks.{i}.",
+    {"embedding.weight": "backbone.vocab_embed.embedding", "output": "backbone.output_layer.linear",
+     "output_bias": (never_the_mask, "backbone.output_layer.linear.bias"),
+     "final_norm.bias": adaln("output_layer", 2, 0, "norm_final.weight"),
+     "final_norm.weight": adaln("output_layer", 2, 1, "norm_final.weight")}, "backbone.blocks.{i}.",
     {**fused("attn_qkv"), "up": "mlp.0"},
-)  # fmt: skip
-for _at, _of, _chunks in (
-    ("blocks.{i}", 6, ((0, "blocks.attention_norm.bias", "norm1.weight"), (5, "blocks.down.bias", "mlp.2.bias"),
-                       (1, "blocks.attention_norm.weight", "norm1.weight"), (2, "blocks.out.weight", "attn_out.weight"),
-                       (3, "blocks.mlp_norm.bias", "norm2.weight"), (4, "blocks.mlp_norm.weight", "norm2.weight"),
-                       (5, "blocks.down.weight", "mlp.2.weight"))),
-    ("output_layer", 2, ((0, "final_norm.bias", "norm_final.weight"), (1, "final_norm.weight", "norm_final.weight"))),
-):  # fmt: skip
-    _layers = ("sigma_map.mlp.0", "sigma_map.mlp.2", f"{_at}.adaLN_modulation")
-    _layers = tuple(f"backbone.{layer}.{part}" for layer in _layers for part in ("weight", "bias"))
-    MDLM |= {ours: (adaln(chunk, _of), f"backbone.{_at}.{theirs}", *_layers) for chunk, ours, theirs in _chunks}
+) | {f"blocks.{ours}": adaln("blocks.{i}", 6, chunk, theirs) for ours, chunk, theirs in (
+    ("attention_norm.bias", 0, "norm1.weight"), ("attention_norm.weight", 1, "norm1.weight"),
+    ("out.weight", 2, "attn_out.weight"), ("mlp_norm.bias", 3, "norm2.weight"), ("mlp_norm.weight", 4, "norm2.weight"),
+    ("down.weight", 5, "mlp.2.weight"), ("down.bias", 5, "mlp.2.bias"),
+)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ one row a family
@@ -178,12 +166,17 @@ IGNORED = """architectures auto_map model_type torch_dtype dtype transformers_ve
     max_window_layers sliding_window pretraining_tp output_attentions output_hidden_states return_dict
     chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type gradient_checkpointing"""
 RMS = {"norm": "rms", "activation": "silu", "gated": True, "head_bias": False}
-HF_SIZES = {
-    "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_width": "head_dim?",
-    "d_ff": "intermediate_size", "max_length": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings?",
-}  # fmt: skip
+
+
+def sizes(names: str) -> dict[str, str]:
+    """The fields that every family has -> their keys, in this order."""
+    return dict(zip(("vocab_size", "d_model", "num_layers", "num_heads", "d_ff"), names.split(), strict=False))
+
+
+BERT = sizes("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size")
+DISTILBERT = sizes("vocab_size dim n_layers n_heads hidden_dim")
+DECODER = BERT | {"max_length": "max_position_embeddings", "tied": "tie_word_embeddings?"}
+HF_SIZES = DECODER | {"kv_heads": "num_key_value_heads", "head_width": "head_dim?", "norm_eps": "rms_norm_eps"}
 ATTENTION_BIAS = {"qkv_bias": "attention_bias?", "out_bias": "attention_bias?"}
 HF_ONLY = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False, "partial_rotary_factor": 1.0}
 QWEN2 = RMS | {"out_bias": False, "mlp_bias": False}
@@ -207,17 +200,9 @@ def theta(s: Said, kind: str = "", key: str = "rope_theta") -> float:
 
 
 def full_attention(s: Said, shapes: Shapes) -> dict[str, Any]:
-    s.seen.add("layer_types")
-    kinds = s.raw.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+    if any(kind != "full_attention" for kind in s.get("layer_types", list | None) or ()):
         s.refuse("layer_types", "full_attention throughout")
     return {"rope_theta": theta(s)}
-
-
-def dream(s: Said, shapes: Shapes) -> dict[str, Any]:
-    if s.raw.get("architectures") != ["DreamModel"]:
-        s.refuse("architectures", "['DreamModel'] (another class of this model_type is not shifted)")
-    return full_attention(s, shapes)
 
 
 def llada(s: Said, shapes: Shapes) -> dict[str, Any]:
@@ -226,24 +211,14 @@ def llada(s: Said, shapes: Shapes) -> dict[str, Any]:
     return {"rope_theta": theta(s), "embedding_scale": root if s.get("input_emb_norm?", bool) else 1.0}
 
 
-def mdlm(s: Said, shapes: Shapes) -> dict[str, Any]:
-    if "backbone_config" in s.raw:
-        raise TinyldError(f"{s.where}: this mdlm is e2d2's (it has a backbone_config), which tinyld does not read")
-    if s.get("time_conditioning", bool):
-        s.refuse("time_conditioning", "false: tinyld's denoiser is not told the time")
-    return {"d_ff": 4 * s.get("hidden_dim", int)}
-
-
 def smdm(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Sizes by shape; heads, which no shape tells, by the widths of the published sizes."""
-    rows, d = (*shapes.get("transformer.wte.weight", ()), 0, 0)[:2]
-    d_ff = (*shapes.get("transformer.h.0.mlp.swiglu.w1.weight", ()), 0)[0]
-    width = 80 if (d, d_ff) == (640, 1600) else 64 if d <= 1024 else 128
-    if width != 80 and (d_ff != 4 * d or d not in SMDM_WIDTHS):
+    (rows, d), (d_ff, _) = (shapes.get(f"transformer.{name}.weight", (0, 0)) for name in ("wte", "h.0.mlp.swiglu.w1"))
+    if (d, d_ff) != (640, 1600) and (d_ff != 4 * d or d not in SMDM_WIDTHS):
         raise TinyldError(f"{s.where.parent}: no published SMDM has width {d} and an MLP of {d_ff}")
+    heads = d // (80 if d_ff == 1600 else 64 if d <= 1024 else 128)
     layers = {m[1] for m in (re.match(r"transformer\.h\.(\d+)\.", name) for name in shapes) if m}
-    sizes = {"vocab_size": rows, "d_model": d, "d_ff": d_ff, "num_heads": d // width, "num_layers": len(layers)}
-    return {**sizes, "head_rows": rows - 1}
+    return dict(vocab_size=rows, d_model=d, d_ff=d_ff, num_heads=heads, num_layers=len(layers), head_rows=rows - 1)
 
 
 SMDM_WIDTHS = (256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1408, 1536, 1792, 2048, 2176)
@@ -251,14 +226,14 @@ SMDM_WIDTHS = (256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1408, 1536, 1792, 
 
 def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Which blocks are local, in today's words or in those of its first files; and both rotary bases."""
-    layers, kinds = s.get("num_hidden_layers", int), s.raw.get("layer_types")
-    s.seen.add("layer_types")
+    layers, kinds = s.get("num_hidden_layers", int), s.get("layer_types", list | None)
     every = s.get("global_attn_every_n_layers?", int)
-    if isinstance(kinds, list) and len(kinds) == layers:
-        every = next((i for i in range(1, layers) if kinds[i] == "full_attention"), layers)
-        if kinds != ["sliding_attention" if i % every else "full_attention" for i in range(layers)]:
-            every = 0
-    if every < 1 or not isinstance(kinds, list | None):
+    if kinds is not None:
+        every = next((i for i in range(1, len(kinds)) if kinds[i] == "full_attention"), layers)
+    if every < 1 or kinds not in (
+        None,
+        ["sliding_attention" if i % every else "full_attention" for i in range(layers)],
+    ):
         s.refuse("layer_types", "full_attention for every n-th block, from the first on")
     return {
         "global_every": every, "rope_theta": theta(s, "full_attention", "global_rope_theta"),
@@ -266,10 +241,6 @@ def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-BERT = {"vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads", "d_ff": "intermediate_size"}  # fmt: skip
-DISTILBERT = {"vocab_size": "vocab_size", "d_model": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
-              "d_ff": "hidden_dim"}  # fmt: skip
 POST_NORM = {"norm_first": False, "rotary": False, "embedding_norm": True, "head_transform": True, "tied": True}
 BERT_ONLY = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
              "tie_word_embeddings": True}  # fmt: skip
@@ -294,12 +265,15 @@ FAMILIES |= {
     "a2d-llama": Family(
         HF, HF_SIZES | ATTENTION_BIAS | {"mlp_bias": "mlp_bias?"}, RMS, HF_ONLY, "<|mask|>", more=full_attention
     ),
-    "Dream": Family(HF, HF_SIZES, QWEN2 | {"shifted": True}, HF_ONLY, "<|mask|>", more=dream),
+    "Dream": Family(  # another class of this model_type is not shifted
+        HF, HF_SIZES, QWEN2 | {"shifted": True}, HF_ONLY | {"architectures": ["DreamModel"]}, "<|mask|>",
+        more=full_attention,
+    ),
     "llada": Family(
         LLADA,
-        {"vocab_size": "vocab_size", "d_model": "d_model", "num_heads": "n_heads", "num_layers": "n_layers",
-         "kv_heads": "n_kv_heads?", "d_ff": "mlp_hidden_size", "max_length": "max_sequence_length",
-         "norm_eps": "rms_norm_eps", "tied": "weight_tying", "qkv_bias": "include_qkv_bias?"},
+        sizes("vocab_size d_model n_layers n_heads mlp_hidden_size")
+        | {"kv_heads": "n_kv_heads?", "max_length": "max_sequence_length", "norm_eps": "rms_norm_eps",
+           "tied": "weight_tying", "qkv_bias": "include_qkv_bias?"},
         QWEN2,
         {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True, "alibi": False,
          "include_bias": False, "bias_for_layer_norm": False, "attention_layer_norm": False, "block_group_size": 1,
@@ -310,15 +284,15 @@ FAMILIES |= {
     ),
     "mdlm": Family(
         MDLM,
-        {"vocab_size": "vocab_size", "d_model": "hidden_dim", "num_heads": "n_heads", "num_layers": "n_blocks",
-         "max_length": "model_length"},
+        sizes("vocab_size hidden_dim n_blocks n_heads") | {"max_length": "model_length"},
         {"activation": "gelu_tanh", "tied": False, "qkv_bias": False, "out_bias": False},
-        ignored="cond_dim backbone.rotary_emb.inv_freq", more=mdlm,
+        {"time_conditioning": False}, ignored="cond_dim backbone.rotary_emb.inv_freq",
+        more=lambda s, shapes: {"d_ff": 4 * s.get("hidden_dim", int)},
     ),
     "smdm": Family(SMDM, {}, QWEN2 | {"qkv_bias": False, "max_length": 2_048, "tied": False}, more=smdm),
     "modernbert": Family(
         MODERNBERT,
-        {k: v for k, v in HF_SIZES.items() if k not in ("kv_heads", "head_width")} | ATTENTION_BIAS
+        DECODER | ATTENTION_BIAS
         | {"norm_eps": "norm_eps", "norm_bias": "norm_bias", "head_bias": "decoder_bias",
            "local_window": "local_attention"},
         {"gated": True, "first_norm": False, "mlp_bias": False, "embedding_norm": True, "head_transform": True},

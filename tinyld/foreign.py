@@ -9,40 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from tinyld.attention import rotary_tables
 from tinyld.checkpoint import Base, check_amount
-from tinyld.config import ModelConfig, Reading, check_choice, to_dict, types_of
+from tinyld.config import ModelConfig, Reading, check_choice, check_type, to_dict, types_of
 from tinyld.device import BASE_DTYPES, shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
 from tinyld.model import Denoiser
 from tinyld.read import TENSORS_BYTES, as_object, opened, read_bytes, read_object, read_text, refuse_pickled
-from tinyld.tokenizer import ROLES, Tokenizer
+from tinyld.tokenizer import ROLES, Tokenizer, parse_tokenizer
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
 TYPES = types_of(ModelConfig)
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Chat templates by a token that they name: what stands before a prompt, between it and its answer, and at the end. They
-# are programs (Jinja), which are never run: one of another form is refused.
-CHATS = {
-    "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    "<|start_header_id|>": (
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-    ),
-}
+# Chat templates that we know by their first token: what stands before a prompt, and between it and its answer, which
+# ends as the prompt does. They are programs (Jinja), which are never run: one of another form is refused.
+CHATS = (
+    ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+)
 
 
 # ------------------------------------------------------------------------------------------------ their tensors
@@ -59,8 +54,7 @@ class Stored(NamedTuple):
     def read(self) -> Tensor:
         """A copy; its file is closed again, so that nothing more of it stays in memory."""
         with safetensors(self.path) as file:
-            tensor = file.get_tensor(self.name)
-            tensor = tensor.float() if self.dtype == "F64" else tensor.clone()
+            tensor = file.get_tensor(self.name).clone()
         if not all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(1 << 22)):
             raise TinyldError(f"{self.path}: tensor {self.name!r} holds values that are not finite")
         return tensor
@@ -77,40 +71,35 @@ def safetensors(path: Path) -> Any:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's one safetensors file, or of those that its index names."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
-    whole, index = [n for n in names if n.endswith(".safetensors")], {}
+    files = whole = {n for n in names if n.endswith(".safetensors")}
     if INDEX in names:
-        index = as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX)
-        if not set(map(str, index.values())) <= set(whole):
+        files = set(map(str, as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX).values()))
+        if not files <= whole:
             raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
     elif len(whole) != 1:
         refuse_pickled(folder, () if whole else names)
         found = ", ".join(names[:8]) or "nothing"
         raise TinyldError(f"no model in {folder}: expected model.safetensors or {INDEX}, found {found}")
     tensors: dict[str, Stored] = {}
-    for path in [folder / name for name in sorted(set(index.values()) or whole)]:
+    for path in sorted(folder / name for name in files):
         with safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if name in tensors:
-                    raise TinyldError(f"{path}: tensor {name!r} is in {tensors[name].path.name}, too")
                 part = file.get_slice(name)
                 tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
-    if missing := sorted(set(index) - set(tensors)):
-        raise TinyldError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files")
     return tensors
 
 
 def named_today(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     """An encoder's tensors with their prefix, and no gamma or beta of a norm, as BERT's first files have."""
     alone = "" if any(name.startswith(prefix) for name in tensors) else prefix
-    new = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    return {alone + re.sub(r"LayerNorm\.(gamma|beta)", lambda m: new[m[0]], n): t for n, t in tensors.items()}
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    return {alone + re.sub("|".join(old), lambda m: old[m[0]], name): tensor for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------ a whole folder
 
 
-@dataclass
-class Foreign:
+class Foreign(NamedTuple):
     """A folder that is understood; no weights are read yet."""
 
     family: str
@@ -125,9 +114,9 @@ def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
     where, tensors, reading = folder / CONFIG, stored_tensors(folder), reading or Reading()
     bare = not where.exists() and "transformer.wte.weight" in tensors
     raw = {"model_type": "smdm"} if bare else read_object(where)
-    kind = str(raw.get("model_type"))[:40]
+    kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
-        raise TinyldError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
+        raise TinyldError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {show(kind)}")
     if "bd3lm" in f"{folder.resolve().name} {raw.get('_name_or_path')}".lower():
         raise TinyldError(f"{where}: this {kind} attends block by block (block-causal), which tinyld does not read")
     family = FAMILIES[kind]
@@ -144,20 +133,28 @@ def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
     rows, longest, length = shape["vocab_size"], shape["max_length"], reading.max_length
     if length is not None and length > longest and not family.prefix:
         raise UsageError(f"max_length must be at most the {longest} of {folder}, got {length}")
-    tokenizer = read_tokenizer(folder, said, family, rows, reading)
+    tokenizer = find_tokenizer(folder, raw, family, rows, reading)
+    if tokenizer.vocab_size > rows:
+        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
     shape |= {"max_length": min(longest, length or MAX_ROW), "vocab_size": tokenizer.vocab_size}
     try:
         config = ModelConfig(**shape)
-    except (UsageError, OverflowError) as error:
+    except UsageError as error:
         raise TinyldError(f"{where}: {error}") from None
     check_amount(config.num_parameters(), shapes.values(), folder)
     headless = family.prefix and f"{family.parts['head_transform.0']}.weight" not in tensors
     with torch.device("meta"):
         model = Denoiser(config).eval()
-    plan, padding = {}, rows - config.vocab_size
+    plan = {}
     for name, parameter in sorted(model.named_parameters()):
-        if not (headless and name.startswith(("head_transform", "output_bias"))):
-            plan[name] = planned(folder, family, config, tensors, name, parameter.shape, padding)
+        if headless and name.startswith(("head_transform", "output_bias")):
+            continue
+        make, names = theirs_of(family, name)
+        if missing := [n for n in names if n not in tensors]:
+            raise TinyldError(f"{folder}: no tensor {missing[0]}, which its config asks for")
+        plan[name] = make, [tensors[n] for n in names]
+        is_padded = name in ("embedding.weight", "output.weight", "output_bias")
+        check_fit(name, *plan[name], config, parameter.shape, rows - config.vocab_size if is_padded else 0)
     used = {each for _, stored in plan.values() for each in stored}
     for name, each in tensors.items():
         if each not in used and name not in family.ignored.split() and not family.prefix:
@@ -174,46 +171,42 @@ def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
     return make, [n.format(i=number and number[0]) + tail for n in names]
 
 
-def planned(
-    folder: Path, family: Family, config: ModelConfig, tensors: dict[str, Stored], name: str, shape: torch.Size,
-    padding: int,
-) -> tuple[Make, list[Stored]]:  # fmt: skip
-    """`theirs_of`, tried on shapes alone; `padding` rows of a vocabulary are theirs."""
-    make, names = theirs_of(family, name)
-    if missing := [n for n in names if n not in tensors]:
-        raise TinyldError(f"{folder}: no tensor {missing[0]}, which its config asks for")
-    stored = [tensors[n] for n in names]
+def check_fit(name: str, make: Make, stored: list[Stored], config: ModelConfig, shape: torch.Size, more: int) -> None:
+    """TinyldError unless what is made of the stored tensors has floats and `shape`, with `more` rows."""
     for each in stored:
         if each.dtype not in FLOATS:
             raise TinyldError(f"{each.path}: tensor {each.name!r} is {each.dtype}, expected floats")
-    padded = padding if name in ("embedding.weight", "output.weight", "output_bias") else 0
     try:
         made = make(config, *(torch.empty(each.shape, device="meta") for each in stored)).shape
     except (RuntimeError, IndexError, ValueError):
         made = torch.Size()
-    if made != torch.Size((shape[0] + padded, *shape[1:])):
-        found = f"{', '.join(str(each.shape) for each in stored[:2])} in {names[0]}, {tuple(shape)} expected"
+    if made != (shape[0] + more, *shape[1:]):
+        found = f"{', '.join(str(each.shape) for each in stored[:2])} in {stored[0].name}, {tuple(shape)} expected"
         raise TinyldError(f"{stored[0].path}: tensor {name!r} has the wrong shape: {found}")
-    return make, stored
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
 
 
-def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading: Reading) -> Tokenizer:
-    """tokenizer.json, with the ids of its special tokens by config, tokenizer_config.json or the family's row; an
-    encoder's says them by their names, and may be a vocab.txt."""
+def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: int, reading: Reading) -> Tokenizer:
+    """That of a tokenizer.json, with the special tokens that tokenizer_config.json names, config.json has the ids of
+    (`said`), or the family has; an encoder's are known by their names."""
     path, extra = folder / "tokenizer.json", folder / "tokenizer_config.json"
     raw = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in raw.items()}
+    if not path.is_file():
+        how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json ({how})")
+    inner, _ = parse_tokenizer(read_bytes(path), path)
+    if family.prefix and reading.mask_token is None and not reading.chat:
+        return Tokenizer(inner, path)
 
-    def token(inner: HFTokenizer, *roles: str) -> int | None:
-        """The id that the tokenizer's folder, or else the config, gives a role."""
+    def token(*roles: str) -> int | None:
+        """The id of the first of these roles that has one."""
         for role in roles:
-            name, stated = named.get(f"{role}_token"), said.raw.get(f"{role}_token_id")
-            stated = stated[0] if isinstance(stated, list) and stated and role == "eos" else stated
-            if stated is not None and type(stated) is not int:
-                raise TinyldError(f"{folder / CONFIG}: {role}_token_id must be a token's number, got {show(stated)}")
+            name, stated = named.get(f"{role}_token"), said.get(f"{role}_token_id")
+            stated = stated[0] if isinstance(stated, list) and stated else stated
+            check_type(stated, int | None, f"{folder / CONFIG}: {role}_token_id")
             found = inner.token_to_id(name) if isinstance(name, str) else None
             if name is not None and found is None:
                 raise TinyldError(f"{extra}: {role}_token {show(name)} is not in tokenizer.json")
@@ -224,65 +217,36 @@ def read_tokenizer(folder: Path, said: Said, family: Family, rows: int, reading:
                 return stated if found is None else found
         return None
 
-    def roles(inner: HFTokenizer) -> dict[str, Any]:
-        if reading.mask_token is not None:
-            mask = inner.token_to_id(reading.mask_token)
-            if mask is None:
-                raise UsageError(f"mask_token {reading.mask_token!r} is no token of {path}")
-        else:
-            mask = token(inner, "mask")
-            if mask is None:
-                mask = inner.token_to_id(family.mask) if family.mask else rows - 1
-            if mask is None:
-                raise TinyldError(f"{folder}: nothing says which token is the mask; say it by --set mask_token=TOKEN")
-        size = max(inner.get_vocab().values(), default=-1) + 1
-        if size <= mask < min(rows, size + 300):  # rows of the model's that the tokenizer has no name for
-            inner.add_special_tokens([f"<|token {i}|>" for i in range(size, mask + 1)])
-        eos, bos = token(inner, "eos", "sep"), token(inner, "bos", "cls")
-        chat = read_chat(folder, inner, named.get("chat_template"), bos) if reading.chat else {}
-        if eos is None and not chat:
-            raise TinyldError(f"{folder}: neither {CONFIG} nor {extra.name} says which token ends a text (eos_token)")
-        pad, unk = token(inner, "pad"), named.get("unk_token")
-        ids = (eos if pad is None else pad, inner.token_to_id(unk) if isinstance(unk, str) else None,
-               eos if bos is None else bos, eos, mask)  # fmt: skip
-        return dict(zip(ROLES, ids, strict=True)) | chat
-
-    if path.is_file():
-        by_name = family.prefix and reading.mask_token is None and not reading.chat
-        tokenizer = Tokenizer.parse(read_bytes(path), path, None if by_name else roles)
-    elif family.prefix and (folder / "vocab.txt").is_file():
-        tokenizer = from_vocabulary(folder / "vocab.txt", bool(named.get("do_lower_case", True)))
-    else:
-        raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json or vocab.txt, of an encoder")
-    if tokenizer.vocab_size > rows:
-        raise TinyldError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
-    return tokenizer
-
-
-def from_vocabulary(path: Path, lowercase: bool) -> Tokenizer:
-    """BERT's own tokenizer of a `vocab.txt`, a piece a line."""
-    vocab = {piece: i for i, piece in enumerate(read_text(path).split("\n")) if piece}
-    inner = HFTokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##")
-    inner.add_special_tokens([s for s in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if s in vocab])
-    return Tokenizer(inner, str(path))
+    if reading.mask_token is not None and inner.token_to_id(reading.mask_token) is None:
+        raise UsageError(f"mask_token {reading.mask_token!r} is no token of {path}")
+    mask = token("mask") if reading.mask_token is None else inner.token_to_id(reading.mask_token)
+    if mask is None:
+        mask = inner.token_to_id(family.mask) if family.mask else rows - 1
+    if mask is None:
+        raise TinyldError(f"{folder}: nothing says which token is the mask; say it by --set mask_token=TOKEN")
+    size = max(inner.get_vocab().values(), default=-1) + 1
+    if size <= mask < min(rows, size + 300):  # rows of the model's that the tokenizer has no name for
+        inner.add_special_tokens([f"<|token {i}|>" for i in range(size, mask + 1)])
+    eos, bos, pad, unk = token("eos", "sep"), token("bos", "cls"), token("pad"), named.get("unk_token")
+    chat = read_chat(folder, inner, named.get("chat_template"), bos) if reading.chat else {}
+    if eos is None and not chat:
+        raise TinyldError(f"{folder}: neither {CONFIG} nor {extra.name} says which token ends a text (eos_token)")
+    unk = inner.token_to_id(unk) if isinstance(unk, str) else None
+    ids = (eos if pad is None else pad, unk, eos if bos is None else bos, eos, mask)
+    return Tokenizer(inner, path, dict(zip(ROLES, ids, strict=True)) | chat)
 
 
 def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) -> dict[str, Any]:
     """What a chat puts around a prompt, as ids: `start`, `turn` and its end; without a system's turn."""
     path = folder / "chat_template.jinja"
-    template = read_text(path) if path.is_file() else template
-    if not isinstance(template, str):
-        raise TinyldError(f"no chat template in {folder}: leave chat out")
-    known = [c for mark, c in CHATS.items() if mark in template]
-    names = {name for parts in known for name in re.findall(r"<\|\w+\|>", "".join(parts))}
-    if len(known) != 1 or any(inner.token_to_id(name) is None for name in names):
-        raise TinyldError(f"{folder}: its chat template is of no form that tinyld knows ({', '.join(CHATS)}); "
-                          "leave chat out")  # fmt: skip
-    start, turn, end = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
+    template = read_text(path) if path.is_file() else str(template)
+    known = [parts for parts in CHATS if re.match(r"<\|\w+\|>", parts[0])[0] in template]
+    if len(known) != 1 or None in map(inner.token_to_id, re.findall(r"<\|\w+\|>", "".join(known[0]))):
+        forms = " and ".join(start.partition("user")[0] for start, _ in CHATS)
+        raise TinyldError(f"{folder}: no chat template of a form that tinyld knows ({forms}); leave chat out")
+    start, turn = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
     begin = [] if bos is None or "bos_token" not in template else [bos]
-    return {"start": begin + start, "turn": turn, "eos": end[0]}
+    return {"start": begin + start, "turn": turn, "eos": turn[0]}
 
 
 # ------------------------------------------------------------------------------------------------ what others call
@@ -309,24 +273,23 @@ def load_foreign(
     def read(name: str, shape: torch.Size, narrow: bool) -> Tensor:
         """One of our tensors, in float32, or if `narrow` as stored where it is one of theirs."""
         if name not in foreign.plan:  # of a head: it changes nothing until it is trained
-            is_scale = name == "head_transform.2.weight"
-            return torch.eye(*shape) if len(shape) == 2 else torch.full(shape, float(is_scale))
+            return torch.eye(*shape) if len(shape) == 2 else torch.full(shape, float(name == "head_transform.2.weight"))
         make, stored = foreign.plan[name]
         theirs = [each.read() for each in stored]
         for tensor in theirs:
             digest.update(tensor.view(torch.uint8).numpy())
         made = make(config, *(t if narrow and make is same else t.float() for t in theirs))
         made = made[: shape[0]]  # those that pad the vocabulary to a round size are left out
-        rest = made.untyped_storage().nbytes() > made.nbytes  # of theirs, which is to go
-        return made.clone() if rest else made
+        return made if made.untyped_storage().nbytes() == made.nbytes else made.clone()  # and not kept in memory
 
-    owners = [(f"{prefix}." if prefix else "", module) for prefix, module in model.named_modules()]
-    own = {name: dict(module.named_parameters(prefix=name[:-1], recurse=False)) for name, module in owners}
-    for prefix, module in sorted(owners, key=lambda owner: -sum(p.numel() for p in own[owner[0]].values())):
+    def own(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters(recurse=False))
+
+    for prefix, module in sorted(model.named_modules(), key=lambda found: -own(found[1])):
         is_shrunk = isinstance(module, nn.Linear | nn.Embedding) and dtype != "fp32"
-        for name, parameter in own[prefix].items():
+        for name, parameter in list(module.named_parameters(prefix, recurse=False)):
             made = read(name, parameter.shape, is_shrunk and name.endswith("weight")).to(device)
-            setattr(module, name.removeprefix(prefix), nn.Parameter(made))
+            setattr(module, name.rpartition(".")[2], nn.Parameter(made))
             del made
         if is_shrunk:
             shrink(module, dtype)

@@ -258,32 +258,31 @@ class Denoiser(nn.Module):
         `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, of those up to it.
         t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
-        push, last = self.push, self.config.num_layers
+        push, last, shifted = self.push, self.config.num_layers, self.config.shifted
         if push is not None and (t is None or prompt_mask is None):
             raise ValueError("a denoiser with a push needs t and prompt_mask")
         first = last if push is None else push.first_depth
+        few = None if where is None else few_positions(where)
+        positions = None if few is None else (few[0] - int(shifted)).clamp(min=0)
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
-        late = self.config.shifted and (where is None or bool(where[:, 0].any()))  # position 0 has none before it
-        asked = None if late else where.roll(-1, 1) if self.config.shifted else where
-        positions, is_asked = (None if asked is None else few_positions(asked)) or (None, asked)
-        narrow = None if whole else positions
-        history: list[Tensor] | None = [] if push is not None and push.reads_depths else None
+        narrow, history = None if whole else positions, []
+        kept = history if push is not None and push.reads_depths else None
         if cached is None:
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=history, positions=narrow)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=kept, positions=narrow)
         else:
             *below, h = cached.unbind(2)
-            if history is not None:
-                history += below
+            history += below
         if push is not None:
-            push_at = push.start(t, prompt_mask, () if history is None else history)
-            h = self.run_blocks(h, attention_mask, first, last, push_at, history, narrow)
+            push_at = push.start(t, prompt_mask, history)
+            h = self.run_blocks(h, attention_mask, first, last, push_at, kept, narrow)
             if whole and positions is not None:
                 h = take(h, positions) + push_at(last, h, positions)
             else:
                 h = h + push_at(last, h)
-        if late:
-            h, is_asked = torch.cat([h[:, :1], h[:, :-1]], 1), where
-        return h if is_asked is None else h[is_asked]
+        if positions is not None:
+            return h[few[1]]
+        h = torch.cat([h[:, :1], h[:, :-1]], 1) if shifted else h
+        return h if where is None else h[where]
 
     @property
     def device(self) -> torch.device:
@@ -336,9 +335,6 @@ class Denoiser(nn.Module):
             self._narrow = made_of, weight.to(dtype)
         return self._narrow[1]
 
-    def forward(
-        self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
-        prompt_mask: Tensor | None = None, where: Tensor | None = None, cached: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Logits (B, L, V), or (N, V) for the N positions of `where` ((B, L) bool), where alone the head then runs."""
-        return self.head(self.states(xt, t, attention_mask, prompt_mask, cached, where))
+    def forward(self, *given: Any, **told: Any) -> Tensor:
+        """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `states` is given."""
+        return self.head(self.states(*given, **told))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from tinyld.config import check_type
 from tinyld.errors import TinyldError, show
-from tinyld.read import decode, opened, parse_json, read_bytes
+from tinyld.read import opened, parse_json, read_bytes
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -49,9 +49,6 @@ _WORDS = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|
 _CONTRACTION = rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)"
 
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
-GROWTH = 10_000  # times that a foreign tokenizer may lengthen a text: ours may 1,536
-PATTERN = 2_000  # characters of a regular expression in a foreign tokenizer, and its largest count
-LINE = 64 << 20  # characters of a document; what a compressed file holds beyond them is a document of its own
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
 
@@ -79,44 +76,42 @@ class Tokenizer:
     which `roles` then says the ids.
     """
 
-    def __init__(self, inner: HFTokenizer, where: str = "tokenizer.json", roles: Mapping[str, Any] | None = None):
-        self.inner, self.roles, self.where = inner, roles, where
+    def __init__(self, inner: HFTokenizer, where: object = "tokenizer.json", roles: Mapping[str, Any] | None = None):
+        """TinyldError where the special tokens are not all there, or the tokenizer fails at a text."""
+        self.inner, self.roles = inner, roles
         inner.no_padding()
         inner.no_truncation()
         self.is_wordpiece = isinstance(inner.model, models.WordPiece)
-        # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a part of
-        # the word behind it (byte-level BPE).
-        first, *rest = ([0], [0]) if self.is_wordpiece else map(self._ids, ("a b", "b", " b"))
-        self.blank = " " if rest and len(rest[-1]) == 1 and first[1:] != rest[0] else ""
         vocab = inner.get_vocab()
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        if roles is not None:
-            self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (roles.get(name) for name in ROLES)
-            self.start, self.turn = roles.get("start", [self.bos_id]), roles.get("turn", [])
-            lists = isinstance(self.start, list) and isinstance(self.turn, list)
-            ids = [self.pad_id, self.unk_id or 0, self.bos_id, self.eos_id, self.mask_id]
-            ids += [*self.start, *self.turn] if lists else [None]
-            if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
-                raise TinyldError(f"{where}: roles must be ids of tokens, got {show(dict(roles))}")
-            if self.mask_id == self.eos_id:
-                raise TinyldError(f"{where}: the mask and the end of a text are one token")
-            added = inner.get_added_tokens_decoder().items()
-            named = (self.pad_id, self.bos_id, self.eos_id, self.mask_id)
-            special = {i: token.content for i, token in added if token.special or i in named}
-            self.special = tuple(special.values())
-            self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
-            return
-        names = next((family for family in SPECIAL_OF_FAMILIES if all(name in vocab for name in family)), None)
-        if names is None:
-            missing = ", ".join(name for name in SPECIAL if name not in vocab)
-            raise TinyldError(f"{where}: the tokenizer has no {missing} token (nor those of BERT or RoBERTa)")
-        if max(vocab.values()) >= inner.get_vocab_size():
-            raise TinyldError(f"{where}: an id of {max(vocab.values())} among {inner.get_vocab_size()} tokens")
-        self.special = names
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (vocab[name] for name in names)
-        self.start, self.turn = [self.bos_id], []
+        special = {}
+        if roles is None:
+            names = next((family for family in SPECIAL_OF_FAMILIES if set(family) <= set(vocab)), None)
+            if names is None:
+                missing = ", ".join(name for name in SPECIAL if name not in vocab)
+                raise TinyldError(f"{where}: the tokenizer has no {missing} token (nor those of BERT or RoBERTa)")
+            special = {vocab[name]: name for name in names}
+            roles = dict(zip(ROLES, special, strict=True))
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = (roles.get(name) for name in ROLES)
+        self.start, self.turn = roles.get("start", [self.bos_id]), roles.get("turn", [])
+        ids = [self.pad_id, self.unk_id or 0, self.bos_id, self.eos_id, self.mask_id]
+        ids += [*self.start, *self.turn] if isinstance(self.start, list) and isinstance(self.turn, list) else [None]
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise TinyldError(f"{where}: roles must be ids of tokens, got {show(dict(roles))}")
+        if self.mask_id == self.eos_id:
+            raise TinyldError(f"{where}: the mask and the end of a text are one token")
+        for i, token in inner.get_added_tokens_decoder().items():
+            if token.special or i in (self.pad_id, self.bos_id, self.eos_id, self.mask_id):
+                special[i] = token.content
+        self.special = tuple(special.values())
         # what decoding may not choose: all special tokens but [EOS], which ends an answer
-        self.never_written = [self.pad_id, self.unk_id, self.bos_id, self.mask_id]
+        self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
+        with library(where):
+            # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a
+            # part of the word behind it (byte-level BPE).
+            first, alone, blank = map(self._ids, ("a b", "b", " b"))
+            self.blank = " " if not self.is_wordpiece and len(blank) == 1 and first[1:] != alone else ""
+            self.decode(self.encode("it's a \u6f22 n't -- try [MASK]"))
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -147,25 +142,10 @@ class Tokenizer:
         return cls.parse(read_bytes(path), path)
 
     @classmethod
-    def parse(
-        cls, content: bytes, path: Path, find_roles: Callable[[HFTokenizer], Mapping[str, Any]] | None = None
-    ) -> Tokenizer:
-        """The tokenizer that a `tokenizer.json` holds, tried out on a text; with the roles that are found for it, or
-        else its own. TinyldError when it is damaged."""
-        text = decode(content, path)
-        raw = parse_json(text, path)
-        check_patterns(raw, path)
-        raw = raw if isinstance(raw, dict) else {}
-        model, roles = raw.get("model"), raw.pop("roles", None)
-        if isinstance(model, dict) and "merges" in model and model.get("continuing_subword_prefix"):
-            raise TinyldError(f"{path}: byte pairs with a continuing_subword_prefix are not read")  # it may abort
-        if growth([raw.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]) > GROWTH:
-            raise TinyldError(f"{path}: its replacements may make a text {GROWTH:,} times as long")
-        with library(path):
-            inner = HFTokenizer.from_str(text if roles is None else json.dumps(raw))
-            tokenizer = cls(inner, str(path), roles if find_roles is None else find_roles(inner))
-            tokenizer.decode(tokenizer.encode("it's a \u6f22 n't -- try [MASK]"))
-        return tokenizer
+    def parse(cls, content: bytes, path: Path) -> Tokenizer:
+        """The tokenizer that a `tokenizer.json` holds; TinyldError when it is damaged."""
+        inner, roles = parse_tokenizer(content, path)
+        return cls(inner, path, roles)
 
     @property
     def tokens(self) -> list[str]:
@@ -187,15 +167,13 @@ class Tokenizer:
         return self._ids(self._defuse(text))
 
     def _ids(self, text: str) -> list[int]:
-        with library(self.where):
-            return self.inner.encode(text, add_special_tokens=False).ids
+        return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         texts, found = [self._defuse(t) for t in texts], []
         for i in range(0, len(texts), AT_ONCE):  # an encoding has more than ids, and many of them are large
-            with library(self.where):
-                found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
+            found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
         return found
 
     def _defuse(self, text: str) -> str:
@@ -217,8 +195,15 @@ class Tokenizer:
                 runs.append([])
             else:
                 runs[-1].append(i)
-        with library(self.where):
-            return "_".join(self.inner.decode(run) for run in runs).strip()
+        return "_".join(self.inner.decode(run) for run in runs).strip()
+
+
+def parse_tokenizer(content: bytes, path: Path) -> tuple[HFTokenizer, Any]:
+    """(what a `tokenizer.json` holds, the roles that one of ours says)."""
+    raw = parse_json(content, path, dict)
+    roles = raw.pop("roles", None)
+    with library(path):
+        return HFTokenizer.from_str(json.dumps(raw)), check_type(roles, dict | None, f"{path}: roles")
 
 
 @contextmanager
@@ -232,27 +217,6 @@ def library(where: object) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TinyldError(f"{where}: not a tokenizer file, or one that fails at a text ({str(error)[:120]})") from None
-
-
-def growth(value: Any) -> float:
-    """How many times as long a text may become by all replacements in a tokenizer's file."""
-    nodes = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    found = math.prod(map(growth, nodes))
-    if isinstance(value, dict) and isinstance(value.get("pattern"), dict):
-        old, new = value["pattern"].get("String"), str(value.get("content", ""))
-        found *= max(1.0, len(new) / len(old)) if isinstance(old, str) and old else len(new) + 1
-    return found * (1 + len(str(value["prepend"])) if isinstance(value, dict) and "prepend" in value else 1)
-
-
-def check_patterns(value: Any, path: Path) -> None:
-    """TinyldError for a regular expression of a tokenizer that is there to take time: long, or with a huge count."""
-    for node in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        check_patterns(node, path)
-    pattern = value.get("Regex") if isinstance(value, dict) else None
-    if isinstance(pattern, str):
-        counts = [int(number) for number in re.findall(r"(?<=[{,])\d{1,9}(?=[,}])", pattern)]
-        if len(pattern) > PATTERN or max(counts, default=0) > PATTERN:
-            raise TinyldError(f"{path}: the pattern {show(pattern)} is too large to be tried")
 
 
 def detokenize(pieces: list[str]) -> str:
@@ -272,7 +236,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
             with opened(path) as file:
                 unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
                 lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig")
-                for number, line in enumerate(iter(lambda lines=lines: lines.readline(LINE), ""), 1):
+                for number, line in enumerate(lines, 1):
                     if path.suffix == ".jsonl" and line.strip():
                         text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
                         line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair

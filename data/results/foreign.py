@@ -161,7 +161,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     xt, _, answer = data[0]
     started = clock(args.device)
     with torch.no_grad(), low:
-        model(xt, answer.sum(1).float(), None, ~answer, answer).argmax(-1).tolist()
+        model(xt, answer.sum(1).float(), None, ~answer, where=answer).argmax(-1).tolist()
     found["predict_seconds_a_row"] = (clock(args.device) - started) / args.rows
     return found | {"stored_bytes": sum(p.numel() * p.element_size() for p in attached.own.values())}
 
