@@ -48,7 +48,9 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     out = options.out or RUNS / f"compose-{'-'.join(members)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
-    rows = {name: rows_for(run, run.tasks[0], options.split, options.data) for name, run in alone.items()}
+    rows = {
+        name: rows_for(run, run.tasks[0], options.split, options.data, options.limit) for name, run in alone.items()
+    }
     for of in rows.values():
         say_truncated(say_to_stderr(options.quiet), of.truncated, len(of), base.model.config.max_length)
     routing = measure_routing(base, router, rows, options.limit)
@@ -62,7 +64,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         )
 
     def measured(name: str) -> Evaluation:
-        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet, limit=options.limit)
+        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet)
 
     drops = []
     for name, member in members.items():
@@ -72,8 +74,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
             hang(base, list(members.values()), router)
             both = measured(name)
         drops.append({
-            "task": name, "split": options.split, "n": own.n, "own": own.accuracy, "composed": both.accuracy,
-            "drop": None if own.accuracy is None else own.accuracy - both.accuracy,
+            "task": name, "split": options.split, "n": own.n, "own": own.scores.get("accuracy"), "composed": both.scores.get("accuracy"),
+            "drop": own.scores["accuracy"] - both.scores["accuracy"] if "accuracy" in own.scores else None,
             "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
