@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_shape
@@ -135,7 +134,7 @@ def variants(text: str, model_config: ModelConfig) -> list[Variant]:
 
 
 def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines: int) -> list[Row]:
-    """Every rate with seed 0, the other seeds at the best rate, their evaluation: what is missing of it. A row for every
+    """Every rate with seed 0, the other seeds at the best rate, their evaluation: what is missing of it. A row for each
     run that was chosen. `numbers` of runs go on from line to line."""
     say, total = say_to_stderr(options.quiet), lines * (options.trials + options.seeds - 1)
 

@@ -73,9 +73,10 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         if not by_name:  # else the member that is named answers, as it does alone
             hang(base, list(members.values()), router)
             both = measured(name)
+        alone_right, right = (found.scores.get("accuracy") for found in (own, both))
         drops.append({
-            "task": name, "split": options.split, "n": own.n, "own": own.scores.get("accuracy"), "composed": both.scores.get("accuracy"),
-            "drop": own.scores["accuracy"] - both.scores["accuracy"] if "accuracy" in own.scores else None,
+            "task": name, "split": options.split, "n": own.n, "own": alone_right, "composed": right,
+            "drop": None if right is None else alone_right - right,
             "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better

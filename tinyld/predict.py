@@ -61,9 +61,9 @@ class Run:
     def asks_alike(self) -> bool:
         """Whether it is a composition whose tasks label texts, ask in the same words and can be told apart by their
         texts: each row is then routed."""
+        routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
         labels = not any(task.is_generation for task in self.tasks)
-        is_routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
-        return is_routed and labels and len({asked_of(t, self.tasks[0]) for t in self.tasks}) == 1
+        return routed and labels and len({asked_of(task, self.tasks[0]) for task in self.tasks}) == 1
 
     @property
     def model(self) -> Denoiser:
@@ -97,37 +97,34 @@ class Run:
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """A text for each prompt: by the run's generation task, else what fills `length` tokens, 24, at `{answer}`."""
-        prompts = several(prompts, "prompts")
+        prompts, sampling = several(prompts, "prompts"), SampleConfig(temperature=temperature, seed=seed)
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
-        sampling = SampleConfig(temperature=temperature, seed=seed)
         writer = next((t for t in self.tasks if t.is_generation), None)
-        if writer is None:
-            with ONE_AT_A_TIME:
-                return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
-        check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
+        unread = writer is not None and length is not None
+        check(not unread, f"length has no effect: task {writer and writer.name} says how long its texts are")
         with ONE_AT_A_TIME:
+            if writer is None:
+                return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
             self.let_answer(writer.name)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
+        known = {task.name: task for task in self.tasks}
         if name is None:
-            check(len(self.tasks) > 0, f"{self.path} was made for no task: say which with --task")
-            names = ", ".join(dict.fromkeys(task.name for task in self.tasks))
+            check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
             why = "cannot be told apart by their texts" if self.config.get("by_name") else "are asked differently"
             routed = len(self.tasks) == 1 or self.asks_alike
-            check(routed, f"{self.path} has tasks {names}, which {why}; say which with --task")
+            check(routed, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
             return self.tasks[0]
-        known = {task.name: task for task in self.tasks}
         if name in known:
             return known[name]
-        is_known = not self.tasks or name in builtin_names() or str(name).endswith(".toml")
+        is_known = not known or name in builtin_names() or str(name).endswith(".toml")
         check(is_known, f"{self.path} has no task {show(name)}; it has {', '.join(known)}")
         asked = load_task(name)  # maybe another set of reviews, which the run knows how to read
         own = known.get(asked.name)
-        if self.tasks and (own is not None or asked.asks not in [task.asks for task in self.tasks]):
-            before = own or self.tasks[0]
-            keys = KEPT if own else ("template", "verbalizer", "answer_tokens")
+        if own or (known and asked.asks not in [task.asks for task in self.tasks]):
+            before, keys = (own, KEPT) if own else (self.tasks[0], ("template", "verbalizer", "answer_tokens"))
             if differs := unlike(to_record(before), to_record(asked), keys):
                 raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
         return own or asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, Sampling, kinds
-from tinyld.parse import refuse_idle
+from tinyld.parse import flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.rows import files_of, has_split, load_split, to_learn
@@ -105,8 +106,8 @@ def eval(options: EvalOptions) -> list[Record]:
             records.append(record)
             lines += ["\t".join([str(path), task.name, *map(plain, p)]) for p in found.predictions]
             key = f"{task.name}/{source}"
-            if why := why_unusual(run, sampling, options):
-                say(f"{path}: {key} is not kept in {RESULTS}, as it is {why}")
+            if why := why_unusual(run, options):
+                say(f"{path}: {key} is not kept in {RESULTS}, as it is by {why}")
             else:
                 remember(path, "eval", key, record)
     if predictions is not None:
@@ -114,19 +115,16 @@ def eval(options: EvalOptions) -> list[Record]:
     return records
 
 
-def why_unusual(run: Run, sampling: SampleConfig, options: EvalOptions) -> str | None:
-    """Why an evaluation is not the run's own result: decoded otherwise, or of other rows than go with its own (a file
-    of rows has a name of its own)."""
-    if options.limit is not None:
-        return f"of {options.limit:,} rows at most"
-    if options.base_dtype is not None:
-        return f"on the base in {options.base_dtype}"
-    if run.is_composition and options.task is not None:
-        return f"of {options.task}'s adapter alone"
-    data, own = options.data, run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
+def why_unusual(run: Run, options: EvalOptions) -> str:
+    """The options by which an evaluation is not the run's own result: it is decoded otherwise, or of other rows than go
+    with its own (a file of rows has a name of its own)."""
+    default, own = EvalOptions(), run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
+    names = ["limit", "base_dtype", *(f.name for f in fields(SampleConfig)), *(["task"] if run.is_composition else [])]
+    found = [name for name in names if getattr(options, name) != getattr(default, name)]
+    data = options.data
     if data is not None and data.is_dir() and (own is None or os.path.realpath(data) != os.path.realpath(own)):
-        return f"of the rows in {data}"
-    return None if sampling == SampleConfig() else "decoded otherwise than by default"
+        found.append("data")
+    return ", ".join(f"{flag(name)} {getattr(options, name)}" for name in found)
 
 
 def eval_text(options: EvalOptions) -> list[Record]:
