@@ -22,11 +22,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tinyld
-from tinyld.answers import by_label, label_logp
+from tinyld.answers import by_label
 from tinyld.cli import app
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
-from tinyld.evaluate import Verbalizers
+from tinyld.evaluate import label_logp
 from tinyld.finetuning import EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
 from tinyld.options import EvalOptions
@@ -58,8 +58,7 @@ def records(*args: object, text: str | bytes = "") -> list[dict[str, Any]]:
 def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokenizer) -> None:
     """Against a sum that is written out: every token given those before it, the rest masked."""
     words = ("not good", "great", "very very great", "very bad")
-    verbalizers = object.__new__(Verbalizers)
-    verbalizers.answers, verbalizers.eos_id = [tuple(tokenizer.encode(w)) for w in words], tokenizer.eos_id
+    answers = [tuple(tokenizer.encode(w)) for w in words]
     head, tail = tokenizer.encode("the film was it was"), tokenizer.encode(".")
     x0 = torch.tensor([[tokenizer.bos_id, *head, 0, 0, 0, *tail, tokenizer.eos_id]] * 2)
     mask, start = torch.zeros_like(x0, dtype=torch.bool), 1 + len(head)
@@ -68,7 +67,7 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
     passes = []
     hook = model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        found = label_logp(model, batch, verbalizers, tokenizer.mask_id)
+        found = label_logp(model, batch, answers, tokenizer)
         hook.remove()
 
         def logp(xt: Tensor, t: float, real: Tensor | None = None) -> Tensor:
@@ -76,7 +75,7 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
 
         whole = torch.where(mask, tokenizer.mask_id, x0)
         ends = logp(whole, 1.0)[:, tokenizer.eos_id].exp()
-        for k, answer in enumerate(verbalizers.answers):
+        for k, answer in enumerate(answers):
             n = len(answer)
             total = float((1 - ends[:n]).log().sum() + (ends[n].log() if n < 3 else 0.0))
             for i, token in enumerate(answer):
