@@ -22,7 +22,7 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune, rows_to_learn
 from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, make_config
-from tinyld.options import METHOD_OPTIONS, CompareOptions, EvalOptions, FinetuneOptions, RowOptions
+from tinyld.options import CompareOptions, EvalOptions, FinetuneOptions, RowOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import files_of, has_split, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
@@ -51,10 +51,9 @@ def compare(options: CompareOptions) -> list[Row]:
     check(options.steps is None or options.epochs is None, "give --steps or --epochs, not both")
     base = RunFolder(options.base or default_base())
     shape, tokenizer = read_shape(base.path, options.reading())
-    methods, inputs, lines = variants(options.methods, shape), [options.data], []
-    base_print = fingerprint(base, options.reading())
-    for name in options.task or (None,):
-        task, data, held_out = task_and_rows(options, name, tokenizer, shape.max_length)
+    base_print, inputs, lines = fingerprint(base, options.reading()), [options.data], []
+    for task_name in options.task or (None,):
+        task, data, held_out = task_and_rows(options, task_name, tokenizer, shape.max_length)
         inputs += files_of(task, data, options.data)
         has_tests = "test" in task.splits if data is None else has_split(task, "test", data, held_out)
         split = "test" if has_tests else "dev"
@@ -63,16 +62,20 @@ def compare(options: CompareOptions) -> list[Row]:
         for limit in options.limit or (None,):
             check(limit is None or limit <= rows, f"--limit {limit}: {task.name} has {rows:,} training rows")
             learned = rows_to_learn(task, {"folder": data, "held_out": held_out, "limit": limit})
-            for variant in methods:
+            for name, method, sets in variants(options.methods, shape):
                 given = options.only(Reading) | options.only(RowOptions)
                 given |= {k: getattr(options, k) for k in ("base", "batch_size", "device", "quiet", "epochs", "steps")}
-                given |= {"task": name, "limit": limit, "method": variant.method, "force": True}
-                made = FinetuneOptions.of(given, variant.sets)
-                config = config_of(replace(made, quiet=True))  # refuses what cannot be made
-                del config["base"]["path"], config["train"]["lr"]  # a path may hold another base later
+                given |= {"task": task_name, "limit": limit, "method": method, "force": True}
+                try:
+                    made = FinetuneOptions.of(given, sets)
+                    config = config_of(replace(made, quiet=True))  # refuses what cannot be made
+                except UsageError as error:
+                    raise UsageError(f"--methods {':'.join([method, *sets])}: {error}") from None
+                del config["base"]["path"]  # which may hold another base later
+                lr = config["train"].pop("lr")
                 asked = sha256(repr((config, base_print, learned)).encode(errors="surrogatepass"))[:8]
-                rates = [float(f"{variant.lr * multiple:.3g}") for multiple in RATES[: options.trials]]
-                run = f"{task.name}_{variant.name}_lr{{:g}}{f'_n{limit}' if limit else ''}_s{{}}_{asked}"
+                rates = [float(f"{lr * multiple:.3g}") for multiple in RATES[: options.trials]]
+                run = f"{task.name}_{name}_lr{{:g}}{f'_n{limit}' if limit else ''}_s{{}}_{asked}"
                 lines.append(Line(task.name, split, tested, made, rates, run))
     names = [line.name for line in lines]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -92,45 +95,25 @@ def compare(options: CompareOptions) -> list[Row]:
     return aggregate(found)
 
 
-class Variant(NamedTuple):
-    """A method with options of its own."""
-
-    name: str  # as part of a folder's name
-    method: str
-    sets: list[str]  # name=value
-    lr: float  # around which rates are tried
-
-
-def variants(text: str, model_config: ModelConfig) -> list[Variant]:
-    """`all`, or methods with commas between them, options behind colons, / in the place of their commas:
-    `weight-lora,trajectory-lora:ranks=64/32/8:lr=0.01`. UsageError for options that a method does not have.
+def variants(text: str, shape: ModelConfig) -> Iterator[tuple[str, str, list[str]]]:
+    """(name as part of a folder's, method, options as name=value) of `all`, or of methods with commas between them,
+    options behind colons, / in the place of their commas: `weight-lora,trajectory-lora:ranks=64/32/8:lr=0.01`.
 
     `lr` moves the learning rates that are tried, which are otherwise around the method's usual one.
     """
-    found = []
-    for name in list(METHODS) if text == "all" else text.split(","):
-        method, *given = name.split(":")
-        known = f"--methods takes {', '.join(METHODS)} or all, with options as in weight-lora:rank=8; got {name!r}"
+    for given in list(METHODS) if text == "all" else text.split(","):
+        method, *sets = given.split(":")
+        known = f"--methods takes {', '.join(METHODS)} or all, with options as in weight-lora:rank=8; got {given!r}"
         check(method in METHODS, known)
-        sets = [option.replace("/", ",") if "=" in option else f"{option}=true" for option in given]
+        if METHODS[method].expected_parameters(make_config(method, {}, shape), shape) == 0:  # bitfit without biases
+            check(text == "all", f"--methods: {method} has nothing to train in this base")
+            continue
+        sets = [option.replace("/", ",") if "=" in option else f"{option}=true" for option in sets]
         for option in sets:
             key = option.partition("=")[0].replace("-", "_")
             check(key not in SET_HERE, f"--methods: {key} is the same for all methods; give it as --{key}")
-        try:
-            options = FinetuneOptions.of({"method": method}, sets)
-            settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, model_config)
-        except UsageError as error:
-            raise UsageError(f"--methods {name}: {error}") from None
-        if METHODS[method].expected_parameters(settings, model_config) == 0:  # bitfit, where there are no biases
-            check(text == "all", f"--methods: {method} has nothing to train in this base")
-            continue
-        usual, _ = METHODS[method].usual(model_config, options.optimizer, options.recipe)
-        rate = usual if options.lr is None else options.lr
-        check(0 < rate < 1, f"--methods {name}: lr must be between 0 and 1, got {rate:g}")
-        sets = [option for option in sets if not option.startswith("lr=")]
-        name = re.sub(r"[^A-Za-z0-9.=%-]", "-", ":".join([method, *sets]))
-        found.append(Variant(name, method, sets, rate))
-    return found
+        named = ":".join([method, *(option for option in sets if not option.startswith("lr="))])
+        yield re.sub(r"[^A-Za-z0-9.=%-]", "-", named), method, sets
 
 
 def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines: int) -> list[Row]:
