@@ -24,12 +24,13 @@ from typer.testing import CliRunner
 import tinyld
 from tinyld.answers import by_label
 from tinyld.cli import app
+from tinyld.compose import compose
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
 from tinyld.evaluate import label_logp
 from tinyld.finetuning import EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
-from tinyld.options import EvalOptions
+from tinyld.options import ComposeOptions, EvalOptions
 from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
@@ -273,12 +274,14 @@ def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
     assert base.write(["the {answer} ."], length=2) == base.write("the {answer} .", length=2)
 
 
+def tiny_lora(place: Path) -> dict[str, Any]:
+    return {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
+
+
 def test_a_composition_says_who_answered(place: Path) -> None:
-    options = {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
     for name in ("mood", "same"):
-        tinyld.finetune(place / f"{name}.toml", out=f"lora-{name}", **options)
-    ran = CliRunner().invoke(app, ["compose", "lora-mood", "lora-same", "--out", "both", "--quiet"])
-    assert ran.exit_code == 0, ran.stderr
+        tinyld.finetune(place / f"{name}.toml", out=f"lora-{name}", **tiny_lora(place))
+    compose(ComposeOptions(runs=("lora-mood", "lora-same"), out="both", quiet=True))
     text = ROWS[0][0] + "\n"
     (found,) = records("both", "--task", "mood", text=text)
     assert found["adapter"] == "lora-mood"
@@ -291,13 +294,10 @@ def test_a_composition_says_who_answered(place: Path) -> None:
 
 
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
-    options = {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
     for name, labels in (("weather", ("sad", "happy")), ("food", ("good", "bad"))):
-        column = {"text_column": name, "label_column": "label"}
         rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS)]
-        tinyld.finetune(rows, out=name, **options, **column)
-    ran = CliRunner().invoke(app, ["compose", "weather", "food", "--out", "both", "--quiet"])
-    assert ran.exit_code == 0, ran.stderr
+        tinyld.finetune(rows, out=name, text_column=name, label_column="label", **tiny_lora(place))
+    compose(ComposeOptions(runs=("weather", "food"), out="both", quiet=True))
     texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
     found = tinyld.load("both").predict(texts)
     assert [r["text"] for r in found] == texts and found[1]["adapter"] is None

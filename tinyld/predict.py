@@ -100,11 +100,10 @@ class Run:
         prompts, sampling = several(prompts, "prompts"), SampleConfig(temperature=temperature, seed=seed)
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
         writer = next((t for t in self.tasks if t.is_generation), None)
-        unread = writer is not None and length is not None
-        check(not unread, f"length has no effect: task {writer and writer.name} says how long its texts are")
         with ONE_AT_A_TIME:
             if writer is None:
                 return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
+            check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
             self.let_answer(writer.name)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
@@ -187,7 +186,7 @@ class Run:
             slots = x[:, slot].tolist()
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
-        texts, most, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
+        texts, used, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
         with autocast(model.device, resolve_dtype(self.dtype, model.device)):
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
                 answer_mask = torch.zeros_like(some, dtype=torch.bool)
@@ -197,8 +196,8 @@ class Run:
                     sampling, generator, tokenizer.eos_id, watch and steps,
                 )  # fmt: skip
                 texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
-                most = max(most, int(passes.max()))
-        return texts, most
+                used = max(used, int(passes.max()))
+        return texts, used
 
 
 @dataclass

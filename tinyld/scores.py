@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.checkpoint import Base, base_record, load_base
-from tinyld.config import Reading, SampleConfig, check
+from tinyld.config import SampleConfig, check
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
-from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Estimate
 from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
@@ -143,10 +142,6 @@ def eval_text(options: EvalOptions) -> list[Record]:
         with Progress("eval text", len(rows), quiet=options.quiet) as bar, arithmetic:
             return text_nll(base.model, rows, base.tokenizer.mask_id, options.draws, advance=bar.advance_to)
 
-    @functools.cache
-    def alone(path: Path, dtype: str, reading: Reading) -> Estimate:
-        return bound_of(load_base(path, resolve_device(options.device), dtype, reading))
-
     records = []
     for path in options.runs or [default_base()]:
         run = load(path, options.base, options.device, options.dtype, reading=options.reading())
@@ -156,7 +151,8 @@ def eval_text(options: EvalOptions) -> list[Record]:
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if run.config["kind"] != "base":
-            base = alone(run.base.path, run.base.dtype, base_record(run.config, path).reading)
+            reading = base_record(run.config, path).reading
+            base = bound_of(load_base(run.base.path, run.base.model.device, run.base.dtype, reading))
             forgotten = bound.minus(base)
             record |= {"base_nll_bound": base.mean, "base_nll_stderr": base.stderr}
             record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
