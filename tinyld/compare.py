@@ -73,6 +73,7 @@ def compare(options: CompareOptions) -> list[Row]:
                     raise UsageError(f"--methods {':'.join([method, *sets])}: {error}") from None
                 del config["base"]["path"]  # which may hold another base later
                 lr = config["train"].pop("lr")
+                check(lr < 1, f"--methods {':'.join([method, *sets])}: lr must be below 1, got {lr:g}")
                 asked = sha256(repr((config, base_print, learned)).encode(errors="surrogatepass"))[:8]
                 rates = [float(f"{lr * multiple:.3g}") for multiple in RATES[: options.trials]]
                 run = f"{task.name}_{name}_lr{{:g}}{f'_n{limit}' if limit else ''}_s{{}}_{asked}"
