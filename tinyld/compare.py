@@ -49,6 +49,23 @@ class Line(NamedTuple):
 def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
     check(options.steps is None or options.epochs is None, "give --steps or --epochs, not both")
+    lines = lines_of(options)
+    make_folder(options.out)
+    with RunFolder(options.out).locked():
+        numbers = count(1)
+        try:
+            found = [row for line in lines for row in run_line(line, options, numbers, len(lines))]
+        except Interrupted as error:
+            raise Interrupted(error.exit_code - 128, "the same command goes on") from None
+        except TinyldError as error:
+            raise TinyldError(f"{error}; finished runs are kept, the same command goes on") from None
+    if options.csv is not None:
+        write_csv(options.csv, found)
+    return aggregate(found)
+
+
+def lines_of(options: CompareOptions) -> list[Line]:
+    """What the grid's table will have; UsageError for what cannot be made, before anything runs."""
     base = RunFolder(options.base or default_base())
     shape, tokenizer = read_shape(base.path, options.reading())
     base_print, inputs, lines = fingerprint(base, options.reading()), [options.data], []
@@ -82,18 +99,7 @@ def compare(options: CompareOptions) -> list[Row]:
     twice = next((name for name in names if names.count(name) > 1), None)
     check(twice is None, f"--task, --limit or --methods names one twice: {twice}")
     check_writable(options.csv, inputs)
-    make_folder(options.out)
-    with RunFolder(options.out).locked():
-        numbers = count(1)
-        try:
-            found = [row for line in lines for row in run_line(line, options, numbers, len(lines))]
-        except Interrupted as error:
-            raise Interrupted(error.exit_code - 128, "the same command goes on") from None
-        except TinyldError as error:
-            raise TinyldError(f"{error}; finished runs are kept, the same command goes on") from None
-    if options.csv is not None:
-        write_csv(options.csv, found)
-    return aggregate(found)
+    return lines
 
 
 def variants(text: str, shape: ModelConfig) -> Iterator[tuple[str, str, list[str]]]:

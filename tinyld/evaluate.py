@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
-from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
+from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
 from tinyld.formats import PAIR
 from tinyld.model import Denoiser, take
 from tinyld.sampler import decode, log_survival
@@ -191,18 +191,15 @@ def text_nll(
     advance: Callable[[int], None] = lambda done: None,
 ) -> Estimate:
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
-    chosen = spread_over(len(rows), limit)
-
-    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        done = 0
-        at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
-        for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
-            batch = rows.take(chunk)
-            yield batch.x0, batch.answer_mask, batch.attention_mask
-            done += len(chunk)
-            advance(done)
-
-    return nll_bound(model, triples(), mask_id, draws=draws)
+    chosen, generator = spread_over(len(rows), limit), torch.Generator().manual_seed(0)
+    at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
+    nll, tokens = torch.zeros(0), torch.zeros(0)
+    for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
+        batch = rows.take(chunk)
+        found = row_nll(model, batch.x0, batch.answer_mask, batch.attention_mask, mask_id, draws, generator)
+        nll, tokens = torch.cat([nll, found]), torch.cat([tokens, batch.answer_mask.sum(1).float()])
+        advance(len(nll))
+    return ratio_estimate(nll, tokens)
 
 
 # ------------------------------------------------------------------------------------------------ what logits say
