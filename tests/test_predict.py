@@ -22,14 +22,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tinyld
-from tinyld.answers import by_label, label_logp
+from tinyld.answers import by_label
 from tinyld.cli import app
+from tinyld.compose import compose
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
-from tinyld.evaluate import Verbalizers
+from tinyld.evaluate import label_logp
 from tinyld.finetuning import EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
-from tinyld.options import EvalOptions
+from tinyld.options import ComposeOptions, EvalOptions
 from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
@@ -58,8 +59,7 @@ def records(*args: object, text: str | bytes = "") -> list[dict[str, Any]]:
 def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokenizer) -> None:
     """Against a sum that is written out: every token given those before it, the rest masked."""
     words = ("not good", "great", "very very great", "very bad")
-    verbalizers = object.__new__(Verbalizers)
-    verbalizers.answers, verbalizers.eos_id = [tuple(tokenizer.encode(w)) for w in words], tokenizer.eos_id
+    answers = [tuple(tokenizer.encode(w)) for w in words]
     head, tail = tokenizer.encode("the film was it was"), tokenizer.encode(".")
     x0 = torch.tensor([[tokenizer.bos_id, *head, 0, 0, 0, *tail, tokenizer.eos_id]] * 2)
     mask, start = torch.zeros_like(x0, dtype=torch.bool), 1 + len(head)
@@ -68,7 +68,7 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
     passes = []
     hook = model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        found = label_logp(model, batch, verbalizers, tokenizer.mask_id)
+        found = label_logp(model, batch, answers, tokenizer)
         hook.remove()
 
         def logp(xt: Tensor, t: float, real: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
 
         whole = torch.where(mask, tokenizer.mask_id, x0)
         ends = logp(whole, 1.0)[:, tokenizer.eos_id].exp()
-        for k, answer in enumerate(verbalizers.answers):
+        for k, answer in enumerate(answers):
             n = len(answer)
             total = float((1 - ends[:n]).log().sum() + (ends[n].log() if n < 3 else 0.0))
             for i, token in enumerate(answer):
@@ -272,12 +272,14 @@ def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
     assert base.write(["the {answer} ."], length=2) == base.write("the {answer} .", length=2)
 
 
+def tiny_lora(place: Path) -> dict[str, Any]:
+    return {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
+
+
 def test_a_composition_says_who_answered(place: Path) -> None:
-    options = {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
     for name in ("mood", "same"):
-        tinyld.finetune(place / f"{name}.toml", out=f"lora-{name}", **options)
-    ran = CliRunner().invoke(app, ["compose", "lora-mood", "lora-same", "--out", "both", "--quiet"])
-    assert ran.exit_code == 0, ran.stderr
+        tinyld.finetune(place / f"{name}.toml", out=f"lora-{name}", **tiny_lora(place))
+    compose(ComposeOptions(runs=("lora-mood", "lora-same"), out="both", quiet=True))
     text = ROWS[0][0] + "\n"
     (found,) = records("both", "--task", "mood", text=text)
     assert found["adapter"] == "lora-mood"
@@ -290,13 +292,10 @@ def test_a_composition_says_who_answered(place: Path) -> None:
 
 
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
-    options = {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
     for name, labels in (("weather", ("sad", "happy")), ("food", ("good", "bad"))):
-        column = {"text_column": name, "label_column": "label"}
         rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS)]
-        tinyld.finetune(rows, out=name, **options, **column)
-    ran = CliRunner().invoke(app, ["compose", "weather", "food", "--out", "both", "--quiet"])
-    assert ran.exit_code == 0, ran.stderr
+        tinyld.finetune(rows, out=name, text_column=name, label_column="label", **tiny_lora(place))
+    compose(ComposeOptions(runs=("weather", "food"), out="both", quiet=True))
     texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
     found = tinyld.load("both").predict(texts)
     assert [r["text"] for r in found] == texts and found[1]["adapter"] is None

@@ -336,7 +336,7 @@ def test_every_method_overfits_a_tiny_set_and_leaves_the_rest_of_the_base_bit_id
     config = settings(batch_size=10, eval_every=1000, **LEARNING[name])
 
     def held_out() -> dict[str, float]:
-        return {"accuracy": float(evaluate(base, rows, tokenizer).accuracy or 0.0)}
+        return {"accuracy": float(evaluate(base, rows, tokenizer).scores["accuracy"])}
 
     result = run(base, method, rows, config, tmp_path / "run", held_out)
     assert RunFolder(tmp_path / "run").metrics()[0]["accuracy"] < 0.9  # untrained, it does not know

@@ -56,7 +56,9 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     out = options.out or RUNS / f"compose-{'-'.join(alone)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
-    rows = {name: rows_for(run, run.tasks[0], options.split, options.data) for name, run in alone.items()}
+    rows = {
+        name: rows_for(run, run.tasks[0], options.split, options.data, options.limit) for name, run in alone.items()
+    }
     for of in rows.values():
         say_truncated(say, of.truncated, len(of), base.model.config.max_length)
     routing = measure_routing(base, router, rows, options.limit)
@@ -72,15 +74,16 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
 
     def measured(name: str, push: Any) -> Evaluation:
         base.model.push = push
-        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet, limit=options.limit)
+        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet)
 
     drops = []
     for name, run in alone.items():
         own = measured(name, run.push)
         both = own if by_name else measured(name, routed)  # the member that is named answers as it does alone
+        alone_right, right = (found.scores.get("accuracy") for found in (own, both))
         drops.append({
-            "task": name, "split": options.split, "n": own.n, "own": own.accuracy, "composed": both.accuracy,
-            "drop": None if own.accuracy is None else own.accuracy - both.accuracy,
+            "task": name, "split": options.split, "n": own.n, "own": alone_right, "composed": right,
+            "drop": None if right is None else alone_right - right,
             "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better

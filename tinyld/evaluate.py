@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
-from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
+from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
 from tinyld.model import Denoiser, take
 from tinyld.read import PAIR
 from tinyld.sampler import decode, log_survival
-from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
 from tinyld.writing import text_scores
 
@@ -27,73 +26,77 @@ EVAL_BATCH = 64
 UNREADABLE = -1
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, but for the numbers of its rows."""
-    return Batch(batch.x0.to(device), batch.answer_mask.to(device), batch.attention_mask.to(device), batch.rows)
-
-
 @dataclass
 class Evaluation:
-    """What one evaluation of one split found; rates are in [0, 1], NLL in nats per answer token."""
+    """What one evaluation of one split found; NLL in nats per answer token."""
 
     task: str
     n: int
     nll_bound: float
     nll_stderr: float
     truncated: int  # rows that were too long and were cut
-    rows_per_second: float = 0.0
-    passes_per_row: float = 0.0
+    rows_per_second: float
+    passes_per_row: float
+    scores: dict[str, Any] = field(repr=False)  # `label_scores`, or of a task that writes `writing.text_scores`
     # (prompt, gold, decoded), the last two as labels where they can be read as such
-    predictions: list[tuple[str, str, str]] = field(default_factory=list, repr=False)
-    accuracy: float | None = None  # of decoded answers; an unreadable one is wrong
-    low: float | None = None  # 95% Wilson interval
-    high: float | None = None
-    scored_accuracy: float | None = None  # of the most likely verbalizer, no decoding
-    macro_f1: float | None = None
-    unreadable: float | None = None
-    majority: float | None = None  # accuracy of always giving the most frequent label
-    classes: dict[str, dict[str, float]] | None = None  # label -> n, precision, recall, f1 of decoded answers
-    confusion: dict[str, dict[str, int]] | None = None  # gold label -> decoded label or "unreadable" -> rows
-    texts: dict[str, float | str] = field(default_factory=dict)  # of a generation task: `writing.text_scores`
+    predictions: list[tuple[str, str, str]] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
-        own = {k: v for k, v in vars(self).items() if k not in ("predictions", "texts") and v is not None}
-        return own | self.texts
+        own = {k: v for k, v in vars(self).items() if k not in ("predictions", "scores")}
+        return own | self.scores
 
 
-class Verbalizers:
-    """Label <-> answer tokens of one task."""
+class Answered(NamedTuple):
+    """What the B rows of a batch were answered."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer):
-        self.answers = answer_ids(task, tokenizer)
-        self.label = {tokenizer.decode(i): label for label, i in enumerate(self.answers)}
-        self.eos_id = tokenizer.eos_id
-
-    def read(self, text: str) -> int:
-        """The label whose answer is exactly `text`, else UNREADABLE."""
-        return self.label.get(text, UNREADABLE)
-
-
-def fill_slots(
-    model: Denoiser,
-    batch: Batch,
-    rows: TaskRows,
-    tokenizer: Tokenizer,
-    sampling: SampleConfig,
-    generator: torch.Generator,
-) -> tuple[list[str], Tensor]:
-    """(what the reverse process writes into the slot of each row of a batch, forward passes of each row)."""
-    out, passes = decode(
-        model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling,
-        generator, tokenizer.eos_id if rows.open_ended else None,
-    )  # fmt: skip
-    return [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)], passes
+    chosen: np.ndarray  # (B,) which rows
+    batch: Batch  # of them, on the device
+    logits: Tensor | None  # (B, V) where one pass told all, of answers of one token
+    written: list[str]  # by the reverse process; "" where it was not asked to
+    scores: Tensor | None  # (B, labels) log-probabilities of the labels' answers, or logits
+    passes: int  # of all rows together
+    seconds: float  # for the writing
 
 
-def likeliest(logits: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """What decoding writes as each row's answer of one token; logits: (B, V), of which some are set to -inf."""
-    logits[:, tokenizer.never_written] = -torch.inf
-    return [tokenizer.decode([token]) for token in logits.argmax(1).tolist()]
+def in_batches(model: Denoiser, rows: TaskRows) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(which rows, the rows on the model's device): every row once, in batches of like length and even size."""
+    at_once = model.rows_at_once(int(rows.lengths.max()), EVAL_BATCH, rows.slot)
+    for chosen in np.array_split(np.argsort(rows.lengths, kind="stable"), math.ceil(len(rows) / at_once)):
+        yield chosen, on_device(rows.take(chosen), model.device)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, but for the numbers of its rows."""
+    return Batch(batch.x0.to(device), batch.answer_mask.to(device), batch.attention_mask.to(device), batch.rows)
+
+
+def answered(
+    model: Denoiser, rows: TaskRows, tokenizer: Tokenizer, sampling: SampleConfig, write: bool = True
+) -> Iterator[Answered]:
+    """Decodes the answers of all rows, batch by batch, and scores every label's."""
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    answers = answer_ids(rows.task, tokenizer)
+    words = torch.tensor([answer[0] for answer in answers], device=model.device)
+    for chosen, batch in in_batches(model, rows):
+        logits, scores, passes, started = None, None, 0, time.perf_counter()
+        written = [""] * len(chosen)
+        if answers and rows.slot == 1 and sampling.temperature == 0:  # one pass scores the labels and writes
+            asked = all_masked(batch, tokenizer.mask_id)
+            logits = logits_of(model, model.states(*asked, where=batch.answer_mask), words)
+            allowed = logits.clone()
+            allowed[:, tokenizer.never_written] = -torch.inf
+            written, passes = [tokenizer.decode([token]) for token in allowed.argmax(1).tolist()], len(chosen)
+        elif write:
+            out, used = decode(
+                model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
+                sampling, generator, tokenizer.eos_id if rows.open_ended else None,
+            )  # fmt: skip
+            written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
+            passes = int(used.sum())
+        seconds = time.perf_counter() - started
+        if answers:
+            scores = label_logp(model, batch, answers, tokenizer) if logits is None else logits[:, words]
+        yield Answered(chosen, batch, logits, written, scores, passes, seconds)
 
 
 @torch.no_grad()
@@ -103,98 +106,80 @@ def evaluate(
     tokenizer: Tokenizer,
     sampling: SampleConfig | None = None,
     draws: int = 4,
-    limit: int | None = None,
     answer: bool = True,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Decodes every row's answer and, separately, scores it.
 
-    `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). `limit` reads the
-    first rows only. With `answer` off, for a generation task, nothing is decoded.
+    `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). With `answer` off, for
+    a generation task, nothing is decoded.
     """
-    assert answer or rows.task.is_generation
-    sampling = sampling or SampleConfig()
-    n = len(rows) if limit is None else min(limit, len(rows))
-    device = model.device
-    verbalizers = None if rows.task.is_generation else Verbalizers(rows.task, tokenizer)
-    one_pass = verbalizers is not None and rows.slot == 1 and sampling.temperature == 0
-    words = torch.tensor(verbalizers.answers, device=device)[:, 0] if one_pass else None
-    predicted, scored = np.full(n, UNREADABLE), np.full(n, UNREADABLE)
-    texts: list[tuple[str, str, str]] = [("", "", "")] * n
-    nll_sum, tokens = torch.zeros(n), torch.zeros(n)
-    passes = done = 0
-    seconds = 0.0
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    at_once = model.rows_at_once(int(rows.lengths[:n].max()), EVAL_BATCH, rows.slot)
-    for chunk in np.array_split(np.argsort(rows.lengths[:n], kind="stable"), math.ceil(n / at_once)):
-        batch = rows.take(chunk)
-        asked, started = on_device(batch, device), time.perf_counter()
-        decoded: list[str] = []
-        if one_pass:  # which decodes an answer of one token, scores it and scores all labels
-            (logits,) = slot_logits(model, asked, tokenizer.mask_id, [words])
-            target = asked.x0[asked.answer_mask]
-            nll_sum[chunk], tokens[chunk] = F.cross_entropy(logits, target, reduction="none").cpu(), 1.0
-            scored[chunk] = logits[:, words].argmax(1).cpu().numpy()
-            decoded, passes = likeliest(logits, tokenizer), passes + len(chunk)
-        elif answer:
-            decoded, used = fill_slots(model, asked, rows, tokenizer, sampling, generator)
-            passes += int(used.sum())
-        seconds += time.perf_counter() - started
-        for row, text in zip(chunk, decoded, strict=answer):
-            predicted[row] = UNREADABLE if verbalizers is None else verbalizers.read(text)
-            start, end = rows.starts[row], rows.starts[row] + rows.slot
-            parts = (rows.ids[row][some].tolist() for some in (slice(1, start), slice(start, end), slice(end, None)))
-            before, right, after = map(tokenizer.decode, parts)
-            right = PAIR.join(rows.examples[row].references) or right
-            if verbalizers is not None:  # their words may stand for labels that are none
-                right = rows.task.labels[rows.labels[row]]
-                text = text if predicted[row] == UNREADABLE else rows.task.labels[predicted[row]]
-            texts[row] = (f"{before} ____ {after}" if after else before, right, text)
-        if not one_pass:
-            nll_sum[chunk], tokens[chunk] = answer_nll(model, batch, rows, tokenizer, draws)
-            if verbalizers is not None:
-                scored[chunk] = label_logp(model, asked, verbalizers, tokenizer.mask_id).argmax(1).cpu().numpy()
-        done += len(chunk)
+    task, n = rows.task, len(rows)
+    assert answer or task.is_generation
+    written, scored = np.full(n, "", dtype=object), np.full(n, UNREADABLE)
+    nll, tokens = torch.zeros(2, n)
+    passes, seconds, done = 0, 0.0, 0
+    for found in answered(model, rows, tokenizer, sampling or SampleConfig(), answer):
+        written[found.chosen] = found.written
+        if found.scores is not None:
+            scored[found.chosen] = found.scores.argmax(1).cpu().numpy()
+        nll[found.chosen], tokens[found.chosen] = answer_nll(model, found, rows, tokenizer, draws)
+        passes, seconds, done = passes + found.passes, seconds + found.seconds, done + len(found.chosen)
         advance(done)
-    bound: Estimate = ratio_estimate(nll_sum, tokens)
-    result = Evaluation(
-        rows.task.name, n, bound.mean, bound.stderr, int(rows.cut[:n].sum()), n / seconds if answer else 0.0,
-        passes / n, texts,
-    )  # fmt: skip
-    if verbalizers is None and answer:
-        prompts = [f"{example.before} {example.after}" for example in rows.examples[:n]]
-        right = [example.right for example in rows.examples[:n]]
-        result.texts = text_scores(prompts, [text for _, _, text in texts], right)
-    if verbalizers is not None:
-        gold, correct = rows.labels[:n], int((predicted == rows.labels[:n]).sum())
-        result.accuracy, (result.low, result.high) = correct / n, wilson(correct, n)
-        result.unreadable = float((predicted == UNREADABLE).mean())
-        result.majority = float(np.bincount(gold).max() / n)
-        result.classes, result.confusion = by_class(gold, predicted, rows.task.labels)
-        result.macro_f1 = macro_f1(result.classes, result.confusion)
-        result.scored_accuracy = float((scored == gold).mean())
-    return result
+    texts, right, scores = list(written), [example.right for example in rows.examples], {}
+    if task.labels:  # an answer must be the whole of a label's words
+        label_of = {tokenizer.decode(ids): label for label, ids in enumerate(answer_ids(task, tokenizer))}
+        predicted = np.array([label_of.get(text, UNREADABLE) for text in texts])
+        scores = label_scores(rows.labels, predicted, scored, task.labels)
+        texts = [text if i == UNREADABLE else task.labels[i] for text, i in zip(texts, predicted, strict=True)]
+        right = [(task.labels[label],) for label in rows.labels]
+    elif answer:
+        scores = text_scores([f"{example.before} {example.after}" for example in rows.examples], texts, right)
+    prompts = [f"{example.before} ____ {example.after}".strip() for example in rows.examples]
+    predictions = list(zip(prompts, map(PAIR.join, right), texts, strict=True))
+    bound, speed = ratio_estimate(nll, tokens), n / seconds if answer else 0.0
+    return Evaluation(task.name, n, bound.mean, bound.stderr, rows.truncated, speed, passes / n, scores, predictions)
 
 
-def by_class(
-    gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
-    """(label -> n, precision, recall and F1; gold label -> decoded label -> rows). gold, predicted: (n,) labels."""
-    counts = np.zeros((len(labels), len(labels) + 1), dtype=int)
-    np.add.at(counts, (gold, np.where(predicted == UNREADABLE, len(labels), predicted)), 1)
+def label_scores(gold: np.ndarray, predicted: np.ndarray, scored: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of rows by their labels, (n,) each: the right one, the decoded one or UNREADABLE, which is wrong, and the
+    one that scores best without decoding. Shares are in [0, 1].
+
+    - accuracy, low, high: of decoded answers, with its 95% interval; scored_accuracy: of the best scored ones.
+    - macro_f1: the mean F1 of the labels that a row has or was given.
+    - unreadable: share of the rows; majority: the accuracy of always giving the most frequent label.
+    - classes: label -> n, precision, recall, f1. confusion: gold label -> decoded label or "unreadable" -> rows.
+    """
+    n, counts, said = len(gold), np.zeros((len(labels), len(labels) + 1), dtype=int), [*labels, "unreadable"]
+    np.add.at(counts, (gold, predicted), 1)  # UNREADABLE is the last column
     hits, given, there = counts.diagonal(), counts.sum(0)[:-1], counts.sum(1)
-    columns = (there, *(a / np.maximum(b, 1) for a, b in ((hits, given), (hits, there), (2 * hits, given + there))))
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    names = ("n", "precision", "recall", "f1")
-    classes = {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, rows, strict=True)}
-    said = [*labels, "unreadable"]
-    return classes, {k: dict(zip(said, row, strict=True)) for k, row in zip(labels, counts.tolist(), strict=True)}
+    precision, recall, f1 = (a / np.maximum(b, 1) for a, b in ((hits, given), (hits, there), (2 * hits, given + there)))
+    columns = (column.tolist() for column in (there, precision, recall, f1))
+    low, high = wilson(int(hits.sum()), n)
+    return {
+        "accuracy": int(hits.sum()) / n,
+        "low": low,
+        "high": high,
+        "scored_accuracy": float((scored == gold).mean()),
+        "macro_f1": float(f1[given + there > 0].mean()),
+        "unreadable": float((predicted == UNREADABLE).mean()),
+        "majority": int(there.max()) / n,
+        "classes": {
+            label: {"n": rows, "precision": p, "recall": r, "f1": f}
+            for label, rows, p, r, f in zip(labels, *columns, strict=True)
+        },
+        "confusion": {
+            label: dict(zip(said, row, strict=True)) for label, row in zip(labels, counts.tolist(), strict=True)
+        },
+    }
 
 
-def macro_f1(classes: Mapping[str, Mapping[str, float]], confusion: Mapping[str, Mapping[str, int]]) -> float:
-    """The mean F1 of the labels that a row has or was given."""
-    given = {label for row in confusion.values() for label, rows in row.items() if rows}
-    return float(np.mean([of["f1"] for label, of in classes.items() if of["n"] or label in given]))
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion (Wilson 1927)."""
+    p, square = correct / n, z * z
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside
 
 
 def text_nll(
@@ -206,27 +191,31 @@ def text_nll(
     advance: Callable[[int], None] = lambda done: None,
 ) -> Estimate:
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
-    chosen = spread_over(len(rows), limit)
-
-    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        done = 0
-        at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
-        for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
-            batch = rows.take(chunk)
-            yield batch.x0, batch.answer_mask, batch.attention_mask
-            done += len(chunk)
-            advance(done)
-
-    return nll_bound(model, triples(), mask_id, draws=draws)
+    chosen, generator = spread_over(len(rows), limit), torch.Generator().manual_seed(0)
+    at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
+    nll, tokens = torch.zeros(0), torch.zeros(0)
+    for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
+        batch = rows.take(chunk)
+        found = row_nll(model, batch.x0, batch.answer_mask, batch.attention_mask, mask_id, draws, generator)
+        nll, tokens = torch.cat([nll, found]), torch.cat([tokens, batch.answer_mask.sum(1).float()])
+        advance(len(nll))
+    return ratio_estimate(nll, tokens)
 
 
-def length_logp(model: Denoiser, batch: Batch, mask_id: int, eos_id: int) -> Tensor:
-    """log p of every length that a text in the slot can have, (B, slot + 1), before anything is written."""
-    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
+# ------------------------------------------------------------------------------------------------ what logits say
+
+
+def all_masked(batch: Batch, mask_id: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(xt, t, attention mask, prompt mask), as a denoiser is first asked: with the whole slots masked."""
     xt = torch.where(batch.answer_mask, mask_id, batch.x0)
-    t = torch.ones(len(xt), device=xt.device)
-    logits = model(xt, t, real, batch.attention_mask & ~batch.answer_mask, where=batch.answer_mask)
-    ends = all_finite(logits).log_softmax(-1)[:, eos_id].view(len(xt), -1)  # given that the text comes so far
+    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
+    return xt, torch.ones(len(xt), device=xt.device), real, batch.attention_mask & ~batch.answer_mask
+
+
+def length_logp(model: Denoiser, batch: Batch, tokenizer: Tokenizer) -> Tensor:
+    """log p of every length that a text in the slot can have, (B, slot + 1), before anything is written."""
+    logits = all_finite(model(*all_masked(batch, tokenizer.mask_id), where=batch.answer_mask))
+    ends = logits.log_softmax(-1)[:, tokenizer.eos_id].view(len(batch.x0), -1)  # given that the text comes so far
     none = torch.zeros_like(ends[:, :1])
     return torch.cat([none, log_survival(ends.exp())], dim=1) + torch.cat([ends, none], dim=1)
 
@@ -239,35 +228,33 @@ def cut_to(batch: Batch, lengths: Tensor) -> Batch:
     return Batch(batch.x0, inside, seen, batch.rows)
 
 
-def label_logp(model: Denoiser, batch: Batch, verbalizers: Verbalizers, mask_id: int) -> Tensor:
-    """log p of every label's answer, (B, labels).
+def label_logp(model: Denoiser, batch: Batch, answers: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> Tensor:
+    """log p of every label's answer, (B, labels), whose tokens are in `answers`.
 
     That of its length, where lengths differ, and then the chain rule from the left: the answer's i-th token, given
     those before it, with the rest masked. A row's score depends on no other row and no draw, and answers of one token
     take one forward pass for all labels.
     """
-    answers, size, device = verbalizers.answers, len(batch.x0), batch.x0.device
+    size, device = len(batch.x0), batch.x0.device
     total = torch.zeros(size, len(answers), device=device)
     prompt_mask, lengths = batch.attention_mask & ~batch.answer_mask, sorted(set(map(len, answers)))
     if len(lengths) > 1:
-        total += length_logp(model, batch, mask_id, verbalizers.eos_id)[:, [len(answer) for answer in answers]]
+        total += length_logp(model, batch, tokenizer)[:, [len(answer) for answer in answers]]
     for length in lengths:
         ended = cut_to(batch, torch.full((size,), length, device=device))
         real = None if bool(ended.attention_mask.all()) else ended.attention_mask
-        x0 = torch.where(batch.answer_mask, verbalizers.eos_id, batch.x0)
-        x0 = torch.where(ended.answer_mask, mask_id, x0)
+        x0 = torch.where(batch.answer_mask, tokenizer.eos_id, batch.x0)
+        x0 = torch.where(ended.answer_mask, tokenizer.mask_id, x0)
         positions = ended.answer_mask.nonzero()[:, 1].view(size, length)
-        for i in range(length):
-            t = torch.full((size,), (length - i) / length, device=device)
+        same = {k: answer for k, answer in enumerate(answers) if len(answer) == length}
+        for prefix in dict.fromkeys(answer[:i] for answer in same.values() for i in range(length)):
+            i, goes_on = len(prefix), [k for k, answer in same.items() if answer[: len(prefix)] == prefix]
+            ids = torch.tensor([answers[k][i] for k in goes_on], device=device)
+            known = torch.tensor(prefix, device=device, dtype=x0.dtype).expand(size, i)
+            xt, t = x0.scatter(1, positions[:, :i], known), torch.full((size,), (length - i) / length, device=device)
             here = torch.zeros_like(batch.answer_mask).scatter_(1, positions[:, i : i + 1], True)
-            for prefix in dict.fromkeys(answer[:i] for answer in answers if len(answer) == length):
-                xt = x0.scatter(
-                    1, positions[:, :i], torch.tensor(prefix, device=device, dtype=x0.dtype).expand(size, i)
-                )
-                asked = [k for k, answer in enumerate(answers) if len(answer) == length and answer[:i] == prefix]
-                ids = torch.tensor([answers[k][i] for k in asked], device=device)
-                h = model.states(xt, t, real, prompt_mask, where=here)
-                total[:, asked] += logits_of(model, h, ids).log_softmax(-1)[:, ids]
+            h = model.states(xt, t, real, prompt_mask, where=here)
+            total[:, goes_on] += logits_of(model, h, ids).log_softmax(-1)[:, ids]
     return total
 
 
@@ -278,19 +265,12 @@ def logits_of(model: Denoiser, h: Tensor, ids: Tensor) -> Tensor:
     return logits
 
 
-def slot_logits(
-    model: Denoiser, batch: Batch, mask_id: int, ids: Sequence[Tensor], pushes: Sequence[Any] = ()
+def pushed_logits(
+    model: Denoiser, batch: Batch, mask_id: int, pushes: Sequence[Any], ids: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Logits of answers of one token: by the denoiser as it is, (B, V), where those of its one entry of `ids` are told
-    apart; or, on one pass of the base, by each of `pushes`, which push its final state alone, those of the tokens in
-    its `ids`, (B, len(ids))."""
-    xt = torch.where(batch.answer_mask, mask_id, batch.x0)
-    t = torch.ones(len(xt), device=xt.device)
-    real = None if bool(batch.attention_mask.all()) else batch.attention_mask
-    prompt_mask = batch.attention_mask & ~batch.answer_mask
-    if not pushes:
-        yield logits_of(model, model.states(xt, t, real, prompt_mask, where=batch.answer_mask), ids[0])
-        return
+    """Of answers of one token, on one pass of the base: by each push, which pushes its final state alone, the logits of
+    the tokens in its `ids`, (B, len(ids))."""
+    xt, t, real, prompt_mask = all_masked(batch, mask_id)
     history: Any = []
     last = model.config.num_layers
     position = (batch.answer_mask.nonzero()[:, 1:] - int(model.config.shifted)).clamp(min=0)  # (B, 1)
@@ -303,24 +283,19 @@ def slot_logits(
 
 
 def answer_nll(
-    model: Denoiser, batch: Batch, rows: TaskRows, tokenizer: Tokenizer, draws: int
+    model: Denoiser, found: Answered, rows: TaskRows, tokenizer: Tokenizer, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """(nats, tokens) of each row's answer, (B,) each: of its length, where they differ, and of its tokens."""
-    generator = torch_seeded(0, 3, int(batch.rows[0]))
+    """(nats, tokens) of each row's answer, (B,) each on the processor: of its length, where they differ, and of its
+    tokens."""
+    if found.logits is not None:
+        target = found.batch.x0[found.batch.answer_mask]
+        return F.cross_entropy(found.logits, target, reduction="none").cpu(), torch.ones(len(target))
+    batch, generator = on_device(found.batch, torch.device("cpu")), torch_seeded(0, 3, int(found.chosen[0]))
     prompt_mask = batch.attention_mask & ~batch.answer_mask
     nll, counted = torch.zeros(len(batch.x0)), batch.answer_mask.sum(1).float()
     if rows.open_ended:
-        lengths = torch.from_numpy(rows.ends[batch.rows.numpy()])
-        of_lengths = length_logp(model, on_device(batch, model.device), tokenizer.mask_id, tokenizer.eos_id).cpu()
-        nll, batch = -of_lengths.gather(1, lengths[:, None])[:, 0], cut_to(batch, lengths)
-        counted = (lengths + 1).clamp(max=rows.slot).float()  # the [EOS] counts as a token
+        lengths = torch.from_numpy(rows.ends[found.chosen])
+        nll = -length_logp(model, found.batch, tokenizer).cpu().gather(1, lengths[:, None])[:, 0]
+        batch, counted = cut_to(batch, lengths), (lengths + 1).clamp(max=rows.slot).float()  # the [EOS] is a token
     masks, draws = (batch.answer_mask, batch.attention_mask), 1 if rows.slot == 1 else draws
     return nll + row_nll(model, batch.x0, *masks, tokenizer.mask_id, draws, generator, prompt_mask), counted
-
-
-def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion (Wilson 1927)."""
-    p, square = correct / n, z * z
-    centre = (p + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
-    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside

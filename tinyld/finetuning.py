@@ -193,7 +193,7 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         if task.is_generation:
             with autocast(device, dtype):
                 written = evaluate(model, dev_rows, tokenizer, draws=1)
-            metrics = metrics | {f"dev_{k}": v for k, v in written.texts.items()} | {"dev_written": written.n}
+            metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
             folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))

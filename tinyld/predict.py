@@ -11,7 +11,16 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.answers import Record, answers, as_rows, columns_for, examples_of, input_columns, kept_columns
+from tinyld.answers import (
+    Record,
+    answers,
+    answers_in_one_pass,
+    as_rows,
+    asked_of,
+    columns_for,
+    examples_of,
+    kept_columns,
+)
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import NONE, load_composition, task_features
 from tinyld.config import Reading, SampleConfig, check, check_ours
@@ -21,7 +30,7 @@ from tinyld.errors import TinyldError, show
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
 from tinyld.parse import base_folder, several
-from tinyld.rows import GAP
+from tinyld.rows import GAP, Example
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
@@ -51,15 +60,19 @@ class Run:
     def asks_alike(self) -> bool:
         """Whether it is a composition whose tasks label texts, ask in the same words and can be told apart by their
         texts: each row is then routed."""
+        routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
         labels = not any(task.is_generation for task in self.tasks)
-        is_routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
-        return is_routed and labels and len({asked_of(t, self.tasks[0]) for t in self.tasks}) == 1
+        return routed and labels and len({asked_of(task, self.tasks[0]) for task in self.tasks}) == 1
 
     @property
     def model(self) -> Denoiser:
         """The base's denoiser, pushed as this run does."""
         self.base.model.push = self.push or self.base.model.push
         return self.base.model
+
+    def rows(self, examples: Sequence[Example], task: Task) -> TaskRows:
+        """Examples of a task as its base reads them."""
+        return TaskRows(examples, task, self.base.tokenizer, self.base.model.config.max_length)
 
     def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
@@ -83,75 +96,59 @@ class Run:
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """A text for each prompt: by the run's generation task, else what fills `length` tokens, 24, at `{answer}`."""
-        prompts = several(prompts, "prompts")
+        prompts, sampling = several(prompts, "prompts"), SampleConfig(temperature=temperature, seed=seed)
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
-        sampling = SampleConfig(temperature=temperature, seed=seed)
         writer = next((t for t in self.tasks if t.is_generation), None)
-        if writer is None:
-            with ONE_AT_A_TIME:
-                return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
-        check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
         with ONE_AT_A_TIME:
+            if writer is None:
+                return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
+            check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
             self.let_answer(writer.name)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
+        known = {task.name: task for task in self.tasks}
         if name is None:
-            check(len(self.tasks) > 0, f"{self.path} was made for no task: say which with --task")
-            names = ", ".join(dict.fromkeys(task.name for task in self.tasks))
+            check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
             why = "cannot be told apart by their texts" if self.config.get("by_name") else "are asked differently"
             routed = len(self.tasks) == 1 or self.asks_alike
-            check(routed, f"{self.path} has tasks {names}, which {why}; say which with --task")
+            check(routed, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
             return self.tasks[0]
-        known = {task.name: task for task in self.tasks}
         if name in known:
             return known[name]
-        is_known = not self.tasks or name in builtin_names() or str(name).endswith(".toml")
+        is_known = not known or name in builtin_names() or str(name).endswith(".toml")
         check(is_known, f"{self.path} has no task {show(name)}; it has {', '.join(known)}")
         asked = load_task(name)  # maybe another set of reviews, which the run knows how to read
         own = known.get(asked.name)
-        if self.tasks and (own is not None or asked.asks not in [task.asks for task in self.tasks]):
-            before = own or self.tasks[0]
-            keys = KEPT if own else ("template", "verbalizer", "answer_tokens")
+        if own or (known and asked.asks not in [task.asks for task in self.tasks]):
+            before, keys = (own, KEPT) if own else (self.tasks[0], ("template", "verbalizer", "answer_tokens"))
             if differs := unlike(to_record(before), to_record(asked), keys):
                 raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
         return own or asked
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
-        """What is found of each row, (where it stands, column -> value), with the row's other columns."""
-        if self.asks_alike and task is self.tasks[0] and self.base.model.push.router.only is None:
-            return self.route(rows, sampling)
-        return self.answer_task(task, rows, sampling)
+        """What is found of each row, (where it stands, column -> value), with the row's other columns.
 
-    def route(self, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
-        """What a composition of tasks that ask alike finds, each row by the adapter whose prompts it is like."""
+        Rows of a composition whose tasks ask alike go each to the adapter whose prompts it is like.
+        """
         if not rows:
             return []
-        first, base = self.tasks[0], self.base
-        data = TaskRows(examples_of(rows, first), first, base.tokenizer, base.model.config.max_length)
-        owners = base.model.push.router.nearest(task_features(base, data)).tolist()
-        kept = kept_columns(rows, first)
-        found: list[Record] = [{}] * len(rows)
-        for member, task in enumerate(self.tasks):
-            own = [i for i, owner in enumerate(owners) if owner == member]
-            renamed = [rows_for(task, first, rows[i]) for i in own]
-            for i, record in zip(own, *(answers([self], [task], renamed, sampling) if own else [[]]), strict=True):
-                found[i] = kept[i] | record
-        return found
-
-    def answer_task(self, task: Task, rows: Sequence[tuple[str, Record]], sampling: SampleConfig) -> list[Record]:
-        """What is found of each row as one of that task."""
-        (found,) = answers([self], [task], rows, sampling)
-        records = [kept | answer for kept, answer in zip(kept_columns(rows, task), found, strict=True)]
-        if task.is_infill:
-            return [r | {"filled": GAP.sub(lambda _, r=r: r["answer"], str(r["text"]))} for r in records]
+        examples, records = examples_of(rows, task), kept_columns(rows, task)
+        parts = [(task, list(range(len(rows))))]
+        if self.asks_alike and task is self.tasks[0] and self.base.model.push.router.only is None:
+            nearest = self.base.model.push.router.nearest(task_features(self.base, self.rows(examples, task)))
+            parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
+        for own, which in parts:
+            found = answers(self, own, [examples[i] for i in which], sampling) if which else []
+            for i, record in zip(which, found, strict=True):
+                records[i] |= record
+        for record in records if task.is_infill else ():
+            record["filled"] = GAP.sub(lambda _, record=record: record["answer"], str(record["text"]))
         return records
 
-    def owners(self, batch: Batch) -> list[str | None] | None:
+    def owners(self, batch: Batch) -> list[str | None]:
         """Of a composition, the member that each row belongs to, or None if it is like no task's rows."""
-        if not self.is_composition:
-            return None
         members = [Path(m["run"]).name for m in self.config["members"]]
         only = self.base.model.push.router.only
         if self.config.get("by_name") and only is not None:  # texts do not tell
@@ -188,7 +185,7 @@ class Run:
             slots = x[:, slot].tolist()
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
-        texts, most, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
+        texts, used, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
         with autocast(model.device, resolve_dtype(self.dtype, model.device)):
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
                 answer_mask = torch.zeros_like(some, dtype=torch.bool)
@@ -198,20 +195,8 @@ class Run:
                     sampling, generator, tokenizer.eos_id, watch and steps,
                 )  # fmt: skip
                 texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
-                most = max(most, int(passes.max()))
-        return texts, most
-
-
-def asked_of(task: Task, first: Task) -> tuple[Any, ...]:
-    """What a task is asked of rows of the `first`: where two are alike, their prompts are the same."""
-    as_many = len(input_columns(task)) == len(input_columns(first))
-    return task.reads, as_many and tuple(columns_for(task, first).values())
-
-
-def rows_for(task: Task, first: Task, row: tuple[str, Record]) -> tuple[str, Record]:
-    """A row of the `first` task with the columns that the other reads."""
-    where, values = row
-    return where, values | {own: values[theirs] for own, theirs in columns_for(task, first).items()}
+                used = max(used, int(passes.max()))
+        return texts, used
 
 
 @dataclass
@@ -256,14 +241,19 @@ class Runs:
         return list(found.values())
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
-        examples_of([row for row in rows if not set(input_columns(task)) <= set(row[1])], task)  # refuses them
+        examples_of(rows, task)  # refuses rows that lack a column
+        if not rows:
+            return []
         kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
             runs = [self.runs[name] for name in names]
-            tasks = [run.tasks[0] for run in runs]
-            renamed = [rows_for(tasks[0], task, row) for row in rows]
-            found |= zip(names, answers(runs, tasks, renamed, sampling), strict=True)
+            own = runs[0].tasks[0]
+            columns = columns_for(own, task).items()
+            examples = examples_of([(where, row | {k: row[v] for k, v in columns}) for where, row in rows], own)
+            alone = len(runs) == 1
+            each = [answers(runs[0], own, examples, sampling)] if alone else answers_in_one_pass(runs, examples)
+            found |= zip(names, each, strict=True)
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
 
 

@@ -41,16 +41,18 @@ TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and wha
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
     check_writable(options.csv)
-    rows, say = [], say_to_stderr(options.quiet)
+    rows = []
     for path in options.runs:
         if not (path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))):
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
         inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
         found = [row for folder in inside for row in run_rows(RunFolder.open(folder))]
-        if not found:
-            say(f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)")
         rows += found
+        if not found:
+            say_to_stderr(options.quiet)(
+                f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)"
+            )
     if not rows:
         raise TinyldError("none of these is an adapter that was evaluated; tinyld eval RUN does that")
     if options.csv is not None:
@@ -64,13 +66,9 @@ def report(options: ReportOptions) -> list[Row]:
 def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     """A row for every evaluation of an adapter, none for other runs; of dev only where the task has no such on test."""
     config = folder.config
-    if config["kind"] != "adapter" or not os.path.lexists(folder.path / RESULTS):
+    results = folder.read_json(RESULTS) if os.path.lexists(folder.path / RESULTS) else {}
+    if config["kind"] != "adapter" or "finetune" not in results:  # or it was killed before its end
         return []
-    results = folder.read_json(RESULTS)
-    if "finetune" not in results:  # it was killed before its end
-        return []
-    found = results.get("eval", {})
-    tested = {key.partition("/")[0] for key in found if key.endswith("/test")}
     method, train, base = dict(config.get("started_as", config["method"])), config["train"], config["base"]
     name, recipe = method.pop("name"), method.pop("recipe", None)
     if name not in METHODS:
@@ -80,7 +78,8 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
         method |= {"ranks": f"auto of {in_short(method['ranks'])}", "prune": usual["prune"]}
     method = {option: value for option, value in method.items() if option in usual}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
-    about = {
+    known = config["environment"] | config["parameters"] | train
+    known |= {
         "run": folder.path.name,
         "base": Path(base["path"]).name,
         "fingerprint": base["fingerprint"],
@@ -92,12 +91,12 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
         "training": unlike({k: v for k, v in train.items() if k in trained}, trained),
         "trials": trials,
     }
-    rows = []
+    found, rows = results.get("eval", {}), []
     for key, evaluation in found.items():
         task, _, split = key.partition("/")
-        if not (split == "dev" and task in tested):
-            known = results["finetune"] | evaluation | config["environment"] | config["parameters"] | train | about
-            rows.append({column: (known | {"task": task, "split": split}).get(column) for column in COLUMNS})
+        if not (split == "dev" and f"{task}/test" in found):
+            row = results["finetune"] | evaluation | known | {"task": task, "split": split}
+            rows.append({column: row.get(column) for column in COLUMNS})
     return rows
 
 
@@ -105,15 +104,15 @@ def unlike(given: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     """What is given otherwise than usual, in words."""
     parts = []
     for name, value in given.items():
-        if value in (usual.get(name), list(usual[name]) if isinstance(usual.get(name), tuple) else None):
-            continue
-        parts.append(name.replace("_", " ") + ("" if value is True else f" {in_short(value)}"))
+        value = tuple(value) if isinstance(value, list) else value
+        if value not in (usual.get(name), None):
+            parts.append(name.replace("_", " ") + ("" if value is True else f" {in_short(value)}"))
     return ", ".join(parts)
 
 
 def in_short(value: Any) -> Any:
-    """A list as one of its members where they are the same, else in one word of numbers, or in several."""
-    if not isinstance(value, list):
+    """Several values as one of them where they are the same, else in one word of numbers, or in several."""
+    if not isinstance(value, list | tuple):
         return value
     numbers = all(isinstance(v, int | float) for v in value)
     return value[0] if len(set(value)) == 1 else ("/" if numbers else " ").join(map(str, value))
@@ -133,16 +132,28 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 def aggregate(rows: Iterable[Row]) -> list[Row]:
     """A row for all runs that differ by their seed alone.
 
-    "low" and "high" are the accuracy's 95% interval (`statistics.interval`), "nats" the mean NLL bound of an answer
-    token, "nats_half" half of its interval; "of_full" is the share of what the best full fine-tuning of the same base
-    has on as many rows: of its accuracy or, where texts are written, BLEU or else ROUGE-L. Runs with the most threads
-    are timed.
+    "low" and "high" are the accuracy's 95% interval (`interval`), "nats" the mean NLL bound of an answer token,
+    "nats_half" half of its interval; "of_full" is the share of what the best full fine-tuning of the same base has on
+    as many rows: of its accuracy or, where texts are written, BLEU or else ROUGE-L. Runs with the most threads are
+    timed.
     """
     alike: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
         key = tuple(row[column] or "" for column in (*ALIKE, "n"))
         alike.setdefault(key, {}).setdefault(row["seed"], row)  # a copy of a run is no further seed
-    found = [over_runs(list(runs.values())) for _, runs in sorted(alike.items(), key=lambda item: str(item[0]))]
+    found = []
+    for _, by_seed in sorted(alike.items(), key=lambda item: str(item[0])):
+        runs, first = list(by_seed.values()), next(iter(by_seed.values()))
+        threads = max(run["threads"] or 0 for run in runs)
+        timed = [run for run in runs if (run["threads"] or 0) == threads]
+        row = {column: first[column] for column in (*ALIKE, "trials", "n", *SIZES)}
+        row |= {"seeds": len(runs), "threads": threads, "low": None, "high": None, "nats": mean(runs, "nll_bound")}
+        row |= {column: mean(runs, column) for column in (*DEV, "accuracy", "macro_f1", "unreadable", *WRITTEN)}
+        row |= {column: mean(timed, column) for column in ("seconds", "peak_memory_mb", "rows_per_second")}
+        if row["accuracy"] is not None:
+            row["low"], row["high"] = interval([run["accuracy"] for run in runs], first["n"])
+        of_rows, of_seeds = 1.96 * (mean(runs, "nll_stderr") or 0.0), over_seeds([run["nll_bound"] for run in runs])
+        found.append(row | {"nats_half": max(of_rows, of_seeds)})
     for row in found:
         rivals = [r for r in found if all(r[k] == row[k] for k in ("task", "split", "fingerprint", "rows"))]
         score = next((s for s in ("accuracy", "bleu", "rouge_l") if row[s] is not None), "accuracy")
@@ -151,21 +162,10 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def over_runs(runs: Sequence[Row]) -> Row:
-    first, threads = runs[0], max(r["threads"] or 0 for r in runs)
-
-    def mean(column: str, of: Sequence[Row] = runs) -> float | None:
-        values = [r[column] for r in of if r[column] is not None]
-        return fmean(values) if values else None
-
-    row = {column: first[column] for column in (*ALIKE, "trials", "n", *SIZES)} | {"seeds": len(runs)}
-    row |= {column: mean(column) for column in (*DEV, "accuracy", "macro_f1", "unreadable", *WRITTEN)}
-    accuracies = [r["accuracy"] for r in runs]
-    low, high = (None, None) if row["accuracy"] is None else interval(accuracies, first["n"])
-    half = max(1.96 * (mean("nll_stderr") or 0.0), over_seeds([r["nll_bound"] for r in runs]))
-    row |= {"low": low, "high": high, "nats": mean("nll_bound"), "nats_half": half, "threads": threads}
-    timed = [r for r in runs if (r["threads"] or 0) == threads]
-    return row | {column: mean(column, timed) for column in ("seconds", "peak_memory_mb", "rows_per_second")}
+def mean(runs: Sequence[Row], column: str) -> float | None:
+    """The mean of the runs that have such a value."""
+    values = [run[column] for run in runs if run[column] is not None]
+    return fmean(values) if values else None
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
@@ -174,9 +174,9 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
     """95% interval of an accuracy: the wider of Wilson's over the rows (at the mean) and Student's over the seeds."""
-    mean, half = fmean(accuracies), over_seeds(accuracies)
-    low, high = wilson(mean * n, n)
-    return max(min(low, mean - half), 0.0), min(max(high, mean + half), 1.0)
+    middle, half = fmean(accuracies), over_seeds(accuracies)
+    low, high = wilson(middle * n, n)
+    return max(min(low, middle - half), 0.0), min(max(high, middle + half), 1.0)
 
 
 def over_seeds(values: Sequence[float]) -> float:
@@ -193,7 +193,16 @@ def student(free: int) -> float:
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-GROUP = ("task", "base", "fingerprint", "split", "n", "rows")  # what a narrow table is about
+# Column -> what it shows of a row; and in a wide table more of them.
+SHOWN = {"method": "method", "accuracy %": "accuracy", "95% interval": "interval", "BLEU": "bleu"}
+SHOWN |= {
+    "ROUGE-L %": "rouge_l",
+    "exact %": "exact_match",
+    "% of full": "of_full",
+    "nats": "nats",
+    "stored %": "stored",
+}
+SHOWN |= {"seconds": "seconds"}
 WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
@@ -205,31 +214,23 @@ def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, S
     written, their scores and nats; a wide one has more of both."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
-        groups.setdefault(tuple(row[k] for k in GROUP), []).append(row)
+        groups.setdefault(tuple(row[k] for k in ("task", "base", "fingerprint", "split", "n", "rows")), []).append(row)
     tables = []
     for rows in groups.values():
-        cells = [
-            {
-                "method": label,
-                "accuracy %": percent(row["accuracy"]),
-                "95% interval": None if row["low"] is None else f"{percent(row['low'])} to {percent(row['high'])}",
-                "BLEU": None if row["bleu"] is None else f"{row['bleu']:.1f}",
-                "ROUGE-L %": percent(row["rouge_l"]),
-                "exact %": percent(row["exact_match"]),
-                "% of full": percent(row["of_full"]),
-                "nats": f"{row['nats']:.3f} ± {row['nats_half']:.3f}",
-                "stored %": f"{row['stored_percent']:.2f}",
-                "seconds": round(row["seconds"]),
-            }
-            | ({name: row[column] for name, column in WIDE.items()} if wide else {})
-            for label, row in zip(labels(rows), rows, strict=True)
-        ]
+        cells = []
+        for label, row in zip(labels(rows), rows, strict=True):
+            told = {name: percent(row[name]) for name in ("accuracy", "rouge_l", "exact_match", "of_full")}
+            told |= {"method": label, "stored": f"{row['stored_percent']:.2f}", "seconds": round(row["seconds"])}
+            told["interval"] = None if row["low"] is None else f"{percent(row['low'])} to {percent(row['high'])}"
+            told["bleu"] = None if row["bleu"] is None else f"{row['bleu']:.1f}"
+            told["nats"] = f"{row['nats']:.3f} ± {row['nats_half']:.3f}"
+            cells.append(row | told)
         scored = any(rows[0][score] is not None for score in ("accuracy", "rouge_l"))  # else nats are all there is
-        hidden = {"nats"} if scored and not wide else set()
-        columns = [c for c in cells[0] if c not in hidden and any(row[c] is not None for row in cells)]
+        shown = SHOWN | WIDE if wide else {c: k for c, k in SHOWN.items() if c != "nats" or not scored}
+        shown = {c: k for c, k in shown.items() if any(row[k] is not None for row in cells)}
         seeds = "/".join(map(str, sorted({row["seeds"] for row in rows})))
         title = "{task} on {base}, {rows} training rows, {n} {split} rows, seeds: ".format(**rows[0]) + seeds
-        tables.append((title, columns, [[row[c] for c in columns] for row in cells]))
+        tables.append((title, list(shown), [[row[k] for k in shown.values()] for row in cells]))
     return tables
 
 
@@ -237,13 +238,10 @@ def labels(rows: Sequence[Row]) -> list[str]:
     """Each row's method, with as many of its settings as tell it from the others."""
     found = [row["method"] for row in rows]
     for column in TELLS_APART:
-        unit = f"{column} " if column in ("data", "epochs", "steps", "batch_size", "lr") else ""
-        values = [row[column] for row in rows]
-        different = Counter(label for label, _ in set(zip(found, values, strict=True)))
-        found = [
-            f"{label}, {unit.replace('_', ' ')}{value}" if value and different[label] > 1 else label
-            for label, value in zip(found, values, strict=True)
-        ]
+        unit = f"{column.replace('_', ' ')} " if column in ("data", "epochs", "steps", "batch_size", "lr") else ""
+        both = [(label, row[column]) for label, row in zip(found, rows, strict=True)]
+        different = Counter(label for label, _ in set(both))
+        found = [f"{label}, {unit}{value}" if value and different[label] > 1 else label for label, value in both]
     return found
 
 

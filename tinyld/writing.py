@@ -34,31 +34,28 @@ def text_scores(
     nearest = [min((len(w) for w in ws), key=lambda n: abs(n - len(s))) for s, ws in zip(said, wanted, strict=True)]
     runs = [list(zip(*(s[i:] for i in range(4)), strict=False)) for s in said]
     exact = [spelling(a) in map(spelling, texts) for a, texts in zip(answers, references, strict=True)]
-    n = len(answers)
-    scores: dict[str, float | str] = corpus_scores(answers, references) | {
+    n, most = len(answers), max(map(len, references))
+    scores: dict[str, float | str] = {
         "exact_match": sum(exact) / n,
         "rouge_l": sum(max(overlap(s, w) for w in ws) for s, ws in zip(said, wanted, strict=True)) / n,
         "length_ratio": sum(map(len, said)) / max(1, sum(nearest)),
         "repeated_4grams": sum(len(r) - len(set(r)) for r in runs) / max(1, sum(map(len, runs))),
         "repeated_sentence": sum(map(says_twice, answers)) / n,
     }
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+
+        streams = [[fold(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
+        metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
+        folded = list(map(fold, answers))
+        scores = {name: metric.corpus_score(folded, streams).score for name, metric in metrics.items()} | scores
+    except ImportError:
+        scores["note"] = NO_SACREBLEU
     held = total = 0
     for named, answer, texts in zip(names(prompts), said, wanted, strict=True):
         named = named.intersection(*[set().union(*texts)])
         held, total = held + len(named.intersection(answer)), total + len(named)
     return scores | ({"names_held": held / total} if total else {})
-
-
-def corpus_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | str]:
-    """BLEU and chrF of folded texts; or the way to get them."""
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        return {"note": NO_SACREBLEU}
-    most = max(map(len, references))
-    streams = [[fold(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
-    metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
-    return {name: metric.corpus_score(list(map(fold, answers)), streams).score for name, metric in metrics.items()}
 
 
 MARKS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})

@@ -116,7 +116,7 @@ def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
         started = time.process_time()
         found = measure(run, rows, SampleConfig(own.get(name, name), **given), draws=1, quiet=True)
         rate = found.n / (time.process_time() - started)
-        scores, passes = [float(found.texts.get(key, "nan")) for key in SCORES.values()], found.passes_per_row
+        scores, passes = [float(found.scores.get(key, "nan")) for key in SCORES.values()], found.passes_per_row
         first = first or (passes, scores[0])
         lines.append((text, *(f"{v:.2f}" for v in (*scores, passes, rate, first[0] / passes, scores[0] - first[1]))))
         print(*lines[-1], sep="\t", file=sys.stderr, flush=True)

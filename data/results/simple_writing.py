@@ -92,7 +92,7 @@ def main() -> None:
             task = run.tasks[0]
             tested = TaskRows(load_split(task, "test", file), task, run.base.tokenizer, 256)
             scores = measure(run, tested, SampleConfig(), draws=1)
-        right = f"{100 * float(scores.texts['exact_match']):.1f}"
+        right = f"{100 * float(scores.scores['exact_match']):.1f}"
         found.append((name, args.rows, scores.n, right, f"{scores.passes_per_row:.2f}", round(seconds)))
     columns = ("task", "rows", "tested", "exact %", "passes a text", "seconds")
     tell("simple tasks of writing", columns, found, args.csv)
