@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ from tinyld.errors import TinyldError
 from tinyld.runs import RunFolder, Spectator
 
 
+@dataclass(frozen=True)
 class Processes:
     """This process among those of its run; alone where torchrun did not start it."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    rank: int = 0
+    size: int = 1
 
     @classmethod
     def join(cls, device: torch.device) -> Processes:
@@ -47,8 +49,10 @@ class Processes:
 
     def share(self, noised: Noised, accumulate: int) -> list[Noised]:
         """This process's rows of a batch, in micro-batches; none where there are fewer rows than processes."""
-        mine = noised if self.size == 1 else noised.rows(torch.arange(len(noised.t))[self.rank :: self.size])
-        return mine.split(accumulate) if len(mine.t) else []
+        if self.size == accumulate == 1:
+            return [noised]
+        mine = torch.arange(len(noised.t))[self.rank :: self.size]
+        return [noised.rows(some) for some in mine.chunk(accumulate)] if len(mine) else []
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""

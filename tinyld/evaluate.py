@@ -208,16 +208,15 @@ def text_nll(
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
     chosen = spread_over(len(rows), limit)
 
-    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches() -> Iterator[Batch]:
         done = 0
         at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
         for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
-            batch = rows.take(chunk)
-            yield batch.x0, batch.answer_mask, batch.attention_mask
+            yield rows.take(chunk)
             done += len(chunk)
             advance(done)
 
-    return nll_bound(model, triples(), mask_id, draws=draws)
+    return nll_bound(model, batches(), mask_id, draws=draws)
 
 
 def length_logp(model: Denoiser, batch: Batch, mask_id: int, eos_id: int) -> Tensor:
@@ -314,8 +313,8 @@ def answer_nll(
         of_lengths = length_logp(model, on_device(batch, model.device), tokenizer.mask_id, tokenizer.eos_id).cpu()
         nll, batch = -of_lengths.gather(1, lengths[:, None])[:, 0], cut_to(batch, lengths)
         counted = (lengths + 1).clamp(max=rows.slot).float()  # the [EOS] counts as a token
-    masks, draws = (batch.answer_mask, batch.attention_mask), 1 if rows.slot == 1 else draws
-    return nll + row_nll(model, batch.x0, *masks, tokenizer.mask_id, draws, generator, prompt_mask), counted
+    draws = 1 if rows.slot == 1 else draws
+    return nll + row_nll(model, batch, tokenizer.mask_id, draws, generator, prompt_mask), counted
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
