@@ -7,7 +7,7 @@ gradients are summed and every process makes the same update. Process 0 alone wr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tinyld.diffusion import Noised
 from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
-from tinyld.runs import RunFolder, Spectator
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,6 @@ class Processes:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
-
-    def open_run(self, path: os.PathLike[str], open_folder: Callable[[], RunFolder]) -> RunFolder:
-        """The run's folder: process 0 makes or opens it, the others look on."""
-        folder = open_folder() if self.rank == 0 else Spectator(path)
-        self.meet()  # nobody reads before it is there
-        return folder
 
     def meet(self) -> None:
         """Waits for all processes."""

@@ -34,7 +34,7 @@ from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.router import prompt_prototype
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder, Spectator
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, builtin_names, from_record, to_record
 from tinyld.train import Noise, TrainingRun, why_not_cached, with_states
@@ -126,7 +126,8 @@ def run_folder(
     """(the locked folder of a new run or of one that was `begun`, its results): its config is written, with `facts`
     that its base and rows told, and where it is new the `files` before. What is put into the results is written in the
     end."""
-    folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
+    folder = (begun or RunFolder.create(out, options.force)) if processes.rank == 0 else Spectator(out)
+    processes.meet()  # nobody reads before it is there
     with folder.locked():
         if begun:
             check_unchanged(out, config, facts["data"], options.allow_changed)

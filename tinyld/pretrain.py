@@ -160,8 +160,9 @@ def train_base(
             return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
 
         body = [n for n in parameters if config["warm_start"] and not n.startswith(("head_transform", "output_bias"))]
+        noise = partial(noise_text, mask_id=tokenizer.mask_id)
         run = TrainingRun(
-            model, parameters, rows, partial(noise_text, mask_id=tokenizer.mask_id), training, folder, evaluate, "pretrain", body=frozenset(body),
+            model, parameters, rows, noise, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,
         ).train(begun is not None)  # fmt: skip
         save_base(folder, parameters, tokenizer, SAVED[config["save_dtype"]])

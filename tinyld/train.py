@@ -169,7 +169,10 @@ class TrainingRun:
             self.model.train()
             saved = time.monotonic()
             while self.progress < 1.0 and not self.told:
-                self.update_and_log()
+                self.update()
+                evaluates = self.progress >= 1.0 or self.step % self.config.eval_every == 0
+                if evaluates or self.step % 50 == 0:
+                    self.log(evaluates)
                 if self.progress < 1.0 and time.monotonic() - saved > 60 * self.config.save_minutes:
                     self.save()
                     saved = time.monotonic()
@@ -200,35 +203,27 @@ class TrainingRun:
         """Takes up a checkpoint, if there is one, and removes what came after it."""
         if (found := self.folder.load_checkpoint()) is not None:
             tensors, state = found
-            scaler, self.saved_step = state["scaler"], state["step"]
-            for name in COUNTERS:
-                setattr(self, name, state[name])
+            vars(self).update({name: state[name] for name in COUNTERS}, saved_step=state["step"])
             saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
             load_exactly(self.parameters, saved, state.path)
             self.optimizer.load_flat_state(tensors)
-            if scaler:
-                self.scaler.load_state_dict(scaler)
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
         self.processes.meet()  # before process 0 removes what another may still read
         self.folder.rewind(self.saved_step)
 
-    def update_and_log(self) -> None:
-        config = self.config
-        loss, norm = self.update()
-        self.log_sum, self.log_count = self.log_sum + loss, self.log_count + 1
-        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        self.bar.advance_to(self.progress, speed, f"loss {loss:.3f}")
-        evaluates = self.progress >= 1.0 or self.step % config.eval_every == 0
-        if evaluates or self.step % 50 == 0:
-            record = {
-                "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": config.lr * self.rate,
-                "loss": self.log_sum / self.log_count,
-                "grad_norm": norm if math.isfinite(norm) else None,  # of an update that the scaler left out
-            }  # fmt: skip
-            self.log_sum, self.log_count = 0.0, 0
-            self.folder.log(record | (self.held_out() if evaluates else {}))
+    def log(self, evaluates: bool) -> None:
+        """Writes a line of the log, with held-out numbers where it evaluates."""
+        record = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": self.config.lr * self.rate,
+            "loss": self.log_sum / self.log_count,
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,  # of an update that the scaler left out
+        }  # fmt: skip
+        self.log_sum, self.log_count = 0.0, 0
+        self.folder.log(record | (self.held_out() if evaluates else {}))
 
-    def update(self) -> tuple[float, float]:
-        """One update; (loss, gradient norm). TinyldError where one is not finite, with the parameters as they were."""
+    def update(self) -> None:
+        """One update; TinyldError where loss or gradient is not finite, with the parameters as they were."""
         config, started = self.config, time.perf_counter()
         self.optimizer.set_lr(self.rate, self.progress)
         batch = self.source.batch(self.step, config.batch_size, config.seed)
@@ -237,8 +232,8 @@ class TrainingRun:
         self.optimizer.zero_grad()
         loss = float(self.backward(noised))
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+        self.norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
+        if not math.isfinite(loss) or not (math.isfinite(self.norm) or self.scaler.is_enabled()):
             raise self.diverged(f"the loss ({loss:.4g}) or gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -247,9 +242,10 @@ class TrainingRun:
         self.seconds += time.perf_counter() - started
         mine = [self.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
         loss, self.seconds, told = self.processes.sum([loss, *mine])  # the clock and the signals are process 0's, too
-        self.told = int(told)
+        self.told, self.log_sum, self.log_count = int(told), self.log_sum + loss, self.log_count + 1
         self.after_update(self.progress)
-        return loss, norm
+        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        self.bar.advance_to(self.progress, speed, f"loss {loss:.3f}")
 
     def backward(self, noised: list[Noised]) -> Tensor:
         """The mean loss of all masked tokens, as far as this process's rows go; its gradient, of all processes' and of
