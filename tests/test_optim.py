@@ -28,8 +28,8 @@ def update(optimizer: Optimizer, params: dict[str, nn.Parameter], seed: int) -> 
 def test_the_rate_rises_stays_and_falls_as_computed_by_hand() -> None:
     """(progress, warmup, flat, share of the peak)"""
     for *told, expected in (
-        (0.0, 0.1, 0.0, 1e-3), (0.0, 0.0, 0.0, 1.0), (0.05, 0.1, 0.0, 0.5), (0.1, 0.1, 0.4, 1.0), (0.55, 0.1, 0.0, 0.5),
-        (0.5, 0.1, 0.4, 1.0), (0.75, 0.1, 0.4, 0.5), (1.0, 0.1, 0.4, 0.0), (1.5, 0.1, 0.0, 0.0), (-1.0, 0.0, 0.5, 1.0),
+        (0.0, 0.1, 0.0, 1e-3), (0.0, 0.0, 0.0, 1.0), (0.05, 0.1, 0.0, 0.5), (0.55, 0.1, 0.0, 0.5), (0.1, 0.1, 0.4, 1.0),
+        (0.5, 0.1, 0.4, 1.0), (0.75, 0.1, 0.4, 0.5), (1.0, 0.1, 0.4, 0.0), (1.5, 0.1, 0.0, 0.0),
     ):  # fmt: skip
         assert lr_factor(*told) == pytest.approx(expected), told
 

@@ -226,28 +226,28 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_ste
     assert state["step"] == 2, "with the weights of step 3 the same batch fails again"
 
 
-@pytest.mark.parametrize("what", ["a weight", "a held-out number"])
+@pytest.mark.parametrize("what", ["a weight", "a held-out number", "what the denoiser gives"])
 def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_checkpoint(
     what: str, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
-    method = attached(base, "adapters")
+    method, folder = attached(base, "adapters"), RunFolder(tmp_path / "run")
 
     def spoil(progress: float) -> None:
         if progress == 1.0 and what == "a weight":
             next(iter(method.own.values())).data.fill_(math.inf)
 
     def held_out() -> dict[str, float]:
-        last = len(RunFolder(tmp_path / "run").checkpoints()) > 0
-        return {"dev_nll_bound": math.nan if last and what == "a held-out number" else 1.0}
+        if folder.checkpoints() and what == "what the denoiser gives":
+            raise TinyldError("its logits are not finite")
+        return {"dev_nll_bound": math.nan if folder.checkpoints() and what == "a held-out number" else 1.0}
 
     config = settings(save_minutes=1e-9, eval_every=100)
-    with pytest.raises(
-        TinyldError, match="at step 8 is not finite; the last good checkpoint is .*00000007; lower --lr"
-    ):
-        run(base, method, rows, config, tmp_path / "run", held_out, after_update=spoil)
-    tensors, state = RunFolder(tmp_path / "run").load_checkpoint()
+    last = "at step 8 is not finite; the last good checkpoint is .*00000007; lower --lr"
+    with pytest.raises(TinyldError, match=last):
+        run(base, method, rows, config, folder.path, held_out, after_update=spoil)
+    tensors, state = folder.load_checkpoint()
     assert state["step"] == 7 and all(t.isfinite().all() for t in tensors.values())
-    assert [r["step"] for r in log_of(tmp_path / "run")] == [0]
+    assert [r["step"] for r in log_of(folder.path)] == [0]
 
 
 # ------------------------------------------------------------------------------------------------ log

@@ -121,11 +121,11 @@ def rows_to_learn(task: Task, data: dict[str, Any]) -> tuple[list[Example], list
 @contextmanager
 def run_folder(
     out: Path, config: dict[str, Any], facts: dict[str, Any], options: Training, processes: Processes,
-    begun: RunFolder | None, **files: bytes,
+    begun: RunFolder | None, files: Mapping[str, bytes] = {},
 ) -> Iterator[tuple[RunFolder, dict[str, Any]]]:  # fmt: skip
-    """(the locked folder of a new run or of one that was `begun`, its results): its config is written, with `facts`
-    that its base and rows told, and where it is new the `files` before. What is put into the results is written in the
-    end."""
+    """(the folder of a new run or of one that was `begun`, locked; its results, which are written once the block has
+    filled them in). Its config is written, with `facts` that its base or text told, and before, where it is new, the
+    `files`."""
     folder = (begun or RunFolder.create(out, options.force)) if processes.rank == 0 else Spectator(out)
     processes.meet()  # nobody reads before it is there
     with folder.locked():
@@ -283,17 +283,17 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
 
-    def there(path: Path, is_there: bool) -> bytes | None:
-        return read_bytes(path) if is_there else None
+    def content_of(path: Path) -> bytes | None:
+        return read_bytes(path) if os.path.lexists(path) else None
 
-    before, begun = there(file, os.path.lexists(file)), there(out / CONFIG, RunFolder(out).is_run())
+    before, begun = content_of(file), content_of(out / CONFIG)
     if before not in (None, content) and not made.force:
         raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
     write_atomic(file, content)
     try:
         finetune(made)
     except BaseException:
-        if begun == there(out / CONFIG, RunFolder(out).is_run()):  # nothing was begun with these rows
+        if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
         raise
     return load(out, made.base, made.device, made.dtype)

@@ -147,8 +147,8 @@ def train_base(
     data |= {"held_out_tokens": len(held_out.stream), "unigram_nll": unigram}
     facts = {"model": to_dict(shape), "data": data, "valid": [str(v.resolve()) for v in valid]}
     facts["warm_start"] = config["warm_start"] if begun else encoder and encoder.record()
-    files_before = {TOKENIZER: tokenizer.to_json().encode()}
-    with run_folder(out, config, facts, options, processes, begun, **files_before) as (folder, results):
+    tokens = {TOKENIZER: tokenizer.to_json().encode()}
+    with run_folder(out, config, facts, options, processes, begun, tokens) as (folder, results):
         model.to(device)
         say(
             f"{shape.num_parameters():,} parameters, {len(text.stream):,} tokens of text; "

@@ -67,7 +67,7 @@ def decode(
             likely = logp.gather(1, token[:, None])[:, 0]
         doubt = torch.full_like(likely, torch.inf)
         if config.sampler == "entropy":
-            doubt = -divergence(logp, 0.0)
+            doubt = -divergence(logp, torch.zeros_like(logp))
         elif config.sampler == "klass":
             doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
             last = whole, logp
@@ -109,10 +109,9 @@ def spread(values: Tensor, masked: Tensor, elsewhere: float = 0) -> Tensor:
     return torch.full(masked.shape, elsewhere, dtype=values.dtype).to(values).masked_scatter(masked, values)
 
 
-def divergence(logp: Tensor, other: Tensor | float) -> Tensor:
-    """KL(p || q) in nats of each pair of rows, (N,), from log-probabilities (N, V); from 0 in their place -entropy."""
-    other = other.clamp(min=-1e4) if isinstance(other, Tensor) else other
-    return (logp.exp() * (logp.clamp(min=-1e4) - other)).sum(-1)
+def divergence(logp: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) in nats of each pair of rows, (N,), from log-probabilities (N, V); from zeros it is -entropy."""
+    return (logp.exp() * (logp.clamp(min=-1e4) - other.clamp(min=-1e4))).sum(-1)
 
 
 def accept(
