@@ -226,7 +226,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_the_ste
     assert state["step"] == 2, "with the weights of step 3 the same batch fails again"
 
 
-@pytest.mark.parametrize("what", ["a weight", "a held-out number", "what the denoiser gives"])
+@pytest.mark.parametrize("what", ["a weight", "what the denoiser gives"])
 def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_checkpoint(
     what: str, base: Denoiser, rows: TaskRows, tmp_path: Path
 ) -> None:
@@ -239,7 +239,7 @@ def test_a_last_update_that_diverges_ends_the_run_with_one_line_and_a_finite_che
     def held_out() -> dict[str, float]:
         if folder.checkpoints() and what == "what the denoiser gives":
             raise TinyldError("its logits are not finite")
-        return {"dev_nll_bound": math.nan if folder.checkpoints() and what == "a held-out number" else 1.0}
+        return {"dev_nll_bound": 1.0}
 
     config = settings(save_minutes=1e-9, eval_every=100)
     last = "at step 8 is not finite; the last good checkpoint is .*00000007; lower --lr"
