@@ -144,29 +144,17 @@ def test_low_confidence_equals_a_plain_loop_over_tokens(
     assert [t[0] for t in recording.t] == pytest.approx([n / 7 for n in recording.passes])
 
 
-@pytest.mark.parametrize(
-    ("given", "masked"),
-    [
-        ({"threshold": 1.0}, [9, 8, 7, 6, 5, 4, 3, 2, 1]),
-        ({"threshold": 1e-6}, [9]),
-        ({"threshold": 1.0, "least": 4}, [9, 5, 1]),
-        ({"threshold": 1.0, "steps": 3}, [9, 8, 7]),
-        ({"threshold": 1.0, "steps": 1}, [9]),
-        ({"sampler": "ancestral", "steps": 1}, [9]),
-    ],
-    ids=str,
-)
-def test_a_sampler_makes_the_passes_that_its_settings_ask_for(
-    lively: Denoiser, tokenizer: Tokenizer, given: dict[str, Any], masked: list[int]
-) -> None:
-    recording = Recording(lively)
-    out, passes = decoded(recording, rows(tokenizer, 9), **given)
-    assert not (out == MASK).any() and recording.passes == masked and passes == len(masked)
+PASSES: list[tuple[dict[str, Any], list[int]]] = [
+    *(({"threshold": t}, masked) for t, masked in ((0.95, [4, 3, 2, 1]), (0.7, [4, 2, 1]), (0.5, [4, 1]), (0.2, [4]))),
+    ({"threshold": 1.0, "least": 3}, [4, 1]),
+    *(({"threshold": 1.0, "steps": steps}, [4, 3, 2][:steps]) for steps in (1, 3)),
+    ({"sampler": "ancestral", "steps": 1}, [4]),
+]
 
 
-@pytest.mark.parametrize(("threshold", "masked"), [(0.95, [4, 3, 2, 1]), (0.7, [4, 2, 1]), (0.5, [4, 1]), (0.2, [4])])
-def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
-    tokenizer: Tokenizer, threshold: float, masked: list[int]
+@pytest.mark.parametrize(("given", "masked"), PASSES, ids=str)
+def test_a_pass_writes_what_is_sure_enough_and_at_least_as_much_as_the_settings_ask_for(
+    tokenizer: Tokenizer, given: dict[str, Any], masked: list[int]
 ) -> None:
     """Of three words one has these chances at the four positions."""
     batch, start = slot(tokenizer, 4)
@@ -179,8 +167,8 @@ def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
         return found
 
     recording = giving(logits)
-    decoded(recording, batch, threshold=threshold)
-    assert recording.passes == masked
+    out, passes = decoded(recording, batch, **given)
+    assert recording.passes == masked and passes == len(masked) and not (out == MASK).any()
 
 
 def test_klass_waits_until_a_distribution_has_settled(tokenizer: Tokenizer) -> None:

@@ -187,11 +187,9 @@ def nll_bound(denoiser: Any, batches: Iterable[Batch], mask_id: int, draws: int 
     `draws` times are drawn for every row.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums, counts = [], []
-    for batch in batches:
-        sums.append(row_nll(denoiser, batch, mask_id, draws, generator))
-        counts.append(batch.answer_mask.sum(1).float())
-    return ratio_estimate(torch.cat(sums), torch.cat(counts))
+    found = [(row_nll(denoiser, batch, mask_id, draws, generator), batch.answer_mask.sum(1)) for batch in batches]
+    nats, tokens = map(torch.cat, zip(*found, strict=True))
+    return ratio_estimate(nats, tokens.float())
 
 
 @torch.no_grad()

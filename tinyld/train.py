@@ -32,8 +32,6 @@ from tinyld.progress import Progress
 from tinyld.runs import RunFolder
 
 GROUP = 64  # numbers of a kept state that have one scale
-
-
 Noise = Callable[..., list[Noised]]  # (batch, generator=) -> the batch with its noise, in parts of different widths
 
 
@@ -90,9 +88,9 @@ def with_states(
         (noised,) = noise(batch, generator=torch.Generator())
         noised, real = noised.to(model.device), batch.attention_mask.to(model.device)
         h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, first_depth, history=history)
-        states = torch.stack([state[real] for state in [*history, h][-depths:]], dim=1)
-        for of_all, packed in zip(kept, pack(states), strict=True):
-            of_all[numbers(batch)[batch.attention_mask]] = packed.cpu()
+        packed = [pack(state[real]) for state in [*history, h][-depths:]]
+        for of_all, parts in zip(kept, zip(*packed, strict=True), strict=True):
+            of_all[numbers(batch)[batch.attention_mask]] = torch.stack(parts, dim=1).cpu()
         done += len(chunk)
         advance(done)
 
