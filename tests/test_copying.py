@@ -7,19 +7,8 @@ import pytest
 
 from tinyld.copying import LISTED, MARKS, RENAMED, TWICE, Copying
 
-TOKENS = [
-    "[EOS]",
-    ".",
-    ":",
-    *MARKS,
-    "the",
-    "was",
-    "7",
-    "42",
-    *(f"name{chr(97 + i)}" for i in range(20)),
-    "##el",
-    "##ix",
-]
+NAMES = [f"name{chr(97 + i)}" for i in range(20)]
+TOKENS = ["[EOS]", ".", ":", *MARKS, "the", "was", "7", "42", *NAMES, "##el", "##ix"]
 COUNTS = np.array([50_000] * 8 + [40_000] * 2 + [5] * 22)
 EOS, STOP, COLON, THE, SEVEN, NAME, PIECE = 0, 1, 2, 6, 8, 10, 30
 
@@ -78,9 +67,8 @@ def test_names_stand_before_their_sentences_and_an_end_behind(copying: Copying) 
             ids = [int(i) for i in part.split()]
             head, text = (ids[: ids.index(COLON)], ids[ids.index(COLON) + 1 :]) if COLON in ids else ([], ids)
             said += text
-            assert {i for i in head if i >= SEVEN} == {i for i in text if i >= SEVEN}, (
-                "all names and numbers, no others"
-            )
+            names = {i for i in head if i >= SEVEN}
+            assert names == {i for i in text if i >= SEVEN}, "all names and numbers, no others"
             assert len({i for i in head if i < SEVEN}) <= 1, "one mark between"
             seen.add(len({i for i in head if NAME <= i < PIECE or i == SEVEN}))
         assert said == row.tolist()[: len(said)], "the text itself stays"

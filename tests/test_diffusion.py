@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tinyld.data import Batch
 from tinyld.diffusion import (
     LONGEST_PREFIX,
     OPEN,
     PREFIXED,
     T_MIN,
-    Noised,
     mask_counted,
-    mask_some,
     nll_bound,
     noise_answers,
     noise_counted,
@@ -30,15 +29,14 @@ from tinyld.diffusion import (
 
 MASK = 4
 EOS = 3
-Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_triple(rows: int, seed: int, answer: int | None = None) -> Triple:
-    """(x0, answer_mask, attention_mask): prompt, then an answer, then the prompt's end, then padding."""
+def random_batch(rows: int, seed: int, answer: int | None = None) -> Batch:
+    """Prompt, then an answer, then the prompt's end, then padding."""
     rng = random.Random(seed)
     length = 16
     x0 = torch.randint(5, 50, (rows, length), generator=seeded(seed))
@@ -50,7 +48,13 @@ def random_triple(rows: int, seed: int, answer: int | None = None) -> Triple:
         answer_mask[row, start : start + width] = True
         attention_mask[row, :real] = True
         x0[row, real:] = 0
-    return x0, answer_mask, attention_mask
+    return Batch(x0, answer_mask, attention_mask, torch.arange(rows))
+
+
+def whole(x0: Tensor) -> Batch:
+    """Rows of which all may be masked."""
+    ones = torch.ones_like(x0, dtype=torch.bool)
+    return Batch(x0, ones, ones, torch.arange(len(x0)))
 
 
 class Fake:
@@ -83,27 +87,23 @@ class Uniform(Fake):
 # ---------------------------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize("noise", [noise_text, noise_counted])
 @pytest.mark.parametrize("seed", range(10))
-def test_prompt_and_padding_are_never_masked(seed: int, noise: Callable[..., Noised]) -> None:
-    x0, answer_mask, attention_mask = random_triple(12, seed)
-    noised = noise(x0, answer_mask, attention_mask, MASK, seeded(seed))
-    if noise is noise_text:  # two views of each row, whose clean prefix counts as a prompt
-        x0, answer_mask, attention_mask = (v.repeat(2, 1) for v in (x0, answer_mask, attention_mask))
-    assert torch.equal(noised.xt[~answer_mask], x0[~answer_mask])
-    assert not (noised.is_masked & ~answer_mask).any() and noised.is_masked.any()
-    assert torch.equal(noised.xt == MASK, noised.is_masked)
-    assert torch.equal(noised.xt[~noised.is_masked], x0[~noised.is_masked])
-    prompt_mask = attention_mask & ~answer_mask
-    exact = noise is noise_counted
-    assert torch.equal(noised.prompt_mask, prompt_mask) if exact else (noised.prompt_mask >= prompt_mask).all()
+def test_prompt_and_padding_are_never_masked(seed: int) -> None:
+    batch = random_batch(12, seed)
+    prompt_mask = batch.attention_mask & ~batch.answer_mask
+    counted, (text,) = noise_counted(batch, MASK, seeded(seed)), noise_text(batch, MASK, seeded(seed))
+    assert torch.equal(counted.prompt_mask, prompt_mask)
+    assert (text.prompt_mask >= prompt_mask.repeat(2, 1)).all(), "the clean prefix of a view counts as a prompt"
+    for noised, views in ((counted, 1), (text, 2)):
+        x0, answer_mask = batch.x0.repeat(views, 1), batch.answer_mask.repeat(views, 1)
+        assert not (noised.is_masked & ~answer_mask).any() and noised.is_masked.any()
+        assert torch.equal(noised.xt, torch.where(noised.is_masked, MASK, x0))
 
 
 def test_pretraining_masks_every_token_behind_a_rows_prefix_in_one_of_its_two_views() -> None:
     n, length = 3_000, 40
     x0 = torch.randint(6, 90, (n, length), generator=seeded(1))
-    ones = torch.ones_like(x0, dtype=torch.bool)
-    noised = noise_text(x0, ones, ones, MASK, seeded(0))
+    (noised,) = noise_text(whole(x0), MASK, seeded(0))
     first, second = noised.is_masked.chunk(2)
     assert torch.equal(noised.x0, x0.repeat(2, 1)) and not (first & second).any()
     covered = first | second
@@ -114,8 +114,8 @@ def test_pretraining_masks_every_token_behind_a_rows_prefix_in_one_of_its_two_vi
     assert int(begins.max()) <= LONGEST_PREFIX * length and float(begins[begins > 0].float().mean()) > 15
 
 
-def slots(lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x0, answer_mask, attention_mask, tail_mask): two tokens of prompt, then texts in slots, each with its [EOS]."""
+def slots(lengths: list[int], width: int) -> Batch:
+    """Two tokens of prompt, then texts in slots, each with its [EOS]."""
     x0 = torch.full((len(lengths), 2 + width), EOS)
     answer_mask, tail_mask = torch.zeros(2, *x0.shape, dtype=torch.bool)
     answer_mask[:, 2:] = True
@@ -123,16 +123,17 @@ def slots(lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     for row, length in enumerate(lengths):
         x0[row, 2 : 2 + length] = torch.arange(20, 20 + length)
         tail_mask[row, 2 + length :] = True
-    return x0, answer_mask, torch.ones_like(answer_mask), tail_mask
+    return Batch(x0, answer_mask, torch.ones_like(answer_mask), torch.arange(len(x0)), tail_mask)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(seed: int) -> None:
     lengths = [0, 1, 3, 5, 6, 3, 2, 4]
-    x0, answer_mask, attention_mask, tail_mask = slots(lengths, width=6)
-    asked, told = noise_answers(x0, answer_mask, attention_mask, tail_mask, MASK, seeded(seed))
+    batch = slots(lengths, width=6)
+    x0, answer_mask, tail_mask = batch.x0, batch.answer_mask, batch.tail_mask
+    asked, told = noise_answers(batch, MASK, seeded(seed))
     assert len(asked.t) == OPEN * 8 and len(told.t) == 6
-    alone = [noise_answers(*(v[3:4] for v in slots(lengths, 6)), MASK, seeded(100 * seed + i))[0] for i in range(100)]
+    alone = [noise_answers(slots([5], 6), MASK, seeded(100 * seed + i))[0] for i in range(100)]
     assert sum(bool(part.is_masked[0, 7]) for part in alone) == pytest.approx(25, abs=17.5), "four standard deviations"
     ends = (answer_mask & ~tail_mask).sum(1)
     for part in (asked, told):
@@ -152,17 +153,10 @@ def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(
     assert told.x0.shape[1] == 2 + min(6, 1 + max(int((row >= 20).sum()) for row in told.x0))
 
 
-def test_answers_that_all_fill_their_slots_are_asked_for_no_length() -> None:
-    x0, answer_mask, attention_mask = random_triple(12, 0, answer=3)
-    (noised,) = noise_answers(x0, answer_mask, attention_mask, None, MASK, seeded(0))
-    same = noise_counted(x0, answer_mask, attention_mask, MASK, seeded(0))
-    assert torch.equal(noised.xt, same.xt) and torch.equal(noised.t, same.t)
-
-
-@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_tokens_are_masked_with_chance_t(t: float) -> None:
-    is_masked = mask_some(torch.full((200,), t), torch.ones(200, 50, dtype=torch.bool), seeded(0))
-    assert float(is_masked.float().mean()) == pytest.approx(t, abs=4 * math.sqrt(t * (1 - t) / 10_000))
+def test_answers_that_all_fill_their_slots_are_asked_for_no_length_and_one_token_is_always_masked() -> None:
+    batch = random_batch(50, 0, answer=1)
+    (noised,) = noise_answers(batch, MASK, seeded(0))
+    assert torch.equal(noised.is_masked, batch.answer_mask) and (noised.t == 1).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -179,12 +173,6 @@ def test_counted_noise_masks_exactly_the_ceiling_of_t_n(seed: int) -> None:
     assert is_masked.sum(1).tolist() == [count for _, _, count in cases]
     assert ratio.tolist() == pytest.approx([count / n for _, n, count in cases])
     assert not (is_masked & ~maskable).any()
-
-
-def test_a_one_token_answer_is_always_masked_at_ratio_1() -> None:
-    x0, answer_mask, attention_mask = random_triple(50, 0, answer=1)
-    noised = noise_counted(x0, answer_mask, attention_mask, MASK, seeded(1))
-    assert torch.equal(noised.is_masked, answer_mask) and (noised.t == 1).all()
 
 
 def test_counted_noise_chooses_every_set_of_positions_equally_often() -> None:
@@ -209,22 +197,20 @@ def test_times_are_in_range_and_one_from_each_nth_of_the_distribution(bell: bool
 
 
 def test_rows_without_a_prefix_are_masked_at_bell_shaped_times() -> None:
-    x0, ones = torch.full((4000, 200), 9), torch.ones(4000, 200, dtype=torch.bool)
-    noised = noise_text(x0, ones, ones, MASK, seeded(0))
-    whole = ~noised.prompt_mask.any(1)
-    assert float(noised.t[whole].var()) == pytest.approx(1 / 20, rel=0.06), "and the spread of 200 draws"
-    assert float(noised.t[~whole].var()) == pytest.approx(1 / 12, rel=0.06)
+    (noised,) = noise_text(whole(torch.full((4000, 200), 9)), MASK, seeded(0))
+    prefixed = noised.prompt_mask.any(1)
+    assert float(noised.t[~prefixed].var()) == pytest.approx(1 / 20, rel=0.06), "and the spread of 200 draws"
+    assert float(noised.t[prefixed].var()) == pytest.approx(1 / 12, rel=0.06)
 
 
 def test_tasks_see_every_share_of_a_masked_answer_equally_often() -> None:
-    x0, ones = torch.full((4000, 5), 9), torch.ones(4000, 5, dtype=torch.bool)
-    noised = noise_counted(x0, ones, ones, MASK, seeded(0))
+    noised = noise_counted(whole(torch.full((4000, 5), 9)), MASK, seeded(0))
     assert noised.is_masked.sum(1).bincount().tolist() == pytest.approx([0, 800, 800, 800, 800, 800], abs=8)
 
 
 def test_nothing_masked_is_no_division_by_zero() -> None:
-    x0, _, attention_mask = random_triple(3, 0)
-    noised = noise_counted(x0, torch.zeros_like(attention_mask), attention_mask, MASK, seeded(0))
+    batch = random_batch(3, 0)
+    noised = noise_counted(replace(batch, answer_mask=torch.zeros_like(batch.answer_mask)), MASK, seeded(0))
     nll, row = token_nll(Uniform(1.0), noised)
     assert len(nll) == len(row) == 0 and (noised.t == 1).all()
 
@@ -232,8 +218,8 @@ def test_nothing_masked_is_no_division_by_zero() -> None:
 # ---------------------------------------------------------------------------------------------- NLL bound
 
 
-def batches(rows: int, seed: int, answer: int | None = None) -> list[Triple]:
-    return [random_triple(rows, seed, answer), random_triple(rows // 2, seed + 1, answer)]
+def batches(rows: int, seed: int) -> list[Batch]:
+    return [random_batch(rows, seed), random_batch(rows // 2, seed + 1)]
 
 
 def test_a_denoiser_uniform_over_n_tokens_scores_log_n_and_a_perfect_one_scores_0() -> None:
@@ -245,29 +231,28 @@ def test_a_denoiser_uniform_over_n_tokens_scores_log_n_and_a_perfect_one_scores_
     assert nll_bound(Uniform(0.0), batches(20, 0), MASK).mean == 0.0
 
 
-def exact_bound(denoiser: Fake, triples: list[Triple]) -> float:
+def exact_bound(denoiser: Fake, batches: list[Batch]) -> float:
     """The bound without sampling: E over k of n / k * NLL over every set of k of the n answer tokens."""
     nats = tokens = 0.0
-    for x0, answer_mask, _ in triples:
-        for ids, answer in zip(x0, answer_mask, strict=True):
-            positions = answer.nonzero()[:, 0].tolist()
-            n = len(positions)
-            tokens += n
-            for k in range(1, n + 1):
-                sets = list(itertools.combinations(positions, k))
-                for chosen in sets:
-                    masked = torch.zeros(1, len(ids), dtype=torch.bool)
-                    masked[0, list(chosen)] = True
-                    nats += float(denoiser.cost(masked)[masked].sum()) * n / k / len(sets) / n
+    for answer in itertools.chain(*(batch.answer_mask for batch in batches)):
+        positions = answer.nonzero()[:, 0].tolist()
+        n = len(positions)
+        tokens += n
+        for k in range(1, n + 1):
+            sets = list(itertools.combinations(positions, k))
+            for chosen in sets:
+                masked = torch.zeros(1, len(answer), dtype=torch.bool)
+                masked[0, list(chosen)] = True
+                nats += float(denoiser.cost(masked)[masked].sum()) / k / len(sets)
     return nats / tokens
 
 
 def test_the_bound_is_the_one_computed_over_every_mask() -> None:
-    triples = batches(120, 4)
-    found = nll_bound(Fake(), triples, MASK, draws=100, seed=1)
-    exact = exact_bound(Fake(), triples)
+    some = batches(120, 4)
+    found = nll_bound(Fake(), some, MASK, draws=100, seed=1)
+    exact = exact_bound(Fake(), some)
     assert found.mean == pytest.approx(exact, rel=0.02)
-    many = torch.tensor([nll_bound(Fake(), triples, MASK, 1, s).mean for s in range(40)])
+    many = torch.tensor([nll_bound(Fake(), some, MASK, 1, s).mean for s in range(40)])
     assert float(many.mean()) == pytest.approx(exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * T_MIN * exact)
 
 

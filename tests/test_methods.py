@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
-from tinyld.data import TaskRows
-from tinyld.diffusion import Noised, noise_counted, token_nll
+from tinyld.data import Batch, TaskRows, torch_seeded
+from tinyld.diffusion import Noised, noise_answers, noise_counted, token_nll
 from tinyld.errors import UsageError
 from tinyld.methods import METHODS, make_config, paper
 from tinyld.methods.contract import Method
@@ -29,7 +30,7 @@ from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
 from tinyld.tasks import load_split, load_task
 from tinyld.tokenizer import Tokenizer
-from tinyld.train import GROUP, Objective, StateCache, pack, unpack, why_not_cached
+from tinyld.train import GROUP, pack, unpack, why_not_cached, with_states
 
 MASK = 4
 MIDDLES = tuple((hi + lo) / 2 for hi, lo in itertools.pairwise(BAND_EDGES))  # a t inside each band, high noise first
@@ -84,7 +85,7 @@ def noised_batch(config: ModelConfig, seed: int = 0, rows: int = 6) -> Noised:
         answer_mask[row, start : start + 6] = True
         attention_mask[row, :length] = True
     x0[~attention_mask] = 0
-    noised = noise_counted(x0, answer_mask, attention_mask, MASK, generator)
+    noised = noise_counted(Batch(x0, answer_mask, attention_mask, torch.arange(rows)), MASK, generator)
     assert len(band_of(noised.t).unique()) == NUM_BANDS
     return noised
 
@@ -439,23 +440,19 @@ def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_
     return TaskRows(load_split(task, "train"), task, tokenizer, 48)
 
 
-def noise_and_cache(model: Denoiser, rows: TaskRows, told: Any = print) -> tuple[Objective, StateCache]:
-    noise = Objective(MASK, is_task=True, seed=0)
-    return noise, StateCache(model, rows, noise, lambda: torch.autocast("cpu", enabled=False), told)
-
-
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])
 def test_training_from_kept_states_is_training_from_the_start(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
 ) -> None:
-    rows, kept, method = task_rows(tmp_path, tokenizer), [], lively_push(config, case)
+    rows, noise, kept = task_rows(tmp_path, tokenizer), partial(noise_answers, mask_id=tokenizer.mask_id), []
+    method = lively_push(config, case)
     model = on_base(config, method.push)
-    noise, cache = noise_and_cache(model, rows, kept.append)
+    with_kept = with_states(noise, model, rows, kept.append)
     depth, reads = method.push.first_depth, method.push.reads_depths
     assert kept[-1] == len(rows)
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
         batch = rows.take(chunk)
-        (noised,), (cached,) = noise.noise(batch, step), cache.noise(batch, step)
+        (noised,), (cached,) = (of(batch, generator=torch_seeded(0, 2, step)) for of in (noise, with_kept))
         assert torch.equal(noised.xt, cached.xt) and torch.equal(noised.t, cached.t)
         real = batch.attention_mask
         lower = on_base(config, None).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
@@ -481,7 +478,8 @@ def test_training_from_kept_states_is_training_from_the_start(
 def test_states_of_rows_of_one_length_are_kept_too(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows, model = task_rows(tmp_path, tokenizer, words_each=3), fresh_base(config)
     attach(model, "fast")
-    (cached,) = noise_and_cache(model, rows)[1].noise(rows.take(np.arange(4)), 0)
+    kept = with_states(partial(noise_answers, mask_id=tokenizer.mask_id), model, rows)
+    (cached,) = kept(rows.take(np.arange(4)), generator=torch_seeded(0))
     assert cached.attention_mask is None and cached.cached is not None and bool(cached.cached.isfinite().all())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,19 +18,31 @@ from tinyld.tokenizer import Tokenizer
 MASK = 4
 EOS = 3
 FORBIDDEN = [0, 1, 2, 4]
+Rows = tuple[Tensor, ...]  # (x, answer_mask, attention_mask)
 
 
 class Recording:
-    """A denoiser that writes down how many positions are masked, by row, and the t it is told."""
+    """A denoiser that writes down how many positions are masked, by row, the t it is told, and how long rows are."""
 
     def __init__(self, inner: Any):
-        self.inner, self.masked, self.t = inner, [], []
+        self.inner, self.masked, self.t, self.lengths = inner, [], [], []
 
     def __call__(self, x: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, where: Tensor) -> Tensor:
         self.masked.append(where.sum(1).tolist())
         self.t.append(t.tolist())
+        self.lengths.append(x.shape[1] if attention is None else int(attention.sum(1).max()))
         assert (x[where] == MASK).all(), "positions asked for are masked ones"
         return self.inner(x, t, attention, prompt, where=where)
+
+    @property
+    def passes(self) -> list[int]:
+        """Masked positions of the one row in each pass."""
+        return [count for counts in self.masked for count in counts]
+
+
+def giving(logits: Callable[[Tensor], Tensor]) -> Recording:
+    """A denoiser whose logits (B, L, 8) are a function of the ids (B, L)."""
+    return Recording(lambda x, *_, where: logits(x)[where])
 
 
 @pytest.fixture()
@@ -42,8 +55,8 @@ def lively(model: Denoiser) -> Denoiser:
     return model
 
 
-def rows(tokenizer: Tokenizer, widths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, answer_mask, attention_mask): a row per answer width, prompts and padding of random lengths."""
+def rows(tokenizer: Tokenizer, *widths: int, seed: int = 0) -> Rows:
+    """A row per answer width, prompts and padding of random lengths."""
     rng = random.Random(seed)
     starts = [rng.randint(1, 6) for _ in widths]
     lengths = [s + w + rng.randint(1, 4) for s, w in zip(starts, widths, strict=True)]
@@ -57,86 +70,56 @@ def rows(tokenizer: Tokenizer, widths: list[int], seed: int = 0) -> tuple[Tensor
     return x, answer_mask, attention_mask
 
 
-CONFIGS = [
-    SampleConfig("low_confidence"),
-    SampleConfig("low_confidence", steps=3),
-    SampleConfig("low_confidence", steps=50),
-    SampleConfig("low_confidence", steps=4, temperature=1.5),
-    SampleConfig(sampler="threshold"),
-    SampleConfig(sampler="threshold", threshold=0.05, temperature=1.0),
-    SampleConfig(sampler="threshold", threshold=1.0, steps=2),
-    SampleConfig(sampler="klass", threshold=0.05, kl=1.0),
-    SampleConfig(sampler="entropy", threshold=4.0),
-    SampleConfig(sampler="ancestral"),
-    SampleConfig(sampler="ancestral", steps=3, temperature=1.0),
-    SampleConfig(sampler="ancestral", steps=40, temperature=1.0),
+def slot(tokenizer: Tokenizer, width: int) -> tuple[Rows, int]:
+    """(a row with a slot of that width, where the slot begins)."""
+    batch = rows(tokenizer, width)
+    return batch, int(batch[1][0].nonzero()[0])
+
+
+def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+    return decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(**given), eos_id=eos_id)
+
+
+CONFIGS: list[dict[str, Any]] = [
+    *({"sampler": "low_confidence"} | given for given in ({}, {"steps": 3}, {"steps": 4, "temperature": 1.5})),
+    *({"threshold": 1.0} | given for given in ({}, {"steps": 2}, {"threshold": 0.3}, {"temperature": 1.0})),
+    {"sampler": "klass", "threshold": 0.05, "kl": 1.0},
+    {"sampler": "entropy", "threshold": 4.0},
+    *({"sampler": "ancestral"} | given for given in ({}, {"steps": 3, "temperature": 1.0}, {"steps": 40})),
 ]
 
 
-def name_of(config: SampleConfig) -> str:
-    return f"{config.sampler}-{config.steps}-{config.temperature}-{config.threshold}"
-
-
-@pytest.mark.parametrize("sampling", CONFIGS, ids=name_of)
-def test_every_slot_is_filled_and_nothing_else_is_touched(
-    lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig
+@pytest.mark.parametrize("given", CONFIGS, ids=str)
+def test_every_slot_is_filled_unseen_and_nothing_else_is_touched(
+    lively: Denoiser, tokenizer: Tokenizer, given: dict[str, Any]
 ) -> None:
-    x, answer_mask, attention_mask = rows(tokenizer, [5, 1, 8, 3])
+    x, answer_mask, attention_mask = batch = rows(tokenizer, 5, 1, 8, 3)
     with torch.no_grad():
         lively.output_bias[FORBIDDEN] = 50.0  # what the denoiser wants most is what it may not write
     before = x.clone()
-    out, passes = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, sampling)
+    out, passes = decoded(lively, batch, **given)
     assert torch.equal(x, before), "the input is not changed in place"
     assert torch.equal(out[~answer_mask], x[~answer_mask])
     assert not torch.isin(out[answer_mask], torch.tensor(FORBIDDEN)).any()
-    assert (1 <= passes).all() and (passes <= (sampling.steps or 8)).all()
-
-
-@pytest.mark.parametrize("sampling", CONFIGS, ids=name_of)
-def test_what_stood_in_the_slots_is_never_seen(lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig) -> None:
-    x, answer_mask, attention_mask = rows(tokenizer, [4, 6])
-    other = torch.where(answer_mask, 5, x)
-    first, second = (decode(lively, v, answer_mask, attention_mask, MASK, FORBIDDEN, sampling)[0] for v in (x, other))
-    assert torch.equal(first, second)
+    assert (1 <= passes).all() and (passes <= given.get("steps", 8)).all()
+    other = torch.where(answer_mask, 5, x), answer_mask, attention_mask
+    assert torch.equal(decoded(lively, other, **given)[0], out), "what stood in the slots is never seen"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_seed_decides_what_is_drawn(lively: Denoiser, tokenizer: Tokenizer, sampler: str) -> None:
-    batch = rows(tokenizer, [8, 8, 8])
-    outs = [
-        decode(lively, *batch, MASK, FORBIDDEN, SampleConfig(sampler=sampler, temperature=2.0, seed=seed))[0]
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(outs[0], outs[1])
-    assert not torch.equal(outs[0], outs[2])
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 25])
-@pytest.mark.parametrize("size", [1, 6, 10])
-def test_low_confidence_writes_as_many_tokens_a_step_as_llada(
-    lively: Denoiser, tokenizer: Tokenizer, size: int, steps: int
-) -> None:
-    """LLaDA's get_num_transfer_tokens: M // steps each step, one more in the first M % steps."""
-    recording = Recording(lively)
-    _, passes = decode(
-        recording, *rows(tokenizer, [size]), MASK, FORBIDDEN, SampleConfig("low_confidence", steps=steps)
-    )
-    plan = [size // steps + (step < size % steps) for step in range(steps)]
-    plan = [k for k in plan if k]
-    left = [counts[0] for counts in recording.masked]
-    assert [a - b for a, b in zip(left, [*left[1:], 0], strict=True)] == plan
-    assert passes == len(plan)
-    assert [t[0] for t in recording.t] == pytest.approx([n / size for n in left])
+    batch = rows(tokenizer, 8, 8, 8)
+    outs = [decoded(lively, batch, sampler=sampler, temperature=2.0, seed=seed)[0] for seed in (0, 0, 1)]
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
 def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tensor:
-    """Low-confidence decoding of one row without padding, written as a loop over tokens."""
+    """Low-confidence decoding of one row without padding, written as a loop over tokens, as many a step as LLaDA's
+    get_num_transfer_tokens: M // steps, and one more in the first M % steps."""
     x = x.clone()
     x[places] = MASK
     masked, size = list(places), len(places)
-    for step in range(steps):
-        if not masked:
-            break
+    for step in range(min(steps, size)):
         logits = model(x[None])[0]
         logits[:, FORBIDDEN] = -torch.inf
         best = {p: logits[p].softmax(-1).max(-1) for p in masked}
@@ -148,89 +131,62 @@ def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tens
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("steps", [2, 3, 9])
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
 @torch.no_grad()
 def test_low_confidence_equals_a_plain_loop_over_tokens(
     lively: Denoiser, tokenizer: Tokenizer, steps: int, seed: int
 ) -> None:
-    x, answer_mask, attention_mask = rows(tokenizer, [7], seed)
-    found, _ = decode(
-        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig("low_confidence", steps=steps)
-    )
-    expected = reference(lively, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps)
-    assert torch.equal(found[0], expected)
-    one_pass, _ = decode(
-        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig("low_confidence", steps=1)
-    )
-    assert seed or not torch.equal(found, one_pass), "later passes read what earlier ones wrote"
+    x, answer_mask, _ = batch = rows(tokenizer, 7, seed=seed)
+    recording = Recording(lively)
+    found, passes = decoded(recording, batch, sampler="low_confidence", steps=steps)
+    assert torch.equal(found[0], reference(lively, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps))
+    assert passes == len(recording.passes) == min(steps, 7)
+    assert [t[0] for t in recording.t] == pytest.approx([n / 7 for n in recording.passes])
 
 
-PASSES = [
-    (SampleConfig(sampler="threshold", threshold=1.0), [9, 8, 7, 6, 5, 4, 3, 2, 1]),
-    (SampleConfig(sampler="threshold", threshold=1e-6), [9]),
-    (SampleConfig(sampler="threshold", threshold=1.0, least=4), [9, 5, 1]),
-    (SampleConfig(sampler="threshold", threshold=1.0, steps=3), [9, 8, 7]),
-    (SampleConfig("low_confidence", steps=1), [9]),
-    (SampleConfig(sampler="threshold", threshold=1.0, steps=1), [9]),
-    (SampleConfig(sampler="ancestral", steps=1), [9]),
+PASSES: list[tuple[dict[str, Any], list[int]]] = [
+    *(({"threshold": t}, masked) for t, masked in ((0.95, [4, 3, 2, 1]), (0.7, [4, 2, 1]), (0.5, [4, 1]), (0.2, [4]))),
+    ({"threshold": 1.0, "least": 3}, [4, 1]),
+    *(({"threshold": 1.0, "steps": steps}, [4, 3, 2][:steps]) for steps in (1, 3)),
+    ({"sampler": "ancestral", "steps": 1}, [4]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("sampling", "masked"), PASSES, ids=lambda v: name_of(v) if isinstance(v, SampleConfig) else ""
-)
-def test_a_sampler_makes_the_passes_that_its_settings_ask_for(
-    lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig, masked: list[int]
+@pytest.mark.parametrize(("given", "masked"), PASSES, ids=str)
+def test_a_pass_writes_what_is_sure_enough_and_at_least_as_much_as_the_settings_ask_for(
+    tokenizer: Tokenizer, given: dict[str, Any], masked: list[int]
 ) -> None:
-    recording = Recording(lively)
-    out, passes = decode(recording, *rows(tokenizer, [9]), MASK, FORBIDDEN, sampling)
-    assert not (out == MASK).any()
-    assert [counts[0] for counts in recording.masked] == masked
-    assert passes == len(masked)
+    """Of three words one has these chances at the four positions."""
+    batch, start = slot(tokenizer, 4)
+    likely = torch.tensor([0.8, 0.4, 0.9, 0.6])
 
+    def logits(x: Tensor) -> Tensor:
+        found = torch.full((*x.shape, 8), -30.0)
+        found[:, start : start + 4, 5:7] = ((1 - likely) / 2).log()[:, None]
+        found[:, start : start + 4, 7] = likely.log()
+        return found
 
-@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
-def test_threshold_keeps_every_token_at_least_that_likely_and_one_at_least(
-    lively: Denoiser, tokenizer: Tokenizer, threshold: float
-) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = 3.0 * lively(x, *rest, where=where)
-        allowed = logits.clone()
-        allowed[:, FORBIDDEN] = -torch.inf
-        seen.append((where.nonzero()[:, 1], allowed.softmax(-1).max(-1).values))
-        return logits
-
-    decode(denoiser, *rows(tokenizer, [9]), MASK, FORBIDDEN, SampleConfig(sampler="threshold", threshold=threshold))
-    kinds = set()
-    for (places, confidence), (after, _) in zip(seen, [*seen[1:], (torch.zeros(0), torch.zeros(0))], strict=True):
-        written = ~torch.isin(places, after)
-        sure = confidence >= threshold
-        expected = sure if sure.any() else confidence == confidence.max()
-        assert torch.equal(written, expected)
-        kinds.add(int(expected.sum()))
-    assert len(seen) > 1 or len(kinds) == 1
+    recording = giving(logits)
+    out, passes = decoded(recording, batch, **given)
+    assert recording.passes == masked and passes == len(masked) and not (out == MASK).any()
 
 
 def test_klass_waits_until_a_distribution_has_settled(tokenizer: Tokenizer) -> None:
     """The last position is sure, each time of another word; the first pass has none before it to compare with."""
-    batch = rows(tokenizer, [5])
+    batch = rows(tokenizer, 5)
     last = int(batch[1][0].nonzero()[-1])
 
-    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = torch.zeros(*x.shape, 8)
-        logits[..., 6] = 9.0
-        logits[:, last, 5:] = torch.tensor([0.0, 7.0, 0.0] if len(recording.masked) % 2 else [0.0, 0.0, 7.0])
-        return logits[where]
+    def logits(x: Tensor) -> Tensor:
+        found = torch.zeros(*x.shape, 8)
+        found[..., 6] = 9.0
+        found[:, last, 5:] = torch.tensor([0.0, 7.0, 0.0] if len(recording.masked) % 2 else [0.0, 0.0, 7.0])
+        return found
 
-    for sampler, masked in (("klass", [5, 4, 1]), ("threshold", [5])):
-        recording = Recording(denoiser)
-        decode(recording, *batch, MASK, FORBIDDEN, SampleConfig(sampler, threshold=0.5))
-        assert [counts[0] for counts in recording.masked] == masked
-    recording = Recording(denoiser)
-    decode(recording, *batch, MASK, FORBIDDEN, SampleConfig("klass", threshold=0.5, kl=99.0))
-    assert [counts[0] for counts in recording.masked] == [5, 4], "however far they moved"
+    settled = {"sampler": "klass", "kl": 99.0}  # however far they moved
+    for given, masked in (({"sampler": "klass"}, [5, 4, 1]), ({}, [5]), (settled, [5, 4])):
+        recording = giving(logits)
+        decoded(recording, batch, threshold=0.5, **given)
+        assert recording.passes == masked
 
 
 @pytest.mark.parametrize(("nats", "masked"), [(0.5, [6, 5, 4, 3, 2, 1]), (1.0, [6, 4, 2]), (1.5, [6, 3]), (9.0, [6])])
@@ -238,77 +194,59 @@ def test_entropy_leaves_as_many_nats_open_together_as_it_may(
     tokenizer: Tokenizer, nats: float, masked: list[int]
 ) -> None:
     """Two words to choose from at each position: 0.69 nats; one of those that are written does not count."""
-
-    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = torch.full((*x.shape, 8), -30.0)
-        logits[..., 6:] = 0.0
-        return logits[where]
-
-    recording = Recording(denoiser)
-    decode(recording, *rows(tokenizer, [6]), MASK, FORBIDDEN, SampleConfig("entropy", threshold=nats))
-    assert [counts[0] for counts in recording.masked] == masked
+    recording = giving(lambda x: torch.tensor([-30.0] * 6 + [0.0] * 2).expand(*x.shape, 8))
+    decoded(recording, rows(tokenizer, 6), sampler="entropy", threshold=nats)
+    assert recording.passes == masked
 
 
 def test_ancestral_leaves_as_much_masked_as_t_says(tokenizer: Tokenizer) -> None:
-    recording = Recording(lambda x, t, attention, prompt, where: torch.zeros(int(where.sum()), 8))
+    recording = giving(lambda x: torch.zeros(*x.shape, 8))
     steps, width, n = 4, 36, 400
-    config = SampleConfig(sampler="ancestral", steps=steps)
-    out, _ = decode(recording, *rows(tokenizer, [width] * n), MASK, FORBIDDEN, config)
+    out, _ = decoded(recording, rows(tokenizer, *[width] * n), sampler="ancestral", steps=steps)
     assert len(recording.masked) == steps and not (out == MASK).any()
     for step, counts in enumerate(recording.masked):
         assert sum(counts) / (n * width) == pytest.approx(1 - step / steps, abs=4 * (0.25 / (n * width)) ** 0.5)
 
 
-BATCHED = [
-    SampleConfig("low_confidence"),
-    SampleConfig("low_confidence", steps=3),
-    SampleConfig(sampler="threshold", threshold=0.3),
-    SampleConfig(sampler="threshold", threshold=1.0),
-]
-
-
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("sampling", BATCHED, ids=name_of)
+@pytest.mark.parametrize("given", [given for given in CONFIGS if not {"temperature", "kl"} & {*given}][:4], ids=str)
 def test_rows_decoded_together_equal_rows_decoded_alone(
-    lively: Denoiser, tokenizer: Tokenizer, sampling: SampleConfig, seed: int
+    lively: Denoiser, tokenizer: Tokenizer, given: dict[str, Any], seed: int
 ) -> None:
     """Rows that finish early leave the batch; padding and neighbours change nothing."""
-    x, answer_mask, attention_mask = rows(tokenizer, [2, 7, 1, 4], seed)
-    together, _ = decode(lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, sampling)
+    batch = rows(tokenizer, 2, 7, 1, 4, seed=seed)
+    together, _ = decoded(lively, batch, **given)
     for row in range(4):
-        length = int(attention_mask[row].sum())
-        part = slice(row, row + 1), slice(0, length)
-        alone, _ = decode(lively, x[part], answer_mask[part], attention_mask[part], MASK, FORBIDDEN, sampling)
+        part = slice(row, row + 1), slice(0, int(batch[2][row].sum()))
+        alone, _ = decoded(lively, tuple(tensor[part] for tensor in batch), **given)
         assert torch.equal(together[part], alone)
 
 
 def test_rows_that_are_done_leave_the_batch(lively: Denoiser, tokenizer: Tokenizer) -> None:
-    recording = Recording(lively)
-    _, passes = decode(recording, *rows(tokenizer, [1, 3, 2]), MASK, FORBIDDEN, SampleConfig("low_confidence"))
+    recording, batch = Recording(lively), rows(tokenizer, 1, 3, 2)
+    _, passes = decoded(recording, batch, sampler="low_confidence")
     assert recording.masked == [[1, 3, 2], [2, 1], [1]] and passes.tolist() == [1, 3, 2]
+    x, answer_mask, attention_mask = batch
+    out, passes = decoded(lively, (x, torch.zeros_like(answer_mask), attention_mask))
+    assert torch.equal(out, x) and not passes.any(), "rows without a slot come back as they are"
 
 
-def test_rows_without_a_slot_come_back_as_they_are(lively: Denoiser, tokenizer: Tokenizer) -> None:
-    x, answer_mask, attention_mask = rows(tokenizer, [2, 3])
-    out, passes = decode(
-        lively, x, torch.zeros_like(answer_mask), attention_mask, MASK, FORBIDDEN, SampleConfig("low_confidence")
-    )
-    assert torch.equal(out, x) and not passes.any()
+# ------------------------------------------------------------------------------------------------ lengths
 
 
-def hazards(table: dict[int, float], start: int) -> Any:
-    """A denoiser that ends a text at slot position j with chance table[j], given that it comes so far, and else writes
+def hazards(table: dict[int, float], start: int) -> Callable[[Tensor], Tensor]:
+    """Logits that end a text at slot position j with chance table[j], given that it comes so far, and else write
     token 6."""
 
-    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = torch.full((*x.shape, 8), -30.0)
-        logits[..., 6] = 0.0
+    def logits(x: Tensor) -> Tensor:
+        found = torch.full((*x.shape, 8), -30.0)
+        found[..., 6] = 0.0
         for j, chance in table.items():
             if start + j < x.shape[1]:
-                logits[:, start + j, EOS] = torch.tensor(chance / (1 - chance)).log()
-        return logits[where]
+                found[:, start + j, EOS] = torch.tensor(chance / (1 - chance)).log()
+        return found
 
-    return denoiser
+    return logits
 
 
 LENGTHS = [
@@ -319,65 +257,58 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "entropy", "klass", "ancestral"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("table", "length"), LENGTHS)
 def test_the_first_pass_takes_the_median_length(
     tokenizer: Tokenizer, sampler: str, table: dict[int, float], length: int
 ) -> None:
     """The chance of a length is the hazard there times that of coming so far."""
-    batch = rows(tokenizer, [6])
-    recording = Recording(hazards(table, int(batch[1][0].nonzero()[0])))
-    out, _ = decode(recording, *batch, MASK, FORBIDDEN, SampleConfig(sampler), eos_id=EOS)
+    batch, start = slot(tokenizer, 6)
+    recording = giving(hazards(table, start))
+    out, _ = decoded(recording, batch, EOS, sampler=sampler)
     assert out[batch[1]].tolist() == [6] * length + [EOS] * (6 - length)
-    assert all(counts[0] <= length for counts in recording.masked[1:])
+    assert all(count <= length for count in recording.passes[1:])
 
 
 def test_what_is_sure_is_written_with_the_length_if_that_is_sure(tokenizer: Tokenizer) -> None:
-    batch = rows(tokenizer, [6])
+    batch, start = slot(tokenizer, 6)
     for chance, passes in ((0.97, 1), (0.7, 2)):
-        recording = Recording(hazards({3: chance}, int(batch[1][0].nonzero()[0])))
-        _, found = decode(recording, *batch, MASK, FORBIDDEN, SampleConfig("threshold"), eos_id=EOS)
-        assert found == passes
+        assert decoded(giving(hazards({3: chance}, start)), batch, EOS)[1] == passes
 
 
 def test_a_text_never_ends_before_its_end(tokenizer: Tokenizer) -> None:
     """A denoiser that wants to stop after every word, once a word is written."""
-    batch = rows(tokenizer, [5])
-    start = int(batch[1][0].nonzero()[0])
+    batch, start = slot(tokenizer, 5)
 
-    def denoiser(x: Tensor, *rest: Any, where: Tensor) -> Tensor:
-        logits = hazards({4: 0.9}, start)(x, where=torch.ones_like(where)).view(*x.shape, 8)
-        logits[(x == 6).any(1)] = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.0])
-        return logits[where]
+    def logits(x: Tensor) -> Tensor:
+        found = hazards({4: 0.9}, start)(x)
+        found[(x == 6).any(1)] = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.0])
+        return found
 
-    out, _ = decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(threshold=1.0), eos_id=EOS)
+    out, _ = decoded(giving(logits), batch, EOS, threshold=1.0)
     assert out[batch[1]].tolist() == [6, 6, 6, 6, EOS]
 
 
 def test_the_place_behind_an_end_leaves_the_row(tokenizer: Tokenizer) -> None:
-    x, answer_mask, attention_mask = rows(tokenizer, [8])
-    denoiser = hazards({2: 0.95}, int(answer_mask[0].nonzero()[0]))
-    lengths: list[int] = []
+    batch, start = slot(tokenizer, 8)
 
-    def watching(x: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, where: Tensor) -> Tensor:
-        lengths.append(x.shape[1] if attention is None else int(attention.sum()))
-        logits = denoiser(x, where=where)
-        logits[:, 6] = logits[:, 7] = 0.0  # two tokens to choose from: neither is sure
-        return logits
+    def logits(x: Tensor) -> Tensor:
+        found = hazards({2: 0.95}, start)(x)
+        found[..., 7] = 0.0  # two tokens to choose from: neither is sure
+        return found
 
-    decode(watching, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig("threshold"), eos_id=EOS)
-    assert lengths[0] - lengths[1] == 5
+    recording = giving(logits)
+    decoded(recording, batch, EOS)
+    assert recording.lengths[0] - recording.lengths[1] == 5
 
 
 @pytest.mark.parametrize("table", [{0: 0.3, 2: 0.5}, {1: 0.2, 3: 0.9}])
-def test_lengths_are_drawn_as_often_as_the_hazards_say(tokenizer: Tokenizer, table: dict[int, float]) -> None:
+def test_lengths_are_drawn_as_often_as_the_hazards_say(table: dict[int, float]) -> None:
     n, width = 2_000, 5
     x = torch.full((n, width + 1), 5)
-    answer_mask = torch.ones_like(x, dtype=torch.bool)
-    answer_mask[:, 0] = False
-    config = SampleConfig("ancestral", steps=6, temperature=1.0)
-    real = torch.ones_like(answer_mask)
-    out, _ = decode(hazards(table, 1), x, answer_mask, real, MASK, FORBIDDEN, config, eos_id=EOS)
+    real = torch.ones_like(x, dtype=torch.bool)
+    batch = x, real & (torch.arange(width + 1) > 0), real
+    out, _ = decoded(giving(hazards(table, 1)), batch, EOS, sampler="ancestral", steps=6, temperature=1.0)
     found = (out[:, 1:] != EOS).sum(1)
     left, expected = 1.0, []
     for j in range(width):

@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -35,38 +36,29 @@ def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int]
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
     counts, digest = np.zeros(tokenizer.vocab_size, np.int64), hashlib.sha256()
-    documents = characters = tokens = 0
+    documents = characters = 0
+
+    def chunk_of(line: str) -> int:
+        nonlocal characters
+        characters += len(line) + 1
+        return characters // CHARACTERS  # so that a few long documents weigh like many short ones
+
     try:
         with tempfile.TemporaryFile(prefix="tinyld-tokens-") as file:
-            for chunk in _in_chunks(lines):
-                ids = [i for document in tokenizer.encode_batch(chunk) for i in (*document, tokenizer.eos_id)]
-                part = np.array(ids, dtype=dtype)
-                file.write(part.tobytes())
-                digest.update(part)
-                counts += np.bincount(part, minlength=len(counts))
-                documents, tokens = documents + len(chunk), tokens + len(part)
-                characters += sum(map(len, chunk)) + len(chunk)
+            for _, chunk in groupby(lines, chunk_of):
+                encoded = tokenizer.encode_batch(list(chunk))
+                ids = np.array([i for document in encoded for i in (*document, tokenizer.eos_id)], dtype=dtype)
+                file.write(ids.tobytes())
+                digest.update(ids)
+                counts += np.bincount(ids, minlength=len(counts))
+                documents += len(encoded)
                 advance(characters)
             file.flush()
-            stream = np.memmap(file, dtype, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype)
+            stream = np.memmap(file, dtype, mode="r", shape=(counts.sum(),)) if documents else np.zeros(0, dtype)
     except OSError as error:
         problem = f"the tokens of the text cannot be kept in {tempfile.gettempdir()} ({error.strerror})"
         raise TinyldError(f"{problem}; set TMPDIR to a folder with room for them") from None
     return Corpus(stream, counts, documents, digest.hexdigest())
-
-
-def _in_chunks(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists of about CHARACTERS, so that a few long ones weigh like many short ones."""
-    chunk: list[str] = []
-    size = 0
-    for line in lines:
-        chunk.append(line)
-        size += len(line)
-        if size >= CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def draw(line: str) -> float:

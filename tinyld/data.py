@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,13 +56,13 @@ def spread_over(n: int, most: int | None) -> np.ndarray:
 class Source:
     """Rows that training reads; which ones a step takes is a function of (seed, step)."""
 
-    _epoch: tuple[tuple[int, int, int], list[Any]] | None = None  # the last epoch asked for, and its batches
+    _epoch: tuple[Any, list[Any]] = (None, [])  # the last epoch asked for, and its batches
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         epoch, i = divmod(step, self.steps_per_epoch(batch_size))
-        key = (epoch, batch_size, seed)
-        if self._epoch is None or self._epoch[0] != key:
-            self._epoch = (key, self._batches(*key))
+        key = epoch, batch_size, seed
+        if self._epoch[0] != key:
+            self._epoch = key, self._batches(*key)
         return self.take(*self._epoch[1][i])
 
 
@@ -77,9 +77,8 @@ class TextRows(Source):
         self.stream, self.width, self.bos_id, self.change = stream, length - 1, bos_id, change
         self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
         if self.num_rows < 1:
-            raise TinyldError(
-                f"too little text: {len(stream)} tokens; rows of {length} tokens need at least {2 * self.width}"
-            )
+            needed = f"rows of {length} tokens need at least {2 * self.width}"
+            raise TinyldError(f"too little text: {len(stream)} tokens; {needed}")
 
     def __len__(self) -> int:
         return self.num_rows
@@ -92,8 +91,7 @@ class TextRows(Source):
         rng = seeded(seed, 1, epoch)
         offset = int(rng.integers(self.width)) if epoch else 0
         order = rng.permutation(self.num_rows)
-        starts = [i * batch_size for i in range(self.steps_per_epoch(batch_size))]
-        return [(order[start : start + batch_size], offset) for start in starts]
+        return [(order[i * batch_size :][:batch_size], offset) for i in range(self.steps_per_epoch(batch_size))]
 
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
@@ -117,36 +115,35 @@ class TaskRows(Source):
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):
-        self.task, self.examples = task, examples
+        self.task, self.examples, self.pad_id = task, examples, tokenizer.pad_id
         self.slot = slot_width(task, tokenizer)
-        self.open_ended = open_ended(task, tokenizer)
+        # whether answers differ in length, so that one is chosen before anything is written
+        self.open_ended = task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
-        parts = [[getattr(e, name) for e in examples] for name in ("before", "answer", "after")]
-        blanks = "", tokenizer.blank_before(task.template), tokenizer.blank
-        parts = [[text and blank + text for text in texts] for blank, texts in zip(blanks, parts, strict=True)]
-        before, answers, after = map(tokenizer.encode_batch, parts)
-        first, turn = tokenizer.start, tokenizer.turn
+        blanks = {"before": "", "answer": tokenizer.blank_before(task.template), "after": tokenizer.blank}
+        parts = []
+        for name, blank in blanks.items():
+            texts = [getattr(e, name) for e in examples]
+            parts.append(tokenizer.encode_batch([text and blank + text for text in texts]))
+        first, turn, end = tokenizer.start, tokenizer.turn, tokenizer.eos_id
         room = max_length - self.slot - len(first) - len(turn) - 1
         if room < 1:
-            raise TinyldError(
-                f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens"
-            )
+            lacks = f"an answer of {self.slot} tokens leaves no room in {max_length} tokens"
+            raise TinyldError(f"task {task.name}: {lacks}")
         self.ids: list[np.ndarray] = []
         self.starts, self.ends = np.zeros((2, len(examples)), dtype=np.int64)  # of answers; of their [EOS] in the slot
         self.cut = np.zeros(len(examples), dtype=bool)  # whether prompt or answer had no room
-        for i, (head, answer, tail) in enumerate(zip(before, answers, after, strict=True)):
+        for i, (head, answer, tail) in enumerate(zip(*parts, strict=True)):
             self.cut[i] = len(head) + len(tail) > room or len(answer) > self.slot
             if len(head) + len(tail) > room:
                 tail = tail[: max(room - len(head), room // 2)]
                 head = head[len(head) + len(tail) - room :]
-            self.ends[i] = min(len(answer), self.slot)
-            answer = (answer + [tokenizer.eos_id] * self.slot)[: self.slot]
-            self.starts[i] = len(first) + len(head) + len(turn)
-            row = [*first, *head, *turn, *answer, *tail]
-            row += [tokenizer.eos_id] if tail or not task.is_generation else []
+            head = [*first, *head, *turn]
+            self.starts[i], self.ends[i] = len(head), min(len(answer), self.slot)
+            row = [*head, *[*answer, *[end] * self.slot][: self.slot], *tail]
+            row += [end] if tail or not task.is_generation else []
             self.ids.append(np.array(row, dtype=np.int32))
         self.lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
-        self.pad_id = tokenizer.pad_id
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -182,22 +179,13 @@ class TaskRows(Source):
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def take(self, rows: np.ndarray) -> Batch:
-        width = int(self.lengths[rows].max())
-        x0 = np.full((len(rows), width), self.pad_id, dtype=np.int64)
-        answer, real, tail = np.zeros((3, len(rows), width), dtype=bool)
-        for i, row in enumerate(rows):
-            ids, start = self.ids[row], self.starts[row]
-            x0[i, : len(ids)] = ids
-            real[i, : len(ids)] = True
-            answer[i, start : start + self.slot] = True
-            tail[i, start + self.ends[row] : start + self.slot] = True
-        batch = Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64), tail)))
-        return batch if self.open_ended else replace(batch, tail_mask=None)
-
-
-def open_ended(task: Task, tokenizer: Tokenizer) -> bool:
-    """Whether answers differ in length, so that one is chosen before anything is written."""
-    return task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
+        starts, ends, lengths = (of[rows][:, None] for of in (self.starts, self.ends, self.lengths))
+        place = np.arange(lengths.max())
+        real, answer = place < lengths, (place >= starts) & (place < starts + self.slot)
+        x0 = np.full(real.shape, self.pad_id, dtype=np.int64)
+        x0[real] = np.concatenate([self.ids[row] for row in rows])
+        tail = torch.from_numpy(answer & (place >= starts + ends)) if self.open_ended else None
+        return Batch(*map(torch.from_numpy, (x0, answer, real, rows.astype(np.int64))), tail)
 
 
 def answer_ids(task: Task, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -215,14 +203,12 @@ def slot_width(task: Task, tokenizer: Tokenizer) -> int:
         return task.answer_tokens
     owner: dict[tuple[int, ...], str] = {}
     for (label, words), ids in zip(task.verbalizer.items(), answer_ids(task, tokenizer), strict=True):
+        problem = ""
         if tokenizer.unk_id in ids or not ids:
-            raise TinyldError(
-                f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}"
-            )
-        other = owner.setdefault(ids, label)
-        if other != label:
-            raise TinyldError(
-                f"task {task.name}: {task.verbalizer[other]!r} and {words!r}, the answers for {other!r} and {label!r}, "
-                "are the same tokens to this base; give each its own"
-            )
+            problem = f"the base's vocabulary cannot write {words!r}, the answer for {label!r}"
+        elif (other := owner.setdefault(ids, label)) != label:
+            both = f"{task.verbalizer[other]!r} and {words!r}, the answers for {other!r} and {label!r}"
+            problem = f"{both}, are the same tokens to this base; give each its own"
+        if problem:
+            raise TinyldError(f"task {task.name}: {problem}")
     return max(map(len, owner))

@@ -7,12 +7,13 @@ is 1 - t). Formulas: MDLM (arXiv 2406.07524).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinyld.data import Batch
 from tinyld.errors import TinyldError
 
 T_MIN = 1e-3  # smallest t drawn
@@ -28,11 +29,6 @@ def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
     if bell:
         u = 0.5 - torch.sin(torch.asin(1.0 - 2.0 * u) / 3.0)
     return T_MIN + (1.0 - T_MIN) * u
-
-
-def mask_some(t: Tensor, maskable: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, L) bool: each maskable token is masked with chance t, independently."""
-    return (torch.rand(maskable.shape, generator=generator) < t[:, None]) & maskable
 
 
 def mask_counted(t: Tensor, maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -58,90 +54,17 @@ class Noised:
     prompt_mask: Tensor  # (B, L) bool
     cached: Tensor | None = None  # (B, L, K, D) states of the frozen lower blocks, where they were kept
 
-    def split(self, parts: int) -> list[Noised]:
-        """At most `parts` micro-batches of about equal numbers of rows, on the same noise."""
-        return [self] if parts == 1 else [self.rows(some) for some in torch.arange(len(self.t)).chunk(parts)]
+    def map(self, change: Callable[[Tensor], Tensor]) -> Noised:
+        """With every tensor changed."""
+        return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
 
     def rows(self, some: Tensor) -> Noised:
-        return self._map(lambda tensor: tensor[some])
-
-    def trimmed(self) -> Noised:
-        """Without the columns at the end that no row attends to."""
-        if self.attention_mask is None:
-            return self
-        width = int(self.attention_mask.any(0).nonzero()[-1]) + 1
-        return self._map(lambda tensor: tensor[:, :width] if tensor.dim() > 1 else tensor)
+        return self.map(lambda tensor: tensor[some])
 
     def to(self, device: torch.device) -> Noised:
         if device.type == "cpu":
             return self
-        return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Noised:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in values.items()})
-
-
-def noise_text(
-    x0: Tensor, maskable: Tensor, attention_mask: Tensor, mask_id: int, generator: torch.Generator
-) -> Noised:
-    """Pretraining's noise: the rows under `two_views`, for plain cross-entropy."""
-    is_masked, maskable = two_views(maskable, generator)
-    x0, attention_mask = x0.repeat(2, 1), attention_mask.repeat(2, 1)
-    t = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
-    return noised_at(x0, is_masked, t, attention_mask, attention_mask & ~maskable, mask_id)
-
-
-def noise_counted(
-    x0: Tensor,
-    maskable: Tensor,
-    attention_mask: Tensor,
-    mask_id: int,
-    generator: torch.Generator,
-    prompt_mask: Tensor | None = None,
-) -> Noised:
-    """Exactly ceil(t n) of a row's n maskable tokens masked, at uniform times; the t that is told is that share.
-
-    E[CE summed / t] is the ELBO (MDLM, eq. 10), with less variance than under independent masks (LLaDA's likelihood,
-    arXiv 2502.09992). A one-token answer is always masked, and its loss is exact.
-    """
-    is_masked, share = mask_counted(sample_t(len(x0), generator), maskable, generator)
-    prompt_mask = attention_mask & ~maskable if prompt_mask is None else prompt_mask
-    return noised_at(x0, is_masked, share, attention_mask, prompt_mask, mask_id)
-
-
-OPEN = 0.25  # share of the rows of a task that are asked for their length
-
-
-def noise_answers(
-    x0: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor,
-    tail_mask: Tensor | None,
-    mask_id: int,
-    generator: torch.Generator,
-) -> list[Noised]:
-    """A task's rows, as decoding meets them: first a length, then the tokens.
-
-    `tail_mask` (B, L): what a slot holds from its answer's [EOS] on; None where all answers fill their slots. A quarter
-    of the rows are asked for their length: their whole slots are masked, and scored up to the [EOS]. So the chance of
-    [EOS] at a position is that the text ends there given that it comes so far. In the others the [EOS] is seen, what is
-    behind it leaves the row, and so many of the tokens before it are masked as `noise_counted` says.
-    """
-    if tail_mask is None:
-        return [noise_counted(x0, answer_mask, attention_mask, mask_id, generator)]
-    end, text = tail_mask & ~tail_mask.roll(1, 1), answer_mask & ~tail_mask
-    count = int(OPEN * len(x0) + float(torch.rand((), generator=generator)))  # a quarter, whatever the number of rows
-    asked, told = torch.randperm(len(x0), generator=generator).tensor_split([count])
-    prompt_mask, parts = attention_mask & ~answer_mask, []
-    if len(asked):
-        masks = (text | end)[asked], torch.ones(len(asked)), attention_mask[asked], prompt_mask[asked]
-        xt = torch.where(answer_mask, mask_id, x0)[asked]
-        parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
-    if len(told):
-        seen = (attention_mask & ~tail_mask | end)[told]
-        parts.append(noise_counted(x0[told], text[told], seen, mask_id, generator, prompt_mask[told]).trimmed())
-    return parts
+        return self.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
 
 
 def noised_at(
@@ -155,20 +78,66 @@ PREFIXED = 0.5  # share of pretraining rows that keep a prefix clean, as a promp
 LONGEST_PREFIX = 0.8  # of a row
 
 
-def two_views(maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(is_masked, maskable), both (2 B, L): pretraining's rows under two masks that are each other's complement.
+def noise_text(batch: Batch, mask_id: int, generator: torch.Generator) -> list[Noised]:
+    """Pretraining's noise, for plain cross-entropy: B rows under two masks that are each other's complement, 2 B rows.
 
     Every token is predicted once a row read, which halves the noise of the gradient or better (arXiv 2511.18159). Half
     of the rows keep a prefix of up to 80% clean, which is what tasks and writing look like, and are masked at uniform
     times; the others at times of Beta(2, 2).
     """
-    n, length = maskable.shape
+    n, length = batch.x0.shape
     begins = torch.rand(n, generator=generator) * LONGEST_PREFIX * length
     prefixed = torch.rand(n, generator=generator) < PREFIXED
-    maskable = maskable & ~(prefixed[:, None] & (torch.arange(length)[None, :] < begins[:, None]))
+    maskable = batch.answer_mask & ~(prefixed[:, None] & (torch.arange(length) < begins[:, None]))
     t = torch.where(prefixed, sample_t(n, generator), sample_t(n, generator, bell=True))
-    first = mask_some(t, maskable, generator)
-    return torch.cat([first, maskable & ~first]), maskable.repeat(2, 1)
+    first = (torch.rand(maskable.shape, generator=generator) < t[:, None]) & maskable
+    is_masked = torch.cat([first, maskable & ~first])
+    x0, attention_mask, maskable = (tensor.repeat(2, 1) for tensor in (batch.x0, batch.attention_mask, maskable))
+    t = is_masked.sum(1) / maskable.sum(1).clamp(min=1)
+    return [noised_at(x0, is_masked, t, attention_mask, attention_mask & ~maskable, mask_id)]
+
+
+def noise_counted(batch: Batch, mask_id: int, generator: torch.Generator, prompt_mask: Tensor | None = None) -> Noised:
+    """Exactly ceil(t n) of the n tokens of a row's answer masked, at uniform times; the t that is told is that share.
+
+    E[CE summed / t] is the ELBO (MDLM, eq. 10), with less variance than under independent masks (LLaDA's likelihood,
+    arXiv 2502.09992). A one-token answer is always masked, and its loss is exact.
+    """
+    is_masked, share = mask_counted(sample_t(len(batch.x0), generator), batch.answer_mask, generator)
+    prompt_mask = batch.attention_mask & ~batch.answer_mask if prompt_mask is None else prompt_mask
+    return noised_at(batch.x0, is_masked, share, batch.attention_mask, prompt_mask, mask_id)
+
+
+OPEN = 0.25  # share of the rows of a task that are asked for their length
+
+
+def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator) -> list[Noised]:
+    """A task's rows, as decoding meets them: first a length, then the tokens.
+
+    Where answers do not all fill their slots, a quarter of the rows are asked for their length: their whole slots are
+    masked, and scored up to the [EOS]. So the chance of [EOS] at a position is that the text ends there given that it
+    comes so far. In the others the [EOS] is seen, what is behind it leaves the row, and so many of the tokens before it
+    are masked as `noise_counted` says.
+    """
+    if batch.tail_mask is None:
+        return [noise_counted(batch, mask_id, generator)]
+    x0, answer_mask, attention_mask, tail_mask = batch.x0, batch.answer_mask, batch.attention_mask, batch.tail_mask
+    end, text = tail_mask & ~tail_mask.roll(1, 1), answer_mask & ~tail_mask
+    count = int(OPEN * len(x0) + float(torch.rand((), generator=generator)))  # a quarter, whatever the number of rows
+    asked, told = torch.randperm(len(x0), generator=generator).tensor_split([count])
+    prompt_mask, parts = attention_mask & ~answer_mask, []
+    if len(asked):
+        masks = (text | end)[asked], torch.ones(len(asked)), attention_mask[asked], prompt_mask[asked]
+        xt = torch.where(answer_mask, mask_id, x0)[asked]
+        parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
+    if len(told):
+        seen = (attention_mask & ~tail_mask | end)[told]
+        noised = noise_counted(
+            Batch(x0[told], text[told], seen, batch.rows[told]), mask_id, generator, prompt_mask[told]
+        )
+        width = int(seen.any(0).nonzero()[-1]) + 1  # behind it no row attends to anything
+        parts.append(noised.map(lambda tensor: tensor[:, :width] if tensor.dim() > 1 else tensor))
+    return parts
 
 
 def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
@@ -212,36 +181,25 @@ def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
 
 
 @torch.no_grad()
-def nll_bound(
-    denoiser: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], mask_id: int, draws: int = 1, seed: int = 0
-) -> Estimate:
+def nll_bound(denoiser: Any, batches: Iterable[Batch], mask_id: int, draws: int = 1, seed: int = 0) -> Estimate:
     """Upper bound on the NLL in nats per answer token (the negative ELBO), with its standard error over rows.
 
-    batches: (x0, answer_mask, attention_mask) triples. `draws` times are drawn for every row.
+    `draws` times are drawn for every row.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums, counts = [], []
-    for x0, answer_mask, attention_mask in batches:
-        sums.append(row_nll(denoiser, x0, answer_mask, attention_mask, mask_id, draws, generator))
-        counts.append(answer_mask.sum(1).float())
-    return ratio_estimate(torch.cat(sums), torch.cat(counts))
+    found = [(row_nll(denoiser, batch, mask_id, draws, generator), batch.answer_mask.sum(1)) for batch in batches]
+    nats, tokens = map(torch.cat, zip(*found, strict=True))
+    return ratio_estimate(nats, tokens.float())
 
 
 @torch.no_grad()
 def row_nll(
-    denoiser: Any,
-    x0: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor,
-    mask_id: int,
-    draws: int,
-    generator: torch.Generator,
-    prompt_mask: Tensor | None = None,
+    denoiser: Any, batch: Batch, mask_id: int, draws: int, generator: torch.Generator, prompt_mask: Tensor | None = None
 ) -> Tensor:
     """(B,) on the processor: the bound in nats of each row's answer, the mean over `draws` times."""
-    total = torch.zeros(len(x0))
+    total = torch.zeros(len(batch.x0))
     for _ in range(draws):
-        noised = noise_counted(x0, answer_mask, attention_mask, mask_id, generator, prompt_mask)
+        noised = noise_counted(batch, mask_id, generator, prompt_mask)
         nll, row = token_nll(denoiser, noised.to(denoiser.device))
-        total += torch.zeros(len(x0)).index_add_(0, row.cpu(), (nll / noised.t[row]).float().cpu())
+        total += torch.zeros(len(total)).index_add_(0, row.cpu(), (nll / noised.t[row]).float().cpu())
     return total / draws

@@ -7,7 +7,8 @@ gradients are summed and every process makes the same update. Process 0 alone wr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from tinyld.diffusion import Noised
 from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
-from tinyld.runs import RunFolder, Spectator
 
 
+@dataclass(frozen=True)
 class Processes:
     """This process among those of its run; alone where torchrun did not start it."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    rank: int = 0
+    size: int = 1
 
     @classmethod
     def join(cls, device: torch.device) -> Processes:
@@ -35,20 +36,16 @@ class Processes:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
-    def open_run(self, path: os.PathLike[str], open_folder: Callable[[], RunFolder]) -> RunFolder:
-        """The run's folder: process 0 makes or opens it, the others look on."""
-        folder = open_folder() if self.rank == 0 else Spectator(path)
-        self.meet()  # nobody reads before it is there
-        return folder
-
     def meet(self) -> None:
         """Waits for all processes."""
         self.sum([0.0])
 
     def share(self, noised: Noised, accumulate: int) -> list[Noised]:
         """This process's rows of a batch, in micro-batches; none where there are fewer rows than processes."""
-        mine = noised if self.size == 1 else noised.rows(torch.arange(len(noised.t))[self.rank :: self.size])
-        return mine.split(accumulate) if len(mine.t) else []
+        if self.size == accumulate == 1:
+            return [noised]
+        mine = torch.arange(len(noised.t))[self.rank :: self.size]
+        return [noised.rows(some) for some in mine.chunk(accumulate)] if len(mine) else []
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""

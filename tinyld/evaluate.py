@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
-from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
+from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
 from tinyld.model import Denoiser, take
 from tinyld.read import PAIR
 from tinyld.sampler import decode, log_survival
@@ -191,15 +191,17 @@ def text_nll(
     advance: Callable[[int], None] = lambda done: None,
 ) -> Estimate:
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
-    chosen, generator = spread_over(len(rows), limit), torch.Generator().manual_seed(0)
-    at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
-    nll, tokens = torch.zeros(0), torch.zeros(0)
-    for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
-        batch = rows.take(chunk)
-        found = row_nll(model, batch.x0, batch.answer_mask, batch.attention_mask, mask_id, draws, generator)
-        nll, tokens = torch.cat([nll, found]), torch.cat([tokens, batch.answer_mask.sum(1).float()])
-        advance(len(nll))
-    return ratio_estimate(nll, tokens)
+    chosen = spread_over(len(rows), limit)
+
+    def batches() -> Iterator[Batch]:
+        done = 0
+        at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
+        for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
+            yield rows.take(chunk)
+            done += len(chunk)
+            advance(done)
+
+    return nll_bound(model, batches(), mask_id, draws=draws)
 
 
 # ------------------------------------------------------------------------------------------------ what logits say
@@ -297,5 +299,5 @@ def answer_nll(
         lengths = torch.from_numpy(rows.ends[found.chosen])
         nll = -length_logp(model, found.batch, tokenizer).cpu().gather(1, lengths[:, None])[:, 0]
         batch, counted = cut_to(batch, lengths), (lengths + 1).clamp(max=rows.slot).float()  # the [EOS] is a token
-    masks, draws = (batch.answer_mask, batch.attention_mask), 1 if rows.slot == 1 else draws
-    return nll + row_nll(model, batch.x0, *masks, tokenizer.mask_id, draws, generator, prompt_mask), counted
+    draws = 1 if rows.slot == 1 else draws
+    return nll + row_nll(model, batch, tokenizer.mask_id, draws, generator, prompt_mask), counted

@@ -9,18 +9,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import attach, check_base, check_frozen, find_base, load_base, method_record, read_shape, sizes
+from tinyld.checkpoint import attach, check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, spread_over, torch_seeded
 from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
+from tinyld.diffusion import noise_answers
 from tinyld.distributed import Processes
 from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError, UsageError
@@ -32,10 +34,10 @@ from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder, Spectator
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, builtin_names, from_record, to_record
-from tinyld.train import Objective, StateCache, TrainingRun, why_not_cached
+from tinyld.train import Noise, TrainingRun, why_not_cached, with_states
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 from tinyld.write import make_folder, write_atomic
 
@@ -45,8 +47,8 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # epochs, between 400 and 1,200 updates. No row is read more than EPOCHS times. Labels of MANY rows are learned in one
 # epoch: on SST-2's 67,349 phrases three had about three points less by full fine-tuning, and one less by `best`.
 FEW, WRITING, EPOCHS, MANY = (10, 40, 100), (8, 400, 1_200), 100, 30_000
-SHARES = ("accuracy", "unreadable", "exact_match", "rouge_l", "names_held", "repeated_4grams")
-SHARES += ("repeated_sentence",)
+SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
+VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
@@ -59,12 +61,11 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     if options.resume is not None:
         return resume(options)
     config = config_of(options)
-    name = f"{config['task']['name']}-{options.method}-s{options.seed}"
-    out, data = options.out or RUNS / name, config["data"]["folder"]
+    out = options.out or RUNS / f"{config['task']['name']}-{options.method}-s{options.seed}"
     if is_writer():
         RunFolder.check_free(out, options.force)
-    refuse_inside(out, [Path(config["base"]["path"]), *([Path(data)] if data else [])])
-    return {"run": str(out), **_train(config, out, options)}
+    refuse_inside(out, [Path(path) for path in (config["base"]["path"], config["data"]["folder"]) if path])
+    return train_adapter(config, out, options)
 
 
 def config_of(options: FinetuneOptions) -> dict[str, Any]:
@@ -117,43 +118,60 @@ def rows_to_learn(task: Task, data: dict[str, Any]) -> tuple[list[Example], list
     return examples, [dev[i] for i in spread_over(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
 
 
-def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None) -> dict[str, Any]:
+@contextmanager
+def run_folder(
+    out: Path, config: dict[str, Any], facts: dict[str, Any], options: Training, processes: Processes,
+    begun: RunFolder | None, files: Mapping[str, bytes] = {},
+) -> Iterator[tuple[RunFolder, dict[str, Any]]]:  # fmt: skip
+    """(the folder of a new run or of one that was `begun`, locked; its results, which are written once the block has
+    filled them in). Its config is written, with `facts` that its base or text told, and before, where it is new, the
+    `files`."""
+    folder = (begun or RunFolder.create(out, options.force)) if processes.rank == 0 else Spectator(out)
+    processes.meet()  # nobody reads before it is there
+    with folder.locked():
+        if begun:
+            check_unchanged(out, config, facts["data"], say_to_stderr(options.quiet))
+        else:
+            for name, content in files.items():
+                folder.write(name, content)
+            config["environment"] = environment()
+        config |= facts
+        folder.write_json(CONFIG, config)  # of one that was begun it may have a new rate
+        results: dict[str, Any] = {}
+        yield folder, results
+        folder.close_log()
+        folder.write_json(RESULTS, {VERBS[config["kind"]]: results})
+        folder.remove_checkpoints()
+
+
+def train_adapter(
+    config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None
+) -> dict[str, Any]:
     """Trains as the config says, in a new run or one that was `begun`; its results, which are also in results.json."""
-    where, data = str(out / CONFIG), config["data"]
+    where, data, train = str(out / CONFIG), config["data"], config["train"]
     quiet, say = options.quiet or not is_writer(), say_to_stderr(options.quiet)
     task = from_record(config["task"], where)
     examples, dev = rows_to_learn(task, data)
-    train = config["train"]
     if not begun and all(train[budget] is None for budget in BUDGETS):
         train["epochs"] = usual_epochs(task, len(examples), train["batch_size"])
     training = from_dict(TrainConfig, train, where)
     device = resolve_device(training.device)
-    dtype = resolve_dtype(training.dtype, device)
-    processes = Processes.join(device)
-    reading = from_dict(Reading, config["base"].get("reading", {}), where)
-    moved = options.base if isinstance(options, FinetuneOptions) else None
-    base_path = find_base(config, out, moved) if begun else Path(config["base"]["path"])
-    base = load_base(base_path, device, config["base"]["dtype"], reading)
+    low = partial(autocast, device, resolve_dtype(training.dtype, device))
+    processes, kept = Processes.join(device), config["base"]
     if begun:
-        check_base(config, base, out)
+        base = load_base_of(config, out, getattr(options, "base", None), device)
+    else:
+        base = load_base(Path(kept["path"]), device, kept["dtype"], Reading(**kept.get("reading", {})))
     model, tokenizer = base.model, base.tokenizer
     train_rows, dev_rows = (TaskRows(e, task, tokenizer, model.config.max_length) for e in (examples, dev))
     started_as = config.get("started_as", config["method"])
     kind, settings = read_config(started_as, where)
     method = attach(base, kind.name, settings, torch_seeded(training.seed, 0))
     counts, began = sizes(method, base), method_record(method)
-    folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
-    with folder.locked():
-        facts = {"rows": len(train_rows), "truncated": train_rows.truncated}
-        facts |= {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
-        if begun:
-            check_unchanged(out, config, facts, say)
-            data |= facts
-            folder.write_json(CONFIG, config)  # it may have a new rate
-        else:
-            data |= facts
-            config["base"]["fingerprint"] = base.fingerprint
-            folder.write_json(CONFIG, config | {"parameters": counts, "environment": environment()})
+    data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
+    digests = {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
+    facts = {"data": data | digests, "base": kept | {"fingerprint": base.fingerprint}, "parameters": counts}
+    with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(
             f"{method.name} on {task.name}: {len(train_rows):,} rows; "
             f"trainable {counts['trainable_parameters']:,}, stored {counts['stored_parameters']:,} "
@@ -163,13 +181,13 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
         for rows in (train_rows, dev_rows):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length)
         started = time.perf_counter()
-        objective: Objective | StateCache = Objective(tokenizer.mask_id, is_task=True, seed=training.seed)
+        noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         if training.steps is not None and training.steps * training.batch_size < len(train_rows):
             reason = reason or "in so few updates no row is read twice"
         if reason is None:
-            with Progress("cache", len(train_rows), quiet=quiet) as bar:
-                objective = StateCache(model, train_rows, objective, lambda: autocast(device, dtype), bar.advance_to)
+            with low(), Progress("cache", len(train_rows), quiet=quiet) as bar:
+                noise = with_states(noise, model, train_rows, bar.advance_to)
         elif model.push is not None and model.push.first_depth > 0:
             say(f"frozen states are not cached: {reason}")
         cache_seconds = time.perf_counter() - started
@@ -178,35 +196,30 @@ def _train(config: dict[str, Any], out: Path, options: Training, begun: RunFolde
             found = evaluate(model, dev_rows, tokenizer, answer=not task.is_generation).record()
             return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "nll_bound") if k in found}
 
-        result = TrainingRun(
-            model, method.own, train_rows, objective, training, folder, held_out, f"{method.name} {task.name}",
+        run = TrainingRun(
+            model, method.own, train_rows, noise, training, folder, held_out, f"{method.name} {task.name}",
             method.penalty, method.after_update, processes=processes, quiet=quiet,
         ).train(begun is not None)  # fmt: skip
-        metrics = result.metrics
+        metrics = run.metrics
         method.finish()
-        changed = method_record(method) != began
-        if changed:  # what was measured last is not what is stored
-            counts = sizes(method, base)
-            with autocast(device, dtype):
-                metrics = held_out()
-            say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
-        if task.is_generation:
-            with autocast(device, dtype):
+        now = method_record(method)
+        with low():
+            if now != began:  # what was measured last is not what is stored
+                counts, metrics = sizes(method, base), held_out()
+                config |= {"method": now, "started_as": started_as, "parameters": counts}
+                say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
+            if task.is_generation:
                 written = evaluate(model, dev_rows, tokenizer, draws=1)
-            metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
+                metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
             folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))
-        if changed and is_writer():
-            now = {"method": method_record(method), "started_as": started_as, "parameters": counts}
-            folder.write_json(CONFIG, folder.config | now)
-        seconds = {"seconds": round(result.seconds + cache_seconds, 2), "cache_seconds": round(cache_seconds, 2)}
-        summary = {"task": task.name, "method": method.name, "rows": len(train_rows), "steps": result.step, **seconds}
-        summary |= {"peak_memory_mb": result.peak_memory_mb, **counts, "dev_rows": len(dev_rows), **metrics}
-        folder.close_log()
-        folder.write_json(RESULTS, {"finetune": summary})
-        folder.remove_checkpoints()
-    return summary
+        if now != began:
+            folder.write_json(CONFIG, config)
+        results |= {"task": task.name, "method": method.name, "rows": len(train_rows), "steps": run.step}
+        results |= {"seconds": round(run.seconds + cache_seconds, 2), "cache_seconds": round(cache_seconds, 2)}
+        results |= {"peak_memory_mb": run.peak_memory_mb, **counts, "dev_rows": len(dev_rows), **metrics}
+    return {"run": str(out), **results}
 
 
 def show(result: dict[str, Any], options: FinetuneOptions) -> None:
@@ -227,19 +240,18 @@ def resume(options: Training) -> dict[str, Any]:
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
         out, config = folder.path, folder.config
-        if config["kind"] == "composition":
-            raise UsageError(f"{out} is a composition; there is nothing in it to train")
-        if "merged" in config:
-            raise UsageError(f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}")
-        verb = "pretrain" if config["kind"] == "base" else "finetune"
+        check(config["kind"] in VERBS, f"{out} is a composition; there is nothing in it to train")
+        made = f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}"
+        check("merged" not in config, made)
+        verb = VERBS[config["kind"]]
         moved = getattr(options, "base", None)
         check(moved is None or verb == "finetune", f"--base has no effect on {out}, which is a base itself")
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
             if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
-            go_on = pretrain.train_base if verb == "pretrain" else _train
-            return {"run": str(out), **go_on(config, out, options, folder)}
+            go_on = pretrain.train_base if verb == "pretrain" else train_adapter
+            return go_on(config, out, options, folder)
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()
@@ -265,33 +277,39 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     out = RUNS / "mine" if out is None else out
     check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
     out = Path(out)
-    file, run = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out, RunFolder(out)
+    file = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out
     made = _options(options, out=out, data=file)
-    lines = []
-    for row in several(rows_or_task, "rows"):
-        if not isinstance(row, Mapping):
-            check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
-            row = dict(zip(("text", "label"), row, strict=True))
-        try:
-            row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
-            lines.append(json.dumps(row, ensure_ascii=False, default=lambda value: value.item()))  # of numpy's
-        except (AttributeError, TypeError, ValueError):
-            raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
+    content = b"".join(map(_line, several(rows_or_task, "rows")))
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
-    content = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")  # half of an emoji
-    before = read_bytes(file) if os.path.lexists(file) else None
-    begun = read_bytes(out / CONFIG) if run.is_run() else None
-    if not (before in (None, content) or made.force or begun is not None):  # a run there is to be replaced
+
+    def content_of(path: Path) -> bytes | None:
+        return read_bytes(path) if os.path.lexists(path) else None
+
+    before, begun = content_of(file), content_of(out / CONFIG)
+    if before not in (None, content) and not made.force:
         raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
     write_atomic(file, content)
     try:
         finetune(made)
     except BaseException:
-        if begun == (read_bytes(out / CONFIG) if run.is_run() else None):  # nothing was begun with these rows
+        if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
         raise
     return load(out, made.base, made.device, made.dtype)
+
+
+def _line(row: Any) -> bytes:
+    """A row in memory as a line of JSON."""
+    if not isinstance(row, Mapping):
+        check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
+        row = dict(zip(("text", "label"), row, strict=True))
+    try:
+        row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
+        line = json.dumps(row, ensure_ascii=False, default=lambda value: value.item())  # of numpy's
+    except (AttributeError, TypeError, ValueError):
+        raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
+    return f"{line}\n".encode(errors="backslashreplace")  # half of an emoji
 
 
 def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:

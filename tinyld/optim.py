@@ -78,10 +78,9 @@ class Optimizer(torch.optim.AdamW):
             for parameter in group["params"]:
                 prefix = f"optim.{self.names[id(parameter)]}."
                 values = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
-                if values and set(values) != keys:  # none at all where it never had a gradient
-                    raise TinyldError(f"the checkpoint's {prefix[:-1]} holds {', '.join(sorted(values))}")
-                if any(v.shape not in ((), parameter.shape) for v in values.values()):
-                    raise TinyldError(f"the checkpoint's {prefix[:-1]} has the wrong shape")
+                fits = all(v.shape in ((), parameter.shape) for v in values.values())
+                if not fits or set(values) not in (set(), keys):  # none at all where it never had a gradient
+                    raise TinyldError(f"the checkpoint's {prefix[:-1]} does not fit this run's optimizer")
                 self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import numpy as np
 import torch
 
 from tinyld.checkpoint import Base, load_base, load_exactly, save_base
-from tinyld.config import PRESETS, VOCAB_SIZES, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
+from tinyld.config import BUDGETS, PRESETS, VOCAB_SIZES, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.copying import Copying
 from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
+from tinyld.diffusion import noise_text
 from tinyld.distributed import Processes
-from tinyld.environment import check_unchanged, environment, is_writer
+from tinyld.environment import is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
-from tinyld.finetuning import resume
+from tinyld.finetuning import resume, run_folder
 from tinyld.foreign import load_foreign
 from tinyld.hf import find_encoder
 from tinyld.model import Denoiser
@@ -29,21 +31,14 @@ from tinyld.options import PretrainOptions, Training
 from tinyld.parse import flag, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import CONFIG, RESULTS, TOKENIZER, RunFolder
+from tinyld.runs import CONFIG, TOKENIZER, RunFolder
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
-from tinyld.train import Objective, TrainingRun
+from tinyld.train import TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
 LR = 3e-3  # of Muon, where none is given
 SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
-
-
-def load_start(folder: Path, max_length: int) -> Base:
-    """What `--init` starts from: a base of our own, whose length stays, or an encoder in a Hugging Face folder."""
-    if RunFolder(folder).is_run():
-        return load_base(folder)
-    return load_foreign(folder, reading=Reading(max_length=max_length), headless=True)
 
 
 def unigram_nll(counts: np.ndarray, held_out: np.ndarray) -> float:
@@ -62,44 +57,28 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     if both := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in valid}:
         say_to_stderr(options.quiet)(f"{min(both)} is in --data and in --valid: what is measured on it is not held out")
     refuse_inside(out, [], [*options.data, *options.valid])
-    config = config_of(options)
-    encoder = None
-    if is_writer():
-        RunFolder.check_free(out, options.force)
-    if options.init is not None:
-        path = find_encoder(options.init)
-        encoder = load_start(path, config["model"]["max_length"])
-        most = encoder.model.config.max_length
-        check(options.max_length in (None, most), f"--max-length must be at most the {most} of {path}")
-        refuse_inside(out, [path])
-    return {"run": str(out), **train_base(config, out, options, None, encoder)}
-
-
-def config_of(options: PretrainOptions) -> dict[str, Any]:
-    """A new base's config.json, but for what only its text and its start can tell: what was left open is filled in, the
-    preset's sizes, 10 minutes, the bundled text."""
-    sizes = ("d_model", "num_layers", "num_heads", "d_ff", "max_length")
-    given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
     path = None if options.init is None else find_encoder(options.init)
     own = path is not None and RunFolder(path).is_run()
+    sizes = {name: getattr(options, name) for name in ("d_model", "num_layers", "num_heads", "d_ff", "max_length")}
+    given = {name: size for name, size in sizes.items() if size is not None}
     if path is None:
         for name in ("body_lr", "body_start"):
             check(getattr(options, name) is None, f"{flag(name)} needs --init")
     else:
-        fixed = [name for name in (*sizes[:-1], "vocab_size") if getattr(options, name)]
-        check(not fixed, "--init brings its own sizes; only --max-length may change them")
+        brings = "--init brings its own sizes; only --max-length may change them"
+        check(given.keys() <= {"max_length"} and options.vocab_size is None, brings)
         refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
-    training = options.only(TrainConfig) | {"lr": LR if options.lr is None else options.lr}
-    if options.steps is None and options.tokens is None and options.minutes is None:
-        training |= {"minutes": 10.0}
-    fresh_head = path is not None and not own
-    training["body_lr"] = (0.1 if fresh_head else 1.0) if options.body_lr is None else options.body_lr
-    training["body_start"] = (0.1 if fresh_head else 0.0) if options.body_start is None else options.body_start
+    share = 0.1 if path is not None and not own else None  # of an encoder that had no head of ours
+    usual = {"lr": LR, "body_lr": share or 1.0, "body_start": share or 0.0}
+    training = options.only(TrainConfig)
+    training |= {name: value for name, value in usual.items() if training[name] is None}
+    if all(training.get(budget) is None for budget in BUDGETS):
+        training["minutes"] = 10.0
     train = TrainConfig(**training)
     resolve_dtype(train.dtype, resolve_device(train.device))
     shape = {"vocab_size": options.vocab_size or VOCAB_SIZES[options.preset], **PRESETS[options.preset], **given}
-    return {
+    config = {
         "kind": "base",
         "model": to_dict(ModelConfig(**shape)),
         "train": to_dict(train),
@@ -107,6 +86,16 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
         "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},
         "valid": [str(p) for p in options.valid],
     }
+    if is_writer():
+        RunFolder.check_free(out, options.force)
+    if path is None:
+        return train_base(config, out, options)
+    reading = Reading(max_length=config["model"]["max_length"])
+    encoder = load_base(path) if own else load_foreign(path, reading=reading, headless=True)
+    most = encoder.model.config.max_length
+    check(options.max_length in (None, most), f"--max-length must be at most the {most} of {path}")
+    refuse_inside(out, [path])
+    return train_base(config, out, options, None, encoder)
 
 
 def train_base(
@@ -119,6 +108,8 @@ def train_base(
     training = from_dict(TrainConfig, config["train"], where)
     device = resolve_device(training.device)
     processes = Processes.join(device)
+    if begun and config["warm_start"] and not begun.checkpoints():
+        raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
     files, valid = (find_text_files(list(map(Path, paths))) for paths in (config["data"]["files"], config["valid"]))
 
     def part(lines: Iterable[str], held_out: bool) -> Iterable[str]:
@@ -146,31 +137,18 @@ def train_base(
     rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, change)
     held_out_length = min(shape.max_length, max(2, len(held_out.stream) // 2))
     held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)
-    unigram = unigram_nll(text.counts, held_out.counts)
     model = Denoiser(shape, torch_seeded(training.seed, 0))
+    parameters = dict(model.named_parameters())
     if encoder is not None:
-        load_exactly(dict(model.named_parameters()), dict(encoder.model.named_parameters()), encoder.path)
-    digests = {"sha256": text.sha256, "dev_sha256": held_out.sha256}
-    folder = processes.open_run(out, lambda: begun or RunFolder.create(out, options.force))
-    with folder.locked():
-        if begun:
-            check_unchanged(out, config, digests, say)
-            if config["warm_start"] and not folder.checkpoints():
-                raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
-            folder.write_json(CONFIG, config)  # it may have a new rate
-        else:
-            facts = {
-                "files": [str(f.resolve()) for f in files],
-                "documents": text.documents,
-                "tokens": len(text.stream),
-                **digests,
-                "held_out_tokens": len(held_out.stream),
-                "unigram_nll": unigram,
-            }
-            config |= {"model": to_dict(shape), "data": facts, "valid": [str(v.resolve()) for v in valid]}
-            config |= {"warm_start": encoder and encoder.record(), "environment": environment()}
-            folder.write(TOKENIZER, tokenizer.to_json().encode())
-            folder.write_json(CONFIG, config)
+        load_exactly(parameters, dict(encoder.model.named_parameters()), encoder.path)
+    unigram = unigram_nll(text.counts, held_out.counts)
+    data = {"files": [str(f.resolve()) for f in files], "documents": text.documents, "tokens": len(text.stream)}
+    data |= {"sha256": text.sha256, "dev_sha256": held_out.sha256}
+    data |= {"held_out_tokens": len(held_out.stream), "unigram_nll": unigram}
+    facts = {"model": to_dict(shape), "data": data, "valid": [str(v.resolve()) for v in valid]}
+    facts["warm_start"] = config["warm_start"] if begun else encoder and encoder.record()
+    tokens = {TOKENIZER: tokenizer.to_json().encode()}
+    with run_folder(out, config, facts, options, processes, begun, tokens) as (folder, results):
         model.to(device)
         say(
             f"{shape.num_parameters():,} parameters, {len(text.stream):,} tokens of text; "
@@ -181,26 +159,14 @@ def train_base(
             bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)
             return {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
 
-        parameters = dict(model.named_parameters())
         body = [n for n in parameters if config["warm_start"] and not n.startswith(("head_transform", "output_bias"))]
-        objective = Objective(tokenizer.mask_id, is_task=False, seed=training.seed)
+        noise = partial(noise_text, mask_id=tokenizer.mask_id)
         run = TrainingRun(
-            model, parameters, rows, objective, training, folder, evaluate, "pretrain", body=frozenset(body),
+            model, parameters, rows, noise, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,
-        )  # fmt: skip
-        run.train(begun is not None)
-        folder.close_log()
+        ).train(begun is not None)  # fmt: skip
         save_base(folder, parameters, tokenizer, SAVED[config["save_dtype"]])
-        summary = {
-            "parameters": shape.num_parameters(),
-            "steps": run.step,
-            "tokens": run.tokens,
-            "seconds": run.seconds,
-            "tokens_per_second": run.tokens / max(run.seconds, 1e-9),
-            "peak_memory_mb": run.peak_memory_mb,
-            "unigram_nll": unigram,
-            **run.metrics,
-        }
-        folder.write_json(RESULTS, {"pretrain": summary})
-        folder.remove_checkpoints()
-    return summary
+        results |= {"parameters": shape.num_parameters(), "steps": run.step, "tokens": run.tokens}
+        results |= {"seconds": run.seconds, "tokens_per_second": run.tokens / max(run.seconds, 1e-9)}
+        results |= {"peak_memory_mb": run.peak_memory_mb, "unigram_nll": unigram, **run.metrics}
+    return {"run": str(out), **results}

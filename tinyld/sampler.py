@@ -41,28 +41,16 @@ def decode(
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x = torch.where(answer_mask, mask_id, x)
     inside = answer_mask.clone()  # the slot, up to the end once that is known
-    attended = attention_mask.clone()
-    prompt_mask = attention_mask & ~answer_mask
+    attended, prompt_mask = attention_mask.clone(), attention_mask & ~answer_mask
     passes, step = torch.zeros(len(x), dtype=torch.long), 0
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
-    while True:
-        masked = (x == mask_id) & inside
-        rows = masked.any(1).nonzero()[:, 0]
-        if len(rows) == 0:
-            return x, passes
-        whole, masked, real = masked, masked[rows], attended[rows]
-        length = int(real.any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
-        masked, real = masked[:, :length], real[:, :length]
-        given = denoiser(
-            x[rows, :length],
-            masked.sum(1) / inside[rows].sum(1),
-            None if bool(real.all()) else real,
-            prompt_mask[rows, :length],
-            where=masked,
-        )  # (N, V)
-        logits = all_finite(given)
+    while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
+        length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
+        masked, real = whole[rows, :length], attended[rows, :length]
+        told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
+        logits = all_finite(denoiser(x[rows, :length], *told, where=masked))  # (N, V)
         logits[:, forbidden] = -torch.inf
-        share = 1.0  # how likely the chosen lengths are
+        share: Any = 1.0  # how likely the chosen lengths are
         if eos_id is not None:
             if step == 0:
                 ends, share = choose_ends(spread(logits.softmax(-1)[:, eos_id], masked), config.temperature, generator)
@@ -71,19 +59,27 @@ def decode(
                 inside[rows, :length] &= ~behind
                 attended[rows, :length] &= ~behind | ends
             logits[:, eos_id] = -torch.inf
-        choice = Candidates(logits, masked, config.temperature, generator)
-        if config.sampler == "klass":
-            if last is not None:
-                choice.moved = spread(divergence(choice.logp, last[1][whole[last[0]]]), masked, torch.inf)
-            last = whole, choice.logp
-        choice.confidence *= share
+        logp = logits.log_softmax(-1)
+        if config.temperature == 0:
+            likely, token = logp.max(-1)
+        else:
+            token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
+            likely = logp.gather(1, token[:, None])[:, 0]
+        doubt = torch.full_like(likely, torch.inf)
+        if config.sampler == "entropy":
+            doubt = -divergence(logp, torch.zeros_like(logp))
+        elif config.sampler == "klass":
+            doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
+            last = whole, logp
         steps = config.steps or inside[rows].sum(1, keepdim=True)
-        tokens = accept(choice, masked & inside[rows, :length], config, steps, step, generator)
-        x[rows, :length] = torch.where(tokens, choice.token, x[rows, :length])
+        sure = spread(likely.exp(), masked) * share, spread(doubt, masked, torch.inf)
+        tokens = accept(*sure, masked & inside[rows, :length], config, steps, step, generator)
+        x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
         passes[rows.cpu()] += 1
         step += 1
         if watch is not None:
             watch(x)
+    return x, passes
 
 
 def choose_ends(hazard: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -113,39 +109,20 @@ def spread(values: Tensor, masked: Tensor, elsewhere: float = 0) -> Tensor:
     return torch.full(masked.shape, elsewhere, dtype=values.dtype).to(values).masked_scatter(masked, values)
 
 
-class Candidates:
-    """What could be written now: a token at each masked position, and how likely it is; all (B, L)."""
-
-    def __init__(self, logits: Tensor, masked: Tensor, temperature: float, generator: torch.Generator):
-        """logits: (N, V) at the N positions of masked (B, L), row by row."""
-        self.masked = masked
-        self.logp = logp = logits.log_softmax(-1)
-        if temperature == 0:
-            best, token = logp.max(-1)
-        else:
-            token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            best = logp.gather(1, token[:, None])[:, 0]
-        self.token = spread(token, masked)
-        self.confidence = spread(best.exp(), masked)
-        self.moved: Tensor | None = None  # klass: how far each distribution is from that of the last pass
-
-    def entropy(self) -> Tensor:
-        """Nats that each position leaves open, (N,)."""
-        return -(self.logp.exp() * self.logp.clamp(min=-1e4)).sum(-1)
-
-
 def divergence(logp: Tensor, other: Tensor) -> Tensor:
-    """KL(p || q) of each pair of rows, (N,), from log-probabilities."""
+    """KL(p || q) in nats of each pair of rows, (N,), from log-probabilities (N, V); from zeros it is -entropy."""
     return (logp.exp() * (logp.clamp(min=-1e4) - other.clamp(min=-1e4))).sum(-1)
 
 
 def accept(
-    choice: Candidates, masked: Tensor, config: SampleConfig, steps: Any, step: int, generator: torch.Generator
-) -> Tensor:
-    """(B, L) bool: which of the masked (B, L) are written in this pass, by all but ancestral at least one in every row.
-    steps: of all rows, or (B, 1).
+    confidence: Tensor, doubt: Tensor, masked: Tensor, config: SampleConfig, steps: Any, step: int,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Which of the masked are written in this pass, by all but ancestral at least one in every row; all (B, L).
 
-    Those that look for what is sure write the `least` most confident tokens in any case.
+    confidence: in the token chosen there. doubt: the entropy there in nats, or for klass how many nats the distribution
+    moved since the last pass. steps: of all rows, or (B, 1). Those that look for what is sure write the `least` most
+    confident tokens in any case.
 
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
@@ -164,17 +141,14 @@ def accept(
     if config.steps is not None and step + 1 >= steps:
         return masked
     least: Any = config.least
-    if config.sampler == "entropy":
-        entropy = spread(choice.entropy(), choice.masked, torch.inf).masked_fill(~masked, torch.inf)
-        order = entropy.argsort(1)
-        rising = entropy.gather(1, order)
-        open_before = rising.cumsum(1) - rising  # what the others leave open, the last one left out
-        sure = torch.zeros_like(masked).scatter(1, order, open_before <= config.enough)
-    elif config.sampler == "low_confidence":
+    if config.sampler == "low_confidence":
         sure, least = torch.zeros_like(masked), torch.ceil(masked.sum(1, keepdim=True) / (steps - step))
+    elif config.sampler == "entropy":
+        rising, order = doubt.masked_fill(~masked, torch.inf).sort(1)
+        sure = torch.zeros_like(masked).scatter(1, order, rising.cumsum(1) - rising <= config.enough)
     else:
-        sure = choice.confidence >= config.enough
+        sure = confidence >= config.enough
         if config.sampler == "klass":
-            sure &= False if choice.moved is None else choice.moved <= config.kl
-    rank = choice.confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
+            sure &= doubt <= config.kl
+    rank = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
     return masked & (sure | (rank < least))

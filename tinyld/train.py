@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tinyld.checkpoint import load_exactly
 from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
 from tinyld.device import autocast, from_int8, resolve_dtype, to_int8
-from tinyld.diffusion import Noised, noise_answers, noise_text, token_nll
+from tinyld.diffusion import Noised, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
@@ -31,22 +32,10 @@ from tinyld.progress import Progress
 from tinyld.runs import RunFolder
 
 GROUP = 64  # numbers of a kept state that have one scale
+Noise = Callable[..., list[Noised]]  # (batch, generator=) -> the batch with its noise, in parts of different widths
 
 
-@dataclass(frozen=True)
-class Objective:
-    """Noise drawn anew at every step: a function of (seed, step) alone, so that a resumed run sees the same."""
-
-    mask_id: int
-    is_task: bool
-    seed: int
-
-    def noise(self, batch: Batch, step: int) -> list[Noised]:
-        """The batch with its noise, in parts of different widths."""
-        masks, generator = (batch.answer_mask, batch.attention_mask), torch_seeded(self.seed, 2, step)
-        if self.is_task:
-            return noise_answers(batch.x0, *masks, batch.tail_mask, self.mask_id, generator)
-        return [noise_text(batch.x0, *masks, self.mask_id, generator)]
+# ------------------------------------------------------------------------------------------------ frozen states
 
 
 def kept_depths(model: Denoiser) -> tuple[int, int]:
@@ -64,13 +53,9 @@ def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | No
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"
-    size = int(rows.lengths.sum()) * depths * kept_bytes(model.config.d_model) / 2**30
+    of_token = sum(part.nbytes for part in pack(torch.empty(depths, model.config.d_model)))
+    size = int(rows.lengths.sum()) * of_token / 2**30
     return None if size <= limit_gb else f"{size:.1f} GB of states, --cache-gb allows {limit_gb:g}"
-
-
-def kept_bytes(width: int) -> int:
-    """Of one kept state of a token."""
-    return width + 4 * (width // math.gcd(width, GROUP))
 
 
 def pack(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,49 +67,39 @@ def unpack(values: Tensor, scales: Tensor) -> Tensor:
     return from_int8(values, scales).flatten(-2)
 
 
-class StateCache:
-    """States, in int8, of every token of every row of one-token answers, which have one mask: before the lowest block
-    that the model's push acts on, or, where it reads several, of those depths up to it. A source of noise for training.
-    """
+@torch.no_grad()
+def with_states(
+    noise: Noise, model: Denoiser, rows: TaskRows, advance: Callable[[int], None] = lambda done: None
+) -> Noise:
+    """The noise of rows of one-token answers, which have one mask, with states of every token, kept in int8: before the
+    lowest block that the model's push acts on, or, where it reads several, of those depths up to it."""
+    first_depth, depths = kept_depths(model)
+    tokens, done = int(rows.lengths.sum()), 0
+    starts = torch.from_numpy(np.cumsum(rows.lengths) - rows.lengths)  # of each row among the tokens of all
+    made = pack(torch.empty(0, depths, model.config.d_model))
+    kept = [part.new_empty(tokens, *part.shape[1:]) for part in made]  # values and scales
 
-    def __init__(
-        self,
-        model: Denoiser,
-        rows: TaskRows,
-        objective: Objective,
-        autocast: Callable[[], torch.autocast],
-        advance: Callable[[int], None] = lambda done: None,
-    ):
-        self.rows, self.objective = rows, objective
-        self.starts = np.concatenate([[0], np.cumsum(rows.lengths)])  # of each row among the tokens of all
-        first_depth, depths = kept_depths(model)
-        made = pack(torch.empty(0, depths, model.config.d_model))
-        self.kept = [x.new_empty(int(self.starts[-1]), *x.shape[1:]) for x in made]  # values and scales
-        device, done = model.device, 0
-        with torch.no_grad(), autocast():
-            for chunk in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), 128)):
-                batch = rows.take(chunk)
-                noised = objective.noise(batch, 0)[0].to(device)
-                history: list[Tensor] = []
-                h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, first_depth, history=history)
-                real, numbers = batch.attention_mask.to(device), self.token_numbers(batch)[batch.attention_mask]
-                for depth, state in enumerate([*history, h][-depths:]):
-                    for kept, packed in zip(self.kept, pack(state[real]), strict=True):
-                        kept[numbers, depth] = packed.cpu()
-                done += len(chunk)
-                advance(done)
-
-    def token_numbers(self, batch: Batch) -> Tensor:
+    def numbers(batch: Batch) -> Tensor:
         """(B, L): each token's number among those of all rows; padding gets some other row's, or the last one's."""
-        numbers = self.starts[batch.rows.numpy()][:, None] + np.arange(batch.x0.shape[1])[None, :]
-        return torch.from_numpy(np.minimum(numbers, int(self.starts[-1]) - 1))
+        return (starts[batch.rows][:, None] + torch.arange(batch.x0.shape[1])).clamp(max=tokens - 1)
 
-    def noise(self, batch: Batch, step: int) -> list[Noised]:
-        """The noise with its frozen states; what padding gets attention never reads."""
-        (noised,) = self.objective.noise(batch, step)
-        numbers = self.token_numbers(batch)
-        found = (kept.index_select(0, numbers.flatten()) for kept in self.kept)  # ten times as fast as kept[numbers]
-        return [replace(noised, cached=unpack(*found).unflatten(0, numbers.shape))]
+    for chunk in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), 128)):
+        batch, history = rows.take(chunk), list[Tensor]()
+        (noised,) = noise(batch, generator=torch.Generator())
+        noised, real = noised.to(model.device), batch.attention_mask.to(model.device)
+        h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, first_depth, history=history)
+        packed = [pack(state[real]) for state in [*history, h][-depths:]]
+        for of_all, parts in zip(kept, zip(*packed, strict=True), strict=True):
+            of_all[numbers(batch)[batch.attention_mask]] = torch.stack(parts, dim=1).cpu()
+        done += len(chunk)
+        advance(done)
+
+    def noise_with_states(batch: Batch, generator: torch.Generator) -> list[Noised]:
+        (noised,), wanted = noise(batch, generator=generator), numbers(batch)
+        found = (of_all.index_select(0, wanted.flatten()) for of_all in kept)  # ten times as fast as of_all[wanted]
+        return [replace(noised, cached=unpack(*found).unflatten(0, wanted.shape))]
+
+    return noise_with_states
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -144,7 +119,7 @@ class TrainingRun:
     model: Denoiser
     parameters: Mapping[str, nn.Parameter]
     source: Source
-    objective: Objective | StateCache
+    noise: Noise
     config: TrainConfig
     folder: RunFolder
     evaluate: Callable[[], dict[str, float]]
@@ -158,14 +133,14 @@ class TrainingRun:
     def __post_init__(self) -> None:
         config = self.config
         self.device = self.model.device
-        self.dtype = resolve_dtype(config.dtype, self.device)
+        dtype = resolve_dtype(config.dtype, self.device)
+        self.autocast = partial(autocast, self.device, dtype)
         self.optimizer = Optimizer(self.parameters, config, self.body)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.step = self.tokens = self.log_count = 0  # the log's are of the loss, since its last line
         self.seconds = self.log_sum = 0.0  # of training, held-out evaluation and saving left out
         self.saved_step = -1
         self.metrics: dict[str, Any] = {}  # the last held-out ones
-        self.peak_memory_mb = 0.0
         self.told = 0  # the signal that came before the last update ended
         self.steps = config.steps
         if config.epochs is not None:
@@ -179,22 +154,34 @@ class TrainingRun:
         With `resume` it goes on from the newest checkpoint; a run that was stopped before it had one begins again. A
         signal ends the step, saves and raises Interrupted.
         """
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
             torch.cuda.reset_peak_memory_stats()
         self.model.recompute = self.config.recompute
         if resume:
             self.go_on()
         with self.stop, self.bar:
-            self.to_the_end()
+            if self.saved_step < 0:
+                self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
+            self.model.train()
+            saved = time.monotonic()
+            while self.progress < 1.0 and not self.told:
+                self.update()
+                evaluates = self.progress >= 1.0 or self.step % self.config.eval_every == 0
+                if evaluates or self.step % 50 == 0:
+                    self.log(evaluates)
+                if self.progress < 1.0 and time.monotonic() - saved > 60 * self.config.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
+            self.save()
+            if told := self.told or self.stop.received:  # maybe since the last update
+                raise Interrupted(told, f"step {self.step} is saved; go on with --resume {self.folder.path}")
         self.metrics = self.metrics or self.held_out()  # none yet when a run is resumed after its last step
         self.model.eval()
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-        self.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
+        self.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident
         return self
-
-    def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.dtype)
 
     @property
     def progress(self) -> float:
@@ -214,63 +201,37 @@ class TrainingRun:
         """Takes up a checkpoint, if there is one, and removes what came after it."""
         if (found := self.folder.load_checkpoint()) is not None:
             tensors, state = found
-            scaler, self.saved_step = state["scaler"], state["step"]
-            for name in COUNTERS:
-                setattr(self, name, state[name])
+            vars(self).update({name: state[name] for name in COUNTERS}, saved_step=state["step"])
             saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
             load_exactly(self.parameters, saved, state.path)
             self.optimizer.load_flat_state(tensors)
-            if scaler:
-                self.scaler.load_state_dict(scaler)
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
         self.processes.meet()  # before process 0 removes what another may still read
         self.folder.rewind(self.saved_step)
 
-    def to_the_end(self) -> None:
-        """Steps, log lines, evaluations and checkpoints until the budget is used up."""
-        config = self.config
-        if self.saved_step < 0:
-            self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
-        self.model.train()
-        saved = time.monotonic()
-        while self.progress < 1.0:
-            self.obey()
-            loss, norm = self.update()
-            self.log_sum, self.log_count = self.log_sum + loss, self.log_count + 1
-            done = self.progress >= 1.0
-            self.bar.advance_to(
-                self.progress, f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s", f"loss {loss:.3f}"
-            )
-            evaluates = done or (self.step > 0 and self.step % config.eval_every == 0)
-            if evaluates or self.step % 50 == 0:
-                record = {
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "seconds": self.seconds,
-                    "lr": config.lr * self.rate,
-                    "loss": self.log_sum / self.log_count,
-                    "grad_norm": norm if math.isfinite(norm) else None,  # of an update that the scaler left out
-                }
-                self.log_sum, self.log_count = 0.0, 0
-                self.folder.log(record | (self.held_out() if evaluates else {}))
-            if not done and time.monotonic() - saved > 60 * config.save_minutes:
-                self.save()
-                saved = time.monotonic()
-        self.save()
-        self.told = self.told or self.stop.received  # since the last update
-        self.obey()
+    def log(self, evaluates: bool) -> None:
+        """Writes a line of the log, with held-out numbers where it evaluates."""
+        record = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": self.config.lr * self.rate,
+            "loss": self.log_sum / self.log_count,
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,  # of an update that the scaler left out
+        }  # fmt: skip
+        self.log_sum, self.log_count = 0.0, 0
+        self.folder.log(record | (self.held_out() if evaluates else {}))
 
-    def update(self) -> tuple[float, float]:
-        """One update; (loss, gradient norm). TinyldError where one is not finite, with the parameters as they were."""
+    def update(self) -> None:
+        """One update; TinyldError where loss or gradient is not finite, with the parameters as they were."""
         config, started = self.config, time.perf_counter()
         self.optimizer.set_lr(self.rate, self.progress)
         batch = self.source.batch(self.step, config.batch_size, config.seed)
-        noised = self.objective.noise(batch, self.step)
+        noised = self.noise(batch, generator=torch_seeded(config.seed, 2, self.step))
         torch.manual_seed(seed_of(config.seed, 7, self.step, self.processes.rank))  # of dropout
         self.optimizer.zero_grad()
         loss = float(self.backward(noised))
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+        self.norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
+        if not math.isfinite(loss) or not (math.isfinite(self.norm) or self.scaler.is_enabled()):
             raise self.diverged(f"the loss ({loss:.4g}) or gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -279,9 +240,10 @@ class TrainingRun:
         self.seconds += time.perf_counter() - started
         mine = [self.seconds, float(self.stop.received)] if self.processes.rank == 0 else [0.0, 0.0]
         loss, self.seconds, told = self.processes.sum([loss, *mine])  # the clock and the signals are process 0's, too
-        self.told = int(told)
+        self.told, self.log_sum, self.log_count = int(told), self.log_sum + loss, self.log_count + 1
         self.after_update(self.progress)
-        return loss, norm
+        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        self.bar.advance_to(self.progress, speed, f"loss {loss:.3f}")
 
     def backward(self, noised: list[Noised]) -> Tensor:
         """The mean loss of all masked tokens, as far as this process's rows go; its gradient, of all processes' and of
@@ -299,14 +261,8 @@ class TrainingRun:
             self.scaler.scale(penalty).backward()
         return loss
 
-    def obey(self) -> None:
-        """Saves and raises Interrupted once a signal has come."""
-        if self.told:
-            self.save()
-            raise Interrupted(self.told, f"step {self.step} is saved; go on with --resume {self.folder.path}")
-
     def held_out(self) -> dict[str, Any]:
-        """The evaluation's numbers; TinyldError where the parameters or one of them is not finite."""
+        """The evaluation's numbers; TinyldError where the parameters or what they give is not finite."""
         self.check_finite()
         self.bar.doing("dev evaluation")
         self.model.eval()
@@ -317,9 +273,6 @@ class TrainingRun:
             raise self.diverged("what the denoiser gives") from None
         self.model.train()
         self.bar.doing()
-        for name, value in self.metrics.items():
-            if not math.isfinite(value):
-                raise self.diverged(f"{name} ({value})")
         return self.metrics
 
     def save(self) -> None:
@@ -327,12 +280,10 @@ class TrainingRun:
         if self.step == self.saved_step:
             return
         self.check_finite()
-        self.bar.doing("saving")
         tensors = {f"model.{n}": p for n, p in self.parameters.items()} | self.optimizer.flat_state()
-        state = {name: getattr(self, name) for name in COUNTERS[1:]} | {"scaler": self.scaler.state_dict()}
+        state = {name: getattr(self, name) for name in COUNTERS} | {"scaler": self.scaler.state_dict()}
         self.folder.save_checkpoint(self.step, tensors, state, self.config.keep)
         self.saved_step = self.step
-        self.bar.doing()
 
     def check_finite(self) -> None:
         for name, parameter in self.parameters.items():

@@ -130,7 +130,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from tinyld.foreign import load_foreign
     from tinyld.methods import METHODS, make_config
-    from tinyld.train import kept_bytes, kept_depths, pack, unpack
+    from tinyld.train import kept_depths, pack, unpack
 
     started = clock(args.device)
     base = load_foreign(Path(args.folder), args.device, "fp32" if name == "full" else args.dtype)
@@ -150,7 +150,8 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 h = model.run_blocks(model.embed(xt), None, 0, first, history=history)
                 kept.append([pack(state) for state in [*history, h][-depths:]])
         found["keep_seconds_a_row"] = (clock(args.device) - started) / (args.rows * args.steps)
-        found["keep_bytes_a_row"] = kept_bytes(config.d_model) * depths * args.length
+        a_row = pack(torch.empty(depths * args.length, config.d_model))
+        found["keep_bytes_a_row"] = sum(part.nbytes for part in a_row)
 
     def loss_of(step: int, xt: Any, x0: Any, answer: Any) -> Any:
         cached = torch.stack([unpack(*(x.to(args.device) for x in each)) for each in kept[step]], 2) if kept else None
