@@ -58,10 +58,13 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
 def decode(content: bytes, path: object, first: int = 1) -> str:
     """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
     try:
-        return content.decode("utf-8-sig")
+        text, wrong = content.decode("utf-8-sig"), content.find(b"\0")  # as in UTF-16 without its mark
     except UnicodeDecodeError as error:
-        line = first + error.object.count(b"\n", 0, error.start)
-        raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8") from None
+        content, wrong = error.object, error.start
+    if wrong >= 0:
+        line = first + content.count(b"\n", 0, wrong)
+        raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8")
+    return text
 
 
 def clean(text: str) -> str:

@@ -23,7 +23,7 @@ from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.rows import file_in, files_of, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder
-from tinyld.tables import percent, print_table
+from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
@@ -200,14 +200,18 @@ def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) 
 
 
 def show_classes(record: Record) -> None:
-    """Precision, recall and F1 of each label, and the most frequent mistakes."""
+    """Precision, recall and F1 of each label, and what its rows were answered, or the most frequent mistakes."""
     columns = ("label", "rows", "precision %", "recall %", "F1 %")
     rows = [(k, c["n"], *(percent(c[p]) for p in ("precision", "recall", "f1"))) for k, c in record["classes"].items()]
     always = f"always the most frequent label: {percent(record['majority'])}% right"
     print()
     print_table(f"{record['task']} {record['split']}, label by label ({always})", columns, rows)
-    answered = [(label, said, n) for label, row in record["confusion"].items() for said, n in row.items()]
-    wrong = sorted(((*pair, n) for *pair, n in answered if n and pair[0] != pair[1]), key=lambda w: -w[2])
-    if wrong:
-        print()
+    print()
+    said = [*record["classes"], *(["unreadable"] if record["unreadable"] else [])]
+    if max(map(len, said)) + sum(len(s) + 3 for s in said) <= WIDTH:
+        counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
+        print_table("rows of each label, by what was answered", ("", *said), counts)
+    else:
+        answered = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items()]
+        wrong = sorted(((*pair, n) for *pair, n in answered if n and pair[0] != pair[1]), key=lambda w: -w[2])
         print_table("most frequent mistakes", ("label", "answered", "rows"), wrong[:MOST_CONFUSED])
