@@ -459,7 +459,7 @@ ERRORS = [
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
-    (ON + "--set depth=3", 2, "--set depth=3: takes NAME=VALUE, with a name that --set help lists"),
+    (ON + "--set depth=3", 2, "--set depth=3: there is no option 'depth', or no =VALUE after it; --set help"),
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),

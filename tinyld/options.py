@@ -80,8 +80,8 @@ class Options(Settings):
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
-            is_known = bool(equals) and name in defaults
-            check(is_known, f"--set {text}: takes NAME=VALUE, with a name that --set help lists")
+            unknown = f"there is no option {name!r}, or no =VALUE after it; --set help lists the names"
+            check(bool(equals) and name in defaults, f"--set {text}: {unknown}")
             once = str(given.get(name, defaults[name])) == str(defaults[name])
             check(once, f"{name} is given twice, by --set {text} as well")
             given = given | {name: value}
