@@ -226,14 +226,11 @@ SMDM_WIDTHS = (256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1408, 1536, 1792, 
 
 def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Which blocks are local, in today's words or in those of its first files; and both rotary bases."""
-    layers, kinds = s.get("num_hidden_layers", int), s.get("layer_types", list | None)
-    every = s.get("global_attn_every_n_layers?", int)
-    if kinds is not None:
-        every = next((i for i in range(1, len(kinds)) if kinds[i] == "full_attention"), layers)
-    if every < 1 or kinds not in (
-        None,
-        ["sliding_attention" if i % every else "full_attention" for i in range(layers)],
-    ):
+    kinds, every = s.get("layer_types", list | None), s.get("global_attn_every_n_layers?", int)
+    if kinds:
+        every = next((i for i, kind in enumerate(kinds) if i and kind == "full_attention"), len(kinds))
+    expected = ["sliding_attention" if i % every else "full_attention" for i in range(len(kinds or ()))]
+    if every < 1 or kinds not in (None, expected) or len(expected) not in (0, s.get("num_hidden_layers", int)):
         s.refuse("layer_types", "full_attention for every n-th block, from the first on")
     return {
         "global_every": every, "rope_theta": theta(s, "full_attention", "global_rope_theta"),
