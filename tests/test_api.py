@@ -70,7 +70,7 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
     [
         ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
         ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
-        ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "--ranks: '64' is not of type"),
+        ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
     ],
 )  # fmt: skip
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:

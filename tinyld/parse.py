@@ -37,9 +37,12 @@ def parsed(value: Any, kind: Any, option: str) -> Any:
     """What was given as text, as the type of the option; all else as it is. Numbers may have commas between them."""
     if typing.get_origin(kind) is tuple:
         member = typing.get_args(kind)[0]
-        if isinstance(value, str) and value != "auto":
-            value = value.split(",") if member in (int, float) else [value]
-        return tuple(parsed(v, member, option) for v in value) if isinstance(value, list | tuple) else value
+        if value is None or value == "auto":
+            return value
+        if not isinstance(value, list | tuple):
+            is_numbers = isinstance(value, str) and member in (int, float)
+            value = value.split(",") if is_numbers else [value]
+        return tuple(parsed(v, member, option) for v in value)
     if not isinstance(value, str):
         return value
     try:
