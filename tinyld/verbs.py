@@ -168,7 +168,8 @@ def demo(options: DemoOptions) -> None:
     out, say = options.out, say_to_stderr(options.quiet)
     if out.exists() and not options.force:
         raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
-    force, more = " --force" * options.force, f" --dtype {options.dtype}" + " --quiet" * options.quiet
+    force = " --force" * options.force
+    more = f" --dtype {options.dtype}" * (options.dtype != "auto") + " --quiet" * options.quiet
     train = force + more + (f" --limit {options.limit}" if options.limit else "")
     for line in DEMO:
         command = line.format(out=shlex.quote(str(out)), train=train, force=force, more=more)
