@@ -432,6 +432,7 @@ def assert_refused(ran: Ran, code: int, part: str) -> None:
 ON = "finetune --base {place}/base --task {place}/mood.toml --steps 1 --quiet --out new "
 NOT_ON = "finetune --base {place}/base --steps 1 --quiet --out new "
 EVAL = "eval {place}/mood-full --quiet "
+ONE = EVAL.replace("mood-full", "colours")  # whose answers are one token
 TEXT = "pretrain {tiny} --quiet --out new --data {place}/text.txt "
 PAIR = "compose {place}/colours {place}/mood-trajectory-lora --out new "
 INIT = TEXT.replace("{tiny}", "") + "--init {place}/base "
@@ -479,6 +480,10 @@ ERRORS = [
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "holds a base; compose takes"),
     (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--threshold has no effect with --sampler ancestral"),
+    (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),
+    (ONE + "--set draws=2 --set least=2", 2, "has no effect where every answer is one token"),
+    ("predict {place}/colours --text a --set threshold=0.5", 2, "--threshold has no effect where every answer is"),
+    ("sample {place}/base --length 1 --steps 4", 2, "--steps has no effect where every answer is one token"),
     (EVAL + "--seed 3", 2, "--seed has no effect with --sampler threshold"),
     (EVAL + "--set kl=1", 2, "--kl has no effect with --sampler threshold"),
     ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),

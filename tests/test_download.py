@@ -168,5 +168,8 @@ def test_what_is_in_the_cache_needs_no_network_and_is_not_replaced(site: dict[st
     mine.write_text("sentence\tlabel\nmine\t0\n")
     assert load_split(task, "dev")[0].before == "c it was"
     site.clear()
+    with pytest.raises(TinyldError, match="train.tsv: has 1 rows, which are not the 67,349 published ones; delete it"):
+        load_split(task, "train")
+    task = replace(task, download=replace(task.download, rows={"train": 1, "dev": 1}))
     assert load_split(task, "dev")[0].before == "c it was"
     assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"

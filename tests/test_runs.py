@@ -455,11 +455,31 @@ def test_force_removes_what_the_run_wrote_and_nothing_else(base: Path, tmp_path:
     assert set(tree(base)) == left and tree(photos) == {"cat.jpg": b"cat"}
 
 
+def test_checkpoints_without_their_manifest_are_not_passed_over(run: RunFolder) -> None:
+    run.save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
+    (run.path / "checkpoints" / "manifest.json").unlink()
+    with pytest.raises(TinyldError, match="not listed in manifest.json.*; delete it to go on"):
+        run.load_checkpoint()
+    run.remove_checkpoints()
+    assert len(run.checkpoints()) == 1, "what no manifest lists is not ours to delete"
+
+
+def test_a_file_that_was_away_is_read_again(run: RunFolder) -> None:
+    run.write("adapter.safetensors", b"abc")
+    away = (run.path / "adapter.safetensors").rename(run.path.parent / "away")
+    run.write_json("results.json", {})
+    with pytest.raises(TinyldError, match="no adapter.safetensors in"):
+        run.read("adapter.safetensors")
+    away.rename(run.path / "adapter.safetensors")
+    assert run.read("adapter.safetensors") == b"abc"
+
+
 def test_checkpoints_behind_a_link_are_not_ours(run: RunFolder, tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "photos").save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
     (run.path / "checkpoints").symlink_to(tmp_path / "photos" / "checkpoints")
     before = tree(tmp_path)
-    for act in (run.load_checkpoint, lambda: run.save_checkpoint(1, {}, {}, keep=1), run.remove_checkpoints):
+    for act in (run.load_checkpoint, lambda: run.save_checkpoint(1, {}, {}, keep=1)):
         with pytest.raises(TinyldError, match="checkpoints: is a link"):
             act()
+    run.remove_checkpoints()
     assert tree(tmp_path) == before

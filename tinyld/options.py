@@ -124,6 +124,12 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
+    def check_width(self, width: int, is_label: bool) -> None:
+        """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
+        if width == 1:
+            more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
+            refuse_idle(self, ["steps", "threshold", "least", "kl", "draws", *more], "where every answer is one token")
+
 
 class Training(OnDevice, Written, Printed, Loop):
     lr: float | None = option(None, "Peak learning rate; the method's if not given.", "Training", above=0)

@@ -166,13 +166,12 @@ class RunFolder:
         return parse_tensors(self.read(name), self.path / name)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file and its SHA-256 into the manifest, which forgets the files that are gone."""
+        """Writes a file and its SHA-256 into the manifest."""
         with self.locked():
-            files = {name: entry for name, entry in self.files().items() if os.path.lexists(self.path / name)}
-            files[name] = {"sha256": sha256(content), "bytes": len(content)}
+            files, entry = self.files(), {"sha256": sha256(content), "bytes": len(content)}
             with contextlib.suppress(TinyldError):
-                files[name]["before"] = sha256(self.read(name))
-            write_atomic(self.path / MANIFEST, to_json({"files": files}))
+                entry["before"] = sha256(self.read(name))
+            write_atomic(self.path / MANIFEST, to_json({"files": files | {name: entry}}))
             write_atomic(self.path / name, content)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -221,9 +220,9 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
-        folder = self._saved
-        steps = [name for name in sorted(folder.files()) if name.isdecimal() and (folder.path / name).is_file()]
-        return [folder.path / step for step in steps]
+        folder = self.path / CHECKPOINTS
+        names = [] if folder.is_symlink() or not folder.is_dir() else sorted(os.listdir(folder))
+        return [folder / name for name in names if name.isdecimal() and (folder / name).is_file()]
 
     def last_good(self) -> str:
         """For an error: what can be gone on with."""
@@ -246,19 +245,20 @@ class RunFolder:
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Record] | None:
         """(tensors, state) of the newest checkpoint; None when there is none to go on from."""
-        found = self.checkpoints()
+        folder, found = self._saved, self.checkpoints()
         if not found:
             return None
         try:
-            tensors = self._saved.read_tensors(found[-1].name)
+            tensors = folder.read_tensors(found[-1].name)
             return tensors, parse_json(tensors.pop("state").numpy().tobytes(), found[-1], TYPES[CHECKPOINTS])
         except TinyldError as error:
             raise TinyldError(f"{error}; delete it to go on from the one before, or else from the start") from None
 
     def remove_checkpoints(self, after: int = -1) -> None:
         """Removes the checkpoints of steps after `after`, by default all of them, and what is half-written."""
-        folder, found = self._saved, self.checkpoints()
-        later = [path.name for path in found if int(path.name) > after]
+        folder, found = RunFolder(self.path / CHECKPOINTS), self.checkpoints()
+        listed = folder.files() if found else {}
+        later = [path.name for path in found if int(path.name) > after and path.name in listed]
         clear(self.path)
         clear(folder.path, later if len(later) < len(found) else [*later, MANIFEST])
         with contextlib.suppress(OSError):  # something else is in it

@@ -11,7 +11,7 @@ from typing import Any
 from tinyld.checkpoint import Base, base_record, load_base
 from tinyld.config import SampleConfig, check, types_of
 from tinyld.corpus import tokenize
-from tinyld.data import TaskRows, TextRows
+from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Estimate
 from tinyld.environment import environment
@@ -91,6 +91,8 @@ def eval(options: EvalOptions) -> list[Record]:
         tasks = [run.task_named(options.task)] if named else run.tasks
         one = len(tasks) == 1 or source == options.split
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
+        if len(options.runs) < 2:  # of several, another one may heed it
+            options.check_width(max(slot_width(t, run.base.tokenizer) for t in tasks), not tasks[0].is_generation)
         for task in tasks:
             own = run.config.get("data", {}).get("folder")
             check_writable(predictions, files_of(task, data, own, os.environ.get("TINYLD_DATA")))

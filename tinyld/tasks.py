@@ -55,6 +55,7 @@ class Task:
         for split in (*self.data, *self.splits):
             check_choice("a split", split, SPLITS)
         template, fields = clean(self.template), self._fields()
+        verbalizer = {clean(label): clean(words) for label, words in self.verbalizer.items()}
         for name in self.columns:
             check(name in fields, f"[columns] maps {show(name)}, which the template does not name")
         columns = {name: name for name in fields} | self.columns
@@ -64,14 +65,15 @@ class Task:
             width, label_column = 32 if self.answer_tokens is None else self.answer_tokens, None
             check(width >= 1, "answer_tokens must be at least 1")
         else:
-            check(not (self.answer_column or self.answer_tokens), mixed)
+            check(self.answer_column is None and not self.answer_tokens, mixed)
             width, label_column = 0, "label" if self.label_column is None else self.label_column
-            check(len(self.verbalizer) > 1, "[verbalizer] needs at least two labels, got 1")
+            check(len(verbalizer) > 1, f"[verbalizer] needs at least two labels, got {len(verbalizer)}")
+            check(all((*verbalizer, *verbalizer.values())), "[verbalizer] has an empty label or answer")
         shown = (label_column or self.answer_column) in columns.values()
         check(not shown, "the template shows the label or the answer's column; use {answer}")
         filled = {
             "template": template,
-            "verbalizer": {clean(label): clean(words) for label, words in self.verbalizer.items()},
+            "verbalizer": verbalizer,
             "columns": columns,
             "label_column": label_column,
             "answer_tokens": width,
@@ -99,8 +101,8 @@ class Task:
             alone = len(names) == 1 and clean(self.template) == f"{{{names[0]}}}"
             check(alone, f"{template}: without {{answer}} it is one text and nothing else, e.g. {{text}}")
         else:
-            once = names.count("answer") == 1 and fields
-            check(once, f"{template} must hold {{answer}} once, and a column, e.g. {{text}}")
+            check(names.count("answer") == 1, f"{template} must hold {{answer}} once")
+            check(fields or self.is_generation, f"{template} must hold a column, e.g. {{text}}")
         return fields
 
     @property

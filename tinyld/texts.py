@@ -15,6 +15,7 @@ from typing import Any
 
 from tinyld.answers import OURS, Record, input_columns, own_name, under
 from tinyld.config import check
+from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
@@ -90,6 +91,7 @@ def predict(options: PredictOptions) -> None:
     if several and len(groups := run.groups()) > 1:
         shares = "; ".join(", ".join(names) for names in groups)
         say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
+    options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
     check_writable(out, [*options.runs, *(file for t in tasks for file in files_of(t))])
     labels = [label for t in run.tasks for label in t.labels] if not several and run.asks_alike else []
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
