@@ -460,6 +460,9 @@ ERRORS = [
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
+    ("predict {place}/colours --text a --base_dtype bf16", 2, "--base-dtype goes by --set base_dtype=value"),
+    (ON + "--set seed=0 --set seed=1", 2, "seed is given twice"),
+    (ON + "--budget abc", 2, "--budget takes a share such as 0.7% or 0.007, got 'abc'"),
     (ON + "--set depth=3", 2, "--set depth=3: there is no option 'depth', or no =VALUE after it; --set help"),
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
@@ -555,7 +558,7 @@ def test_out_of_memory_is_one_line(error: BaseException, monkeypatch: pytest.Mon
         raise error
 
     monkeypatch.setattr("tinyld.cli.load", lambda name: run)
-    assert_refused(cli("finetune"), 1, "out of memory; lower the rows of a batch (--batch-size)")
+    assert_refused(cli("finetune"), 1, "out of memory; lower --batch-size or --limit")
 
 
 def test_an_error_of_a_real_process_has_no_traceback() -> None:

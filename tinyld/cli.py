@@ -114,10 +114,12 @@ class Group(TyperGroup):
         except Exception as error:
             by_torch = re.search("out of memory|allocate memory", str(error))
             if by_torch or isinstance(error, MemoryError):
-                fail("out of memory; lower the rows of a batch (--batch-size), their length or their number", 1)
+                has = [f.name for f in dataclasses.fields(VERBS[ctx.invoked_subcommand].options) if f.metadata["group"]]
+                lower = [flag(n) for n in ("batch_size", "max_length", "rank", "length", "num", "limit") if n in has]
+                fail(f"out of memory; lower {' or '.join(lower)}" if lower else "out of memory", 1)
             if not hasattr(error, "format_message"):  # click's own, whichever click typer has
                 raise
-            verb, asked = ctx.invoked_subcommand, getattr(error, "option_name", "")
+            verb, asked = ctx.invoked_subcommand, (getattr(error, "option_name", None) or "").replace("_", "-")
             for field in dataclasses.fields(VERBS[verb].options) if verb else ():
                 if field.metadata["group"] is None and asked == flag(field.name):
                     fail(f"{asked} goes by --set {field.name}=value; --set help lists all such", 2)

@@ -77,13 +77,15 @@ class Options(Settings):
     def of(cls, given: dict[str, Any], sets: Iterable[str] = ()) -> Self:
         """The options of a command line: `given` by name, and every `name=value` of `--set`."""
         defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.metadata["group"] != ARGUMENT}
+        seen: set[str] = set()
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
             unknown = f"there is no option {name!r}, or no =VALUE after it; --set help lists the names"
             check(bool(equals) and name in defaults, f"--set {text}: {unknown}")
-            once = str(given.get(name, defaults[name])) == str(defaults[name])
+            once = name not in seen and str(given.get(name, defaults[name])) == str(defaults[name])
             check(once, f"{name} is given twice, by --set {text} as well")
+            seen.add(name)
             given = given | {name: value}
         return cls(**given)
 

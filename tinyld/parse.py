@@ -28,7 +28,8 @@ def several(value: Any, what: str) -> list[Any]:
     """What Python gave in place of a list: one text, path or dict is a list of one; UsageError for what is no list."""
     if isinstance(value, str | Path | Mapping):
         return [value]
-    is_list = isinstance(value, Iterable) and not isinstance(value, bytes) and not hasattr(value, "columns")
+    is_list = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray)
+    is_list = is_list and not hasattr(value, "columns")
     check(is_list, f"{what} are a list, one column of a table, or one of them, got {show(value)}")
     return list(value)
 
@@ -37,11 +38,12 @@ def parsed(value: Any, kind: Any, option: str) -> Any:
     """What was given as text, as the type of the option; all else as it is. Numbers may have commas between them."""
     if typing.get_origin(kind) is tuple:
         member = typing.get_args(kind)[0]
-        if value is None or value == "auto":
+        if value is None or (value == "auto" and member is int):
             return value
-        if not isinstance(value, list | tuple):
-            is_numbers = isinstance(value, str) and member in (int, float)
-            value = value.split(",") if is_numbers else [value]
+        if isinstance(value, str) and member in (int, float):
+            value = value.split(",")
+        elif isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            value = [value]
         return tuple(parsed(v, member, option) for v in value)
     if not isinstance(value, str):
         return value
@@ -66,8 +68,10 @@ def base_folder(name: str | Path, option: str = "--base") -> Path:
 
 def share(text: str, option: str) -> float:
     """`0.7%` or `0.007` as a share."""
-    number = parsed(text.removesuffix("%"), float, option)
-    value = number / 100 if text.endswith("%") else number
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"{option} takes a share such as 0.7% or 0.007, got {text!r}") from None
     way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
     check(text.endswith("%") or value <= 0.1, f"{option} {text} would be {value:.0%} of the base: {way_out}")
     check(0 < value <= 1, f"{option} must be above 0 and at most 100%, such as 0.7% or 0.007, got {text!r}")

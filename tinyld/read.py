@@ -57,13 +57,14 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
 
 def decode(content: bytes, path: object, first: int = 1) -> str:
     """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
+    problem = "a zero byte, which no text has"  # as of UTF-16 without its mark
     try:
-        text, wrong = content.decode("utf-8-sig"), content.find(b"\0")  # as in UTF-16 without its mark
+        text, wrong = content.decode("utf-8-sig"), content.find(b"\0")
     except UnicodeDecodeError as error:
-        content, wrong = error.object, error.start
+        content, wrong, problem = error.object, error.start, "not UTF-8"
     if wrong >= 0:
         line = first + content.count(b"\n", 0, wrong)
-        raise TinyldError(f"{path}: line {line}: not UTF-8; save it as UTF-8")
+        raise TinyldError(f"{path}: line {line}: {problem}; save it as UTF-8")
     return text
 
 

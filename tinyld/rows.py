@@ -28,6 +28,7 @@ SUFFIXES = (*TABLES, ".jsonl")
 Row = tuple[str, dict[str, Any]]  # file and line, column -> value
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
+LONGEST = 1 << 24  # characters of a line of text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
 
@@ -154,6 +155,8 @@ def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
 def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline="\n"), 1):
         where = f"{path}: line {number}"
+        if suffix == ".txt" and len(line) > LONGEST:
+            raise TinyldError(f"{where} is longer than {LONGEST >> 20} MB; is it text?")
         if suffix == ".txt" and (empty or line.strip()):
             yield where, {"text": line.rstrip("\r\n")}
         elif line.strip():

@@ -20,7 +20,7 @@ from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.read import decode
-from tinyld.rows import SUFFIXES, files_of, read_rows
+from tinyld.rows import LONGEST, SUFFIXES, files_of, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
@@ -70,6 +70,8 @@ def piped_lines() -> Iterator[Rows]:
         if lines:
             yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
         first += len(lines)
+        if len(rest) > LONGEST:
+            raise TinyldError(f"stdin: line {first} is longer than {LONGEST >> 20} MB; is it text?")
 
 
 def predict(options: PredictOptions) -> None:
