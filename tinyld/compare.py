@@ -78,7 +78,8 @@ def lines_of(options: CompareOptions) -> list[Line]:
         rows = len(load_split(task, "train", data, None, held_out))
         for limit in options.limit or (None,):
             check(limit is None or limit <= rows, f"--limit {limit}: {task.name} has {rows:,} training rows")
-            learned = rows_to_learn(task, {"folder": data, "held_out": held_out, "limit": limit})
+            learned = repr(rows_to_learn(task, {"folder": data, "held_out": held_out, "limit": limit}))
+            rows_print = sha256(learned.encode(errors="surrogatepass"))
             for name, method, sets in variants(options.methods, shape):
                 given = options.only(Reading) | options.only(RowOptions)
                 given |= {k: getattr(options, k) for k in ("base", "batch_size", "device", "quiet", "epochs", "steps")}
@@ -91,7 +92,7 @@ def lines_of(options: CompareOptions) -> list[Line]:
                 del config["base"]["path"]  # which may hold another base later
                 lr = config["train"].pop("lr")
                 check(lr < 1, f"--methods {':'.join([method, *sets])}: lr must be below 1, got {lr:g}")
-                asked = sha256(repr((config, base_print, learned)).encode(errors="surrogatepass"))[:8]
+                asked = sha256(repr((config, base_print, rows_print)).encode(errors="surrogatepass"))[:8]
                 rates = [float(f"{lr * multiple:.3g}") for multiple in RATES[: options.trials]]
                 run = f"{task.name}_{name}_lr{{:g}}{f'_n{limit}' if limit else ''}_s{{}}_{asked}"
                 lines.append(Line(task.name, split, tested, made, rates, run))

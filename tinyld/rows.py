@@ -104,10 +104,12 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
     for folder in filter(None, (own, cache, bundled_data_dir())) if task.builtin else ():
         if found := in_folder(Path(folder) / name, split):
             published = task.download.rows if folder == cache and task.download else {}
-            rows, known = found.read_bytes().count(b"\n") - 1, published.get(split)
-            if known not in (rows, None) and (split == "test" or "dev" in published):  # else dev rows were cut from it
+            if split in published and (split == "test" or "dev" in published):  # else dev rows were cut from it
+                rows, known = found.read_bytes().count(b"\n") - 1, published[split]
                 way_out = "delete it to download them, or keep rows of your own in another folder and say --data DIR"
-                raise TinyldError(f"{found}: has {rows:,} rows, which are not the {known:,} published ones; {way_out}")
+                if rows != known:
+                    known_ones = f"which are not the {known:,} published ones"
+                    raise TinyldError(f"{found}: has {rows:,} rows, {known_ones}; {way_out}")
             return found
     way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
     if split not in task.splits:
