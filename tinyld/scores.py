@@ -142,7 +142,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
         with Progress("eval text", len(rows), quiet=options.quiet) as bar, arithmetic:
             return text_nll(base.model, rows, base.tokenizer.mask_id, options.draws, advance=bar.advance_to)
 
-    records = []
+    records, of_bases = [], dict[tuple[Any, ...], Estimate]()
     for path in options.runs or [default_base()]:
         run = load(path, options.base, options.device, options.dtype, reading=options.reading())
         check(not run.is_composition, f"{path} is a composition: --text is for one adapter, as its members are")
@@ -152,7 +152,10 @@ def eval_text(options: EvalOptions) -> list[Record]:
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if run.config["kind"] != "base":
             reading = base_record(run.config, path).reading
-            base = bound_of(load_base(run.base.path, run.base.model.device, run.base.dtype, reading))
+            key = (run.base.fingerprint, run.base.dtype, reading)
+            if key not in of_bases:  # once for all its adapters
+                of_bases[key] = bound_of(load_base(run.base.path, run.base.model.device, run.base.dtype, reading))
+            base = of_bases[key]
             forgotten = bound.minus(base)
             record |= {"base_nll_bound": base.mean, "base_nll_stderr": base.stderr}
             record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
