@@ -92,6 +92,10 @@ def answered(
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
+            if (spelling := rows.task.spelling) is not None:
+                asked = [rows.examples[i] for i in chosen]
+                inside = rows.task.is_infill
+                written = [spelling.restore(w, e.before, e.after, inside) for w, e in zip(written, asked, strict=True)]
             passes = int(used.sum())
         seconds = time.perf_counter() - started
         if answers:

@@ -35,6 +35,7 @@ from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder, Spectator
+from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, builtin_names, from_record, to_record
 from tinyld.train import Noise, TrainingRun, why_not_cached, with_states
@@ -171,6 +172,8 @@ def train_adapter(
     data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
     digests = {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
     facts = {"data": data | digests, "base": kept | {"fingerprint": base.fingerprint}, "parameters": counts}
+    if task.is_generation and tokenizer.lowers:
+        facts["task"] = config["task"] | {"spelling": to_dict(learn_spelling(examples, task.is_infill))}
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(
             f"{method.name} on {task.name}: {len(train_rows):,} rows; "

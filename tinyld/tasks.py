@@ -9,7 +9,7 @@ import os
 import re
 import string
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tinyld.download import Source
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.read import clean, read_toml
 from tinyld.rows import SPLITS, Example, bundled_data_dir, load_split, prompt_of, read_rows
+from tinyld.spelling import Spelling
 
 __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
 
@@ -48,6 +49,7 @@ class Task:
     rows_from: str = ""  # the task whose rows it reads, where it has none
     download: Source | None = None
     path: Path = Path()  # of its file, or of the file of rows that it was made from
+    spelling: Spelling | None = None  # of its texts, as a run learned it, where its base writes small letters alone
 
     def __post_init__(self) -> None:
         """Fills in what is left open; UsageError where the parts do not fit each other."""
@@ -148,8 +150,8 @@ def load_task(name_or_path: str) -> Task:
         raise TinyldError(f"no task {show(spec)}; built in: {', '.join(names)}; or give a .toml file")
     path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
     said = {"name": path.stem} | read_toml(path)
-    if spec not in names and said.keys() & {"splits", "rows_from", "download", "path"}:
-        raise TinyldError(f"{path}: splits, rows_from, download and path are for built-in tasks; use [data]")
+    if spec not in names and said.keys() & {"splits", "rows_from", "download", "path", "spelling"}:
+        raise TinyldError(f"{path}: splits, rows_from, download, path and spelling are not for task files; use [data]")
     return from_dict(Task, said | {"path": path}, str(path))
 
 
@@ -169,7 +171,8 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     """
     path = record.get("path")
     file = BUILTIN_DIR / f"{record.get('name')}.toml" if path is None else Path(str(path))
-    then = from_dict(Task, {key: value for key, value in record.items() if key in KEPT} | {"path": file}, where)
+    own = {key: value for key, value in record.items() if key in (*KEPT, "spelling")}
+    then = from_dict(Task, own | {"path": file}, where)
     if file.suffix != ".toml" or not os.path.lexists(file):
         return then
     today = load_task(then.name if path is None else str(path))
@@ -178,7 +181,7 @@ def from_record(record: dict[str, Any], where: str) -> Task:
             f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; "
             "put that back, or give the new task a name of its own"
         )
-    return today
+    return replace(today, spelling=then.spelling)
 
 
 def unlike(then: dict[str, Any], now: dict[str, Any], keys: Iterable[str] = KEPT) -> str:

@@ -112,6 +112,7 @@ class Tokenizer:
             first, alone, blank = map(self._ids, ("a b", "b", " b"))
             self.blank = " " if not self.is_wordpiece and len(blank) == 1 and first[1:] != alone else ""
             self.decode(self.encode("it's a \u6f22 n't -- try [MASK]"))
+            self.lowers = self._ids("A Word") == self._ids("a word")  # so that nothing tells what is a capital
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
