@@ -239,7 +239,8 @@ def test_a_real_denoiser_is_scored_the_same_in_any_batch(
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_adapters_that_share_a_pass_score_labels_as_each_does_alone(config: ModelConfig, shifted: bool) -> None:
-    model, generator = Denoiser(replace(config, shifted=shifted)).eval(), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = Denoiser(replace(config, shifted=shifted), generator).eval()
     method = METHODS["trajectory-lora"](
         make_config("trajectory-lora", {"recipe": "fast", "budget": 0.1}, config), config
     )

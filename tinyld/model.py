@@ -112,6 +112,18 @@ class HeadNLL(torch.autograd.Function):
         return grad_h, grad_weight, grad_bias, None
 
 
+class Linear(nn.Linear):
+    """Has no numbers of its own to begin with, which take longer than to read those of a base: see Denoiser."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Block(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); or norm(h + attention(h)), then norm(h + mlp(h)). h: (B, L, D)."""
 
@@ -120,7 +132,7 @@ class Block(nn.Module):
         self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
         bare = index == 0 and not config.first_norm
         bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
-        linear = {n: nn.Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
+        linear = {n: Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
         self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
         self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
         norm = functools.partial(nn.RMSNorm, config.width_of_head, eps=config.norm_eps)
@@ -178,18 +190,18 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         d, e = config.d_model, config.embedding_width
-        self.embedding = nn.Embedding(config.vocab_size, e)
-        self.positions = None if config.rotary else nn.Embedding(config.max_length, e)
+        self.embedding = Embedding(config.vocab_size, e)
+        self.positions = None if config.rotary else Embedding(config.max_length, e)
         self.embedding_norm = make_norm(config, e) if config.embedding_norm else nn.Identity()
-        self.embedding_projection = nn.Linear(e, d) if config.projected else nn.Identity()
+        self.embedding_projection = Linear(e, d) if config.projected else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = make_norm(config, d) if config.norm_first else nn.Identity()
         self.head_transform: nn.Module = nn.Identity()
         if config.head_transform:
-            dense = nn.Linear(d, e, bias=config.mlp_bias)
+            dense = Linear(d, e, bias=config.mlp_bias)
             self.head_transform = nn.Sequential(dense, nn.GELU(), make_norm(config, e))
         rows = config.head_rows or config.vocab_size
-        self.output = None if config.tied else nn.Linear(e, rows, bias=False)
+        self.output = None if config.tied else Linear(e, rows, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(rows)) if config.head_bias else None
         if config.rotary:
             cos, sin = rotary_tables(config)
@@ -198,10 +210,11 @@ class Denoiser(nn.Module):
         self.push: Push | None = None
         self._narrow: tuple[Any, Tensor] | None = None  # see `narrow`
         self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
-        self.reset_parameters(generator)
+        if generator is not None:  # else they are to be loaded
+            self.reset_parameters(generator)
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal(0, 0.02) matrices, residual outputs scaled by 1/sqrt(2 num_layers) (GPT-2); biases 0, norms 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:

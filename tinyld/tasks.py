@@ -151,7 +151,7 @@ def load_task(name_or_path: str) -> Task:
     path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
     said = {"name": path.stem} | read_toml(path)
     if spec not in names and said.keys() & {"splits", "rows_from", "download", "path", "spelling"}:
-        raise TinyldError(f"{path}: splits, rows_from, download, path and spelling are not for task files; use [data]")
+        raise TinyldError(f"{path}: splits, rows_from, download, path and spelling are for built-in tasks; use [data]")
     return from_dict(Task, said | {"path": path}, str(path))
 
 
