@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.config import check_type
 from tinyld.errors import TinyldError, show
-from tinyld.read import opened, parse_json, read_bytes
+from tinyld.read import decode, opened, parse_json, read_bytes
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -204,7 +204,8 @@ def parse_tokenizer(content: bytes, path: Path) -> tuple[HFTokenizer, Any]:
     raw = parse_json(content, path, dict)
     roles = raw.pop("roles", None)
     with library(path):
-        return HFTokenizer.from_str(json.dumps(raw)), check_type(roles, dict | None, f"{path}: roles")
+        text = decode(content, path) if roles is None else json.dumps(raw)
+        return HFTokenizer.from_str(text), check_type(roles, dict | None, f"{path}: roles")
 
 
 @contextmanager

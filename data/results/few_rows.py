@@ -6,7 +6,8 @@
 Every method has its usual settings, the same for 8 rows and for 64. Accuracy is of `predict`'s label on rows of the
 test split (dev's where a task has none). "words alone" is the base's own choice among the labels' words, untrained;
 "frozen states" a logistic regression (scikit-learn, extra `baselines`; C = 0.01, fixed) on the base's states of all
-depths, mean-pooled and at the mask. The CSV is added to row by row; what is in it already is not run again.
+depths, mean-pooled and at the mask; "setfit" its published protocol on MiniLM, from which the default base began
+(extras `minilm`, `interop`; run where it is named). The CSV is added to row by row; what is in it is not run again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines import frozen_states
+from baselines import frozen_states, setfit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -70,6 +71,9 @@ def measure(name: str, kind: str, size: int, draw: int, data: Path, tested: int)
             states = [frozen_states(base, of)["all depths, mean and mask"] for of in encoded]
             model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
             found = model.fit(states[0], [e.label for e in few]).predict(states[1])
+        elif kind == "setfit":
+            learned, texts = ([line.rsplit("\t", 1)[0] for line in of] for of in ([rows[i] for i in drawn], lines))
+            found = setfit(learned, np.array([e.label for e in few]), texts, draw)
         else:
             words_alone = kind == "words alone"
             run = (
