@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,46 @@ def test_the_capital_of_a_question_is_not_its_first_words_own() -> None:
     assert learned.restore("i saw ann", "WAS ANN OUT?", "", False) == "i saw ann", "capitals alone say nothing"
 
 
+def test_a_question_that_begins_as_it_must_teaches_no_capital_and_hides_none() -> None:
+    learned = learn_spelling(
+        examples(*[("The cat sat :", "I saw the cat there")] * 3, *[("London is big :", "Yes, in London it is")] * 2),
+        inside=False,
+    )
+    assert not learned.names_first
+    assert learned.restore("yes, in london it is", "London is big :", "", False) == "Yes, in London it is"
+    asked = learn_spelling(examples(*[("Q : The dog is out. A :", "I see that the dog is out")] * 3), inside=False)
+    assert asked.restore("i think the cat is out", "Q : The cat ? A :", "", False) == "I think the cat is out"
+    lost = Spelling(True, False, {"i": "I"})
+    assert lost.restore("sorry that i lost it", "I lost it. Help :", "", False) == "Sorry that I lost it"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "prompt"),
+    [
+        ("It's the economy, and I'm told they don't see Ann's T", "size S, M or T of I, LL and Ann"),
+        ("At 5 p.m. on mondays, e.g. today, well ... maybe. So", "when ?"),
+        ("iPhone 12 costs 500. eBay sells it. Ebony", "iPhone 12, eBay"),
+        ("I saw ann at home", "question : WAS ANN AT HOME? answer :"),
+        ("Málaga is near A4 and McDonald", unicodedata.normalize("NFD", "Málaga | A4 | McDonald")),
+    ],
+)
+def test_contractions_initials_and_odd_names_are_spelled_right(wanted: str, prompt: str) -> None:
+    assert Spelling(True, True, {"i": "I"}).restore(fold(wanted), prompt, "", False) == wanted
+
+
+def test_a_long_prompt_takes_time_in_proportion_to_its_length() -> None:
+    started = time.perf_counter()
+    Spelling(True, True, {}).restore("the x the y " * 50, "the " * 5_000, "", False)
+    assert time.perf_counter() - started < 5, "half a second; it was nine where rows of words were copied"
+
+
 def test_what_fills_a_gap_begins_a_sentence_only_behind_the_end_of_one() -> None:
     learned = learn_spelling([Example("The band was", "in Rome.", "very good", None)], inside=True)
     assert learned.restore("the trip to rome", "It ended.", "In Rome it was hot.", True) == "The trip to Rome"
     assert learned.restore("was the", "It", "end.", True) == "was the"
     assert learned.restore("the band", "", "played.", True) == "The band"
+    assert learned.restore("the trip", 'He said "no."', "went on", True) == "The trip"
+    assert Spelling(True, False, {}).restore("then ann", "", "Ann went home", True) == "Then Ann"
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -65,6 +102,11 @@ def test_a_run_keeps_how_its_texts_are_spelled_and_predict_and_eval_spell_so(pla
     assert ours == made.tasks[0].spelling.restore(ours.lower(), "Sun 1 :", "", False) != ours.lower()
     good("eval", "mine", "--predictions", "said", "--quiet")
     assert all(line.split("\t")[2][:1].isupper() for line in Path("said").read_text().splitlines()[1:])
+    Path("other.toml").write_text(
+        'template = "{text} : {answer}"\nanswer_column = "answer"\nanswer_tokens = 9\n[data]\ndev = "mine-rows.jsonl"\n'
+    )
+    assert made.predict(["Sun 1"], task="other.toml")[0]["answer"] == ours, "another task that asks alike"
+    assert "SUN" not in good("info", "mine").stdout
     good("compose", "mine", "tell", "--out", "both", "--quiet")
     assert tinyld.load("both", task="mine-rows").predict(["Sun 1"])[0]["answer"] == ours
     assert tinyld.load("tell").tasks[0].spelling == Spelling(False, True, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -125,7 +125,8 @@ class Run:
             before, keys = (own, KEPT) if own else (self.tasks[0], ("template", "verbalizer", "answer_tokens"))
             if differs := unlike(to_record(before), to_record(asked), keys):
                 raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
-        return own or asked
+        spelling = next((task.spelling for task in self.tasks if task.asks == asked.asks), None)
+        return own or replace(asked, spelling=spelling)
 
     def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns.

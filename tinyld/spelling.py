@@ -6,17 +6,22 @@ Text only: no tokens, no torch.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinyld.writing import WORD, fold
+from tinyld.config import check
+from tinyld.writing import MARKS, fold
 
 if TYPE_CHECKING:
     from tinyld.rows import Example
 
-START = re.compile(rf"(?:^|[.!?]['\")]*\s+)['\"(]*(?={WORD})")  # before the first word of a sentence
+WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contraction is none: it's, we'll
+END = r"(?<!\b[^\W\d_])(?<!\.\.)[.!?]['\")]*"  # of a sentence; not of initials (p.m.), nor what is left open ...
+FIRST = re.compile(rf"(?:^|{END}\s+)['\"(]*(?={WORD})")  # before the first word of a sentence
+FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
 
@@ -29,72 +34,94 @@ class Spelling:
     """
 
     starts: bool  # a sentence begins with a capital
-    names_first: bool  # the capital of a prompt's first word is the word's own, as of a name
+    names_first: bool  # the capital of a prompt's first words is the words' own, as of names
     words: dict[str, str]  # word, folded -> as it is spelled inside a sentence
+
+    def __post_init__(self) -> None:
+        check(all(self.words.values()), "words has an empty one")
 
     def restore(self, text: str, before: str, after: str, inside: bool) -> str:
         """A text that was written between `before` and `after`; `inside` a text of theirs, or else by itself."""
-        said = list(re.finditer(WORD, text))
-        first = _first_words(text)
-        if said and inside and before and before[-1] not in ".!?":
+        said, first = list(re.finditer(WORD, text)), _places(FIRST, text)
+        if said and inside and before and not re.search(rf"{END}$", before):
             first.discard(said[0].start())
         out, end = "", 0
-        for word, (told, in_a_row) in zip(said, self.told([w[0] for w in said], before, after), strict=True):
+        for word, (told, in_a_row) in zip(said, self.told([w[0] for w in said], before, after, inside), strict=True):
             spelled = told if in_a_row else self.words.get(fold(word[0]), told)
-            starts = self.starts and word.start() in first
-            out += text[end : word.start()] + (spelled[0].upper() + spelled[1:] if starts else spelled)
+            if self.starts and word.start() in first and spelled.islower():  # not iPhone
+                spelled = spelled[0].title() + spelled[1:]
+            out += text[end : word.start()] + spelled
             end = word.end()
         return out + text[end:]
 
-    def told(self, words: Sequence[str], before: str, after: str) -> list[tuple[str, bool]]:
+    def told(self, words: Sequence[str], before: str, after: str, inside: bool) -> list[tuple[str, bool]]:
         """Each word as the prompt spells it, or as it is; and whether it stands there in a row with a neighbour."""
-        spelled = self._words_of(before, after)
-        keys, theirs, places = list(map(fold, words)), list(map(fold, spelled)), defaultdict[str, list[int]](list)
+        source = _asked(before, after, inside)
+        asked, first = list(re.finditer(WORD, source)), set() if self.names_first else _places(FIRST_ASKED, source)
+        theirs, places = [fold(word[0]) for word in asked], defaultdict[str, list[int]](list)
         for place, key in enumerate(theirs):
             places[key].append(place)
-        found: list[tuple[str, bool]] = []
-        while (i := len(found)) < len(keys):
-            count, place = max(((_alike(keys[i:], theirs[p:]), -p) for p in places[keys[i]]), default=(0, 0))
-            found += [(word, count > 1) for word in spelled[-place : count - place]] if count else [(words[i], False)]
+        keys, found = list(map(fold, words)), list[tuple[str, bool]]()
+
+        def in_a_row(place: int) -> int:
+            """How many words from here on are those of the prompt from `place` on."""
+            i, most = len(found), min(len(keys) - len(found), len(theirs) - place)
+            return next((n for n in range(most) if keys[i + n] != theirs[place + n]), most)
+
+        def spelled(place: int) -> str:
+            word = asked[place][0]
+            by_its_place = asked[place].start() in first and _capitalised(word)
+            return self.words.get(theirs[place], word.lower()) if by_its_place else word
+
+        while len(found) < len(keys):
+            count, place = max(((in_a_row(p), -p) for p in places[keys[len(found)]]), default=(0, 0))
+            row = [(spelled(i - place), count > 1) for i in range(count)]
+            found += row or [(words[len(found)], False)]
         return found
 
-    def _words_of(self, before: str, after: str) -> list[str]:
-        """The prompt's words; of one in capitals alone, whose spelling says nothing, none."""
-        source = f"{before} | {after}" if before else after
-        first = set() if self.names_first else _first_words(source)
-        words = [] if source.isupper() else re.finditer(WORD, source)
-        return [w[0].lower() if w.start() in first and w[0].istitle() else w[0] for w in words]
+
+def _asked(before: str, after: str, inside: bool) -> str:
+    """A prompt's text; nothing of one whose words are mostly in capitals, which say nothing."""
+    source = f"{before} ~ {after}" if before or inside else after
+    source = unicodedata.normalize("NFC", source).translate(MARKS)
+    long = [word for word in re.findall(WORD, source) if len(word) > 1]
+    return "" if 2 * sum(map(str.isupper, long)) > len(long) else source
 
 
-def _alike(some: Sequence[str], others: Sequence[str]) -> int:
-    """How many words two lists have in common before they differ."""
-    return next((i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others)))
+def _capitalised(word: str) -> bool:
+    return word[0].isupper() and word[1:].islower()
 
 
-def _first_words(text: str) -> set[int]:
-    """Where the first word of each sentence begins."""
-    return {found.end() for found in START.finditer(text)}
+def _places(pattern: re.Pattern[str], text: str) -> set[int]:
+    """Where the words begin that stand first."""
+    return {found.end() for found in pattern.finditer(text)}
 
 
 def learn_spelling(examples: Sequence[Example], inside: bool) -> Spelling:
     """How the answers of examples are spelled: what `restore` needs to know to spell most words of them right."""
     examples = examples[:: -(-len(examples) // LEARNED)]
-    wholes = [f"{e.before if inside else ''} {e.answer}".lstrip(" '\"(") for e in examples]
-    capital = sum(text[:1].isupper() for text in wholes) * 2 > sum(text[:1].isalpha() for text in wholes)
-    agreed, wrong, spelled = Counter[bool](), Counter[str](), defaultdict[str, Counter[str]](Counter)
-    by_prompt = Spelling(capital, True, {})
-    for example in examples:
-        prompt, first = re.findall(WORD, example.before)[:1], _first_words(example.answer)
-        said = list(re.finditer(WORD, example.answer))
-        told = by_prompt.told([fold(word[0]) for word in said], example.before, example.after)
-        for word, (guess, in_a_row) in zip(said, told, strict=True):
-            key = fold(word[0])
-            if word.start() not in first and not in_a_row:
-                spelled[key][word[0]] += 1
-                wrong[key] += guess != word[0]
-            if word.start() not in first and prompt and key == fold(prompt[0]) and prompt[0].istitle():
-                agreed[word[0] == prompt[0]] += 1
+    answers = [unicodedata.normalize("NFC", e.answer).translate(MARKS) for e in examples]
+    wholes = [f"{e.before if inside else ''} {text}".lstrip(" '\"(") for e, text in zip(examples, answers, strict=True)]
+    starts = 2 * sum(text[:1].isupper() for text in wholes) > sum(text[:1].isalpha() for text in wholes)
+    first = [_places(FIRST, text) for text in answers]
+    said = [[w[0] for w in re.finditer(WORD, t) if w.start() not in f] for t, f in zip(answers, first, strict=True)]
+    agreed = Counter[bool]()
+    for example, words in zip(examples, said, strict=True):
+        source = _asked(example.before, example.after, inside)
+        begin = _places(FIRST_ASKED, source)
+        asked = [w[0] for w in re.finditer(WORD, source) if w.start() in begin]
+        own = {fold(word): word for word in asked if _capitalised(word)}
+        agreed.update(word == own[fold(word)] for word in words if fold(word) in own)
+    by_prompt = Spelling(starts, agreed[True] >= agreed[False], {})
+    wrong, spelled = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    for example, text, begin in zip(examples, answers, first, strict=True):
+        words = list(re.finditer(WORD, text))
+        told = by_prompt.told([fold(w[0]) for w in words], example.before, example.after, inside)
+        for word, (guess, in_a_row) in zip(words, told, strict=True):
+            if word.start() not in begin and not in_a_row:
+                spelled[fold(word[0])][word[0]] += 1
+                wrong[fold(word[0])] += guess != word[0]
     usual = {key: words.most_common(1)[0] for key, words in spelled.items()}
     mended = {key: wrong[key] - (spelled[key].total() - count) for key, (_, count) in usual.items()}
     kept = sorted((key for key in usual if mended[key] > 0), key=lambda key: (-mended[key], key))[:MOST]
-    return Spelling(capital, agreed[True] >= agreed[False], {key: usual[key][0] for key in kept})
+    return Spelling(starts, by_prompt.names_first, {key: usual[key][0] for key in kept})

@@ -112,7 +112,8 @@ class Tokenizer:
             first, alone, blank = map(self._ids, ("a b", "b", " b"))
             self.blank = " " if not self.is_wordpiece and len(blank) == 1 and first[1:] != alone else ""
             self.decode(self.encode("it's a \u6f22 n't -- try [MASK]"))
-            self.lowers = self._ids("A Word") == self._ids("a word")  # so that nothing tells what is a capital
+            plain = inner.normalizer and inner.normalizer.normalize_str("A Wörd")
+            self.lowers = plain == "a word"  # so that nothing tells what had a capital or an accent
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -202,9 +203,9 @@ class Tokenizer:
 def parse_tokenizer(content: bytes, path: Path) -> tuple[HFTokenizer, Any]:
     """(what a `tokenizer.json` holds, the roles that one of ours says)."""
     raw = parse_json(content, path, dict)
-    roles = raw.pop("roles", None)
+    has_roles, roles = "roles" in raw, raw.pop("roles", None)
     with library(path):
-        text = decode(content, path) if roles is None else json.dumps(raw)
+        text = json.dumps(raw) if has_roles else decode(content, path)
         return HFTokenizer.from_str(text), check_type(roles, dict | None, f"{path}: roles")
 
 

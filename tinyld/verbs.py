@@ -43,7 +43,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
     for i, member in enumerate(config.get("members", ()), 1):
         record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
     for part in ("task", "method", "model", "base", "data"):
-        record |= {f"{part} {name}": value for name, value in config.get(part, {}).items()}
+        record |= {f"{part} {name}": v for name, v in config.get(part, {}).items() if name != "spelling"}  # long
     record |= config.get("parameters", {}) | results.get("pretrain", {}) | results.get("finetune", {})
     for key, found in results.get("eval", {}).items():
         shares = [f"{100 * found[name]:.1f}" for name in ("accuracy", "low", "high") if name in found]
