@@ -7,11 +7,13 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from tinyld.evaluate import label_logp
 from tinyld.finetuning import EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions, EvalOptions
+from tinyld.progress import Progress
 from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval
@@ -169,6 +172,28 @@ def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
     assert "longer" not in cli(place / "mood", "--quiet", text="\n".join(texts)).stderr
     assert cli(place / "mood", text="").stdout == ""
     assert [r["text"] for r in records(place / "mood", text=b"\xef\xbb\xbfrain\r\nsun\r\n")] == ["rain", "sun"]
+
+
+@pytest.mark.parametrize("name", ["tell", "mood"])
+def test_answering_a_file_says_how_far_it_is(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyld.texts.Progress", partial(Progress, every=0.0))
+    monkeypatch.setattr("tinyld.texts.CHUNK", 30)
+    monkeypatch.setattr("tinyld.texts.WRITTEN", 30)
+    Path("new.txt").write_text("rain\n" * 40)
+    ran = cli(place / name, "new.txt", "--out", "out.jsonl")
+    shares = [int(n) for n in re.findall(r"predict (\d+)%", ran.stderr)]
+    assert shares == sorted(shares) and shares[-1] == 100 and 75 in shares
+    assert "rows/s eta" in ran.stderr
+    if name == "tell":
+        assert {n for n in shares if n < 75}, "a pass over a batch gets on, too"
+    assert "predict" not in cli(place / name, "new.txt", "--out", "out.jsonl", "--quiet").stderr
+    assert cli(place / name, text="rain\n").stderr == ""
+
+
+def test_a_bad_row_of_a_file_is_known_before_the_first_is_answered(place: Path) -> None:
+    Path("new.csv").write_text("id,text\n" + "1,rain\n" * 3000 + "1,rain,sun\n")
+    ran = cli(place / "mood", "new.csv")
+    assert ran.exit_code == 1 and "line 3002: 3 columns" in ran.stderr and ran.stdout == ""
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,18 @@ Record = dict[str, Any]
 
 
 @torch.no_grad()
-def answers(run: Any, task: Task, examples: Sequence[Example], sampling: SampleConfig) -> list[Record]:
-    """What a `predict.Run` finds of each example for a task."""
+def answers(
+    run: Any,
+    task: Task,
+    examples: Sequence[Example],
+    sampling: SampleConfig,
+    advance: Callable[[float], None] = lambda done: None,
+) -> list[Record]:
+    """What a `predict.Run` finds of each example for a task; `advance` gets how many are done."""
     found: list[Record] = [{}] * len(examples)
     rows = run.rows(examples, task)
     with autocast(run.model.device, resolve_dtype(run.dtype, run.model.device)):
-        for part in answered(run.model, rows, run.base.tokenizer, sampling):
+        for part in answered(run.model, rows, run.base.tokenizer, sampling, advance=advance):
             columns = {} if part.scores is None else by_label(part.scores, task.labels)
             columns |= {"decoded" if columns else "answer": part.written, "truncated": rows.cut[part.chosen].tolist()}
             if run.is_composition:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,9 +72,16 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def answered(
-    model: Denoiser, rows: TaskRows, tokenizer: Tokenizer, sampling: SampleConfig, write: bool = True
+    model: Denoiser,
+    rows: TaskRows,
+    tokenizer: Tokenizer,
+    sampling: SampleConfig,
+    write: bool = True,
+    advance: Callable[[float], None] = lambda done: None,
 ) -> Iterator[Answered]:
-    """Decodes the answers of all rows, batch by batch, and scores every label's."""
+    """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
+    of those that are written so much as has no mask any more."""
+    done = 0
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
@@ -90,6 +98,7 @@ def answered(
             out, used = decode(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
+                partial(written_of, advance, done, batch.answer_mask, tokenizer.mask_id),
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
             if (spelling := rows.task.spelling) is not None:
@@ -100,7 +109,14 @@ def answered(
         seconds = time.perf_counter() - started
         if answers:
             scores = label_logp(model, batch, answers, tokenizer) if logits is None else logits[:, words]
+        done += len(chosen)
+        advance(done)
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
+
+
+def written_of(advance: Callable[[float], None], before: int, slots: Tensor, mask_id: int, x: Tensor) -> None:
+    """Tells `advance` how many rows are done: those `before`, and of rows x (B, L) what share of their slots is."""
+    advance(before + len(x) * float((x != mask_id)[slots].float().mean()))
 
 
 @torch.no_grad()
@@ -111,7 +127,7 @@ def evaluate(
     sampling: SampleConfig | None = None,
     draws: int = 4,
     answer: bool = True,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Callable[[float], None] = lambda done: None,
 ) -> Evaluation:
     """Decodes every row's answer and, separately, scores it.
 
@@ -122,14 +138,13 @@ def evaluate(
     assert answer or task.is_generation
     written, scored = np.full(n, "", dtype=object), np.full(n, UNREADABLE)
     nll, tokens = torch.zeros(2, n)
-    passes, seconds, done = 0, 0.0, 0
-    for found in answered(model, rows, tokenizer, sampling or SampleConfig(), answer):
+    passes, seconds = 0, 0.0
+    for found in answered(model, rows, tokenizer, sampling or SampleConfig(), answer, advance):
         written[found.chosen] = found.written
         if found.scores is not None:
             scored[found.chosen] = found.scores.argmax(1).cpu().numpy()
         nll[found.chosen], tokens[found.chosen] = answer_nll(model, found, rows, tokenizer, draws)
-        passes, seconds, done = passes + found.passes, seconds + found.seconds, done + len(found.chosen)
-        advance(done)
+        passes, seconds = passes + found.passes, seconds + found.seconds
     texts, right, scores = list(written), [example.right for example in rows.examples], {}
     if task.labels:  # an answer must be the whole of a label's words
         label_of = {tokenizer.decode(ids): label for label, ids in enumerate(answer_ids(task, tokenizer))}

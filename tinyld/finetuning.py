@@ -189,7 +189,7 @@ def train_adapter(
         if training.steps is not None and training.steps * training.batch_size < len(train_rows):
             reason = reason or "in so few updates no row is read twice"
         if reason is None:
-            with low(), Progress("cache", len(train_rows), quiet=quiet) as bar:
+            with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:
                 noise = with_states(noise, model, train_rows, bar.advance_to)
         elif model.push is not None and model.push.first_depth > 0:
             say(f"frozen states are not cached: {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -128,8 +128,16 @@ class Run:
         spelling = next((task.spelling for task in self.tasks if task.asks == asked.asks), None)
         return own or replace(asked, spelling=spelling)
 
-    def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
+    def answer(
+        self,
+        rows: Sequence[tuple[str, Record]],
+        task: Task,
+        sampling: SampleConfig,
+        advance: Callable[[float], None] = lambda done: None,
+    ) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns.
+
+        `advance` gets how many rows are done.
 
         Rows of a composition whose tasks ask alike go each to the adapter whose prompts it is like.
         """
@@ -140,8 +148,11 @@ class Run:
         if self.asks_alike and task is self.tasks[0] and self.base.model.push.router.only is None:
             nearest = self.base.model.push.router.nearest(task_features(self.base, self.rows(examples, task)))
             parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
+        done = 0
         for own, which in parts:
-            found = answers(self, own, [examples[i] for i in which], sampling) if which else []
+            asked = [examples[i] for i in which]
+            found = answers(self, own, asked, sampling, lambda n, done=done: advance(done + n)) if asked else []
+            done += len(which)
             for i, record in zip(which, found, strict=True):
                 records[i] |= record
         for record in records if task.is_infill else ():
@@ -241,7 +252,13 @@ class Runs:
             found.setdefault(key, []).append(name)
         return list(found.values())
 
-    def answer(self, rows: Sequence[tuple[str, Record]], task: Task, sampling: SampleConfig) -> list[Record]:
+    def answer(
+        self,
+        rows: Sequence[tuple[str, Record]],
+        task: Task,
+        sampling: SampleConfig,
+        advance: Callable[[float], None] = lambda done: None,
+    ) -> list[Record]:
         examples_of(rows, task)  # refuses rows that lack a column
         if not rows:
             return []

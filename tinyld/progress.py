@@ -18,11 +18,12 @@ def say(line: str, end: str = "\n") -> None:
 class Progress:
     """On a terminal one line that is written anew, elsewhere a line every `every` seconds; nothing when `quiet`.
 
-    `total` is in the unit that `advance_to` gets: rows, bytes, or the share of a budget.
+    `total` is in what `advance_to` gets: rows, bytes, or the share of a budget; where that has a `unit`, it is told how
+    many are done a second.
     """
 
-    def __init__(self, label: str, total: float, quiet: bool = False, every: float = 15.0):
-        self.label, self.total, self.quiet, self.every = label, total, quiet, every
+    def __init__(self, label: str, total: float, quiet: bool = False, every: float = 15.0, unit: str = ""):
+        self.label, self.total, self.quiet, self.every, self.unit = label, total, quiet, every, unit
         self.now = self.rate = self.note = ""
         self.done = 0.0
         # Where the work stood at the first report: a resumed run begins late, and what comes before it takes time too.
@@ -44,6 +45,8 @@ class Progress:
         begun, started = self.begun = self.begun or (done, now)
         if done > begun:
             self.ends = now + (now - started) * (self.total - done) / (done - begun)
+            if self.unit:
+                self.rate = f"{(done - begun) / max(now - started, 1e-9):,.1f} {self.unit}/s"
         self._report()
 
     def _report(self) -> None:

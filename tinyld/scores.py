@@ -69,7 +69,7 @@ def measure(run: Run, rows: TaskRows, sampling: SampleConfig, draws: int = 4, qu
     """What `run` makes of rows, with a bar of progress."""
     model = run.base.model
     arithmetic = autocast(model.device, resolve_dtype(run.dtype, model.device))
-    with Progress(f"eval {rows.task.name}", len(rows), quiet=quiet) as bar, arithmetic:
+    with Progress(f"eval {rows.task.name}", len(rows), quiet=quiet, unit="rows") as bar, arithmetic:
         return evaluate(model, rows, run.base.tokenizer, sampling, draws, advance=bar.advance_to)
 
 
@@ -139,7 +139,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
         device, stream = base.model.device, tokenize(read_lines(files), base.tokenizer).stream
         rows = TextRows(stream, base.model.config.max_length, base.tokenizer.bos_id)
         arithmetic = autocast(device, resolve_dtype(options.dtype, device))
-        with Progress("eval text", len(rows), quiet=options.quiet) as bar, arithmetic:
+        with Progress("eval text", len(rows), quiet=options.quiet, unit="rows") as bar, arithmetic:
             return text_nll(base.model, rows, base.tokenizer.mask_id, options.draws, advance=bar.advance_to)
 
     records, of_bases = [], dict[tuple[Any, ...], Estimate]()

@@ -19,24 +19,26 @@ from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
+from tinyld.progress import Progress
 from tinyld.read import decode
 from tinyld.rows import LONGEST, SUFFIXES, files_of, read_rows
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
-CHUNK = 1024  # rows of a file that are read, sorted by length, and answered together
+CHUNK, WRITTEN = 1024, 256  # rows of a file that are read, sorted by length, and answered together; of written ones
 READ = 1 << 17  # bytes of text read at once: some thousand lines
 HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSON leaves as they are
 Rows = list[tuple[str, Record]]  # where each stands, column -> value
 
 
-def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iterator[Rows]:
-    """The rows to answer, in parts. columns: what the task reads; a text alone is enough where it is one."""
+def chunks(options: PredictOptions, source: str, columns: Sequence[str], size: int) -> tuple[int, Iterator[Rows]]:
+    """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). columns: what the task
+    reads; a text alone is enough where it is one. A file is read whole first, so that a bad row is known at once."""
     path, column, piped = Path(source), options.column, source == "-"
     lines = piped or path.suffix.lower() == ".txt"
     check(not options.text or piped, "give a file or --text, not both")
     check(column is None or not lines, "--column is for a file with columns; a line is one text")
-    one = len(columns) == 1
+    one, total = len(columns) == 1, len(options.text)
     check(one or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
     check(one or not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
     if options.text:
@@ -46,13 +48,16 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str]) -> Iter
     else:
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
-        rows = read_rows(path, empty=True)
-        parts = iter(lambda: list(islice(rows, CHUNK)), [])
+        total, rows = sum(1 for _ in read_rows(path, empty=True)), read_rows(path, empty=True)
+        parts = iter(lambda: list(islice(rows, size)), [])
     column = "text" if lines else column
-    for part in parts:
-        for where, row in part if column is not None else ():
-            check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-        yield part if column is None else [(where, under({column: columns[0]}, row)) for where, row in part]
+    return total, (part if column is None else [renamed(column, columns[0], *row) for row in part] for part in parts)
+
+
+def renamed(column: str, name: str, where: str, row: Record) -> tuple[str, Record]:
+    """A row whose column of that name is called otherwise."""
+    check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
+    return where, under({column: name}, row)
 
 
 def piped_lines() -> Iterator[Rows]:
@@ -100,18 +105,21 @@ def predict(options: PredictOptions) -> None:
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header: list[str] = []
     whole, truncated, total = [], 0, 0
-    for rows in chunks(options, source, input_columns(task)):
-        records = run.answer(rows, task, sampling)
-        if as_csv:
-            lines = csv_lines(records, header, labels, is_file=out is not None)
-        else:
-            lines = [table_line(r) if as_table else json_line(r, ascii_only) for r in records]
-        if out is None:
-            print("".join(lines), end="", flush=True)
-        else:
-            whole += lines
-        total += len(records)
-        truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
+    rows_in_all, parts = chunks(options, source, input_columns(task), WRITTEN if task.is_generation else CHUNK)
+    shown = out is not None or not sys.stdout.isatty()  # else the answers themselves are, on the same terminal
+    with Progress("predict", rows_in_all, quiet=options.quiet or not shown or not rows_in_all, unit="rows") as bar:
+        for rows in parts:
+            records = run.answer(rows, task, sampling, lambda done, before=total: bar.advance_to(before + done))
+            if as_csv:
+                lines = csv_lines(records, header, labels, is_file=out is not None)
+            else:
+                lines = [table_line(r) if as_table else json_line(r, ascii_only) for r in records]
+            if out is None:
+                print("".join(lines), end="", flush=True)
+            else:
+                whole += lines
+            total += len(records)
+            truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
