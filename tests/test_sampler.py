@@ -270,6 +270,43 @@ def test_the_first_pass_takes_the_median_length(
     assert all(count <= length for count in recording.passes[1:])
 
 
+def sure_of(start: int, lengths: dict[int, float]) -> Callable[[Tensor], Tensor]:
+    """Logits of texts that have 2 to 4 tokens, each as likely, and are as sure of a token as their length says."""
+
+    def logits(x: Tensor) -> Tensor:
+        found = hazards({2: 1 / 3, 3: 0.5, 4: 1 - 1e-6}, start)(x)
+        for row in range(len(x)):
+            length = int((x[row] == EOS).float().argmax()) - start
+            if length in lengths:
+                found[row, :, 7] = torch.tensor((1 - lengths[length]) / lengths[length]).log()
+        return found
+
+    return logits
+
+
+def test_of_several_lengths_the_likeliest_text_is_taken(tokenizer: Tokenizer) -> None:
+    batch, start = slot(tokenizer, 6)
+
+    def length(lengths: int, sure: dict[int, float]) -> int:
+        out, _ = decoded(giving(sure_of(start, sure)), batch, EOS, lengths=lengths, threshold=1.0)
+        return int((out[batch[1]] == 6).sum())
+
+    assert length(1, {2: 0.9, 3: 0.6, 4: 0.7}) == 3, "the median"
+    assert length(2, {2: 0.9, 3: 0.6, 4: 0.7}) == 4 and length(3, {2: 0.9, 3: 0.6, 4: 0.7}) == 2
+    assert length(3, {2: 0.6, 3: 0.7, 4: 0.6}) == 3
+    _, passes = decoded(giving(sure_of(start, {2: 0.9, 3: 0.6, 4: 0.7})), batch, EOS, threshold=1.0)
+    assert passes == 1 + 2 + 3 + 1, "the first pass is one for all lengths"
+
+
+def test_an_empty_text_is_taken_where_most_are_and_else_never(tokenizer: Tokenizer) -> None:
+    batch, start = slot(tokenizer, 6)
+    for chance, written in ((0.6, 0), (0.4, 3)):
+        recording = giving(hazards({0: chance, 3: 0.99}, start))
+        out, passes = decoded(recording, batch, EOS, threshold=1.0)
+        assert int((out[batch[1]] == 6).sum()) == written
+        assert passes == (1 if written == 0 else 2), "of a length twice one is written"
+
+
 def test_what_is_sure_is_written_with_the_length_if_that_is_sure(tokenizer: Tokenizer) -> None:
     batch, start = slot(tokenizer, 6)
     for chance, passes in ((0.97, 1), (0.7, 2)):

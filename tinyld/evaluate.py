@@ -81,7 +81,7 @@ def answered(
 ) -> Iterator[Answered]:
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
     of those that are written so much as has no mask any more."""
-    done = 0
+    done, lengths = 0, sampling.lengths if rows.open_ended and sampling.temperature == 0 else 1
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
@@ -98,7 +98,7 @@ def answered(
             out, used = decode(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
-                partial(written_of, advance, done, batch.answer_mask, tokenizer.mask_id),
+                partial(written_of, advance, done, batch.answer_mask, tokenizer.mask_id, lengths),
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
             if (spelling := rows.task.spelling) is not None:
@@ -114,9 +114,12 @@ def answered(
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
 
 
-def written_of(advance: Callable[[float], None], before: int, slots: Tensor, mask_id: int, x: Tensor) -> None:
-    """Tells `advance` how many rows are done: those `before`, and of rows x (B, L) what share of their slots is."""
-    advance(before + len(x) * float((x != mask_id)[slots].float().mean()))
+def written_of(
+    advance: Callable[[float], None], before: int, slots: Tensor, mask_id: int, lengths: int, x: Tensor, nth: int
+) -> None:
+    """Tells `advance` how many rows are done: those `before`, and of rows x (B, L) the share that is written, of which
+    this is the nth of some lengths."""
+    advance(before + len(x) * (nth + float((x != mask_id)[slots].float().mean())) / lengths)
 
 
 @torch.no_grad()

@@ -122,6 +122,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         unread = [] if self.sampler == "klass" else ["kl"]
         unread += [] if self.sampler in THRESHOLDS else ["threshold", "least"]
         unread += ["seed"] if self.temperature == 0 and self.sampler != "ancestral" else []
+        unread += ["lengths"] if self.temperature > 0 else []
         way_out = f"threshold and least go with {', '.join(THRESHOLDS)}, kl with klass, seed with what is drawn"
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
@@ -130,7 +131,8 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
         if width == 1:
             more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
-            refuse_idle(self, ["steps", "threshold", "least", "kl", "draws", *more], "where every answer is one token")
+            more += ["steps", "threshold", "least", "lengths", "kl", "draws"]
+            refuse_idle(self, more, "where every answer is one token")
 
 
 class Training(OnDevice, Written, Printed, Loop):
@@ -227,6 +229,7 @@ class SampleOptions(Answering):
     num: int = option(3, "How many samples.", "Writing", least=1)
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
+    lengths: int = option(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 

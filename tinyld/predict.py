@@ -191,9 +191,10 @@ class Run:
         row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
         slot = slice(len(head), len(head) + length)
         at_once = model.rows_at_once(total, num, length)
+        check(watch is None or sampling.lengths == 1, "the steps of one length are shown: leave lengths as it is")
         check(watch is None or num <= at_once, f"the steps of at most {at_once} such texts are shown; lower --num")
 
-        def steps(x: Tensor) -> None:
+        def steps(x: Tensor, nth: int) -> None:
             slots = x[:, slot].tolist()
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 

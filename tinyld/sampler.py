@@ -5,11 +5,14 @@ the text: training never scores it, so the chance of [EOS] at a position is a ha
 that it comes so far*. Before anything is written, the product of the hazards is a distribution over lengths. The first
 pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
 token is then written in the knowledge of where its text ends. Asked again while it writes, a denoiser ends too soon:
-any finished sentence looks like an end, whatever is left to say.
+any finished sentence looks like an end, whatever is left to say. But a text of a length that does not suit it limps,
+which shows in how sure its tokens are. So it is written in several lengths, and the likeliest text is taken (length
+parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.diffusion import all_finite
+
+LENGTHS = (0.5, 0.3, 0.7, 0.15, 0.85)  # shares of the texts expected that are longer than each length that is tried
 
 
 @torch.no_grad()
@@ -35,30 +40,59 @@ def decode(
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
-    slot. The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch.
-    `watch` is called with x after every pass.
+    slot. Passes count in all lengths that a text is written in. `watch` is called after every pass with x, and with
+    which of `config.lengths` it is of.
     """
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
-    x = torch.where(answer_mask, mask_id, x)
-    inside = answer_mask.clone()  # the slot, up to the end once that is known
-    attended, prompt_mask = attention_mask.clone(), attention_mask & ~answer_mask
-    passes, step = torch.zeros(len(x), dtype=torch.long), 0
+    x, prompt_mask = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask
+    if eos_id is None:
+        masks = answer_mask, attention_mask, prompt_mask
+        return fill_in(denoiser, x, *masks, mask_id, forbidden, config, generator, watch and partial(watch, nth=0))[:2]
+    real = None if bool(attention_mask.all()) else attention_mask
+    first = all_finite(denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask))
+    first[:, forbidden] = -torch.inf
+    hazard, never = spread(first.softmax(-1)[:, eos_id], answer_mask), [*forbidden, eos_id]
+    best, passes, tried = x, torch.ones(len(x), dtype=torch.long), list[Tensor]()
+    likeliest = torch.full((len(x),), -torch.inf, device=x.device)  # a token, of the best
+    for nth, chance in enumerate(LENGTHS[: config.lengths] if config.temperature == 0 else [None]):
+        ends, share = choose_ends(hazard, chance, generator)
+        behind = answer_mask & (ends.cumsum(1) > 0)
+        lengths = (answer_mask & ~behind).sum(1)
+        is_new = torch.stack([likeliest < torch.inf, *(lengths != n for n in tried)]).all(0)
+        tried.append(lengths)
+        inside = answer_mask & ~behind & is_new[:, None]
+        out, used, score = fill_in(
+            denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
+            never, config, generator, watch and partial(watch, nth=nth), first[inside[answer_mask]], share,
+        )  # fmt: skip
+        empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
+        sure = torch.where(lengths == 0, empty, score / lengths).where(is_new, -torch.inf)
+        best = torch.where((sure > likeliest)[:, None], out, best)
+        passes, likeliest = passes + used, torch.maximum(likeliest, sure)
+    return best, passes
+
+
+def fill_in(
+    denoiser: Any, x: Tensor, inside: Tensor, attended: Tensor, prompt_mask: Tensor, mask_id: int,
+    forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None,
+    first: Tensor | None = None, share: Any = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written).
+
+    The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are
+    the logits at the masks where a pass was made already, and `share` how likely the rows' lengths are.
+    """
+    x, step = x.clone(), 0
+    passes, score = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
-        masked, real = whole[rows, :length], attended[rows, :length]
-        told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
-        logits = all_finite(denoiser(x[rows, :length], *told, where=masked))  # (N, V)
+        masked, real, logits = whole[rows, :length], attended[rows, :length], first
+        if logits is None:
+            told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
+            logits = all_finite(denoiser(x[rows, :length], *told, where=masked))  # (N, V)
+            passes[rows.cpu()] += 1
         logits[:, forbidden] = -torch.inf
-        share: Any = 1.0  # how likely the chosen lengths are
-        if eos_id is not None:
-            if step == 0:
-                ends, share = choose_ends(spread(logits.softmax(-1)[:, eos_id], masked), config.temperature, generator)
-                behind = masked & (ends.cumsum(1) > 0)
-                x[rows, :length] = torch.where(behind, eos_id, x[rows, :length])
-                inside[rows, :length] &= ~behind
-                attended[rows, :length] &= ~behind | ends
-            logits[:, eos_id] = -torch.inf
         logp = logits.log_softmax(-1)
         if config.temperature == 0:
             likely, token = logp.max(-1)
@@ -72,28 +106,30 @@ def decode(
             doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
             last = whole, logp
         steps = config.steps or inside[rows].sum(1, keepdim=True)
-        sure = spread(likely.exp(), masked) * share, spread(doubt, masked, torch.inf)
-        tokens = accept(*sure, masked & inside[rows, :length], config, steps, step, generator)
+        confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
+        doubts = spread(doubt, masked, torch.inf)
+        tokens = accept(confidence, doubts, masked & inside[rows, :length], config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
-        passes[rows.cpu()] += 1
-        step += 1
+        score[rows] += torch.where(tokens, spread(likely.float(), masked), 0.0).sum(1)
+        step, first = step + 1, None
         if watch is not None:
             watch(x)
-    return x, passes
+    return x, passes, score
 
 
-def choose_ends(hazard: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)).
 
-    hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere.
+    hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere. chance:
+    that a text is longer than the length that is chosen; None: it is drawn.
     """
     comes_so_far = log_survival(hazard).exp()
-    chance = comes_so_far.new_full((len(hazard), 1), 0.5)  # the median
-    if temperature > 0:
-        chance = torch.rand(chance.shape, generator=generator, device=hazard.device)
-    reached = comes_so_far <= chance
+    given = comes_so_far.new_full((len(hazard), 1), chance or 0.0)
+    if chance is None:
+        given = torch.rand(given.shape, generator=generator, device=hazard.device)
+    reached = comes_so_far <= given
     ends = reached & (reached.cumsum(1) == 1)
-    reaches = torch.cat([torch.ones_like(chance), comes_so_far], dim=1)
+    reaches = torch.cat([torch.ones_like(given), comes_so_far], dim=1)
     likely = torch.where(ends, reaches[:, :-1] - reaches[:, 1:], 0.0).sum(1, keepdim=True)
     return ends, torch.where(ends.any(1, keepdim=True), likely, reaches[:, -1:])
 

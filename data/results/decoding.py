@@ -27,7 +27,7 @@ from tinyld import evaluate as evaluation
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
 from tinyld.predict import load
-from tinyld.sampler import choose_ends, decode, spread
+from tinyld.sampler import LENGTHS, choose_ends, decode, spread
 from tinyld.scores import measure, rows_for
 from tinyld.tables import markdown
 
@@ -79,7 +79,7 @@ def mask_predict(
         logits = denoiser(x[rows], share, real[rows], prompt_mask[rows], where=where).float()
         logits[:, forbidden] = -torch.inf
         if step == 0:
-            ends, _ = choose_ends(spread(logits.softmax(-1)[:, eos_id], where), 0.0, generator)
+            ends, _ = choose_ends(spread(logits.softmax(-1)[:, eos_id], where), LENGTHS[0], generator)
             behind = where & (ends.cumsum(1) > 0)
             x, inside, real = torch.where(behind, eos_id, x), inside & ~behind, real & (~behind | ends)
             masked, total = masked & inside, (inside.sum(1) / tokens).ceil().clamp(min=1)

@@ -56,13 +56,13 @@ def denoise(run: Any, prompt: str, slot: int) -> tuple[str, list[list[str]], lis
     base.model.push = sized = Sized(base.model.push)
     tokenizer, passes = base.tokenizer, []
 
-    def watch(x: torch.Tensor) -> None:
+    def watch(x: torch.Tensor, nth: int) -> None:
         ids = x[0][batch.answer_mask[0]].tolist()[:slot]
         passes.append(["" if i == tokenizer.mask_id else tokenizer.inner.id_to_token(i) for i in ids])
 
     decode(
         base.model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
-        SampleConfig("threshold", threshold=0.7), eos_id=tokenizer.eos_id, watch=watch,
+        SampleConfig("threshold", threshold=0.7, lengths=1), eos_id=tokenizer.eos_id, watch=watch,
     )  # fmt: skip
     sizes = [sum(s) / len(s) if s else 0.0 for s in sized.sizes]
     return tokenizer.decode(batch.x0[0][: int(rows.starts[0])].tolist()), passes, sizes
