@@ -292,10 +292,10 @@ def test_of_several_lengths_the_likeliest_text_is_taken(tokenizer: Tokenizer) ->
         return int((out[batch[1]] == 6).sum())
 
     assert length(1, {2: 0.9, 3: 0.6, 4: 0.7}) == 3, "the median"
-    assert length(2, {2: 0.9, 3: 0.6, 4: 0.7}) == 4 and length(3, {2: 0.9, 3: 0.6, 4: 0.7}) == 2
+    assert length(2, {2: 0.7, 3: 0.6, 4: 0.9}) == 2 and length(3, {2: 0.7, 3: 0.6, 4: 0.9}) == 4
     assert length(3, {2: 0.6, 3: 0.7, 4: 0.6}) == 3
-    _, passes = decoded(giving(sure_of(start, {2: 0.9, 3: 0.6, 4: 0.7})), batch, EOS, threshold=1.0)
-    assert passes == 1 + 2 + 3 + 1, "the first pass is one for all lengths"
+    _, passes = decoded(giving(sure_of(start, {2: 0.9, 3: 0.6, 4: 0.7})), batch, EOS, lengths=3, threshold=1.0)
+    assert passes == 1 + 2 + 1 + 3, "the first pass is one for all lengths"
 
 
 def test_an_empty_text_is_taken_where_most_are_and_else_never(tokenizer: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.diffusion import all_finite
 
-LENGTHS = (0.5, 0.3, 0.7, 0.15, 0.85)  # shares of the texts expected that are longer than each length that is tried
+LENGTHS = (0.5, 0.7, 0.3, 0.85, 0.15)  # shares of the texts expected that are longer than each length that is tried
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Samplers side by side: what is written, in how many passes, how fast.
 
-    python data/results/decoding.py FILE.csv RUN dev 96 low_confidence threshold threshold,threshold=0.8 kept,every=8
+    python data/results/decoding.py FILE.csv RUN dev 96 low_confidence,lengths=1 threshold threshold,lengths=1
 
 A sampler is its name and settings of `SampleConfig`, or one of these, which are here alone:
 - `llada`: LLaDA's loop (arXiv 2502.09992): no length is chosen, a slot is filled to its end, a token a pass;
@@ -67,7 +67,7 @@ class KeptPrompt:
 
 def mask_predict(
     denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
-    config: SampleConfig, generator: torch.Generator, eos_id: int, tokens: int,
+    config: SampleConfig, generator: torch.Generator, eos_id: int, watch: Any, tokens: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tinyld.sampler.decode` by Mask-Predict."""
     masked, inside, real = answer_mask.clone(), answer_mask.clone(), attention_mask.clone()
