@@ -267,9 +267,9 @@ def test_many_samples_are_those_of_few_whatever_is_written_at_once(
     monkeypatch.setattr(Denoiser, "rows_at_once", lambda self, length, most, asked=0: min(most, 2))
     assert run.fill("rain", 4, 5, SampleConfig()) == whole
     with pytest.raises(tinyld.UsageError, match="the steps of at most 2 such texts"):
-        run.fill("rain", 4, 5, SampleConfig(lengths=1), print)
+        run.fill("rain", 4, 5, SampleConfig(), print)
     with pytest.raises(tinyld.UsageError, match="the steps of one length"):
-        run.fill("rain", 4, 2, SampleConfig(), print)
+        run.fill("rain", 4, 2, SampleConfig(lengths=2), print)
 
 
 def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:

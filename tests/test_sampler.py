@@ -302,7 +302,7 @@ def test_an_empty_text_is_taken_where_most_are_and_else_never(tokenizer: Tokeniz
     batch, start = slot(tokenizer, 6)
     for chance, written in ((0.6, 0), (0.4, 3)):
         recording = giving(hazards({0: chance, 3: 0.99}, start))
-        out, passes = decoded(recording, batch, EOS, threshold=1.0)
+        out, passes = decoded(recording, batch, EOS, lengths=3, threshold=1.0)
         assert int((out[batch[1]] == 6).sum()) == written
         assert passes == (1 if written == 0 else 2), "of a length twice one is written"
 

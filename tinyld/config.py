@@ -318,7 +318,7 @@ class SampleConfig(Settings):
         None, "threshold, klass: least probability (0.95, 0.6); entropy: most nats left open (0.5).", above=0
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
-    lengths: int = setting(2, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
+    lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
 
     def __post_init__(self) -> None:

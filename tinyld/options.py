@@ -229,7 +229,6 @@ class SampleOptions(Answering):
     num: int = option(3, "How many samples.", "Writing", least=1)
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
-    lengths: int = option(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 

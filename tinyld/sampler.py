@@ -6,7 +6,7 @@ that it comes so far*. Before anything is written, the product of the hazards is
 pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
 token is then written in the knowledge of where its text ends. Asked again while it writes, a denoiser ends too soon:
 any finished sentence looks like an end, whatever is left to say. But a text of a length that does not suit it limps,
-which shows in how sure its tokens are. So it is written in several lengths, and the likeliest text is taken (length
+which shows in how sure its tokens are. So it may be written in several lengths, and the likeliest text is taken (length
 parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 

@@ -1,6 +1,6 @@
 """Samplers side by side: what is written, in how many passes, how fast.
 
-    python data/results/decoding.py FILE.csv RUN dev 96 low_confidence,lengths=1 threshold threshold,lengths=1
+    python data/results/decoding.py FILE.csv RUN dev 96 low_confidence threshold threshold,lengths=3 kept,every=8
 
 A sampler is its name and settings of `SampleConfig`, or one of these, which are here alone:
 - `llada`: LLaDA's loop (arXiv 2502.09992): no length is chosen, a slot is filled to its end, a token a pass;

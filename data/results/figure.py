@@ -62,7 +62,7 @@ def denoise(run: Any, prompt: str, slot: int) -> tuple[str, list[list[str]], lis
 
     decode(
         base.model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
-        SampleConfig("threshold", threshold=0.7, lengths=1), eos_id=tokenizer.eos_id, watch=watch,
+        SampleConfig("threshold", threshold=0.7), eos_id=tokenizer.eos_id, watch=watch,
     )  # fmt: skip
     sizes = [sum(s) / len(s) if s else 0.0 for s in sized.sizes]
     return tokenizer.decode(batch.x0[0][: int(rows.starts[0])].tolist()), passes, sizes
