@@ -116,6 +116,9 @@ def by_rows(title: str, rows: Sequence[Row]) -> Table:
             for row in rows:
                 if (row["method"], row["rows_a_label"]) == (method, size):
                     tasks.setdefault(row["task"], []).append(row["accuracy"])
+            if not tasks:
+                line.append("-")
+                continue
             mean = fmean(fmean(draws) for draws in tasks.values())
             free = sum(len(draws) - 1 for draws in tasks.values())
             text = f"{100 * mean:.1f}"
