@@ -190,10 +190,25 @@ def test_answering_a_file_says_how_far_it_is(name: str, place: Path, monkeypatch
     assert cli(place / name, text="rain\n").stderr == ""
 
 
+def test_answering_by_several_runs_says_how_far_it_is(fast: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyld.texts.Progress", partial(Progress, every=0.0))
+    Path("new.txt").write_text("rain\n" * 40)
+    ran = cli(fast[0], fast[1], fast[3], "new.txt", "--out", "out.jsonl")  # two share a pass, the other takes its own
+    shares = [int(n) for n in re.findall(r"predict (\d+)%", ran.stderr)]
+    assert shares == sorted(shares) and 67 in shares and shares[-1] == 100
+
+
 def test_a_bad_row_of_a_file_is_known_before_the_first_is_answered(place: Path) -> None:
     Path("new.csv").write_text("id,text\n" + "1,rain\n" * 3000 + "1,rain,sun\n")
-    ran = cli(place / "mood", "new.csv")
-    assert ran.exit_code == 1 and "line 3002: 3 columns" in ran.stderr and ran.stdout == ""
+    Path("new.jsonl").write_text('{"text": "rain"}\n' * 3000 + '{"said": "rain"}\n')
+    for name, said in (("new.csv", "line 3002: 3 columns"), ("new.jsonl", "line 3001: no column 'text'")):
+        ran = cli(place / "mood", name)
+        assert ran.exit_code == 1 and said in ran.stderr and ran.stdout == ""
+
+
+def test_labels_are_written_in_one_length(place: Path) -> None:
+    ran = cli(place / "mood", "--text", "rain", "--set", "lengths=3")
+    assert ran.exit_code == 2 and "--lengths has no effect where answers are labels" in ran.stderr
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])

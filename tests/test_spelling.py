@@ -69,6 +69,7 @@ def test_a_question_that_begins_as_it_must_teaches_no_capital_and_hides_none() -
         ("At 5 p.m. on mondays, e.g. today, well ... maybe. So", "when ?"),
         ("iPhone 12 costs 500. eBay sells it. Ebony", "iPhone 12, eBay"),
         ("I saw ann at home", "question : WAS ANN AT HOME? answer :"),
+        ("A house is in London", "BBC | HQ | London :"),
         ("Málaga is near A4 and McDonald", unicodedata.normalize("NFD", "Málaga | A4 | McDonald")),
     ],
 )

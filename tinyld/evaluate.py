@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,7 +81,8 @@ def answered(
 ) -> Iterator[Answered]:
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
     of those that are written so much as has no mask any more."""
-    done, lengths = 0, sampling.lengths if rows.open_ended and sampling.temperature == 0 else 1
+    sampling = sampling if rows.task.is_generation else replace(sampling, lengths=1)  # a label has its own
+    done, lengths = 0, 1 if sampling.temperature > 0 else sampling.lengths
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)

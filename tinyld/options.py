@@ -123,7 +123,8 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         unread += [] if self.sampler in THRESHOLDS else ["threshold", "least"]
         unread += ["seed"] if self.temperature == 0 and self.sampler != "ancestral" else []
         unread += ["lengths"] if self.temperature > 0 else []
-        way_out = f"threshold and least go with {', '.join(THRESHOLDS)}, kl with klass, seed with what is drawn"
+        way_out = f"threshold and least go with {', '.join(THRESHOLDS)}, kl with klass, seed with "
+        way_out += "what is drawn, lengths with what is not"
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
@@ -131,8 +132,10 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
         if width == 1:
             more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
-            more += ["steps", "threshold", "least", "lengths", "kl", "draws"]
+            more += ["steps", "threshold", "least", "kl", "draws"]
             refuse_idle(self, more, "where every answer is one token")
+        if is_label or width == 1:
+            refuse_idle(self, ["lengths"], "where answers are labels, or one token")
 
 
 class Training(OnDevice, Written, Printed, Loop):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -270,10 +271,19 @@ class Runs:
             own = runs[0].tasks[0]
             columns = columns_for(own, task).items()
             examples = examples_of([(where, row | {k: row[v] for k, v in columns}) for where, row in rows], own)
-            alone = len(runs) == 1
-            each = [answers(runs[0], own, examples, sampling)] if alone else answers_in_one_pass(runs, examples)
+            if len(runs) == 1:
+                report = partial(_share_of, advance, len(found) * len(rows), len(self.runs))
+                each = [answers(runs[0], own, examples, sampling, report)]
+            else:
+                each = answers_in_one_pass(runs, examples)
             found |= zip(names, each, strict=True)
+            advance(len(found) * len(rows) / len(self.runs))
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
+
+
+def _share_of(advance: Callable[[float], None], before: int, runs: int, done: float) -> None:
+    """Tells `advance` how many rows are as good as done, where each of so many runs answers all of them in turn."""
+    advance((before + done) / runs)
 
 
 @overload

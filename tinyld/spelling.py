@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from tinyld.rows import Example
 
 WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contraction is none: it's, we'll
-END = r"(?<!\b[^\W\d_])(?<!\.\.)[.!?]['\")]*"  # of a sentence; not of initials (p.m.), nor what is left open ...
-FIRST = re.compile(rf"(?:^|{END}\s+)['\"(]*(?={WORD})")  # before the first word of a sentence
+END = r"(?<!\b[^\W\d_])(?<!\.\.)[.!?]['\"’”)]*"  # of a sentence; not of initials (p.m.), nor what is left open ...
+FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
@@ -81,11 +81,13 @@ class Spelling:
 
 
 def _asked(before: str, after: str, inside: bool) -> str:
-    """A prompt's text; nothing of one whose words are mostly in capitals, which say nothing."""
+    """A prompt's text; where most words are in capitals, which say nothing, without them."""
     source = f"{before} ~ {after}" if before or inside else after
     source = unicodedata.normalize("NFC", source).translate(MARKS)
     long = [word for word in re.findall(WORD, source) if len(word) > 1]
-    return "" if 2 * sum(map(str.isupper, long)) > len(long) else source
+    if 2 * sum(map(str.isupper, long)) <= len(long):
+        return source
+    return re.sub(WORD, lambda word: "~" if len(word[0]) > 1 and word[0].isupper() else word[0], source)
 
 
 def _capitalised(word: str) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinyld.answers import OURS, Record, input_columns, own_name, under
+from tinyld.answers import OURS, Record, examples_of, input_columns, own_name, under
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
@@ -22,6 +24,7 @@ from tinyld.predict import load
 from tinyld.progress import Progress
 from tinyld.read import decode
 from tinyld.rows import LONGEST, SUFFIXES, files_of, read_rows
+from tinyld.tasks import Task
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
@@ -31,16 +34,17 @@ HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSO
 Rows = list[tuple[str, Record]]  # where each stands, column -> value
 
 
-def chunks(options: PredictOptions, source: str, columns: Sequence[str], size: int) -> tuple[int, Iterator[Rows]]:
-    """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). columns: what the task
-    reads; a text alone is enough where it is one. A file is read whole first, so that a bad row is known at once."""
-    path, column, piped = Path(source), options.column, source == "-"
+def chunks(options: PredictOptions, source: str, task: Task, size: int) -> tuple[int, Iterator[Rows]]:
+    """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). A text alone is enough
+    where the task reads one. A file is read whole first, so that a bad row is known at once."""
+    path, column, piped, columns = Path(source), options.column, source == "-", input_columns(task)
     lines = piped or path.suffix.lower() == ".txt"
     check(not options.text or piped, "give a file or --text, not both")
     check(column is None or not lines, "--column is for a file with columns; a line is one text")
     one, total = len(columns) == 1, len(options.text)
     check(one or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
     check(one or not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
+    column = "text" if lines else column
     if options.text:
         parts = iter([[(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]])
     elif piped:
@@ -48,16 +52,18 @@ def chunks(options: PredictOptions, source: str, columns: Sequence[str], size: i
     else:
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
-        total, rows = sum(1 for _ in read_rows(path, empty=True)), read_rows(path, empty=True)
+        for row in read_rows(path, empty=True):
+            examples_of([renamed(column, columns[0], *row)], task)
+            total += 1
+        rows = read_rows(path, empty=True)
         parts = iter(lambda: list(islice(rows, size)), [])
-    column = "text" if lines else column
-    return total, (part if column is None else [renamed(column, columns[0], *row) for row in part] for part in parts)
+    return total, ([renamed(column, columns[0], *row) for row in part] for part in parts)
 
 
-def renamed(column: str, name: str, where: str, row: Record) -> tuple[str, Record]:
-    """A row whose column of that name is called otherwise."""
-    check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-    return where, under({column: name}, row)
+def renamed(column: str | None, name: str, where: str, row: Record) -> tuple[str, Record]:
+    """A row whose column of that name, if it is said, is called otherwise."""
+    check(column is None or column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
+    return where, row if column is None else under({column: name}, row)
 
 
 def piped_lines() -> Iterator[Rows]:
@@ -105,9 +111,10 @@ def predict(options: PredictOptions) -> None:
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header: list[str] = []
     whole, truncated, total = [], 0, 0
-    rows_in_all, parts = chunks(options, source, input_columns(task), WRITTEN if task.is_generation else CHUNK)
-    shown = out is not None or not sys.stdout.isatty()  # else the answers themselves are, on the same terminal
-    with Progress("predict", rows_in_all, quiet=options.quiet or not shown or not rows_in_all, unit="rows") as bar:
+    rows_in_all, parts = chunks(options, source, task, WRITTEN if task.is_generation else CHUNK)
+    bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
+    bar.quiet |= bar.on_terminal and out is None and not is_file(sys.stdout)  # where answers may appear, too
+    with bar:
         for rows in parts:
             records = run.answer(rows, task, sampling, lambda done, before=total: bar.advance_to(before + done))
             if as_csv:
@@ -123,6 +130,13 @@ def predict(options: PredictOptions) -> None:
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
+
+
+def is_file(stream: Any) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # closed, or none of the system's
+        return False
 
 
 def json_line(record: Record, ascii_only: bool) -> str:
