@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -223,9 +224,17 @@ def main() -> None:
         if getattr(sys, stream) is None:  # closed by who called
             setattr(sys, stream, open(os.devnull, "w"))
         getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, what was found is shown
+    code: Any = 0
     try:
         with raising_at_signals():
             app()
     except Interrupted as error:
         print(f"tinyld: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except SystemExit as error:
+        code = error.code or 0
+    with contextlib.suppress(OSError, ValueError, TypeError):  # where something cannot be said, Python's own end tells
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at once: torch takes half a second to give back memory that the system has back anyway
+    sys.exit(code)
