@@ -17,7 +17,8 @@ from torch import Tensor
 from tinyld.config import ModelConfig
 from tinyld.device import shrink
 from tinyld.errors import UsageError
-from tinyld.model import Denoiser, HeadNLL, PushAt, depths_read, take
+from tinyld.head_nll import HeadNLL
+from tinyld.model import Denoiser, PushAt, depths_read, take
 
 
 @pytest.fixture()

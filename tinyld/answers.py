@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from tinyld.data import answer_ids
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import answered, in_batches, pushed_logits
 from tinyld.parse import several
+from tinyld.progress import Advance, unheard
 from tinyld.read import PAIR, clean
-from tinyld.rows import GAP_MARK, Example, prompt_of
+from tinyld.rows import GAP_MARK, Example, Row, prompt_of
 from tinyld.tasks import Task
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
@@ -26,11 +27,7 @@ Record = dict[str, Any]
 
 @torch.no_grad()
 def answers(
-    run: Any,
-    task: Task,
-    examples: Sequence[Example],
-    sampling: SampleConfig,
-    advance: Callable[[float], None] = lambda done: None,
+    run: Any, task: Task, examples: Sequence[Example], sampling: SampleConfig, advance: Advance = unheard
 ) -> list[Record]:
     """What a `predict.Run` finds of each example for a task; `advance` gets how many are done."""
     found: list[Record] = [{}] * len(examples)
@@ -90,7 +87,7 @@ def input_columns(task: Task) -> list[str]:
     return list(dict.fromkeys(task.columns.values()))
 
 
-def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
+def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = input_columns(task), []
     for i, text in enumerate(several(texts, "texts"), 1):
@@ -102,7 +99,7 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[tuple[str, Record]]:
     return rows
 
 
-def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]:
+def examples_of(rows: Sequence[Row], task: Task) -> list[Example]:
     """What is asked of rows."""
     nothing, found = {k: PAIR.join([EMPTY] * n) for k, n in Counter(task.columns.values()).items()}, []
     for where, row in rows:
@@ -111,7 +108,7 @@ def examples_of(rows: Sequence[tuple[str, Record]], task: Task) -> list[Example]
     return found
 
 
-def kept_columns(rows: Sequence[tuple[str, Record]], task: Task) -> list[Record]:
+def kept_columns(rows: Sequence[Row], task: Task) -> list[Record]:
     """Each row's columns, in their order; that of the one text that the task reads is called `text`."""
     columns = input_columns(task)
     return [under({columns[0]: "text"} if len(columns) == 1 else {}, row, OURS) for _, row in rows]

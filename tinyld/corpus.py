@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyld.errors import TinyldError
+from tinyld.progress import Advance, unheard
 from tinyld.read import opened
 from tinyld.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ class Corpus:
     sha256: str  # of the stream's bytes
 
 
-def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None] = lambda done: None) -> Corpus:
+def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Advance = unheard) -> Corpus:
     """Tokenises documents into a temporary file (in $TMPDIR) that vanishes with the process; `advance` gets characters.
 
     Raises TinyldError when that file cannot be written.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
 from tinyld.model import Denoiser, take
+from tinyld.progress import Advance, further, unheard
 from tinyld.read import PAIR
 from tinyld.sampler import decode, log_survival
 from tinyld.tokenizer import Tokenizer
@@ -77,12 +78,12 @@ def answered(
     tokenizer: Tokenizer,
     sampling: SampleConfig,
     write: bool = True,
-    advance: Callable[[float], None] = lambda done: None,
+    advance: Advance = unheard,
 ) -> Iterator[Answered]:
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
     of those that are written so much as has no mask any more."""
     sampling = sampling if rows.task.is_generation else replace(sampling, lengths=1)  # a label has its own
-    done, lengths = 0, 1 if sampling.temperature > 0 else sampling.lengths
+    done = 0
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
@@ -99,7 +100,7 @@ def answered(
             out, used = decode(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
-                partial(written_of, advance, done, batch.answer_mask, tokenizer.mask_id, lengths),
+                partial(report_written, further(advance, done), batch.answer_mask, tokenizer.mask_id),
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
             if (spelling := rows.task.spelling) is not None:
@@ -115,12 +116,9 @@ def answered(
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
 
 
-def written_of(
-    advance: Callable[[float], None], before: int, slots: Tensor, mask_id: int, lengths: int, x: Tensor, nth: int
-) -> None:
-    """Tells `advance` how many rows are done: those `before`, and of rows x (B, L) the share that is written, of which
-    this is the nth of some lengths."""
-    advance(before + len(x) * (nth + float((x != mask_id)[slots].float().mean())) / lengths)
+def report_written(advance: Advance, slots: Tensor, mask_id: int, x: Tensor, nth: int, lengths: int) -> None:
+    """Tells `advance` how many of the rows x (B, L) are as good as done, which are in the nth of so many lengths."""
+    advance(len(x) * (nth + float((x != mask_id)[slots].float().mean())) / lengths)
 
 
 @torch.no_grad()
@@ -131,7 +129,7 @@ def evaluate(
     sampling: SampleConfig | None = None,
     draws: int = 4,
     answer: bool = True,
-    advance: Callable[[float], None] = lambda done: None,
+    advance: Advance = unheard,
 ) -> Evaluation:
     """Decodes every row's answer and, separately, scores it.
 
@@ -206,12 +204,7 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def text_nll(
-    model: Denoiser,
-    rows: TextRows,
-    mask_id: int,
-    draws: int = 2,
-    limit: int | None = None,
-    advance: Callable[[int], None] = lambda done: None,
+    model: Denoiser, rows: TextRows, mask_id: int, draws: int = 2, limit: int | None = None, advance: Advance = unheard
 ) -> Estimate:
     """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
     chosen = spread_over(len(rows), limit)

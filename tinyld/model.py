@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tinyld.attention import near_attention, rotary_tables, rotate
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, product, product_dtype
+from tinyld.head_nll import HeadNLL
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -74,42 +75,6 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
-
-
-class HeadNLL(torch.autograd.Function):
-    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
-
-    On two cores the vocabulary's softmax is the largest single cost of pretraining. What is kept is softmax - onehot,
-    and the incoming gradient scales the small (N, D) factors: no second softmax and no other (N, V) product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        logits = F.linear(h, weight, bias)  # (N, V)
-        probs = torch.softmax(logits, dim=1)
-        rows = torch.arange(len(target), device=target.device)
-        exact = torch.promote_types(probs.dtype, torch.float32)
-        p = probs[rows, target].to(exact)
-        probs[rows, target], rest = 0.0, 1.0 - p  # what all others have
-        if bool((sure := p > 0.5).any()):  # 1 - p is added up, as bf16 has few numbers below 1
-            rest[sure] = probs[sure].sum(1, dtype=exact)
-        if logits.dtype == torch.float16:  # whose smallest probability, 6e-8, is 17 nats
-            nll = F.cross_entropy(logits.float(), target, reduction="none")
-        else:
-            nll = torch.where(sure, -torch.log1p(-rest), -torch.log(p.clamp(min=1e-30)))
-        probs[rows, target] = -rest.to(probs.dtype)
-        ctx.save_for_backward(h, weight, probs)
-        return nll
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, probs = ctx.saved_tensors
-        grad = grad.to(probs.dtype)
-        need_h, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_h = (probs @ weight) * grad[:, None] if need_h else None
-        grad_weight = probs.T @ (h * grad[:, None]) if need_weight else None
-        grad_bias = (grad[None, :] @ probs).squeeze(0) if need_bias else None
-        return grad_h, grad_weight, grad_bias, None
 
 
 class Linear(nn.Linear):

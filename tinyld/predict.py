@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,7 +30,8 @@ from tinyld.errors import TinyldError, show
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
 from tinyld.parse import base_folder, several
-from tinyld.rows import GAP, Example
+from tinyld.progress import Advance, further, unheard
+from tinyld.rows import GAP, Example, Row
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
@@ -130,11 +130,7 @@ class Run:
         return own or replace(asked, spelling=spelling)
 
     def answer(
-        self,
-        rows: Sequence[tuple[str, Record]],
-        task: Task,
-        sampling: SampleConfig,
-        advance: Callable[[float], None] = lambda done: None,
+        self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance = unheard
     ) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns.
 
@@ -152,7 +148,7 @@ class Run:
         done = 0
         for own, which in parts:
             asked = [examples[i] for i in which]
-            found = answers(self, own, asked, sampling, lambda n, done=done: advance(done + n)) if asked else []
+            found = answers(self, own, asked, sampling, further(advance, done)) if asked else []
             done += len(which)
             for i, record in zip(which, found, strict=True):
                 records[i] |= record
@@ -195,7 +191,7 @@ class Run:
         check(watch is None or sampling.lengths == 1, "the steps of one length are shown: leave lengths as it is")
         check(watch is None or num <= at_once, f"the steps of at most {at_once} such texts are shown; lower --num")
 
-        def steps(x: Tensor, nth: int) -> None:
+        def steps(x: Tensor, **_: int) -> None:
             slots = x[:, slot].tolist()
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
@@ -255,35 +251,27 @@ class Runs:
         return list(found.values())
 
     def answer(
-        self,
-        rows: Sequence[tuple[str, Record]],
-        task: Task,
-        sampling: SampleConfig,
-        advance: Callable[[float], None] = lambda done: None,
+        self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance = unheard
     ) -> list[Record]:
         examples_of(rows, task)  # refuses rows that lack a column
         if not rows:
             return []
         kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
+        share = 1 / len(self.runs)  # of a row, that it is answered by one
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
             runs = [self.runs[name] for name in names]
             own = runs[0].tasks[0]
             columns = columns_for(own, task).items()
             examples = examples_of([(where, row | {k: row[v] for k, v in columns}) for where, row in rows], own)
             if len(runs) == 1:
-                report = partial(_share_of, advance, len(found) * len(rows), len(self.runs))
+                report = further(advance, len(found) * len(rows) * share, share)
                 each = [answers(runs[0], own, examples, sampling, report)]
             else:
                 each = answers_in_one_pass(runs, examples)
             found |= zip(names, each, strict=True)
-            advance(len(found) * len(rows) / len(self.runs))
+            advance(len(found) * len(rows) * share)
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
-
-
-def _share_of(advance: Callable[[float], None], before: int, runs: int, done: float) -> None:
-    """Tells `advance` how many rows are as good as done, where each of so many runs answers all of them in turn."""
-    advance((before + done) / runs)
 
 
 @overload

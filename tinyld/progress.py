@@ -6,6 +6,9 @@ import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
+
+Advance = Callable[[float], None]  # is told how much is done
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -13,6 +16,15 @@ def say(line: str, end: str = "\n") -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(line, end=end, file=sys.stderr, flush=True)
+
+
+def unheard(done: float) -> None:
+    """An Advance that nobody looks at."""
+
+
+def further(advance: Advance, before: float, share: float = 1.0) -> Advance:
+    """Tells `advance` of a part of the work: what was done `before` it, and of what it does so large a `share`."""
+    return lambda done: advance(before + share * done)
 
 
 class Progress:

@@ -40,21 +40,23 @@ def decode(
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
-    slot. Passes count in all lengths that a text is written in. `watch` is called after every pass with x, and with
-    which of `config.lengths` it is of.
+    slot. Passes count in all lengths that a text is written in. `watch` is called after every pass with x, `nth` of how
+    many `lengths` it is in.
     """
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x, prompt_mask = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
-        return fill_in(denoiser, x, *masks, mask_id, forbidden, config, generator, watch and partial(watch, nth=0))[:2]
+        shown = watch and partial(watch, nth=0, lengths=1)
+        return fill_in(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
     real = None if bool(attention_mask.all()) else attention_mask
     first = all_finite(denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask))
     first[:, forbidden] = -torch.inf
     hazard, never = spread(first.softmax(-1)[:, eos_id], answer_mask), [*forbidden, eos_id]
     best, passes, tried = x, torch.ones(len(x), dtype=torch.long), list[Tensor]()
     likeliest = torch.full((len(x),), -torch.inf, device=x.device)  # a token, of the best
-    for nth, chance in enumerate(LENGTHS[: config.lengths] if config.temperature == 0 else [None]):
+    chances = LENGTHS[: config.lengths] if config.temperature == 0 else (None,)
+    for nth, chance in enumerate(chances):
         ends, share = choose_ends(hazard, chance, generator)
         behind = answer_mask & (ends.cumsum(1) > 0)
         lengths = (answer_mask & ~behind).sum(1)
@@ -63,7 +65,8 @@ def decode(
         inside = answer_mask & ~behind & is_new[:, None]
         out, used, score = fill_in(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
-            never, config, generator, watch and partial(watch, nth=nth), first[inside[answer_mask]], share,
+            never, config, generator, watch and partial(watch, nth=nth, lengths=len(chances)),
+            first[inside[answer_mask]], share,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure = torch.where(lengths == 0, empty, score / lengths).where(is_new, -torch.inf)

@@ -46,7 +46,8 @@ class Spelling:
         if said and inside and before and not re.search(rf"{END}$", before):
             first.discard(said[0].start())
         out, end = "", 0
-        for word, (told, in_a_row) in zip(said, self.told([w[0] for w in said], before, after, inside), strict=True):
+        told_all = self.told([w[0] for w in said], _asked(before, after, inside))
+        for word, (told, in_a_row) in zip(said, told_all, strict=True):
             spelled = told if in_a_row else self.words.get(fold(word[0]), told)
             if self.starts and word.start() in first and spelled.islower():  # not iPhone
                 spelled = spelled[0].title() + spelled[1:]
@@ -54,10 +55,9 @@ class Spelling:
             end = word.end()
         return out + text[end:]
 
-    def told(self, words: Sequence[str], before: str, after: str, inside: bool) -> list[tuple[str, bool]]:
+    def told(self, words: Sequence[str], prompt: str) -> list[tuple[str, bool]]:
         """Each word as the prompt spells it, or as it is; and whether it stands there in a row with a neighbour."""
-        source = _asked(before, after, inside)
-        asked, first = list(re.finditer(WORD, source)), set() if self.names_first else _places(FIRST_ASKED, source)
+        asked, first = list(re.finditer(WORD, prompt)), set() if self.names_first else _places(FIRST_ASKED, prompt)
         theirs, places = [fold(word[0]) for word in asked], defaultdict[str, list[int]](list)
         for place, key in enumerate(theirs):
             places[key].append(place)
@@ -82,12 +82,16 @@ class Spelling:
 
 def _asked(before: str, after: str, inside: bool) -> str:
     """A prompt's text; where most words are in capitals, which say nothing, without them."""
-    source = f"{before} ~ {after}" if before or inside else after
-    source = unicodedata.normalize("NFC", source).translate(MARKS)
+    source = _plain(f"{before} ~ {after}" if before or inside else after)
     long = [word for word in re.findall(WORD, source) if len(word) > 1]
     if 2 * sum(map(str.isupper, long)) <= len(long):
         return source
     return re.sub(WORD, lambda word: "~" if len(word[0]) > 1 and word[0].isupper() else word[0], source)
+
+
+def _plain(text: str) -> str:
+    """A text with an accent in one character with its letter, and typewriter's marks."""
+    return unicodedata.normalize("NFC", text).translate(MARKS)
 
 
 def _capitalised(word: str) -> bool:
@@ -102,24 +106,21 @@ def _places(pattern: re.Pattern[str], text: str) -> set[int]:
 def learn_spelling(examples: Sequence[Example], inside: bool) -> Spelling:
     """How the answers of examples are spelled: what `restore` needs to know to spell most words of them right."""
     examples = examples[:: -(-len(examples) // LEARNED)]
-    answers = [unicodedata.normalize("NFC", e.answer).translate(MARKS) for e in examples]
+    prompts, answers = [_asked(e.before, e.after, inside) for e in examples], [_plain(e.answer) for e in examples]
     wholes = [f"{e.before if inside else ''} {text}".lstrip(" '\"(") for e, text in zip(examples, answers, strict=True)]
     starts = 2 * sum(text[:1].isupper() for text in wholes) > sum(text[:1].isalpha() for text in wholes)
+    said = [list(re.finditer(WORD, text)) for text in answers]
     first = [_places(FIRST, text) for text in answers]
-    said = [[w[0] for w in re.finditer(WORD, t) if w.start() not in f] for t, f in zip(answers, first, strict=True)]
     agreed = Counter[bool]()
-    for example, words in zip(examples, said, strict=True):
-        source = _asked(example.before, example.after, inside)
-        begin = _places(FIRST_ASKED, source)
-        asked = [w[0] for w in re.finditer(WORD, source) if w.start() in begin]
-        own = {fold(word): word for word in asked if _capitalised(word)}
-        agreed.update(word == own[fold(word)] for word in words if fold(word) in own)
+    for prompt, words, begin in zip(prompts, said, first, strict=True):
+        at = _places(FIRST_ASKED, prompt)
+        own = {fold(w[0]): w[0] for w in re.finditer(WORD, prompt) if w.start() in at and _capitalised(w[0])}
+        inner = [word[0] for word in words if word.start() not in begin]
+        agreed.update(word == own[fold(word)] for word in inner if fold(word) in own)
     by_prompt = Spelling(starts, agreed[True] >= agreed[False], {})
     wrong, spelled = Counter[str](), defaultdict[str, Counter[str]](Counter)
-    for example, text, begin in zip(examples, answers, first, strict=True):
-        words = list(re.finditer(WORD, text))
-        told = by_prompt.told([fold(w[0]) for w in words], example.before, example.after, inside)
-        for word, (guess, in_a_row) in zip(words, told, strict=True):
+    for prompt, words, begin in zip(prompts, said, first, strict=True):
+        for word, (guess, in_a_row) in zip(words, by_prompt.told([fold(w[0]) for w in words], prompt), strict=True):
             if word.start() not in begin and not in_a_row:
                 spelled[fold(word[0])][word[0]] += 1
                 wrong[fold(word[0])] += guess != word[0]

@@ -21,9 +21,9 @@ from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
-from tinyld.progress import Progress
+from tinyld.progress import Progress, further
 from tinyld.read import decode
-from tinyld.rows import LONGEST, SUFFIXES, files_of, read_rows
+from tinyld.rows import LONGEST, SUFFIXES, Row, files_of, read_rows
 from tinyld.tasks import Task
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -31,7 +31,7 @@ from tinyld.write import write_atomic
 CHUNK, WRITTEN = 1024, 256  # rows of a file that are read, sorted by length, and answered together; of written ones
 READ = 1 << 17  # bytes of text read at once: some thousand lines
 HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSON leaves as they are
-Rows = list[tuple[str, Record]]  # where each stands, column -> value
+Rows = list[Row]
 
 
 def chunks(options: PredictOptions, source: str, task: Task, size: int) -> tuple[int, Iterator[Rows]]:
@@ -60,7 +60,7 @@ def chunks(options: PredictOptions, source: str, task: Task, size: int) -> tuple
     return total, ([renamed(column, columns[0], *row) for row in part] for part in parts)
 
 
-def renamed(column: str | None, name: str, where: str, row: Record) -> tuple[str, Record]:
+def renamed(column: str | None, name: str, where: str, row: Record) -> Row:
     """A row whose column of that name, if it is said, is called otherwise."""
     check(column is None or column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
     return where, row if column is None else under({column: name}, row)
@@ -116,7 +116,7 @@ def predict(options: PredictOptions) -> None:
     bar.quiet |= bar.on_terminal and out is None and not is_file(sys.stdout)  # where answers may appear, too
     with bar:
         for rows in parts:
-            records = run.answer(rows, task, sampling, lambda done, before=total: bar.advance_to(before + done))
+            records = run.answer(rows, task, sampling, further(bar.advance_to, total))
             if as_csv:
                 lines = csv_lines(records, header, labels, is_file=out is not None)
             else:

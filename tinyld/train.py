@@ -28,7 +28,7 @@ from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.model import Denoiser, depths_read
 from tinyld.optim import Optimizer, lr_factor
-from tinyld.progress import Progress
+from tinyld.progress import Advance, Progress, unheard
 from tinyld.runs import RunFolder
 
 GROUP = 64  # numbers of a kept state that have one scale
@@ -68,9 +68,7 @@ def unpack(values: Tensor, scales: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def with_states(
-    noise: Noise, model: Denoiser, rows: TaskRows, advance: Callable[[int], None] = lambda done: None
-) -> Noise:
+def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance = unheard) -> Noise:
     """The noise of rows of one-token answers, which have one mask, with states of every token, kept in int8: before the
     lowest block that the model's push acts on, or, where it reads several, of those depths up to it."""
     first_depth, depths = kept_depths(model)

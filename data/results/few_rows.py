@@ -57,6 +57,7 @@ def measure(name: str, kind: str, size: int, draw: int, data: Path, tested: int)
     test = next(path for split in ("test", "dev") if (path := data / name / f"{split}.tsv").exists())
     lines = read(test)[1]
     lines = [lines[i] for i in spread_over(len(lines), tested)]
+    texts = [line.rsplit("\t", 1)[0] for line in lines]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         root, task = Path(folder), load_task(name)
@@ -72,7 +73,7 @@ def measure(name: str, kind: str, size: int, draw: int, data: Path, tested: int)
             model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
             found = model.fit(states[0], [e.label for e in few]).predict(states[1])
         elif kind == "setfit":
-            learned, texts = ([line.rsplit("\t", 1)[0] for line in of] for of in ([rows[i] for i in drawn], lines))
+            learned = [rows[i].rsplit("\t", 1)[0] for i in drawn]
             found = setfit(learned, np.array([e.label for e in few]), texts, draw)
         else:
             words_alone = kind == "words alone"
@@ -81,7 +82,6 @@ def measure(name: str, kind: str, size: int, draw: int, data: Path, tested: int)
                 if words_alone
                 else tinyld.finetune(name, data=root, out=root / "run", seed=draw, **METHODS[kind])
             )
-            texts = [line.rsplit("\t", 1)[0] for line in lines]
             answers = run.predict(texts, task=name)
             found = np.array([task.labels.index(a["label"]) for a in answers])
     values = (name, kind, size, draw, len(gold), float((found == gold).mean()), round(time.perf_counter() - started, 1))

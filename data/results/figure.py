@@ -56,7 +56,7 @@ def denoise(run: Any, prompt: str, slot: int) -> tuple[str, list[list[str]], lis
     base.model.push = sized = Sized(base.model.push)
     tokenizer, passes = base.tokenizer, []
 
-    def watch(x: torch.Tensor, nth: int) -> None:
+    def watch(x: torch.Tensor, **_: int) -> None:
         ids = x[0][batch.answer_mask[0]].tolist()[:slot]
         passes.append(["" if i == tokenizer.mask_id else tokenizer.inner.id_to_token(i) for i in ids])
 
