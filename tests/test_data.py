@@ -62,13 +62,13 @@ def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Pat
     ]
     rows = TaskRows(examples, task, tokenizer, 48)
     encode, bos, eos, pad = tokenizer.encode, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-    short = [bos, *encode("the film it was"), *encode("bad"), eos, *encode(". and"), eos]
-    long = [bos, *encode("a very bright plot it was"), *encode("very great"), *encode(". and"), eos]
+    short = [bos, *encode("the film it was"), *encode("bad"), eos, eos, *encode(". and"), eos]
+    long = [bos, *encode("a very bright plot it was"), *encode("very great"), eos, *encode(". and"), eos]
     width = len(long)
     batch = rows.take(np.array([1, 0]))
-    assert rows.slot == 2
+    assert rows.slot == 3
     assert batch.x0.tolist() == [long, short + [pad] * (width - len(short))]
-    assert batch.answer_mask.tolist() == [[start <= i < start + 2 for i in range(width)] for start in (7, 5)]
+    assert batch.answer_mask.tolist() == [[start <= i < start + 3 for i in range(width)] for start in (7, 5)]
     assert batch.attention_mask.int().tolist() == [[1] * width, [1] * len(short) + [0] * (width - len(short))]
     assert batch.rows.tolist() == [1, 0]
     assert rows.labels.tolist() == [0, 1]
@@ -82,18 +82,19 @@ def test_what_is_nearest_to_the_answer_is_kept_on_both_sides(
     tokenizer: Tokenizer, tmp_path: Path, head: int, tail: int, kept: tuple[int, int]
 ) -> None:
     texts = [" ".join(WORDS[i % 8] for i in range(count)) for count in (head, tail)]
-    rows = TaskRows([Example(*texts, "bad", 0)], make_task(tmp_path), tokenizer, 10)
+    rows = TaskRows([Example(*texts, "bad", 0)], make_task(tmp_path), tokenizer, 11)
     before, after = tokenizer.encode(texts[0])[-kept[0] :], tokenizer.encode(texts[1])[: kept[1]]
-    answer = [*tokenizer.encode("bad"), tokenizer.eos_id]
+    answer = [*tokenizer.encode("bad"), tokenizer.eos_id, tokenizer.eos_id]
     assert rows.ids[0].tolist() == [tokenizer.bos_id, *before, *answer, *after, tokenizer.eos_id]
     assert rows.starts[0] == 1 + kept[0] and rows.cut.tolist() == [head + tail > 6] == [bool(rows.truncated)]
 
 
-def test_the_slot_is_as_wide_as_the_longest_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert slot_width(make_task(tmp_path), tokenizer) == 2
-    assert slot_width(make_task(tmp_path, LABELS.replace("very great", "very very great")), tokenizer) == 3
+def test_the_slot_is_as_wide_as_the_longest_answer_and_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert slot_width(make_task(tmp_path), tokenizer) == 3
+    assert slot_width(make_task(tmp_path, LABELS.replace("very great", "very very great")), tokenizer) == 4
+    assert slot_width(make_task(tmp_path, LABELS.replace("very great", "great")), tokenizer) == 1, "all are as long"
     assert slot_width(make_task(tmp_path, WRITE), tokenizer) == 5
-    with pytest.raises(TinyldError, match="an answer of 2 tokens leaves no room in 4 tokens"):
+    with pytest.raises(TinyldError, match="an answer of 3 tokens leaves no room in 4 tokens"):
         TaskRows([Example("it was", ".", "bad", 0)], make_task(tmp_path), tokenizer, 4)
     with pytest.raises(TinyldError, match="the base's vocabulary cannot write '漢', the answer for 'pos'"):
         slot_width(make_task(tmp_path, LABELS.replace("very great", "漢")), tokenizer)
@@ -107,7 +108,7 @@ def test_answers_of_the_same_tokens_are_refused(one: str, other: str, tmp_path: 
         slot_width(task, english)
 
 
-@pytest.mark.parametrize(("toml", "slot"), [(WRITE, 5), (LABELS, 2)])
+@pytest.mark.parametrize(("toml", "slot"), [(WRITE, 5), (LABELS, 3)])
 @pytest.mark.parametrize("answer", ["", "good", "a very good plot but dull food"])
 def test_an_answer_is_cut_or_filled_to_its_slot(
     tokenizer: Tokenizer, tmp_path: Path, toml: str, slot: int, answer: str

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.config import ModelConfig, SampleConfig
-from tinyld.data import Batch, TaskRows
+from tinyld.data import Batch, TaskRows, answer_ids
 from tinyld.device import shrink
-from tinyld.evaluate import EVAL_BATCH, UNREADABLE, all_masked, evaluate, label_scores, logits_of, pushed_logits, wilson
+from tinyld.diffusion import noise_answers, token_nll
+from tinyld.evaluate import (
+    EVAL_BATCH, UNREADABLE, all_masked, evaluate, label_logp, label_scores, logits_of, pushed_logits, wilson,
+)  # fmt: skip
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.rows import Example
@@ -125,7 +128,7 @@ def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
 # ------------------------------------------------------------------------------------------------ known answers
 
 
-@pytest.mark.parametrize(("verbalizer", "slot"), [(ONE, 1), (SEVERAL, 3)])
+@pytest.mark.parametrize(("verbalizer", "slot"), [(ONE, 1), (SEVERAL, 4)])
 def test_a_denoiser_that_is_right_scores_everything(
     verbalizer: dict[str, str], slot: int, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -144,7 +147,7 @@ def test_a_denoiser_that_is_right_scores_everything(
 def test_wrong_answers_are_counted_row_by_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = rows_of(task_of(tmp_path, ONE), tokenizer, 20, lambda i: i % 2)
     great = tokenizer.encode("great")
-    found = evaluate(oracle(rows, tokenizer, lambda i, gold: great if i < 6 else gold), rows, tokenizer)
+    found = evaluate(oracle(rows, tokenizer, lambda i, gold: great if i < 80 else gold), rows, tokenizer)
     assert found.scores["accuracy"] == found.scores["scored_accuracy"] == 17 / 20
     assert (found.scores["low"], found.scores["high"]) == wilson(17, 20)
     assert [text for *_, text in found.predictions] == ["good" if i < 6 or i % 2 else "bad" for i in range(20)]
@@ -191,9 +194,32 @@ def test_a_verbalizer_is_read_only_when_it_is_the_whole_answer(
     words: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 3, lambda i: i)
-    said = [*tokenizer.encode(words), tokenizer.eos_id, tokenizer.eos_id]
-    scores = evaluate(oracle(rows, tokenizer, lambda i, gold: said[:3]), rows, tokenizer).scores
+    said = [*tokenizer.encode(words), *[tokenizer.eos_id] * 3]
+    scores = evaluate(oracle(rows, tokenizer, lambda i, gold: said[:4]), rows, tokenizer).scores
     assert (scores["accuracy"], scores["unreadable"]) == (0.0, 1.0)
+
+
+def test_labels_of_unlike_lengths_are_as_likely_as_they_are_often(
+    model: Denoiser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """One prompt, half of whose answers are the longest: within 0.1, as steps that are this large leave a part of what
+    each batch draws.
+
+    Were the longest one's slot without an [EOS], it would get 0.7."""
+    task, likely = task_of(tmp_path, {"bad": "dull", "good": "very great"}), list[float]()
+    examples = [Example("the film", ".", *(("very great", 1) if i % 2 else ("dull", 0))) for i in range(64)]
+    rows, generator = TaskRows(examples, task, tokenizer, 48), torch.Generator().manual_seed(0)
+    batch, optimizer = rows.take(np.arange(64)), torch.optim.Adam(model.parameters(), 2e-3)
+    for step in range(200):
+        optimizer.zero_grad()
+        parts = noise_answers(batch, tokenizer.mask_id, generator)
+        torch.cat([token_nll(model, part)[0] for part in parts]).mean().backward()
+        optimizer.step()
+        if step >= 100:
+            with torch.no_grad():
+                scores = label_logp(model, rows.take(np.array([0])), answer_ids(task, tokenizer), tokenizer)
+            likely.append(float(scores.softmax(1)[0, 1]))
+    assert np.mean(likely) == pytest.approx(0.5, abs=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ repeatability, rows

@@ -118,7 +118,7 @@ class TaskRows(Source):
         self.task, self.examples, self.pad_id = task, examples, tokenizer.pad_id
         self.slot = slot_width(task, tokenizer)
         # whether answers differ in length, so that one is chosen before anything is written
-        self.open_ended = task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
+        self.open_ended = task.is_generation or self.slot > max(map(len, answer_ids(task, tokenizer)))
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         blanks = {"before": "", "answer": tokenizer.blank_before(task.template), "after": tokenizer.blank}
         parts = []
@@ -197,6 +197,8 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 def slot_width(task: Task, tokenizer: Tokenizer) -> int:
     """Tokens in the task's answer slot: its longest verbalizer's, or `answer_tokens` for a generation task.
 
+    Where verbalizers differ in length there is one more, for the longest one's [EOS]: without it a row whose length is
+    told would look to `noise_answers` like one that is asked for it, and the longest would become too likely.
     TinyldError for answers that the base cannot write, or cannot tell from each other.
     """
     if task.is_generation:
@@ -211,4 +213,5 @@ def slot_width(task: Task, tokenizer: Tokenizer) -> int:
             problem = f"{both}, are the same tokens to this base; give each its own"
         if problem:
             raise TinyldError(f"task {task.name}: {problem}")
-    return max(map(len, owner))
+    lengths = set(map(len, owner))
+    return max(lengths) + (len(lengths) > 1)
