@@ -19,8 +19,16 @@ from tinyld.data import Batch, TaskRows, answer_ids
 from tinyld.device import shrink
 from tinyld.diffusion import noise_answers, token_nll
 from tinyld.evaluate import (
-    EVAL_BATCH, UNREADABLE, all_masked, evaluate, label_logp, label_scores, logits_of, pushed_logits, wilson,
-)  # fmt: skip
+    EVAL_BATCH,
+    UNREADABLE,
+    all_masked,
+    evaluate,
+    label_logp,
+    label_scores,
+    logits_of,
+    pushed_logits,
+    wilson,
+)
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.rows import Example
