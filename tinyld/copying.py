@@ -1,8 +1,9 @@
 """Pretraining rows that ask for copying, which text by itself asks for too seldom for a small model to learn it.
 
-Some rows say part of themselves twice. Some begin with the names and numbers that their sentences hold, as a prompt of
-facts does. In some every name and number that comes again is another one, so that what it is can only be read where it
-stood before. What becomes of a row is a function of its number and its place in the text.
+Some rows say part of themselves twice. Some begin with names and numbers that their sentences hold, as a prompt of facts
+does; half of these lists are never masked, as a prompt is not. In some every name and number that comes again is another
+one, so that what it is can only be read where it stood before. What becomes of a row is a function of its number and its
+place in the text.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-TWICE, LISTED = 0.125, 0.125  # shares of the rows
-RENAMED = 0.25  # share of the others
+TWICE, LISTED, RENAMED = 0.1, 0.4, 0.2  # shares of the rows
+GIVEN = 0.5  # share of the lists that are never masked
+LEFT_OUT = 0.15  # share of the names that a list leaves out
 SELDOM = 1e-4  # a token below this share of the text is a name,
 NOT_OFTEN = 5e-4  # and below this one it stands in lists
 STOP, COLON, MARKS = ".", ":", (",", ";", "|")
@@ -27,21 +29,23 @@ class Copying:
         self.inner = np.array([token.startswith("##") for token in tokens])
         number = np.array([token.isdecimal() for token in tokens]) & (counts > 0)
         word = np.array([token.removeprefix("##").isalpha() for token in tokens]) & (counts > 0)
-        self.listed = number | (word & ~self.inner & (share < NOT_OFTEN))
         seldom = word & (share < SELDOM)
+        begins = word & ~self.inner
+        self.listed = number | (begins & seldom), number | (begins & (share < NOT_OFTEN))
         self.kind = np.select([number, seldom & self.inner, seldom], [3, 2, 1], 0)  # may stand for others of its kind
         self.of_kind = [np.flatnonzero(self.kind == kind) for kind in range(4)]
         self.ids = {mark: tokens.index(mark) for mark in (STOP, COLON, *MARKS) if mark in tokens}
 
-    def __call__(self, row: np.ndarray, rng: np.random.Generator) -> None:
-        """Changes a row (L,) of ids in place, or leaves it."""
+    def __call__(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """Changes a row (L,) of ids in place, or leaves it; which of them are given and never masked, (L,), if any."""
         draw = rng.random()
         if draw < TWICE:
             self.say_twice(row, rng)
         elif draw < TWICE + LISTED and len(self.ids) == 2 + len(MARKS):
-            self.list_names(row, rng)
-        elif rng.random() < RENAMED:
+            return self.list_names(row, rng)
+        elif draw < TWICE + LISTED + RENAMED:
             self.rename(row, rng)
+        return None
 
     def say_twice(self, row: np.ndarray, rng: np.random.Generator) -> None:
         """Puts an [EOS] into the row, and behind it a stretch of what stands before, at any distance."""
@@ -52,25 +56,31 @@ class Copying:
         row[first] = self.eos_id
         row[first + 1 : first + 1 + len(again)] = again
 
-    def list_names(self, row: np.ndarray, rng: np.random.Generator) -> None:
-        """Puts before every one to three sentences their names, seldom words and numbers, in any order with one mark
-        between, and an [EOS] behind."""
-        mark, colon, out = self.ids[str(rng.choice(MARKS))], self.ids[COLON], list[int]()
+    def list_names(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """Puts before every one to three sentences most of their names and numbers, and in half of the rows their
+        seldom words, with one mark between, and an [EOS] behind. Which tokens are lists, (L,), where those are given."""
+        mark, colon = self.ids[str(rng.choice(MARKS))], self.ids[COLON]
+        in_order, given, listed_ids = rng.random() < 0.5, rng.random() < GIVEN, self.listed[rng.integers(2)]
+        out, is_list = list[int](), list[bool]()
         ends, begin = [*(np.flatnonzero(row == self.ids[STOP]) + 1).tolist(), len(row)], 0
         while ends and len(out) < len(row):
             count = int(rng.integers(1, 4))
             end = ends[:count][-1]
             ends, text, begin = ends[count:], row[begin:end], end
             word = np.cumsum(~self.inner[text])  # of each token, counted
-            listed = np.isin(word, word[self.listed[text]])
+            listed = np.isin(word, word[listed_ids[text]])
             edges = np.flatnonzero(np.diff(listed, prepend=False, append=False))
             names = list(dict.fromkeys(tuple(text[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)))
-            for i in rng.permutation(len(names)):
+            kept = np.flatnonzero(rng.random(len(names)) >= LEFT_OUT)
+            for i in kept if in_order else rng.permutation(kept):
                 out += [*names[i], mark]
-            if names:
+            if len(kept):
                 out[-1] = colon
+            is_list += [True] * (len(out) - len(is_list))
             out += [*text.tolist(), self.eos_id]
+            is_list += [False] * (len(out) - len(is_list))
         row[:] = out[: len(row)]
+        return np.array(is_list[: len(row)]) if given else None
 
     def rename(self, row: np.ndarray, rng: np.random.Generator) -> None:
         """Exchanges each name and number that the row has more than once for another, everywhere in it."""

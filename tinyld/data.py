@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tinyld.tasks import Task
 
 
-Change = Callable[[np.ndarray, np.random.Generator], None]
+Change = Callable[[np.ndarray, np.random.Generator], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Source:
 
 class TextRows(Source):
     """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch. `change` changes
-    some rows (length - 1,) in place, by what it draws."""
+    some rows (length - 1,) in place, by what it draws, and may tell which tokens are given and never masked."""
 
     def __init__(self, stream: np.ndarray, length: int, bos_id: int, change: Change | None = None):
         self.stream, self.width, self.bos_id, self.change = stream, length - 1, bos_id, change
@@ -96,11 +96,13 @@ class TextRows(Source):
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
         ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
-        for row, number in zip(ids, rows.tolist(), strict=True) if self.change else ():
-            self.change(row, seeded(offset, number, 3))
-        x0 = torch.from_numpy(np.concatenate([np.full((len(rows), 1), self.bos_id), ids], axis=1))
-        real = torch.ones_like(x0, dtype=torch.bool)
-        return Batch(x0, real & (x0 != self.bos_id), real, torch.from_numpy(rows.astype(np.int64)))
+        scored = ids != self.bos_id
+        for i, number in enumerate(rows.tolist() if self.change else ()):
+            if (given := self.change(ids[i], seeded(offset, number, 3))) is not None:
+                scored[i] &= ~given
+        x0, scored = (np.pad(of, ((0, 0), (1, 0)), constant_values=c) for of, c in ((ids, self.bos_id), (scored, False)))
+        real = np.ones_like(scored)
+        return Batch(*map(torch.from_numpy, (x0, scored, real, rows.astype(np.int64))))
 
 
 # ---------------------------------------------------------------------------------------------- tasks
