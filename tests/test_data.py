@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinyld.data import TaskRows, TextRows, slot_width
+from tinyld.diffusion import noise_text
 from tinyld.errors import TinyldError
 from tinyld.tasks import Example, Task, load_split, load_task
 from tinyld.tokenizer import Tokenizer
@@ -199,6 +200,17 @@ def test_rows_are_changed_by_what_their_place_in_the_text_draws() -> None:
     assert torch.equal(again.take(np.arange(10, 20)).x0, rows[10:]) and len(rows[:, 1].unique()) > 15
     assert not torch.equal(first.take(np.arange(20), offset=1).x0, rows)
     assert stream.tolist() == list(range(100, 800)) and (rows[:, 0] == 2).all()
+
+
+def test_what_a_change_says_is_given_is_read_and_never_masked() -> None:
+    def change(row: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        return None if row[0] % 2 else np.arange(len(row)) < 3
+
+    batch = TextRows(np.arange(100, 800, dtype=np.uint16), 8, bos_id=2, change=change).take(np.arange(20))
+    given = (batch.x0[:, 1:2] % 2 == 0) & (torch.arange(8) < 4) | (torch.arange(8) < 1)
+    assert torch.equal(batch.answer_mask, ~given) and batch.attention_mask.all()
+    for part in noise_text(batch, 1, torch.Generator().manual_seed(0)):
+        assert not (part.is_masked & given.repeat(2, 1)).any() and part.prompt_mask[given.repeat(2, 1)].all()
 
 
 def test_words_of_a_byte_level_vocabulary_keep_their_blanks(tmp_path: Path) -> None:
