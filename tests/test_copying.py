@@ -73,8 +73,8 @@ def test_names_stand_before_their_sentences_and_an_end_behind(copying: Copying) 
             said += text
             marks = {i for i in head if 2 < i < THE}
             assert len(marks) <= 1, "one mark between"
-            found = [tuple(map(int, name.split())) for name in " ".join(map(str, head)).split(f" {min(marks, default=0)} ")]
-            found = [name for name in found if name]
+            split = " ".join(map(str, head)).split(f" {min(marks, default=0)} ") if head else []
+            found = [tuple(map(int, name.split())) for name in split]
             of_text = [name for name in names if f" {' '.join(map(str, name))} " in f" {' '.join(map(str, text))} "]
             assert set(found) <= set(of_text) and len(set(found)) == len(found), "of the text alone, each once"
             orders.add(tuple(found))

@@ -1,9 +1,9 @@
 """Pretraining rows that ask for copying, which text by itself asks for too seldom for a small model to learn it.
 
-Some rows say part of themselves twice. Some begin with names and numbers that their sentences hold, as a prompt of facts
-does; half of these lists are never masked, as a prompt is not. In some every name and number that comes again is another
-one, so that what it is can only be read where it stood before. What becomes of a row is a function of its number and its
-place in the text.
+Some rows say part of themselves twice. Some begin with names and numbers that their sentences hold, as a prompt of
+facts does; half of these lists are never masked, as a prompt is not. In some every name and number that comes again is
+another one, so that what it is can only be read where it stood before. What becomes of a row is a function of its
+number and its place in the text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Copying:
 
     def list_names(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
         """Puts before every one to three sentences most of their names and numbers, and in half of the rows their
-        seldom words, with one mark between, and an [EOS] behind. Which tokens are lists, (L,), where those are given."""
+        seldom words, with one mark between, and an [EOS] behind. Which tokens are lists, (L,), where these are given.
+        """
         mark, colon = self.ids[str(rng.choice(MARKS))], self.ids[COLON]
         in_order, given, listed_ids = rng.random() < 0.5, rng.random() < GIVEN, self.listed[rng.integers(2)]
         out, is_list = list[int](), list[bool]()

@@ -96,13 +96,12 @@ class TextRows(Source):
     def take(self, rows: np.ndarray, offset: int = 0) -> Batch:
         starts = offset + rows.astype(np.int64) * self.width
         ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
-        scored = ids != self.bos_id
+        ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=self.bos_id)
+        given = ids == self.bos_id
         for i, number in enumerate(rows.tolist() if self.change else ()):
-            if (given := self.change(ids[i], seeded(offset, number, 3))) is not None:
-                scored[i] &= ~given
-        x0, scored = (np.pad(of, ((0, 0), (1, 0)), constant_values=c) for of, c in ((ids, self.bos_id), (scored, False)))
-        real = np.ones_like(scored)
-        return Batch(*map(torch.from_numpy, (x0, scored, real, rows.astype(np.int64))))
+            if (told := self.change(ids[i, 1:], seeded(offset, number, 3))) is not None:
+                given[i, 1:] |= told
+        return Batch(*map(torch.from_numpy, (ids, ~given, np.ones_like(given), rows.astype(np.int64))))
 
 
 # ---------------------------------------------------------------------------------------------- tasks
