@@ -1,0 +1,135 @@
+"""`tinyld pretrain`, with an encoder beside it that teaches what a sentence means.
+
+    torchrun --nproc-per-node=2 data/base/teach_reading.py ENCODER pretrain --init BASE --data text ...
+
+Text alone teaches a denoiser to write and lets what the encoder knew of whole sentences fade. So every update also
+reads SENTENCES of the text, each within words such as `it was [MASK] .`, and two things of the denoiser's final states
+are drawn towards the encoder's embedding of the sentence (its mean final state): the mean over the sentence's tokens,
+and a linear map, which is thrown away afterwards, of the state at the mask. The loss is WEIGHT times the sum of both
+distances, one less the cosine. ENCODER has the base's own pieces: see trim_vocabulary.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld import pretrain
+from tinyld.cli import main
+from tinyld.config import TrainConfig
+from tinyld.data import TextRows
+from tinyld.device import autocast
+from tinyld.distributed import Processes
+from tinyld.foreign import load_foreign
+from tinyld.hf import find_encoder
+from tinyld.model import Denoiser
+from tinyld.tokenizer import Tokenizer
+from tinyld.train import Noise, TrainingRun
+
+SENTENCES, WEIGHT, LR = 48, 2.0, 1e-3
+SHORTEST, LONGEST = 5, 48  # tokens of a sentence
+TWO = 0.3  # share of the samples that are two sentences
+FRAMES = (
+    "it was {} .", "this is about {} .", ": {} .", "( {} )", "all in all , {} .", "topic : {}", "the answer is {} .",
+    "in a word : {} .", "{}", "label : {} .", "- {}", "i would call it {} .",
+)  # fmt: skip
+
+
+class Sentences:
+    """Samples of a text's sentences, framed for the denoiser and bare for the encoder."""
+
+    def __init__(self, stream: np.ndarray, tokenizer: Tokenizer):
+        self.stream, self.tokenizer, vocab = stream, tokenizer, tokenizer.inner.get_vocab()
+        ends = np.flatnonzero(np.isin(stream, [*(vocab[mark] for mark in ".!?"), tokenizer.eos_id])) + 1
+        sizes = np.diff(ends)
+        fits = (SHORTEST <= sizes) & (sizes <= LONGEST)
+        self.starts, self.stops = ends[:-1][fits], ends[1:][fits]
+        self.frames = [[tokenizer.encode(side) if side.strip() else [] for side in f.split("{}")] for f in FRAMES]
+
+    def take(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(framed ids, real, mask, sentence) and (bare ids, real), of n samples, each (n, length)."""
+        own, framed, bare = self.tokenizer, list[list[int]](), list[list[int]]()
+        for i in rng.integers(len(self.starts), size=n).tolist():
+            last = min(i + int(rng.random() < TWO), len(self.starts) - 1)
+            stop = last if self.stops[last] - self.starts[i] <= 2 * LONGEST else i
+            ids = self.stream[self.starts[i] : self.stops[stop]]
+            sentence = [own.bos_id, *ids[ids != own.eos_id].tolist()]
+            before, after = self.frames[rng.integers(len(self.frames))]
+            framed.append([*sentence, *before, own.mask_id, *after, own.eos_id])
+            bare.append([*sentence, own.eos_id])
+        x, real = self.padded(framed)
+        alone, real_alone = self.padded(bare)
+        sizes = torch.tensor([len(row) - 1 for row in bare])
+        return x, real, x == own.mask_id, torch.arange(x.shape[1]) < sizes[:, None], alone, real_alone
+
+    def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        x = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+        return x.where(x >= 0, self.tokenizer.pad_id), x >= 0
+
+
+class Teacher:
+    """The encoder's part of each update: `penalty` adds its gradient, `after_update` trains the map."""
+
+    def __init__(self, encoder: Path, model: Denoiser, rows: TextRows, processes: Processes, seed: int):
+        found = load_foreign(find_encoder(encoder), headless=True)
+        self.encoder, self.model, self.processes = found.model.eval(), model, processes
+        self.sentences = Sentences(rows.stream, found.tokenizer)
+        self.rng = np.random.default_rng([seed, processes.rank])
+        torch.manual_seed(seed)  # every process has the same map
+        self.map = nn.Linear(model.config.d_model, model.config.d_model)
+        self.optimizer = torch.optim.AdamW(self.map.parameters(), LR)
+        head = ("head_transform", "output_bias")
+        self.parameters = [p for name, p in model.named_parameters() if not name.startswith(head)]
+        self.parameters += self.map.parameters()
+
+    def loss(self) -> Tensor:
+        x, real, mask, sentence, alone, real_alone = self.sentences.take(SENTENCES // self.processes.size, self.rng)
+        with autocast(self.model.device, torch.bfloat16):
+            with torch.no_grad():
+                wanted = mean_of(self.encoder.states(alone, attention_mask=real_alone).float(), real_alone)
+            h = self.model.states(x, attention_mask=real).float()
+            both = mean_of(h, sentence), self.map(h[mask])
+            return WEIGHT * sum((1 - F.cosine_similarity(state, wanted)).mean() for state in both)
+
+    def penalty(self) -> None:
+        """Each process reads sentences of its own, so their gradients are summed apart from the rows', which were."""
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        (self.loss() / self.processes.size).backward()
+        self.processes.sum_gradients(self.parameters)
+        for parameter, gradient in zip(self.parameters, before, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+
+    def after_update(self, progress: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = LR * min(1.0, 2 * (1 - progress) + 0.01)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def mean_of(h: Tensor, where: Tensor) -> Tensor:
+    """The mean of states h (B, L, D) where (B, L) says, (B, D)."""
+    return (h * where[..., None]).sum(1) / where.sum(1, keepdim=True)
+
+
+def taught(
+    encoder: Path, model: Denoiser, parameters: Any, rows: TextRows, noise: Noise, config: TrainConfig, *others: Any,
+    **named: Any,
+) -> TrainingRun:  # fmt: skip
+    """The training run that `pretrain` asks for, with the teacher in it."""
+    teacher = Teacher(encoder, model, rows, named["processes"], config.seed)
+    hooks = {"penalty": teacher.penalty, "after_update": teacher.after_update}
+    return TrainingRun(model, parameters, rows, noise, config, *others, **named, **hooks)
+
+
+if __name__ == "__main__":
+    pretrain.TrainingRun = partial(taught, Path(sys.argv.pop(1)))  # type: ignore[assignment, misc]
+    main()
