@@ -496,7 +496,7 @@ def test_a_large_number_of_a_kept_state_costs_its_own_group_alone() -> None:
 CACHE_REASONS = [
     ("full", "good", 4.0, "the method changes the first block"),
     ("best-2", "good", 4.0, "the method changes the first block"),
-    ("best-1", "very good", 4.0, "the answer has 2 tokens, whose masks vary"),
+    ("best-1", "very good", 4.0, "the answer has 3 tokens, whose masks vary"),
     ("best-1", "good", 0.0, "--cache-gb allows 0"),
 ]
 
