@@ -119,7 +119,7 @@ class TaskRows(Source):
         self.task, self.examples, self.pad_id = task, examples, tokenizer.pad_id
         self.slot = slot_width(task, tokenizer)
         # whether answers differ in length, so that one is chosen before anything is written
-        self.open_ended = task.is_generation or self.slot > max(map(len, answer_ids(task, tokenizer)))
+        self.open_ended = task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         blanks = {"before": "", "answer": tokenizer.blank_before(task.template), "after": tokenizer.blank}
         parts = []
