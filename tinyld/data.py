@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,10 +175,10 @@ class TaskRows(Source):
             batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
         return [(batches[i],) for i in rng.permutation(len(batches))]
 
-    def in_length_order(self, batch_size: int) -> list[np.ndarray]:
-        """Every row once, in batches of like length: the order for evaluation and caching."""
+    def in_length_order(self, at_once: int) -> list[np.ndarray]:
+        """Every row once, in batches of like length and even size, the longest first: what comes takes no longer."""
         order = np.argsort(self.lengths, kind="stable")
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        return np.array_split(order, math.ceil(len(order) / at_once))[::-1]
 
     def take(self, rows: np.ndarray) -> Batch:
         starts, ends, lengths = (of[rows][:, None] for of in (self.starts, self.ends, self.lengths))

@@ -61,9 +61,8 @@ class Answered(NamedTuple):
 
 
 def in_batches(model: Denoiser, rows: TaskRows) -> Iterator[tuple[np.ndarray, Batch]]:
-    """(which rows, the rows on the model's device): every row once, in batches of like length and even size."""
-    at_once = model.rows_at_once(int(rows.lengths.max()), EVAL_BATCH, rows.slot)
-    for chosen in np.array_split(np.argsort(rows.lengths, kind="stable"), math.ceil(len(rows) / at_once)):
+    """(which rows, the rows on the model's device): every row once, in batches of like length."""
+    for chosen in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), EVAL_BATCH, rows.slot)):
         yield chosen, on_device(rows.take(chosen), model.device)
 
 
@@ -81,15 +80,17 @@ def answered(
     advance: Advance = unheard,
 ) -> Iterator[Answered]:
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
-    of those that are written so much as has no mask any more."""
+    of those that are written so much as has no mask any more. A row counts by what it costs: answers to long prompts
+    are longer themselves (on WebNLG a text's time grows with its prompt's length to the power of 1.5)."""
     sampling = sampling if rows.task.is_generation else replace(sampling, lengths=1)  # a label has its own
-    done = 0
+    work = (rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)
+    done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
     for chosen, batch in in_batches(model, rows):
         logits, scores, passes, started = None, None, 0, time.perf_counter()
-        written = [""] * len(chosen)
+        written, each = [""] * len(chosen), float(work[chosen].mean())
         if answers and rows.slot == 1 and sampling.temperature == 0:  # one pass scores the labels and writes
             asked = all_masked(batch, tokenizer.mask_id)
             logits = logits_of(model, model.states(*asked, where=batch.answer_mask), words)
@@ -100,7 +101,7 @@ def answered(
             out, used = decode(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
-                partial(report_written, further(advance, done), batch.answer_mask, tokenizer.mask_id),
+                partial(report_written, further(advance, done, each), batch.answer_mask, tokenizer.mask_id),
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
             if (spelling := rows.task.spelling) is not None:
@@ -111,7 +112,7 @@ def answered(
         seconds = time.perf_counter() - started
         if answers:
             scores = label_logp(model, batch, answers, tokenizer) if logits is None else logits[:, words]
-        done += len(chosen)
+        done += each * len(chosen)
         advance(done)
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
 
