@@ -122,6 +122,8 @@ def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
     found = label_scores(gold, predicted, gold, ["a", "b", "c"])
     classes, confusion = found["classes"], found["confusion"]
     assert confusion["a"] == {"a": 1, "b": 1, "c": 0, "unreadable": 1} and confusion["c"]["b"] == 1
+    other = label_scores(gold, predicted, gold, ["a", "b", "unreadable"])["confusion"]
+    assert other["a"] == {"a": 1, "b": 1, "unreadable": 0, "(unreadable)": 1}, "no label is taken for it"
     assert classes["a"] == {"n": 3, "precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(1 / 2)}
     assert classes["b"] == {"n": 2, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
     assert classes["c"] == {"n": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}

@@ -250,6 +250,12 @@ def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
     assert [json.loads(line)["text"] for line in Path("odd-out.jsonl").read_text("utf-8").splitlines()] == texts
     with open("odd-out.csv", encoding="utf-8", newline="") as file:
         assert [r["text"] for r in csv.DictReader(file)] == [*texts[:2], "? rain", texts[3]]
+    Path("lone.csv").write_text("text\nrain\n\nsun\n")
+    assert [r["text"] for r in records(place / "mood", "lone.csv")] == ["rain", "", "sun"], "as a spreadsheet saves it"
+    mixed = [{"text": "ra\u200bin\n", "b": True}, {"text": "sun", "id": ["é", 1]}]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    table = list(csv.DictReader(io.StringIO(cli(place / "mood", "mixed.jsonl", "--csv").stdout, newline="")))
+    assert [(r["text"], r["b"], r["id"]) for r in table] == [("ra\u200bin\n", "true", ""), ("sun", "", '["é", 1]')]
     Path("pairs.toml").write_text(
         (place / "same.toml").read_text().replace("same.csv", "pairs.csv") + '[columns]\na = "both"\nb = "both"\n'
     )

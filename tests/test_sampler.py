@@ -113,6 +113,30 @@ def test_the_seed_decides_what_is_drawn(lively: Denoiser, tokenizer: Tokenizer, 
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
+def runs_twice(ids: list[int], run: int) -> int:
+    """How many runs of that many tokens stand earlier in ids."""
+    runs = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
+    return len(runs) - len(set(runs))
+
+
+@pytest.mark.parametrize("given", [c for c in CONFIGS if "steps" not in c], ids=str)
+def test_no_text_has_a_run_of_tokens_twice_if_none_may_be(tokenizer: Tokenizer, given: dict[str, Any]) -> None:
+    """Texts of a denoiser that wants one or two tokens everywhere, which its prompt has, too."""
+    batch = rows(tokenizer, 9, 1, 12)
+    for x, width in zip(batch[0], (9, 1, 12), strict=True):
+        x[~torch.isin(x, torch.tensor([0]))] = 5
+        assert width <= len(x)
+    eager = giving(lambda x: torch.tensor([0.0, 0, 0, 0, 0, 9, 8, 6]).expand(*x.shape, 8))
+    free, held = (decoded(eager, batch, no_repeat=run, **given)[0] for run in (0, 3))
+    for row, slot_mask in enumerate(batch[1]):
+        ids = held[row][slot_mask].tolist()
+        assert runs_twice(ids, 3) == 0 and MASK not in ids
+    assert runs_twice(free[2][batch[1][2]].tolist(), 3) > 3
+    every, _ = decoded(eager, batch, no_repeat=1, **given)
+    assert MASK not in every, "where all tokens are used up, one comes again"
+    assert held[1][batch[1][1]].tolist() == [5] or given.get("temperature"), "what the prompt says may be said again"
+
+
 def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tensor:
     """Low-confidence decoding of one row without padding, written as a loop over tokens, as many a step as LLaDA's
     get_num_transfer_tokens: M // steps, and one more in the first M % steps."""

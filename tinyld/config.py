@@ -319,6 +319,11 @@ class SampleConfig(Settings):
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
+    no_repeat: int | None = setting(
+        None,
+        "Tokens in a row that no text says twice, but in its last of --steps; 0 for a task's texts, else 4.",
+        least=0,
+    )
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
 
     def __post_init__(self) -> None:

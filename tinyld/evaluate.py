@@ -82,7 +82,8 @@ def answered(
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
     of those that are written so much as has no mask any more. A row counts by what it costs: answers to long prompts
     are longer themselves (on WebNLG a text's time grows with its prompt's length to the power of 1.5)."""
-    sampling = sampling if rows.task.is_generation else replace(sampling, lengths=1)  # a label has its own
+    if not rows.task.is_generation:  # a label has its own length and words
+        sampling = replace(sampling, lengths=1, no_repeat=None)
     work = (rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
@@ -172,7 +173,8 @@ def label_scores(gold: np.ndarray, predicted: np.ndarray, scored: np.ndarray, la
     - unreadable: share of the rows; majority: the accuracy of always giving the most frequent label.
     - classes: label -> n, precision, recall, f1. confusion: gold label -> decoded label or "unreadable" -> rows.
     """
-    n, counts, said = len(gold), np.zeros((len(labels), len(labels) + 1), dtype=int), [*labels, "unreadable"]
+    n, counts = len(gold), np.zeros((len(labels), len(labels) + 1), dtype=int)
+    said = [*labels, "unreadable" if "unreadable" not in labels else "(unreadable)"]
     np.add.at(counts, (gold, predicted), 1)  # UNREADABLE is the last column
     hits, given, there = counts.diagonal(), counts.sum(0)[:-1], counts.sum(1)
     precision, recall, f1 = (a / np.maximum(b, 1) for a, b in ((hits, given), (hits, there), (2 * hits, given + there)))

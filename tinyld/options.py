@@ -135,7 +135,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
             more += ["steps", "threshold", "least", "kl", "draws"]
             refuse_idle(self, more, "where every answer is one token")
         if is_label or width == 1:
-            refuse_idle(self, ["lengths"], "where answers are labels, or one token")
+            refuse_idle(self, ["lengths", "no_repeat"], "where answers are labels, or one token")
 
 
 class Training(OnDevice, Written, Printed, Loop):

@@ -185,7 +185,8 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
                     raise TinyldError(
                         f"{where}: this line must name the columns, each by a name of its own, got {found}"
                     )
-            elif header and values and (empty or not is_blank):
+            elif header and (values or (empty and len(header) == 1)) and (empty or not is_blank):
+                values = values or [""]  # a spreadsheet's empty cell of a lone column
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"
                     raise TinyldError(f"{where}: {len(values)} columns, {stray}")

@@ -96,12 +96,11 @@ def fill_in(
             logits = all_finite(denoiser(x[rows, :length], *told, where=masked))  # (N, V)
             passes[rows.cpu()] += 1
         logits[:, forbidden] = -torch.inf
-        logp = logits.log_softmax(-1)
-        if config.temperature == 0:
-            likely, token = logp.max(-1)
-        else:
-            token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
-            likely = logp.gather(1, token[:, None])[:, 0]
+        logp, token, likely = choose(logits, config.temperature, generator)
+        own, so_far, run = inside[rows, :length], x[rows, :length], min(config.no_repeat or 0, length)
+        while run and (twice := stands_twice(so_far, masked, own, token, run) & (logits.isfinite().sum(1) > 1)).any():
+            logits[twice, token[twice]] = -torch.inf
+            logp[twice], token[twice], likely[twice] = choose(logits[twice], config.temperature, generator)
         doubt = torch.full_like(likely, torch.inf)
         if config.sampler == "entropy":
             doubt = -divergence(logp, torch.zeros_like(logp))
@@ -111,13 +110,48 @@ def fill_in(
         steps = config.steps or inside[rows].sum(1, keepdim=True)
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
-        tokens = accept(confidence, doubts, masked & inside[rows, :length], config, steps, step, generator)
-        x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
+        tokens, words = accept(confidence, doubts, masked & own, config, steps, step, generator), spread(token, masked)
+        if run and step + 1 != config.steps:  # what they would repeat together
+            tokens &= ~repeated(torch.where(tokens, words, so_far), own & (tokens | ~masked), tokens, confidence, run)
+        x[rows, :length] = torch.where(tokens, words, so_far)
         score[rows] += torch.where(tokens, spread(likely.float(), masked), 0.0).sum(1)
         step, first = step + 1, None
         if watch is not None:
             watch(x)
     return x, passes, score
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities (N, V), the token chosen at each of N places, its log-probability)."""
+    logp = logits.log_softmax(-1)
+    if temperature == 0:
+        return logp, *reversed(logp.max(-1))
+    token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    return logp, token, logp.gather(1, token[:, None])[:, 0]
+
+
+def stands_twice(x: Tensor, masked: Tensor, inside: Tensor, token: Tensor, run: int) -> Tensor:
+    """Which of the tokens (N,) for the N masks of x (B, L) would make, each by itself, a run that its text, `inside`,
+    then has twice."""
+    row, at = masked.nonzero().T
+    known = inside[row] & (~masked[row]).scatter(1, at[:, None], True)
+    runs, whole = x[row].scatter(1, at[:, None], token[:, None]).unfold(1, run, 1), known.unfold(1, run, 1).all(-1)
+    starts = (at[:, None] - torch.arange(run, device=x.device)).clamp(0, runs.shape[1] - 1)  # of those that hold it
+    own = runs.gather(1, starts[..., None].expand(-1, -1, run))
+    alike = (own[:, :, None] == runs[:, None]).all(-1) & whole[:, None] & whole.gather(1, starts)[..., None]
+    return (alike.sum(2) > 1).any(1)
+
+
+def repeated(x: Tensor, known: Tensor, new: Tensor, confidence: Tensor, run: int) -> Tensor:
+    """Which of the `new` tokens of x (B, L) make together a run that stands twice in what is `known`; never the surest
+    of a row. All (B, L)."""
+    runs, whole = x.unfold(1, run, 1), known.unfold(1, run, 1).all(-1)
+    alike = (runs[:, :, None] == runs[:, None]).all(-1) & whole[:, None]
+    twice, found = (alike.sum(2) > 1) & whole, torch.zeros_like(new)
+    for i in range(run):
+        found[:, i : i + twice.shape[1]] |= twice
+    surest = confidence.masked_fill(~new, -1.0).argmax(1, keepdim=True)
+    return (found & new).scatter(1, surest, False)
 
 
 def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

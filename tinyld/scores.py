@@ -212,7 +212,8 @@ def show_classes(record: Record) -> None:
     print()
     print_table(f"{record['task']} {record['split']}, label by label ({always})", columns, rows)
     print()
-    said = [*record["classes"], *(["unreadable"] if record["unreadable"] else [])]
+    *said, unreadable = next(iter(record["confusion"].values()))
+    said += [unreadable] if record["unreadable"] else []
     if max(map(len, said)) + sum(len(s) + 3 for s in said) <= WIDTH:
         counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
         print_table("rows of each label, by what was answered", ("", *said), counts)

@@ -34,9 +34,12 @@ HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSO
 Rows = list[Row]
 
 
-def chunks(options: PredictOptions, source: str, task: Task, size: int) -> tuple[int, Iterator[Rows]]:
+def chunks(
+    options: PredictOptions, source: str, task: Task, size: int, even: bool = False
+) -> tuple[int, Iterator[Rows]]:
     """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). A text alone is enough
-    where the task reads one. A file is read whole first, so that a bad row is known at once."""
+    where the task reads one. A file is read whole first, so that a bad row is known at once; `even` gives each of its
+    rows all columns that any has."""
     path, column, piped, columns = Path(source), options.column, source == "-", input_columns(task)
     lines = piped or path.suffix.lower() == ".txt"
     check(not options.text or piped, "give a file or --text, not both")
@@ -44,7 +47,7 @@ def chunks(options: PredictOptions, source: str, task: Task, size: int) -> tuple
     one, total = len(columns) == 1, len(options.text)
     check(one or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
     check(one or not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
-    column = "text" if lines else column
+    column, every = "text" if lines else column, Record()
     if options.text:
         parts = iter([[(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]])
     elif piped:
@@ -54,9 +57,10 @@ def chunks(options: PredictOptions, source: str, task: Task, size: int) -> tuple
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
         for row in read_rows(path, empty=True):
             examples_of([renamed(column, columns[0], *row)], task)
+            every |= dict.fromkeys(row[1] if even else (), "")
             total += 1
         rows = read_rows(path, empty=True)
-        parts = iter(lambda: list(islice(rows, size)), [])
+        parts = iter(lambda: [(where, every | row) for where, row in islice(rows, size)], [])
     return total, ([renamed(column, columns[0], *row) for row in part] for part in parts)
 
 
@@ -111,14 +115,14 @@ def predict(options: PredictOptions) -> None:
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header: list[str] = []
     whole, truncated, total = [], 0, 0
-    rows_in_all, parts = chunks(options, source, task, WRITTEN if task.is_generation else CHUNK)
+    rows_in_all, parts = chunks(options, source, task, WRITTEN if task.is_generation else CHUNK, as_csv)
     bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
     bar.quiet |= bar.on_terminal and out is None and not is_file(sys.stdout)  # where answers may appear, too
     with bar:
         for rows in parts:
             records = run.answer(rows, task, sampling, further(bar.advance_to, total))
             if as_csv:
-                lines = csv_lines(records, header, labels, is_file=out is not None)
+                lines = csv_lines(records, header, labels, str if out or not sys.stdout.isatty() else plain)
             else:
                 lines = [table_line(r) if as_table else json_line(r, ascii_only) for r in records]
             if out is None:
@@ -144,13 +148,9 @@ def json_line(record: Record, ascii_only: bool) -> str:
     return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def csv_lines(records: Sequence[Record], header: list[str], labels: Sequence[str], is_file: bool) -> list[str]:
-    """Every label's probability is a column, and of several runs each one's answer and its probability.
-
-    `header` is filled by the first record, and by the probabilities of `labels`; TinyldError for a later record that
-    has other columns.
-    """
-    cell = str if is_file else plain  # a file keeps control characters
+def csv_lines(records: Sequence[Record], header: list[str], labels: Sequence[str], cell: Any) -> list[str]:
+    """Every label's probability is a column, and of several runs each one's answer and its probability. `cell` is
+    called on every text. `header` is filled by the first record, and by the probabilities of `labels`."""
     flat, lines, more = [], [], [f"p({label})" for label in labels]
     for record in records:
         ours = {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
@@ -158,12 +158,11 @@ def csv_lines(records: Sequence[Record], header: list[str], labels: Sequence[str
             ours |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
         kept = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
         row = {own_name(k, record) if k in ours or k in more else k: v for k, v in kept.items()} | ours
+        row = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict | bool) else v for k, v in row.items()}
         flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
     if flat and not header:
         header += dict.fromkeys([*flat[0], *map(cell, more)])
         lines.append(header)
-    if stray := set().union(*flat) - set(header):
-        raise TinyldError(f"a later row has a column {min(stray)!r}, the first has not: leave CSV for JSON lines")
     lines += [[row.get(name, "") for name in header] for row in flat]
     return list(map(csv_line, lines))
 

