@@ -17,8 +17,7 @@ from torch import Tensor
 from tinyld.config import ModelConfig
 from tinyld.device import shrink
 from tinyld.errors import UsageError
-from tinyld.head_nll import HeadNLL
-from tinyld.model import Denoiser, PushAt, depths_read, take
+from tinyld.model import Denoiser, PushAt, depths_read, head_nll, take
 
 
 @pytest.fixture()
@@ -112,7 +111,7 @@ def test_the_heads_own_gradient_is_autograds_in_float64(frozen: tuple[str, ...])
         (loss(inputs["h"], inputs["weight"], inputs["bias"], target) * upstream).sum().backward()
         return {n: v.grad for n, v in inputs.items()}
 
-    found = gradients(HeadNLL.apply)
+    found = gradients(head_nll)
     expected = gradients(lambda h, w, b, y: F.cross_entropy(F.linear(h, w, b), y, reduction="none"))
     for name in shapes:
         assert (found[name] is None) == (name in frozen) == (expected[name] is None)
@@ -130,7 +129,7 @@ def test_a_nearly_certain_token_has_its_gradient_in_bf16(rest: float) -> None:
     bias = torch.zeros(50, dtype=torch.bfloat16)
     bias[3] = float((exact[torch.arange(50) != 3].logsumexp(0) - exact[3]).detach()) - math.log(rest)
     target = torch.tensor([3])
-    HeadNLL.apply(h, weight, bias, target).backward()
+    head_nll(h, weight, bias, target).backward()
     found, double = h.grad, h.detach().double().requires_grad_()
     F.cross_entropy(F.linear(double, weight.double(), bias.double()), target).backward()
     error = float((found.double() - double.grad).norm() / double.grad.norm())
@@ -140,7 +139,7 @@ def test_a_nearly_certain_token_has_its_gradient_in_bf16(rest: float) -> None:
 def test_a_rare_token_counts_its_own_nats_in_fp16() -> None:
     """Its probability, e^-20, is no number of that type."""
     h, weight = torch.tensor([[1.0]], dtype=torch.float16), torch.tensor([[20.0], [0.0]], dtype=torch.float16)
-    nll = HeadNLL.apply(h, weight, torch.zeros(2, dtype=torch.float16), torch.tensor([1]))
+    nll = head_nll(h, weight, torch.zeros(2, dtype=torch.float16), torch.tensor([1]))
     assert float(nll) == pytest.approx(20.0, rel=1e-3)
 
 

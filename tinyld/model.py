@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from tinyld.attention import near_attention, rotary_tables, rotate
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, product, product_dtype
-from tinyld.head_nll import HeadNLL
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -298,11 +297,11 @@ class Denoiser(nn.Module):
         """-log p(target), in nats, for final states h (N, D) and target ids (N,) -> (N,) fp32."""
         if parametrize.is_parametrized(self.vocabulary):
             return F.cross_entropy(self.head(h).float(), target, reduction="none")
-        dtype = product_dtype(h.device)
+        dtype, bias = product_dtype(h.device), self.output_bias
         h = self.head_transform(self.final_norm(h)).to(dtype)
-        weight, bias = self.narrow(self.vocabulary.weight, dtype), self.output_bias
         with torch.autocast(h.device.type, enabled=False):
-            return HeadNLL.apply(h, weight, None if bias is None else bias.to(dtype), target)
+            weight = self.narrow(self.vocabulary.weight, dtype)
+            return head_nll(h, weight, None if bias is None else bias.to(dtype), target)
 
     def narrow(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The vocabulary's matrix as products read it; made once while it is frozen."""
@@ -316,3 +315,28 @@ class Denoiser(nn.Module):
     def forward(self, *given: Any, **told: Any) -> Tensor:
         """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `states` is given."""
         return self.head(self.states(*given, **told))
+
+
+def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
+
+    On two cores the vocabulary's softmax is the largest single cost of pretraining. What is kept of it is softmax -
+    onehot, by which the result is linear in h, weight and bias: no second softmax and no other (N, V) product.
+    """
+    rows = torch.arange(len(target), device=target.device)
+    with torch.no_grad():
+        logits = F.linear(h, weight, bias)
+        probs = logits.softmax(1)
+        exact = torch.promote_types(probs.dtype, torch.float32)
+        p = probs[rows, target].to(exact)
+        probs[rows, target], rest = 0.0, 1.0 - p  # what all others have
+        if bool((sure := p > 0.5).any()):  # 1 - p is added up, as bf16 has few numbers below 1
+            rest[sure] = probs[sure].sum(1, dtype=exact)
+        nll = torch.where(sure, -torch.log1p(-rest), -torch.log(p.clamp(min=1e-30)))
+        if logits.dtype == torch.float16:  # whose smallest probability, 6e-8, is 17 nats
+            nll = F.cross_entropy(logits.float(), target, reduction="none")
+        probs[rows, target] = -rest.to(probs.dtype)
+    if not torch.is_grad_enabled():
+        return nll
+    slope = (h * (probs @ weight)).sum(1, dtype=exact) + (0.0 if bias is None else probs @ bias)
+    return nll + (slope - slope.detach())

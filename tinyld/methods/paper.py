@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,25 +92,11 @@ class PaperUnits(nn.Module):
         return LAMBDA_RANK * rank + LAMBDA_ORTH * sum((a.T @ b).square().sum() for a, b in permutations(ups, 2))
 
 
-class _NuclearNorm(torch.autograd.Function):
-    """Sum of singular values of up @ down from their QR factors, with the subgradient U V^T of its nonzero part.
-
-    Differentiating an SVD fails where singular values meet or vanish, and a fresh `up` is all zeros.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, up: Tensor, down: Tensor) -> Tensor:
-        q_up, r_up = torch.linalg.qr(up)
-        q_down, r_down = torch.linalg.qr(down.T)
+def nuclear_norm(up: Tensor, down: Tensor) -> Tensor:
+    """||up @ down||_*, the sum of singular values, with the subgradient U V^T of its nonzero part; up: (D, r), down:
+    (r, E). Differentiating an SVD fails where singular values meet or vanish, and a fresh `up` is all zeros."""
+    with torch.no_grad():
+        (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
         u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-        keep = s > 1e-6 * s.max().clamp(min=1e-12)
-        ctx.save_for_backward(up, down, q_up @ (u * keep), vh @ q_down.T)
-        return s.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        up, down, left, right = ctx.saved_tensors
-        return grad * left @ (right @ down.T), grad * (up.T @ left) @ right
-
-
-nuclear_norm = _NuclearNorm.apply  # ||up @ down||_*, differentiable. up: (D, r), down: (r, E)
+        left, right = q_up @ (u * (s > 1e-6 * s.max().clamp(min=1e-12))), vh @ q_down.T
+    return ((left.T @ up) * (right @ down.T)).sum()
