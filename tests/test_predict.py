@@ -293,6 +293,19 @@ def test_many_samples_are_those_of_few_whatever_is_written_at_once(
         run.fill("rain", 4, 2, SampleConfig(lengths=2), print)
 
 
+def test_a_text_for_no_task_repeats_itself_by_a_public_model_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bias of the tiny model's head, which then wants one word everywhere."""
+    run = tinyld.load(place / "base")
+    with torch.no_grad():
+        run.model.output_bias[run.base.tokenizer.encode("rain")[0]] += 100
+    free, held, own = (run.fill("it was", 20, 1, SampleConfig(no_repeat=n))[0] for n in (0, 4, None))
+    assert own == held and free == [" ".join(["rain"] * 20)] != own
+    monkeypatch.setattr("tinyld.predict.is_foreign", lambda path: True)
+    assert run.fill("it was", 20, 1, SampleConfig())[0] == free
+
+
 def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     line = table_line({"text": "what " * 20, "answer": "a long answer"})

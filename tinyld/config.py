@@ -321,7 +321,7 @@ class SampleConfig(Settings):
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     no_repeat: int | None = setting(
         None,
-        "Tokens in a row that no text says twice, but in its last of --steps; 0 for a task's texts, else 4.",
+        "Tokens in a row that no text says twice, but in its last of --steps; 4, for tasks and public models 0.",
         least=0,
     )
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)

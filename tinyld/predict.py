@@ -36,7 +36,7 @@ from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
 
-NO_REPEAT = 4  # tokens in a row that a text for no task has once; left to itself it turns in circles
+NO_REPEAT = 4  # tokens in a row that a text for no task has once: left to itself, a base of ours turns in circles
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 # Threads may ask at once, and runs that share a base hang their pushes on it by turns.
 ONE_AT_A_TIME = threading.RLock()
@@ -183,7 +183,7 @@ class Run:
         after = after.strip() and tokenizer.blank + after.strip()
         head = [*tokenizer.start, *tokenizer.encode(before.strip()), *tokenizer.turn]
         tail = tokenizer.encode(after)
-        if sampling.no_repeat is None:
+        if sampling.no_repeat is None and not is_foreign(self.base.path):
             sampling = replace(sampling, no_repeat=NO_REPEAT)
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
