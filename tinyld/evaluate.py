@@ -84,7 +84,7 @@ def answered(
     are longer themselves (on WebNLG a text's time grows with its prompt's length to the power of 1.5)."""
     if not rows.task.is_generation:  # a label has its own length and words
         sampling = replace(sampling, lengths=1, no_repeat=None)
-    work = (rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)
+    work = (1 + rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)  # a public model may have no [BOS]
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     answers = answer_ids(rows.task, tokenizer)
