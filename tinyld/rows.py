@@ -177,6 +177,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
+            values = values or [""] * (len(header) == 1)  # a spreadsheet's empty cell of a lone column
             is_blank = not any(value.strip() for value in values)
             if not header and not is_blank:
                 header = [clean(value) for value in values]
@@ -185,8 +186,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
                     raise TinyldError(
                         f"{where}: this line must name the columns, each by a name of its own, got {found}"
                     )
-            elif header and (values or (empty and len(header) == 1)) and (empty or not is_blank):
-                values = values or [""]  # a spreadsheet's empty cell of a lone column
+            elif header and values and (empty or not is_blank):
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"
                     raise TinyldError(f"{where}: {len(values)} columns, {stray}")

@@ -125,7 +125,8 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tu
     """(log-probabilities (N, V), the token chosen at each of N places, its log-probability)."""
     logp = logits.log_softmax(-1)
     if temperature == 0:
-        return logp, *reversed(logp.max(-1))
+        likely, token = logp.max(-1)
+        return logp, token, likely
     token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
     return logp, token, logp.gather(1, token[:, None])[:, 0]
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,9 @@ def json_line(record: Record, ascii_only: bool) -> str:
     return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def csv_lines(records: Sequence[Record], header: list[str], labels: Sequence[str], cell: Any) -> list[str]:
+def csv_lines(
+    records: Sequence[Record], header: list[str], labels: Sequence[str], cell: Callable[[str], str]
+) -> list[str]:
     """Every label's probability is a column, and of several runs each one's answer and its probability. `cell` is
     called on every text. `header` is filled by the first record, and by the probabilities of `labels`."""
     flat, lines, more = [], [], [f"p({label})" for label in labels]
