@@ -357,7 +357,7 @@ def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.Monkey
         cli("finetune", "--resume", "cut", "--steps", 9), 2, "--resume goes on as it began: leave --steps out"
     )
     good("finetune", "--resume", "cut", "--lr", 1e-5, "--quiet")
-    assert RunFolder(Path("cut")).config["train"]["lr"] == RunFolder(Path("cut")).metrics()[-1]["lr"] + 1e-5 == 1e-5
+    assert 0 < RunFolder(Path("cut")).metrics()[-1]["lr"] < RunFolder(Path("cut")).config["train"]["lr"] == 1e-5
 
 
 def test_a_run_goes_on_with_its_own_data_and_says_what_differs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

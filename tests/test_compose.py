@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from conftest import WEATHER
 from test_methods import attach, fresh_base, train
 from torch import Tensor
 
+import tinyld
 from tinyld import composition
 from tinyld.checkpoint import Base, method_record
 from tinyld.compose import compose, show
@@ -77,50 +77,44 @@ def prompts(config: ModelConfig, rows: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) -> None:
-    model, (x, prompt_mask), d = fresh_base(config), prompts(config), config.d_model
+    model, (x, prompt_mask) = fresh_base(config), prompts(config)
     features = prompt_features(model.embed(x), prompt_mask)
     short = prompt_features(model.embed(x[1:2, :9]), prompt_mask[1:2, :9])
     torch.testing.assert_close(features[1:2], short)
     changed = x.clone()
     changed[0, 6], changed[1, 10] = 4, 5  # neither the answer is read, nor padding
     torch.testing.assert_close(prompt_features(model.embed(changed), prompt_mask), features)
-    for place, part in ((3, None), (4, 1), (5, 2), (7, 3), (8, 4)):
-        changed[0] = torch.where(torch.arange(12) == place, x[0] % 90 + 10, x[0])
-        moved = (prompt_features(model.embed(changed), prompt_mask) - features)[0].abs().view(5, d).amax(1)
-        assert (moved > 1e-3).nonzero().flatten().tolist() == ([0] if part is None else [0, part])
-    first = prompt_features(model.embed(x[:, 6:]), prompt_mask[:, 6:])
-    assert (first[:, d : 3 * d] == 0).all() and (first[:, 3 * d :] == features[:, 3 * d :]).all(), "nothing before"
-    last = prompt_features(model.embed(x[:, :9]), prompt_mask[:, :9] & (torch.arange(9) < 6))  # behind: slot, padding
-    torch.testing.assert_close(last[:, d : 3 * d], features[:, d : 3 * d])
-    assert (last[:, 3 * d :] == 0).all(), "nothing behind"
+    changed[0, 3] = x[0, 3] % 90 + 10
+    moved = (prompt_features(model.embed(changed), prompt_mask) - features).abs().amax(1)
+    assert (moved > 1e-3).tolist() == [True, *[False] * 5]
 
 
-def test_the_nearest_prototype_is_in_units_of_the_mean_variance() -> None:
-    mean = torch.tensor([[0.0, 0.0], [4.0, 1.0]])
-    prototypes = torch.stack([mean, torch.tensor([[90.0, 0.04], [70.0, 0.06]])], dim=1)
-    features = torch.tensor([[3.9, 0.1], [0.1, 0.9]])  # near in the wide first feature, far in the narrow second
+def test_what_a_tasks_own_prompts_vary_by_is_not_far() -> None:
     router = Router(2, 2)
-    router.prototype = prototypes
+    router.prototype[1] = torch.tensor([4.0, 1.0])
+    features = torch.tensor([[3.9, 0.1], [0.1, 0.9]])
+    assert router.nearest(features).tolist() == [1, 0], "by the means alone"
+    router.directions[:, 0] = torch.tensor([0.99, 0.0])  # both vary in the first feature, and not in the second
     assert router.nearest(features).tolist() == [0, 1]
 
 
 def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
     """What lies off the directions in which a task's prompts vary is strange; along them it may lie far."""
     router = Router(2, 2)
-    router.directions, router.prototype[1, 0, 0] = torch.tensor([[[0.99, 0.0]], [[0.0, 0.99]]]), 20.0  # its mean
+    router.directions, router.prototype[1, 0] = torch.tensor([[[0.99, 0.0]], [[0.0, 0.99]]]), 20.0
     along = torch.linspace(-3, 3, 200)[:, None]
-    own = [torch.zeros(200, 10), torch.zeros(200, 10)]
+    own = [torch.zeros(200, 2), torch.zeros(200, 2)]
     own[0][:, :1], own[1][:, 1:2] = along, along
     own[1][:, 0] += 20.0
-    assert (router.choose(torch.full((1, 10), 99.0)) != NONE).all(), "nothing is refused before limits are known"
+    assert (router.choose(torch.full((1, 2), 99.0)) != NONE).all(), "nothing is refused before limits are known"
     router.set_limits(own)
     assert float((router.choose(own[0]) == 0).float().mean()) >= 0.98
     assert float((router.choose(own[1]) == 1).float().mean()) >= 0.98
-    strange = torch.zeros(2, 10)
-    strange[0, 1], strange[1, 0] = 2.0, 17.0
+    strange = torch.zeros(2, 2)
+    strange[0, 1], strange[1, 0] = 2.0, 23.0
     assert router.choose(strange).tolist() == [NONE, NONE] and router.nearest(strange).tolist() == [0, 1]
     router.only = 0  # the task was named
-    assert router.nearest(strange).tolist() == [0, 0] and router.choose(torch.zeros(1, 10)).tolist() == [0]
+    assert router.nearest(strange).tolist() == [0, 0] and router.choose(torch.zeros(1, 2)).tolist() == [0]
     assert router.choose(own[1]).max() == NONE, "a text of another task is strange to this one"
 
 
@@ -137,7 +131,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
     router = Router(2, config.d_model)
     for i in (0, 1):
         own = features[torch.tensor(owner) == i]
-        router.prototype[i] = torch.stack([own.mean(0), own.var(0, correction=0)])
+        router.prototype[i] = own.mean(0)
     base.model.push = routed = RoutedPush(pushes, router)
     ran: list[int] = []
     for push in pushes:
@@ -170,7 +164,7 @@ def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.Monk
     """Their covariance is 0, but in fp32 noise, of which some has no eigenvectors that LAPACK finds."""
     base: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(d_model=384)))
     for seed in range(40):
-        same = torch.randn(1, 5 * 384, generator=torch.Generator().manual_seed(seed)).expand(60, -1) / 20
+        same = torch.randn(1, 384, generator=torch.Generator().manual_seed(seed)).expand(60, -1) / 20
         monkeypatch.setattr("tinyld.composition.task_features", lambda *_, same=same: same)
         found = prompt_prototype(base, range(60))  # type: ignore[arg-type]
         assert all(tensor.isfinite().all() for tensor in found.values())
@@ -180,15 +174,18 @@ def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.Monk
 
 
 def test_tasks_that_can_be_told_apart_are_routed_and_measured(
-    fast: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fast: list[Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(fast[0], tmp_path / "one")
-    runs = (tmp_path / "one", fast[3])  # "it was" and "it is"
-    texts = [f"the {a} {b} is very {c}" for a in ("rain", "sun", "sea") for b in ("and", "of") for c in WEATHER[:9]]
-    for name in "ad":
+    runs = (tmp_path / "one", tmp_path / "two")
+    for name, ending in zip("ae", ("sea sea", "down down"), strict=True):
+        texts = [f"the {a} {b} is {c}" for a in ("rain", "sun", "sky") for b in ("and", "of") for c in WEATHER[:9]]
+        rows = [f'"{text} {ending}",{("sad", "happy")[i % 2]}' for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{name}/dev.csv"'))
         (tmp_path / name).mkdir()
-        rows = [f'"{text}",{("sad", "happy")[i % 2]}' for i, text in enumerate(texts)]
         (tmp_path / name / "dev.csv").write_text("\n".join(["text,label", *rows]))
+    options: dict[str, Any] = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 2, "quiet": True}
+    for name, out in zip("ae", runs, strict=True):
+        tinyld.finetune(tmp_path / f"{name}.toml", out=out, **options)
     options = ComposeOptions(runs=runs, data=tmp_path, out=tmp_path / "both", quiet=True, dtype="fp32")
     result = compose(options)
     assert [r["right"] for r in result["routing"]] == [1.0, 1.0]
@@ -222,6 +219,9 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     run = load(tmp_path / "both", dtype="fp32")
     with pytest.raises(UsageError, match="has tasks .*, which cannot be told apart by their texts; say which with"):
         run.predict(["the rain is cold"])
+    (tmp_path / "alias.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{place}/a.csv"'))
+    with pytest.raises(UsageError, match="a and c are asked as alias is; say which by its name"):
+        run.predict(["the rain is cold"], task=str(tmp_path / "alias.toml"))
     for path, task in zip(options.runs, run.tasks, strict=True):
         (answer,) = run.predict(["the rain is cold"], task=task.name)
         assert answer["adapter"] == path.name, "named, it answers also what is unlike its own texts"

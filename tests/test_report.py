@@ -165,11 +165,14 @@ def test_a_method_is_told_from_the_others_by_as_few_words_as_do() -> None:
         row("adapters", 0, 0.8, batch_size=16),
         row("tuned", 0, 0.8, data="a1"),
         row("tuned", 0, 0.8, data="b2"),
+        row("short", 0, 0.8, epochs=None, steps=5),
+        row("short", 0, 0.8, epochs=10.0),
     ]
     assert labels(rows) == [
         *("full, muon", "full, adamw", "bitfit"),
         *("lora, rank 1", "lora, rank 8, lr 0.001", "lora, rank 8, lr 0.002"),
         *("adapters, batch size 8", "adapters, batch size 16", "tuned, data a1", "tuned, data b2"),
+        *("short, steps 5", "short, epochs 10.0"),
     ]
 
 

@@ -242,6 +242,15 @@ def test_a_damaged_or_missing_file_is_named(run: str, name: str, adapter: Path, 
     assert f"not listed in {MANIFEST}" in refusal(path.parent)
 
 
+def test_a_run_that_died_while_its_weights_were_written_goes_on(adapter: Path) -> None:
+    """The manifest knows a file before it is there; its checkpoints are then still there."""
+    (adapter / ADAPTER).unlink()
+    (adapter / "checkpoints").mkdir()
+    (adapter / "checkpoints" / "00000002").write_bytes(b"")
+    assert f"finetune --resume {adapter} goes on" in refusal(adapter)
+    assert f"finetune --resume {adapter} goes on" in info(InfoOptions(run=adapter))["state"]
+
+
 def test_a_damaged_manifest_is_one_error(base: Path) -> None:
     for content in (b"[]", b"{}", b'{"files": {"config.json": 1}}', b'{"files": {"config.json": {}}}', b"\xff"):
         (base / MANIFEST).write_bytes(content)

@@ -142,6 +142,9 @@ def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
     for text, gaps in (("the rain", "no"), ("a ____ b ___ c", "2")):
         with pytest.raises(TinyldError, match=f"line 3: {gaps} gaps in the text; mark one with ____"):
             prompt_of(task, {"text": text}, "line 3")
+    (tmp_path / "lines.txt").write_text("a ____ b c\nthe sea and the sun\nwhat ___ is\n")
+    with pytest.raises(TinyldError, match="lines.txt: line 3: most texts have a gap; give whole texts"):
+        load_split(task, "train", tmp_path / "lines.txt")
 
 
 # ---------------------------------------------------------------------------------------------- a run's record

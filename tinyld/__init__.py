@@ -23,6 +23,10 @@ __version__ = "0.1.0"
 __all__ = ["Run", "TinyldError", "UsageError", "finetune", "load"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """`load`, `finetune` and `Run` bring torch with them, and come when they are first asked for."""
     if name in ("load", "Run"):

@@ -134,6 +134,11 @@ def columns_for(task: Task, first: Task) -> dict[str, str]:
     return dict(zip(own, own if {*own} == {*theirs} else theirs, strict=True))
 
 
+def asked_alike(tasks: Sequence[Task]) -> bool:
+    """Whether all label texts, and are asked of them in the same words, so that a text by itself may tell its task."""
+    return not any(task.is_generation for task in tasks) and len({asked_of(task, tasks[0]) for task in tasks}) == 1
+
+
 def asked_of(task: Task, first: Task) -> tuple[Any, ...]:
     """What a task is asked of rows of the `first`: where two are alike, their prompts are the same."""
     as_many = len(input_columns(task)) == len(input_columns(first))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from tinyld.answers import asked_alike
 from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
 from tinyld.composition import NONE, RoutedPush, Router, load_push, save_composition, task_features
 from tinyld.config import SampleConfig, check
@@ -61,15 +63,14 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     }
     for of in rows.values():
         say_truncated(say, of.truncated, len(of), base.model.config.max_length)
-    routing = measure_routing(base, router, rows, options.limit)
-    worst = min(routing, key=lambda r: r["right"])
+    alike = asked_alike([run.tasks[0] for run in alone.values()])
+    routing = measure_routing(base, router, rows, options.limit) if alike else []
+    worst = min(routing, key=lambda r: r["right"], default={"task": next(iter(alone)), "right": 0.0})
     by_name = worst["right"] < LEAST_RIGHT
     if by_name:
-        say(
-            f"by their texts only {100 * worst['right']:.0f}% of {worst['task']}'s rows would go to its adapter: "
-            f"name the task when you ask (tinyld predict {out} --task {worst['task']}), or train one of them with a "
-            "template of its own (finetune --set template='...')"
-        )
+        found = f"by their texts only {100 * worst['right']:.0f}% of {worst['task']}'s rows would go to its adapter"
+        why = found if alike else "the tasks are asked differently"
+        say(f"{why}: name the task when you ask (tinyld predict {out} --task {worst['task']})")
     routed = RoutedPush([run.push for run in alone.values()], router)
 
     def measured(name: str, push: Any) -> Evaluation:
@@ -90,7 +91,12 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     members = []
     for run in alone.values():
         data = {name: run.config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
-        record = {"run": str(run.path), "task": run.config["task"], "data": data, "method": run.config["method"]}
+        record = {
+            "run": os.path.abspath(run.path),
+            "task": run.config["task"],
+            "data": data,
+            "method": run.config["method"],
+        }
         members.append(record)
     save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
@@ -142,10 +148,15 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
         own, both = (percent(d[k]) if d[k] is not None else f"{d[f'{k}_nats']:.3f} nats" for k in ("own", "composed"))
         rows.append((d["task"], d["n"], own, both, None if d["drop"] is None else f"{100 * d['drop']:.2f}"))
     print_table(result["run"], ("task", "rows", "own %", "composed %", "points lost"), rows)
-    names = [r["task"] for r in result["routing"]]
-    rows = [(r["task"], *(percent(r["goes_to"][n]) for n in names)) for r in result["routing"]]
+    if result["routing"]:
+        show_routing(result["routing"])
+    print_record("cost", {name: result[name] for name in ("parameters", "bytes")})
+
+
+def show_routing(routing: list[dict[str, Any]]) -> None:
+    names = [r["task"] for r in routing]
+    rows = [(r["task"], *(percent(r["goes_to"][n]) for n in names)) for r in routing]
     print_table("% of each task's rows that would go to each adapter by their text", ("task", *names), rows)
-    rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in result["routing"]]
+    rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in routing]
     columns = ("task", "own rows held for no task's", "foreign sentences held for its own")
     print_table("% of texts wrongly held for no task's (`adapter` is then null), or for one's", columns, rows)
-    print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

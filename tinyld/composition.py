@@ -1,8 +1,7 @@
 """A composition: several trajectory adapters on one base, which runs once; a row gets the push of the one whose prompts
 it is like.
 
-Prompts are read by the base's token embeddings alone, normalised: averaged over the whole prompt, and one by one for
-the few tokens next to the answer, where a task's template stands. Nothing is trained.
+Prompts are read by the base's token embeddings alone, normalised and averaged. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -24,41 +23,21 @@ from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
 from tinyld.runs import ADAPTER, CONFIG, RunFolder
 
-NEAR = (-2, -1, 1, 2)  # positions before the answer's first token and after its last
 PROTOTYPE_ROWS = 1_000
 DIRECTIONS = 64  # in which a task's prompts are known to vary
 KNOWN = 0.99  # share of a task's own prompts that its limit takes in
-FLOOR = 0.01  # under variances: a template's tokens have none
 NONE = -1
 
 
 def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-    """(B, 5 D) of token embeddings (B, L, D): their mean over the prompt, and those of the tokens next to the answer.
-
-    What stands next to the answer is the task's template, the same in every row; apart from the rest, it tells tasks
-    apart whose texts are alike, or longer than those that a prototype was made from. A token that is missing is zero.
-    """
-    normal = F.layer_norm(embedded, embedded.shape[-1:])
-
-    def mean(chosen: Tensor) -> Tensor:
-        share = chosen.to(normal.dtype) / chosen.sum(1, keepdim=True).clamp(min=1)
-        return (normal * share[..., None]).sum(1)
-
-    length, follows = prompt_mask.shape[1], prompt_mask.flip(1).cumsum(1).flip(1) > 0
-    slot = (~prompt_mask & follows).int()  # what is no prompt and comes last is padding, or an answer that ends its row
-    ends_row = slot.sum(1) == 0
-    first = torch.where(ends_row, prompt_mask.sum(1), slot.argmax(1))
-    last = torch.where(ends_row, length, first + slot.sum(1) - 1)
-    parts = [mean(prompt_mask)]
-    for offset in NEAR:
-        position = (first if offset < 0 else last) + offset
-        parts.append(mean(prompt_mask & (torch.arange(length, device=position.device) == position[:, None])))
-    return torch.cat(parts, dim=1).float()
+    """(B, D): the mean over the prompt of token embeddings (B, L, D)."""
+    share = prompt_mask / prompt_mask.sum(1, keepdim=True).clamp(min=1)
+    return (F.layer_norm(embedded, embedded.shape[-1:]) * share[..., None]).sum(1).float()
 
 
 @torch.no_grad()
 def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) -> Tensor:
-    """(rows, 5 D) prompt features of a task's rows, or of some of them."""
+    """(rows, D) prompt features of a task's rows, or of some of them."""
     device, found = base.model.device, []
     chosen = np.arange(len(rows)) if chosen is None else chosen
     at_once = base.model.rows_at_once(int(rows.lengths[chosen].max()), 100)
@@ -69,65 +48,60 @@ def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) 
     return torch.cat(found)
 
 
-def prototype_shapes(width: int) -> dict[str, tuple[int, int]]:
+def prototype_shapes(width: int) -> dict[str, tuple[int, ...]]:
     """Of the tensors of `prompt_prototype`, for a base of that width."""
-    return {"prototype": (2, (1 + len(NEAR)) * width), "directions": (min(DIRECTIONS, width // 2), width)}
+    return {"prototype": (width,), "directions": (min(DIRECTIONS, width // 2), width)}
 
 
 def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     """What a router knows of a task's prompts; each adapter keeps its own.
 
-    "prototype" (2, 5 D): mean and variance of their features; "directions" (m, D): those in which their mean embedding
-    varies most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
+    "prototype" (D,): the mean of their features; "directions" (m, D): those in which their features vary
+    most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
     """
     features = task_features(base, rows, spread_over(len(rows), PROTOTYPE_ROWS)).cpu()
     kept, width = prototype_shapes(base.model.config.d_model)["directions"]
-    of_means = torch.cov(features[:, :width].T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
+    of_means = torch.cov(features.T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
     values, vectors = (found.float() for found in torch.linalg.eigh(of_means))  # smallest first
     rest = values[:-kept].mean().clamp(min=1e-8)
     share = 1 - rest / values[-kept:].clamp(min=rest)
-    prototype = torch.stack([features.mean(0), features.var(0, correction=0)])
-    return {"prototype": prototype, "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
+    return {"prototype": features.mean(0), "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
 
 
 class Router(nn.Module):
-    """Names the member whose mean is nearest, in units of the members' mean variance (linear discriminant analysis
-    with a diagonal covariance), and says whether a prompt is nearer to that member than its limit."""
+    """Names the member whose own prompts a row is most like, and says whether it is nearer to them than a limit."""
 
     def __init__(self, members: int, width: int):
-        """Prototypes are to be filled in: (k, 2, 5 D), (k, m, D). No prompt is refused before `set_limits`."""
+        """Prototypes are to be filled in: (k, D), (k, m, D). No prompt is refused before `set_limits`."""
         super().__init__()
         for name, shape in prototype_shapes(width).items():
             self.register_buffer(name, torch.zeros(members, *shape))
         self.register_buffer("limits", torch.full((members,), torch.finfo(torch.float32).max))
         self.only: int | None = None  # the member that answers all rows, whatever their prompts
 
+    def distances(self, features: Tensor) -> Tensor:
+        """(B, k) squared, of features (B, D) from each member's mean, less what its own prompts vary by."""
+        off = features[:, None] - self.prototype
+        with torch.autocast(off.device.type, enabled=False):  # a difference of two sums
+            along = torch.einsum("bkd,kmd->bkm", off, self.directions)
+            return off.square().sum(2) - along.square().sum(2)
+
     def nearest(self, features: Tensor) -> Tensor:
-        """(B,) the member to answer each row, whether or not it is near. features: (B, 5 D)."""
+        """(B,) the member to answer each row, whether or not it is near. features: (B, D)."""
         if self.only is not None:
             return torch.full((len(features),), self.only, device=features.device)
-        mean, variance = self.prototype[:, 0], self.prototype[:, 1].mean(0)
-        scale = (variance + FLOOR).rsqrt()
-        return torch.cdist(features * scale, mean * scale).argmin(1)
-
-    def distance(self, features: Tensor, member: int) -> Tensor:
-        """(B,) squared distance of the mean embedding from a member's, less what its own prompts vary by."""
-        directions = self.directions[member]  # (m, D)
-        off = features[:, : directions.shape[1]] - self.prototype[member, 0, : directions.shape[1]]
-        with torch.autocast(off.device.type, enabled=False):  # a difference of two sums
-            return off.square().sum(1) - (off @ directions.T).square().sum(1)
+        return self.distances(features).argmin(1)
 
     def choose(self, features: Tensor) -> Tensor:
         """(B,) the member that each row belongs to, or NONE where the row is unlike all of that member's own."""
         chosen = self.nearest(features)
-        for member, limit in enumerate(self.limits):
-            chosen[(chosen == member) & (self.distance(features, member) > limit)] = NONE
-        return chosen
+        distance = self.distances(features).gather(1, chosen[:, None])[:, 0]
+        return torch.where(distance > self.limits[chosen], NONE, chosen)
 
     def set_limits(self, features: Sequence[Tensor]) -> None:
-        """Each member's limit: its distance from the KNOWN share of the prompts (rows, 5 D) of its own task."""
+        """Each member's limit: its distance from the KNOWN share of the prompts (rows, D) of its own task."""
         for member, own in enumerate(features):
-            self.limits[member] = torch.quantile(self.distance(own, member), KNOWN)
+            self.limits[member] = torch.quantile(self.distances(own)[:, member], KNOWN)
 
 
 class RoutedPush(nn.Module):

@@ -199,7 +199,7 @@ def row_nll(
     """(B,) on the processor: the bound in nats of each row's answer, the mean over `draws` times."""
     total = torch.zeros(len(batch.x0))
     for _ in range(draws):
-        noised = noise_counted(batch, mask_id, generator, prompt_mask)
-        nll, row = token_nll(denoiser, noised.to(denoiser.device))
+        noised = noise_counted(batch, mask_id, generator, prompt_mask).to(denoiser.device)
+        nll, row = token_nll(denoiser, noised)
         total += torch.zeros(len(total)).index_add_(0, row.cpu(), (nll / noised.t[row]).float().cpu())
     return total / draws

@@ -16,6 +16,7 @@ from tinyld.answers import (
     answers,
     answers_in_one_pass,
     as_rows,
+    asked_alike,
     asked_of,
     columns_for,
     examples_of,
@@ -59,12 +60,9 @@ class Run:
         return self.config.get("kind") == "composition"
 
     @property
-    def asks_alike(self) -> bool:
-        """Whether it is a composition whose tasks label texts, ask in the same words and can be told apart by their
-        texts: each row is then routed."""
-        routed = self.is_composition and not self.config.get("by_name") and len(self.tasks) > 1
-        labels = not any(task.is_generation for task in self.tasks)
-        return routed and labels and len({asked_of(task, self.tasks[0]) for task in self.tasks}) == 1
+    def is_routed(self) -> bool:
+        """Whether it is a composition whose tasks are told apart by their texts: each row goes to its own adapter."""
+        return self.is_composition and not self.config.get("by_name")
 
     @property
     def model(self) -> Denoiser:
@@ -85,14 +83,18 @@ class Run:
         task = self.named if task is None else task
         chosen = self.task_named(task)
         with ONE_AT_A_TIME:
-            self.let_answer(task and chosen.name)
+            self.let_answer(task and chosen)
             return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
 
-    def let_answer(self, task: str | None) -> None:
-        """Lets a composition's member of that task answer all rows; None, and another task: each row's own."""
+    def let_answer(self, task: Task | None) -> None:
+        """Lets a composition's member of that task answer all rows, or the one that was taught to read and answer as it
+        does; None, and a task of no member: each row's own."""
         if self.is_composition:
-            names = [t.name for t in self.tasks]
-            self.base.model.push.router.only = names.index(task) if task in names else None
+            alike = [i for i, own in enumerate(self.tasks) if task and own.asks == task.asks]
+            found = [i for i in alike if task and self.tasks[i].name == task.name] or alike
+            several = " and ".join(self.tasks[i].name for i in found)
+            check(len(found) < 2, f"{self.path}: {several} are asked as {task and task.name} is; say which by its name")
+            self.base.model.push.router.only = found[0] if found else None
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
@@ -105,7 +107,7 @@ class Run:
             if writer is None:
                 return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
             check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
-            self.let_answer(writer.name)
+            self.let_answer(writer)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
 
     def task_named(self, name: str | None) -> Task:
@@ -113,9 +115,9 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name is None:
             check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
-            why = "cannot be told apart by their texts" if self.config.get("by_name") else "are asked differently"
-            routed = len(self.tasks) == 1 or self.asks_alike
-            check(routed, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
+            why = "cannot be told apart by their texts" if asked_alike(self.tasks) else "are asked differently"
+            one = len(self.tasks) == 1 or self.is_routed
+            check(one, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
             return self.tasks[0]
         if name in known:
             return known[name]
@@ -137,13 +139,13 @@ class Run:
 
         `advance` gets how many rows are done.
 
-        Rows of a composition whose tasks ask alike go each to the adapter whose prompts it is like.
+        Rows of a composition that is routed go each to the adapter whose prompts it is like.
         """
         if not rows:
             return []
         examples, records = examples_of(rows, task), kept_columns(rows, task)
         parts = [(task, list(range(len(rows))))]
-        if self.asks_alike and task is self.tasks[0] and self.base.model.push.router.only is None:
+        if self.is_routed and task is self.tasks[0] and self.base.model.push.router.only is None:
             nearest = self.base.model.push.router.nearest(task_features(self.base, self.rows(examples, task)))
             parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
         done = 0
@@ -159,9 +161,10 @@ class Run:
 
     def owners(self, batch: Batch) -> list[str | None]:
         """Of a composition, the member that each row belongs to, or None if it is like no task's rows."""
-        members = [Path(m["run"]).name for m in self.config["members"]]
+        paths = [Path(m["run"]) for m in self.config["members"]]
+        members = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
         only = self.base.model.push.router.only
-        if self.config.get("by_name") and only is not None:  # texts do not tell
+        if only is not None:
             return [members[only]] * len(batch.x0)
         embedded = self.base.model.embed(batch.x0)
         owners = self.base.model.push.owners(embedded, batch.attention_mask & ~batch.answer_mask)
@@ -174,7 +177,7 @@ class Run:
 
         `watch` gets the texts after every pass, with a `_` for each token that is not written yet.
         """
-        self.let_answer(self.named)  # whoever was named in an earlier call
+        self.let_answer(self.named and self.task_named(self.named))  # whoever was named in an earlier call
         tokenizer, model = self.base.tokenizer, self.model
         before, mark, after = prompt.partition("{answer}")
         check(mark or not GAP.search(prompt), f"a place in a prompt is marked by {{answer}}, got {prompt!r}")
@@ -223,13 +226,14 @@ class Runs:
     def add(self, path: str | Path) -> Run:
         """Loads one more run; on a base that is loaded already that takes milliseconds."""
         path = Path(path)
-        name = str(path) if path.name in self.runs else path.name
-        check(path not in [run.path for run in self.runs.values()], f"{path} is given twice")
-        bases = [run.base for run in self.runs.values() if run.push is not None]
-        run = load(path, bases=bases, **self.options)
-        check(not run.is_composition, f"{path} is a composition; name the runs that it was made of")
-        run.task_named(None)  # refuses what has no task
-        self.runs[name] = run
+        with ONE_AT_A_TIME:
+            name = str(path) if path.name in self.runs else path.name
+            check(path not in [run.path for run in self.runs.values()], f"{path} is given twice")
+            bases = [run.base for run in self.runs.values() if run.push is not None]
+            run = load(path, bases=bases, **self.options)
+            check(not run.is_composition, f"{path} is a composition; name the runs that it was made of")
+            run.task_named(None)  # refuses what has no task
+            self.runs[name] = run
         return run
 
     def predict(self, texts: Iterable[Any]) -> list[Record]:
@@ -325,6 +329,6 @@ def load(
         records, push = [config["task"]], getattr(method, "push", None)
     run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push, task)
     if task is not None:
-        run.let_answer(run.task_named(task).name)  # which refuses another one
+        run.let_answer(run.task_named(task))  # which refuses another one
     run.model.requires_grad_(False)
     return run

@@ -206,7 +206,7 @@ SHOWN |= {"seconds": "seconds"}
 WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
-TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "steps", "batch_size", "lr")
+TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "batch_size", "lr")
 
 
 def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
@@ -238,11 +238,17 @@ def labels(rows: Sequence[Row]) -> list[str]:
     """Each row's method, with as many of its settings as tell it from the others."""
     found = [row["method"] for row in rows]
     for column in TELLS_APART:
-        unit = f"{column.replace('_', ' ')} " if column in ("data", "epochs", "steps", "batch_size", "lr") else ""
-        both = [(label, row[column]) for label, row in zip(found, rows, strict=True)]
+        both = [(label, said(column, row)) for label, row in zip(found, rows, strict=True)]
         different = Counter(label for label, _ in set(both))
-        found = [f"{label}, {unit}{value}" if value and different[label] > 1 else label for label, value in both]
+        found = [f"{label}, {value}" if value and different[label] > 1 else label for label, value in both]
     return found
+
+
+def said(column: str, row: Row) -> str:
+    """A setting in words; for epochs the steps, where a run was given these."""
+    column = "steps" if column == "epochs" and not row["epochs"] else column
+    unit = f"{column.replace('_', ' ')} " if column in ("data", "epochs", "steps", "batch_size", "lr") else ""
+    return f"{unit}{row[column]}" if row[column] else ""
 
 
 def show(found: Sequence[Row], options: Any) -> None:

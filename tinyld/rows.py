@@ -112,6 +112,8 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
                     raise TinyldError(f"{found}: has {rows:,} rows, {known_ones}; {way_out}")
             return found
     way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
+    if not task.builtin and task.path.suffix == ".toml" and task.path.exists():
+        way_out = f"name their file in its [data] table, or {way_out}"
     if split not in task.splits:
         raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}")
     if not task.builtin:
@@ -250,7 +252,7 @@ def load_split(
 
 
 def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
-    examples, answers = [], list(task.verbalizer.values())
+    examples, answers, gaps = [], list(task.verbalizer.values()), 0
     labels = {name: i for i, name in enumerate(task.labels)}
     # All labels may be numbers instead, where no name is one, and the order is not just that of the rows.
     may_be_numbers = not any(re.fullmatch(r"[-+.\d]+", name) for name in labels)
@@ -258,7 +260,8 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     for where, row in rows:
         if task.is_infill:
             (column,) = task.columns.values()
-            text = GAP.sub(" ", cell(row, column, where))
+            text, found = GAP.subn(" ", cell(row, column, where))
+            gaps += found > 0
             if not text.strip():
                 raise TinyldError(f"{where}: no word to make a gap of; delete the line")
             examples += Example(text, "", "", None).cut(1, _longest(task))
@@ -275,6 +278,8 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
             numbers = f", or for all rows the numbers from 0 to {len(labels) - 1}" if may_be_numbers else ""
             raise TinyldError(f"{where}: unknown label {show(name)}; allowed: {', '.join(task.labels)}{numbers}")
         examples.append(replace(example, answer=answers[labels[name]], label=labels[name]))
+    if 2 * gaps > len(examples):
+        raise TinyldError(f"{where}: most texts have a gap; give whole texts, in which tinyld makes gaps by itself")
     return examples
 
 

@@ -110,8 +110,9 @@ class RunFolder:
             return False
 
     def has_weights(self) -> bool:
-        """Whether it was trained to its end."""
-        return any(name.endswith(".safetensors") for name in self.files())
+        """Whether it was trained to its end. The manifest knows a file before it is there, and checkpoints go last."""
+        known = [name for name in (MODEL, ADAPTER) if name in self.files()]
+        return any((self.path / name).exists() for name in known) or bool(known and not self.checkpoints())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -267,7 +268,8 @@ class RunFolder:
 
 def _found(path: Path) -> str:
     """What a folder holds, for an error."""
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else ["no such folder"]
+    none = "a file, no folder" if os.path.isfile(path) else "no such folder"
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [none]
     return f"found {', '.join(names[:8]) or 'an empty folder'}"
 
 

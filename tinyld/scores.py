@@ -24,7 +24,7 @@ from tinyld.progress import Progress
 from tinyld.rows import file_in, files_of, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder
 from tinyld.tables import WIDTH, percent, print_table
-from tinyld.tasks import Task
+from tinyld.tasks import Task, bundled_data_dir
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -98,7 +98,7 @@ def eval(options: EvalOptions) -> list[Record]:
             check_writable(predictions, files_of(task, data, own, os.environ.get("TINYLD_DATA")))
             rows = rows_for(run, task, options.split, data, options.limit)
             if run.config.get("by_name"):
-                run.let_answer(task.name)
+                run.let_answer(task)
             found = measure(run, rows, sampling, options.draws, options.quiet)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record(), "sha256": rows.digest()}
@@ -165,9 +165,9 @@ def eval_text(options: EvalOptions) -> list[Record]:
 
 
 def remember(run: Path, kind: str, key: str, record: Record) -> None:
-    """Keeps an evaluation in the run's results.json, or says in it why not; the released base is left alone."""
+    """Keeps an evaluation in the run's results.json, or says in it why not; the released bases are left alone."""
     folder = RunFolder(run)
-    if not folder.is_run() or run.resolve() == default_base().resolve():
+    if not folder.is_run() or run.resolve().parent == bundled_data_dir().resolve():
         return
     try:
         with folder.locked():

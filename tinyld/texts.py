@@ -51,7 +51,7 @@ def chunks(
     if options.text:
         parts = iter([[(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]])
     elif piped:
-        parts = piped_lines()
+        parts = piped_lines(columns[0])
     else:
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
@@ -70,8 +70,9 @@ def renamed(column: str | None, name: str, where: str, row: Record) -> Row:
     return where, row if column is None else under({column: name}, row)
 
 
-def piped_lines() -> Iterator[Rows]:
-    """The lines of stdin: those that were written so far, with no waiting for more."""
+def piped_lines(column: str) -> Iterator[Rows]:
+    """The lines of stdin: those that were written so far, with no waiting for more; not the lines of a table that has
+    the task's `column`."""
     check(sys.stdin is not None, "stdin is closed: give a file, or --text")
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
@@ -82,6 +83,11 @@ def piped_lines() -> Iterator[Rows]:
         if rest and not part:  # the last line may have no end
             lines = [rest]
         texts = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
+        names = [name.strip('"') for name in re.split(r"[,;\t](?! )", texts[0])] if first == 1 and texts else []
+        if len(names) > 1 and column in names:
+            raise TinyldError(
+                f"stdin: line 1 names columns, {column} among them: a table is given as a file, by its name"
+            )
         if lines:
             yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
         first += len(lines)
@@ -110,7 +116,7 @@ def predict(options: PredictOptions) -> None:
         say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
     options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
     check_writable(out, [*options.runs, *(file for t in tasks for file in files_of(t))])
-    labels = [label for t in run.tasks for label in t.labels] if not several and run.asks_alike else []
+    labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header: list[str] = []
@@ -179,8 +185,8 @@ def table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
     width = shutil.get_terminal_size().columns
     text = record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)"
-    by = record.get("adapter", "") or "like no task:"  # of a composition
-    several = record.get("tasks", {by if "adapter" in record else "": record}).items()
+    by = record.get("adapter", "")  # of a composition; None where the text is like no task's
+    several = record.get("tasks", {"like no task:" if by is None else by: record}).items()
     said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
     written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
     before, text, after = plain("  ".join([*said, ""])), plain(text), plain("  ".join(["", *written]))

@@ -211,7 +211,7 @@ class TrainingRun:
     def log(self, evaluates: bool) -> None:
         """Writes a line of the log, with held-out numbers where it evaluates."""
         record = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": self.config.lr * self.rate,
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": self.lr,
             "loss": self.log_sum / self.log_count,
             "grad_norm": self.norm if math.isfinite(self.norm) else None,  # of an update that the scaler left out
         }  # fmt: skip
@@ -221,6 +221,7 @@ class TrainingRun:
     def update(self) -> None:
         """One update; TinyldError where loss or gradient is not finite, with the parameters as they were."""
         config, started = self.config, time.perf_counter()
+        self.lr = config.lr * self.rate
         self.optimizer.set_lr(self.rate, self.progress)
         batch = self.source.batch(self.step, config.batch_size, config.seed)
         noised = self.noise(batch, generator=torch_seeded(config.seed, 2, self.step))

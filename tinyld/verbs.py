@@ -30,12 +30,13 @@ def info(options: InfoOptions) -> dict[str, Any]:
         return {"folder": str(options.run), **describe(options.run, reading)}
     check_ours(reading)
     folder = RunFolder.open(options.run)
-    config, files = folder.config, folder.files()
+    config, whole = folder.config, folder.has_weights()
+    files = {name: entry for name, entry in folder.files().items() if whole or (folder.path / name).exists()}
     for name in files:
         folder.read(name)
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
-    if not folder.has_weights():
+    if not whole:
         verb = "pretrain" if config["kind"] == "base" else "finetune"
         record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
     if config["kind"] == "base":

@@ -3,7 +3,8 @@
     python data/results/baselines.py --task trec [--task mine.toml] [--base FOLDER] [--limit ROWS] [--csv FILE]
 
 Needs the extra `baselines` (scikit-learn). The strength of each is chosen on dev out of seven; where a task has test
-rows these are reported, else dev's.
+rows these are reported, else dev's. Of a task of writing it shows instead what people have: the first of several
+references as the answer, beside the others (extra `metrics`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tinyld.evaluate import wilson
 from tinyld.hf import find_encoder
 from tinyld.tables import print_table
 from tinyld.tasks import Task, bundled_data_dir, load_split, load_task
+from tinyld.writing import text_scores
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C
 COLUMNS = ("task", "base", "features", "rows", "split", "n", "dev_accuracy", "accuracy", "low", "high", "seconds")
@@ -144,6 +146,16 @@ def baselines(task: Task, base: Base, data: Path | None, limit: int | None) -> l
     return rows
 
 
+def people(task: Task, data: Path | None) -> None:
+    examples = load_split(task, "test" if "test" in task.splits else "dev", data)
+    several = [(f"{e.before} {e.after}", *e.right) for e in examples if len(e.right) > 1]
+    prompts, answers, others = [p for p, *_ in several], [a for _, a, *_ in several], [o for _, _, *o in several]
+    scores = text_scores(prompts, answers, others)
+    shown = {"BLEU": "bleu", "chrF": "chrf", "ROUGE-L": "rouge_l", "names held": "names_held"}
+    cells = [task.name, len(several), *(f"{scores[name]:.3f}" for name in shown.values())]
+    print_table("a reference, beside the others of its row", ("task", "rows", *shown), [cells])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", required=True)
@@ -153,13 +165,18 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     base, rows = load_base(options.base), []
-    for name in options.task:
-        rows += baselines(load_task(name), base, options.data, options.limit)
+    for task in map(load_task, options.task):
+        if task.is_generation:
+            people(task, options.data)
+        else:
+            rows += baselines(task, base, options.data, options.limit)
     if options.csv is not None:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+    if not rows:
+        return
     shown = [
         (r["task"], r["features"], r["n"], *(f"{100 * r[c]:.1f}" for c in ("dev_accuracy", "accuracy")),
          f"{100 * r['low']:.1f} to {100 * r['high']:.1f}", r["seconds"])

@@ -28,7 +28,6 @@ METHODS |= {
 METHODS |= {name: ["--method", name] for name in ("full", "bitfit", "adapters")}
 COMPARISONS = {  # what -> ours, theirs
     "pretraining, against BertForMaskedLM": ("pretrain", "bert-pretrain"),
-    "the same, ours with compile=true": ("pretrain-compiled", "bert-pretrain"),
     "trajectory-lora fast, 3 epochs, against peft LoRA r=8": ("fast", "bert-lora"),
     "trajectory-lora best, the same": ("best", "bert-lora"),
     "weight-lora r=8, the same": ("lora", "bert-lora"),
@@ -52,9 +51,8 @@ def ours(name: str, task: str, folder: Path) -> dict[str, float]:
     """Seconds and peak MB of one of our commands."""
     if name.startswith("pretrain"):
         text = Path(__file__).parents[1] / "corpus.txt.gz"
-        more = ["--set", "compile=true"] if name.endswith("compiled") else []
         seconds = []
-        for steps in (WARM_UP, WARM_UP + STEPS):  # start, tokenizer and compilation are in both
+        for steps in (WARM_UP, WARM_UP + STEPS):  # start and tokenizer are in both
             words = (
                 "--data",
                 str(text),
@@ -65,7 +63,7 @@ def ours(name: str, task: str, folder: Path) -> dict[str, float]:
                 "--max-length",
                 str(LENGTH),
             )
-            found = tinyld("pretrain", *words, *more, "--out", str(folder / f"{name}{steps}"))
+            found = tinyld("pretrain", *words, "--out", str(folder / f"{name}{steps}"))
             seconds.append(found["seconds"])
         return {"seconds": seconds[1] - seconds[0], "peak_mb": found["peak_memory_mb"]}
     if name == "eval":
@@ -193,11 +191,11 @@ def main() -> None:
             row[f"{label}_peak_MB"] = round(max(f["peak_mb"] for f in found[name]))
         rows.append(row | {"task": options.task})
         print(row, flush=True)
-    if options.csv is not None and rows:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        if options.csv is not None:
+            with open(options.csv, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":

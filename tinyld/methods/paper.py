@@ -3,9 +3,10 @@ the final state
 
     h <- h + sigma(t) * sum_i A_i(c) ReLU(B_i [h; Emb(t)])
 
-with k modules, units of its own for every band, and penalties on rank and overlap. Two departures: up-projections start
-at zero, so that a fresh adapter changes nothing; and c, the prompt, is the frozen base's own states, mean-pooled, which
-condition the up-projection as a gate on its columns, A_i(c) = A_i diag(1 + W c).
+with k modules, units of its own for every band, and penalties on rank and overlap. Three departures: up-projections
+start at zero, so that a fresh adapter changes nothing; h is normalised where B_i reads it; and c, the prompt, is the
+frozen base's own states, mean-pooled, which condition the up-projection as a gate on its columns, A_i(c) = A_i diag(1 +
+W c).
 """
 
 from __future__ import annotations
