@@ -20,8 +20,20 @@ INDEXED = ("__getitem__", "__setitem__", "index_put_")  # a GPU's takes indices 
 MOVES = ("_has_compatible_shallow_copy_type", "copy_", "__set__")  # as Module.to does, and copies between devices
 
 
-def is_there(tensor: Tensor) -> bool:
-    return getattr(tensor, "pretended", False)
+class Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls)
+
+    def __init__(self, device: Any = "cpu"):
+        self.pretended = torch.device(device).type == "cuda"
+
+    def manual_seed(self, seed: int) -> Generator:
+        super().manual_seed(seed)
+        return self
+
+
+def is_there(of: Any) -> bool:
+    return getattr(of, "pretended", False)
 
 
 class Pretended(TorchFunctionMode):
@@ -48,6 +60,8 @@ class Pretended(TorchFunctionMode):
         if name == "numpy" and True in there:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         goes = any(map(is_there, tensors)) if wanted is None else torch.device(wanted).type == "cuda"
+        if is_there(kwargs.get("generator")) != goes and kwargs.get("generator") is not None:
+            raise RuntimeError(f"Expected another device type for generator: {name}")
         return self.marked(func(*args, **kwargs), goes)
 
     def sent(self, name: str, tensor: Tensor, *to: Any, **more: Any) -> Tensor:
@@ -72,8 +86,8 @@ class Pretended(TorchFunctionMode):
 
 @pytest.fixture()
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    real, make = torch.Generator, Tensor._make_subclass
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": real())
+    make = Tensor._make_subclass
+    monkeypatch.setattr(torch, "Generator", Generator)
 
     def parameter(cls: Any, data: Tensor, *args: Any) -> Tensor:
         found = make(cls, data, *args)
@@ -109,6 +123,14 @@ def test_a_task_is_learned_and_answered_as_on_the_processor(
         keep = {name: told[name] for name in ("nll_bound", "accuracy", "rouge_l") if name in told}
         found.append([log, keep, good("predict", out, "--text", "the rain", *there, "--json").json])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("how", ["--sampler ancestral --temperature 0.5", "--sampler klass", "--sampler entropy",
+                                 "--sampler low_confidence --steps 2 --set no_repeat=2", "--set lengths=3"])  # fmt: skip
+def test_texts_are_written_as_on_the_processor(how: str, gpu: None, place: Path) -> None:
+    words = ["--text", "the rain", "--text", "sea", *how.split(), "--dtype", "fp32", "--json"]
+    found = [good("predict", place / "tell", *words, "--device", device).stdout for device in ("cpu", "cuda")]
+    assert found[0] == found[1] and found[0]
 
 
 def test_running_text_is_learned_measured_and_written(gpu: None, place: Path, tmp_path: Path) -> None:
