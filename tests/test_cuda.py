@@ -125,8 +125,10 @@ def test_a_task_is_learned_and_answered_as_on_the_processor(
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("how", ["--sampler ancestral --temperature 0.5", "--sampler klass", "--sampler entropy",
-                                 "--sampler low_confidence --steps 2 --set no_repeat=2", "--set lengths=3"])  # fmt: skip
+SAMPLERS = ["--sampler ancestral --temperature 0.5", "--sampler klass", "--sampler entropy", "--set lengths=3"]
+
+
+@pytest.mark.parametrize("how", [*SAMPLERS, "--sampler low_confidence --steps 2 --set no_repeat=2"])
 def test_texts_are_written_as_on_the_processor(how: str, gpu: None, place: Path) -> None:
     words = ["--text", "the rain", "--text", "sea", *how.split(), "--dtype", "fp32", "--json"]
     found = [good("predict", place / "tell", *words, "--device", device).stdout for device in ("cpu", "cuda")]

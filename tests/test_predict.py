@@ -128,7 +128,7 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     assert found["rows"] == 20 * GAPS and "dev_rouge_l" in found
     one, other, empty = records("fill", text="the rain ____ sun .\n____ and the sea\n\n")
     assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
-    assert empty["filled"] == "" and "label" not in one
+    assert empty["filled"] == empty["answer"] == "" and "label" not in one
     Path("none.txt").write_text("")
     assert cli("fill", "none.txt").exit_code == 0, "as with an empty pipe"
     assert cli("fill", "--text", "the rain").stderr.endswith("number 1: no gaps in the text; mark one with ____\n")

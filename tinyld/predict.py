@@ -156,6 +156,7 @@ class Run:
             for i, record in zip(which, found, strict=True):
                 records[i] |= record
         for record in records if task.is_infill else ():
+            record["answer"] = record["answer"] if GAP.search(str(record["text"])) else ""  # of a blank line
             record["filled"] = GAP.sub(lambda _, record=record: record["answer"], str(record["text"]))
         return records
 
