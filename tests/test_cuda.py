@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tinyld.device import fast_dtype
 from tinyld.runs import RunFolder
 
 CUDA = torch.device("cuda")
@@ -95,7 +96,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return found
 
     monkeypatch.setattr(Tensor, "_make_subclass", staticmethod(parameter))
-    told = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "pretended"}
+    told = {
+        "is_available": True,
+        "device_count": 1,
+        "is_bf16_supported": fast_dtype(torch.device("cpu")) == "bf16",
+        "get_device_name": "pretended",
+    }
     told |= {"max_memory_allocated": 0, "reset_peak_memory_stats": None}
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)

@@ -153,6 +153,7 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
         found = run.read_json(RESULTS).get("eval", {}).get(f"{line.task}/{line.split}", {})
         if found.get("sha256") != line.tested:
             about = {name: getattr(options, name) for name in ("base", "device", "quiet")}
+            about["dtype"] = run.config["train"]["dtype"]
             evaluate(EvalOptions(runs=(run.path,), split=line.split, **about))
         rows += run_rows(run, len(tried))
     return rows

@@ -24,7 +24,8 @@ class Copying:
     """Changes rows of one text; a vocabulary without the marks that lists need has rows of the other kinds alone."""
 
     def __init__(self, tokens: Sequence[str], counts: np.ndarray, eos_id: int):
-        """tokens: every token's spelling, by its id. counts: (V,) how often it is in the text."""
+        """tokens: every token's spelling, by its id, with `##` before what goes on with a word. counts: (V,) how often
+        it is in the text."""
         self.eos_id, share = eos_id, counts / max(1, counts.sum())
         self.inner = np.array([token.startswith("##") for token in tokens])
         number = np.array([token.isdecimal() for token in tokens]) & (counts > 0)

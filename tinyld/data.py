@@ -98,7 +98,8 @@ class TextRows(Source):
         starts = offset + rows.astype(np.int64) * self.width
         ids = self.stream[starts[:, None] + np.arange(self.width)[None, :]].astype(np.int64)
         ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=self.bos_id)
-        given = ids == self.bos_id
+        given = np.zeros_like(ids, dtype=bool)
+        given[:, 0] = True  # elsewhere a [BOS] is the [EOS] of a model that has but one of them
         for i, number in enumerate(rows.tolist() if self.change else ()):
             if (told := self.change(ids[i, 1:], seeded(offset, number, 3))) is not None:
                 given[i, 1:] |= told

@@ -7,15 +7,18 @@ gradients are summed and every process makes the same update. Process 0 alone wr
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tinyld.config import check
 from tinyld.diffusion import Noised
 from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
+from tinyld.interrupt import handle
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,14 @@ class Processes:
         if not under_torchrun():
             return cls()
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            check(number < there, f"torchrun started more processes here than torch sees GPUs, {there}")
+            torch.cuda.set_device(number)
         if not torch.distributed.is_initialized():
+            before = handle(signal.SIG_DFL)  # while it waits for the others no handler of Python's runs
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def meet(self) -> None:

@@ -25,7 +25,7 @@ def check_unchanged(path: Path, config: Mapping[str, Any], data: Mapping[str, An
     for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
         if config["data"].get(key, data[key]) != data[key]:
             raise TinyldError(f"{path} began with other {what}: put it back as it was, or begin a new run")
-    then, now = config["environment"], environment()
+    then, now = config["environment"], environment(config["train"]["device"])
     depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
     if changed := ", ".join(f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]):
         say(f"{path} goes on otherwise than it began, so its last digits may differ: {changed}")
@@ -40,12 +40,13 @@ def is_writer() -> bool:
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine facts that a result depends on."""
+def environment(device: str = "auto") -> dict[str, Any]:
+    """Versions and machine facts that a result depends on, which came about on that device."""
     import torch
 
     from tinyld.device import fast_dtype, resolve_device
 
+    on = resolve_device(device)
     return {
         "tinyld": tinyld.__version__,
         "torch": torch.__version__,
@@ -54,8 +55,8 @@ def environment() -> dict[str, Any]:
         "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "fast_dtype": fast_dtype(resolve_device("auto")),  # what `auto` is here
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "fast_dtype": fast_dtype(on),  # what `auto` is there
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
         "command": " ".join(["tinyld", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

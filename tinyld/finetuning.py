@@ -135,7 +135,7 @@ def run_folder(
         else:
             for name, content in files.items():
                 folder.write(name, content)
-            config["environment"] = environment()
+            config["environment"] = environment(config["train"]["device"])
         config |= facts
         folder.write_json(CONFIG, config)  # of one that was begun it may have a new rate
         results: dict[str, Any] = {}

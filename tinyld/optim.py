@@ -37,7 +37,7 @@ class Optimizer(torch.optim.AdamW):
         settings = [dict(zip(names, key, strict=True)) | {"params": some} for key, some in groups.items()]
         super().__init__(settings, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
         self._step_supports_amp_scaling = False  # an update that is not finite in fp16 is left out as a whole
-        has_bf16 = fast_dtype(next(iter(parameters.values())).device) != "fp32"
+        has_bf16 = fast_dtype(next(iter(parameters.values())).device) == "bf16"
         self.dtype = torch.bfloat16 if has_bf16 else torch.float32  # of Muon's products
 
     def set_lr(self, factor: float, progress: float = 1.0) -> None:

@@ -133,7 +133,7 @@ def train_base(
         tokenizer = Tokenizer.train(part(sample(files, read_lines(files)), held_out=False), shape.vocab_size)
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
     text, held_out = read("text", files, False), read("held-out text", valid or files, True)
-    change = Copying(tokenizer.tokens, text.counts, tokenizer.eos_id) if shape.max_length > 4 else None
+    change = Copying(tokenizer.pieces, text.counts, tokenizer.eos_id) if shape.max_length > 4 else None
     rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, change)
     held_out_length = min(shape.max_length, max(2, len(held_out.stream) // 2))
     held_out_rows = TextRows(held_out.stream, held_out_length, tokenizer.bos_id)

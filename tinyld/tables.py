@@ -23,7 +23,9 @@ def show(value: Any) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {show(each)}" for name, each in value.items())
+    return ", ".join(map(show, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def percent(share: float | None) -> str | None:

@@ -154,6 +154,13 @@ class Tokenizer:
         """Every token's spelling, by its id."""
         return [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
 
+    @property
+    def pieces(self) -> list[str]:
+        """Every token's spelling, by its id, as WordPiece spells them: `##` before what goes on with a word."""
+        if self.is_wordpiece:
+            return self.tokens
+        return [t[1:] if t[:1] in ("Ġ", "▁") else f"##{t}" if t[:1].isalnum() else t for t in self.tokens]
+
     def to_json(self) -> str:
         """What `tokenizer.json` holds; the same vocabulary gives the same text."""
         raw = json.loads(self.inner.to_str()) | ({} if self.roles is None else {"roles": dict(self.roles)})

@@ -247,7 +247,7 @@ class TrainingRun:
     def backward(self, noised: list[Noised]) -> Tensor:
         """The mean loss of all masked tokens, as far as this process's rows go; its gradient, of all processes' and of
         the penalty, is left behind."""
-        loss = torch.zeros((), device=self.device)
+        loss = self.scaler.scale(torch.zeros((), device=self.device))  # which has a scale now, with no row here too
         masked = max(1.0, sum(float(part.is_masked.sum()) for part in noised))
         for micro in [some for part in noised for some in self.processes.share(part, self.config.accumulate)]:
             with self.autocast():

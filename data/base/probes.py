@@ -35,8 +35,10 @@ from tinyld.corpus import tokenize
 from tinyld.data import TextRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import text_nll
+from tinyld.options import EvalOptions
 from tinyld.predict import NO_REPEAT
 from tinyld.sampler import decode
+from tinyld.scores import eval as evaluate
 from tinyld.tokenizer import read_lines
 
 STEPS = (8, 16, 32, 64)
@@ -122,10 +124,9 @@ def reading(base: Base, data: Path) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             out = Path(folder) / "run"
             source: Any = task if task == "trec" else str(_sst2_sentences(data, Path(folder)))
-            run = tinyld.finetune(
-                source, base=base.path, data=data, method="trajectory-lora", recipe="fast", epochs=1, out=out
-            )
-            found[task] = round(run.evaluate(split, data=data)["accuracy"], 4)
+            tinyld.finetune(source, base=base.path, data=data, recipe="fast", epochs=1, out=out)
+            (record,) = evaluate(EvalOptions(runs=(out,), split=split, data=data, quiet=True))
+            found[task] = round(record["accuracy"], 4)
     return found
 
 

@@ -68,10 +68,22 @@ def ours(name: str, task: str, folder: Path) -> dict[str, float]:
         return {"seconds": seconds[1] - seconds[0], "peak_mb": found["peak_memory_mb"]}
     if name == "eval":
         run = folder / "to-eval"
-        tinyld("finetune", "--task", task, "--limit", "64", "--epochs", "1", "--method", "bitfit", "--out", str(run))
+        words = ("--task", task, "--base", "small", "--limit", "64", "--epochs", "1", "--method", "bitfit")
+        tinyld("finetune", *words, "--out", str(run))
         found = tinyld("eval", str(run), "--split", "train", "--limit", str(DECODED))
         return {"seconds": found["n"] / found["rows_per_second"], "peak_mb": 0.0}
-    words = ("--task", task, "--limit", str(ROWS), "--epochs", str(EPOCHS), "--batch-size", str(BATCH))
+    words = (
+        "--task",
+        task,
+        "--base",
+        "small",
+        "--limit",
+        str(ROWS),
+        "--epochs",
+        str(EPOCHS),
+        "--batch-size",
+        str(BATCH),
+    )
     found = tinyld("finetune", *words, *METHODS[name], "--set", "eval_every=1000000", "--out", str(folder / name))
     return {"seconds": found["seconds"], "peak_mb": found["peak_memory_mb"]}
 
@@ -88,7 +100,7 @@ def theirs(name: str, task: str) -> None:
     from tinyld.tasks import bundled_data_dir, load_split, load_task
 
     cast = autocast(torch.device("cpu"), resolve_dtype("auto", torch.device("cpu")))
-    base = load_base(bundled_data_dir() / "base")
+    base = load_base(bundled_data_dir() / "small")
     rows = TaskRows(load_split(load_task(task), "train", limit=ROWS), load_task(task), base.tokenizer, LENGTH)
     if name == "plain-eval":  # a step a token, the vocabulary at every position, rows as they come
         started = time.perf_counter()
