@@ -71,6 +71,7 @@ def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) 
         ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
         ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
         ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
+        ({"method": "weight-lora", "budget": 0.7}, "--budget 0.7 would be 70% of the base"),
     ],
 )  # fmt: skip
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
@@ -171,7 +172,8 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     (found,) = good("eval", "run", "--data", "moved.csv", "--json").json
     assert (found["n"], found["nll_bound"]) == (4, measured), "and none that it learned"
     Path("others.csv").write_text(Path("moved.csv").read_text().replace("rain", "sun"))
-    assert good("eval", "run", "--data", "others.csv", "--json").json[0]["n"] == 40
+    others = good("eval", "run", "--data", "others.csv", "--json")
+    assert others.json[0]["n"] == 40 and "others.csv: all its rows count, learned ones too" in others.stderr
 
 
 def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:

@@ -210,6 +210,8 @@ def test_a_bad_row_of_a_file_is_known_before_the_first_is_answered(place: Path) 
 def test_labels_are_written_in_one_length(place: Path) -> None:
     ran = cli(place / "mood", "--text", "rain", "--set", "lengths=3")
     assert ran.exit_code == 2 and "--lengths has no effect where answers are labels" in ran.stderr
+    for runs in ((place / "mood", place / "tell"), (place / "tell", place / "mood")):
+        assert cli(*runs, "--text", "rain", "--set", "lengths=3").exit_code == 0, "one of them writes"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])

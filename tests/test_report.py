@@ -93,6 +93,8 @@ def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest
     run_folder(tmp_path / "good")
     assert len(report(ReportOptions(runs=(*none, tmp_path / "good")))) == 2
     assert capsys.readouterr().err.count("is left out: no adapter that was evaluated") == 8
+    assert len(report(ReportOptions(runs=(tmp_path,)))) == 2
+    assert f"{tmp_path}: left out, as not evaluated (tinyld eval): new\n" in capsys.readouterr().err
     folder = run_folder(tmp_path / "damaged")
     folder.write_json(RESULTS, {"finetune": {}, "eval": {"mood/dev": {"accuracy": 7}}})
     with pytest.raises(TinyldError, match="results.json: eval: 'mood/dev': accuracy"):
@@ -167,12 +169,15 @@ def test_a_method_is_told_from_the_others_by_as_few_words_as_do() -> None:
         row("tuned", 0, 0.8, data="b2"),
         row("short", 0, 0.8, epochs=None, steps=5),
         row("short", 0, 0.8, epochs=10.0),
+        row("other", 0, 0.8, tested="a1"),
+        row("other", 1, 0.8, tested="b2"),
     ]
+    assert len(aggregate(rows[-2:])) == 2, "they were measured on other rows"
     assert labels(rows) == [
         *("full, muon", "full, adamw", "bitfit"),
         *("lora, rank 1", "lora, rank 8, lr 0.001", "lora, rank 8, lr 0.002"),
         *("adapters, batch size 8", "adapters, batch size 16", "tuned, data a1", "tuned, data b2"),
-        *("short, steps 5", "short, epochs 10.0"),
+        *("short, steps 5", "short, epochs 10.0", "other, tested a1", "other, tested b2"),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     if by_name:
         found = f"by their texts only {100 * worst['right']:.0f}% of {worst['task']}'s rows would go to its adapter"
         why = found if alike else "the tasks are asked differently"
-        say(f"{why}: name the task when you ask (tinyld predict {out} --task {worst['task']})")
+        say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {worst['task']})")
     routed = RoutedPush([run.push for run in alone.values()], router)
 
     def measured(name: str, push: Any) -> Evaluation:

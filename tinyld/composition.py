@@ -25,6 +25,7 @@ from tinyld.runs import ADAPTER, CONFIG, RunFolder
 
 PROTOTYPE_ROWS = 1_000
 DIRECTIONS = 64  # in which a task's prompts are known to vary
+REST = 0.3  # of the mean variance in a direction: so much at least is taken for that of what was not seen
 KNOWN = 0.99  # share of a task's own prompts that its limit takes in
 NONE = -1
 
@@ -63,7 +64,7 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     kept, width = prototype_shapes(base.model.config.d_model)["directions"]
     of_means = torch.cov(features.T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
     values, vectors = (found.float() for found in torch.linalg.eigh(of_means))  # smallest first
-    rest = values[:-kept].mean().clamp(min=1e-8)
+    rest = values[:-kept].mean().clamp(min=REST * values.mean()).clamp(min=1e-8)
     share = 1 - rest / values[-kept:].clamp(min=rest)
     return {"prototype": features.mean(0), "directions": (vectors[:, -kept:] * share.sqrt()).T.contiguous()}
 

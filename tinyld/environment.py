@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +58,6 @@ def environment(device: str = "auto") -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "fast_dtype": fast_dtype(on),  # what `auto` is there
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
-        "command": " ".join(["tinyld", *sys.argv[1:]]),
+        "command": shlex.join(["tinyld", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -321,4 +321,6 @@ def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
     for name in given:
         check(name in known, f"no option {name}; `tinyld finetune --help` and `--set help` list them")
         check(name not in ours, f"no option {name} here; the first argument says what is learned")
+    if isinstance(given.get("budget"), int | float):  # read as the verb reads it
+        given = given | {"budget": str(given["budget"])}
     return FinetuneOptions(**{"quiet": True, **ours, **given})

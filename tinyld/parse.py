@@ -73,6 +73,6 @@ def share(text: str, option: str) -> float:
     except ValueError:
         raise UsageError(f"{option} takes a share such as 0.7% or 0.007, got {text!r}") from None
     way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
-    check(text.endswith("%") or value <= 0.1, f"{option} {text} would be {value:.0%} of the base: {way_out}")
+    check(text.endswith("%") or not value > 0.1, f"{option} {text} would be {value:.0%} of the base: {way_out}")
     check(0 < value <= 1, f"{option} must be above 0 and at most 100%, such as 0.7% or 0.007, got {text!r}")
     return value

@@ -27,7 +27,7 @@ from tinyld.write import write_atomic
 
 Row = dict[str, Any]
 ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "data", "epochs", "steps")
-ALIKE += ("batch_size", "lr", "optimizer", "training")  # what runs share that differ by their seed alone
+ALIKE += ("batch_size", "lr", "optimizer", "training", "tested")  # what runs share that differ by their seed alone
 DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
 SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
 WRITTEN = ("bleu", "chrf", "rouge_l", "exact_match", "names_held")  # of texts; BLEU and chrF where sacrebleu is there
@@ -47,8 +47,12 @@ def report(options: ReportOptions) -> list[Row]:
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
         inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
-        found = [row for folder in inside for row in run_rows(RunFolder.open(folder))]
+        of_each = {folder: run_rows(RunFolder.open(folder)) for folder in inside}
+        found = [row for own in of_each.values() for row in own]
         rows += found
+        none = [f.name for f, own in of_each.items() if not own and RunFolder(f).config["kind"] == "adapter"]
+        if found and none:
+            say_to_stderr(options.quiet)(f"{path}: left out, as not evaluated (tinyld eval): {', '.join(none)}")
         if not found:
             say_to_stderr(options.quiet)(
                 f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)"
@@ -95,7 +99,8 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     for key, evaluation in found.items():
         task, _, split = key.partition("/")
         if not (split == "dev" and f"{task}/test" in found):
-            row = results["finetune"] | evaluation | known | {"task": task, "split": split}
+            tested = evaluation.get("sha256", "")[:8]  # the rows that it was measured on, as they were asked
+            row = results["finetune"] | evaluation | known | {"task": task, "split": split, "tested": tested}
             rows.append({column: row.get(column) for column in COLUMNS})
     return rows
 
@@ -206,7 +211,7 @@ SHOWN |= {"seconds": "seconds"}
 WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
-TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "batch_size", "lr")
+TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "batch_size", "lr", "tested")
 
 
 def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
@@ -247,7 +252,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
 def said(column: str, row: Row) -> str:
     """A setting in words; for epochs the steps, where a run was given these."""
     column = "steps" if column == "epochs" and not row["epochs"] else column
-    unit = f"{column.replace('_', ' ')} " if column in ("data", "epochs", "steps", "batch_size", "lr") else ""
+    unit = f"{column.replace('_', ' ')} " if column in ("data", "epochs", "steps", "batch_size", "lr", "tested") else ""
     return f"{unit}{row[column]}" if row[column] else ""
 
 

@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tinyld.errors import TinyldError, failing
@@ -80,7 +81,7 @@ class RunFolder:
                 return
         if os.path.lexists(path) and not (force and is_run):
             stopped = is_run and (folder.checkpoints() or not folder.has_weights())
-            go_on = f"go on with it by --resume {path}, " if stopped else ""
+            go_on = f"go on with it by --resume {quote(str(path))}, " if stopped else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
 
@@ -146,7 +147,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             if name in (MODEL, ADAPTER) and not self.has_weights():
-                go_on = f"tinyld {'pretrain' if name == MODEL else 'finetune'} --resume {self.path} goes on"
+                go_on = f"tinyld {'pretrain' if name == MODEL else 'finetune'} --resume {quote(str(self.path))} goes on"
                 raise TinyldError(f"{self.path} was not trained to its end: {go_on}")
             raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
         content, entry = read_bytes(path, TENSORS_BYTES), self.files().get(name)

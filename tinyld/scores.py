@@ -40,7 +40,9 @@ WIDE |= {"length ratio": "length_ratio", "repeated 4-grams %": "repeated_4grams"
 WIDE |= {"repeated sentence %": "repeated_sentence", "rows/s": "rows_per_second", "passes a row": "passes_per_row"}
 
 
-def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None) -> TaskRows:
+def rows_for(
+    run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None, say: Any = None
+) -> TaskRows:
     """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
     made = [r for r in run.config.get("members", [run.config]) if "task" in r]
     own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
@@ -62,6 +64,8 @@ def rows_for(run: Run, task: Task, split: str, data: Path | None = None, limit: 
         if is_there and not held_out:
             problem = f"{data} has changed since {run.path} was trained on it: which rows were held out is not known"
             raise TinyldError(f"{problem}; train again, or give a file of other rows by --data")
+        if say and not held_out:
+            say(f"{data}: all its rows count, learned ones too; of the file that {run.path} learned they are left out")
     return run.rows(load_split(task, split, data, limit, held_out), task)
 
 
@@ -92,11 +96,13 @@ def eval(options: EvalOptions) -> list[Record]:
         one = len(tasks) == 1 or source == options.split
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
         if len(options.runs) < 2:  # of several, another one may heed it
-            options.check_width(max(slot_width(t, run.base.tokenizer) for t in tasks), not tasks[0].is_generation)
+            options.check_width(
+                max(slot_width(t, run.base.tokenizer) for t in tasks), not any(t.is_generation for t in tasks)
+            )
         for task in tasks:
             own = run.config.get("data", {}).get("folder")
             check_writable(predictions, files_of(task, data, own, os.environ.get("TINYLD_DATA")))
-            rows = rows_for(run, task, options.split, data, options.limit)
+            rows = rows_for(run, task, options.split, data, options.limit, say)
             if run.config.get("by_name"):
                 run.let_answer(task)
             found = measure(run, rows, sampling, options.draws, options.quiet)
@@ -175,7 +181,7 @@ def remember(run: Path, kind: str, key: str, record: Record) -> None:
             results.setdefault(kind, {})[key] = record | {"environment": environment()}
             folder.write_json(RESULTS, results)
     except TinyldError as error:
-        record["problem"] = str(error)
+        record["problem"] = f"{run} was measured, and keeps nothing of it: {error}"
 
 
 def show(records: list[Record], options: EvalOptions) -> None:

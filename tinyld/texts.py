@@ -104,7 +104,7 @@ def predict(options: PredictOptions) -> None:
     as_csv = options.csv or (out is not None and out.suffix.lower() == ".csv")
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
     ending = "" if out is None or as_csv else out.suffix.lower()
-    check(ending in ("", ".jsonl", ".json"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
+    check(ending in ("", ".jsonl"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
     check(not several or options.task is None, "--task is for one run; several answer for their own tasks")
     how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
     run: Any = load(paths if several else paths[0], options.base, *how)
@@ -114,7 +114,8 @@ def predict(options: PredictOptions) -> None:
     if several and len(groups := run.groups()) > 1:
         shares = "; ".join(", ".join(names) for names in groups)
         say(f"{len(groups)} passes a text, as templates, bases or methods differ: {shares}")
-    options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), not tasks[0].is_generation)
+    only_labels = not any(t.is_generation for t in tasks)
+    options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), only_labels)
     check_writable(out, [*options.runs, *(file for t in tasks for file in files_of(t))])
     labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()

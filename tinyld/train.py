@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,9 @@ class TrainingRun:
                     saved = time.monotonic()
             self.save()
             if told := self.told or self.stop.received:  # maybe since the last update
-                raise Interrupted(told, f"step {self.step} is saved; go on with --resume {self.folder.path}")
+                raise Interrupted(
+                    told, f"step {self.step} is saved; go on with --resume {quote(str(self.folder.path))}"
+                )
         self.metrics = self.metrics or self.held_out()  # none yet when a run is resumed after its last step
         self.model.eval()
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
@@ -292,5 +295,5 @@ class TrainingRun:
     def diverged(self, what: str) -> TinyldError:
         """For an error; removes a checkpoint of these very parameters, from which nothing can go on."""
         self.folder.remove_checkpoints(after=self.step - 1)
-        also = f", also with --resume {self.folder.path}" if self.folder.checkpoints() else ""
+        also = f", also with --resume {quote(str(self.folder.path))}" if self.folder.checkpoints() else ""
         return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr{also}")

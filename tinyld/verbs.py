@@ -38,7 +38,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
     if not whole:
         verb = "pretrain" if config["kind"] == "base" else "finetune"
-        record["state"] = f"not trained to its end; tinyld {verb} --resume {options.run} goes on"
+        record["state"] = f"not trained to its end; tinyld {verb} --resume {shlex.quote(str(options.run))} goes on"
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
     for i, member in enumerate(config.get("members", ()), 1):

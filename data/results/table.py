@@ -16,7 +16,7 @@ from tinyld.report import COLUMNS, Row, aggregate, labels, over_seeds, result_ta
 from tinyld.tables import markdown, percent, print_table
 
 TEXT = {"run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "optimizer", "training"}
-TEXT |= {"tinyld", "torch", "machine", "fast_dtype", "command"}
+TEXT |= {"data", "tested", "tinyld", "torch", "machine", "fast_dtype", "command"}
 Table = tuple[str, Sequence[str], list[list[Any]]]  # title, columns, rows
 
 
@@ -62,7 +62,7 @@ def by_task(title: str, found: Sequence[Row]) -> Table:
         best = mine.get(row["task"])
         if best is None or (row["rows"], -row["dev_nll_bound"]) > (best["rows"], -best["dev_nll_bound"]):
             mine[row["task"]] = row
-    same = dict.fromkeys(("data", "epochs", "steps", "batch_size", "lr"))
+    same = dict.fromkeys(("data", "epochs", "steps", "batch_size", "lr", "tested"))
     named = labels([dict(zip(alike, key, strict=True)) | same for key in methods])
     cells = []
     for label, mine in zip(named, methods.values(), strict=True):
