@@ -57,8 +57,8 @@ def prototype_shapes(width: int) -> dict[str, tuple[int, ...]]:
 def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     """What a router knows of a task's prompts; each adapter keeps its own.
 
-    "prototype" (D,): the mean of their features; "directions" (m, D): those in which their features vary
-    most, each of a length below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
+    "prototype" (D,): the mean of their features; "directions" (m, D): those in which they vary most, each of a length
+    below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
     """
     features = task_features(base, rows, spread_over(len(rows), PROTOTYPE_ROWS)).cpu()
     kept, width = prototype_shapes(base.model.config.d_model)["directions"]
@@ -82,10 +82,14 @@ class Router(nn.Module):
 
     def distances(self, features: Tensor) -> Tensor:
         """(B, k) squared, of features (B, D) from each member's mean, less what its own prompts vary by."""
-        off = features[:, None] - self.prototype
-        with torch.autocast(off.device.type, enabled=False):  # a difference of two sums
-            along = torch.einsum("bkd,kmd->bkm", off, self.directions)
-            return off.square().sum(2) - along.square().sum(2)
+
+        def distance(mean: Tensor, directions: Tensor) -> Tensor:
+            off = features - mean
+            return off.square().sum(1) - (off @ directions.T).square().sum(1)
+
+        with torch.autocast(features.device.type, enabled=False):  # a difference of two sums
+            each = [distance(*member) for member in zip(self.prototype, self.directions, strict=True)]
+            return torch.stack(each, 1)
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) the member to answer each row, whether or not it is near. features: (B, D)."""
