@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -67,6 +68,14 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
         sentence = README[README.index(f"({file})", README.index("\n## ")) :].partition("\n\n")[0]
         for figure in figures:
             assert figure in made and re.search(rf"\b{re.escape(figure)}\b", sentence), (file, figure)
+
+
+def test_the_means_of_the_regressions_are_those_of_their_file() -> None:
+    rows = read(RESULTS / "baselines.csv")
+    sentence = README[: README.index("([baselines.csv](baselines.csv); ")].rpartition("\n\n")[2]
+    for features in {row["features"] for row in rows}:
+        mean = fmean(row["accuracy"] for row in rows if row["features"] == features)
+        assert f" {100 * mean:.1f} on " in sentence, features
 
 
 def test_every_file_is_named_and_every_row_is_a_run_of_its_own() -> None:

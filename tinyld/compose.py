@@ -64,14 +64,14 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     }
     for of in rows.values():
         say_truncated(say, of.truncated, len(of), base.model.config.max_length)
-    alike = asked_alike([run.tasks[0] for run in alone.values()])
-    routing = measure_routing(base, router, rows, options.limit) if alike else []
-    worst = min(routing, key=lambda r: r["right"], default={"task": next(iter(alone)), "right": 0.0})
-    by_name = worst["right"] < LEAST_RIGHT
+    routing, by_name, task, why = [], True, next(iter(alone)), "the tasks are asked differently"
+    if asked_alike([run.tasks[0] for run in alone.values()]):
+        routing = measure_routing(base, router, rows, options.limit)
+        worst = min(routing, key=lambda r: r["right"])
+        by_name, task = worst["right"] < LEAST_RIGHT, worst["task"]
+        why = f"by their texts only {100 * worst['right']:.0f}% of {task}'s rows would go to its adapter"
     if by_name:
-        found = f"by their texts only {100 * worst['right']:.0f}% of {worst['task']}'s rows would go to its adapter"
-        why = found if alike else "the tasks are asked differently"
-        say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {worst['task']})")
+        say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {task})")
     routed = RoutedPush([run.push for run in alone.values()], router)
 
     def measured(name: str, push: Any) -> Evaluation:
@@ -92,13 +92,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     members = []
     for run in alone.values():
         data = {name: run.config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
-        record = {
-            "run": os.path.abspath(run.path),
-            "task": run.config["task"],
-            "data": data,
-            "method": run.config["method"],
-        }
-        members.append(record)
+        own = {name: run.config[name] for name in ("task", "method")}
+        members.append({"run": os.path.abspath(run.path), "data": data, **own})
     save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
     result |= {"parameters": sum(p.numel() for p in routed.parameters()), "bytes": folder.files()[ADAPTER]["bytes"]}

@@ -18,7 +18,7 @@ from tinyld.config import check
 from tinyld.diffusion import Noised
 from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
-from tinyld.interrupt import handle
+from tinyld.interrupt import handle, restore
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Processes:
         if not torch.distributed.is_initialized():
             before = handle(signal.SIG_DFL)  # while it waits for the others no handler of Python's runs
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+            restore(before)
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def meet(self) -> None:

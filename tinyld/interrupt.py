@@ -36,6 +36,12 @@ def handle(handler: Any) -> dict[int, Any]:
     return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM, *hangup)}
 
 
+def restore(before: dict[int, Any]) -> None:
+    """Sets again the handlers that `handle` found."""
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 @contextlib.contextmanager
 def raising_at_signals() -> Iterator[None]:
     """Within it a signal raises Interrupted; what comes after it, at the interpreter's own end, ends the process."""
@@ -72,5 +78,4 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        restore(self._before)
