@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import sys
 import typing
 from collections import defaultdict
@@ -24,7 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from tinyld import __version__, options
 from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
-from tinyld.interrupt import Interrupted, raising_at_signals
+from tinyld.interrupt import Interrupted, handling, interrupt
 from tinyld.options import ARGUMENT, Options, kinds
 from tinyld.parse import flag
 from tinyld.tables import print_record, print_table
@@ -226,7 +227,7 @@ def main() -> None:
         getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, what was found is shown
     code: Any = 0
     try:
-        with raising_at_signals():
+        with handling(interrupt, after=signal.SIG_DFL):  # which ends the process in the interpreter's own end
             app()
     except Interrupted as error:
         print(f"tinyld: {error}", file=sys.stderr)

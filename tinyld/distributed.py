@@ -18,7 +18,7 @@ from tinyld.config import check
 from tinyld.diffusion import Noised
 from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
-from tinyld.interrupt import handle, restore
+from tinyld.interrupt import handling
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ class Processes:
             check(number < there, f"torchrun started more processes here than torch sees GPUs, {there}")
             torch.cuda.set_device(number)
         if not torch.distributed.is_initialized():
-            before = handle(signal.SIG_DFL)  # while it waits for the others no handler of Python's runs
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            restore(before)
+            with handling(signal.SIG_DFL):  # while it waits for the others no handler of Python's runs
+                torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def meet(self) -> None:

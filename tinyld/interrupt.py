@@ -30,37 +30,28 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
-def handle(handler: Any) -> dict[int, Any]:
-    """Sets it for Ctrl-C, a launcher's SIGTERM, and a closed terminal unless nohup ignores it; the handlers before."""
-    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM, *hangup)}
-
-
-def restore(before: dict[int, Any]) -> None:
-    """Sets again the handlers that `handle` found."""
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
 @contextlib.contextmanager
-def raising_at_signals() -> Iterator[None]:
-    """Within it a signal raises Interrupted; what comes after it, at the interpreter's own end, ends the process."""
-    handle(interrupt)
+def handling(handler: Any, after: Any = None) -> Iterator[None]:
+    """Within it Ctrl-C, a launcher's SIGTERM, and a closed terminal unless nohup ignores it, go to `handler`; behind it
+    to `after`, or to what they went to before."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield
     finally:
-        handle(signal.SIG_DFL)
+        for signum, found in before.items():
+            signal.signal(signum, found if after is None else after)
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """Within it the first signal is only noted in `received`, and answered on stderr with what will still be done.
 
     In another thread than the main one it does nothing.
     """
 
     def __init__(self, answer: str = "stopping after this step") -> None:
+        super().__init__()
         self.received, self.at, self.answer = 0, 0.0, answer
-        self._before: dict[int, Any] = {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received and time.monotonic() - self.at > SAME:
@@ -74,8 +65,5 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = handle(self._note)
+            self.enter_context(handling(self._note))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        restore(self._before)
