@@ -10,6 +10,7 @@ tensors.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tinyld.errors import TinyldError, failing
 from tinyld.read import TENSORS_BYTES, Record, decode, parse_json, parse_tensors, read_bytes, read_object, read_text
-from tinyld.write import clear, is_temporary, locked, make_folder, sha256, to_json, write_atomic
+from tinyld.write import clear, is_temporary, make_folder, sha256, to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,13 +118,22 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """`locked` of this folder, once for all that is done within."""
-        with contextlib.nullcontext() if self._is_locked else locked(self.path):
-            outer, self._is_locked = self._is_locked, True
-            try:
-                yield
-            finally:
-                self._is_locked = outer
+        """Within it this process has the folder to itself; where another one has it, TinyldError at once.
+
+        The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
+        """
+        with contextlib.ExitStack() as stack:
+            if not self._is_locked:
+                with failing(self.path, "written"):
+                    descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                    stack.callback(os.close, descriptor)
+                    try:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise TinyldError(f"{self.path}: another process is writing in it; wait for that") from None
+                self._is_locked = True
+                stack.callback(setattr, self, "_is_locked", False)
+            yield
 
     # ---- files
 
@@ -277,8 +287,5 @@ def _found(path: Path) -> str:
 class Spectator(RunFolder):
     """A run folder that another process of the same run writes: reading works, writing does nothing."""
 
-    def _leave(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     locked = contextlib.nullcontext  # type: ignore[assignment]
-    write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = _leave
+    write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = lambda *_, **__: None

@@ -1,15 +1,13 @@
-"""What changes files on the disk: durable atomic writing, the lock of a folder, and the one place that deletes."""
+"""What changes files on the disk: durable atomic writing, and the one place that deletes."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +78,3 @@ def to_json(value: Any, indent: int | None = 2, ascii: bool = False) -> bytes:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Within it this process has `folder` to itself; where another one has it, TinyldError at once, unless it may wait.
-
-    The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
-    """
-    with contextlib.ExitStack() as stack:
-        with failing(folder, "written"):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise TinyldError(f"{folder}: another process is writing in it; wait for that") from None
-        yield
