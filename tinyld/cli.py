@@ -23,11 +23,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tinyld import __version__, options
-from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, plain
 from tinyld.interrupt import Interrupted, handling, interrupt
 from tinyld.options import ARGUMENT, Options, kinds
 from tinyld.parse import flag
+from tinyld.runs import is_writer
 from tinyld.tables import print_record, print_table
 from tinyld.write import to_json
 

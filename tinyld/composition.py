@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, load_exactly, load_method
 from tinyld.data import TaskRows, spread_over
-from tinyld.environment import environment
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import PushAt, take
-from tinyld.runs import ADAPTER, CONFIG, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, RunFolder, environment
 
 PROTOTYPE_ROWS = 1_000
 DIRECTIONS = 64  # in which a task's prompts are known to vary

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tinyld.config import check
 from tinyld.diffusion import Noised
-from tinyld.environment import under_torchrun
 from tinyld.errors import TinyldError
 from tinyld.interrupt import handling
+from tinyld.runs import under_torchrun
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import noise_answers
 from tinyld.distributed import Processes
-from tinyld.environment import check_unchanged, environment, is_writer
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
@@ -34,7 +33,7 @@ from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes
 from tinyld.rows import SUFFIXES, Example, load_split, to_learn
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder, Spectator
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, builtin_names, from_record, to_record
@@ -131,7 +130,7 @@ def run_folder(
     processes.meet()  # nobody reads before it is there
     with folder.locked():
         if begun:
-            check_unchanged(out, config, facts["data"], say_to_stderr(options.quiet))
+            folder.check_unchanged(config, facts["data"], say_to_stderr(options.quiet))
         else:
             for name, content in files.items():
                 folder.write(name, content)

@@ -20,7 +20,6 @@ from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
 from tinyld.diffusion import noise_text
 from tinyld.distributed import Processes
-from tinyld.environment import is_writer
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume, run_folder
@@ -31,7 +30,7 @@ from tinyld.options import PretrainOptions, Training
 from tinyld.parse import flag, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import CONFIG, TOKENIZER, RunFolder
+from tinyld.runs import CONFIG, TOKENIZER, RunFolder, is_writer
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr

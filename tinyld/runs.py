@@ -1,4 +1,4 @@
-"""Run folders: files, a manifest with the SHA-256 of each, a log, checkpoints.
+"""Run folders: files, a manifest with the SHA-256 of each, a log, checkpoints; and what a run's bits depend on.
 
 A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
 (`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
@@ -12,11 +12,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
+import tinyld
 from tinyld.errors import TinyldError, failing
 from tinyld.read import TENSORS_BYTES, Record, decode, parse_json, parse_tensors, read_bytes, read_object, read_text
 from tinyld.write import clear, is_temporary, make_folder, sha256, to_json, write_atomic
@@ -82,7 +86,7 @@ class RunFolder:
                 return
         if os.path.lexists(path) and not (force and is_run):
             stopped = is_run and (folder.checkpoints() or not folder.has_weights())
-            go_on = f"go on with it by --resume {quote(str(path))}, " if stopped else ""
+            go_on = f"go on with it by --resume {shlex.quote(str(path))}, " if stopped else ""
             hint = f"{go_on}choose another --out, or replace it by --force" if is_run else "choose another --out"
             raise TinyldError(f"{path} exists and is not empty: {hint}")
 
@@ -115,6 +119,23 @@ class RunFolder:
         """Whether it was trained to its end. The manifest knows a file before it is there, and checkpoints go last."""
         known = [name for name in (MODEL, ADAPTER) if name in self.files()]
         return any((self.path / name).exists() for name in known) or bool(known and not self.checkpoints())
+
+    def check_unchanged(self, config: Mapping[str, Any], data: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs.
+
+        An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
+        """
+        if config["kind"] == "base":
+            self.read(TOKENIZER)
+        for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
+            if config["data"].get(key, data[key]) != data[key]:
+                raise TinyldError(f"{self.path} began with other {what}: put it back as it was, or begin a new run")
+        then, now = config["environment"], environment(config["train"]["device"])
+        depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
+        if changed := ", ".join(
+            f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]
+        ):
+            say(f"{self.path} goes on otherwise than it began, so its last digits may differ: {changed}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -157,8 +178,8 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             if name in (MODEL, ADAPTER) and not self.has_weights():
-                go_on = f"tinyld {'pretrain' if name == MODEL else 'finetune'} --resume {quote(str(self.path))} goes on"
-                raise TinyldError(f"{self.path} was not trained to its end: {go_on}")
+                command = f"tinyld {'pretrain' if name == MODEL else 'finetune'} --resume {shlex.quote(str(self.path))}"
+                raise TinyldError(f"{self.path} was not trained to its end: {command} goes on")
             raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
         content, entry = read_bytes(path, TENSORS_BYTES), self.files().get(name)
         if entry is None:
@@ -289,3 +310,37 @@ class Spectator(RunFolder):
 
     locked = contextlib.nullcontext  # type: ignore[assignment]
     write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = lambda *_, **__: None
+
+
+# ---------------------------------------------------------------------------------------------- what its bits depend on
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes: the only one, or torchrun's first."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def environment(device: str = "auto") -> dict[str, Any]:
+    """Versions and machine facts that a result depends on, which came about on that device."""
+    import torch
+
+    from tinyld.device import fast_dtype, resolve_device
+
+    on = resolve_device(device)
+    return {
+        "tinyld": tinyld.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "fast_dtype": fast_dtype(on),  # what `auto` is there
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
+        "command": shlex.join(["tinyld", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -14,7 +14,6 @@ from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Estimate
-from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions
@@ -22,7 +21,7 @@ from tinyld.parse import flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.rows import file_in, files_of, load_split, to_learn
-from tinyld.runs import RESULTS, RunFolder
+from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, bundled_data_dir
 from tinyld.tokenizer import find_text_files, read_lines

@@ -9,13 +9,12 @@ from typing import Any
 import typer
 
 from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
-from tinyld.environment import environment
 from tinyld.errors import TinyldError, plain
 from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions
 from tinyld.parse import refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
-from tinyld.runs import CONFIG, RESULTS, RunFolder, is_foreign
+from tinyld.runs import CONFIG, RESULTS, RunFolder, environment, is_foreign
 from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_names, load_task
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr

@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from tinyld.environment import is_writer
 from tinyld.errors import TinyldError, failing, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
-from tinyld.runs import ADAPTER, MANIFEST, METRICS, RunFolder
+from tinyld.runs import ADAPTER, MANIFEST, METRICS, RunFolder, is_writer
 from tinyld.write import is_stream
 
 RUNS = Path("runs")
