@@ -14,20 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from tinyld.config import (
-    DTYPES,
-    OPTIMIZERS,
-    PRESETS,
-    SAMPLERS,
-    THRESHOLDS,
-    Loop,
-    Reading,
-    SampleConfig,
-    Settings,
-    TrainConfig,
-    check,
-    types_of,
-)
+from tinyld import config
+from tinyld.config import Loop, Reading, SampleConfig, Settings, check
 from tinyld.config import setting as option
 from tinyld.parse import base_folder, flag, parsed, refuse_idle, share
 
@@ -42,7 +30,7 @@ SPLITS = ("train", "dev", "test")
 @functools.cache
 def kinds(options: type[Options]) -> dict[str, Any]:
     """Option -> the type of its value, the first where there are several."""
-    hints = types_of(options).items()
+    hints = typing.get_type_hints(options).items()
     return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
 
 
@@ -63,9 +51,9 @@ class Options(Settings):
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 
-    def only(self, config: type) -> dict[str, Any]:
-        """The values of the fields that `config` has too."""
-        names = {f.name for f in dataclasses.fields(config)}
+    def only(self, part: type) -> dict[str, Any]:
+        """The values of the fields that `part`, a config, has too."""
+        names = {f.name for f in dataclasses.fields(part)}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
 
     def reading(self) -> Reading | None:
@@ -97,7 +85,7 @@ class Printed(Options):
 
 class OnDevice(Options):
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Machine")
-    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
+    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=config.DTYPES)
 
 
 class Written(Options):
@@ -120,10 +108,10 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
     def sampling(self) -> SampleConfig:
         """How answers are written; UsageError for an option that the sampler does not read."""
         unread = [] if self.sampler == "klass" else ["kl"]
-        unread += [] if self.sampler in THRESHOLDS else ["threshold", "least"]
+        unread += [] if self.sampler in config.THRESHOLDS else ["threshold", "least"]
         unread += ["seed"] if self.temperature == 0 and self.sampler != "ancestral" else []
         unread += ["lengths"] if self.temperature > 0 else []
-        way_out = f"threshold and least go with {', '.join(THRESHOLDS)}, kl with klass, seed with "
+        way_out = f"threshold and least go with {', '.join(config.THRESHOLDS)}, kl with klass, seed with "
         way_out += "what is drawn, lengths with what is not"
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
@@ -161,7 +149,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
     epochs: float | None = option(None, "Passes; 3, more of few rows, 1 of 30,000, 8 to write.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
-    optimizer: str | None = option(None, "The method's if not given.", among=OPTIMIZERS)
+    optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.")
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
@@ -181,13 +169,13 @@ class PretrainOptions(Training):
     valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
     batch_size: int = option(16, "Rows an update reads, each under two complementary masks.", "Training", least=1)
     flat: float = option(0.8, "Share of the budget at the peak learning rate.")
-    preset: str = option("small", "Model size.", "Model", among=PRESETS)
+    preset: str = option("small", "Model size.", "Model", among=config.PRESETS)
     max_length: int | None = option(None, "Tokens in a row.", "Model")
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", least=64)
     init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
     tokens: int | None = option(None, "Train on so many tokens.", "Training", least=1)
     lr: float | None = option(None, "Peak learning rate; 0.003 if not given.", "Training", above=0)
-    optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=OPTIMIZERS)
+    optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=config.OPTIMIZERS)
     weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
     warmup: float = option(0.02, "Share of the budget with a rising learning rate.")
     d_model: int | None = option(None, "Width; the preset's if not given.")
@@ -230,7 +218,7 @@ class SampleOptions(Answering):
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
     num: int = option(3, "How many samples.", "Writing", least=1)
-    sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
+    sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=config.SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
@@ -251,7 +239,7 @@ class CompareOptions(Table, Reading, RowOptions):
     trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1, most=5)
     epochs: float | None = option(None, "Passes over the rows; as finetune has them if not given.", "Grid", above=0)
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
-    batch_size: int = option(TrainConfig.batch_size, "Rows an update reads.", "Grid", least=1)
+    batch_size: int = option(Loop.batch_size, "Rows an update reads.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
 
@@ -277,6 +265,6 @@ class ExportOptions(Moved, Printed):
 
 class DemoOptions(Written):
     out: Path = option(Path("runs/demo"), "Folder for the demo's runs.", "Output")
-    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=DTYPES)
+    dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=config.DTYPES)
     limit: int | None = option(None, "Train on the first so many rows.", "Machine", least=1)
     quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
