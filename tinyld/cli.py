@@ -89,9 +89,6 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """All verbs. What goes wrong in one becomes one line on stderr and an exit code."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
-
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write("tinyld: small masked diffusion language models, taught to label or write text.\n\n")
         formatter.write("Usage: tinyld VERB [OPTIONS]; tinyld VERB --help lists them. Main verbs:\n\n")

@@ -112,11 +112,10 @@ def read_object(path: Path) -> Record:
 
 
 def as_object(value: Any, path: object) -> Record:
+    """What `parse_json` gave, which must be an object."""
     if not isinstance(value, dict):
         raise TinyldError(f"{path}: expected an object, got {show(value)}")
-    record = Record(value)
-    record.path = path
-    return record
+    return value
 
 
 def read_toml(path: Path) -> dict[str, Any]:
