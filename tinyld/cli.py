@@ -1,7 +1,5 @@
 """The command line: each verb made from its options class, and every error as one line with an exit code. No torch."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -25,7 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from tinyld import __version__, options
 from tinyld.errors import TinyldError, plain
 from tinyld.interrupt import Interrupted, handling, interrupt
-from tinyld.options import ARGUMENT, Options, kinds
+from tinyld.options import ARGUMENT, Options
 from tinyld.parse import flag
 from tinyld.runs import is_writer
 from tinyld.tables import print_record, print_table
@@ -197,7 +195,7 @@ def add(name: str, verb: Verb) -> None:
             if "problem" in record:  # an error, but only now that all is shown
                 raise TinyldError(record["problem"])
 
-    fields, kind_of = dataclasses.fields(verb.options), kinds(verb.options)
+    fields, kind_of = dataclasses.fields(verb.options), verb.options.kinds()
     parameters = [of_field(f, kind_of[f.name]) for f in fields if f.metadata["group"] is not None]
     if len(parameters) < len(fields):
         about = {"metavar": "NAME=VALUE", "help": "Any option, and experts' ones; --set help lists all."}

@@ -1,7 +1,5 @@
 """`tinyld compose`: one run of several adapters, measured task by task on held-out rows before it is written."""
 
-from __future__ import annotations
-
 import os
 from itertools import islice
 from shlex import quote

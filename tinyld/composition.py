@@ -4,8 +4,6 @@ it is like.
 Prompts are read by the base's token embeddings alone, normalised and averaged. Nothing is trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A set without a dev split gets one from its train split, and a set published as 
 SHA-1 of the sentence's letters and digits, a tenth each, so repeats stay together and the cut never moves.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import os

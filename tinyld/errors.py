@@ -1,7 +1,5 @@
 """The one exception a user can fix: it becomes one line on stderr and exit code 1 (2 for wrong usage)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

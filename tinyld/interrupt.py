@@ -1,7 +1,5 @@
 """Stopping at a signal: a step of training ends and is saved; elsewhere, or at a second signal, work ends at once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -10,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 SAME = 1.0  # seconds within which a second signal is the first one, sent by the terminal and by the launcher as well
 
@@ -63,7 +61,7 @@ class StopSignals(contextlib.ExitStack):
                     # not by print, which may just be under way and is not reentrant
                     os.write(sys.stderr.fileno(), f"{self.answer}\n".encode())
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self.enter_context(handling(self._note))
         return self

@@ -4,8 +4,6 @@ The command line, `--set` and the Python interface are all made from these. A de
 that it refers to. An option without a group is for experts: `--set name=value` alone gives it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import types
@@ -27,13 +25,6 @@ BASE_DTYPES = ("fp32", "bf16", "int8")
 SPLITS = ("train", "dev", "test")
 
 
-@functools.cache
-def kinds(options: type[Options]) -> dict[str, Any]:
-    """Option -> the type of its value, the first where there are several."""
-    hints = typing.get_type_hints(options).items()
-    return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
-
-
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 class Options(Settings):
     """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""
@@ -43,11 +34,18 @@ class Options(Settings):
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
+    @classmethod
+    @functools.cache
+    def kinds(cls) -> dict[str, Any]:
+        """Option -> the type of its value, the first where there are several."""
+        hints = typing.get_type_hints(cls).items()
+        return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, read, name = getattr(self, field.name), field.metadata["read"], flag(field.name)
             by_itself = read is not None and isinstance(value, str)
-            value = read(value, name) if by_itself else parsed(value, kinds(type(self))[field.name], name)
+            value = read(value, name) if by_itself else parsed(value, self.kinds()[field.name], name)
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 

@@ -1,7 +1,5 @@
 """The values of options, from how a user writes them."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import typing

@@ -10,8 +10,6 @@ which shows in how sure its tokens are. So it may be written in several lengths,
 parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The short verbs: info and tasks, which need no torch, and sample, merge, export and demo."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where runs and bases are, and how a verb speaks. No torch."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """What changes files on the disk: durable atomic writing, and the one place that deletes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Case, accents, blanks and the form of quotation marks and dashes never count, as a base may not be able to write them.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter
