@@ -14,7 +14,7 @@ from tinyld.config import SampleConfig, check
 from tinyld.data import answer_ids
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import answered, in_batches, pushed_logits
-from tinyld.parse import several
+from tinyld.options import several
 from tinyld.progress import Advance, unheard
 from tinyld.read import PAIR, clean
 from tinyld.rows import GAP_MARK, Example, Row, prompt_of

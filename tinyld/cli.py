@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import errno
-import importlib
 import inspect
 import os
+import pkgutil
 import re
 import signal
 import sys
@@ -23,8 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from tinyld import __version__, options
 from tinyld.errors import TinyldError, plain
 from tinyld.interrupt import Interrupted, handling, interrupt
-from tinyld.options import ARGUMENT, Options
-from tinyld.parse import flag
+from tinyld.options import ARGUMENT, Options, flag
 from tinyld.runs import is_writer
 from tinyld.tables import print_record, print_table
 from tinyld.write import to_json
@@ -207,8 +206,7 @@ def add(name: str, verb: Verb) -> None:
 
 
 def load(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(f"tinyld.{module}"), function)
+    return pkgutil.resolve_name(f"tinyld.{name}")
 
 
 for name, verb in VERBS.items():

@@ -12,8 +12,7 @@ from typing import Any
 
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
-from tinyld.options import RowOptions
-from tinyld.parse import refuse_idle
+from tinyld.options import RowOptions, refuse_idle
 from tinyld.read import clean
 from tinyld.rows import cell, in_folder, read_rows, references
 from tinyld.tasks import Task, load_task

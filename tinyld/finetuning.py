@@ -27,8 +27,7 @@ from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
-from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training
-from tinyld.parse import flag, refuse_idle, several
+from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, flag, refuse_idle, several
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import read_bytes

@@ -30,7 +30,7 @@ from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError, show
 from tinyld.methods import TrajectoryLora
 from tinyld.model import Denoiser
-from tinyld.parse import base_folder, several
+from tinyld.options import base_folder, several
 from tinyld.progress import Advance, further, unheard
 from tinyld.rows import GAP, Example, Row
 from tinyld.runs import CONFIG, RunFolder, is_foreign

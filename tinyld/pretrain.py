@@ -26,8 +26,7 @@ from tinyld.finetuning import resume, run_folder
 from tinyld.foreign import load_foreign
 from tinyld.hf import find_encoder
 from tinyld.model import Denoiser
-from tinyld.options import PretrainOptions, Training
-from tinyld.parse import flag, refuse_idle
+from tinyld.options import PretrainOptions, Training, flag, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import CONFIG, TOKENIZER, RunFolder, is_writer

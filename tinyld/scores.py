@@ -16,8 +16,7 @@ from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Estimate
 from tinyld.errors import TinyldError, plain
 from tinyld.evaluate import Evaluation, evaluate, text_nll
-from tinyld.options import EvalOptions
-from tinyld.parse import flag, refuse_idle
+from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.rows import file_in, files_of, load_split, to_learn

@@ -8,8 +8,7 @@ import typer
 
 from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
 from tinyld.errors import TinyldError, plain
-from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions
-from tinyld.parse import refuse_idle
+from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions, refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import CONFIG, RESULTS, RunFolder, environment, is_foreign

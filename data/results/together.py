@@ -27,7 +27,7 @@ import tinyld
 from tinyld.checkpoint import load_base
 from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype
-from tinyld.parse import base_folder
+from tinyld.options import base_folder
 from tinyld.read import read_text
 from tinyld.rows import bundled_data_dir
 from tinyld.tasks import load_task, prompt_of
