@@ -151,7 +151,7 @@ def test_a_router_gives_every_row_the_push_of_its_own_adapter(
         again.model.push.router.only = only
         with torch.no_grad():
             repeated = again.model(x, t, real, prompt_mask)
-            assert again.model.push.owners(again.model.embed(x), prompt_mask).tolist() == answered_by
+            assert again.model.push.router.choose(features).tolist() == answered_by
         assert only == 1 or torch.equal(repeated, found)
         for row, member in enumerate(answered_by):
             one.push, length = pushes[member], int(real[row].sum())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, load_exactly, load_method
-from tinyld.data import TaskRows, spread_over
+from tinyld.data import Batch, TaskRows, spread_over
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
@@ -33,17 +33,19 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
     return (F.layer_norm(embedded, embedded.shape[-1:]) * share[..., None]).sum(1).float()
 
 
+def batch_features(base: Base, batch: Batch) -> Tensor:
+    """(B, D) prompt features of a batch."""
+    prompt_mask = batch.attention_mask & ~batch.answer_mask
+    return prompt_features(base.model.embed(batch.x0.to(base.model.device)), prompt_mask.to(base.model.device))
+
+
 @torch.no_grad()
 def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) -> Tensor:
     """(rows, D) prompt features of a task's rows, or of some of them."""
-    device, found = base.model.device, []
     chosen = np.arange(len(rows)) if chosen is None else chosen
     at_once = base.model.rows_at_once(int(rows.lengths[chosen].max()), 100)
-    for chunk in np.array_split(chosen, -(-len(chosen) // at_once)):
-        batch = rows.take(chunk)
-        prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(device)
-        found.append(prompt_features(base.model.embed(batch.x0.to(device)), prompt_mask))
-    return torch.cat(found)
+    chunks = np.array_split(chosen, -(-len(chosen) // at_once))
+    return torch.cat([batch_features(base, rows.take(chunk)) for chunk in chunks])
 
 
 def prototype_shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -118,10 +120,6 @@ class RoutedPush(nn.Module):
         self.reads_depths = any(p.reads_depths for p in pushes)
         self.reads_others = any(p.reads_others for p in pushes)
         self.eval().requires_grad_(False)
-
-    def owners(self, embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-        """(B,) the member that a row belongs to, or NONE where it belongs to no task. embedded: (B, L, D)."""
-        return self.router.choose(prompt_features(embedded, prompt_mask))
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
         started: list[tuple[Sequence[int], Tensor, list[Tensor], PushAt]] = []  # depths, rows, their history, the push

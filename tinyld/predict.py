@@ -23,7 +23,7 @@ from tinyld.answers import (
     kept_columns,
 )
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
-from tinyld.composition import NONE, load_composition, task_features
+from tinyld.composition import NONE, batch_features, load_composition, task_features
 from tinyld.config import Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -164,12 +164,10 @@ class Run:
         """Of a composition, the member that each row belongs to, or None if it is like no task's rows."""
         paths = [Path(m["run"]) for m in self.config["members"]]
         members = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
-        only = self.base.model.push.router.only
-        if only is not None:
-            return [members[only]] * len(batch.x0)
-        embedded = self.base.model.embed(batch.x0)
-        owners = self.base.model.push.owners(embedded, batch.attention_mask & ~batch.answer_mask)
-        return [None if i == NONE else members[i] for i in owners.tolist()]
+        router = self.base.model.push.router
+        if router.only is not None:
+            return [members[router.only]] * len(batch.x0)
+        return [None if i == NONE else members[i] for i in router.choose(batch_features(self.base, batch)).tolist()]
 
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
