@@ -82,14 +82,9 @@ def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
 # ------------------------------------------------------------------------------------------------ columns
 
 
-def input_columns(task: Task) -> list[str]:
-    """The columns that asking takes: all that the task reads but the answer."""
-    return list(dict.fromkeys(task.columns.values()))
-
-
 def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
     """Python's texts as rows: (where it stands, column -> value)."""
-    columns, rows = input_columns(task), []
+    columns, rows = task.inputs, []
     for i, text in enumerate(several(texts, "texts"), 1):
         if not isinstance(text, Mapping):
             values = list(text) if isinstance(text, list | tuple) else [text]
@@ -110,8 +105,8 @@ def examples_of(rows: Sequence[Row], task: Task) -> list[Example]:
 
 def kept_columns(rows: Sequence[Row], task: Task) -> list[Record]:
     """Each row's columns, in their order; that of the one text that the task reads is called `text`."""
-    columns = input_columns(task)
-    return [under({columns[0]: "text"} if len(columns) == 1 else {}, row, OURS) for _, row in rows]
+    names = {task.inputs[0]: "text"} if len(task.inputs) == 1 else {}
+    return [under(names, row, OURS) for _, row in rows]
 
 
 def under(names: Mapping[str, str], row: Record, taken: Container[str] | None = None) -> Record:
@@ -124,22 +119,3 @@ def own_name(column: str, row: Record) -> str:
     """What a row's own column is called beside ours of that name: given_NAME, or as often given_ as is free."""
     name = f"given_{column}"
     return name if name not in row else own_name(name, row)
-
-
-def columns_for(task: Task, first: Task) -> dict[str, str]:
-    """Of each column that a task reads, the one in rows of the `first` task: of the same name where both read the same
-    columns, else the one that stands in its place."""
-    own, theirs = input_columns(task), input_columns(first)
-    check(len(own) == len(theirs), f"task {task.name} reads {', '.join(own)}, {first.name} {', '.join(theirs)}")
-    return dict(zip(own, own if {*own} == {*theirs} else theirs, strict=True))
-
-
-def asked_alike(tasks: Sequence[Task]) -> bool:
-    """Whether all label texts, and are asked of them in the same words, so that a text by itself may tell its task."""
-    return not any(task.is_generation for task in tasks) and len({asked_of(task, tasks[0]) for task in tasks}) == 1
-
-
-def asked_of(task: Task, first: Task) -> tuple[Any, ...]:
-    """What a task is asked of rows of the `first`: where two are alike, their prompts are the same."""
-    as_many = len(input_columns(task)) == len(input_columns(first))
-    return task.reads, as_many and tuple(columns_for(task, first).values())

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tinyld.answers import asked_alike
 from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
 from tinyld.composition import NONE, RoutedPush, Router, load_push, save_composition, task_features
 from tinyld.config import SampleConfig, check
@@ -22,7 +21,7 @@ from tinyld.rows import bundled_data_dir, prompt_of
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.scores import measure, rows_for
 from tinyld.tables import percent, print_record, print_table
-from tinyld.tasks import Task, from_record
+from tinyld.tasks import Task, asked_alike, from_record
 from tinyld.tokenizer import read_lines
 from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
 

@@ -11,17 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tinyld.answers import (
-    Record,
-    answers,
-    answers_in_one_pass,
-    as_rows,
-    asked_alike,
-    asked_of,
-    columns_for,
-    examples_of,
-    kept_columns,
-)
+from tinyld.answers import Record, answers, answers_in_one_pass, as_rows, examples_of, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import NONE, batch_features, load_composition, task_features
 from tinyld.config import Reading, SampleConfig, check, check_ours
@@ -35,7 +25,7 @@ from tinyld.progress import Advance, further, unheard
 from tinyld.rows import GAP, Example, Row
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, unlike
+from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, load_task, to_record, unlike
 
 NO_REPEAT = 4  # tokens in a row that a text for no task has once: left to itself, a base of ours turns in circles
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
@@ -252,7 +242,7 @@ class Runs:
             task, key = run.tasks[0], (name,)
             on_final_state = run.push is not None and run.push.first_depth == run.base.model.config.num_layers
             if on_final_state and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
-                key = (id(run.base), asked_of(task, self.task))
+                key = (id(run.base), task.asked_of(self.task))
             found.setdefault(key, []).append(name)
         return list(found.values())
 
@@ -268,7 +258,7 @@ class Runs:
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
             runs = [self.runs[name] for name in names]
             own = runs[0].tasks[0]
-            columns = columns_for(own, task).items()
+            columns = own.columns_in(task).items()
             examples = examples_of([(where, row | {k: row[v] for k, v in columns}) for where, row in rows], own)
             if len(runs) == 1:
                 report = further(advance, len(found) * len(rows) * share, share)

@@ -123,7 +123,7 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
             return download.download_task(name, task.download) / f"{split}.tsv"
         except download.NetworkError as error:
             problem = str(error)
-    columns = dict.fromkeys(filter(None, (*task.columns.values(), task.answer_column, task.label_column)))
+    columns = dict.fromkeys(filter(None, (*task.inputs, task.answer_column, task.label_column)))
     raise TinyldError(
         f"{none}: {problem}; put the file ({', '.join(columns)} columns) at {cache / name / split}.tsv or at "
         f"DIR/{name}/{split}.tsv with --data DIR; task {BUNDLED_TASKS[0]} needs no download"
@@ -286,7 +286,7 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     """An example without an answer, of a row that needs no label: what `predict` asks."""
     fields: dict[str, str] = {}
-    for column in dict.fromkeys(task.columns.values()):
+    for column in task.inputs:
         names = [name for name, own in task.columns.items() if own == column]
         text = cell(row, column, where)
         parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,11 @@ class Task:
         return self.path.parent == BUILTIN_DIR
 
     @property
+    def inputs(self) -> list[str]:
+        """The columns that asking takes: all that the task reads but the answer."""
+        return list(dict.fromkeys(self.columns.values()))
+
+    @property
     def reads(self) -> tuple[Any, ...]:
         """What a run is asked, whatever the columns' names: the template with numbers for them."""
         template, columns = self.template, list(self.columns.values())
@@ -137,6 +142,23 @@ class Task:
     def asks(self) -> tuple[Any, ...]:
         """What a run learns: what it is asked, and the answers."""
         return *self.reads, self.answer_tokens, *sorted(self.verbalizer.values())
+
+    def columns_in(self, first: Task) -> dict[str, str]:
+        """Of each column that this task reads, the one in rows of the `first` task: of the same name where both read
+        the same columns, else the one that stands in its place."""
+        own, theirs = self.inputs, first.inputs
+        check(len(own) == len(theirs), f"task {self.name} reads {', '.join(own)}, {first.name} {', '.join(theirs)}")
+        return dict(zip(own, own if {*own} == {*theirs} else theirs, strict=True))
+
+    def asked_of(self, first: Task) -> tuple[Any, ...]:
+        """What it is asked of rows of the `first`: where two tasks are alike, their prompts are the same."""
+        as_many = len(self.inputs) == len(first.inputs)
+        return self.reads, as_many and tuple(self.columns_in(first).values())
+
+
+def asked_alike(tasks: Sequence[Task]) -> bool:
+    """Whether all label texts, and are asked of them in the same words, so that a text by itself may tell its task."""
+    return not any(task.is_generation for task in tasks) and len({task.asked_of(tasks[0]) for task in tasks}) == 1
 
 
 def builtin_names() -> list[str]:

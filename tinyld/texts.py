@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinyld.answers import OURS, Record, examples_of, input_columns, own_name, under
+from tinyld.answers import OURS, Record, examples_of, own_name, under
 from tinyld.config import check
 from tinyld.data import slot_width
 from tinyld.errors import TinyldError, plain
@@ -40,7 +40,7 @@ def chunks(
     """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). A text alone is enough
     where the task reads one. A file is read whole first, so that a bad row is known at once; `even` gives each of its
     rows all columns that any has."""
-    path, column, piped, columns = Path(source), options.column, source == "-", input_columns(task)
+    path, column, piped, columns = Path(source), options.column, source == "-", task.inputs
     lines = piped or path.suffix.lower() == ".txt"
     check(not options.text or piped, "give a file or --text, not both")
     check(column is None or not lines, "--column is for a file with columns; a line is one text")

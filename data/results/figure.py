@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import tinyld
-from tinyld.answers import input_columns
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
 from tinyld.sampler import decode
@@ -50,7 +49,7 @@ class Sized(torch.nn.Module):
 def denoise(run: Any, prompt: str, slot: int) -> tuple[str, list[list[str]], list[float]]:
     """(prompt as read, the slot's pieces after every pass with "" for a mask, the push's size in every pass)."""
     task, base = run.tasks[0], run.base
-    row = dict.fromkeys(input_columns(task), prompt)
+    row = dict.fromkeys(task.inputs, prompt)
     rows = TaskRows([prompt_of(task, row, "prompt")], task, base.tokenizer, base.model.config.max_length)
     batch = rows.take(torch.arange(1).numpy())
     base.model.push = sized = Sized(base.model.push)
