@@ -63,22 +63,15 @@ class Answered(NamedTuple):
 def in_batches(model: Denoiser, rows: TaskRows) -> Iterator[tuple[np.ndarray, Batch]]:
     """(which rows, the rows on the model's device): every row once, in batches of like length."""
     for chosen in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), EVAL_BATCH, rows.slot)):
-        yield chosen, on_device(rows.take(chosen), model.device)
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, but for the numbers of its rows."""
-    return Batch(batch.x0.to(device), batch.answer_mask.to(device), batch.attention_mask.to(device), batch.rows)
+        batch = rows.take(chosen)
+        parts = (part.to(model.device) for part in (batch.x0, batch.answer_mask, batch.attention_mask))
+        yield chosen, Batch(*parts, batch.rows)
 
 
 def answered(
-    model: Denoiser,
-    rows: TaskRows,
-    tokenizer: Tokenizer,
-    sampling: SampleConfig,
-    write: bool = True,
+    model: Denoiser, rows: TaskRows, tokenizer: Tokenizer, sampling: SampleConfig, write: bool = True,
     advance: Advance = unheard,
-) -> Iterator[Answered]:
+) -> Iterator[Answered]:  # fmt: skip
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
     of those that are written so much as has no mask any more. A row counts by what it costs: answers to long prompts
     are longer themselves (on WebNLG a text's time grows with its prompt's length to the power of 1.5)."""
@@ -125,14 +118,9 @@ def report_written(advance: Advance, slots: Tensor, mask_id: int, x: Tensor, nth
 
 @torch.no_grad()
 def evaluate(
-    model: Denoiser,
-    rows: TaskRows,
-    tokenizer: Tokenizer,
-    sampling: SampleConfig | None = None,
-    draws: int = 4,
-    answer: bool = True,
-    advance: Advance = unheard,
-) -> Evaluation:
+    model: Denoiser, rows: TaskRows, tokenizer: Tokenizer, sampling: SampleConfig | None = None, draws: int = 4,
+    answer: bool = True, advance: Advance = unheard,
+) -> Evaluation:  # fmt: skip
     """Decodes every row's answer and, separately, scores it.
 
     `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). With `answer` off, for
@@ -178,24 +166,15 @@ def label_scores(gold: np.ndarray, predicted: np.ndarray, scored: np.ndarray, la
     np.add.at(counts, (gold, predicted), 1)  # UNREADABLE is the last column
     hits, given, there = counts.diagonal(), counts.sum(0)[:-1], counts.sum(1)
     precision, recall, f1 = (a / np.maximum(b, 1) for a, b in ((hits, given), (hits, there), (2 * hits, given + there)))
-    columns = (column.tolist() for column in (there, precision, recall, f1))
+    columns = zip(*(column.tolist() for column in (there, precision, recall, f1)), strict=True)
+    classes = [dict(zip(("n", "precision", "recall", "f1"), of_label, strict=True)) for of_label in columns]
+    confusion = [dict(zip(said, row, strict=True)) for row in counts.tolist()]
     low, high = wilson(int(hits.sum()), n)
-    return {
-        "accuracy": int(hits.sum()) / n,
-        "low": low,
-        "high": high,
-        "scored_accuracy": float((scored == gold).mean()),
-        "macro_f1": float(f1[given + there > 0].mean()),
-        "unreadable": float((predicted == UNREADABLE).mean()),
-        "majority": int(there.max()) / n,
-        "classes": {
-            label: {"n": rows, "precision": p, "recall": r, "f1": f}
-            for label, rows, p, r, f in zip(labels, *columns, strict=True)
-        },
-        "confusion": {
-            label: dict(zip(said, row, strict=True)) for label, row in zip(labels, counts.tolist(), strict=True)
-        },
-    }
+    scores = {"accuracy": int(hits.sum()) / n, "low": low, "high": high}
+    scores |= {"scored_accuracy": float((scored == gold).mean()), "macro_f1": float(f1[given + there > 0].mean())}
+    scores |= {"unreadable": float((predicted == UNREADABLE).mean()), "majority": int(there.max()) / n}
+    tables = {"classes": classes, "confusion": confusion}
+    return scores | {name: dict(zip(labels, table, strict=True)) for name, table in tables.items()}
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -311,7 +290,7 @@ def answer_nll(
     if found.logits is not None:
         target = found.batch.x0[found.batch.answer_mask]
         return F.cross_entropy(found.logits, target, reduction="none").cpu(), torch.ones(len(target))
-    batch, generator = on_device(found.batch, torch.device("cpu")), torch_seeded(0, 3, int(found.chosen[0]))
+    batch, generator = rows.take(found.chosen), torch_seeded(0, 3, int(found.chosen[0]))
     prompt_mask = batch.attention_mask & ~batch.answer_mask
     nll, counted = torch.zeros(len(batch.x0)), batch.answer_mask.sum(1).float()
     if rows.open_ended:
