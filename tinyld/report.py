@@ -41,7 +41,7 @@ TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and wha
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
     check_writable(options.csv)
-    rows = []
+    rows, say = [], say_to_stderr(options.quiet)
     for path in options.runs:
         if not (path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))):
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
@@ -52,11 +52,9 @@ def report(options: ReportOptions) -> list[Row]:
         rows += found
         none = [f.name for f, own in of_each.items() if not own and RunFolder(f).config["kind"] == "adapter"]
         if found and none:
-            say_to_stderr(options.quiet)(f"{path}: left out, as not evaluated (tinyld eval): {', '.join(none)}")
+            say(f"{path}: left out, as not evaluated (tinyld eval): {', '.join(none)}")
         if not found:
-            say_to_stderr(options.quiet)(
-                f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)"
-            )
+            say(f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)")
     if not rows:
         raise TinyldError("none of these is an adapter that was evaluated; tinyld eval RUN does that")
     if options.csv is not None:
@@ -83,18 +81,11 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     method = {option: value for option, value in method.items() if option in usual}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     known = config["environment"] | config["parameters"] | train
-    known |= {
-        "run": folder.path.name,
-        "base": Path(base["path"]).name,
-        "fingerprint": base["fingerprint"],
-        "method": name,
-        "recipe": recipe,
-        "settings": unlike({"base": f"in {base.get('dtype', 'fp32')}"} | method, usual),
-        "rows": config["data"]["rows"],
-        "data": config["data"].get("sha256", "")[:8],  # of rows as they were asked, templates and answers included
-        "training": unlike({k: v for k, v in train.items() if k in trained}, trained),
-        "trials": trials,
-    }
+    known |= {"run": folder.path.name, "base": Path(base["path"]).name, "fingerprint": base["fingerprint"]}
+    known |= {"method": name, "recipe": recipe, "rows": config["data"]["rows"], "trials": trials}
+    known["data"] = config["data"].get("sha256", "")[:8]  # of rows as they were asked, templates and answers included
+    known["settings"] = unlike({"base": f"in {base.get('dtype', 'fp32')}"} | method, usual)
+    known["training"] = unlike({k: v for k, v in train.items() if k in trained}, trained)
     found, rows = results.get("eval", {}), []
     for key, evaluation in found.items():
         task, _, split = key.partition("/")
@@ -200,14 +191,8 @@ def student(free: int) -> float:
 
 # Column -> what it shows of a row; and in a wide table more of them.
 SHOWN = {"method": "method", "accuracy %": "accuracy", "95% interval": "interval", "BLEU": "bleu"}
-SHOWN |= {
-    "ROUGE-L %": "rouge_l",
-    "exact %": "exact_match",
-    "% of full": "of_full",
-    "nats": "nats",
-    "stored %": "stored",
-}
-SHOWN |= {"seconds": "seconds"}
+SHOWN |= {"ROUGE-L %": "rouge_l", "exact %": "exact_match", "% of full": "of_full", "nats": "nats"}
+SHOWN |= {"stored %": "stored", "seconds": "seconds"}
 WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
