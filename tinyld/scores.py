@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -94,9 +93,8 @@ def eval(options: EvalOptions) -> list[Record]:
         one = len(tasks) == 1 or source == options.split
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
         if len(options.runs) < 2:  # of several, another one may heed it
-            options.check_width(
-                max(slot_width(t, run.base.tokenizer) for t in tasks), not any(t.is_generation for t in tasks)
-            )
+            width = max(slot_width(t, run.base.tokenizer) for t in tasks)
+            options.check_width(width, not any(t.is_generation for t in tasks))
         for task in tasks:
             own = run.config.get("data", {}).get("folder")
             check_writable(predictions, files_of(task, data, own, os.environ.get("TINYLD_DATA")))
@@ -183,29 +181,25 @@ def remember(run: Path, kind: str, key: str, record: Record) -> None:
 
 
 def show(records: list[Record], options: EvalOptions) -> None:
+    """One row an evaluation, those of written texts in a table of their own, NLL in nats per answer token; then the
+    labels of each."""
     if options.text:
         columns = max(map(tuple, records), key=len)
         return print_table("NLL bound, nats per token", columns, [tuple(map(r.get, columns)) for r in records])
-    show_evaluations("evaluation", records, options.wide)
+    names = SHOWN | (WIDE if options.wide else {})
+    told = [r | {"rows of": f"{r['task']} {r['split']}", "nll": f"{r['nll_bound']:.4f}"} for r in records]
+    for row in told:
+        row["interval"] = f"{percent(row['low'])} to {percent(row['high'])}" if "low" in row else None
+    for score in ("accuracy", "rouge_l"):
+        if rows := [row for row in told if score in row]:
+            shown = {c: k for c, k in names.items() if any(r.get(k) is not None for r in rows)}
+            cells = [[percent(r.get(k)) if c.endswith("%") else r.get(k) for c, k in shown.items()] for r in rows]
+            print_table("evaluation", list(shown), cells, options.wide)
+    for note in dict.fromkeys(r["note"] for r in records if "note" in r):
+        print(note)
     for record in records:
         if "classes" in record:
             show_classes(record)
-
-
-def show_evaluations(title: str, records: Sequence[Record], wide: bool = False) -> None:
-    """One row an evaluation, those of written texts in a table of their own; NLL in nats per answer token."""
-    for score in ("accuracy", "rouge_l"):
-        rows = [
-            r | {"rows of": f"{r['task']} {r['split']}", "nll": f"{r['nll_bound']:.4f}"} for r in records if score in r
-        ]
-        for row in rows:
-            row["interval"] = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}" if "low" in row else None
-        shown = {c: k for c, k in (SHOWN | (WIDE if wide else {})).items() if any(r.get(k) is not None for r in rows)}
-        cells = [[percent(r.get(k)) if c.endswith("%") else r.get(k) for c, k in shown.items()] for r in rows]
-        if rows:
-            print_table(title, list(shown), cells, wide)
-    for note in dict.fromkeys(r["note"] for r in records if "note" in r):
-        print(note)
 
 
 def show_classes(record: Record) -> None:
