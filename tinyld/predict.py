@@ -275,15 +275,9 @@ def load(path: str | Path, *args: Any, **options: Any) -> Run: ...
 @overload
 def load(path: Sequence[str | Path], *args: Any, **options: Any) -> Runs: ...
 def load(
-    path: str | Path | Sequence[str | Path],
-    base: str | Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    kept_in: str | None = None,
-    task: str | None = None,
-    reading: Reading | None = None,
-    bases: Sequence[Base] = (),
-) -> Run | Runs:
+    path: str | Path | Sequence[str | Path], base: str | Path | None = None, device: str = "auto", dtype: str = "auto",
+    kept_in: str | None = None, task: str | None = None, reading: Reading | None = None, bases: Sequence[Base] = (),
+) -> Run | Runs:  # fmt: skip
     """A run from its folder, on its base: where the run says, or in `base`, or the released one. Of several: `Runs`.
 
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a

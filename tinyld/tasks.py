@@ -73,17 +73,10 @@ class Task:
             check(all((*verbalizer, *verbalizer.values())), "[verbalizer] has an empty label or answer")
         shown = (label_column or self.answer_column) in columns.values()
         check(not shown, "the template shows the label or the answer's column; use {answer}")
-        filled = {
-            "template": template,
-            "verbalizer": verbalizer,
-            "columns": columns,
-            "label_column": label_column,
-            "answer_tokens": width,
-            "data": {split: str(self.path.parent / os.path.expanduser(file)) for split, file in self.data.items()},
-            "splits": tuple(self.splits or self.data or SPLITS),
-            "rows_from": self.rows_from or self.name,
-        }
-        for name, value in filled.items():
+        data = {split: str(self.path.parent / os.path.expanduser(file)) for split, file in self.data.items()}
+        filled = {"template": template, "verbalizer": verbalizer, "columns": columns, "label_column": label_column}
+        filled |= {"answer_tokens": width, "data": data, "splits": tuple(self.splits or self.data or SPLITS)}
+        for name, value in (filled | {"rows_from": self.rows_from or self.name}).items():
             object.__setattr__(self, name, value)
 
     def _fields(self) -> list[str]:
@@ -199,10 +192,8 @@ def from_record(record: dict[str, Any], where: str) -> Task:
         return then
     today = load_task(then.name if path is None else str(path))
     if changed := unlike(to_record(then), to_record(today)):
-        raise TinyldError(
-            f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; "
-            "put that back, or give the new task a name of its own"
-        )
+        way_out = "put that back, or give the new task a name of its own"
+        raise TinyldError(f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; {way_out}")
     return replace(today, spelling=then.spelling)
 
 
