@@ -90,15 +90,10 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
     kept = {"path": str(base.resolve()), "dtype": options.base_dtype}
     kept |= {} if reading == Reading() else {"reading": to_dict(reading)}
-    return {
-        "kind": "adapter",
-        "task": to_record(task),
-        "method": {"name": method, **to_dict(settings)},
-        "base": kept,
-        "train": train | ({"epochs": None} if open_ended else {}),  # for `usual_epochs` to tell
-        "cache_gb": options.cache_gb,
-        "data": {"folder": data and os.path.abspath(data), "held_out": held_out, "limit": options.limit},
-    }
+    train |= {"epochs": None} if open_ended else {}  # for `usual_epochs` to tell
+    own = {"kind": "adapter", "task": to_record(task), "method": {"name": method, **to_dict(settings)}, "base": kept}
+    rows = {"folder": data and os.path.abspath(data), "held_out": held_out, "limit": options.limit}
+    return own | {"train": train, "cache_gb": options.cache_gb, "data": rows}
 
 
 def usual_epochs(task: Task, rows: int, batch_size: int) -> float:
