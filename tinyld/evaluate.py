@@ -285,8 +285,7 @@ def pushed_logits(
 def answer_nll(
     model: Denoiser, found: Answered, rows: TaskRows, tokenizer: Tokenizer, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """(nats, tokens) of each row's answer, (B,) each on the processor: of its length, where they differ, and of its
-    tokens."""
+    """(nats, tokens), (B,) on the processor, of each row's answer: of its length, where they differ, and its tokens."""
     if found.logits is not None:
         target = found.batch.x0[found.batch.answer_mask]
         return F.cross_entropy(found.logits, target, reduction="none").cpu(), torch.ones(len(target))

@@ -184,10 +184,8 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
             if not header and not is_blank:
                 header = [clean(value) for value in values]
                 if len(set(header)) < len(header) or header[0].startswith("sep="):  # which spreadsheets put before it
-                    found = show(", ".join(header))
-                    raise TinyldError(
-                        f"{where}: this line must name the columns, each by a name of its own, got {found}"
-                    )
+                    wanted = "this line must name the columns, each by a name of its own"
+                    raise TinyldError(f"{where}: {wanted}, got {show(', '.join(header))}")
             elif header and values and (empty or not is_blank):
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"

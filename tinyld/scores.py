@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import Base, base_record, load_base
+from tinyld.checkpoint import Base, load_base
 from tinyld.config import SampleConfig, check, types_of
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
@@ -153,12 +153,11 @@ def eval_text(options: EvalOptions) -> list[Record]:
         record = {"run": str(path), "rows": bound.n, "tokens": tokens, "draws": options.draws}
         record |= {"nll_bound": bound.mean, "nll_stderr": bound.stderr}
         if run.config["kind"] != "base":
-            reading = base_record(run.config, path).reading
-            key = (run.base.fingerprint, run.base.dtype, reading)
+            own = run.base
+            key = (own.fingerprint, own.dtype, own.reading)
             if key not in of_bases:  # once for all its adapters
-                of_bases[key] = bound_of(load_base(run.base.path, run.base.model.device, run.base.dtype, reading))
-            base = of_bases[key]
-            forgotten = bound.minus(base)
+                of_bases[key] = bound_of(load_base(own.path, own.model.device, own.dtype, own.reading))
+            base, forgotten = of_bases[key], bound.minus(of_bases[key])
             record |= {"base_nll_bound": base.mean, "base_nll_stderr": base.stderr}
             record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
             remember(path, "text", ", ".join(text.resolve().name for text in options.text), record)
@@ -181,8 +180,7 @@ def remember(run: Path, kind: str, key: str, record: Record) -> None:
 
 
 def show(records: list[Record], options: EvalOptions) -> None:
-    """One row an evaluation, those of written texts in a table of their own, NLL in nats per answer token; then the
-    labels of each."""
+    """A row an evaluation, written texts in a table of their own, NLL in nats per answer token; then the labels."""
     if options.text:
         columns = max(map(tuple, records), key=len)
         return print_table("NLL bound, nats per token", columns, [tuple(map(r.get, columns)) for r in records])

@@ -71,8 +71,7 @@ def renamed(column: str | None, name: str, where: str, row: Record) -> Row:
 
 
 def piped_lines(column: str) -> Iterator[Rows]:
-    """The lines of stdin: those that were written so far, with no waiting for more; not the lines of a table that has
-    the task's `column`."""
+    """The lines of stdin, those written so far, with no waiting for more; no table that has the task's `column`."""
     check(sys.stdin is not None, "stdin is closed: give a file, or --text")
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
@@ -85,9 +84,8 @@ def piped_lines(column: str) -> Iterator[Rows]:
         texts = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
         names = [name.strip('"') for name in re.split(r"[,;\t](?! )", texts[0])] if first == 1 and texts else []
         if len(names) > 1 and column in names:
-            raise TinyldError(
-                f"stdin: line 1 names columns, {column} among them: a table is given as a file, by its name"
-            )
+            way_out = "a table is given as a file, by its name"
+            raise TinyldError(f"stdin: line 1 names columns, {column} among them: {way_out}")
         if lines:
             yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
         first += len(lines)
