@@ -15,14 +15,14 @@ from itertools import count
 from typing import NamedTuple
 
 from tinyld.checkpoint import fingerprint, read_shape
-from tinyld.config import ModelConfig, Reading, check
+from tinyld.config import ModelConfig, check
 from tinyld.data import TaskRows
 from tinyld.datafile import task_and_rows
 from tinyld.errors import TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune, rows_to_learn
 from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS
-from tinyld.options import CompareOptions, EvalOptions, FinetuneOptions, RowOptions
+from tinyld.options import CompareOptions, EvalOptions, FinetuneOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import file_in, files_of, load_split
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
@@ -81,9 +81,8 @@ def lines_of(options: CompareOptions) -> list[Line]:
             learned = repr(rows_to_learn(task, {"folder": data, "held_out": held_out, "limit": limit}))
             rows_print = sha256(learned.encode(errors="surrogatepass"))
             for name, method, sets in variants(options.methods, shape):
-                given = options.only(Reading) | options.only(RowOptions)
-                given |= {k: getattr(options, k) for k in ("base", "batch_size", "device", "quiet", "epochs", "steps")}
-                given |= {"task": task_name, "limit": limit, "method": method, "force": True}
+                own = {"task": task_name, "limit": limit, "method": method, "force": True}
+                given = options.only(FinetuneOptions) | own
                 try:
                     made = FinetuneOptions.of(given, sets)
                     config = config_of(replace(made, quiet=True))  # refuses what cannot be made
