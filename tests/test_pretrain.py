@@ -89,7 +89,7 @@ def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
 ) -> None:
     options: dict[str, Any] = {"optimizer": "muon", "save_minutes": 1e-9}
     run(tmp_path / "whole", text, **options)
-    kept = Tokenizer.load(tmp_path / "whole" / TOKENIZER)
+    kept = Tokenizer.parse((tmp_path / "whole" / TOKENIZER).read_bytes(), tmp_path)
     monkeypatch.setattr(Tokenizer, "train", lambda lines, vocab_size: kept)  # this test is of the loop alone
     with monkeypatch.context() as patch:
         batch = TextRows.batch

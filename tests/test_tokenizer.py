@@ -82,7 +82,7 @@ def test_a_vocabulary_is_of_its_size_and_comes_back_from_its_file(english: Token
     assert english.encode("漢") == [english.unk_id] and english.decode([english.unk_id]) == "[UNK]"
     path = tmp_path / "tokenizer.json"
     path.write_text(english.to_json(), encoding="utf-8")
-    loaded = Tokenizer.load(path)
+    loaded = Tokenizer.parse(path.read_bytes(), path)
     assert loaded.to_json() == english.to_json() and loaded.mask_id == english.mask_id
     assert all(loaded.encode(text) == english.encode(text) for text, _ in SAME)
 
@@ -112,7 +112,7 @@ def test_a_damaged_tokenizer_file_is_refused(
     text = change(raw)
     path.write_text(text if isinstance(text, str) else json.dumps(raw))
     with pytest.raises(TinyldError, match=f"tokenizer.json: .*{message}"):
-        Tokenizer.load(path)
+        Tokenizer.parse(path.read_bytes(), path)
 
 
 DETOKENIZED = [

@@ -123,7 +123,7 @@ def train_base(
 
     shape = from_dict(ModelConfig, config["model"], where)
     if begun:
-        tokenizer = Tokenizer.load(out / TOKENIZER)
+        tokenizer = Tokenizer.parse(begun.read(TOKENIZER), out / TOKENIZER)
     elif encoder is not None:
         tokenizer, shape = encoder.tokenizer, encoder.model.config
     else:

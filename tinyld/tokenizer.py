@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.config import check_type
 from tinyld.errors import TinyldError, show
-from tinyld.read import decode, opened, parse_json, read_bytes
+from tinyld.read import decode, opened, parse_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -32,9 +32,10 @@ UNK = SPECIAL[1]
 ROLES = ("pad", "unk", "bos", "eos", "mask")
 AT_ONCE = 4096  # texts
 
+_WORDS = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
 # Penn-Treebank spellings (`does n't`, -lrb-, `` '') and curly quotes meet the plain ones. Blanks around punctuation
 # need no rule: the pre-tokenizer splits at punctuation, so `it 's` and `it's` give the same pieces.
-_REPLACEMENTS = (
+REPLACEMENTS = (
     (r"[‘’ʼ`´]", "'"),
     (r"[“”]|''", '"'),
     (r"(?i)-lrb-|-lsb-|-lcb-", "("),
@@ -43,26 +44,20 @@ _REPLACEMENTS = (
     (r"[–—]|--+", " - "),
     (r"…|\.( ?\.)+", " ... "),
     (r"<[^>\s]{1,12}\s*/?>", " "),
+    (rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)", ""),  # a look-around, as the library's Replace knows no group references
 )
-# the library's Replace knows no group references, so the blank of "does n't" goes by a look-around
-_WORDS = "ca|wo|sha|is|are|was|were|do|does|did|has|have|had|could|would|should|must|need|ai|might"
-_CONTRACTION = rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)"
 
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
 
-def _rules(steps: Iterable[tuple[str, str]]) -> list[normalizers.Normalizer]:
-    return [normalizers.Replace(Regex(pattern), text) for pattern, text in steps]
-
-
 def _pipeline(vocab: dict[str, int] | None = None) -> HFTokenizer:
     """Our own tokenizer, of a vocabulary or to be trained."""
     inner = HFTokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=64))
+    *plain, contraction = (normalizers.Replace(Regex(pattern), text) for pattern, text in REPLACEMENTS)
     # NFKC goes after the quotes: it would split an acute accent from its blank
-    steps = [*_rules(_REPLACEMENTS), normalizers.NFKC(), *_rules([(_CONTRACTION, "")])]
-    steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    inner.normalizer = normalizers.Sequence(steps)
+    steps = [*plain, normalizers.NFKC(), contraction, normalizers.NFD(), normalizers.StripAccents()]
+    inner.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()])
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return inner
@@ -139,27 +134,18 @@ class Tokenizer:
         return cls(final)
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Reads a `tokenizer.json`; TinyldError when it is missing or damaged."""
-        return cls.parse(read_bytes(path), path)
-
-    @classmethod
     def parse(cls, content: bytes, path: Path) -> Tokenizer:
         """The tokenizer that a `tokenizer.json` holds; TinyldError when it is damaged."""
         inner, roles = parse_tokenizer(content, path)
         return cls(inner, path, roles)
 
     @property
-    def tokens(self) -> list[str]:
-        """Every token's spelling, by its id."""
-        return [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
-
-    @property
     def pieces(self) -> list[str]:
         """Every token's spelling, by its id, as WordPiece spells them: `##` before what goes on with a word."""
+        tokens = [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
         if self.is_wordpiece:
-            return self.tokens
-        return [t[1:] if t[:1] in ("Ġ", "▁") else f"##{t}" if t[:1].isalnum() else t for t in self.tokens]
+            return tokens
+        return [t[1:] if t[:1] in ("Ġ", "▁") else f"##{t}" if t[:1].isalnum() else t for t in tokens]
 
     def to_json(self) -> str:
         """What `tokenizer.json` holds; the same vocabulary gives the same text."""

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tokenizers import Regex, normalizers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import normalizers
 
 from tinyld import tokenizer as ours
 from tinyld.checkpoint import Base, load_exactly
@@ -42,7 +42,7 @@ def trimmed(encoder: Base, counts: Sequence[int], size: int) -> Base:
     raw["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in raw.get("added_tokens", []) if t["id"] in new_id]
     raw["post_processor"] = None  # it names ids of its own; rows are framed by tinyld
     inner = HFTokenizer.from_str(json.dumps(raw))
-    steps = ours._rules([*ours._REPLACEMENTS, (ours._CONTRACTION, "")])
+    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in ours.REPLACEMENTS]
     inner.normalizer = normalizers.Sequence(steps + ([inner.normalizer] if inner.normalizer else []))
     tensors = dict(encoder.model.named_parameters())
     tensors |= {name: tensors[name][kept] for name in ("embedding.weight", "output_bias")}
