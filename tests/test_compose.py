@@ -21,7 +21,6 @@ from tinyld.compose import compose, show
 from tinyld.composition import NONE, RoutedPush, Router, prompt_features, prompt_prototype
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, make_config
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions
@@ -41,12 +40,14 @@ def trained_member(config: ModelConfig, case: str, seed: int = 0) -> tuple[dict[
     return {"run": f"run{seed}", "task": {"name": f"task{seed}"}, "method": method_record(method)}, method.push
 
 
-LORA = METHODS["weight-lora"](make_config("weight-lora", {"rank": 1}, ModelConfig(160)), ModelConfig(160))
 DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c.update(members=[]), "needs at least one adapter"),
     (lambda c: c["members"][0].update(method="heavy"), "members: 1: method: 'heavy' is not of type dict"),
     (lambda c: c["members"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
-    (lambda c: c["members"][0].update(method=method_record(LORA)), "holds weight-lora; only trajectory-lora adapters"),
+    (
+        lambda c: c["members"][0].update(method={"name": "weight-lora"}),
+        "holds weight-lora; only trajectory-lora adapters",
+    ),
     (lambda c: c["members"].append(c["members"][0]), "holds 0 values, but config.json asks"),
 ]
 

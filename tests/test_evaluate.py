@@ -278,10 +278,8 @@ def test_a_real_denoiser_is_scored_the_same_in_any_batch(
 def test_adapters_that_share_a_pass_score_labels_as_each_does_alone(config: ModelConfig, shifted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     model = Denoiser(replace(config, shifted=shifted), generator).eval()
-    method = METHODS["trajectory-lora"](
-        make_config("trajectory-lora", {"recipe": "fast", "budget": 0.1}, config), config
-    )
-    method.attach(model, generator)
+    settings = make_config("trajectory-lora", {"recipe": "fast", "budget": 0.1}, config)
+    method = METHODS["trajectory-lora"](settings, model, generator)
     for parameter in method.own.values():
         parameter.data.normal_(0.0, 0.3, generator=generator)
     x0, slot = torch.randint(5, 60, (2, 8), generator=generator), torch.zeros(2, 8, dtype=torch.bool)

@@ -19,7 +19,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
-from tinyld.checkpoint import attach
 from tinyld.config import Reading, SampleConfig
 from tinyld.costs import describe
 from tinyld.data import TaskRows
@@ -289,12 +288,13 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
     config = base.model.config
     if method == "bitfit" and config.num_biases() == 0:
         with pytest.raises(UsageError, match="this base has none"):
-            attach(base, method, make_config(method, {}, config))
+            METHODS[method](make_config(method, {}, config), base.model)
         return
     x, answer, real = answer_batch(base)
     told = (torch.where(answer, base.tokenizer.mask_id, x), torch.ones(len(x)), real, real & ~answer)
     before = base.model(*told, where=answer).detach()
-    own = attach(base, method, make_config(method, {}, config), torch.Generator().manual_seed(0)).own
+    settings = make_config(method, {}, config)
+    own = METHODS[method](settings, base.model, torch.Generator().manual_seed(0)).own
     torch.testing.assert_close(base.model(*told, where=answer).detach(), before)
     optimizer = torch.optim.AdamW(own.values(), lr=1e-3 if method == "full" else 5e-3)
     losses = []

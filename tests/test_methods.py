@@ -69,9 +69,7 @@ def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
 
 def attach(model: Denoiser, case: str, seed: int = 0) -> Method:
     name, options = CASES[case]
-    method = METHODS[name](make_config(name, options, model.config), model.config)
-    method.attach(model, torch.Generator().manual_seed(seed))
-    return method
+    return METHODS[name](make_config(name, options, model.config), model, torch.Generator().manual_seed(seed))
 
 
 def noised_batch(config: ModelConfig, seed: int = 0, rows: int = 6) -> Noised:
@@ -192,8 +190,8 @@ def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: M
 def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, rslora: bool, scale: float) -> None:
     model = fresh_base(config)
     matrix = model.blocks[1].down.weight.detach().clone()
-    method = METHODS["weight-lora"](make_config("weight-lora", {"rank": 4, "rslora": rslora}, config), config)
-    method.attach(model, torch.Generator().manual_seed(0))
+    settings = make_config("weight-lora", {"rank": 4, "rslora": rslora}, config)
+    method = METHODS["weight-lora"](settings, model, torch.Generator().manual_seed(0))
     a, b = (method.own[f"blocks.1.down.lora_{x}.weight"] for x in "AB")
     nn.init.normal_(b, generator=torch.Generator().manual_seed(0))
     method.merge(model)
@@ -262,9 +260,8 @@ def lively_push(config: ModelConfig, case: str = "best-1", seed: int = 0, **chan
     """A trajectory adapter on a base of its own, every tensor of it away from zero."""
     name, options = CASES[case]
     settings = replace(make_config(name, options, config), **changes)
-    method = TrajectoryLora(settings, config)
     generator = torch.Generator().manual_seed(seed)
-    method.attach(fresh_base(config), generator)
+    method = TrajectoryLora(settings, fresh_base(config), generator)
     with torch.no_grad():
         for parameter in method.own.values():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -335,11 +332,8 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
 
 def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, TrajectoryLora]:
     """A push of 3 sites x 8 units whose strengths are known, after updates at the given shares of a run."""
-    method, model = (
-        TrajectoryLora(TrajectoryLoraConfig(ranks=(8, 4, 1), blocks=2, prune=0.5), config),
-        fresh_base(config),
-    )
-    method.attach(model, torch.Generator().manual_seed(0))
+    model, settings = fresh_base(config), TrajectoryLoraConfig(ranks=(8, 4, 1), blocks=2, prune=0.5)
+    method = TrajectoryLora(settings, model, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, site in enumerate(method.push.sites):  # unit u of site i has strength 10 i + u + 1
             site.up.copy_(torch.eye(32)[:, :8] * (10.0 * i + torch.arange(1, 9)))
@@ -372,8 +366,8 @@ def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config:
     method.finish()
     torch.testing.assert_close(logits(model, noised), before, atol=1e-5, rtol=1e-5)
     assert method.config.prune == 0 and method.config.ranks == (1, 1, 1, 3, 1, 1, 8, 4, 1)
-    again, other = TrajectoryLora(method.config, config), fresh_base(config)
-    again.attach(other)
+    other = fresh_base(config)
+    again = TrajectoryLora(method.config, other)
     load_exactly(again.own, method.own, Path("adapter"))
     assert torch.equal(logits(other, noised), logits(model, noised))
 
@@ -382,8 +376,8 @@ def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config:
 def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
     name, options = CASES[case]
-    method = METHODS[name](make_config(name, options | {"dropout": 0.5}, config), config)
-    method.attach(model, torch.Generator().manual_seed(0))
+    settings = make_config(name, options | {"dropout": 0.5}, config)
+    method = METHODS[name](settings, model, torch.Generator().manual_seed(0))
     train(model, method)
     assert torch.equal(logits(model, noised), logits(model, noised))
     model.train()

@@ -90,9 +90,7 @@ def base(config: ModelConfig) -> Denoiser:
 
 
 def attached(model: Denoiser, name: str) -> Method:
-    method = METHODS[name](make_config(name, CASES[name], model.config), model.config)
-    method.attach(model, torch_seeded(0, 0))
-    return method
+    return METHODS[name](make_config(name, CASES[name], model.config), model, torch_seeded(0, 0))
 
 
 def settings(**given: Any) -> TrainConfig:

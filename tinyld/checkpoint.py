@@ -16,7 +16,7 @@ from torch import Tensor
 from tinyld.config import ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
 from tinyld.device import BASE_DTYPES, shrink, stored_bytes, to_int8
 from tinyld.errors import TinyldError, UsageError
-from tinyld.methods import METHODS, Full, Method, read_config
+from tinyld.methods import Full, Method, read_config
 from tinyld.model import Denoiser
 from tinyld.read import finite
 from tinyld.rows import bundled_data_dir
@@ -191,13 +191,6 @@ def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
 # ------------------------------------------------------------------------------------------------ adapters
 
 
-def attach(base: Base, name: str, config: Any, generator: torch.Generator | None = None) -> Method:
-    """A fresh method on a base; it changes no logit until it is trained."""
-    method = METHODS[name](config, base.model.config)
-    method.attach(base.model, generator)
-    return method
-
-
 def load_adapter(
     folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None,
     bases: Sequence[Base] = (),
@@ -214,12 +207,12 @@ def load_adapter(
 
 def load_method(record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, folder: RunFolder) -> Method:
     """What a run recorded and stored of its method, on its base; refuses one that asks for more than is stored."""
-    method, settings = read_config(record, str(folder.path / CONFIG))
-    asked = method.expected_parameters(settings, base.model.config)
+    kind, settings = read_config(record, str(folder.path / CONFIG))
+    asked = kind.expected_parameters(settings, base.model.config)
     check_amount(asked, [t.shape for t in tensors.values()], folder.path / ADAPTER)
-    attached = attach(base, method.name, settings)
-    load_exactly(attached.own, tensors, folder.path / ADAPTER)
-    return attached
+    method = kind(settings, base.model)
+    load_exactly(method.own, tensors, folder.path / ADAPTER)
+    return method
 
 
 def method_record(method: Method) -> dict[str, Any]:

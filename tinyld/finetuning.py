@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinyld.checkpoint import attach, check_frozen, load_base, load_base_of, method_record, read_shape, sizes
+from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, spread_over, torch_seeded
@@ -160,7 +160,7 @@ def train_adapter(
     train_rows, dev_rows = (TaskRows(e, task, tokenizer, model.config.max_length) for e in (examples, dev))
     started_as = config.get("started_as", config["method"])
     kind, settings = read_config(started_as, where)
-    method = attach(base, kind.name, settings, torch_seeded(training.seed, 0))
+    method = kind(settings, model, torch_seeded(training.seed, 0))
     counts, began = sizes(method, base), method_record(method)
     data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
     digests = {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}

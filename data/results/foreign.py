@@ -138,8 +138,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     found = {"read_seconds": clock(args.device) - started, "read_peak": peak(args.device), "base_bytes": base.bytes}
     recipe = name.removesuffix("-unkept")
     method, options = ("trajectory-lora", {"recipe": recipe}) if recipe in ("fast", "best") else (name, {})
-    attached = METHODS[method](make_config(method, options, config), config)
-    attached.attach(model, torch.Generator().manual_seed(0))
+    attached = METHODS[method](make_config(method, options, config), model, torch.Generator().manual_seed(0))
     data, kept = batches(args, base.tokenizer.vocab_size, mask_id), []
     low, (first, depths) = torch.autocast(args.device, torch.bfloat16), kept_depths(model)
     started = clock(args.device)

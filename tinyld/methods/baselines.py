@@ -70,7 +70,7 @@ class Bottleneck(Method):
         own: dict[str, nn.Parameter] = {}
         for i, block in enumerate(model.blocks):
             for seam in ("after_attention", "after_mlp"):
-                adapter = BottleneckAdapter(self.model_config.d_model, self.config.rank, generator).to(model.device)
+                adapter = BottleneckAdapter(model.config.d_model, self.config.rank, generator).to(model.device)
                 setattr(block, seam, adapter)
                 own |= {f"blocks.{i}.{seam}.{n}": p for n, p in adapter.named_parameters()}
         return own

@@ -20,7 +20,7 @@ class NoOptions:
 
 
 class Method:
-    """An adaptation method, made from its config and the base's model config.
+    """An adaptation method, made of its config on a base's denoiser.
 
     A subclass is one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the method's
     options, and in `rates` the learning rate that the tuning grid is centred on by optimizer, its usual one first.
@@ -34,9 +34,14 @@ class Method:
     post_norm: ClassVar[dict[str, float]] = {}
     recipes: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, config: Any, model_config: ModelConfig):
-        self.config, self.model_config = config, model_config
-        self.own: dict[str, nn.Parameter] = {}
+    def __init__(self, config: Any, model: Denoiser, generator: torch.Generator | None = None):
+        """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
+        self.config = config
+        model.requires_grad_(False)
+        self.own = self.install(model, generator)
+        model.train(model.training)  # what was added, too
+        for parameter in self.own.values():
+            parameter.requires_grad_(True)
 
     @classmethod
     def usual(
@@ -54,14 +59,6 @@ class Method:
         budget = given.pop("budget", None)
         check(budget is None or "rank" not in given, "--budget sets the rank; leave --rank or --budget out")
         return cls.fit_budget(replace(cls.Config(), **given), model_config, budget)
-
-    def attach(self, model: Denoiser, generator: torch.Generator | None = None) -> None:
-        """Freezes the base, adds the method and fills `own`. A fresh method changes no logit."""
-        model.requires_grad_(False)
-        self.own = self.install(model, generator)
-        model.train(model.training)  # what was added, too
-        for parameter in self.own.values():
-            parameter.requires_grad_(True)
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         """Adds the method to the model; returns its own parameters by name."""

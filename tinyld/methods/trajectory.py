@@ -221,7 +221,7 @@ class TrajectoryLora(Method):
         return config
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
-        model.push = self.push = TrajectoryPush(self.config, self.model_config, generator).to(model.device)
+        model.push = self.push = TrajectoryPush(self.config, model.config, generator).to(model.device)
         return dict(self.push.named_parameters())
 
     @classmethod
