@@ -19,7 +19,7 @@ from tinyld.finetuning import config_of
 from tinyld.options import CompareOptions, EvalOptions, FinetuneOptions
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 
-MODEL = ModelConfig(vocab_size=8_192, **PRESETS["small"])
+MODEL = ModelConfig(**PRESETS["small"])
 
 
 class Trainer:

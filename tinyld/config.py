@@ -249,12 +249,11 @@ def check_ours(reading: Reading | None) -> None:
     check(not given, "mask_token, max_length and chat are for the folder of a public model")
 
 
-PRESETS: dict[str, dict[str, int]] = {  # about 0.2M, 7M and 110M parameters with VOCAB_SIZES
-    "nano": {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 256, "max_length": 128},
-    "small": {"d_model": 256, "num_layers": 6, "num_heads": 4, "d_ff": 1024, "max_length": 256},
-    "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},
+PRESETS: dict[str, dict[str, int]] = {  # about 0.2M, 7M and 110M parameters
+    "nano": {"vocab_size": 2_048, "d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 256, "max_length": 128},
+    "small": {"vocab_size": 8_192, "d_model": 256, "num_layers": 6, "num_heads": 4, "d_ff": 1024, "max_length": 256},
+    "base": {"vocab_size": 32_768, "d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},
 }
-VOCAB_SIZES = {"nano": 2_048, "small": 8_192, "base": 32_768}
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tinyld.checkpoint import Base, load_base, load_exactly, save_base
-from tinyld.config import BUDGETS, PRESETS, VOCAB_SIZES, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
+from tinyld.config import BUDGETS, PRESETS, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.copying import Copying
 from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
 from tinyld.data import TextRows, torch_seeded
@@ -57,14 +57,14 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     refuse_inside(out, [], [*options.data, *options.valid])
     path = None if options.init is None else find_encoder(options.init)
     own = path is not None and RunFolder(path).is_run()
-    sizes = {name: getattr(options, name) for name in ("d_model", "num_layers", "num_heads", "d_ff", "max_length")}
-    given = {name: size for name, size in sizes.items() if size is not None}
+    preset = PRESETS[options.preset]
+    given = {name: size for name in preset if (size := getattr(options, name)) is not None}
     if path is None:
         for name in ("body_lr", "body_start"):
             check(getattr(options, name) is None, f"{flag(name)} needs --init")
     else:
         brings = "--init brings its own sizes; only --max-length may change them"
-        check(given.keys() <= {"max_length"} and options.vocab_size is None, brings)
+        check(given.keys() <= {"max_length"}, brings)
         refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
     share = 0.1 if path is not None and not own else None  # of an encoder that had no head of ours
@@ -75,10 +75,9 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         training["minutes"] = 10.0
     train = TrainConfig(**training)
     resolve_dtype(train.dtype, resolve_device(train.device))
-    shape = {"vocab_size": options.vocab_size or VOCAB_SIZES[options.preset], **PRESETS[options.preset], **given}
     config = {
         "kind": "base",
-        "model": to_dict(ModelConfig(**shape)),
+        "model": to_dict(ModelConfig(**preset | given)),
         "train": to_dict(train),
         "save_dtype": options.save_dtype,
         "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},

@@ -94,7 +94,7 @@ def theirs(name: str, task: str) -> None:
     import torch
 
     from tinyld.checkpoint import load_base
-    from tinyld.config import PRESETS, VOCAB_SIZES
+    from tinyld.config import PRESETS
     from tinyld.data import TaskRows
     from tinyld.device import autocast, resolve_dtype
     from tinyld.tasks import bundled_data_dir, load_split, load_task
@@ -122,22 +122,22 @@ def theirs(name: str, task: str) -> None:
 
     shape = PRESETS["small"]
     model: Any = BertForMaskedLM(BertConfig(
-        vocab_size=VOCAB_SIZES["small"], hidden_size=shape["d_model"], num_hidden_layers=shape["num_layers"],
+        vocab_size=shape["vocab_size"], hidden_size=shape["d_model"], num_hidden_layers=shape["num_layers"],
         num_attention_heads=shape["num_heads"], intermediate_size=shape["d_ff"], max_position_embeddings=LENGTH,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     ))  # fmt: skip
     batches = []
     if name == "bert-pretrain":
         for _ in range(WARM_UP + STEPS):
-            x = torch.randint(5, VOCAB_SIZES["small"], (BATCH, LENGTH))
+            x = torch.randint(5, shape["vocab_size"], (BATCH, LENGTH))
             masked = torch.rand(x.shape) < torch.rand(len(x), 1)
             batches.append({"input_ids": torch.where(masked, 3, x), "labels": torch.where(masked, x, -100)})
     else:
         for step in range(EPOCHS * rows.steps_per_epoch(BATCH)):
             batch = rows.batch(step, BATCH, 0)
             labels = torch.where(batch.answer_mask, batch.x0, -100)
-            x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0) % VOCAB_SIZES["small"]
-            labels = torch.where(labels > 0, labels % VOCAB_SIZES["small"], labels)
+            x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0) % shape["vocab_size"]
+            labels = torch.where(labels > 0, labels % shape["vocab_size"], labels)
             batches.append({"input_ids": x, "attention_mask": batch.attention_mask.long(), "labels": labels})
     if name == "bert-lora":
         from peft import LoraConfig, get_peft_model
