@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -88,7 +88,8 @@ class Method:
         limit = budget * model_config.num_parameters()
         least = f"rank 1 stores {stored(1):,} parameters of {limit:,.0f}"
         check(stored(1) <= limit, f"budget {budget:.2%} is too small for {cls.name}: {least}")
-        return cls.with_rank(config, next(rank for rank in count(1) if stored(rank + 1) > limit))
+        ranks = range(1, int(limit) + 1)  # as each stores a number or more
+        return cls.with_rank(config, bisect(ranks, limit, key=stored))
 
     def after_update(self, progress: float) -> None:
         """Called after every optimizer update, with the share of the run that is done."""
