@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
-from tinyld.device import BASE_DTYPES, shrink, stored_bytes, to_int8
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
+from tinyld.device import shrink, stored_bytes, to_int8
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods import Full, Method, read_config
 from tinyld.model import Denoiser

@@ -255,7 +255,8 @@ PRESETS: dict[str, dict[str, int]] = {  # about 0.2M, 7M and 110M parameters
     "base": {"vocab_size": 32_768, "d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 3072, "max_length": 512},
 }
 OPTIMIZERS = ("adamw", "muon")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = ("auto", "fp32", "bf16", "fp16")  # of arithmetic
+BASE_DTYPES = ("fp32", "bf16", "int8")  # of stored and of frozen matrices
 BUDGETS = ("steps", "tokens", "minutes", "epochs")  # of training: one of them is given
 
 

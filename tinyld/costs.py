@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tinyld.config import ModelConfig, Reading
-from tinyld.device import BASE_DTYPES, shrink, stored_bytes
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading
+from tinyld.device import shrink, stored_bytes
 from tinyld.errors import UsageError
 from tinyld.foreign import read_foreign
 from tinyld.methods import METHODS, make_config

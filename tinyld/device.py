@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyld.config import check_choice
+from tinyld.config import BASE_DTYPES, check_choice
 from tinyld.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BASE_DTYPES = ("fp32", "bf16", "int8")
 AT_ONCE = 4096  # rows of a matrix that are widened together: those of a vocabulary take more than all else
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tinyld.attention import rotary_tables
 from tinyld.checkpoint import Base, check_amount
-from tinyld.config import ModelConfig, Reading, check_choice, check_type, to_dict, types_of
-from tinyld.device import BASE_DTYPES, shrink, stored_bytes
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading, check_choice, check_type, to_dict, types_of
+from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
 from tinyld.model import Denoiser

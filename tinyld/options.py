@@ -23,7 +23,6 @@ ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
 RECIPE_NAMES = ("best", "fast", "paper")
-BASE_DTYPES = ("fp32", "bf16", "int8")
 SPLITS = ("train", "dev", "test")
 
 
@@ -171,7 +170,7 @@ class Table(Printed):
 
 
 class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
-    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=BASE_DTYPES)
+    base_dtype: str | None = option(None, "Type of the frozen matrices, if not as trained.", among=config.BASE_DTYPES)
 
     def sampling(self) -> SampleConfig:
         """How answers are written; UsageError for an option that the sampler does not read."""
@@ -227,7 +226,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
         None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))
     )
     rslora: bool | None = option(None, "weight-lora: scale by 1 / sqrt(rank).")
-    base_dtype: str = option("fp32", "Type of the base's frozen matrices.", among=BASE_DTYPES)
+    base_dtype: str = option("fp32", "Type of the base's frozen matrices.", among=config.BASE_DTYPES)
     cache_gb: float = option(4.0, "Memory for frozen states; 0 keeps none.", least=0)
     resume: Path | None = option(None, "Run folder to go on with; takes a new --lr, or a moved --base.", "Output")
 
@@ -252,7 +251,7 @@ class PretrainOptions(Training):
     d_ff: int | None = option(None, "Width inside the MLP; the preset's if not given.")
     body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
     body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
-    save_dtype: str = option("fp32", "Type of the stored weights.", among=BASE_DTYPES)
+    save_dtype: str = option("fp32", "Type of the stored weights.", among=config.BASE_DTYPES)
 
 
 class EvalOptions(Answering):

@@ -193,11 +193,6 @@ class TrainingRun:
             return self.tokens / self.config.tokens
         return self.seconds / (60 * self.config.minutes)  # type: ignore[operator]
 
-    @property
-    def rate(self) -> float:
-        """The learning rate as a share of its peak."""
-        return lr_factor(self.progress, self.config.warmup, self.config.flat)
-
     def go_on(self) -> None:
         """Takes up a checkpoint, if there is one, and removes what came after it."""
         if (found := self.folder.load_checkpoint()) is not None:
@@ -224,8 +219,9 @@ class TrainingRun:
     def update(self) -> None:
         """One update; TinyldError where loss or gradient is not finite, with the parameters as they were."""
         config, started = self.config, time.perf_counter()
-        self.lr = config.lr * self.rate
-        self.optimizer.set_lr(self.rate, self.progress)
+        rate = lr_factor(self.progress, config.warmup, config.flat)
+        self.lr = config.lr * rate
+        self.optimizer.set_lr(rate, self.progress)
         batch = self.source.batch(self.step, config.batch_size, config.seed)
         noised = self.noise(batch, generator=torch_seeded(config.seed, 2, self.step))
         torch.manual_seed(seed_of(config.seed, 7, self.step, self.processes.rank))  # of dropout
