@@ -20,11 +20,22 @@ AT_A_TIME = 2**21  # scores
 HIDDEN = -1e4  # added to the score of a key that must not be read: its weight is then 0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, window: int = 0, positions: Tensor | None = None
+) -> Tensor:
     """Each query's mean of the values. q: (B, H, M, W), k and v: (B, H, L, W), key_mask: (B, L) bool -> (B, H, M, W).
 
-    A row needs at least one key that it may read.
+    A row needs at least one key that it may read. With a `window` a query reads keys at most half of it away;
+    positions: (B, M) of the M queries, where they are not all L.
     """
+    if window and k.shape[2] - 1 > window // 2:
+        places = torch.arange(k.shape[2], device=k.device)
+        asking = places[None] if positions is None else positions
+        distance = (asking[:, :, None] - places).abs()  # (B or 1, M, L)
+        near = distance <= window // 2
+        if key_mask is not None:  # padding reads itself alone, so that every query reads something
+            near = near & key_mask[:, None, :] | (distance == 0)
+        return F.scaled_dot_product_attention(q, k, v, near[:, None])
     batch, heads, queries, width = q.shape
     is_short = batch * heads * queries * k.shape[2] <= MOST and not torch.compiler.is_compiling()
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not is_short:
@@ -93,20 +104,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions applied to x: (B, H, L, head width)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
-
-
-def near_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, window: int, positions: Tensor | None = None
-) -> Tensor:
-    """`attention`, in which with a `window` a query reads keys at most half of it away. positions: (B, M) of the M
-    queries, where they are not all L."""
-    length = k.shape[2]
-    if not window or length - 1 <= window // 2:
-        return attention(q, k, v, key_mask)
-    places = torch.arange(length, device=k.device)
-    asking = places[None] if positions is None else positions
-    distance = (asking[:, :, None] - places).abs()  # (B or 1, M, L)
-    near = distance <= window // 2
-    if key_mask is not None:  # padding reads itself alone, so that every query reads something
-        near = near & key_mask[:, None, :] | (distance == 0)
-    return F.scaled_dot_product_attention(q, k, v, near[:, None])

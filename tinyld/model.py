@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from tinyld.attention import near_attention, rotary_tables, rotate
+from tinyld.attention import attention, rotary_tables, rotate
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, product, product_dtype
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
             k = rotate(k, *angles)
         if k.shape[1] < q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        mixed = near_attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
+        mixed = attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
