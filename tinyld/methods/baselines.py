@@ -104,11 +104,9 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, config: WeightLoraConfig, generator: torch.Generator | None):
         super().__init__()
         self.base, self.scale, self.dropout = base, config.scale, config.dropout
-        a = torch.empty(config.rank, base.in_features)
-        device = next(base.parameters()).device  # its `weight` may be kept in fewer bits, and is then made anew
         bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt 5, as PEFT starts A
-        self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        a = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(torch.zeros(base.out_features, config.rank))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # first: the order of the two decides how gradients add up, to the last bit
@@ -123,7 +121,7 @@ class WeightLora(Method):
         own: dict[str, nn.Parameter] = {}
         for i, block in enumerate(model.blocks):
             for name in self.config.targets:
-                lora = LoraLinear(getattr(block, name), self.config, generator)
+                lora = LoraLinear(getattr(block, name), self.config, generator).to(model.device)
                 setattr(block, name, lora)
                 own |= {f"blocks.{i}.{name}.lora_{x}.weight": getattr(lora, f"lora_{x}") for x in "AB"}
         return own

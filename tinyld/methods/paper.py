@@ -41,6 +41,10 @@ def time_embedding(t: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
+
+
 @dataclass(frozen=True)
 class Noise:
     """What the units of one forward pass are told, for B rows of L tokens."""
@@ -63,8 +67,8 @@ class PaperUnits(nn.Module):
     ):
         super().__init__()
         units = MODULES * sum(ranks)
-        down = torch.empty(units, width + TIME_WIDTH).normal_(0.0, width**-0.5, generator=generator)
-        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(width, units))
+        self.down = normal(units, width + TIME_WIDTH, fan_in=width, generator=generator)
+        self.up = nn.Parameter(torch.zeros(width, units))
         self.gate = nn.Parameter(torch.zeros(units, width))
         band = torch.repeat_interleave(torch.arange(NUM_BANDS), torch.tensor(ranks)).repeat(MODULES)  # of each unit
         sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T

@@ -27,7 +27,7 @@ from tinyld.attention import HIDDEN, attention
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import Method
-from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, time_embedding
+from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, normal, time_embedding
 from tinyld.model import Denoiser, PushAt, depths_read, take
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
@@ -166,10 +166,6 @@ class AttendingUnits(RankUnits):
         if q.is_cuda:  # whose fused attention takes heads of a multiple of 8, and divides by the root of their width
             q, k, v = (F.pad(of, (0, 7)) for of in (q * 8**0.5, k, v))
         return attention(q, k, v, prompt_mask)[..., 0].mT
-
-
-def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
 
 
 class TrajectoryPush(nn.Module):
