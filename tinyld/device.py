@@ -115,8 +115,11 @@ class Product(torch.autograd.Function):
 
 
 def product(self: nn.Linear | nn.Embedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, or else the module's own, of a module whose weight is kept in fewer bits."""
-    kept, bias = self.parametrizations.weight, getattr(self, "bias", None) if bias is None else bias
+    """x W^T + bias, or else the module's own; where its weight is kept in fewer bits (shrink), by parts."""
+    bias = getattr(self, "bias", None) if bias is None else bias
+    if not parametrize.is_parametrized(self):
+        return F.linear(x, self.weight, bias)
+    kept = self.parametrizations.weight
     return Product.apply(x, bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
 
 

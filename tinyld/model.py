@@ -285,11 +285,7 @@ class Denoiser(nn.Module):
             with torch.autocast(h.device.type, enabled=False):
                 z, bias = self.head_transform(self.final_norm(h.float())), self.output_bias
                 return F.linear(z, look_up(self.vocabulary, only), None if bias is None else bias[only])
-        h, words = self.head_transform(self.final_norm(h)), self.vocabulary
-        if parametrize.is_parametrized(words):
-            logits = product(words, h, self.output_bias)
-        else:
-            logits = F.linear(h, words.weight, self.output_bias)
+        logits = product(self.vocabulary, self.head_transform(self.final_norm(h)), self.output_bias)
         missing = self.config.vocab_size - logits.shape[-1]
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
