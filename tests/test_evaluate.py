@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyld.config import ModelConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, answer_ids
@@ -21,6 +21,7 @@ from tinyld.diffusion import noise_answers, token_nll
 from tinyld.evaluate import (
     EVAL_BATCH,
     UNREADABLE,
+    Evaluation,
     all_masked,
     evaluate,
     label_logp,
@@ -40,15 +41,20 @@ SEVERAL = {"bad": "not good", "good": "very very great", "flat": "dull"}
 TEXTS = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
 
 
-class Oracle(nn.Module):
+class Oracle:
     """A denoiser with answers known in advance: prompt ids -> ids of its slot, each with a logit of `sure`."""
 
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, sure: float = 30.0):
-        super().__init__()
-        self.device, self.rows_at_once = torch.device("cpu"), lambda length, most, asked: most
+    device = torch.device("cpu")
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, sure: float):
         self.answers, self.vocab_size, self.sure = answers, vocab_size, sure
 
-    def forward(self, xt: Tensor, t: Tensor, attention_mask: Any, prompt_mask: Tensor, where: Tensor) -> Tensor:
+    def rows_at_once(self, length: int, most: int, asked: int) -> int:
+        return most
+
+    def states(
+        self, xt: Tensor, t: Tensor, attention_mask: Any, prompt_mask: Tensor, cached: Any = None, where: Any = None
+    ) -> Tensor:
         logits = torch.zeros(*xt.shape, self.vocab_size)
         for row in range(len(xt)):
             answer = self.answers[tuple(xt[row][prompt_mask[row]].tolist())]
@@ -57,10 +63,7 @@ class Oracle(nn.Module):
             logits[row, slot, torch.tensor(answer[: len(slot)])] = self.sure
         return logits[where]
 
-    def states(
-        self, xt: Tensor, t: Tensor, attention_mask: Any, prompt_mask: Tensor, cached: Any = None, where: Any = None
-    ) -> Tensor:
-        return self(xt, t, attention_mask, prompt_mask, where)
+    __call__ = states
 
     def head(self, logits: Tensor, only: Tensor | None = None) -> Tensor:
         return logits if only is None else logits[:, only]
@@ -75,33 +78,39 @@ def task_of(folder: Path, verbalizer: dict[str, str]) -> Task:
     return load_task(str(folder / "mood.toml"))
 
 
-def tale_task(folder: Path) -> Task:
-    (folder / "tale.toml").write_text('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n')
-    return load_task(str(folder / "tale.toml"))
-
-
-def rows_of(task: Task, tokenizer: Tokenizer, n: int, label: Callable[[int], int]) -> TaskRows:
-    """n rows, each with a prompt of its own."""
+def rows_of(task: Task, tokenizer: Tokenizer, n: int) -> TaskRows:
+    """n rows, each with a prompt of its own, whose labels take turns."""
     examples = []
     for i in range(n):
-        words = " ".join([TEXTS[i % 5]] * (1 + i // 25) + [TEXTS[i // 5 % 5]])
-        gold = label(i)
+        words, gold = " ".join([TEXTS[i % 5]] * (1 + i // 25) + [TEXTS[i // 5 % 5]]), i % len(task.labels)
         examples.append(Example(f"{words} it was", ".", task.verbalizer[task.labels[gold]], gold))
     return TaskRows(examples, task, tokenizer, 48)
 
 
-def oracle(rows: TaskRows, tokenizer: Tokenizer, says: Callable[[int, list[int]], list[int]]) -> Oracle:
-    """The denoiser that answers row i with says(i, its gold slot)."""
+Says = Callable[[int, list[int]], list[int]]
+
+
+def scored(rows: TaskRows, tokenizer: Tokenizer, says: Says, sure: float = 30.0, **options: Any) -> Evaluation:
+    """How a denoiser scores that answers row i with says(i, its gold slot)."""
     answers = {}
     for i, ids in enumerate(rows.ids):
         start, stop = rows.starts[i], rows.starts[i] + rows.slot
         prompt = tuple(np.concatenate([ids[:start], ids[stop:]]).tolist())
         assert prompt not in answers
         answers[prompt] = says(i, ids[start:stop].tolist())
-    return Oracle(answers, tokenizer.vocab_size)
+    model: Any = Oracle(answers, tokenizer.vocab_size, sure)
+    return evaluate(model, rows, tokenizer, **options)
 
 
-# ------------------------------------------------------------------------------------------------ statistics
+@pytest.fixture()
+def score(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., tuple[TaskRows, Evaluation]]:
+    """(n rows of a task with a verbalizer, how it scores that a denoiser says so of them, by default what is right)."""
+
+    def score(verbalizer: dict[str, str], n: int, says: Says = lambda i, gold: gold, **more: Any) -> Any:
+        rows = rows_of(task_of(tmp_path, verbalizer), tokenizer, n)
+        return rows, scored(rows, tokenizer, says, **more)
+
+    return score
 
 
 @pytest.mark.parametrize(
@@ -135,64 +144,49 @@ def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
     assert label_scores(there, there, there, ["a", "b", "c"])["macro_f1"] == 1.0, "c is asked nowhere"
 
 
-# ------------------------------------------------------------------------------------------------ known answers
-
-
 @pytest.mark.parametrize(("verbalizer", "slot"), [(ONE, 1), (SEVERAL, 4)])
-def test_a_denoiser_that_is_right_scores_everything(
-    verbalizer: dict[str, str], slot: int, tokenizer: Tokenizer, tmp_path: Path
+def test_a_denoiser_that_is_right_scores_everything_in_the_order_of_the_rows(
+    verbalizer: dict[str, str], slot: int, score: Any
 ) -> None:
-    labels = len(verbalizer)
-    rows = rows_of(task_of(tmp_path, verbalizer), tokenizer, 30, lambda i: i % labels)
-    found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer)
+    """Over several batches."""
+    done, n, labels = list[float](), EVAL_BATCH + 20, list(verbalizer)
+    rows, found = score(verbalizer, n, advance=done.append)
     scores = found.scores
     assert rows.slot == slot and found.passes_per_row == 1, "what is sure is written at once"
     assert [scores[name] for name in ("accuracy", "scored_accuracy", "macro_f1", "unreadable")] == [1, 1, 1, 0]
-    assert (scores["low"], scores["high"]) == wilson(30, 30) and scores["majority"] == 1 / labels
-    assert found.nll_bound == pytest.approx(0.0, abs=1e-5) and found.truncated == 0
-    assert scores["confusion"]["good"]["good"] == 30 / labels
-    assert {text for *_, text in found.predictions} == set(verbalizer)
+    assert (scores["low"], scores["high"]) == wilson(n, n) and scores["majority"] == 1 / len(labels)
+    assert found.nll_bound == pytest.approx(0.0, abs=1e-5) and (found.n, found.truncated) == (n, 0)
+    assert scores["confusion"]["good"]["good"] == n / len(labels)
+    for row, label, prediction in zip(rows.examples, rows.labels, found.predictions, strict=True):
+        assert prediction == (f"{row.before} ____ .", labels[label], labels[label])
+    assert done == sorted(done) and done[-1] == pytest.approx(n)
+    assert slot > 1 or (len(done) == 2 and n / 2 < done[0]), "the longer half comes first, and counts for more"
 
 
-def test_wrong_answers_are_counted_row_by_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 20, lambda i: i % 2)
+def test_wrong_answers_are_counted_row_by_row(score: Any, tokenizer: Tokenizer) -> None:
     great = tokenizer.encode("great")
-    found = evaluate(oracle(rows, tokenizer, lambda i, gold: great if i < 6 else gold), rows, tokenizer)
+    _, found = score(ONE, 20, lambda i, gold: great if i < 6 else gold)
     assert found.scores["accuracy"] == found.scores["scored_accuracy"] == 17 / 20
     assert (found.scores["low"], found.scores["high"]) == wilson(17, 20)
     assert [text for *_, text in found.predictions] == ["good" if i < 6 or i % 2 else "bad" for i in range(20)]
 
 
 def test_an_answer_that_is_no_verbalizer_is_wrong_though_its_label_may_score_best(
-    tokenizer: Tokenizer, tmp_path: Path
+    score: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 10, lambda i: i % 2)
-    model = oracle(rows, tokenizer, lambda i, gold: gold)
-    film = tokenizer.encode("film")[0]
-
-    class SaysFilm(nn.Module):
-        device, rows_at_once = model.device, staticmethod(model.rows_at_once)
-
-        states = staticmethod(model.states)
-
-        def head(self, logits: Tensor, only: Tensor | None = None) -> Tensor:
-            logits[:, film] = 40.0
-            return model.head(logits, only)
-
-    scores = (found := evaluate(SaysFilm(), rows, tokenizer)).scores
+    film, head = torch.tensor(tokenizer.encode("film")), Oracle.head
+    monkeypatch.setattr(Oracle, "head", lambda self, logits, *only: head(self, logits.index_fill(1, film, 40.0), *only))
+    _, found = score(ONE, 10)
+    scores = found.scores
     assert (scores["accuracy"], scores["unreadable"], scores["macro_f1"]) == (0.0, 1.0, 0.0)
-    assert scores["scored_accuracy"] == 1.0
-    assert {text for *_, text in found.predictions} == {"film"}
+    assert scores["scored_accuracy"] == 1.0 and {text for *_, text in found.predictions} == {"film"}
 
 
 @pytest.mark.parametrize("verbalizer", [ONE, SEVERAL], ids=["one token", "several tokens"])
 def test_a_denoiser_that_knows_nothing_has_the_bound_log_v(
-    verbalizer: dict[str, str], tokenizer: Tokenizer, tmp_path: Path
+    verbalizer: dict[str, str], score: Any, tokenizer: Tokenizer
 ) -> None:
-    rows = rows_of(task_of(tmp_path, verbalizer), tokenizer, 30, lambda i: i % len(verbalizer))
-    model = oracle(rows, tokenizer, lambda i, gold: gold)
-    model.sure = 0.0
-    found = evaluate(model, rows, tokenizer)
+    rows, found = score(verbalizer, 30, sure=0.0)
     v, tokens = tokenizer.vocab_size, int((rows.ends + (rows.ends < rows.slot)).sum())
     goes_on = -math.log(1 - 1 / v) * int(rows.ends.sum()) / tokens if len(verbalizer) > 2 else 0.0  # at each token
     assert found.nll_bound == pytest.approx(math.log(v) + goes_on, rel=1e-5)
@@ -200,12 +194,9 @@ def test_a_denoiser_that_knows_nothing_has_the_bound_log_v(
 
 
 @pytest.mark.parametrize("words", ["not film", "not", "very great", "dull dull", "film"])
-def test_a_verbalizer_is_read_only_when_it_is_the_whole_answer(
-    words: str, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 3, lambda i: i)
+def test_a_verbalizer_is_read_only_when_it_is_the_whole_answer(words: str, score: Any, tokenizer: Tokenizer) -> None:
     said = [*tokenizer.encode(words), *[tokenizer.eos_id] * 3]
-    scores = evaluate(oracle(rows, tokenizer, lambda i, gold: said[:4]), rows, tokenizer).scores
+    scores = score(SEVERAL, 3, lambda i, gold: said[:4])[1].scores
     assert (scores["accuracy"], scores["unreadable"]) == (0.0, 1.0)
 
 
@@ -232,46 +223,27 @@ def test_labels_of_unlike_lengths_are_as_likely_as_they_are_often(
     assert np.mean(likely) == pytest.approx(0.5, abs=0.1)
 
 
-# ------------------------------------------------------------------------------------------------ repeatability, rows
-
-
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "ancestral"])
 def test_evaluating_twice_gives_the_same_numbers(
     sampler: str, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    rows = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 70, lambda i: i % 3)
-    sampling = SampleConfig(sampler, temperature=1.0)
-    found = []
-    for place in range(2):
-        torch.manual_seed(place)  # the global generator must not matter
-        once = evaluate(model, rows, tokenizer, sampling)
-        found.append(({k: v for k, v in once.record().items() if k != "rows_per_second"}, once.predictions))
+    rows, found = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 70), []
+    for seed in range(2):
+        torch.manual_seed(seed)  # the global generator must not matter
+        once = evaluate(model, rows, tokenizer, SampleConfig(sampler, temperature=1.0))
+        found.append((once.record() | {"rows_per_second": 0.0}, once.predictions))
     assert found[0] == found[1]
-
-
-def test_predictions_keep_the_order_of_the_rows_over_several_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    n = EVAL_BATCH + 20
-    rows = rows_of(task_of(tmp_path, ONE), tokenizer, n, lambda i: i * i % 7 % 2)
-    done: list[float] = []
-    found = evaluate(oracle(rows, tokenizer, lambda i, gold: gold), rows, tokenizer, advance=done.append)
-    assert found.n == n and len(found.predictions) == n and found.scores["accuracy"] == 1.0
-    assert len(done) == 2 and done[-1] == pytest.approx(n)
-    assert n / 2 < done[0] < n, "the longer half comes first, and counts for more"
-    for i, (prompt, gold, decoded) in enumerate(found.predictions):
-        assert gold == decoded == list(ONE)[rows.labels[i]]
-        assert prompt == f"{rows.examples[i].before} ____ ."
 
 
 def test_a_real_denoiser_is_scored_the_same_in_any_batch(
     model: Denoiser, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 30, lambda i: i % 2)
+    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 30)
     whole = evaluate(model, rows, tokenizer)
     monkeypatch.setattr("tinyld.evaluate.EVAL_BATCH", 7)
     parts = evaluate(model, rows, tokenizer)
     assert whole.nll_bound == pytest.approx(parts.nll_bound, rel=1e-5)
-    assert whole.scores == parts.scores
-    assert whole.predictions == parts.predictions
+    assert (whole.scores, whole.predictions) == (parts.scores, parts.predictions)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -304,25 +276,30 @@ def test_near_labels_are_told_apart_in_bf16(model: Denoiser, kept_in: str) -> No
         assert len((logits[:, 7] - logits[:, 9]).unique()) > 45
 
 
-def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    task = tale_task(tmp_path)
-    rows = TaskRows([Example("the film :", "", "it was very dull", None)] * 4, task, tokenizer, 48)
+@pytest.fixture()
+def tale(tmp_path: Path) -> Task:
+    """A task that writes."""
+    toml = 'template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n'
+    (tmp_path / "tale.toml").write_text(toml)
+    return load_task(str(tmp_path / "tale.toml"))
+
+
+def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenizer: Tokenizer, tale: Task) -> None:
+    rows = TaskRows([Example("the film :", "", "it was very dull", None)] * 4, tale, tokenizer, 48)
     record = evaluate(model, rows, tokenizer).record()
     assert not {"accuracy", "low", "high", "unreadable", "macro_f1", "scored_accuracy"} & set(record)
     assert record["nll_bound"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.1)  # an untrained denoiser
     assert record["n"] == 4 and 0 <= record["rouge_l"] < 1 and "exact_match" in record
-    scored = evaluate(model, rows, tokenizer, answer=False)
-    assert scored.passes_per_row == 0 and scored.record()["nll_bound"] == record["nll_bound"], "nothing is written"
+    bound = evaluate(model, rows, tokenizer, answer=False)
+    assert bound.passes_per_row == 0 and bound.record()["nll_bound"] == record["nll_bound"], "nothing is written"
 
 
-def test_written_texts_are_scored_beside_all_their_references(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    task = tale_task(tmp_path)
+def test_written_texts_are_scored_beside_all_their_references(tokenizer: Tokenizer, tale: Task) -> None:
     right = ("a bad plot", "The film was bad.")
     examples = [Example("Film :", "", right[0], None, right), Example("The music :", "", "it was dull", None)]
-    rows = TaskRows(examples, task, tokenizer, 48)
     second = [*tokenizer.encode("the film was bad."), tokenizer.eos_id]
-    model = oracle(rows, tokenizer, lambda i, gold: [*second, *gold][:8] if i == 0 else gold)
-    found = evaluate(model, rows, tokenizer)
+    rows = TaskRows(examples, tale, tokenizer, 48)
+    found = scored(rows, tokenizer, lambda i, gold: [*second, *gold][:8] if i == 0 else gold)
     assert found.scores["exact_match"] == 1 and found.scores["names_held"] == 1  # of Film
     assert found.predictions[0][1:] == ("a bad plot ||| The film was bad.", "the film was bad.")
     assert found.record()["rouge_l"] == 1 and 1 <= found.passes_per_row <= 6
