@@ -39,16 +39,16 @@ class Ran:
         return json.loads(self.stdout)
 
 
-def cli(*args: object) -> Ran:
-    """Runs tinyld in this process; anything but an exit is a bug and is raised."""
-    result = CliRunner().invoke(app, [str(a) for a in args])
+def cli(*args: object, text: str | bytes = "") -> Ran:
+    """Runs tinyld in this process, with a text piped in; anything but an exit is a bug and is raised."""
+    result = CliRunner().invoke(app, [str(a) for a in args], input=text)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ran(result.exit_code, result.stdout, result.stderr)
 
 
-def good(*args: object) -> Ran:
-    ran = cli(*args)
+def good(*args: object, text: str | bytes = "") -> Ran:
+    ran = cli(*args, text=text)
     assert ran.code == 0, ran.stderr
     return ran
 

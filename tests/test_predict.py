@@ -19,13 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, ROWS
+from conftest import QUICK, ROWS, cli, good
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tinyld
 from tinyld.answers import by_label
-from tinyld.cli import app
 from tinyld.compose import compose
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
@@ -45,16 +43,11 @@ from tinyld.tokenizer import Tokenizer
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def cli(*args: object, text: str | bytes = "") -> Any:
-    ran = CliRunner().invoke(app, ["predict", *map(str, args)], input=text)
-    assert ran.exception is None or isinstance(ran.exception, SystemExit), ran.exception
-    return ran
+ask = partial(cli, "predict")
 
 
 def records(*args: object, text: str | bytes = "") -> list[dict[str, Any]]:
-    ran = cli(*args, text=text)
-    assert ran.exit_code == 0, ran.stderr
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    return [json.loads(line) for line in good("predict", *args, text=text).stdout.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -104,8 +97,6 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
     assert record["rouge_l"] == pytest.approx(found["dev_rouge_l"])
     kept = RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"]
     assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
-    eval(EvalOptions(runs=(place / "tell",), quiet=True, sampler="ancestral"))
-    assert RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"] == kept, "decoded otherwise, so not kept"
 
 
 def test_few_rows_are_read_more_often(place: Path) -> None:
@@ -130,31 +121,29 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     assert one["filled"] == f"the rain {one['answer']} sun ." and other["filled"] == f"{other['answer']} and the sea"
     assert empty["filled"] == empty["answer"] == "" and "label" not in one
     Path("none.txt").write_text("")
-    assert cli("fill", "none.txt").exit_code == 0, "as with an empty pipe"
-    assert cli("fill", "--text", "the rain").stderr.endswith("number 1: no gaps in the text; mark one with ____\n")
+    assert ask("fill", "none.txt").code == 0, "as with an empty pipe"
+    assert ask("fill", "--text", "the rain").stderr.endswith("number 1: no gaps in the text; mark one with ____\n")
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
     assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
 
 
 @pytest.mark.parametrize("name", ["mood", "reviewed"])
-def test_what_predict_says_is_what_eval_finds(name: str, place: Path, tmp_path: Path) -> None:
+def test_what_predict_says_is_what_eval_finds(name: str, place: Path) -> None:
     """The decoded answers are eval's; for answers of one token the label is the one that eval scores best."""
+    run = tinyld.load(place / "mood")
     if name == "reviewed":
         run = tinyld.finetune(ROWS, base=place / "base", out="one", **QUICK)
-    else:
-        run = tinyld.load(place / "mood")
-    file = tmp_path / "rows.csv"
-    file.write_text(
-        "text,label\n" + "".join(f'"{t} {"very " * 3 * i}",{label}\n' for i, (t, label) in enumerate(ROWS[:9]))
-    )
-    ran = CliRunner().invoke(app, ["eval", str(run.path), "--data", "rows.csv", "--predictions", "p.tsv", "--json"])
-    decoded = [line.split("\t")[4] for line in Path("p.tsv").read_text().splitlines()[1:]]
+    rows = "".join(f'"{t} {"very " * 3 * i}",{label}\n' for i, (t, label) in enumerate(ROWS[:9]))
+    Path("rows.csv").write_text(f"text,label\n{rows}")
+    (scores,) = good("eval", run.path, "--data", "rows.csv", "--predictions", "p.tsv", "--json").json
+    header, *lines = [line.split("\t") for line in Path("p.tsv").read_text().splitlines()]
+    assert header == ["run", "task", "prompt", "gold", "answer"] and lines[0][0] == str(run.path)
+    assert lines[1][1:4] == [run.tasks[0].name, "sun and sea very very very it was ____ .", "happy"]
     found = records(run.path, "rows.csv")
-    assert [r["decoded"] for r in found] == decoded and json.loads(ran.stdout)[0]["n"] == 9
+    assert [r["decoded"] for r in found] == [line[4] for line in lines] and scores["n"] == 9
     right = sum(r["label"] == r["given_label"] for r in found) / 9
-    if name == "reviewed":
-        assert right == pytest.approx(json.loads(ran.stdout)[0]["scored_accuracy"])
-    assert json.loads(ran.stdout)[0]["truncated"] == sum(r["truncated"] for r in found) > 0
+    assert name == "mood" or right == pytest.approx(scores["scored_accuracy"])
+    assert scores["truncated"] == sum(r["truncated"] for r in found) > 0
 
 
 # ------------------------------------------------------------------------------------------------ in and out
@@ -169,87 +158,76 @@ def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
     assert all(r["label"] in ("sad", "happy") and r["probability"] == max(r["probabilities"].values()) for r in found)
     assert found[0]["probability"] == pytest.approx(found[5]["probability"], abs=2e-3), "whatever is beside it"
     assert records(place / "mood", "--text", "rain")[0]["label"] == found[0]["label"]
-    assert "1 of 6 rows are longer" in cli(place / "mood", text="\n".join(texts)).stderr
-    assert "longer" not in cli(place / "mood", "--quiet", text="\n".join(texts)).stderr
-    assert cli(place / "mood", text="").stdout == ""
-    assert [r["text"] for r in records(place / "mood", text=b"\xef\xbb\xbfrain\r\nsun\r\n")] == ["rain", "sun"]
+    assert "1 of 6 rows are longer" in ask(place / "mood", text="\n".join(texts)).stderr
+    assert "longer" not in ask(place / "mood", "--quiet", text="\n".join(texts)).stderr
+    assert ask(place / "mood", text="").stdout == ""
+    for asked in (["new.txt"], []):
+        Path("new.txt").write_bytes(windows := b"\xef\xbb\xbfrain\r\nsun\r\n")
+        assert [r["text"] for r in records(place / "mood", *asked, text=windows)] == ["rain", "sun"]
 
 
-@pytest.mark.parametrize("name", ["tell", "mood"])
-def test_answering_a_file_says_how_far_it_is(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("names", "among"), [
+    (["mood"], {75}), (["tell"], {25, 75}), (["fast-a", "fast-b", "fast-d"], {67}),
+])  # fmt: skip
+def test_answering_a_file_says_how_far_it_is(
+    names: list[str], among: set[int], place: Path, fast: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """75: after a chunk; less: a pass over one that is written gets on, too; 67: two runs of three share a pass."""
     monkeypatch.setattr("tinyld.texts.Progress", partial(Progress, every=0.0))
-    monkeypatch.setattr("tinyld.texts.CHUNK", 30)
+    monkeypatch.setattr("tinyld.texts.CHUNK", 40 if len(names) > 1 else 30)
     monkeypatch.setattr("tinyld.texts.WRITTEN", 30)
     Path("new.txt").write_text("rain\n" * 40)
-    ran = cli(place / name, "new.txt", "--out", "out.jsonl")
-    shares = [int(n) for n in re.findall(r"predict (\d+)%", ran.stderr)]
-    assert shares == sorted(shares) and shares[-1] == 100 and 75 in shares
-    assert "rows/s eta" in ran.stderr
-    if name == "tell":
-        assert {n for n in shares if n < 75}, "a pass over a batch gets on, too"
-    assert "predict" not in cli(place / name, "new.txt", "--out", "out.jsonl", "--quiet").stderr
-    assert cli(place / name, text="rain\n").stderr == ""
+    asked = [*(place / name for name in names), "new.txt", "--out", "out.jsonl"]
+    said = ask(*asked).stderr
+    shares = [int(n) for n in re.findall(r"predict (\d+)%", said)]
+    assert shares == sorted(shares) and shares[-1] == 100 and among <= set(shares) and "rows/s eta" in said
+    assert "predict" not in ask(*asked, "--quiet").stderr
+    assert "predict" not in ask(*asked[:-3], text="rain\n").stderr
 
 
-def test_answering_by_several_runs_says_how_far_it_is(fast: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyld.texts.Progress", partial(Progress, every=0.0))
-    Path("new.txt").write_text("rain\n" * 40)
-    ran = cli(fast[0], fast[1], fast[3], "new.txt", "--out", "out.jsonl")  # two share a pass, the other takes its own
-    shares = [int(n) for n in re.findall(r"predict (\d+)%", ran.stderr)]
-    assert shares == sorted(shares) and 67 in shares and shares[-1] == 100
-
-
-def test_a_bad_row_of_a_file_is_known_before_the_first_is_answered(place: Path) -> None:
+def test_a_bad_row_of_a_file_is_known_before_the_first_is_answered_and_nothing_is_written(place: Path) -> None:
     Path("new.csv").write_text("id,text\n" + "1,rain\n" * 3000 + "1,rain,sun\n")
     Path("new.jsonl").write_text('{"text": "rain"}\n' * 3000 + '{"said": "rain"}\n')
     for name, said in (("new.csv", "line 3002: 3 columns"), ("new.jsonl", "line 3001: no column 'text'")):
-        ran = cli(place / "mood", name)
-        assert ran.exit_code == 1 and said in ran.stderr and ran.stdout == ""
+        for out in ([], ["--out", "out.csv"]):
+            ran = ask(place / "mood", name, *out)
+            assert ran.code == 1 and said in ran.stderr and ran.stdout == ""
+    assert {path.name for path in Path().iterdir()} == {"new.csv", "new.jsonl"}
 
 
-def test_labels_are_written_in_one_length(place: Path) -> None:
-    ran = cli(place / "mood", "--text", "rain", "--set", "lengths=3")
-    assert ran.exit_code == 2 and "--lengths has no effect where answers are labels" in ran.stderr
-    for runs in ((place / "mood", place / "tell"), (place / "tell", place / "mood")):
-        assert cli(*runs, "--text", "rain", "--set", "lengths=3").exit_code == 0, "one of them writes"
+def test_of_runs_that_label_and_write_one_may_have_several_lengths(place: Path) -> None:
+    for runs in (("mood", "tell"), ("tell", "mood")):
+        good("predict", *(place / name for name in runs), "--text", "rain", "--set", "lengths=3")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])
-def test_files_are_read_by_their_columns_and_the_others_are_kept(suffix: str, place: Path) -> None:
+@pytest.mark.parametrize(("suffix", "header", "line"), [
+    ("csv", "id,text,label\n", '{id},"{text}",{label}\n'), ("tsv", "id\ttext\tlabel\n", "{id}\t{text}\t{label}\n"),
+    ("jsonl", "", '{{"id": "{id}", "text": "{text}", "label": "{label}"}}\n'),
+])  # fmt: skip
+def test_files_are_read_by_their_columns_and_the_others_are_kept(
+    suffix: str, header: str, line: str, place: Path
+) -> None:
     rows = [{"id": str(i), "text": text, "label": label} for i, (text, label) in enumerate(ROWS)]
-    file = Path(f"new{suffix}")
-    if suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif suffix == ".txt":
-        file.write_text("".join(row["text"] + "\n" for row in rows))
-    else:
-        with file.open("w") as out:
-            writer = csv.DictWriter(out, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
+    file = Path(f"new.{suffix}")
+    file.write_text(header + "".join(line.format(**row) for row in rows))
     found = records(place / "mood", file)
-    assert [r["text"] for r in found] == [row["text"] for row in rows]
-    if suffix == ".txt":
-        return
-    assert [(r["id"], r["given_label"]) for r in found] == [(row["id"], row["label"]) for row in rows]
-    assert [r["text"] for r in records(place / "mood", file, "--column", "id")] == [row["id"] for row in rows]
-    (by_id, *_) = records(place / "mood", file, "--column", "id")
-    assert (by_id["given_text"], by_id["given_label"]) == (rows[0]["text"], rows[0]["label"]), "no column is lost"
-    assert cli(place / "mood", file, "--out", "all.jsonl").stdout == ""
+    assert [(r["id"], r["text"], r["given_label"]) for r in found] == [tuple(row.values()) for row in rows]
+    by_id = records(place / "mood", file, "--column", "id")
+    assert [(r["text"], r["given_text"], r["given_label"]) for r in by_id] == [tuple(row.values()) for row in rows]
+    assert ask(place / "mood", file, "--out", "all.jsonl").stdout == ""
     assert [json.loads(line) for line in Path("all.jsonl").read_text().splitlines()] == found
-    table = list(csv.DictReader(io.StringIO(cli(place / "mood", file, "--csv").stdout)))
+    table = list(csv.DictReader(io.StringIO(ask(place / "mood", file, "--csv").stdout)))
     assert [r["label"] for r in table] == [r["label"] for r in found] and float(table[0]["p(sad)"]) > 0
 
 
 def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
     Path("holes.csv").write_text('text,id\nrain,1\n,\n"","  "\n\nsun,4\n')
-    assert [(r["text"], r["id"]) for r in records(place / "mood", "holes.csv")] == [
-        ("rain", "1"), ("", ""), ("", "  "), ("sun", "4"),
-    ]  # fmt: skip
+    holes = records(place / "mood", "holes.csv")
+    assert [(r["text"], r["id"]) for r in holes] == [("rain", "1"), ("", ""), ("", "  "), ("sun", "4")]
     texts = ["a\rb", "c\nd", "\ud83d rain", 'say "x", y']
     Path("odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name in ("odd-out.jsonl", "odd-out.csv"):
-        cli(place / "mood", "odd.jsonl", "--out", name)
+        ask(place / "mood", "odd.jsonl", "--out", name)
     assert [json.loads(line)["text"] for line in Path("odd-out.jsonl").read_text("utf-8").splitlines()] == texts
     with open("odd-out.csv", encoding="utf-8", newline="") as file:
         assert [r["text"] for r in csv.DictReader(file)] == [*texts[:2], "? rain", texts[3]]
@@ -257,11 +235,10 @@ def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
     assert [r["text"] for r in records(place / "mood", "lone.csv")] == ["rain", "", "sun"], "as a spreadsheet saves it"
     mixed = [{"text": "ra\u200bin\n", "b": True}, {"text": "sun", "id": ["é", 1]}]
     Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    table = list(csv.DictReader(io.StringIO(cli(place / "mood", "mixed.jsonl", "--csv").stdout, newline="")))
+    table = list(csv.DictReader(io.StringIO(ask(place / "mood", "mixed.jsonl", "--csv").stdout, newline="")))
     assert [(r["text"], r["b"], r["id"]) for r in table] == [("ra\u200bin\n", "true", ""), ("sun", "", '["é", 1]')]
-    Path("pairs.toml").write_text(
-        (place / "same.toml").read_text().replace("same.csv", "pairs.csv") + '[columns]\na = "both"\nb = "both"\n'
-    )
+    toml = (place / "same.toml").read_text().replace("same.csv", "pairs.csv")
+    Path("pairs.toml").write_text(f'{toml}[columns]\na = "both"\nb = "both"\n')
     Path("pairs.csv").write_text("both,label\n" + "rain ||| sun,sad\nsea ||| sky,happy\n" * 5)
     tinyld.finetune("pairs.toml", base=place / "base", out="pairs", **QUICK)
     assert [r["text"] for r in records("pairs", text="rain ||| sun\n\nsea ||| sky\n")][1] == ""
@@ -272,15 +249,8 @@ def test_what_cannot_be_written_is_said_before_any_row_is_read(place: Path) -> N
     Path("link.csv").symlink_to("real.csv")
     Path("real.csv").touch()
     for name in ("link.csv", "/proc/x.csv"):
-        ran = cli(place / "mood", "bad.csv", "--out", name)
-        assert ran.exit_code == 1 and "cannot be written" in ran.stderr, name
-
-
-def test_a_file_is_written_whole_or_not_at_all(place: Path) -> None:
-    Path("bad.csv").write_text("text\n" + "rain\n" * 2000 + "sun,sea\n")
-    ran = cli(place / "mood", "bad.csv", "--out", "out.csv")
-    assert ran.exit_code == 1 and "line 2002" in ran.stderr and not Path("out.csv").exists()
-    assert list(Path().iterdir()) == [Path("bad.csv")]
+        ran = ask(place / "mood", "bad.csv", "--out", name)
+        assert ran.code == 1 and "cannot be written" in ran.stderr, name
 
 
 def test_many_samples_are_those_of_few_whatever_is_written_at_once(
@@ -312,12 +282,10 @@ def test_a_text_for_no_task_repeats_itself_by_a_public_model_alone(
 def test_a_released_base_is_left_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path(shutil.copytree(place / "base", "data/small"))
     before = (base / RESULTS).read_bytes()
-    with monkeypatch.context() as patched:
-        patched.setattr("tinyld.scores.bundled_data_dir", lambda: Path("data"))
+    for released in ("data", "elsewhere"):
+        monkeypatch.setattr("tinyld.scores.bundled_data_dir", lambda released=released: Path(released))
         remember(base, "eval", "reviews/dev", {"accuracy": 0.5})
-    assert (base / RESULTS).read_bytes() == before
-    remember(base, "eval", "reviews/dev", {"accuracy": 0.5})
-    assert (base / RESULTS).read_bytes() != before
+        assert ((base / RESULTS).read_bytes() == before) == (released == "data")
 
 
 def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +293,8 @@ def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monke
     line = table_line({"text": "what " * 20, "answer": "a long answer"})
     assert line.startswith("what what") and line.endswith("...  -> a long answer\n") and len(line) == 41
     assert table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
-    assert table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None}).startswith(
-        "like no task: sad"
-    )
+    line = table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None})
+    assert line.startswith("like no task: sad")
 
 
 def test_a_task_of_two_texts_takes_both(place: Path) -> None:
@@ -335,8 +302,6 @@ def test_a_task_of_two_texts_takes_both(place: Path) -> None:
     found = records(place / "same", "new.csv")
     assert [(r["a"], r["b"]) for r in found] == [("rain", "sun"), ("sea", "")] and "text" not in found[0]
     assert tinyld.load(place / "same").predict([("rain", "sun")])[0]["label"] == found[0]["label"]
-    ran = cli(place / "same", text="rain\n")
-    assert ran.exit_code == 2 and "reads a and b: give a .csv" in ran.stderr
 
 
 def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
@@ -344,9 +309,8 @@ def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
     assert set(found) == {"text", "answer", "truncated"} and found["text"] == "rain"
     run = tinyld.load(place / "tell")
     assert run.write(["rain", "sun"])[0] == found["answer"] == run.predict(["rain"])[0]["answer"]
-    base = tinyld.load(place / "base")
-    assert len(base.write("the {answer} .", length=2)) == 1
-    assert base.write(["the {answer} ."], length=2) == base.write("the {answer} .", length=2)
+    (written,) = (base := tinyld.load(place / "base")).write("the {answer} .", length=2)
+    assert base.write(["the {answer} ."], length=2) == [written]
 
 
 def tiny_lora(place: Path) -> dict[str, Any]:
@@ -362,12 +326,10 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     assert found["adapter"] == "lora-mood"
     alone = records("lora-mood", text=text)[0]
     assert found["probabilities"] == pytest.approx(alone["probabilities"], abs=2e-3)
-    strange = records("both", "--task", "mood", text="qq zz qq xx qq zz ww\n")[0]
-    assert strange["adapter"] == "lora-mood", "named, it answers also what is unlike its own texts"
     Path("alias.toml").write_text((place / "mood.toml").read_text().replace('"mood', f'"{place}/mood'))
     assert records("both", "--task", "alias.toml", text=text) == [found], "whose rows are asked as its own are"
-    ran = cli("both", text="rain\n")
-    assert ran.exit_code == 2 and "has tasks mood, same, which are asked differently; say which with" in ran.stderr
+    ran = ask("both", text="rain\n")
+    assert ran.code == 2 and "has tasks mood, same, which are asked differently; say which with" in ran.stderr
 
 
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
@@ -376,37 +338,33 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
         tinyld.finetune(rows, out=name, text_column=name, label_column="label", **tiny_lora(place))
     compose(ComposeOptions(runs=("weather", "food"), out="both", quiet=True))
     texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
-    found = tinyld.load("both").predict(texts)
+    Path("asked.txt").write_text("\n".join(texts))
+    Path("new.csv").write_text("weather,label\n" + "rain weather,sad\nsun weather,happy\n")
+    run, new, of_both = tinyld.load("both"), Path("new.csv"), partial(EvalOptions, runs=(Path("both"),), quiet=True)
+    found = run.predict(texts)
     assert [r["text"] for r in found] == texts and found[1]["adapter"] is None
     assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
-    (named,) = tinyld.load("both").predict(texts[:1], task="food-rows")
-    assert set(named["probabilities"]) == {"good", "bad"}
-    measured = eval(EvalOptions(runs=(Path("both"),), quiet=True))
-    assert [(r["task"], r["n"]) for r in measured] == [("weather-rows", 4), ("food-rows", 4)], "of each one's own rows"
-    Path("new.csv").write_text("weather,label\n" + "rain weather,sad\nsun weather,happy\n")
-    with pytest.raises(tinyld.UsageError, match="say by --task whose rows new.csv holds"):
-        eval(EvalOptions(runs=(Path("both"),), data=Path("new.csv"), quiet=True))
-    (found,) = eval(EvalOptions(runs=(Path("both"),), task="weather-rows", data=Path("new.csv"), quiet=True))
-    assert found["n"] == 2
-    with pytest.raises(tinyld.UsageError, match="both is a composition; name the runs"):
-        tinyld.load(["both", "food"])
-    run = tinyld.load("both")
     alone = run.fill("rain", 3, 2, SampleConfig())
-    run.predict(texts[:1], task="food-rows")
+    (named,) = run.predict(texts[:1], task="food-rows")
+    assert set(named["probabilities"]) == {"good", "bad"}
     assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push.router.only is None
-    loaded = tinyld.load("both", task="food-rows")
-    assert loaded.predict(texts[:1]) == [named] and tinyld.load("both").predict([]) == []
-    Path("asked.txt").write_text("\n".join(texts))
-    with pytest.raises(tinyld.UsageError, match="both is a composition: --text is for one adapter"):
-        eval(EvalOptions(runs=(Path("both"),), text=(Path("asked.txt"),), quiet=True))
+    assert tinyld.load("both", task="food-rows").predict(texts[:1]) == [named] and run.predict([]) == []
+    measured = [(r["task"], r["n"]) for r in eval(of_both())]
+    assert measured == [("weather-rows", 4), ("food-rows", 4)], "of each one's own rows"
+    assert [r["n"] for r in eval(of_both(task="weather-rows", data=new))] == [2]
+    for refused, part in (
+        (lambda: eval(of_both(data=new)), "say by --task whose rows new.csv holds"),
+        (lambda: eval(of_both(text=(Path("asked.txt"),))), "both is a composition: --text is for one adapter"),
+        (lambda: tinyld.load(["both", "food"]), "both is a composition; name the runs"),
+    ):
+        with pytest.raises(tinyld.UsageError, match=part):
+            refused()
     both = [{"weather": texts[2], "food": "qq"}, {"food": "qq", "weather": texts[0]}]
-    assert [r["text"] for r in tinyld.load("both").predict(both)] == [texts[2], texts[0]], (
-        "not what the other one reads"
-    )
+    assert [r["text"] for r in run.predict(both)] == [texts[2], texts[0]], "not what the other one reads"
     Path("mixed.csv").write_text(f'weather,food,p(bad)\n"{texts[0]}",x,1\n"{texts[2]}",y,2\n')
-    table = list(csv.DictReader(io.StringIO(cli("both", "mixed.csv", "--csv").stdout)))
+    table = list(csv.DictReader(io.StringIO(ask("both", "mixed.csv", "--csv").stdout)))
     assert [(r["text"], r["food"], r["given_p(bad)"]) for r in table] == [(texts[0], "x", "1"), (texts[2], "y", "2")]
-    header, *rows = csv.reader(cli("both", "asked.txt", "--csv").stdout.splitlines())
+    header, *rows = csv.reader(ask("both", "asked.txt", "--csv").stdout.splitlines())
     assert {"p(sad)", "p(happy)", "p(good)", "p(bad)"} < set(header) and rows[2][header.index("p(bad)")]
 
 
@@ -472,15 +430,14 @@ def test_columns_of_two_tasks_meet_by_name_whatever_their_order(place: Path) -> 
 def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path) -> None:
     Path("new.csv").write_text("id,text\n1,rain\n2,the sun\n")
     expected = [{"id": str(i), **r} for i, r in enumerate(tinyld.load(fast[:2]).predict(["rain", "the sun"]), 1)]
-    ran = cli(*fast[:2], "new.csv")
+    ran = ask(*fast[:2], "new.csv")
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected and ran.stderr == ""
-    ran = cli(*fast, text="rain\n")
+    ran = ask(*fast, text="rain\n")
     assert "2 passes a text, as templates, bases or methods differ: fast-a, fast-b, fast-c; fast-d" in ran.stderr
-    (row,) = csv.DictReader(io.StringIO(cli(*fast[:2], "--csv", text="rain\n").stdout))
+    (row,) = csv.DictReader(io.StringIO(ask(*fast[:2], "--csv", text="rain\n").stdout))
     assert set(row) == {"text", "fast-a", "p(fast-a)", "fast-b", "p(fast-b)"}
     alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]
     assert {"text": "rain"} | records(*fast[:2], "--temperature", 0.5, text="rain\n")[0]["tasks"]["fast-a"] == alone
-    assert "--task is for one run" in cli(*fast, "--task", "a", text="rain\n").stderr
 
 
 def test_a_run_predicts_the_same_when_it_was_moved_and_its_task_file_is_gone(place: Path) -> None:
@@ -505,8 +462,8 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
     assert old in task
     Path(f"{name}.toml").write_text(task.replace(old, new))
     for verb in ("predict", "eval"):
-        ran = CliRunner().invoke(app, [verb, str(place / "mood"), "--task", f"{name}.toml", "--quiet"], input="rain\n")
-        assert ran.exit_code == 1 and old in ran.stderr and new in ran.stderr
+        ran = cli(verb, place / "mood", "--task", f"{name}.toml", "--quiet", text="rain\n")
+        assert ran.code == 1 and old in ran.stderr and new in ran.stderr
     Path("same.toml").write_text(task.replace("text}", "said}"))
     assert tinyld.load(place / "mood").predict("rain", task="same.toml")[0]["label"] in ("sad", "happy")
 
@@ -515,6 +472,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
     ("args", "text", "code", "part"),
     [
         ("{place}/base", "rain", 2, "was made for no task"),
+        ("{place}/same", "rain", 2, "reads a and b: give a .csv"),
         ("{place}/mood {place}/header.csv", "", 1, "header.csv: there are no rows in it"),
         ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
         ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
@@ -526,15 +484,17 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
         ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
         ("{place}/mood", 'label,text\n2,"rain, sun"\n', 1, "stdin: line 1 names columns, text among them: a table is"),
+        ("{place}/mood --set lengths=3", "rain", 2, "--lengths has no effect where answers are labels"),
+        ("{place}/fast-a {place}/fast-b --task a", "rain", 2, "--task is for one run"),
         ("nowhere", "rain", 1, "no run in nowhere"),
         ("{place}/mood.csv {place}/mood", "", 1, "mood.csv: expected config.json, found a file, no folder"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_a_line(
-    args: str, text: str | bytes, code: int, part: str, place: Path
+    args: str, text: str | bytes, code: int, part: str, place: Path, fast: list[Path]
 ) -> None:
-    ran = cli(*args.format(place=place).split(), text=text)
-    assert (ran.exit_code, ran.stdout) == (code, "") and part in ran.stderr
+    ran = ask(*args.format(place=place).split(), text=text)
+    assert (ran.code, ran.stdout) == (code, "") and part in ran.stderr
     assert ran.stderr.startswith("tinyld: ") and ran.stderr.count("\n") == 1
 
 
@@ -575,6 +535,6 @@ def test_weights_that_give_no_finite_logits_are_an_error(place: Path) -> None:
     shutil.copytree(place / "mood", "large")
     folder = RunFolder(Path("large"))
     folder.write_tensors(ADAPTER, {name: tensor + 1e38 for name, tensor in folder.read_tensors(ADAPTER).items()})
-    for args in (["predict", "large"], ["eval", "large", "--task", "mood", "--data", str(place / "mood.csv")]):
-        ran = CliRunner().invoke(app, args, input="rain\n")
-        assert ran.exit_code == 1 and "not finite" in ran.stderr and ran.stdout == ""
+    for args in (["predict", "large"], ["eval", "large", "--task", "mood", "--data", place / "mood.csv"]):
+        ran = cli(*args, text="rain\n")
+        assert ran.code == 1 and "not finite" in ran.stderr and ran.stdout == ""
