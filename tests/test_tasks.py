@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,13 +86,11 @@ def test_labels_are_all_names_or_all_numbers_that_are_no_names(tmp_path: Path) -
         ("1.0 2.0", "1 0", None),
     ):
         words = "".join(f'"{name}" = "word{i}"\n' for i, name in enumerate(names.split()))
-        toml = f'template = "{{text}} {{answer}}"\n[verbalizer]\n{words}'
+        task = user_task(tmp_path, f'template = "{{text}} {{answer}}"\n[verbalizer]\n{words}')
         content = "text,label\n" + "".join(f"x,{label}\n" for label in labels.split())
-        if found is not None:
-            assert [example.label for example in read(tmp_path, content, toml)] == found
-            continue
-        with pytest.raises(TinyldError, match="unknown label .*; allowed: "):
-            read(tmp_path, content, toml)
+        refused = pytest.raises(TinyldError, match="unknown label .*; allowed: ")
+        with nullcontext() if found else refused:
+            assert [example.label for example in read(tmp_path, content, task)] == found
 
 
 def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp_path: Path) -> None:
@@ -180,27 +180,25 @@ def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path)
 
 def test_a_task_that_has_changed_since_is_refused_with_what_differs(tmp_path: Path) -> None:
     record = to_record(user_task(tmp_path))
-    for old, new, message in (
-        ("i feel", "i am", "template was '{text} i feel {answer} .', is '{text} i am {answer} .'"),
+    for old, new, what in (
+        ("i feel", "i am", r"template was '{text} i feel {answer} \.', is '{text} i am {answer} \.'"),
         ('sad = "down"\nhappy = "very well"', 'happy = "very well"\nsad = "down"', "verbalizer was "),
     ):
         user_task(tmp_path, MOOD.replace(old, new))
-        with pytest.raises(TinyldError, match="has changed since then in .*mood.toml") as raised:
+        with pytest.raises(TinyldError, match=f"has changed since then in .*mood.toml.*{what}"):
             from_record(record, "config.json: task")
-        assert message in str(raised.value)
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     record = to_record(user_task(tmp_path))
-    for change, message in (
-        ({"template": 3}, "config.json: task: template: '3' is not of type str"),
-        ({"template": "no slot"}, "config.json: task: .* must hold {answer} once"),
-        ({"verbalizer": {"a": 1, "b": "y"}}, "config.json: task: verbalizer: 'a': '1' is not of type str"),
+    for damaged, message in (
+        (record | {"template": 3}, "template: '3' is not of type str"),
+        (record | {"template": "no slot"}, ".* must hold {answer} once"),
+        (record | {"verbalizer": {"a": 1, "b": "y"}}, "verbalizer: 'a': '1' is not of type str"),
+        ({"name": "reviews", "path": None}, "missing key 'template'"),
     ):
-        with pytest.raises(TinyldError, match=message):
-            from_record(record | change, "config.json: task")
-    with pytest.raises(TinyldError, match="config.json: task: missing key 'template'"):
-        from_record({"name": "reviews", "path": None}, "config.json: task")
+        with pytest.raises(TinyldError, match=f"config.json: task: {message}"):
+            from_record(damaged, "config.json: task")
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -223,17 +221,6 @@ FILE_ERRORS = [
     ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
     ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' must hold text or a number", "'None'"]),
 ]
-
-
-@pytest.mark.parametrize(("name", "content", "parts"), FILE_ERRORS)
-def test_a_bad_file_is_refused_in_one_line_that_names_it(
-    tmp_path: Path, name: str, content: str | bytes, parts: list[str]
-) -> None:
-    with pytest.raises(TinyldError) as caught:
-        read(tmp_path, content, name=name)
-    message, file = str(caught.value), str(tmp_path / name)
-    assert message.startswith(file) and message.isprintable() and len(message) < len(file) + 300
-    assert all(part in message for part in parts)
 
 
 ASK, LABELS = 'template = "{t} {answer}"\n', '[verbalizer]\na = "x"\nb = "y"\n'
@@ -262,12 +249,17 @@ TOML_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("toml", "parts"), TOML_ERRORS)
-def test_a_bad_task_file_is_refused_in_one_line_that_names_it(tmp_path: Path, toml: str, parts: list[str]) -> None:
+FILES = [*FILE_ERRORS, *(("mood.toml", toml, parts) for toml, parts in TOML_ERRORS)]
+
+
+@pytest.mark.parametrize(("name", "content", "parts"), FILES)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, name: str, content: Any, parts: list[str]
+) -> None:
     with pytest.raises(TinyldError) as caught:
-        user_task(tmp_path, toml)
-    message = str(caught.value)
-    assert message.startswith(str(tmp_path / "mood.toml")) and message.isprintable()
+        user_task(tmp_path, content) if name == "mood.toml" else read(tmp_path, content, name=name)
+    message, file = str(caught.value), str(tmp_path / name)
+    assert message.startswith(file) and message.isprintable() and len(message) < len(file) + 300
     assert all(part in message for part in parts)
 
 
