@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
-    out = place / "trained"
-    return tinyld.finetune(ROWS, base=place / "base", out=out, **QUICK).path
+    return tinyld.finetune(ROWS, base=place / "base", out=place / "trained", **QUICK).path
+
+
+def made_on(place: Path) -> list[object]:
+    """Options of finetune: a run of two steps in `run`."""
+    return ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--out", "run"]
 
 
 def test_the_package_is_typed_and_has_no_other_names() -> None:
@@ -49,29 +54,11 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
 
 
 @pytest.mark.parametrize(
-    ("rows", "part"),
-    [
-        ([("a", "b", "c")], "a row is"),
-        ([("rain", ""), ("sun", "happy")], "line 1: column 'label' is empty"),
-        ([("rain", None), ("sun", "happy")], "line 1: column 'label' must hold text"),
-        ([("rain", {1}), ("sun", "happy")], "a row holds texts and numbers"),
-        ([1, 2], "a row is"),
-        ([(str(i), f"l{i}") for i in range(9)], "9 different labels"),
-    ],
-)
-def test_rows_that_make_no_task_are_refused(rows: list, part: str, place: Path) -> None:
-    with pytest.raises(tinyld.TinyldError, match=part):
-        tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(
     ("options", "part"),
     [
         ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
         ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
         ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
-        ({"method": "weight-lora", "budget": 0.7}, "--budget 0.7 would be 70% of the base"),
     ],
 )  # fmt: skip
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
@@ -79,9 +66,21 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         tinyld.finetune(ROWS, **{"base": place / "base", "out": "mine"} | options)
 
 
+def learning(*rows: Any) -> Any:
+    return lambda run, base: tinyld.finetune(list(rows), base=base, out="mine", **QUICK)
+
+
 @pytest.mark.parametrize(
     ("call", "part"),
     [
+        (learning(("a", "b", "c")), "a row is"), (learning(1, 2), "a row is"),
+        (learning(("rain", ""), ("sun", "happy")), "line 1: column 'label' is empty"),
+        (learning(("rain", None), ("sun", "happy")), "line 1: column 'label' must hold text"),
+        (learning(("rain", {1}), ("sun", "happy")), "a row holds texts and numbers"),
+        (learning(*((str(i), f"l{i}") for i in range(9))), "9 different labels"),
+        (learning(("a", "Good"), ("b", "good")), "'Good' and 'good' look like one label"),
+        (learning(("a", 1), ("b", "1.0")), "'1' and '1.0' look like one label"),
+        (learning(("a", "é"), ("b", "e\u0301")), "look like one label"),
         (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
         (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
@@ -98,60 +97,55 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
         (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
         (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang; `tinyld finetune --help`"),
         (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
-        (lambda run, base: tinyld.finetune([("a", "Good"), ("b", "good")], base=base), "'Good' and 'good' look like"),
-        (lambda run, base: tinyld.finetune([("a", 1), ("b", "1.0")], base=base), "'1' and '1.0' look like one label"),
-        (lambda run, base: tinyld.finetune([("a", "é"), ("b", "e\u0301")], base=base), "look like one label"),
     ],
 )  # fmt: skip
-def test_what_python_gives_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:
+def test_what_makes_no_task_or_is_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:
     run = tinyld.load(trained, base=place / "base")
     with pytest.raises(tinyld.TinyldError, match=re.escape(part)):
         call(run, place / "base")
-    assert not list(Path().rglob("*.jsonl"))
+    assert not list(Path().iterdir())
 
 
 def test_a_run_is_measured_on_rows_of_where_it_was_trained(place: Path) -> None:
     Path("more.csv").write_text("text,label\n" + "".join(f'"{t} {i}",{k}\n' for i, (t, k) in enumerate(ROWS)))
-    run = ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--quiet", "--out", "run"]
-    good("finetune", "--task", place / "mood.toml", "--data", "more.csv", *run)
+    good("finetune", "--task", place / "mood.toml", "--data", "more.csv", *made_on(place))
     assert [good("eval", "run", "--split", s, "--json").json[0]["n"] for s in ("dev", "train")] == [4, 36]
 
 
 def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
+    learn = partial(tinyld.finetune, base=place / "base", **QUICK)
     rows = [{"text": f"{text} \ud83d", "label": label, "note": float("nan")} for text, label in ROWS]
-    run = tinyld.finetune(rows, base=place / "base", out="mine", **QUICK)
+    run = learn(rows, out="mine")
     assert run.predict(np.array([1, 2]))[0]["text"] == 1
     assert run.predict([{"text": "rain", "n": np.float32(3)}])[0]["n"] == 3.0
     assert len(run.write("rain \ud83d", length=2)) == 1
-    numbered = tinyld.finetune([(t, np.int64(k == "sad")) for t, k in ROWS], base=place / "base", out="n", **QUICK)
-    assert numbered.tasks[0].labels == ("0", "1")
+    assert learn([(t, np.int64(k == "sad")) for t, k in ROWS], out="n").tasks[0].labels == ("0", "1")
     with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' must hold text or a number, got 'None'"):
-        tinyld.finetune([rows[0], rows[1] | {"text": float("nan")}], base=place / "base", out="other", **QUICK)
-    tinyld.finetune(ROWS, base=place / "base", out="zero", template="{text}\0{answer} \udce9", **QUICK)
+        learn([rows[0], rows[1] | {"text": float("nan")}], out="other")
+    learn(ROWS, out="zero", template="{text}\0{answer} \udce9")
 
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:
+    learn = partial(tinyld.finetune, base=place / "base", out="mine", **QUICK)
     Path("mine-rows.jsonl").write_text("precious")
     with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl exists and holds other rows"):
-        tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+        learn(ROWS)
     assert Path("mine-rows.jsonl").read_text() == "precious" and len(list(Path().iterdir())) == 1
     Path("mine-rows.jsonl").unlink()
-    tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
-    tinyld.finetune(ROWS[:20], base=place / "base", out="mine", force=True, **QUICK)
+    learn(ROWS)
+    learn(ROWS[:20], force=True)
     assert RunFolder(Path("mine")).config["data"]["rows"] == 18
     kept = Path("mine-rows.jsonl").read_bytes()
     with pytest.raises(tinyld.TinyldError, match="the one label"):
-        tinyld.finetune([("rain", "sad")] * 9, base=place / "base", out="mine", force=True, **QUICK)
+        learn([("rain", "sad")] * 9, force=True)
     assert Path("mine-rows.jsonl").read_bytes() == kept, "the run that stays keeps its rows"
 
 
 def test_a_csv_alone_is_enough(place: Path) -> None:
     """No task file, and columns of other names: of two, the one that says more is the text."""
-    Path("opinions.csv").write_text(
-        "kind,opinion\n" + "".join(f'{label}!,"{t} {i}"\n' for i, (t, label) in enumerate(ROWS))
-    )
-    made = ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--quiet"]
-    good("finetune", "--data", "opinions.csv", *made, "--out", "run")
+    before = "kind,opinion\n" + "".join(f'{label}!,"{t} {i}"\n' for i, (t, label) in enumerate(ROWS))
+    Path("opinions.csv").write_text(before)
+    good("finetune", "--data", "opinions.csv", *made_on(place))
     task = RunFolder(Path("run")).config["task"]
     assert task["columns"] == {"text": "opinion"} and task["label_column"] == "kind" and task["name"] == "opinions"
     assert task["verbalizer"] == {"sad!": "sad", "happy!": "happy"}
@@ -162,7 +156,6 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     ran = cli("eval", "run", "--split", "test")
     assert ran.code == 2 and "has no test rows" in ran.stderr
     measured = good("eval", "run", "--json").json[0]["nll_bound"]
-    before = Path("opinions.csv").read_text()
     Path("opinions.csv").write_text(before + "sad!,a sea\n" * 9)
     for way in ([], ["--data", "opinions.csv"]):
         assert "opinions.csv has changed since run was trained on it" in cli("eval", "run", *way).stderr
@@ -171,23 +164,23 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert "is gone; say by --data where it is" in cli("eval", "run").stderr
     (found,) = good("eval", "run", "--data", "moved.csv", "--json").json
     assert (found["n"], found["nll_bound"]) == (4, measured), "and none that it learned"
-    Path("others.csv").write_text(Path("moved.csv").read_text().replace("rain", "sun"))
+    Path("others.csv").write_text(before.replace("rain", "sun"))
     others = good("eval", "run", "--data", "others.csv", "--json")
     assert others.json[0]["n"] == 40 and "others.csv: all its rows count, learned ones too" in others.stderr
 
 
 def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:
-    Path("mine.csv").write_text(
-        "\ufeffID;Headline;Kind\n" + "".join(f'{i};"{t}; {i}";{k}\n' for i, (t, k) in enumerate(ROWS))
-    )
-    made = ["--base", place / "base", "--steps", 2, "--method", "bitfit", "--out", "run"]
-    ran = cli("finetune", "--data", "mine.csv", *made)
-    assert ran.code == 1 and "It has ID, Headline, Kind; say so with --text-column" in ran.stderr
-    ran = good("finetune", "--data", "mine.csv", *made, "--text-column", "Headline", "--label-column", "Kind")
+    rows = "".join(f'{i};"{t}; {i}";{k}\n' for i, (t, k) in enumerate(ROWS))
+    Path("mine.csv").write_text(f"\ufeffID;Headline;Kind\n{rows}")
+    mine = ["finetune", "--data", "mine.csv", *made_on(place)]
+    refused = "mine.csv: which of its columns are text and label? It has ID, Headline, Kind; say so with --text-column"
+    ran = cli(*mine)
+    assert (ran.code, ran.stderr[: len(refused) + 8]) == (1, f"tinyld: {refused}")
+    ran = good(*mine, "--text-column", "Headline", "--label-column", "Kind")
     assert "texts are in column 'Headline', labels in 'Kind': 2 (" in ran.stderr
     assert "one row in ten is held out as dev rows" in ran.stderr
     Path("bare.csv").write_text("".join(f'"{t}",{k}\n' for t, k in ROWS))
-    ran = cli("finetune", "--data", "bare.csv", *made)
+    ran = cli("finetune", "--data", "bare.csv", *made_on(place))
     assert ran.code == 2 and "its first line is read as a header, but" in ran.stderr
 
 
