@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROWS, cli, good
@@ -111,11 +112,13 @@ def test_a_run_that_was_made_otherwise_is_none_of_the_grid(
 
 
 def test_a_run_of_a_task_or_of_rows_that_have_changed_is_none_of_the_grid(trainer: Trainer, tmp_path: Path) -> None:
-    task, rows = tmp_path / "mood.toml", tmp_path / "x.csv"
-    words = '[verbalizer]\na = "bad"\nb = "good"\n[data]\ntrain = "x.csv"\ndev = "x.csv"\n'
-    for template, more in (("{text} is {answer}", ""), ("{text} was {answer}", ""), ("{text} is {answer}", "sun,b\n")):
-        task.write_text(f'template = "{template}"\n{words}')
-        rows.write_text("text,label\n" + "rain,a\nsea,b\n" * 5 + more)
+    task, words = (
+        tmp_path / "mood.toml",
+        '[verbalizer]\na = "bad"\nb = "good"\n[data]\ntrain = "x.csv"\ndev = "x.csv"\n',
+    )
+    for verb, more in (("is", ""), ("was", ""), ("is", "sun,b\n")):
+        task.write_text(f'template = "{{text}} {verb} {{answer}}"\n{words}')
+        (tmp_path / "x.csv").write_text("text,label\n" + "rain,a\nsea,b\n" * 5 + more)
         trainer.grid(tmp_path / "grid", task=str(task), trials=1, seeds=1, methods="full")
         assert len(trainer.trained) == 1
 
@@ -128,11 +131,10 @@ def test_variants_carry_their_options(trainer: Trainer, tmp_path: Path) -> None:
     assert trainer.trained == names, "every number of rows is tuned and run for itself"
     cell = trainer.ran[1]
     assert (cell.rank, cell.rslora, cell.lr, cell.limit, cell.seed) == (3, True, 0.2, 50, 1)
-    trainer.grid(tmp_path, methods="trajectory-lora:optimizer=adamw,trajectory-lora", seeds=1, trials=1)
-    adamw, muon = (o.lr for o in trainer.ran if isinstance(o, FinetuneOptions))
-    assert muon != adamw
-    trainer.grid(tmp_path, methods="trajectory-lora:recipe=fast", seeds=1, trials=1)
-    assert trainer.ran[0].lr != muon, "the grid is around the recipe's usual rate"
+    usual = ",".join(f"trajectory-lora{more}" for more in ("", ":optimizer=adamw", ":recipe=fast"))
+    trainer.grid(tmp_path, methods=usual, seeds=1, trials=1)
+    rates = {o.lr for o in trainer.ran if isinstance(o, FinetuneOptions)}
+    assert len(rates) == 3, "the grid is around the optimizer's and the recipe's usual rate"
     assert len(list(variants("all", MODEL))) == 5
     no_biases = {name: False for name in ("qkv_bias", "out_bias", "mlp_bias", "head_bias")}
     bare = replace(MODEL, norm="rms", activation="silu", gated=True, **no_biases)
@@ -169,10 +171,7 @@ def test_what_cannot_be_made_is_refused_before_anything_runs(
 def test_a_run_that_fails_is_an_error_that_says_how_to_go_on(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluate(options: EvalOptions) -> None:
-        raise TinyldError("no rows")
-
-    monkeypatch.setattr(compare, "evaluate", evaluate)
+    monkeypatch.setattr(compare, "evaluate", Mock(side_effect=TinyldError("no rows")))
     with pytest.raises(TinyldError, match="^no rows; finished runs are kept, the same command goes on$"):
         trainer.grid(tmp_path)
 

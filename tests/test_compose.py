@@ -178,15 +178,14 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
     fast: list[Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = (tmp_path / "one", tmp_path / "two")
-    for name, ending in zip("ae", ("sea sea", "down down"), strict=True):
+    trained = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 2, "quiet": True}
+    for name, ending, out in zip("ae", ("sea sea", "down down"), runs, strict=True):
         texts = [f"the {a} {b} is {c}" for a in ("rain", "sun", "sky") for b in ("and", "of") for c in WEATHER[:9]]
         rows = [f'"{text} {ending}",{("sad", "happy")[i % 2]}' for i, text in enumerate(texts)]
         (tmp_path / f"{name}.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{name}/dev.csv"'))
         (tmp_path / name).mkdir()
         (tmp_path / name / "dev.csv").write_text("\n".join(["text,label", *rows]))
-    options: dict[str, Any] = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 2, "quiet": True}
-    for name, out in zip("ae", runs, strict=True):
-        tinyld.finetune(tmp_path / f"{name}.toml", out=out, **options)
+        tinyld.finetune(tmp_path / f"{name}.toml", out=out, **trained)
     options = ComposeOptions(runs=runs, data=tmp_path, out=tmp_path / "both", quiet=True, dtype="fp32")
     result = compose(options)
     assert [r["right"] for r in result["routing"]] == [1.0, 1.0]
