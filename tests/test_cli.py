@@ -34,6 +34,7 @@ METHODS: dict[str, list[str]] = {
     "bitfit": [],
     "trajectory-lora": ["--set", "ranks=4,2,1", "--set", "blocks=1"],
 }
+Adapters = dict[str, tuple[Path, Ran]]  # method -> the run, what finetune said
 TRAJECTORY = ["--method", "trajectory-lora", *METHODS["trajectory-lora"]]
 COLOURS = """
 template = "{text} it is {answer} ."
@@ -60,14 +61,14 @@ def place(place: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def adapters(place: Path) -> dict[str, tuple[Path, Ran]]:
+def adapters(place: Path) -> Adapters:
     """A run of each method on the mood task, with what it printed."""
     outs = {method: place / f"mood-{method}" for method in METHODS}
     return {m: (out, finetune(place, out, "--method", m, *METHODS[m], "--json")) for m, out in outs.items()}
 
 
 @pytest.fixture(scope="session")
-def pair(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> tuple[Path, Path]:
+def pair(place: Path, adapters: Adapters) -> tuple[Path, Path]:
     """Two trajectory-lora runs of one base."""
     finetune(place, place / "colours", "--task", place / "colours.toml", *TRAJECTORY, "--quiet")
     return adapters["trajectory-lora"][0], place / "colours"
@@ -135,9 +136,7 @@ def test_pretraining_goes_by_default_to_a_folder_named_by_preset_and_seed(place:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_is_finetuned_and_evaluated(
-    method: str, place: Path, adapters: dict[str, tuple[Path, Ran]]
-) -> None:
+def test_each_method_is_finetuned_and_evaluated(method: str, place: Path, adapters: Adapters) -> None:
     out, ran = adapters[method]
     summary = ran.json
     assert (summary["method"], summary["steps"], summary["rows"]) == (method, 3, 40) and method in ran.stderr
@@ -154,9 +153,7 @@ def test_each_method_is_finetuned_and_evaluated(
     assert RunFolder(out).read_json(RESULTS)["eval"]["mood/dev"]["accuracy"] == found["accuracy"]
 
 
-def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(
-    place: Path, adapters: dict[str, tuple[Path, Ran]]
-) -> None:
+def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(place: Path, adapters: Adapters) -> None:
     run, loud = adapters["bitfit"]
     found = good("eval", run, "--json", "--split", "test").json[0]
     table = good("eval", run, "--split", "test", "--quiet")
@@ -186,9 +183,7 @@ def test_a_builtin_task_is_finetuned_with_a_limit(place: Path) -> None:
     assert good("eval", out, "--split", "test", "--limit", 20, "--json").json[0]["n"] == 20
 
 
-def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(
-    place: Path, adapters: dict[str, tuple[Path, Ran]]
-) -> None:
+def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(place: Path, adapters: Adapters) -> None:
     shutil.copytree(adapters["trajectory-lora"][0], "mine")
     kept = good("eval", "mine", "--json").json
     results = Path("mine", RESULTS).read_bytes()
@@ -229,9 +224,7 @@ def test_what_cannot_be_kept_is_shown_all_the_same(place: Path, pair: tuple[Path
         assert ran.json[0]["nll_bound"] > 0
 
 
-def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(
-    place: Path, adapters: dict[str, tuple[Path, Ran]]
-) -> None:
+def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(place: Path, adapters: Adapters) -> None:
     run, mood = adapters["weight-lora"][0], place / "mood.toml"
     good("merge", run, "--out", "merged")
     expected = good("eval", run, "--json").json[0]["nll_bound"]
@@ -267,7 +260,7 @@ def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, p
     assert shown[0].count("_") > shown[-2].count("_") == 0 and shown[0].strip().startswith("1 ")
 
 
-def test_info_says_what_a_run_is_and_tasks_which_there_are(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+def test_info_says_what_a_run_is_and_tasks_which_there_are(place: Path, adapters: Adapters) -> None:
     record = good("info", place / "base", "--json").json
     assert record["kind"] == "base" and record["model d_model"] == 32 and f"file {MODEL}" in record
     run, ran = adapters["weight-lora"]
@@ -521,7 +514,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(steps: int, place: 
     assert_refused(cli(*fill(args, place)), 1, "go on with it by --resume new, choose another --out, or replace it")
 
 
-def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters: dict[str, tuple[Path, Ran]]) -> None:
+def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters: Adapters) -> None:
     shutil.copytree(adapters["weight-lora"][0], "run")
     folder = RunFolder(Path("run"))
     tensors = folder.read_tensors(ADAPTER)

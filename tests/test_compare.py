@@ -103,9 +103,7 @@ def test_what_was_interrupted_goes_on_and_what_was_cut_short_is_made_again(train
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 2.0}, {"base": None}, {"batch_size": 8}, {"limit": 50}])
-def test_a_run_that_was_made_otherwise_is_none_of_the_grid(
-    trainer: Trainer, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_a_run_that_was_made_otherwise_is_none_of_the_grid(trainer: Trainer, tmp_path: Path, changes: Any) -> None:
     trainer.grid(tmp_path)
     trainer.grid(tmp_path, **changes)
     assert len(trainer.trained) == 10 and len(list(tmp_path.iterdir())) == 20
