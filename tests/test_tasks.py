@@ -81,6 +81,7 @@ def test_labels_are_all_names_or_all_numbers_that_are_no_names(tmp_path: Path) -
         ("sad happy", "happy sad", [1, 0]),
         ("1 0", "1 0", [0, 1]),
         ("sad happy", "1 sad", None),
+        ("sad happy", "sad 1", None),
         ("1 2 3", "0 1", None),
         ("sad happy", "01 0", None),
         ("1.0 2.0", "1 0", None),
