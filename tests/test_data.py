@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.diffusion import noise_text
 from tinyld.errors import TinyldError
-from tinyld.tasks import Example, Task, load_split, load_task
+from tinyld.tasks import Example, Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 WORDS = ("film", "plot", "music", "food", "dull", "bright", "very", "good")
@@ -23,15 +23,11 @@ template = "{text} it was {answer} . and"
 [verbalizer]
 neg = "bad"
 pos = "very great"
-[data]
-train = "train.tsv"
 """
 WRITE = """
 template = "{text} : {answer}"
 answer_column = "answer"
 answer_tokens = 5
-[data]
-train = "train.tsv"
 """
 
 
@@ -40,16 +36,11 @@ def make_task(folder: Path, toml: str = LABELS) -> Task:
     return load_task(str(folder / "mood.toml"))
 
 
-def make_rows(folder: Path, tokenizer: Tokenizer, n: int, max_length: int = 48, seed: int = 0) -> TaskRows:
-    """n rows of random lengths, read through a TOML and a TSV."""
-    rng = random.Random(seed)
-    lines = [
-        " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 12))) + f"\t{rng.choice(('neg', 'pos'))}"
-        for _ in range(n)
-    ]
-    (folder / "train.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
-    task = make_task(folder)
-    return TaskRows(load_split(task, "train"), task, tokenizer, max_length)
+def make_rows(folder: Path, tokenizer: Tokenizer, n: int) -> TaskRows:
+    """n rows of random lengths."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(n)]
+    return TaskRows([Example(text, ".", "bad", 0) for text in texts], make_task(folder), tokenizer, 48)
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -57,22 +48,16 @@ def make_rows(folder: Path, tokenizer: Tokenizer, n: int, max_length: int = 48, 
 
 def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = make_task(tmp_path)
-    examples = [
-        Example("the film it was", ". and", "bad", 0),
-        Example("a very bright plot it was", ". and", "very great", 1),
-    ]
-    rows = TaskRows(examples, task, tokenizer, 48)
+    texts = ("the film it was", ". and", "bad", 0), ("a very bright plot it was", ". and", "very great", 1)
+    rows = TaskRows([Example(*text) for text in texts], task, tokenizer, 48)
     encode, bos, eos, pad = tokenizer.encode, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     short = [bos, *encode("the film it was"), *encode("bad"), eos, eos, *encode(". and"), eos]
     long = [bos, *encode("a very bright plot it was"), *encode("very great"), eos, *encode(". and"), eos]
-    width = len(long)
-    batch = rows.take(np.array([1, 0]))
-    assert rows.slot == 3
-    assert batch.x0.tolist() == [long, short + [pad] * (width - len(short))]
-    assert batch.answer_mask.tolist() == [[start <= i < start + 3 for i in range(width)] for start in (7, 5)]
-    assert batch.attention_mask.int().tolist() == [[1] * width, [1] * len(short) + [0] * (width - len(short))]
-    assert batch.rows.tolist() == [1, 0]
-    assert rows.labels.tolist() == [0, 1]
+    batch, width = rows.take(np.array([1, 0])), torch.arange(len(long))
+    assert batch.x0.tolist() == [long, short + [pad] * (len(long) - len(short))]
+    assert batch.answer_mask.tolist() == [[start <= i < start + 3 for i in width] for start in (7, 5)]
+    assert batch.attention_mask.tolist() == [[True] * len(long), (width < len(short)).tolist()]
+    assert batch.rows.tolist() == [1, 0] and rows.labels.tolist() == [0, 1]
     assert batch.x0.dtype == torch.int64 and batch.answer_mask.dtype == batch.attention_mask.dtype == torch.bool
 
 
@@ -191,24 +176,19 @@ def test_text_of_less_than_two_rows_is_refused() -> None:
             TextRows(np.zeros(tokens, dtype=np.uint16), 8, bos_id=2)
 
 
-def test_rows_are_changed_by_what_their_place_in_the_text_draws() -> None:
-    def change(row: np.ndarray, rng: np.random.Generator) -> None:
+def test_rows_are_changed_by_what_their_place_in_the_text_draws_and_what_is_given_is_never_masked() -> None:
+    def change(row: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        given = None if row[0] % 2 else np.arange(len(row)) < 3
         row[:] = rng.integers(1_000, 60_000, len(row))
+        return given
 
     stream = np.arange(100, 800, dtype=np.uint16)
     first, again = (TextRows(stream, 8, bos_id=2, change=change) for _ in range(2))
-    rows = first.take(np.arange(20)).x0
-    assert torch.equal(again.take(np.arange(10, 20)).x0, rows[10:]) and len(rows[:, 1].unique()) > 15
-    assert not torch.equal(first.take(np.arange(20), offset=1).x0, rows)
-    assert stream.tolist() == list(range(100, 800)) and (rows[:, 0] == 2).all()
-
-
-def test_what_a_change_says_is_given_is_read_and_never_masked() -> None:
-    def change(row: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-        return None if row[0] % 2 else np.arange(len(row)) < 3
-
-    batch = TextRows(np.arange(100, 800, dtype=np.uint16), 8, bos_id=2, change=change).take(np.arange(20))
-    given = (batch.x0[:, 1:2] % 2 == 0) & (torch.arange(8) < 4) | (torch.arange(8) < 1)
+    batch = first.take(np.arange(20))
+    assert torch.equal(again.take(np.arange(10, 20)).x0, batch.x0[10:]) and len(batch.x0[:, 1].unique()) > 15
+    assert not torch.equal(first.take(np.arange(20), offset=1).x0, batch.x0)
+    assert stream.tolist() == list(range(100, 800)) and (batch.x0[:, 0] == 2).all()
+    given = (torch.arange(20)[:, None] % 2 == 0) & (torch.arange(8) < 4) | (torch.arange(8) < 1)
     assert torch.equal(batch.answer_mask, ~given) and batch.attention_mask.all()
     for part in noise_text(batch, 1, torch.Generator().manual_seed(0)):
         assert not (part.is_masked & given.repeat(2, 1)).any() and part.prompt_mask[given.repeat(2, 1)].all()
@@ -221,9 +201,7 @@ def test_words_of_a_byte_level_vocabulary_keep_their_blanks(tmp_path: Path) -> N
     trainer = trainers.BpeTrainer(special_tokens=["<end>", "<mask>"], initial_alphabet=letters, vocab_size=290)
     inner.train_from_iterator(["a b it was good .", "a b it was bad ."] * 9, trainer)
     roles = {"pad": 0, "bos": 0, "eos": 0, "mask": 1}
-    tokenizer = Tokenizer(inner, roles=roles)
-    (tmp_path / "mood.toml").write_text('template = "{text} it was {answer} ."\n[verbalizer]\na = "bad"\nb = "good"\n')
-    task = load_task(str(tmp_path / "mood.toml"))
+    tokenizer, task = Tokenizer(inner, roles=roles), make_task(tmp_path, LABELS.replace("very great", "good"))
     rows = TaskRows([Example("a b it was", ".", "good", 1)], task, tokenizer, 32)
     assert rows.slot == 1 and inner.decode(rows.ids[0].tolist()[1:-1]) == "a b it was good ."
     assert len(tokenizer.encode("good")) > 1 and tokenizer.blank == " "
