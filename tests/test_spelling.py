@@ -15,80 +15,72 @@ from tinyld.spelling import Spelling, learn_spelling
 from tinyld.writing import fold
 
 
-def examples(*pairs: tuple[str, str]) -> list[Example]:
-    return [Example(prompt, "", answer, None) for prompt, answer in pairs]
+def learned(*pairs: tuple[str, str]) -> Spelling:
+    return learn_spelling([Example(prompt, "", answer, None) for prompt, answer in pairs], inside=False)
 
 
-FACTS = examples(
+FACTS = [
     ("name[The Eagle], food[French]", "The Eagle has French food. It opened in July near the river."),
     ("name[Café Brazil], near[The Mill]", "Café Brazil is near The Mill. In July the river is low."),
     ("name[Tarō Asō], food[none]", "In the month of July, Tarō Asō eats in the USA."),
-)
+]
+OF_FACTS = learned(*FACTS)
+SMALL = learned(("Rain", "rain is bad. so bad"), ("Sun", "the sun is good"))
+ASKED = learned(("Is he home?", "yes he is"), ("Was Ann home?", "no Ann was out"))
+BEGUN = learned(*[("The cat sat :", "I saw the cat there")] * 3, *[("London is big :", "Yes, in London it is")] * 2)
+TURNS = learned(*[("Q : The dog is out. A :", "I see that the dog is out")] * 3)
+STARTS = Spelling(True, True, {"i": "I"})
 
 
-@pytest.mark.parametrize("example", FACTS)
-def test_a_text_is_spelled_as_its_prompt_and_the_learned_texts_are(example: Example) -> None:
-    learned = learn_spelling(FACTS, inside=False)
-    assert learned == Spelling(starts=True, names_first=True, words={"july": "July", "usa": "USA", "the": "the"})
-    assert learned.restore(fold(example.answer), example.before, "", False) == example.answer
-    wanted = 'Who is "O\'Neill"? "The Zizzi" (in July).'
-    assert learned.restore(wanted.lower(), "name[Zizzi], by[O'Neill]", "", False) == wanted, "marks stay"
-    assert learned.restore("", "name[Zizzi]", "", False) == ""
+def test_what_is_learned_of_texts_is_whether_capitals_begin_them_are_names_own_and_of_which_words() -> None:
+    assert OF_FACTS == Spelling(starts=True, names_first=True, words={"july": "July", "usa": "USA", "the": "the"})
+    assert not ASKED.names_first, "the capital of a question is not its first word's own"
+    assert not BEGUN.names_first, "a question that begins as it must teaches no capital"
 
 
-def test_texts_that_were_learned_without_capitals_are_left_as_they_are() -> None:
-    learned = learn_spelling(examples(("Rain", "rain is bad. so bad"), ("Sun", "the sun is good")), inside=False)
-    assert learned.restore("the sun. sun is good", "Sun", "", False) == "the sun. sun is good"
-    assert learned.restore("snow. ann is out", "is Ann out", "", False) == "snow. Ann is out", "but for a name"
+SPELLED = [
+    *((OF_FACTS, prompt, answer) for prompt, answer in FACTS),
+    (OF_FACTS, "name[Zizzi], by[O'Neill]", 'Who is "O\'Neill"? "The Zizzi" (in July).'),  # marks stay
+    (OF_FACTS, "name[Zizzi]", ""),
+    (SMALL, "Sun", "the sun. sun is good"),  # as it was learned, without capitals
+    (SMALL, "is Ann out", "snow. Ann is out"),  # but for a name
+    (ASKED, "Was Ann there? He knows", "no he was at Ann 's"),
+    (ASKED, "WAS ANN OUT?", "i saw ann"),  # capitals alone say nothing
+    (BEGUN, "London is big :", "Yes, in London it is"),
+    (TURNS, "Q : The cat ? A :", "I think the cat is out"),
+    (Spelling(True, False, {"i": "I"}), "I lost it. Help :", "Sorry that I lost it"),
+    # contractions, initials, odd names
+    (STARTS, "size S, M or T of I, LL and Ann", "It's the economy, and I'm told they don't see Ann's T"),
+    (STARTS, "when ?", "At 5 p.m. on mondays, e.g. today, well ... maybe. So"),
+    (STARTS, "iPhone 12, eBay", "iPhone 12 costs 500. eBay sells it. Ebony"),
+    (STARTS, "question : WAS ANN AT HOME? answer :", "I saw ann at home"),
+    (STARTS, "BBC | HQ | London :", "A house is in London"),
+    (STARTS, unicodedata.normalize("NFD", "Málaga | A4 | McDonald"), "Málaga is near A4 and McDonald"),
+]
 
 
-def test_the_capital_of_a_question_is_not_its_first_words_own() -> None:
-    learned = learn_spelling(examples(("Is he home?", "yes he is"), ("Was Ann home?", "no Ann was out")), inside=False)
-    assert not learned.names_first
-    assert learned.restore("no he was at ann 's", "Was Ann there? He knows", "", False) == "no he was at Ann 's"
-    assert learned.restore("i saw ann", "WAS ANN OUT?", "", False) == "i saw ann", "capitals alone say nothing"
-
-
-def test_a_question_that_begins_as_it_must_teaches_no_capital_and_hides_none() -> None:
-    learned = learn_spelling(
-        examples(*[("The cat sat :", "I saw the cat there")] * 3, *[("London is big :", "Yes, in London it is")] * 2),
-        inside=False,
-    )
-    assert not learned.names_first
-    assert learned.restore("yes, in london it is", "London is big :", "", False) == "Yes, in London it is"
-    asked = learn_spelling(examples(*[("Q : The dog is out. A :", "I see that the dog is out")] * 3), inside=False)
-    assert asked.restore("i think the cat is out", "Q : The cat ? A :", "", False) == "I think the cat is out"
-    lost = Spelling(True, False, {"i": "I"})
-    assert lost.restore("sorry that i lost it", "I lost it. Help :", "", False) == "Sorry that I lost it"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "prompt"),
-    [
-        ("It's the economy, and I'm told they don't see Ann's T", "size S, M or T of I, LL and Ann"),
-        ("At 5 p.m. on mondays, e.g. today, well ... maybe. So", "when ?"),
-        ("iPhone 12 costs 500. eBay sells it. Ebony", "iPhone 12, eBay"),
-        ("I saw ann at home", "question : WAS ANN AT HOME? answer :"),
-        ("A house is in London", "BBC | HQ | London :"),
-        ("Málaga is near A4 and McDonald", unicodedata.normalize("NFD", "Málaga | A4 | McDonald")),
-    ],
-)
-def test_contractions_initials_and_odd_names_are_spelled_right(wanted: str, prompt: str) -> None:
-    assert Spelling(True, True, {"i": "I"}).restore(fold(wanted), prompt, "", False) == wanted
+@pytest.mark.parametrize(("spelling", "prompt", "wanted"), SPELLED)
+def test_a_text_is_spelled_as_its_prompt_and_the_learned_texts_are(
+    spelling: Spelling, prompt: str, wanted: str
+) -> None:
+    assert spelling.restore(fold(wanted), prompt, "", False) == wanted
 
 
 def test_a_long_prompt_takes_time_in_proportion_to_its_length() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     Spelling(True, True, {}).restore("the x the y " * 50, "the " * 5_000, "", False)
-    assert time.perf_counter() - started < 5, "half a second; it was nine where rows of words were copied"
+    assert time.process_time() - started < 5, "half a second; it was nine where rows of words were copied"
 
 
 def test_what_fills_a_gap_begins_a_sentence_only_behind_the_end_of_one() -> None:
-    learned = learn_spelling([Example("The band was", "in Rome.", "very good", None)], inside=True)
-    assert learned.restore("the trip to rome", "It ended.", "In Rome it was hot.", True) == "The trip to Rome"
-    assert learned.restore("was the", "It", "end.", True) == "was the"
-    assert learned.restore("the band", "", "played.", True) == "The band"
-    assert learned.restore("the trip", 'He said "no."', "went on", True) == "The trip"
+    spelling = learn_spelling([Example("The band was", "in Rome.", "very good", None)], inside=True)
+    for before, wanted, after in (
+        ("It ended.", "The trip to Rome", "In Rome it was hot."),
+        ("It", "was the", "end."),
+        ("", "The band", "played."),
+        ('He said "no."', "The trip", "went on"),
+    ):
+        assert spelling.restore(fold(wanted), before, after, True) == wanted
     assert Spelling(True, False, {}).restore("then ann", "", "Ann went home", True) == "Then Ann"
 
 
