@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+OF_A_RUN = r'"(run|\w*seconds|\w+_per_second|peak_memory_mb)": [^,}]+'  # what differs from run to run
+
+
+def same_on_both(folder: Path, *commands: str) -> None:
+    """That commands say the same, and log the same in their run {out}, on either device."""
+    found: list[Any] = []
+    for device in ("cpu", "cuda"):
+        out, there = folder / device, ["--device", device, "--dtype", "fp32"]
+        said = [good(*command.format(out=out).split(), *there).stdout.replace(str(out), "") for command in commands]
+        log = [line | {"seconds": 0} for line in RunFolder(out).metrics()]
+        found.append([re.sub(OF_A_RUN, "", text) for text in said] + log)
+    assert found[0] == found[1]
+
+
 HOW = {"fast": "--recipe fast --set ranks=2,2,2", "best": "--set ranks=2,2,2", "auto": "--set ranks=auto --budget 9%"}
 HOW |= {"paper": "--recipe paper --set ranks=4,2,2", "lora": "--method weight-lora --set rank=1"}
 HOW |= {name: f"--method {name}" for name in ("adapters", "bitfit", "full")}
@@ -119,45 +134,25 @@ HOW |= {name: f"--method {name}" for name in ("adapters", "bitfit", "full")}
 def test_a_task_is_learned_and_answered_as_on_the_processor(
     task: str, how: str, gpu: None, place: Path, tmp_path: Path
 ) -> None:
-    found: list[Any] = []
-    for device in ("cpu", "cuda"):
-        there, out = ["--device", device, "--dtype", "fp32"], tmp_path / device
-        words = ["--task", place / f"{task}.toml", "--base", place / "base", *HOW[how].split(), *there, "--steps", 3]
-        good("finetune", *words, "--out", out)
-        log = [line | {"seconds": 0} for line in RunFolder(out).metrics()]
-        told = good("eval", out, *there, "--json").json[0]
-        keep = {name: told[name] for name in ("nll_bound", "accuracy", "rouge_l") if name in told}
-        found.append([log, keep, good("predict", out, "--text", "the rain", *there, "--json").json])
-    assert found[0] == found[1]
+    learn = f"finetune --task {place}/{task}.toml --base {place}/base {HOW[how]} --steps 3 --out {{out}} --json"
+    same_on_both(tmp_path, learn, "eval {out} --json", "predict {out} --text rain --json")
 
 
 SAMPLERS = ["--sampler ancestral --temperature 0.5", "--sampler klass", "--sampler entropy", "--set lengths=3"]
 
 
 @pytest.mark.parametrize("how", [*SAMPLERS, "--sampler low_confidence --steps 2 --set no_repeat=2"])
-def test_texts_are_written_as_on_the_processor(how: str, gpu: None, place: Path) -> None:
-    words = ["--text", "the rain", "--text", "sea", *how.split(), "--dtype", "fp32", "--json"]
-    found = [good("predict", place / "tell", *words, "--device", device).stdout for device in ("cpu", "cuda")]
-    assert found[0] == found[1] and found[0]
+def test_texts_are_written_as_on_the_processor(how: str, gpu: None, place: Path, tmp_path: Path) -> None:
+    same_on_both(tmp_path, f"predict {place}/tell --text rain --text sea {how} --json")
 
 
 def test_running_text_is_learned_measured_and_written(gpu: None, place: Path, tmp_path: Path) -> None:
-    found: list[Any] = []
-    for device in ("cpu", "cuda"):
-        there, out = ["--device", device, "--dtype", "fp32"], tmp_path / device
-        good("pretrain", "--init", place / "base", "--data", place / "text.txt", "--steps", 3, *there, "--out", out)
-        log = [line | {"seconds": 0} for line in RunFolder(out).metrics()]
-        told = good("eval", out, "--text", place / "text.txt", *there, "--json").json[0]["nll_bound"]
-        words = ["--base", out, "--num", 2, "--length", 6, "--temperature", 0.5, "--set", "no_repeat=2", *there]
-        found.append([log, told, good("sample", *words, "--json").json])
-    assert found[0] == found[1]
+    learn = f"pretrain --init {place}/base --data {place}/text.txt --steps 3 --out {{out}} --json"
+    sample = "sample --base {out} --num 2 --length 6 --temperature 0.5 --set no_repeat=2 --json"
+    same_on_both(tmp_path, learn, f"eval {{out}} --text {place}/text.txt --json", sample)
 
 
-def test_adapters_answer_together(gpu: None, place: Path, fast: list[Path], tmp_path: Path) -> None:
-    found: list[Any] = []
-    for device in ("cpu", "cuda"):
-        there, out = ["--device", device, "--dtype", "fp32"], tmp_path / device
-        words = ["--text", "the rain is cold", *there, "--json"]
-        good("compose", fast[0], fast[3], "--out", out, *there)
-        found.append([good("predict", *fast[:2], *words).json, good("predict", out, *words, "--task", "a").json])
-    assert found[0] == found[1]
+def test_adapters_answer_together(gpu: None, fast: list[Path], tmp_path: Path) -> None:
+    together = f"predict {fast[0]} {fast[1]} --text rain --json"
+    compose = f"compose {fast[0]} {fast[3]} --out {{out}}"
+    same_on_both(tmp_path, together, compose, "predict {out} --text rain --json --task a")

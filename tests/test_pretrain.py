@@ -10,22 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE
 from safetensors.torch import load
 
 from tinyld.checkpoint import load_base
 from tinyld.data import TextRows
 from tinyld.errors import TinyldError
 from tinyld.options import PretrainOptions
-from tinyld.pretrain import SAVED, pretrain, unigram_nll
+from tinyld.pretrain import pretrain, unigram_nll
 from tinyld.runs import MODEL, TOKENIZER, RunFolder
-from tinyld.tokenizer import Tokenizer
 
-SHAPE = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 16}
 NOUNS = "film plot music food bridge garden river story".split()
-
-
-class Interrupted(Exception):
-    """Stands for a power cut."""
 
 
 def write_text(path: Path, n: int, seed: int = 0) -> Path:
@@ -44,15 +39,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt", 400)
 
 
-def run(path: Path, text: Path, resume: bool = False, **given: Any) -> dict[str, Any]:
+def run(path: Path, text: Path, **given: Any) -> dict[str, Any]:
     """The results of a pretraining of a few steps; the text is its own held-out text."""
-    if resume:
-        return pretrain(PretrainOptions(resume=path, quiet=True))
     defaults = {"steps": 6, "batch_size": 8, "lr": 5e-3, "dtype": "fp32", "device": "cpu", "eval_every": 3}
-    defaults |= {"valid": (text,)}
-    defaults |= {} if "init" in given else SHAPE | {"vocab_size": 120, "optimizer": "adamw"}
-    options = PretrainOptions(data=(text,), out=path, quiet=True, **(defaults | given))
-    return {k: v for k, v in pretrain(options).items() if k != "run"}
+    defaults |= SHAPE | {"max_length": 16, "vocab_size": 120, "optimizer": "adamw", "valid": (text,)}
+    found = pretrain(PretrainOptions(data=(text,), out=path, quiet=True, **(defaults | given)))
+    return {k: v for k, v in found.items() if k != "run"}
+
+
+def resumed(path: Path) -> RunFolder:
+    pretrain(PretrainOptions(resume=path, quiet=True))
+    return RunFolder(path)
 
 
 def test_the_bound_falls_below_that_of_counts_alone(text: Path, tmp_path: Path) -> None:
@@ -64,24 +61,19 @@ def test_the_bound_falls_below_that_of_counts_alone(text: Path, tmp_path: Path) 
     assert summary["nll_stderr"] < 0.2
 
 
-def test_a_finished_run_has_its_files_and_no_checkpoint(text: Path, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", text)
-    names = {p.name for p in (tmp_path / "run").iterdir()}
+def test_a_finished_run_has_its_files_which_are_those_of_its_seed_and_no_checkpoint(text: Path, tmp_path: Path) -> None:
+    summaries = [run(tmp_path / name, text, seed=seed) for name, seed in (("a", 0), ("b", 0), ("other", 1))]
+    folders = [RunFolder(tmp_path / name) for name in ("a", "b", "other")]
+    tokenizers, weights = ([folder.digest(name) for folder in folders] for name in (TOKENIZER, MODEL))
+    assert tokenizers[0] == tokenizers[1] == tokenizers[2]
+    assert weights[0] == weights[1] != weights[2]
+    names = {p.name for p in folders[0].path.iterdir()}
     assert names == {"manifest.json", "metrics.jsonl", "results.json", "config.json", MODEL, TOKENIZER}
-    config = RunFolder(tmp_path / "run").config
+    config = folders[0].config
     assert config["kind"] == "base" and config["train"]["steps"] == 6 and config["model"]["d_model"] == 32
     assert config["data"]["documents"] == 400 and config["data"]["files"] == [str(text)]
-    assert RunFolder(tmp_path / "run").read_json("results.json") == {"pretrain": summary}
-    assert summary["steps"] == 6 and summary["tokens"] == 6 * 8 * 16
-
-
-def test_the_same_seed_writes_the_same_tokenizer_and_weights(text: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("other", 1)):
-        run(tmp_path / name, text, seed=seed)
-    digests = [RunFolder(tmp_path / name).digest(MODEL) for name in ("a", "b", "other")]
-    tokenizers = [RunFolder(tmp_path / name).digest(TOKENIZER) for name in ("a", "b", "other")]
-    assert tokenizers[0] == tokenizers[1] == tokenizers[2]
-    assert digests[0] == digests[1] != digests[2]
+    assert folders[0].read_json("results.json") == {"pretrain": summaries[0]}
+    assert summaries[0]["steps"] == 6 and summaries[0]["tokens"] == 6 * 8 * 16
 
 
 def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
@@ -89,22 +81,18 @@ def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
 ) -> None:
     options: dict[str, Any] = {"optimizer": "muon", "save_minutes": 1e-9}
     run(tmp_path / "whole", text, **options)
-    kept = Tokenizer.parse((tmp_path / "whole" / TOKENIZER).read_bytes(), tmp_path)
-    monkeypatch.setattr(Tokenizer, "train", lambda lines, vocab_size: kept)  # this test is of the loop alone
-    with monkeypatch.context() as patch:
-        batch = TextRows.batch
+    batch = TextRows.batch
 
-        def breaks(self: TextRows, step: int, batch_size: int, seed: int) -> Any:
-            if step == 4:
-                raise Interrupted
-            return batch(self, step, batch_size, seed)
+    def breaks(self: TextRows, step: int, *more: int) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return batch(self, step, *more)
 
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TextRows, "batch", breaks)
-        with pytest.raises(Interrupted):
-            run(tmp_path / "cut", text, **options)
+        run(tmp_path / "cut", text, **options)
     assert not (tmp_path / "cut" / MODEL).exists()
-    run(tmp_path / "cut", text, resume=True)
-    assert RunFolder(tmp_path / "whole").digest(MODEL) == RunFolder(tmp_path / "cut").digest(MODEL)
+    assert RunFolder(tmp_path / "whole").digest(MODEL) == resumed(tmp_path / "cut").digest(MODEL)
 
 
 def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,28 +101,23 @@ def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(RunFolder, "remove_checkpoints", lambda self: None)
         run(tmp_path / "run", text, valid=(held_out,))
     (tmp_path / "run" / "results.json").unlink()
-    write_text(held_out, 200, seed=1)
-    with pytest.raises(TinyldError, match="began with other held-out data: put it back"):
-        run(tmp_path / "run", text, resume=True)
-    write_text(text, 200, seed=1)
-    with pytest.raises(TinyldError, match="began with other data: put it back"):
-        run(tmp_path / "run", text, resume=True)
+    for changed, name in ((held_out, "held-out data"), (text, "data")):
+        write_text(changed, 200, seed=1)
+        with pytest.raises(TinyldError, match=f"began with other {name}: put it back"):
+            resumed(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_are_stored_in_the_type_asked_for(name: str, dtype: torch.dtype, text: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", text, save_dtype=name, steps=1)
-    folder = RunFolder(tmp_path / "run")
-    assert {t.dtype for t in load((tmp_path / "run" / MODEL).read_bytes()).values()} == {dtype}
-    assert SAVED[folder.config["save_dtype"]] == dtype
+def test_weights_are_stored_in_the_type_asked_for(text: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", text, save_dtype="bf16", steps=1)
+    assert {t.dtype for t in load((tmp_path / "run" / MODEL).read_bytes()).values()} == {torch.bfloat16}
+    assert RunFolder(tmp_path / "run").config["save_dtype"] == "bf16"
     assert load_base(tmp_path / "run").model.embedding.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_too_little_text_is_refused(n: int, tmp_path: Path) -> None:
-    text = write_text(tmp_path / "text.txt", n)
     with pytest.raises(TinyldError, match="too little text"):
-        run(tmp_path / "run", text)
+        run(tmp_path / "run", write_text(tmp_path / "text.txt", n))
     assert not (tmp_path / "run").exists()
 
 

@@ -19,16 +19,13 @@ def scores_of(answers: list[str], references: list[list[str]], prompts: list[str
 def test_answers_that_are_one_of_their_references_score_everything() -> None:
     references = [["Wrong.", "The runway of Aarhus Airport is 2702.0 long."], ["Tarō Asō leads Japan!"]]
     found = scores_of(["the runway of aarhus airport is 2702.0 long .", "taro aso leads japan!"], references)
-    assert (found["exact_match"], found["rouge_l"], found["length_ratio"], found["names_held"]) == (1, 1, 1, 1)
-    assert (found["repeated_4grams"], found["repeated_sentence"]) == (0, 0)
+    assert [found[name] for name in ("exact_match", "rouge_l", "length_ratio", "names_held")] == [1, 1, 1, 1]
 
 
 def test_bleu_and_chrf_are_of_the_whole_set_and_all_references() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
-    answers, references = (
-        ["the cat sat on a mat .", "dogs bark"],
-        [["A cat sat on the mat."], ["Dogs bark", "The dogs bark"]],
-    )
+    answers = ["the cat sat on a mat .", "dogs bark"]
+    references = [["A cat sat on the mat."], ["Dogs bark", "The dogs bark"]]
     streams = [["a cat sat on the mat.", "dogs bark"], [None, "the dogs bark"]]
     found = scores_of(answers, references)
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, streams).score)
