@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,14 +37,7 @@ def test_values_and_gradients_are_those_of_torchs_own_in_float64(
     expected = F.scaled_dot_product_attention(q, k, v, None if keys is None else keys[:, None, None, :])
     torch.testing.assert_close(found, expected)
     upstream = random_heads(3, 2, queries, 4, seed=3).detach()
-    for one, other in zip(
-        torch.autograd.grad(found, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
-    ):
-        torch.testing.assert_close(one, other)
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach().double() - exact).norm() / exact.norm())
+    torch.testing.assert_close(*(torch.autograd.grad(values, (q, k, v), upstream) for values in (found, expected)))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -58,21 +53,22 @@ def test_in_bf16_it_is_about_as_exact_as_torchs_own(
     for x, seed in zip(heads[1:], (4, 5), strict=True):
         x += offset * random_heads(1, 2, 1, 16, seed=seed).detach()
     keys = some_keys(4, 32) if masked else None
-    upstream = random_heads(4, 2, 32, 16, seed=3).detach().bfloat16()
-    errors = []
-    exact = [x.bfloat16().double().requires_grad_(True) for x in heads]
-    mask = None if keys is None else keys[:, None, None, :]
-    value = F.scaled_dot_product_attention(*exact, mask)
-    slopes = torch.autograd.grad(value, exact, upstream.double())
-    for function, told in ((attention, keys), (F.scaled_dot_product_attention, mask)):
-        rounded = [x.bfloat16().requires_grad_(True) for x in heads]
-        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+    mask, upstream = None if keys is None else keys[:, None, None, :], random_heads(4, 2, 32, 16, seed=3).detach()
+
+    def value_and_slopes(function: Any, told: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        rounded = [x.bfloat16().to(dtype).requires_grad_(True) for x in heads]
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast and dtype == torch.bfloat16):
             found = function(*rounded, told)
-        assert found.dtype == torch.bfloat16
-        grads = torch.autograd.grad(found, rounded, upstream)
-        errors.append([error(a, b.detach()) for a, b in zip((found, *grads), (value, *slopes), strict=True)])
-    for ours, torchs in zip(*errors, strict=True):
-        assert 0 < ours <= 5 * torchs
+        assert found.dtype == dtype
+        return [found.detach(), *torch.autograd.grad(found, rounded, upstream.bfloat16().to(dtype))]
+
+    exact = value_and_slopes(F.scaled_dot_product_attention, mask, torch.float64)
+    ours = value_and_slopes(attention, keys, torch.bfloat16)
+    torchs = value_and_slopes(F.scaled_dot_product_attention, mask, torch.bfloat16)
+    errors = [
+        [float((a.double() - b).norm() / b.norm()) for a, b in zip(of, exact, strict=True)] for of in (ours, torchs)
+    ]
+    assert all(0 < mine <= 5 * theirs for mine, theirs in zip(*errors, strict=True))
     assert errors[0] != errors[1], "not torch's own"
 
 

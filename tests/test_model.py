@@ -69,8 +69,7 @@ def test_states_at_few_positions_are_those_of_the_whole_pass_and_so_are_the_grad
     x, seen = random_ids(model, 3, 10), []
     mask = torch.arange(10)[None, :] < torch.tensor([7, 10, 9])[:, None]
     order = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)).masked_fill(~mask, 2.0).argsort(1).argsort(1)
-    where = order < torch.tensor(asked)[:, None]
-    where &= mask
+    where = (order < torch.tensor(asked)[:, None]) & mask
     model.blocks[1].up.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     found = []
     for narrow in (True, False):
@@ -81,9 +80,7 @@ def test_states_at_few_positions_are_those_of_the_whole_pass_and_so_are_the_grad
         found.append([h, *(p.grad for p in model.parameters() if p.grad is not None)])
     few = 0 < max(asked) <= 5 and first_depth != 2  # a push on the final state alone gets all of it
     assert seen[0] == (max(asked) if few else 10) and seen[-1] == 10, "tokens through the last MLP"
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rest", [0.02, 0.002, 0.0002])
@@ -177,20 +174,19 @@ def test_a_push_is_given_all_depths_of_a_shallow_model_and_eight_of_a_deep_one()
 
 
 class RecordingPush:
-    """A push that adds its own depth, scaled by t, or reads what it may, and writes down where it was asked."""
+    """A push that adds its own depth, scaled by t, and all that it may read; it writes down where it was asked."""
 
-    def __init__(self, first_depth: int, reads_depths: bool = False, reads_others: bool = False):
-        self.first_depth, self.reads_depths, self.reads_others = first_depth, reads_depths, reads_others
+    def __init__(self, first_depth: int, reads: bool = False):
+        self.first_depth, self.reads_depths, self.reads_others = first_depth, reads, reads
         self.seen: list[int] = []
 
     def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
         def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
             self.seen.append(depth)
+            push = 0.1 * (depth + 1) * t[:, None, None] + 0.1 * h.tanh()
             if self.reads_depths:
                 assert len(history) >= depth
-            push = 0.1 * (depth + 1) * t[:, None, None] + 0.1 * h.tanh()
-            push = push + sum(history[:depth]) if self.reads_depths else push
-            push = push + h.mean(1, keepdim=True) if self.reads_others else push
+                push = push + sum(history[:depth]) + h.mean(1, keepdim=True)
             return push if positions is None else take(push, positions)
 
         return push_at
@@ -209,7 +205,7 @@ def test_a_cached_continuation_equals_the_uncached_pass(
     below: list[Tensor] = []
     kept = model.run_blocks(model.embed(x), mask, 0, first_depth, history=below)
     kept = torch.stack([*below, kept] if reads_depths else [kept], dim=2)
-    model.push = RecordingPush(first_depth, reads_depths, reads_depths)
+    model.push = RecordingPush(first_depth, reads_depths)
     uncached = model.states(x, t, mask, prompt)
     assert model.push.seen == list(range(first_depth, 3)), "at every depth from first_depth to the end"
     other_ids = torch.zeros_like(x)  # shows that nothing below first_depth runs again

@@ -26,11 +26,7 @@ NOUNS = "film plot music food bridge garden river story".split()
 def write_text(path: Path, n: int, seed: int = 0) -> Path:
     """Sentences in which the adjective follows from the noun: a context says more than counts do."""
     rng = random.Random(seed)
-    lines = []
-    for _ in range(n):
-        i = rng.randrange(len(NOUNS))
-        lines.append(f"the {NOUNS[i]} was {'very ' * rng.randrange(2)}{NOUNS[i][::-1]} .")
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(f"the {noun} was {noun[::-1]} .\n" for noun in rng.choices(NOUNS, k=n)))
     return path
 
 

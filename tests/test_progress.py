@@ -28,12 +28,6 @@ def test_the_time_left_is_told_once_something_was_done_here_and_counts_down(
     assert said[-2:] == ["train 60% 9 rows/s eta 30s loss 1", "train: dev evaluation 60% 9 rows/s eta 20s loss 1"]
 
 
-def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("train", 1.0, quiet=True, every=0.0) as bar:
-        bar.advance_to(0.5)
-    assert capsys.readouterr() == ("", "")
-
-
 def test_a_terminal_has_one_line_that_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True
