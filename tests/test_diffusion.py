@@ -11,21 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinyld import diffusion
 from tinyld.data import Batch
-from tinyld.diffusion import (
-    LONGEST_PREFIX,
-    OPEN,
-    PREFIXED,
-    T_MIN,
-    mask_counted,
-    nll_bound,
-    noise_answers,
-    noise_counted,
-    noise_text,
-    ratio_estimate,
-    sample_t,
-    token_nll,
-)
+from tinyld.diffusion import mask_counted, nll_bound, noise_answers, noise_counted, noise_text, sample_t, token_nll
 
 MASK = 4
 EOS = 3
@@ -103,9 +91,9 @@ def test_pretraining_masks_every_token_behind_a_rows_prefix_in_one_of_its_two_vi
     begins = length - covered.sum(1)
     assert torch.equal(covered, torch.arange(length)[None, :] >= begins[:, None]), "what is clean is a prefix"
     prefixed = begins > 0
-    share = PREFIXED * (1 - 1 / (LONGEST_PREFIX * length))
+    share = diffusion.PREFIXED * (1 - 1 / (diffusion.LONGEST_PREFIX * length))
     assert float(prefixed.float().mean()) == pytest.approx(share, abs=4 * (0.25 / n) ** 0.5)
-    assert int(begins.max()) <= LONGEST_PREFIX * length and float(begins[prefixed].float().mean()) > 75
+    assert int(begins.max()) <= diffusion.LONGEST_PREFIX * length and float(begins[prefixed].float().mean()) > 75
     t = noised.t[:n]
     assert float(t[~prefixed].var()) == pytest.approx(1 / 20, rel=0.06), "and the spread of 200 draws"
     assert float(t[prefixed].var()) == pytest.approx(1 / 12, rel=0.06)
@@ -129,7 +117,7 @@ def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(
     batch = slots(lengths, width=6)
     x0, answer_mask, tail_mask = batch.x0, batch.answer_mask, batch.tail_mask
     asked, told = noise_answers(batch, MASK, seeded(seed))
-    assert len(asked.t) == OPEN * 8 and len(told.t) == 6
+    assert len(asked.t) == diffusion.OPEN * 8 and len(told.t) == 6
     alone = [noise_answers(slots([5], 6), MASK, seeded(100 * seed + i))[0] for i in range(100)]
     assert sum(bool(part.is_masked[0, 7]) for part in alone) == pytest.approx(25, abs=17.5), "four standard deviations"
     ends = (answer_mask & ~tail_mask).sum(1)
@@ -185,8 +173,8 @@ def test_counted_noise_chooses_every_set_of_positions_equally_often() -> None:
 def test_times_are_in_range_and_one_from_each_nth_of_the_distribution(bell: bool, n: int) -> None:
     for seed in range(20):
         t = sample_t(n, seeded(seed), bell)
-        assert t.shape == (n,) and float(t.min()) >= T_MIN and float(t.max()) <= 1.0
-        u = ((t - T_MIN) / (1 - T_MIN)).double()
+        assert t.shape == (n,) and float(t.min()) >= diffusion.T_MIN and float(t.max()) <= 1.0
+        u = ((t - diffusion.T_MIN) / (1 - diffusion.T_MIN)).double()
         if bell:
             u = 3 * u**2 - 2 * u**3  # the distribution function of Beta(2, 2)
         gaps = torch.sort(u).values.diff()
@@ -228,7 +216,9 @@ def test_the_bound_is_the_one_computed_over_every_mask() -> None:
     found, exact = nll_bound(Fake(), some, MASK, draws=100, seed=1), exact_bound(Fake(), some)
     assert found.n == 180 and found.mean == pytest.approx(exact, rel=0.02)
     many = torch.tensor([nll_bound(Fake(), some, MASK, 1, s).mean for s in range(40)])
-    assert float(many.mean()) == pytest.approx(exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * T_MIN * exact)
+    assert float(many.mean()) == pytest.approx(
+        exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * diffusion.T_MIN * exact
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -238,7 +228,7 @@ def test_the_standard_error_is_the_spread_of_the_ratio_over_samples(seed: int) -
     for _ in range(400):
         size = torch.randint(1, 6, (50,), generator=generator).float()
         sums = size * (2.0 + torch.randn(50, generator=generator))
-        found = ratio_estimate(sums, size)
+        found = diffusion.ratio_estimate(sums, size)
         assert found.mean == pytest.approx(float(sums.sum() / size.sum()), rel=1e-5)
         ratios.append(found.mean)
         errors.append(found.stderr)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from conftest import good, python
 
-from tinyld.cli import app
 from tinyld.tables import show
 
 TOP = Path(__file__).parents[1]
@@ -96,8 +94,7 @@ def test_what_info_says_of_memory_is_near_what_was_measured() -> None:
 
 
 def test_the_script_prints_a_table() -> None:
-    command = [sys.executable, str(RESULTS / "table.py"), str(RESULTS / "reviews.csv"), "--markdown"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TOP, env={"PYTHONPATH": str(TOP), "PATH": ""})
+    done = python(str(RESULTS / "table.py"), str(RESULTS / "reviews.csv"), "--markdown")
     assert "| full, muon | 92.4 | 89.7 to 94.4 |" in done.stdout, done.stderr
     assert len(README.splitlines()) <= 250
 
@@ -108,8 +105,6 @@ COMMANDS = re.findall(r"(?:^|`|&& )(?:\.venv/bin/)?(tinyld [a-z].*?)(?:$|`|  #)"
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_option_of_the_page_exists(command: str) -> None:
     words = shlex.split(command)
-    shown = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200)
-    assert shown.exit_code == 0
+    shown = good(words[1], "--help").stdout
     for word in words:
-        if word.startswith("--"):
-            assert re.search(rf"{word}\b", shown.output), f"tinyld {words[1]} has no {word}"
+        assert not word.startswith("--") or re.search(rf"{word}\b", shown), f"tinyld {words[1]} has no {word}"
