@@ -57,6 +57,7 @@ def test_a_shrunk_base_is_smaller_and_answers_nearly_alike(
 def test_a_product_is_that_of_widened_weights_of_which_the_backward_pass_keeps_no_copy(dtype: str, low: bool) -> None:
     layer, kept = nn.Linear(24, 5000), []
     shrink(layer, dtype)
+    layer = copy.deepcopy(layer)  # whose products are of its own weights
     x = torch.randn(2, 3, 24, requires_grad=True)
     wide, y, bias = layer.weight.detach(), x.detach().requires_grad_(), layer.bias.detach().requires_grad_()
 
