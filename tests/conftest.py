@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tinyld
@@ -21,6 +22,7 @@ from tinyld.config import ModelConfig
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions
 from tinyld.pretrain import pretrain
+from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 WORDS = "the a film plot was is not great terrible good bad dull bright it and but very music food and of to in".split()
@@ -57,6 +59,33 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     """A Python process of its own that finds the package these tests are of."""
     environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def tree(path: Path) -> dict[str, Any]:
+    """Every path below with its content, links by their target; without vast files."""
+    paths = [p for p in sorted(path.rglob("*")) if p.is_symlink() or p.stat().st_size < 1 << 24]
+    return {
+        str(p.relative_to(path)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in paths
+    }
+
+
+def label_task(folder: Path, **verbalizer: str) -> Task:
+    """A task whose answer is one of these words, by its label."""
+    lines = ['template = "{text} it was {answer} ."', "[verbalizer]", *(f'{k} = "{v}"' for k, v in verbalizer.items())]
+    (folder / "mood.toml").write_text("\n".join(lines))
+    return load_task(str(folder / "mood.toml"))
+
+
+def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, answer mask, mask of real tokens), (B, L): a row per answer width, prompt and padding of random lengths."""
+    rng = random.Random(seed)
+    starts = [rng.randint(1, 6) for _ in widths]
+    lengths = [s + w + rng.randint(1, 4) for s, w in zip(starts, widths, strict=True)]
+    x = torch.randint(5, vocab_size, (len(widths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    place, (begin, width, end) = torch.arange(max(lengths)), torch.tensor([starts, widths, lengths])[..., None]
+    is_real = place < end
+    return x * is_real, (begin <= place) & (place < begin + width), is_real
 
 
 @pytest.fixture(scope="session", autouse=True)

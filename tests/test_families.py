@@ -1,4 +1,4 @@
-"""Public diffusion language models: our logits are theirs, or the folder is refused in one line."""
+"""Public models, diffusion models and encoders: our logits are theirs, or the folder is refused in one line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cli
+from conftest import cli, good
 from safetensors.torch import load_file, save_file
+from tokenizers import BertWordPieceTokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from tinyld import families, foreign
@@ -33,8 +33,10 @@ from tinyld.tokenizer import Tokenizer
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved
 TEXT = ["the film was not great, but very good", "a dull plot, naïve cafés", "it's bright: 漢字 and 🙂"] * 4
+WEIGHTS = "model.safetensors"
 HF = ("a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream")
 KINDS = tuple(kind for kind, family in FAMILIES.items() if not family.prefix)
+ENCODERS = tuple(kind for kind in FAMILIES if kind not in KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -58,48 +60,65 @@ def write_tokenizer(folder: Path, mask: str | None) -> int:
     return inner.get_vocab_size()
 
 
+def write_pieces(folder: Path) -> int:
+    """A WordPiece tokenizer of letters and a few words; returns how many tokens it has."""
+    letters, words = "abcdefghijklmnopqrstuvwxyz'.,", "the film plot was is not great good bad dull but very of to in"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words.split()]
+    BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)}).save(str(folder / "tokenizer.json"))
+    return len(pieces)
+
+
 def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """Norms near 1, all else near 0, and all of it large enough to show in the logits."""
     generator = torch.Generator().manual_seed(seed)
     return {n: ("norm" in n or "ln_f" in n) + 0.15 * torch.randn(s, generator=generator) for n, s in shapes.items()}
 
 
-def make(kind: str, folder: Path, seed: int = 0) -> Reference:
-    """A tiny random model of a family, as a folder; returns what it computes."""
+def make(kind: str, folder: Path, seed: int = 0, head: bool = True) -> Reference:
+    """A tiny random model of a family, as a folder; returns what it computes. Encoders may lack a head, and then give
+    states."""
     folder.mkdir(parents=True, exist_ok=True)
-    if kind in HF or kind == "modernbert":
-        return make_by_transformers(kind, folder, seed)
+    if kind in (*HF, *ENCODERS, "modernbert"):
+        return make_by_transformers(kind, folder, seed, head)
     size = write_tokenizer(folder, "<|mdm_mask|>" if kind == "llada" else None)
     return make_mdlm(folder, size, seed) if kind == "mdlm" else make_llama(kind, folder, size, seed)
 
 
-def make_by_transformers(kind: str, folder: Path, seed: int) -> Reference:
+def make_by_transformers(kind: str, folder: Path, seed: int, head: bool) -> Reference:
     transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")
-    rows = write_tokenizer(folder, "[MASK]" if kind == "modernbert" else "<|mask|>") + 5  # the last ones pad
+    transformers.logging.set_verbosity_error()
+    mask = "[MASK]" if kind == "modernbert" else "<|mask|>"
+    rows = write_pieces(folder) if kind in ENCODERS else write_tokenizer(folder, mask) + 5  # the last ones pad
     torch.manual_seed(seed)
     llama, odd = dict(num_key_value_heads=2, rms_norm_eps=1e-5), seed % 2 == 1
     name, own = {
+        "bert": ("Bert", {}),
+        "roberta": ("Roberta", dict(pad_token_id=1)),
+        "distilbert": ("DistilBert", dict(dim=32, n_layers=3, n_heads=4, hidden_dim=40)),
+        "electra": ("Electra", dict(embedding_size=36)),
         "modernbert": ("ModernBert", dict(local_attention=6, decoder_bias=True, cls_token_id=None, sep_token_id=None)),
         "a2d-qwen3": ("Qwen3", llama | dict(head_dim=16, tie_word_embeddings=True)),
         "a2d-llama": ("Llama", llama | dict(attention_bias=odd, mlp_bias=odd)),
     }.get(kind, ("Qwen2", llama))
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=rows, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None, **own,
-    )  # fmt: skip
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, vocab_size=rows)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = getattr(transformers, f"{name}Config")(**shape | special | own, max_position_embeddings=64)
     if kind == "Dream":
         config.rope_parameters["rope_theta"] = 5e4
-    model = getattr(transformers, name + ("ForMaskedLM" if kind == "modernbert" else "ForCausalLM"))(config).eval()
+    ending = "Model" if not head else "ForCausalLM" if kind in HF else "ForMaskedLM"
+    model = getattr(transformers, name + ending)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    model.save_pretrained(folder, max_shard_size="20KB")
-    if kind != "modernbert":
+    model.save_pretrained(folder, max_shard_size="1MB" if kind in ENCODERS else "20KB")
+    if kind in HF:
         edit(folder, model_type=kind, **({"architectures": ["DreamModel"]} if kind == "Dream" else {}))
 
     def logits(x: Tensor, mask: Tensor) -> Tensor:
-        wide = mask.long() if kind == "modernbert" else mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
-        out = model(input_ids=x, attention_mask=wide).logits
+        wide = mask[:, None, None, :].expand(-1, 1, x.shape[1], -1) if kind in HF else mask.long()
+        found = model(input_ids=x, attention_mask=wide)
+        out = found.logits if head else found.last_hidden_state
         return torch.cat([out[:, :1], out[:, :-1]], 1) if kind == "Dream" else out
 
     return logits
@@ -138,7 +157,7 @@ def make_llama(kind: str, folder: Path, size: int, seed: int) -> Reference:
     shapes = {embedding: (rows, d), last: (d,), head: (rows - (not is_llada), d)}
     shapes |= {blocks.format(i) + n: s for i in range(2) for n, s in block.items()}
     w = draw({f"{n}.weight": s for n, s in shapes.items()}, seed)
-    save_file(w, folder / "model.safetensors")
+    save_file(w, folder / WEIGHTS)
     config = {
         "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": d, "n_heads": 4, "n_kv_heads": groups,
         "n_layers": 2, "mlp_hidden_size": f, "embedding_size": rows, "vocab_size": rows, "block_type": "llama",
@@ -184,7 +203,7 @@ def make_mdlm(folder: Path, size: int, seed: int) -> Reference:
         shapes |= {f"{at}attn_qkv.weight": (3 * d, d), f"{at}attn_out.weight": (d, d)}
     shapes |= {f"{n}.{part}": s for n, size in matrices.items() for part, s in (("weight", size), ("bias", size[:1]))}
     w = {n: 3 * t if "adaLN" in n else t for n, t in draw(shapes, seed).items()}
-    save_file({f"backbone.{n}": t for n, t in w.items()}, folder / "model.safetensors")
+    save_file({f"backbone.{n}": t for n, t in w.items()}, folder / WEIGHTS)
     config = {
         "model_type": "mdlm", "hidden_dim": d, "n_blocks": 2, "n_heads": 4, "cond_dim": cond, "model_length": 64,
         "vocab_size": rows, "dropout": 0.1, "time_conditioning": False, "return_dict": False,
@@ -218,38 +237,37 @@ def edit(folder: Path, name: str = "config.json", drop: str = "", **values: Any)
     (folder / name).write_text(json.dumps({k: v for k, v in raw.items() if k != drop}))
 
 
-def batch(vocab: int, length: int = 24, rows: int = 3) -> tuple[Tensor, Tensor]:
-    x = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+def batch(vocab: int, length: int = 24) -> tuple[Tensor, Tensor]:
+    """Three rows of ids from 5 up (RoBERTa finds padding by its id), of which two are padded, and their mask."""
+    x = torch.randint(5, vocab, (3, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[1, 9:] = False
     mask[2, 2:] = False
     return x, mask
 
 
-@torch.no_grad()
-def gap(folder: Path, reference: Reference, real: Tensor | None = None) -> float:
-    """The largest difference between our logits and theirs at real tokens, the mask's own logit left out."""
-    base = load_foreign(folder)
-    vocab = base.model.config.vocab_size
-    x, mask = batch(vocab)
-    mask = mask if real is None else real
-    kept = [i for i in range(vocab) if i != base.tokenizer.mask_id]
-    ours = base.model(x, attention_mask=None if bool(mask.all()) else mask)
-    return float((ours[mask][:, kept] - reference(x, mask)[mask][:, kept]).abs().max())
-
-
 # ------------------------------------------------------------------ the same numbers
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_family_on_padded_batches_too(kind: str, seed: int, tmp_path: Path) -> None:
-    reference = make(kind, tmp_path, seed)
-    model = load_foreign(tmp_path).model
+@pytest.mark.parametrize(
+    ("kind", "head"), [*((kind, True) for kind in FAMILIES), *((kind, False) for kind in ENCODERS)]
+)
+@torch.no_grad()
+def test_logits_or_states_are_those_of_the_family_on_padded_batches_too(
+    kind: str, head: bool, seed: int, tmp_path: Path
+) -> None:
+    reference = make(kind, tmp_path, seed, head)
+    base = load_foreign(tmp_path, headless=not head)
+    model, vocab = base.model, base.model.config.vocab_size
     assert model.config.num_parameters() == sum(p.numel() for p in model.parameters())
     assert model.config.num_biases() == sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
-    assert gap(tmp_path, reference) < 1e-4
-    assert gap(tmp_path, reference, torch.ones(3, 24, dtype=torch.bool)) < 1e-4
+    x, mask = batch(vocab)
+    kept = [i for i in range(vocab) if i != base.tokenizer.mask_id] if head else slice(None)
+    for given in (None, mask):
+        real = torch.ones_like(mask) if given is None else mask
+        ours, theirs = (model if head else model.states)(x, attention_mask=given), reference(x, real)
+        assert float((ours[real][:, kept] - theirs[real][:, kept]).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -402,7 +420,20 @@ def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, mon
 
 # ------------------------------------------------------------------ what is not understood
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+
+def shaped(ending: str, *shape: int) -> Callable[[Path], None]:
+    """What gives an encoder's tensor another shape, or takes it away."""
+
+    def change(folder: Path) -> None:
+        found = load_file(folder / WEIGHTS)
+        name = next(n for n in found if n.endswith(ending))
+        tensor = found.pop(name)
+        save_file(found | ({name: tensor.reshape(shape)} if shape else {}), folder / WEIGHTS)
+
+    return change
+
+
+REFUSED: list[tuple[str, dict[str, Any] | Callable[[Path], object], str]] = [
     ("llada", {"model_type": "lladamoe"}, "must be one of"), ("llada", {"rope_scaling": {"type": "yarn"}}, "rope"),
     ("llada", {"scale_logits": True}, "scale_logits must be False"), ("llada", {"num_experts": 8}, "num_experts"),
     ("mdlm", {"backbone_config": {"a": 1}}, "backbone_config"), ("mdlm", {"time_conditioning": True}, "must be False"),
@@ -413,23 +444,35 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"n_heads": 3}, "n_heads|kv_heads|num_heads"), ("mdlm", {"noise": "uniform"}, "noise"),
     ("llada", {"_name_or_path": "x/a-bd3lm-v0.1"}, "block-causal"), ("llada", {"rms_norm_eps": "small"}, "type float"),
     ("llada", {"eos_token_id": "7"}, "eos_token_id: '7' is not of type"),
+    ("llada", lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "safe_serialization=True"),
+    ("llada", lambda folder: (folder / WEIGHTS).unlink(), "expected model.safetensors"),
+    ("llada", lambda folder: (folder / "tokenizer.json").unlink(), "expected tokenizer.json"),
+    ("bert", {"hidden_act": "relu"}, "hidden_act must be 'gelu'"),
+    ("bert", {"num_hidden_layers": 4}, "no tensor bert.encoder.layer"),
+    ("bert", {"max_position_embeddings": 99}, r"'positions.weight' has the wrong shape: \(64, "),
+    ("bert", {"vocab_size": 60}, "has [0-9]+ tokens, the model 60"),
+    ("bert", shaped("token_type_embeddings.weight"), "no tensor bert.embeddings.token_type_embeddings"),
+    ("bert", shaped("word_embeddings.weight", -1), "'embedding.weight' has the wrong shape"),
+    ("bert", shaped("1.output.dense.weight", -1), "'blocks.1.down.weight' has the wrong shape"),
+    ("bert", shaped("predictions.bias", 1, -1), "'output_bias' has the wrong shape"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "change", "part"), REFUSED)
 def test_what_is_not_understood_is_refused_by_name(kind: str, change: Any, part: str, tmp_path: Path) -> None:
     make(kind, tmp_path)
-    edit(tmp_path, **change)
+    edit(tmp_path, **change) if isinstance(change, dict) else change(tmp_path)
     with pytest.raises(TinyldError, match=part) as raised:
         load_foreign(tmp_path)
     assert "\n" not in str(raised.value)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    make("llada", tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(TinyldError, match="safe_serialization=True"):
+def test_an_encoder_without_a_head_to_write_with_is_no_base_but_one_may_begin_with_it(tmp_path: Path) -> None:
+    make("roberta", tmp_path, head=False)
+    with pytest.raises(TinyldError, match="begin a base with it: tinyld pretrain --init"):
         load_foreign(tmp_path)
+    config = load_foreign(tmp_path, reading=Reading(max_length=20), headless=True).model.config
+    assert config.max_length == 20 and config.head_transform
 
 
 def damage(folder: Path, rng: random.Random) -> str:
@@ -464,14 +507,13 @@ def damage(folder: Path, rng: random.Random) -> str:
     return f"{what} {name}"
 
 
-FEW_AND_MANY = pytest.mark.parametrize("changes", [20, pytest.param(200, marks=pytest.mark.faults)])
-
-
-def check_damaged(kind: str, tmp_path: Path, changes: int, least: float) -> None:
-    """Of seeded changes to the folder `good` a share of `least` or more is refused, and the others change nothing."""
-    good = load_foreign(tmp_path / "good")
-    x, mask = batch(50, min(24, good.model.config.max_length))
-    expected = good.model(x, attention_mask=mask)
+@pytest.mark.parametrize("changes", [20, pytest.param(200, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_damaged_folder_is_refused_in_one_line_or_is_the_same_model(kind: str, changes: int, tmp_path: Path) -> None:
+    make(kind, tmp_path / "good")
+    whole = load_foreign(tmp_path / "good")
+    x, mask = batch(50)
+    expected = whole.model(x, attention_mask=mask)
     refused = 0
     for seed in range(changes):
         shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
@@ -483,51 +525,39 @@ def check_damaged(kind: str, tmp_path: Path, changes: int, least: float) -> None
             refused += 1
         else:  # a key that says nothing, or what is found elsewhere as well: the same model to the last bit
             assert torch.equal(base.model(x, attention_mask=mask), expected), what
-            assert base.tokenizer.roles == good.tokenizer.roles, what
+            assert base.tokenizer.roles == whole.tokenizer.roles, what
         shutil.rmtree(tmp_path / "bad")
+    least = 0.8 if kind in KINDS else 0.55  # fewer of an encoder's, which may hold what is others'
     assert refused >= least * changes
 
 
-@FEW_AND_MANY
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_folder_is_refused_in_one_line_or_is_the_same_model(kind: str, changes: int, tmp_path: Path) -> None:
-    make(kind, tmp_path / "good")
-    check_damaged(kind, tmp_path, changes, 0.8)
-
-
-def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_a_public_model_is_adapted_answers_and_is_described_by_its_folder() -> None:
     """finetune, predict, sample, eval and info take the folder as it is; a changed one is refused by its run."""
-    monkeypatch.chdir(tmp_path)
     make("llada", Path("model"))
     texts = [f"{a} {b}" for a in "abcdefgh" for b in "abcdefgh"]
     rows = "".join(f"{text},{'yes' if text[0] < 'e' else 'no'}\n" for text in texts)
     Path("rows.csv").write_text("text,label\n" + rows)
 
-    def run(words: str, code: int = 0) -> Any:
-        ran = cli(*words.split())
-        assert ran.code == code, ran.stderr
-        return ran.json if ran.stdout.startswith(("{", "[")) else ran.stderr
-
-    def labels(words: str) -> bool:
-        return run(f"predict {words} --text ab")["label"] in ("yes", "no")
+    def answers(words: str) -> bool:
+        return good(*f"predict {words} --text ab --json".split()).json["label"] in ("yes", "no")
 
     for method in ("trajectory-lora", "weight-lora"):
-        run(f"finetune --data rows.csv --base model --method {method} --steps 2 --out run --force --quiet")
-        assert labels("run")
-    assert run("eval run --json --quiet")[0]["n"] > 0
-    assert run("sample model --length 2 --num 1 --json")["samples"] and run("info model --json")["family"] == "llada"
+        good(*f"finetune --data rows.csv --base model --method {method} --steps 2 --out run --force".split())
+        assert answers("run")
+    assert good("eval", "run", "--json").json[0]["n"] > 0
+    assert good("sample", "model", "--length", 2, "--num", 1, "--json").json["samples"]
+    assert good("info", "model", "--json").json["family"] == "llada"
     Path("model/chat_template.jinja").write_text(CHATML)
-    read_so = "--set mask_token=<|spare|> --set max_length=40 --set chat=true"
+    small = "--set blocks=1 --set ranks=2,2,2 --steps 2 --set mask_token=<|spare|> --set max_length=40 --set chat=true"
     for name in ("one", "two"):  # how a model was read is kept in a run and a composition of runs
         labelled = f'template = "{{text}} {name} {{answer}} ."\n[verbalizer]\nyes = "yes"\nno = "no"\n'
         Path(f"{name}.toml").write_text(f'{labelled}[data]\ntrain = "rows.csv"\ndev = "rows.csv"')
-        small = "--set blocks=1 --set ranks=2,2,2 --steps 2 --quiet"
-        run(f"finetune --task {name}.toml --base model --out {name} {small} {read_so}")
+        good(*f"finetune --task {name}.toml --base model --out {name} {small}".split())
     kept = {"mask_token": "<|spare|>", "max_length": 40, "chat": True}
     assert json.loads(Path("one/config.json").read_text())["base"]["reading"] == kept
-    run("compose one two --limit 4 --out both --quiet")
-    assert labels("one") and labels("both --task two")
+    good("compose", "one", "two", "--limit", 4, "--out", "both")
+    assert answers("one") and answers("both --task two")
     make("llada", Path("model"), seed=1)
-    assert "was trained on base" in run("predict run --text ab", 1)
+    ran = cli("predict", "run", "--text", "ab")
+    assert ran.code == 1 and "was trained on base" in ran.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -68,12 +69,10 @@ def child(arguments: list[str], log: str, die_at: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if die_at:
-        calls, fsync = 0, os.fsync
+        calls, fsync = itertools.count(1), os.fsync
 
         def dies(descriptor: int) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == die_at:
+            if next(calls) == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(descriptor)
 
@@ -96,13 +95,11 @@ class World:
             self.expected[job] = (self.facts(path / f"whole-{job}"), time.monotonic() - started)
 
     def arguments(self, job: str, out: Path, steps: int = STEPS) -> list[str]:
-        budget = ["--steps", str(steps), "--batch-size", "8", "--set", "eval_every=4", "--set", "save_minutes=0"]
-        common = [*budget, "--dtype", "fp32", "--out", str(out)]
+        words = f"finetune --method {job} --task {self.place}/mood.toml --base {self.place}/base"
         if job == "pretrain":
-            shape = ["--preset", "nano", "--vocab-size", "128", "--max-length", "32"]
-            return ["pretrain", "--data", str(self.place / "text.txt"), *shape, *common]
-        task = ["--task", str(self.place / "mood.toml"), "--base", str(self.place / "base")]
-        return ["finetune", "--method", job, *task, *common]
+            words = f"pretrain --data {self.place}/text.txt --preset nano --vocab-size 128 --max-length 32"
+        common = f"--steps {steps} --batch-size 8 --set eval_every=4 --set save_minutes=0 --dtype fp32 --out {out}"
+        return f"{words} {common}".split()
 
     def start(self, arguments: list[str], die_at: int = 0) -> Any:
         (self.path / "log").write_text("")
@@ -138,6 +135,12 @@ class World:
         folder.read(weights)
         log = [{k: v for k, v in r.items() if k != "seconds"} for r in folder.metrics()]
         return folder.digest(weights), log
+
+
+def wait_for_a_checkpoint(out: Path) -> None:
+    deadline = time.monotonic() + 2 * LIMIT_S
+    while not RunFolder(out).checkpoints() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +192,11 @@ def test_a_run_that_is_stopped_time_and_again_ends_with_the_bits_of_one_that_was
         runs += 1
     assert missed <= max(1, stops // 10)  # a run that goes on to its end has not heard the signal
     assert saved or stops < 10 or signum == signal.SIGKILL
-    told = (
-        ""
-        if signum == signal.SIGKILL
-        else f"exit code {128 + signum}; {saved} came while training, saved at their step; "
-    )
+    told = f"exit code {128 + signum}; {saved} came while training, saved at their step; " * (signum != signal.SIGKILL)
     COUNTS.append((how, stops, f"{told}{runs} runs went on; weights and log of all as without it"))
 
 
-# ------------------------------------------------------------------------------------------------ damaged files
+# ------------------------------------------------------------------------------------------------ damaged files, disks
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
@@ -279,9 +278,6 @@ def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, place
     count_damage(kind, path, lambda: load_split(load_task(str(task)), "train"), is_right)
 
 
-# ------------------------------------------------------------------------------------------------ disks
-
-
 def mounted(path: Path, options: str) -> None:
     path.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True)
@@ -296,9 +292,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world:
     try:
         job, out = "adapters", disk / "run"
         process = world.start(world.arguments(job, out, steps=4_000))
-        deadline = time.monotonic() + LIMIT_S
-        while not RunFolder(out).checkpoints() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for_a_checkpoint(out)
         if fault == "full":
             with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(bytes(4096)):
@@ -319,7 +313,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world:
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def torchrun(world: World, arguments: list[str]) -> subprocess.Popen[str]:
+def torchrun(arguments: list[str]) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     return subprocess.Popen(
         [*launcher, "-m", "tinyld", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -327,12 +321,15 @@ def torchrun(world: World, arguments: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def assert_ends(process: subprocess.Popen[str], code: int) -> None:
+    said, _ = process.communicate(timeout=2 * LIMIT_S)
+    assert process.returncode == code, said
+
+
 @pytest.mark.parametrize("job", ["pretrain", "trajectory-lora"])
 def test_two_processes_have_the_loss_curve_of_one(job: str, world: World) -> None:
     out = world.path / f"two-{job}"
-    process = torchrun(world, world.arguments(job, out))
-    said, _ = process.communicate(timeout=2 * LIMIT_S)
-    assert process.returncode == 0, said
+    assert_ends(torchrun(world.arguments(job, out)), 0)
     alone = [r["loss"] for r in world.expected[job][0][1] if "loss" in r]
     both = [r["loss"] for r in RunFolder(out).metrics() if "loss" in r]
     # sums of the same fp32 numbers in another order, over a few updates
@@ -343,16 +340,11 @@ def test_two_processes_have_the_loss_curve_of_one(job: str, world: World) -> Non
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(world: World) -> None:
     out = world.path / "killed-rank"
-    process = torchrun(world, world.arguments("full", out, steps=60))
-    deadline = time.monotonic() + 2 * LIMIT_S
-    while not RunFolder(out).checkpoints() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = torchrun(world.arguments("full", out, steps=60))
+    wait_for_a_checkpoint(out)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=2 * LIMIT_S)
-    assert process.returncode == 1, said
-    process = torchrun(world, world.go_on("full", out))
-    said, _ = process.communicate(timeout=2 * LIMIT_S)
-    assert process.returncode == 0, said
+    assert_ends(process, 1)
+    assert_ends(torchrun(world.go_on("full", out)), 0)
     assert RunFolder(out).metrics()[-1]["step"] == 60
     COUNTS.append(("one process of two killed", 1, "the other ended, exit code 1; both went on from the checkpoint"))

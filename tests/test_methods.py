@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import label_task, padded
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
@@ -28,7 +29,7 @@ from tinyld.methods.paper import BAND_EDGES, NUM_BANDS, band_of, nuclear_norm, t
 from tinyld.methods.trajectory import TrajectoryLora, TrajectoryLoraConfig
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
-from tinyld.tasks import load_split, load_task
+from tinyld.tasks import Example
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import GROUP, pack, unpack, why_not_cached, with_states
 
@@ -67,23 +68,16 @@ def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
     return model
 
 
-def attach(model: Denoiser, case: str, seed: int = 0) -> Method:
-    name, options = CASES[case]
-    return METHODS[name](make_config(name, options, model.config), model, torch.Generator().manual_seed(seed))
+def attach(model: Denoiser, case: str, seed: int = 0, **options: Any) -> Method:
+    name, of_case = CASES[case]
+    settings = make_config(name, of_case | options, model.config)
+    return METHODS[name](settings, model, torch.Generator().manual_seed(seed))
 
 
-def noised_batch(config: ModelConfig, seed: int = 0, rows: int = 6) -> Noised:
+def noised_batch(config: ModelConfig, seed: int = 0) -> Noised:
     """Padded rows with answers of six tokens; their t fall in all three bands."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    x0 = torch.randint(5, config.vocab_size, (rows, 14), generator=generator)
-    answer_mask, attention_mask = torch.zeros(2, rows, 14, dtype=torch.bool)
-    for row in range(rows):
-        length = rng.randint(9, 14) if row else 14
-        start = rng.randint(1, length - 7)
-        answer_mask[row, start : start + 6] = True
-        attention_mask[row, :length] = True
-    x0[~attention_mask] = 0
-    noised = noise_counted(Batch(x0, answer_mask, attention_mask, torch.arange(rows)), MASK, generator)
+    batch = Batch(*padded(config.vocab_size, *[6] * 6, seed=seed), torch.arange(6))
+    noised = noise_counted(batch, MASK, torch.Generator().manual_seed(seed))
     assert len(band_of(noised.t).unique()) == NUM_BANDS
     return noised
 
@@ -114,32 +108,16 @@ assert {name for name, _ in CASES.values()} == set(METHODS)
 
 
 @every_case
-def test_a_fresh_method_changes_no_logit(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config)
-    before = logits(model, noised)
-    method = attach(model, case)
-    assert torch.equal(logits(model, noised), before)
-    assert model.training is False and method.own
-    assert sum(p.numel() for p in method.own.values()) == method.expected_parameters(method.config, config)
-
-
-@every_case
 def test_updates_change_the_methods_own_parameters_and_nothing_else(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
-    base = dict(model.named_parameters())
-    before = {n: p.detach().clone() for n, p in base.items()}
-    plain = logits(model, noised)
-    method = attach(model, case)
-    start = {n: p.detach().clone() for n, p in method.own.items()}
+    plain, method = logits(model, noised), attach(model, case)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, method)
     mine = {id(p) for p in method.own.values()}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == mine
-    for name, parameter in base.items():
-        assert id(parameter) in mine or torch.equal(parameter, before[name]), f"{name} of the base moved"
-    for name, parameter in method.own.items():
-        assert not torch.equal(parameter, start[name]), f"{name} did not move"
-        parameter.grad = None
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in mine) == parameter.requires_grad != torch.equal(parameter, before[name]), name
     assert not torch.allclose(logits(model, noised), plain, atol=1e-3)
+    model.zero_grad()
     token_nll(model, noised_batch(config, 1))[0].mean().backward()
     for name, parameter in method.own.items():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"weight decay alone moves {name}"
@@ -170,17 +148,17 @@ def test_logits_at_few_positions_are_those_of_the_whole_pass(config: ModelConfig
 
 
 @every_case
-def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config)
-    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+def test_a_fresh_method_changes_no_logit_until_it_gets_a_trained_ones_parameters(
+    config: ModelConfig, case: str
+) -> None:
+    model, other, noised = fresh_base(config), fresh_base(config), noised_batch(config)
+    before = logits(model, noised)
     method = attach(model, case)
     train(model, method)
-    saved = {n: p.detach().clone() for n, p in method.own.items()}
-    other = fresh_base(config, seed=5)
-    load_exactly(dict(other.named_parameters()), base, Path("base"))
     again = attach(other, case, seed=7)
-    assert not torch.allclose(logits(other, noised), logits(model, noised), atol=1e-3)
-    load_exactly(again.own, saved, Path("adapter"))
+    assert torch.equal(logits(other, noised), before) and other.training is False
+    assert sum(p.numel() for p in again.own.values()) == method.expected_parameters(method.config, config) > 0
+    load_exactly(again.own, method.own, Path("adapter"))
     assert torch.equal(logits(other, noised), logits(model, noised))
     restored = from_dict(type(method.config), to_dict(method.config), "config.json")
     assert restored == method.config == again.config
@@ -190,19 +168,20 @@ def test_own_parameters_loaded_into_a_fresh_model_give_the_same_logits(config: M
 def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, rslora: bool, scale: float) -> None:
     model = fresh_base(config)
     matrix = model.blocks[1].down.weight.detach().clone()
-    settings = make_config("weight-lora", {"rank": 4, "rslora": rslora}, config)
-    method = METHODS["weight-lora"](settings, model, torch.Generator().manual_seed(0))
+    method = attach(model, "weight-lora", rank=4, rslora=rslora)
     a, b = (method.own[f"blocks.1.down.lora_{x}.weight"] for x in "AB")
     nn.init.normal_(b, generator=torch.Generator().manual_seed(0))
     method.merge(model)
     torch.testing.assert_close(model.blocks[1].down.weight.detach(), matrix + scale * (b @ a).detach())
 
 
-BUDGETED = [("weight-lora", {"budget": 0.2}), ("weight-lora", {"budget": 0.05, "targets": ("key",)})]
-BUDGETED += [("adapters", {"budget": 0.013}), ("trajectory-lora", {}), ("trajectory-lora", {"budget": 0.001})]
-BUDGETED += [("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1})]
-BUDGETED += [("trajectory-lora", {"blocks": 0, "budget": 0.3}), ("trajectory-lora", {"ranks": "auto"})]
-BUDGETED += [("trajectory-lora", {"recipe": "fast", **more}) for more in ({}, {"attend": 8}, {"ranks": "auto"})]
+BUDGETED = [
+    *(("weight-lora", given) for given in ({"budget": 0.2}, {"budget": 0.05, "targets": ("key",)})),
+    ("adapters", {"budget": 0.013}),
+    *(("trajectory-lora", given) for given in ({}, {"budget": 0.001}, {"blocks": 0, "budget": 0.3}, {"ranks": "auto"})),
+    ("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1}),
+    *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"attend": 8}, {"ranks": "auto"})),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), BUDGETED)
@@ -256,23 +235,14 @@ def test_a_wrong_option_is_named_with_what_is_allowed(
 # ---------------------------------------------------------------------------------------------- bands
 
 
-def lively_push(config: ModelConfig, case: str = "best-1", seed: int = 0, **changes: Any) -> TrajectoryLora:
-    """A trajectory adapter on a base of its own, every tensor of it away from zero."""
-    name, options = CASES[case]
-    settings = replace(make_config(name, options, config), **changes)
-    generator = torch.Generator().manual_seed(seed)
-    method = TrajectoryLora(settings, fresh_base(config), generator)
+def lively(config: ModelConfig, case: str) -> tuple[Denoiser, TrajectoryLora]:
+    """A trajectory adapter, every tensor of it away from zero, and its base."""
+    model, generator = fresh_base(config), torch.Generator().manual_seed(1)
+    method = attach(model, case)
     with torch.no_grad():
         for parameter in method.own.values():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return method
-
-
-def on_base(config: ModelConfig, push: Any) -> Denoiser:
-    model = fresh_base(config)
-    model.requires_grad_(False)
-    model.push = push
-    return model
+    return model, method
 
 
 def test_every_t_falls_in_exactly_one_band() -> None:
@@ -298,7 +268,7 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
     have a gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c. In `fast`
     x = sum_k softmax(m)_k norm(h_k), and a_u = softmax(q_u K_u) . ReLU(V_u) over the prompt's tokens is pushed by C,
     and read by the ReLU through B'."""
-    method = lively_push(config, case)
+    _, method = lively(config, case)
     settings, d, generator = method.config, config.d_model, torch.Generator().manual_seed(1)
     history = [torch.randn(3, 5, d, generator=generator) for _ in range(config.num_layers + 1)]
     normal = [F.layer_norm(state, (d,)) for state in history]
@@ -332,8 +302,8 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
 
 def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, TrajectoryLora]:
     """A push of 3 sites x 8 units whose strengths are known, after updates at the given shares of a run."""
-    model, settings = fresh_base(config), TrajectoryLoraConfig(ranks=(8, 4, 1), blocks=2, prune=0.5)
-    method = TrajectoryLora(settings, model, torch.Generator().manual_seed(0))
+    model = fresh_base(config)
+    method = attach(model, "prune", ranks=(8, 4, 1))
     with torch.no_grad():
         for i, site in enumerate(method.push.sites):  # unit u of site i has strength 10 i + u + 1
             site.up.copy_(torch.eye(32)[:, :8] * (10.0 * i + torch.arange(1, 9)))
@@ -345,10 +315,10 @@ def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, Trajector
     return model, method
 
 
-@pytest.mark.parametrize(
-    ("progresses", "left"),
-    [((0.1,), [8, 8, 8]), ((0.4,), [2, 8, 8]), ((0.6,), [1, 3, 8]), ((0.3, 0.4, 0.5, 0.9, 1.0), [1, 3, 8])],
-)
+LEFT = [((0.1,), [8, 8, 8]), ((0.4,), [2, 8, 8]), ((0.6,), [1, 3, 8]), ((0.3, 0.4, 0.5, 0.9, 1.0), [1, 3, 8])]
+
+
+@pytest.mark.parametrize(("progresses", "left"), LEFT)
 def test_ranks_shrink_from_the_weakest_unit_and_every_site_keeps_one(
     config: ModelConfig, progresses: tuple[float, ...], left: list[int]
 ) -> None:
@@ -375,17 +345,13 @@ def test_a_finished_pruning_stores_the_living_units_and_changes_no_logit(config:
 @pytest.mark.parametrize("case", ["fast", "best-1", "weight-lora"])
 def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
     model, noised = fresh_base(config), noised_batch(config)
-    name, options = CASES[case]
-    settings = make_config(name, options | {"dropout": 0.5}, config)
-    method = METHODS[name](settings, model, torch.Generator().manual_seed(0))
-    train(model, method)
+    train(model, attach(model, case, dropout=0.5))
     assert torch.equal(logits(model, noised), logits(model, noised))
     model.train()
     torch.manual_seed(0)
     one, other = logits(model, noised), logits(model, noised)
-    assert not torch.allclose(one, other, atol=1e-3)
     torch.manual_seed(0)
-    assert torch.equal(logits(model, noised), one)
+    assert torch.equal(logits(model, noised), one) and not torch.allclose(one, other, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- penalty
@@ -408,7 +374,7 @@ def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: i
 
 
 def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> None:
-    method = lively_push(config, "paper")
+    _, method = lively(config, "paper")
     up, down = (method.own[f"sites.0.{n}"].detach() for n in ("up", "down"))
     first, second = up.chunk(2, dim=1)
     nuclear = sum(float(torch.linalg.svdvals(a @ b).sum()) for a, b in zip((first, second), down.chunk(2), strict=True))
@@ -423,15 +389,10 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
 
 
 def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_each: int = 0) -> TaskRows:
-    rng, lines = random.Random(0), ["text\tlabel"]
-    for i in range(24):
-        words = rng.choices(("film", "plot", "music", "food", "dull", "bright"), k=words_each or rng.randint(1, 9))
-        lines.append(f"{' '.join(words)}\t{i % 2}")
-    (folder / "train.tsv").write_text("\n".join(lines))
-    labels = f'[verbalizer]\nneg = "bad"\npos = "{positive}"\n[data]\ntrain = "train.tsv"\n'
-    (folder / "mood.toml").write_text(f'template = "{{text}} it was {{answer}} ."\n{labels}')
-    task = load_task(str(folder / "mood.toml"))
-    return TaskRows(load_split(task, "train"), task, tokenizer, 48)
+    rng, words = random.Random(0), ("film", "plot", "music", "food", "dull", "bright")
+    texts = [" ".join(rng.choices(words, k=words_each or rng.randint(1, 9))) for _ in range(24)]
+    examples = [Example(f"{text} it was", ".", ("bad", positive)[i % 2], i % 2) for i, text in enumerate(texts)]
+    return TaskRows(examples, label_task(folder, neg="bad", pos=positive), tokenizer, 48)
 
 
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])
@@ -439,8 +400,7 @@ def test_training_from_kept_states_is_training_from_the_start(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
 ) -> None:
     rows, noise, kept = task_rows(tmp_path, tokenizer), partial(noise_answers, mask_id=tokenizer.mask_id), []
-    method = lively_push(config, case)
-    model = on_base(config, method.push)
+    model, method = lively(config, case)
     with_kept = with_states(noise, model, rows, kept.append)
     depth, reads = method.push.first_depth, method.push.reads_depths
     assert kept[-1] == len(rows)
@@ -449,23 +409,19 @@ def test_training_from_kept_states_is_training_from_the_start(
         (noised,), (cached,) = (of(batch, generator=torch_seeded(0, 2, step)) for of in (noise, with_kept))
         assert torch.equal(noised.xt, cached.xt) and torch.equal(noised.t, cached.t)
         real = batch.attention_mask
-        lower = on_base(config, None).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
+        lower = (
+            fresh_base(config).requires_grad_(False).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
+        )
         assert cached.cached is not None and cached.cached.shape[2] == (depth + 1 if reads else 1)
         # each in its place, rounded to 1/127 of the largest number of its group
         largest = float(lower[real].abs().max())
         torch.testing.assert_close(cached.cached[:, :, -1][real], lower[real], rtol=0, atol=0.51 * largest / 127)
         embedded = model.embed(noised.xt)[real]
         assert not reads or torch.equal(cached.cached[:, :, 0][real], unpack(*pack(embedded)))
-        results = []
-        for case_noised in (noised, cached):
-            for parameter in method.own.values():
-                parameter.grad = None
-            nll, _ = token_nll(model, case_noised)
-            nll.mean().backward()
-            results.append((nll.detach(), method.own["sites.0.up"].grad.clone()))
-        torch.testing.assert_close(results[1][0], results[0][0], atol=0.03, rtol=0.03)
-        scale = float(results[0][1].abs().max())
-        torch.testing.assert_close(results[1][1], results[0][1], atol=0.05 * scale, rtol=0.05)
+        (nll, _), (nll_kept, _) = (token_nll(model, each) for each in (noised, cached))
+        torch.testing.assert_close(nll_kept, nll, atol=0.03, rtol=0.03)
+        grad, grad_kept = (torch.autograd.grad(of.mean(), method.own["sites.0.up"])[0] for of in (nll, nll_kept))
+        torch.testing.assert_close(grad_kept, grad, atol=0.05 * float(grad.abs().max()), rtol=0.05)
     assert len({int(n) for n in rows.lengths[:9]}) > 1, "padding was there"
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from conftest import tree
 
 from tinyld import checkpoint
 from tinyld.checkpoint import fingerprint, load_adapter, load_base, save_base
@@ -66,29 +66,10 @@ def change_weights(run: Path) -> Path:
     return run
 
 
-@contextmanager
-def dying(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
+def dying(at: int) -> Any:
     """Within it the process dies as it gives its `at`-th file its name."""
-    calls, replace = 0, os.replace
-
-    def dies(source: Any, target: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", dies)
-        yield
-
-
-def tree(path: Path) -> dict[str, Any]:
-    """Every path below with its content, links by their target."""
-    return {
-        str(p.relative_to(path)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
-        for p in sorted(path.rglob("*"))
-    }
+    effects = [mock.DEFAULT] * (at - 1) + [KeyboardInterrupt]
+    return mock.patch.object(os, "replace", wraps=os.replace, side_effect=effects)
 
 
 # ------------------------------------------------------------------------------------------------ single files
@@ -112,19 +93,12 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_nothing_else_is_left
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(call: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
-
-    def fail(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(TinyldError, match=r"file: cannot be written \(No space left on device\)"):
+    fails = mock.patch.object(os, call, side_effect=OSError(28, "No space left on device"))
+    with fails, pytest.raises(TinyldError, match=r"file: cannot be written \(No space left on device\)"):
         write_atomic(path, b"new")
-    monkeypatch.undo()
     assert tree(tmp_path) == {"file": b"old"}
 
 
@@ -182,17 +156,14 @@ def test_a_base_is_named_by_weights_tokenizer_and_shape(base: Path) -> None:
     assert len(set(names)) == 4
 
 
-@pytest.mark.parametrize("dies_at", [1, 2])
-def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(
-    dies_at: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_dies_anywhere_leaves_a_file_that_the_manifest_knows(run: RunFolder) -> None:
     run.write("a.json", b"old")
-    for _ in range(2):
-        with dying(monkeypatch, dies_at):
+    for dies_at in (1, 1, 2, 2):
+        with pytest.raises(KeyboardInterrupt), dying(dies_at):
             run.write("a.json", b"new")
         assert run.read("a.json") == b"old" and run.digest("a.json") == sha256(b"old")
-    run.write("b.json", b"another")
-    assert run.read("a.json") == b"old" and run.digest("a.json") == sha256(b"old")
+        run.write("b.json", b"another")
+        assert run.read("a.json") == b"old" and run.digest("a.json") == sha256(b"old")
     run.write("a.json", b"newest")
     assert run.read("a.json") == b"newest" and run.files().keys() == {"a.json", "b.json"}
 
@@ -260,14 +231,12 @@ def test_a_damaged_manifest_is_one_error(base: Path) -> None:
 
 
 @pytest.mark.parametrize(("run", "name"), [("base", MODEL), ("adapter", ADAPTER)])
-def test_tensors_that_do_not_fit_are_named(run: str, name: str, adapter: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / run)
+def test_tensors_that_do_not_fit_are_named(run: str, name: str, adapter: Path) -> None:
+    folder = RunFolder(adapter.parent / run)
     tensors = folder.read_tensors(name)
-    key = sorted(tensors)[0]
-    value = tensors[key]
+    key, value = min(tensors.items())
     for change, part in (
         ({key: torch.full_like(value, float("nan"))}, "holds values that are not finite"),
-        ({key: torch.full_like(value, -float("inf"))}, "holds values that are not finite"),
         ({key: value.long()}, "wrong type: torch.int64, expected floats"),
         ({key: value[..., :-1].clone()}, "wrong shape"),
         ({key: None}, f"missing {key}"),
@@ -283,13 +252,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("base", {"data": 3}, "data: '3' is not of type dict"),
     ("adapter", {"data": {"folder": [], "held_out": True}}, "data: folder: '[]' is not of type"),
     ("base", {"model": {"vocab_size": 10, "depth": 3}}, "unknown key 'depth'"),
-    ("base", {"model": {}}, "missing key 'vocab_size'"),
     ("base", {"model": {"vocab_size": 10}}, "the tokenizer has"),
-    # rotary tables are as long as a row may be, and no weight tells how long that is
-    ("base", {"model": {"vocab_size": 10, "max_length": 10**9}}, "max_length must be at most 131072, got 1000000000"),
-    ("base", {"model": {"vocab_size": 160, "d_model": 2**20, "d_ff": 2**20}}, "parameters is asked for; at most"),
     ("adapter", {"method": {"name": "adapters", "rank": 10**12}}, "values, but config.json asks for"),
-    ("adapter", {"method": {"name": "trajectory-lora", "ranks": [10**12, 8, 1]}}, "values, but config.json asks for"),
     ("adapter", {"method": {"name": "prefix"}}, f"unknown method 'prefix'; known: {', '.join(METHODS)}"),
     ("adapter", {"base": {"path": "x"}}, f"{CONFIG}: base: missing key 'fingerprint'"),
     ("adapter", {"base": {"path": "", "fingerprint": "", "dtype": "int3"}}, "dtype must be one of fp32, bf16, int8"),
@@ -298,10 +262,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("run", "change", "part"), CONFIGS)
-def test_a_config_that_says_something_else_is_refused(
-    run: str, change: dict[str, Any], part: str, adapter: Path, tmp_path: Path
-) -> None:
-    folder = RunFolder(tmp_path / run)
+def test_a_config_that_says_something_else_is_refused(run: str, change: Any, part: str, adapter: Path) -> None:
+    folder = RunFolder(adapter.parent / run)
     folder.write_json(CONFIG, folder.config | change)
     assert part in refusal(folder.path) and str(folder.path) in refusal(folder.path)
     folder.write_json(CONFIG, {"kind": run})
@@ -380,21 +342,18 @@ def test_the_log_is_read_without_its_torn_last_line_and_rewound(run: RunFolder) 
     assert run.metrics() == [{"step": 0, "loss": 0.0}, {"step": 5, "loss": 5 / 3}, {"step": 6}]
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(
-    keep: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(run: RunFolder) -> None:
     for step in (2, 9, 10, 100, 1000):
-        run.save_checkpoint(step, {"model.w": torch.full((2,), float(step))}, {"tokens": step * 7}, keep)
-    assert [int(p.name) for p in run.checkpoints()] == [9, 10, 100, 1000][-keep:]
-    assert len(list((run.path / "checkpoints").iterdir())) == keep + 1
+        run.save_checkpoint(step, {"model.w": torch.full((2,), float(step))}, {"tokens": step * 7}, keep=3)
+    assert [int(p.name) for p in run.checkpoints()] == [10, 100, 1000]
+    assert len(list((run.path / "checkpoints").iterdir())) == 3 + 1
     for dies_at in (1, 2):
-        with dying(monkeypatch, dies_at):
-            run.save_checkpoint(2000, {"model.w": torch.zeros(2)}, {}, keep)
+        with pytest.raises(KeyboardInterrupt), dying(dies_at):
+            run.save_checkpoint(2000, {"model.w": torch.zeros(2)}, {}, keep=3)
     tensors, state = run.load_checkpoint()
     assert state == {"step": 1000, "tokens": 7000} and torch.equal(tensors["model.w"], torch.full((2,), 1000.0))
     run.remove_checkpoints(after=100)
-    assert [int(p.name) for p in run.checkpoints()] == [9, 10, 100][-keep + 1 :] * (keep > 1)
+    assert [int(p.name) for p in run.checkpoints()] == [10, 100]
     run.remove_checkpoints()
     assert run.load_checkpoint() is None and not (run.path / "checkpoints").exists()
 

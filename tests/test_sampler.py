@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from conftest import padded
+from test_methods import fresh_base
 from torch import Tensor
 
-from tinyld.config import SAMPLERS, SampleConfig
+from tinyld.config import SAMPLERS, ModelConfig, SampleConfig
 from tinyld.model import Denoiser
 from tinyld.sampler import decode
-from tinyld.tokenizer import Tokenizer
 
 MASK = 4
 EOS = 3
 FORBIDDEN = [0, 1, 2, 4]
+START = 3  # of a slot
 Rows = tuple[Tensor, ...]  # (x, answer_mask, attention_mask)
+rows = partial(padded, 50)
 
 
 class Recording:
@@ -46,34 +49,16 @@ def giving(logits: Callable[[Tensor], Tensor]) -> Recording:
 
 
 @pytest.fixture()
-def lively(model: Denoiser) -> Denoiser:
-    """The tiny model with weights large enough to be confident in different degrees."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+def lively(config: ModelConfig) -> Denoiser:
+    """Confident in different degrees."""
+    return fresh_base(config)
 
 
-def rows(tokenizer: Tokenizer, *widths: int, seed: int = 0) -> Rows:
-    """A row per answer width, prompts and padding of random lengths."""
-    rng = random.Random(seed)
-    starts = [rng.randint(1, 6) for _ in widths]
-    lengths = [s + w + rng.randint(1, 4) for s, w in zip(starts, widths, strict=True)]
-    size = (len(widths), max(lengths))
-    x = torch.randint(5, tokenizer.vocab_size, size, generator=torch.Generator().manual_seed(seed))
-    answer_mask, attention_mask = torch.zeros(2, *size, dtype=torch.bool)
-    for row, (start, width, length) in enumerate(zip(starts, widths, lengths, strict=True)):
-        answer_mask[row, start : start + width] = True
-        attention_mask[row, :length] = True
-        x[row, length:] = 0
-    return x, answer_mask, attention_mask
-
-
-def slot(tokenizer: Tokenizer, width: int) -> tuple[Rows, int]:
-    """(a row with a slot of that width, where the slot begins)."""
-    batch = rows(tokenizer, width)
-    return batch, int(batch[1][0].nonzero()[0])
+def slot(width: int, count: int = 1) -> Rows:
+    """Rows with a slot of that width from START on."""
+    x = torch.full((count, START + width + 2), 5)
+    place = torch.arange(x.shape[1])
+    return x, ((place >= START) & (place < START + width)).expand_as(x), torch.ones_like(x, dtype=torch.bool)
 
 
 def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any) -> tuple[Tensor, Tensor]:
@@ -90,10 +75,8 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("given", CONFIGS, ids=str)
-def test_every_slot_is_filled_unseen_and_nothing_else_is_touched(
-    lively: Denoiser, tokenizer: Tokenizer, given: dict[str, Any]
-) -> None:
-    x, answer_mask, attention_mask = batch = rows(tokenizer, 5, 1, 8, 3)
+def test_every_slot_is_filled_unseen_and_nothing_else_is_touched(lively: Denoiser, given: dict[str, Any]) -> None:
+    x, answer_mask, attention_mask = batch = rows(5, 1, 8, 3)
     with torch.no_grad():
         lively.output_bias[FORBIDDEN] = 50.0  # what the denoiser wants most is what it may not write
     before = x.clone()
@@ -107,8 +90,8 @@ def test_every_slot_is_filled_unseen_and_nothing_else_is_touched(
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_seed_decides_what_is_drawn(lively: Denoiser, tokenizer: Tokenizer, sampler: str) -> None:
-    batch = rows(tokenizer, 8, 8, 8)
+def test_the_seed_decides_what_is_drawn(lively: Denoiser, sampler: str) -> None:
+    batch = rows(8, 8, 8)
     outs = [decoded(lively, batch, sampler=sampler, temperature=2.0, seed=seed)[0] for seed in (0, 0, 1)]
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
@@ -120,9 +103,9 @@ def runs_twice(ids: list[int], run: int) -> int:
 
 
 @pytest.mark.parametrize("given", [c for c in CONFIGS if "steps" not in c], ids=str)
-def test_no_text_has_a_run_of_tokens_twice_if_none_may_be(tokenizer: Tokenizer, given: dict[str, Any]) -> None:
+def test_no_text_has_a_run_of_tokens_twice_if_none_may_be(given: dict[str, Any]) -> None:
     """Texts of a denoiser that wants one or two tokens everywhere, which its prompt has, too."""
-    batch = rows(tokenizer, 9, 1, 12)
+    batch = rows(9, 1, 12)
     batch[0][batch[2]] = 5
     assert batch[1].sum(1).tolist() == [9, 1, 12]
     eager = giving(lambda x: torch.tensor([0.0, 0, 0, 0, 0, 9, 8, 6]).expand(*x.shape, 8))
@@ -156,10 +139,8 @@ def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tens
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("steps", [1, 2, 3, 9])
 @torch.no_grad()
-def test_low_confidence_equals_a_plain_loop_over_tokens(
-    lively: Denoiser, tokenizer: Tokenizer, steps: int, seed: int
-) -> None:
-    x, answer_mask, _ = batch = rows(tokenizer, 7, seed=seed)
+def test_low_confidence_equals_a_plain_loop_over_tokens(lively: Denoiser, steps: int, seed: int) -> None:
+    x, answer_mask, _ = batch = rows(7, seed=seed)
     recording = Recording(lively)
     found, passes = decoded(recording, batch, sampler="low_confidence", steps=steps)
     assert torch.equal(found[0], reference(lively, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps))
@@ -167,36 +148,41 @@ def test_low_confidence_equals_a_plain_loop_over_tokens(
     assert [t[0] for t in recording.t] == pytest.approx([n / 7 for n in recording.passes])
 
 
-PASSES: list[tuple[dict[str, Any], list[int]]] = [
-    *(({"threshold": t}, masked) for t, masked in ((0.95, [4, 3, 2, 1]), (0.7, [4, 2, 1]), (0.5, [4, 1]), (0.2, [4]))),
-    ({"threshold": 1.0, "least": 3}, [4, 1]),
-    *(({"threshold": 1.0, "steps": steps}, [4, 3, 2][:steps]) for steps in (1, 3)),
-    ({"sampler": "ancestral", "steps": 1}, [4]),
+SURE, OPEN = (0.8, 0.55, 0.9, 0.6), (0.5,) * 6  # 0.69 nats are open at each position of the second
+PASSES: list[tuple[tuple[float, ...], dict[str, Any], list[int]]] = [
+    *(
+        (SURE, {"threshold": t}, left)
+        for t, left in ((0.95, [4, 3, 2, 1]), (0.7, [4, 2, 1]), (0.57, [4, 1]), (0.2, [4]))
+    ),
+    (SURE, {"threshold": 1.0, "least": 3}, [4, 1]),
+    *((SURE, {"threshold": 1.0, "steps": steps}, [4, 3, 2][:steps]) for steps in (1, 3)),
+    (SURE, {"sampler": "ancestral", "steps": 1}, [4]),
+    (OPEN, {"sampler": "entropy", "threshold": 0.5}, [6, 5, 4, 3, 2, 1]),
+    (OPEN, {"sampler": "entropy", "threshold": 1.0}, [6, 4, 2]),  # one of those that are written does not count
+    (OPEN, {"sampler": "entropy", "threshold": 1.5}, [6, 3]),
+    (OPEN, {"sampler": "entropy", "threshold": 9.0}, [6]),
 ]
 
 
-@pytest.mark.parametrize(("given", "masked"), PASSES, ids=str)
+@pytest.mark.parametrize(("likely", "given", "masked"), PASSES, ids=str)
 def test_a_pass_writes_what_is_sure_enough_and_at_least_as_much_as_the_settings_ask_for(
-    tokenizer: Tokenizer, given: dict[str, Any], masked: list[int]
+    likely: tuple[float, ...], given: dict[str, Any], masked: list[int]
 ) -> None:
-    """Of three words one has these chances at the four positions."""
-    batch, start = slot(tokenizer, 4)
-    likely = torch.tensor([0.8, 0.4, 0.9, 0.6])
+    """Of two words one has these chances at the positions of the slot."""
 
     def logits(x: Tensor) -> Tensor:
         found = torch.full((*x.shape, 8), -30.0)
-        found[:, start : start + 4, 5:7] = ((1 - likely) / 2).log()[:, None]
-        found[:, start : start + 4, 7] = likely.log()
+        found[:, START : START + len(likely), 6:] = torch.tensor([(1 - p, p) for p in likely]).log()
         return found
 
     recording = giving(logits)
-    out, passes = decoded(recording, batch, **given)
+    out, passes = decoded(recording, slot(len(likely)), **given)
     assert recording.passes == masked and passes == len(masked) and not (out == MASK).any()
 
 
-def test_klass_waits_until_a_distribution_has_settled(tokenizer: Tokenizer) -> None:
+def test_klass_waits_until_a_distribution_has_settled() -> None:
     """The last position is sure, each time of another word; the first pass has none before it to compare with."""
-    batch = rows(tokenizer, 5)
+    batch = rows(5)
     last = int(batch[1][0].nonzero()[-1])
 
     def logits(x: Tensor) -> Tensor:
@@ -212,20 +198,10 @@ def test_klass_waits_until_a_distribution_has_settled(tokenizer: Tokenizer) -> N
         assert recording.passes == masked
 
 
-@pytest.mark.parametrize(("nats", "masked"), [(0.5, [6, 5, 4, 3, 2, 1]), (1.0, [6, 4, 2]), (1.5, [6, 3]), (9.0, [6])])
-def test_entropy_leaves_as_many_nats_open_together_as_it_may(
-    tokenizer: Tokenizer, nats: float, masked: list[int]
-) -> None:
-    """Two words to choose from at each position: 0.69 nats; one of those that are written does not count."""
-    recording = giving(lambda x: torch.tensor([-30.0] * 6 + [0.0] * 2).expand(*x.shape, 8))
-    decoded(recording, rows(tokenizer, 6), sampler="entropy", threshold=nats)
-    assert recording.passes == masked
-
-
-def test_ancestral_leaves_as_much_masked_as_t_says(tokenizer: Tokenizer) -> None:
+def test_ancestral_leaves_as_much_masked_as_t_says() -> None:
     recording = giving(lambda x: torch.zeros(*x.shape, 8))
     steps, width, n = 4, 36, 400
-    out, _ = decoded(recording, rows(tokenizer, *[width] * n), sampler="ancestral", steps=steps)
+    out, _ = decoded(recording, rows(*[width] * n), sampler="ancestral", steps=steps)
     assert len(recording.masked) == steps and not (out == MASK).any()
     for step, counts in enumerate(recording.masked):
         assert sum(counts) / (n * width) == pytest.approx(1 - step / steps, abs=4 * (0.25 / (n * width)) ** 0.5)
@@ -233,11 +209,9 @@ def test_ancestral_leaves_as_much_masked_as_t_says(tokenizer: Tokenizer) -> None
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("given", [given for given in CONFIGS if not {"temperature", "kl"} & {*given}][:4], ids=str)
-def test_rows_decoded_together_equal_rows_decoded_alone(
-    lively: Denoiser, tokenizer: Tokenizer, given: dict[str, Any], seed: int
-) -> None:
+def test_rows_decoded_together_equal_rows_decoded_alone(lively: Denoiser, given: dict[str, Any], seed: int) -> None:
     """Rows that finish early leave the batch; padding and neighbours change nothing."""
-    batch = rows(tokenizer, 2, 7, 1, 4, seed=seed)
+    batch = rows(2, 7, 1, 4, seed=seed)
     together, _ = decoded(lively, batch, **given)
     for row in range(4):
         part = slice(row, row + 1), slice(0, int(batch[2][row].sum()))
@@ -245,8 +219,8 @@ def test_rows_decoded_together_equal_rows_decoded_alone(
         assert torch.equal(together[part], alone)
 
 
-def test_rows_that_are_done_leave_the_batch(lively: Denoiser, tokenizer: Tokenizer) -> None:
-    recording, batch = Recording(lively), rows(tokenizer, 1, 3, 2)
+def test_rows_that_are_done_leave_the_batch(lively: Denoiser) -> None:
+    recording, batch = Recording(lively), rows(1, 3, 2)
     _, passes = decoded(recording, batch, sampler="low_confidence")
     assert recording.masked == [[1, 3, 2], [2, 1], [1]] and passes.tolist() == [1, 3, 2]
     x, answer_mask, attention_mask = batch
@@ -257,7 +231,7 @@ def test_rows_that_are_done_leave_the_batch(lively: Denoiser, tokenizer: Tokeniz
 # ------------------------------------------------------------------------------------------------ lengths
 
 
-def hazards(table: dict[int, float], start: int) -> Callable[[Tensor], Tensor]:
+def hazards(table: dict[int, float]) -> Callable[[Tensor], Tensor]:
     """Logits that end a text at slot position j with chance table[j], given that it comes so far, and else write
     token 6."""
 
@@ -265,8 +239,8 @@ def hazards(table: dict[int, float], start: int) -> Callable[[Tensor], Tensor]:
         found = torch.full((*x.shape, 8), -30.0)
         found[..., 6] = 0.0
         for j, chance in table.items():
-            if start + j < x.shape[1]:
-                found[:, start + j, EOS] = torch.tensor(chance / (1 - chance)).log()
+            if START + j < x.shape[1]:
+                found[:, START + j, EOS] = torch.tensor(chance / (1 - chance)).log()
         return found
 
     return logits
@@ -282,24 +256,22 @@ LENGTHS = [
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("table", "length"), LENGTHS)
-def test_the_first_pass_takes_the_median_length(
-    tokenizer: Tokenizer, sampler: str, table: dict[int, float], length: int
-) -> None:
+def test_the_first_pass_takes_the_median_length(sampler: str, table: dict[int, float], length: int) -> None:
     """The chance of a length is the hazard there times that of coming so far."""
-    batch, start = slot(tokenizer, 6)
-    recording = giving(hazards(table, start))
+    batch = slot(6)
+    recording = giving(hazards(table))
     out, _ = decoded(recording, batch, EOS, sampler=sampler)
     assert out[batch[1]].tolist() == [6] * length + [EOS] * (6 - length)
     assert all(count <= length for count in recording.passes[1:])
 
 
-def sure_of(start: int, lengths: dict[int, float]) -> Callable[[Tensor], Tensor]:
+def sure_of(lengths: dict[int, float]) -> Callable[[Tensor], Tensor]:
     """Logits of texts that have 2 to 4 tokens, each as likely, and are as sure of a token as their length says."""
 
     def logits(x: Tensor) -> Tensor:
-        found = hazards({2: 1 / 3, 3: 0.5, 4: 1 - 1e-6}, start)(x)
+        found = hazards({2: 1 / 3, 3: 0.5, 4: 1 - 1e-6})(x)
         for row in range(len(x)):
-            length = int((x[row] == EOS).float().argmax()) - start
+            length = int((x[row] == EOS).float().argmax()) - START
             if length in lengths:
                 found[row, :, 7] = torch.tensor((1 - lengths[length]) / lengths[length]).log()
         return found
@@ -307,41 +279,44 @@ def sure_of(start: int, lengths: dict[int, float]) -> Callable[[Tensor], Tensor]
     return logits
 
 
-def test_of_several_lengths_the_likeliest_text_is_taken(tokenizer: Tokenizer) -> None:
-    batch, start = slot(tokenizer, 6)
+def test_of_several_lengths_the_likeliest_text_is_taken() -> None:
+    batch = slot(6)
 
     def length(lengths: int, sure: dict[int, float]) -> int:
-        out, _ = decoded(giving(sure_of(start, sure)), batch, EOS, lengths=lengths, threshold=1.0)
+        out, _ = decoded(giving(sure_of(sure)), batch, EOS, lengths=lengths, threshold=1.0)
         return int((out[batch[1]] == 6).sum())
 
     assert length(1, {2: 0.9, 3: 0.6, 4: 0.7}) == 3, "the median"
     assert length(2, {2: 0.7, 3: 0.6, 4: 0.9}) == 2 and length(3, {2: 0.7, 3: 0.6, 4: 0.9}) == 4
     assert length(3, {2: 0.6, 3: 0.7, 4: 0.6}) == 3
-    _, passes = decoded(giving(sure_of(start, {2: 0.9, 3: 0.6, 4: 0.7})), batch, EOS, lengths=3, threshold=1.0)
+    _, passes = decoded(giving(sure_of({2: 0.9, 3: 0.6, 4: 0.7})), batch, EOS, lengths=3, threshold=1.0)
     assert passes == 1 + 2 + 1 + 3, "the first pass is one for all lengths"
 
 
-def test_an_empty_text_is_taken_where_most_are_and_else_never(tokenizer: Tokenizer) -> None:
-    batch, start = slot(tokenizer, 6)
-    for chance, written in ((0.6, 0), (0.4, 3)):
-        recording = giving(hazards({0: chance, 3: 0.99}, start))
-        out, passes = decoded(recording, batch, EOS, lengths=3, threshold=1.0)
-        assert int((out[batch[1]] == 6).sum()) == written
-        assert passes == (1 if written == 0 else 2), "of a length twice one is written"
+SEVERAL = {"lengths": 3, "threshold": 1.0}
+EXTREMES: list[tuple[dict[int, float], dict[str, Any], int, int]] = [
+    ({3: 0.97}, {}, 3, 1),  # what is sure is written with the length if that is sure
+    ({3: 0.7}, {}, 3, 2),
+    ({0: 0.6, 3: 0.99}, SEVERAL, 0, 1),  # an empty text is taken where most are
+    ({0: 0.4, 3: 0.99}, SEVERAL, 3, 2),  # and else never; of a length twice one is written
+]
 
 
-def test_what_is_sure_is_written_with_the_length_if_that_is_sure(tokenizer: Tokenizer) -> None:
-    batch, start = slot(tokenizer, 6)
-    for chance, passes in ((0.97, 1), (0.7, 2)):
-        assert decoded(giving(hazards({3: chance}, start)), batch, EOS)[1] == passes
+@pytest.mark.parametrize(("table", "given", "written", "passes"), EXTREMES)
+def test_a_sure_length_and_an_empty_text_take_one_pass(
+    table: dict[int, float], given: dict[str, Any], written: int, passes: int
+) -> None:
+    batch = slot(6)
+    out, found = decoded(giving(hazards(table)), batch, EOS, **given)
+    assert (int((out[batch[1]] == 6).sum()), int(found)) == (written, passes)
 
 
-def test_a_text_never_ends_before_its_end(tokenizer: Tokenizer) -> None:
+def test_a_text_never_ends_before_its_end() -> None:
     """A denoiser that wants to stop after every word, once a word is written."""
-    batch, start = slot(tokenizer, 5)
+    batch = slot(5)
 
     def logits(x: Tensor) -> Tensor:
-        found = hazards({4: 0.9}, start)(x)
+        found = hazards({4: 0.9})(x)
         found[(x == 6).any(1)] = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.0])
         return found
 
@@ -349,11 +324,11 @@ def test_a_text_never_ends_before_its_end(tokenizer: Tokenizer) -> None:
     assert out[batch[1]].tolist() == [6, 6, 6, 6, EOS]
 
 
-def test_the_place_behind_an_end_leaves_the_row(tokenizer: Tokenizer) -> None:
-    batch, start = slot(tokenizer, 8)
+def test_the_place_behind_an_end_leaves_the_row() -> None:
+    batch = slot(8)
 
     def logits(x: Tensor) -> Tensor:
-        found = hazards({2: 0.95}, start)(x)
+        found = hazards({2: 0.95})(x)
         found[..., 7] = 0.0  # two tokens to choose from: neither is sure
         return found
 
@@ -365,11 +340,9 @@ def test_the_place_behind_an_end_leaves_the_row(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("table", [{0: 0.3, 2: 0.5}, {1: 0.2, 3: 0.9}])
 def test_lengths_are_drawn_as_often_as_the_hazards_say(table: dict[int, float]) -> None:
     n, width = 2_000, 5
-    x = torch.full((n, width + 1), 5)
-    real = torch.ones_like(x, dtype=torch.bool)
-    batch = x, real & (torch.arange(width + 1) > 0), real
-    out, _ = decoded(giving(hazards(table, 1)), batch, EOS, sampler="ancestral", steps=6, temperature=1.0)
-    found = (out[:, 1:] != EOS).sum(1)
+    batch = slot(width, n)
+    out, _ = decoded(giving(hazards(table)), batch, EOS, sampler="ancestral", steps=6, temperature=1.0)
+    found = (out[batch[1]].view(n, width) != EOS).sum(1)
     left, expected = 1.0, []
     for j in range(width):
         expected.append(left * table.get(j, 0.0))
