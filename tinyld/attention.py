@@ -7,7 +7,7 @@ all, are plain batched products, a few heads at a time so that their scores stay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,28 @@ def attention(
     # their means both are small, and lose less to bf16.
     k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
     return (ShortAttention.apply(q, k, v - offset, bias) + offset).unflatten(0, (batch, heads))
+
+
+class Beside(NamedTuple):
+    """What a frozen base has at all positions of rows of which some are computed otherwise."""
+
+    keys: Tensor  # (B, H, L, head width)
+    values: Tensor
+    others: Tensor  # (B, L) bool: those that stay as they are
+    is_own: Tensor  # (B, M) bool: which of the computed positions do not
+
+
+def attention_beside(q: Tensor, own: tuple[Tensor, Tensor], beside: Beside, window: int, positions: Tensor) -> Tensor:
+    """`attention` of M positions (B, M) to one another and to others whose keys and values are frozen, so that no
+    gradient goes there. q, own: (B, H, M, W) -> (B, H, M, W)."""
+    length = beside.keys.shape[2]
+    scores = torch.cat([q @ beside.keys.mT, q @ own[0].mT], -1).float() * q.shape[-1] ** -0.5
+    seen = torch.cat([beside.others, beside.is_own], 1)[:, None, None]  # (B, 1, 1, L + M)
+    if window:
+        at = torch.cat([torch.arange(length, device=q.device).expand(len(q), -1), positions], 1)
+        seen = seen & ((positions[:, :, None] - at[:, None]).abs() <= window // 2)[:, None]
+    weights = scores.masked_fill(~seen, HIDDEN).softmax(-1).to(q.dtype)
+    return weights[..., :length] @ beside.values + weights[..., length:] @ own[1]
 
 
 class ShortAttention(torch.autograd.Function):

@@ -17,7 +17,6 @@ from tinyld.data import Batch, TaskRows, spread_over
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
-from tinyld.model import PushAt, take
 from tinyld.runs import ADAPTER, CONFIG, RunFolder, environment
 
 PROTOTYPE_ROWS = 1_000
@@ -112,34 +111,17 @@ class Router(nn.Module):
 class RoutedPush(nn.Module):
     """Hangs on `Denoiser.push`: a row gets the push that the router names for its prompt; each runs on its own rows."""
 
-    first_depth = 0  # there the router sees the embeddings
+    is_routed = True
 
     def __init__(self, pushes: Sequence[TrajectoryPush], router: Router):
         super().__init__()
         self.pushes, self.router = nn.ModuleList(pushes), router
-        self.reads_depths = any(p.reads_depths for p in pushes)
-        self.reads_others = any(p.reads_others for p in pushes)
         self.eval().requires_grad_(False)
 
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
-        started: list[tuple[Sequence[int], Tensor, list[Tensor], PushAt]] = []  # depths, rows, their history, the push
-
-        def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
-            if not started:
-                owners = self.router.nearest(prompt_features(h, prompt_mask))
-                for member, push in enumerate(self.pushes):
-                    if len(rows := (owners == member).nonzero()[:, 0]):
-                        own: list[Tensor] = []
-                        started.append((push.depths, rows, own, push.start(t[rows], prompt_mask[rows], own)))
-            total = torch.zeros_like(h if positions is None else take(h, positions))
-            for depths, rows, own, push in started:
-                own += [state[rows] for state in history[len(own) :]]
-                if depth in depths:
-                    at = None if positions is None else positions[rows]
-                    total[rows] = push(depth, h[rows], at).to(h.dtype)
-            return total
-
-        return push_at
+    def by_member(self, embedded: Tensor, prompt_mask: Tensor) -> list[tuple[Tensor, TrajectoryPush]]:
+        owners = self.router.nearest(prompt_features(embedded, prompt_mask))
+        rows = ((owners == member).nonzero()[:, 0] for member in range(len(self.pushes)))
+        return [(of_member, push) for of_member, push in zip(rows, self.pushes, strict=True) if len(of_member)]
 
 
 # ------------------------------------------------------------------------------------------------ files

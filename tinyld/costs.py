@@ -12,7 +12,7 @@ from tinyld.device import shrink, stored_bytes
 from tinyld.errors import UsageError
 from tinyld.foreign import read_foreign
 from tinyld.methods import METHODS, make_config
-from tinyld.model import Denoiser, depths_read
+from tinyld.model import Denoiser
 
 
 def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length: int = 256) -> dict[str, Any]:
@@ -58,9 +58,10 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
             own = METHODS[name].expected_parameters(settings, config)
             if own == 0:  # bitfit, where there are no biases
                 continue
-            needed = block * getattr(settings, "blocks", config.num_layers)
+            narrow_path = recipe == "fast"
+            needed = 0 if narrow_path else block * getattr(settings, "blocks", config.num_layers)
             needed += block * config.num_layers // 5 * (name == "weight-lora")  # its own products, beside the base's
-            needed += 4 * rows * length * d * len(depths_read(config.num_layers)) * (recipe == "fast")
+            needed += 8 * rows * length * d * settings.blocks if narrow_path else 0  # states, keys and values
             memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
             memory["fp32"] += narrow
             found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,

@@ -17,7 +17,7 @@ from torch import Tensor
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
-from tinyld.model import Denoiser, take
+from tinyld.model import Denoiser
 from tinyld.progress import Advance, further, unheard
 from tinyld.read import PAIR
 from tinyld.sampler import decode, log_survival
@@ -268,18 +268,12 @@ def logits_of(model: Denoiser, h: Tensor, ids: Tensor) -> Tensor:
 def pushed_logits(
     model: Denoiser, batch: Batch, mask_id: int, pushes: Sequence[Any], ids: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Of answers of one token, on one pass of the base: by each push, which pushes its final state alone, the logits of
-    the tokens in its `ids`, (B, len(ids))."""
+    """Of answers of one token, on one pass of the base: by each push, which pushes the answer alone, the logits of the
+    tokens in its `ids`, (B, len(ids))."""
     xt, t, real, prompt_mask = all_masked(batch, mask_id)
-    history: Any = []
-    last = model.config.num_layers
-    position = (batch.answer_mask.nonzero()[:, 1:] - int(model.config.shifted)).clamp(min=0)  # (B, 1)
-    h = model.run_blocks(model.embed(xt), real, 0, last, history=history)
-    depths = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in [*history, h]])
-    here = take(h, position)
+    frozen = model.frozen(xt, real, prompt_mask, min(push.first_depth for push in pushes))
     for push, only in zip(pushes, ids, strict=True):
-        push_at = push.start(t, prompt_mask, depths if push.reads_depths else history)
-        yield all_finite(model.head((here + push_at(last, h, position))[:, 0], only))
+        yield all_finite(model.head(model.along(push, frozen, t, prompt_mask)[:, 0], only))
 
 
 def answer_nll(

@@ -184,7 +184,7 @@ def train_adapter(
         if reason is None:
             with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:
                 noise = with_states(noise, model, train_rows, bar.advance_to)
-        elif model.push is not None and model.push.first_depth > 0:
+        elif model.push is not None and (model.push.first_depth > 0 or model.push.answer_only):
             say(f"frozen states are not cached: {reason}")
         cache_seconds = time.perf_counter() - started
 

@@ -1,16 +1,13 @@
 """The denoiser: a bidirectional transformer from noised ids to token logits; pre-norm and rotary by default.
 
-It knows nothing of schedules, tasks or methods. Methods meet it at three seams:
-  - `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
-  - every Linear of a block, which is *called* (so it can be wrapped), and every bias;
-  - `Denoiser.push`, which may change the residual stream before any block and after the last one.
+It knows nothing of schedules, tasks or methods. Methods meet it at the seams of its blocks, and at `Denoiser.push`,
+which may change the residual stream before any block and after the last one.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from tinyld.attention import attention, rotary_tables, rotate
+from tinyld.attention import Beside, rotary_tables
+from tinyld.block import Angles, Block, Embedding, Linear, make_norm, take
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, product, product_dtype
 
-LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
-Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
 # push_at(depth, h, positions=None): what is added to the states h before block `depth` (num_layers: the final ones).
 # h is (B, L, D), or (B, M, D) where the pass has computed M positions of a row alone; so is the result. With
 # `positions` (B, M) h has all L, and only what is added at those is returned, (B, M, D).
@@ -37,114 +33,36 @@ class Push(Protocol):
     """
 
     first_depth: int  # of the lowest site
-    reads_depths: bool  # it also reads the states below, as `history` has them
+    answer_only: bool  # it pushes the states that tell the answer; all others stay the frozen base's own
     reads_others: bool  # on the final state it reads other positions than the one it pushes, so all are computed
+    is_routed: bool  # it is made of others, of which each row has its own: `by_member`
 
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
-        """The function that one pass calls at every depth from `first_depth` to num_layers, in order.
+    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
+        """The function that one pass calls at every depth from `first_depth` to num_layers, in order."""
+        ...
 
-        With `reads_depths`, `history` grows as the pass goes: at a call with depth d it has at least the states of
-        those `depths_read` that are below d, unpushed at their own depth.
-        """
+    def by_member(self, embedded: Tensor, prompt_mask: Tensor) -> Sequence[tuple[Tensor, Push]]:
+        """(numbers of rows, their push), by the embeddings (B, L, D) of their tokens."""
         ...
 
 
-def depths_read(num_layers: int) -> list[int]:
-    """The depths (0: before the first block, num_layers: the final state) that a push which reads several is given:
-    all, or where there are many 8 of them, as each is a state a token to compute and keep."""
-    return sorted({round(i * num_layers / 7) for i in range(8)})
+class Frozen(NamedTuple):
+    """What the frozen base makes of rows whose answers alone are pushed, from some depth on."""
+
+    first: int
+    positions: Tensor  # (B, M), whose states tell the answer
+    is_answer: Tensor  # (B, M) bool: a row with a shorter answer has other positions as well
+    here: list[Tensor]  # (B, M, D), the states there at each depth
+    beside: list[Beside]  # keys and values of the other positions in each block
+    final: Tensor  # (B, L, D), the states of the last depth
 
 
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """x (B, L, D) at positions (B, M) -> (B, M, D)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def few_positions(where: Tensor) -> tuple[Tensor, Tensor] | None:
+def positions_of(where: Tensor) -> tuple[Tensor, Tensor]:
     """(positions, is_asked), both (B, M): those that `where` (B, L) bool asks for, from left to right; a row that asks
-    for fewer than M has others as well. None where M is 0, or more than half of L: all are as cheap."""
+    for fewer than M has others as well."""
     most = int(where.sum(1).max()) if len(where) else 0
-    if not 0 < 2 * most <= where.shape[1]:
-        return None
     positions = where.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return positions, where.gather(1, positions)
-
-
-def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
-
-
-class Linear(nn.Linear):
-    """Has no numbers of its own to begin with, which take longer than to read those of a base: see Denoiser."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)); or norm(h + attention(h)), then norm(h + mlp(h)). h: (B, L, D)."""
-
-    def __init__(self, config: ModelConfig, index: int = 0):
-        super().__init__()
-        self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
-        bare = index == 0 and not config.first_norm
-        bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
-        linear = {n: Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
-        self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
-        self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
-        norm = functools.partial(nn.RMSNorm, config.width_of_head, eps=config.norm_eps)
-        self.query_norm, self.key_norm = (norm(), norm()) if config.head_norms else (None, None)
-        self.out = linear["out"]
-        self.mlp_norm = make_norm(config, config.d_model)
-        self.up, self.down = linear["up"], linear["down"]
-        self.after_attention: nn.Module = nn.Identity()
-        self.after_mlp: nn.Module = nn.Identity()
-
-    def attend(
-        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None
-    ) -> Tensor:
-        """(B, L, D), or (B, M, D) for the queries of `positions` (B, M) alone."""
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)  # (B, H, L, head width)
-
-        h = h.to(product_dtype(h.device))  # once, not in each of the products
-        asking = h if positions is None else take(h, positions)
-        q, k, v = heads(self.query(asking)), heads(self.key(h)), heads(self.value(h))
-        if self.query_norm is not None:
-            q, k = self.query_norm(q.float()).to(v.dtype), self.key_norm(k.float()).to(v.dtype)
-        if angles is not None:
-            angles = [angle[:, int(self.is_local)] for angle in angles]
-            q = rotate(q, *(angles if positions is None else (angle[positions][:, None] for angle in angles)))
-            k = rotate(k, *angles)
-        if k.shape[1] < q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        mixed = attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def mlp(self, h: Tensor) -> Tensor:
-        x, gate = self.up(h).chunk(2, dim=-1) if self.config.gated else (self.up(h), None)
-        name = self.config.activation
-        x = F.silu(x) if name == "silu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-        return self.down(x if gate is None else x * gate)
-
-    def forward(
-        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None
-    ) -> Tensor:
-        """With `positions` (B, M) only their states are computed, (B, M, D): the others give keys and values."""
-        here = h if positions is None else take(h, positions)
-        if self.norm_first:
-            h = here + self.after_attention(self.attend(self.attention_norm(h), angles, key_mask, positions))
-            return h + self.after_mlp(self.mlp(self.mlp_norm(h)))
-        h = self.attention_norm(here + self.after_attention(self.attend(h, angles, key_mask, positions)))
-        return self.mlp_norm(h + self.after_mlp(self.mlp(h)))
 
 
 class Denoiser(nn.Module):
@@ -199,20 +117,24 @@ class Denoiser(nn.Module):
             h = h + look_up(self.positions, slice(xt.shape[1]))
         return self.embedding_projection(self.embedding_norm(h)).float()  # of autocast's type, where it is a product
 
+    def angles(self, length: int) -> Angles | None:
+        if not self.config.rotary:
+            return None
+        dtype = product_dtype(self.cos.device)
+        return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+
     def run_blocks(
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
-        history: list[Tensor] | None = None, positions: Tensor | None = None,
+        positions: Tensor | None = None, history: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
-        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run and
-        are `depths_read` are appended to `history`. With `positions` (B, M) the model's last block computes those
-        alone, (B, M, D).
+        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run are
+        appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
         """
-        length, dtype, reads = h.shape[1], product_dtype(h.device), depths_read(self.config.num_layers)
-        angles = (self.cos[:length].to(dtype), self.sin[:length].to(dtype)) if self.config.rotary else None
+        angles = self.angles(h.shape[1])
         for depth in range(start, stop):
-            if history is not None and depth in reads:
+            if history is not None:
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
@@ -231,27 +153,47 @@ class Denoiser(nn.Module):
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
         position i has the state at i - 1, and position 0 its own.
 
-        `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing below block
-        `push.first_depth` runs again: those before it (K = 1) or, for a push that reads depths, of those up to it.
+        `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
+        that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
         t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
-        push, last, shifted = self.push, self.config.num_layers, self.config.shifted
-        if push is not None and (t is None or prompt_mask is None):
+        push = self.push
+        if push is None:
+            return self.whole_states(None, xt, t, attention_mask, prompt_mask, None, where)
+        if t is None or prompt_mask is None:
             raise ValueError("a denoiser with a push needs t and prompt_mask")
+        if not push.is_routed:
+            of_push = self.answer_states if push.answer_only else self.whole_states
+            return of_push(push, xt, t, attention_mask, prompt_mask, cached, where)
+        found = h = self.embed(xt)
+        found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
+        for rows, member in push.by_member(h, prompt_mask):
+            own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
+            asked = None if where is None else where[rows]
+            states = (self.answer_states if member.answer_only else self.whole_states)(member, *own, None, asked)
+            found[rows if where is None else torch.isin(where.nonzero()[:, 0], rows)] = states.to(h.dtype)
+        return found
+
+    def whole_states(
+        self, push: Push | None, xt: Tensor, t: Tensor | None, attention_mask: Tensor | None,
+        prompt_mask: Tensor | None, cached: Tensor | None, where: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`states` without a push, or with one that changes all positions."""
+        last, shifted = self.config.num_layers, self.config.shifted
         first = last if push is None else push.first_depth
-        few = None if where is None else few_positions(where)
+        few = None if where is None else positions_of(where)
+        if few is not None and not 0 < 2 * few[0].shape[1] <= xt.shape[1]:  # all are as cheap
+            few = None
         positions = None if few is None else (few[0] - int(shifted)).clamp(min=0)
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
-        narrow, history = None if whole else positions, []
-        kept = history if push is not None and push.reads_depths else None
+        narrow = None if whole else positions
         if cached is None:
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, history=kept, positions=narrow)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, positions=narrow)
         else:
-            *below, h = cached.unbind(2)
-            history += below
+            h = cached[:, :, 0]
         if push is not None:
-            push_at = push.start(t, prompt_mask, history)
-            h = self.run_blocks(h, attention_mask, first, last, push_at, kept, narrow)
+            push_at = push.start(t, prompt_mask)
+            h = self.run_blocks(h, attention_mask, first, last, push_at, narrow)
             if whole and positions is not None:
                 h = take(h, positions) + push_at(last, h, positions)
             else:
@@ -260,6 +202,58 @@ class Denoiser(nn.Module):
             return h[few[1]]
         h = torch.cat([h[:, :1], h[:, :-1]], 1) if shifted else h
         return h if where is None else h[where]
+
+    def answer_states(
+        self, push: Push, xt: Tensor, t: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor,
+        cached: Tensor | None, where: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`states` with a push on the answer only, of which alone `where` may ask."""
+        if where is not None and bool((where & prompt_mask).any()):
+            raise ValueError("a push on the answer only is asked for states of the prompt")
+        frozen = self.frozen(xt, attention_mask, prompt_mask, push.first_depth, cached, where is None)
+        h = self.along(push, frozen, t, prompt_mask)
+        if where is None:
+            h = h.where(frozen.is_answer[..., None], frozen.here[-1])
+        into = frozen.final if where is None else torch.zeros_like(frozen.final)
+        h = into.scatter(1, frozen.positions[..., None].expand_as(h), h.to(into.dtype))
+        h = torch.cat([h[:, :1], h[:, :-1]], 1) if self.config.shifted else h
+        return h if where is None else h[where]
+
+    @torch.no_grad()
+    def frozen(
+        self, xt: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor, first: int, cached: Tensor | None = None,
+        to_the_end: bool = False,
+    ) -> Frozen:  # fmt: skip
+        """What the frozen base makes of rows from depth `first` on: as far as a push on their answers needs it, or to
+        the end."""
+        last, real = self.config.num_layers, torch.ones_like(prompt_mask) if attention_mask is None else attention_mask
+        if cached is None:
+            history: list[Tensor] = []
+            stop = last if to_the_end else max(first, last - 1)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=history)
+            depths = [*history[first:], h]
+        else:
+            depths = list(cached.unbind(2))
+        tells = real & ~prompt_mask
+        if self.config.shifted:  # the state before a position tells it
+            tells = torch.cat([tells[:, :1] | tells[:, 1:2], tells[:, 2:], torch.zeros_like(tells[:, :1])], 1)
+        positions, is_answer = positions_of(tells)
+        angles, beside = self.angles(xt.shape[1]), []
+        for block, h in zip(self.blocks[first:], depths, strict=False):
+            h = (block.attention_norm(h) if block.norm_first else h).to(product_dtype(h.device))
+            beside.append(Beside(*block.keys_values(h, angles), real & ~tells, is_answer))
+        return Frozen(first, positions, is_answer, [take(h, positions) for h in depths], beside, depths[-1])
+
+    def along(self, push: Push, frozen: Frozen, t: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Final states (B, M, D) where they tell the answer, pushed at every depth on their way."""
+        push_at, angles, h = push.start(t, prompt_mask), self.angles(prompt_mask.shape[1]), None
+        for depth in range(push.first_depth, self.config.num_layers):
+            here = frozen.here[depth - frozen.first]
+            h = here if h is None else h
+            h = (h + push_at(depth, h)).where(frozen.is_answer[..., None], here)
+            h = self.blocks[depth](h, angles, None, frozen.positions, frozen.beside[depth - frozen.first])
+        h = frozen.here[-1] if h is None else h
+        return h + push_at(self.config.num_layers, h)
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from tinyld.errors import UsageError, show
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
-METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "attend", "dropout", "targets", "rslora")
+METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "dropout", "targets", "rslora")
 RECIPE_NAMES = ("best", "fast", "paper")
 SPLITS = ("train", "dev", "test")
 
@@ -220,7 +220,6 @@ class FinetuneOptions(Training, Reading, RowOptions):
     ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.")
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
-    attend: int | None = option(None, "trajectory-lora: units that attend to the prompt.")
     dropout: float | None = option(None, "Share of the numbers read that an update does without.")
     targets: tuple[str, ...] | None = option(
         None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))

@@ -206,7 +206,7 @@ class Run:
 
 @dataclass
 class Runs:
-    """Several runs that answer each text. Adapters that push the final state alone (`--recipe fast`) share one pass of
+    """Several runs that answer each text. Adapters that push the answer alone (`--recipe fast`) share one pass of
     their base, where their prompts are the same tokens and the answer is one; another one costs little more."""
 
     options: Record = field(default_factory=dict)  # how runs are loaded
@@ -240,8 +240,8 @@ class Runs:
         found: dict[Any, list[str]] = {}
         for name, run in self.runs.items():
             task, key = run.tasks[0], (name,)
-            on_final_state = run.push is not None and run.push.first_depth == run.base.model.config.num_layers
-            if on_final_state and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
+            answers_only = run.push is not None and run.push.answer_only
+            if answers_only and not task.is_generation and slot_width(task, run.base.tokenizer) == 1:
                 key = (id(run.base), task.asked_of(self.task))
             found.setdefault(key, []).append(name)
         return list(found.values())

@@ -27,7 +27,7 @@ from tinyld.diffusion import Noised, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
-from tinyld.model import Denoiser, depths_read
+from tinyld.model import Denoiser
 from tinyld.optim import Optimizer, lr_factor
 from tinyld.progress import Advance, Progress, unheard
 from tinyld.runs import RunFolder
@@ -40,17 +40,17 @@ Noise = Callable[..., list[Noised]]  # (batch, generator=) -> the batch with its
 
 
 def kept_depths(model: Denoiser) -> tuple[int, int]:
-    """The lowest block whose states are not the frozen base's, and how many depths up to it the model's push reads."""
+    """The first depth whose states before it are the frozen base's own, and at how many depths from it on they are
+    needed: at all whose keys and values the push leaves alone."""
     if (push := model.push) is None:
         return 0, 1
-    up_to_it = [depth for depth in depths_read(model.config.num_layers) if depth < push.first_depth]
-    return push.first_depth, len(up_to_it) + 1 if push.reads_depths else 1
+    return push.first_depth, max(1, model.config.num_layers - push.first_depth) if push.answer_only else 1
 
 
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
     """The reason why frozen states cannot be kept for these rows, or None when they can."""
     first_depth, depths = kept_depths(model)
-    if first_depth == 0:
+    if first_depth == 0 and depths == 1:
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"
@@ -86,7 +86,8 @@ def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance 
         batch, history = rows.take(chunk), list[Tensor]()
         (noised,) = noise(batch, generator=torch.Generator())
         noised, real = noised.to(model.device), batch.attention_mask.to(model.device)
-        h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, first_depth, history=history)
+        last = first_depth + depths - 1
+        h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, last, history=history)
         packed = [pack(state[real]) for state in [*history, h][-depths:]]
         for of_all, parts in zip(kept, zip(*packed, strict=True), strict=True):
             of_all[numbers(batch)[batch.attention_mask]] = torch.stack(parts, dim=1).cpu()

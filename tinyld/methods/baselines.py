@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyld.block import LINEARS
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods.contract import Method, NoOptions
-from tinyld.model import LINEARS, Denoiser
+from tinyld.model import Denoiser
 
 ALPHA = 16.0
 

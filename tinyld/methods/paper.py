@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.model import take
+from tinyld.block import take
 
 # Timestep bands (t_lo, t_hi], from high noise to low as the paper lists them ("early" is high noise). Stated here only.
 BAND_EDGES = (1.0, 2 / 3, 1 / 3, 0.0)
@@ -74,7 +74,7 @@ class PaperUnits(nn.Module):
         sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T
         self.register_buffer("sigmas", sigmas, persistent=False)  # (NUM_BANDS, units): 0 where it is another band's
 
-    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
         share = noise.prompt_mask.to(h.dtype)

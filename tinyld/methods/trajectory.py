@@ -3,19 +3,18 @@
     h <- h + sigma(t) * A ReLU(B [norm(h); Emb(t)])          (after LoRA-Diffusion, whose own design is in paper.py)
 
 Up-projections A start at zero, so a fresh adapter changes nothing. Bands of noise levels are nested: they share one A
-and B, of which a band uses the first r(t) rank units, so that the largest rank alone is stored. Two recipes of it:
-  - `best` has sites before each of the last blocks and on the final state, so that frozen attention carries what is
-    pushed between positions. All sites share A and B, of a rank that none could afford alone, and weigh the units
-    each for itself;
-  - `fast` has one site, the final state, and so nothing of the base in its gradient. It reads a learned mix of the
-    states of all depths, or of 8 where there are more, and its attending units move information between positions:
-    what they find in the prompt (low-rank attention with rectified values) is pushed, and the rank units read it too.
+and B, of which a band uses the first r(t) rank units, so that the largest rank alone is stored. There are sites before
+each of the last blocks and on the final state. All share A and B, of a rank that none could afford alone, and weigh the
+units each for itself. Two recipes of it:
+  - `best` pushes every position, and frozen attention carries on what is pushed;
+  - `fast` pushes the positions of the answer alone. What they ask of the prompt changes, the prompt's own states, keys
+    and values do not: they are the frozen base's, so that they are computed once, kept while training, and shared by
+    all adapters that answer a text. The gradient goes along the answer's few positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.attention import HIDDEN, attention
+from tinyld.block import take
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import Method
 from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, normal, time_embedding
-from tinyld.model import Denoiser, PushAt, depths_read, take
+from tinyld.model import Denoiser, PushAt
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
-BY_UNIT = {"up": 1, "down": 0, "down_attended": 0}
+BY_UNIT = {"up": 1, "down": 0}
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,16 @@ class TrajectoryLoraConfig(Settings):
     # by band, high noise first; once units are pruned, site by site
     ranks: tuple[int, ...] = setting((64, 64, 64), least=1)
     sigma: tuple[float, ...] = (1.0, 1.0, 1.0)  # by band, high noise first
-    blocks: int = setting(6, least=0)  # best: sites before each of the last `blocks` blocks, and on the final state
-    attend: int | None = setting(None, least=1)  # fast: units that attend to the prompt; None: as many as rank units
+    blocks: int = setting(6, least=0)  # sites before each of the last `blocks` blocks, and on the final state
     dropout: float = setting(0.0, least=0, below=1)  # share of the numbers read that an update does without
     prune: float = setting(0.0, least=0, below=1)  # share of the rank units that training drops, the weakest first
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.sigma) == NUM_BANDS, f"sigma needs {NUM_BANDS} values, high noise first, got {self.sigma}")
-        check(self.recipe == "best" or self.blocks == 0, f"recipe {self.recipe} pushes the final state only: blocks 0")
+        check(self.recipe != "paper" or self.blocks == 0, "recipe paper pushes the final state only: blocks 0")
         many = f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}"
         check(len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites), many)
-        check(self.attend is None or self.recipe == "fast", f"recipe {self.recipe} has no attending units")
         fixed = self.prune == 0 and self.dropout == 0
         check(self.recipe != "paper" or fixed, "recipe paper is the paper's own: neither ranks auto nor dropout")
 
@@ -64,10 +61,6 @@ class TrajectoryLoraConfig(Settings):
     def is_tied(self) -> bool:
         """Whether the sites share A and B; ranks are pruned site by site."""
         return self.num_sites > 1 and self.prune == 0 and len(self.ranks) == NUM_BANDS
-
-    @property
-    def attending(self) -> int:
-        return max(self.ranks) if self.attend is None else self.attend
 
     def site_ranks(self, site: int) -> tuple[int, ...]:
         """By band, high noise first; site 0 is the lowest."""
@@ -83,14 +76,12 @@ class Recipe(NamedTuple):
 
 
 # Ours within 0.7%: `best` the most accurate, `fast` the cheapest to train. Their bands have one rank and one sigma, as
-# that wrote better than more where there is more noise. The one site of `fast` has less of a hold than seven that share
-# their units, and takes larger steps; the better its base, the more it learns by heart.
-BEST_RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
-FAST_RATES = {"muon": 6e-3, "adamw": 1e-2}, {"adamw": 4e-3, "muon": 4e-3}
+# that wrote better than more where there is more noise.
+RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
 RECIPES = {
-    "best": Recipe(TrajectoryLoraConfig(), 0.007, *BEST_RATES, {"blocks": 4}),
-    "fast": Recipe(TrajectoryLoraConfig("fast", blocks=0, dropout=0.1), 0.007, *FAST_RATES, {"dropout": 0.3}),
-    "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *BEST_RATES),
+    "best": Recipe(TrajectoryLoraConfig(), 0.007, *RATES, {"blocks": 4}),
+    "fast": Recipe(TrajectoryLoraConfig("fast"), 0.007, *RATES),
+    "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *RATES),
 }
 
 
@@ -106,16 +97,12 @@ class RankUnits(nn.Module):
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)  # by band
         self.register_buffer("ranks", torch.tensor(ranks), persistent=False)
 
-    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, noise: Noise, positions: Tensor | None) -> Tensor:
         """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
         h = h if positions is None else take(h, positions)
         x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
-        return self.add(x, noise)
-
-    def add(self, x: Tensor, noise: Noise, attended: Tensor | float = 0.0) -> Tensor:
-        """sigma(t) A ReLU(B [x; Emb(t)] + attended): (B, L, D) -> (B, L, D)"""
         width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
-        hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :] + attended
+        hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :]
         is_used = torch.arange(len(self.down), device=x.device) < self.ranks[noise.band][:, None]  # (B, units)
         scale = self.sigma[noise.band][:, None] * is_used
         return (F.relu(hidden) * scale[:, None, :]) @ up.T
@@ -131,45 +118,10 @@ class RankUnits(nn.Module):
         return [(p, BY_UNIT[name]) for name, p in self.named_parameters() if name in BY_UNIT]
 
 
-class AttendingUnits(RankUnits):
-    """The site of `fast`: rank units, and units that attend to the prompt, on a mix of the states of several depths."""
-
-    def __init__(self, config: TrajectoryLoraConfig, width: int, depths: int, generator: torch.Generator | None):
-        """`depths` are mixed, the site's own included."""
-        super().__init__(config, 0, width, generator)
-        units = config.attending
-        self.mix = nn.Parameter(torch.zeros(depths))
-        self.attention = normal(3, units, width, fan_in=width, generator=generator)  # query, key, value
-        self.attended = nn.Parameter(torch.zeros(width, units))
-        self.down_attended = normal(len(self.down), units, fan_in=units, generator=generator)
-
-    def forward(self, h: Tensor, noise: Noise, history: Sequence[Tensor], positions: Tensor | None) -> Tensor:
-        if not isinstance(history, Tensor):  # (depths, B, L, D), normalised once for several pushes that read them
-            states = [*history[: len(self.mix) - 1], h]
-            history = torch.stack([F.layer_norm(state, h.shape[-1:]) for state in states])
-        with torch.autocast(h.device.type, enabled=False):
-            x = (self.mix.softmax(0) @ history.flatten(1).float()).view(h.shape)
-        x = F.dropout(x, self.dropout, self.training)
-        here = x if positions is None else take(x, positions)
-        found = self.attend(here, x, noise.prompt_mask)
-        push = self.add(here, noise, found @ self.down_attended.T)
-        return push + (found * self.sigma[noise.band][:, None, None]) @ self.attended.T
-
-    def attend(self, here: Tensor, x: Tensor, prompt_mask: Tensor) -> Tensor:
-        """What each unit finds in the prompt of x (B, L, D) for the states `here` (B, M, D): (B, M, units)."""
-        query, key, value = self.attention
-        q, k, v = here @ query.T, x @ key.T, F.relu(x @ value.T)  # heads of width 1
-        if q.shape[1] == 1:  # whose scores are no matrix product
-            weights = (k * q).masked_fill(~prompt_mask[..., None], HIDDEN).softmax(1)
-            return (weights * v).sum(1, keepdim=True)
-        q, k, v = (of.mT[..., None] for of in (q, k, v))
-        if q.is_cuda:  # whose fused attention takes heads of a multiple of 8, and divides by the root of their width
-            q, k, v = (F.pad(of, (0, 7)) for of in (q * 8**0.5, k, v))
-        return attention(q, k, v, prompt_mask)[..., 0].mT
-
-
 class TrajectoryPush(nn.Module):
     """Hangs on `Denoiser.push`: a site at every depth from `first_depth` to num_layers, the final state."""
+
+    is_routed = False
 
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
         super().__init__()
@@ -177,22 +129,20 @@ class TrajectoryPush(nn.Module):
         check(config.blocks <= last, f"blocks must be at most the base's {last}, got {config.blocks}")
         self.first_depth = last - config.blocks
         self.depths = list(range(self.first_depth, last + 1))
-        self.reads_depths, self.reads_others = config.recipe == "fast", config.recipe != "best"
+        self.answer_only, self.reads_others = config.recipe == "fast", config.recipe == "paper"
         if config.recipe == "paper":
             sites: list[nn.Module] = [paper.PaperUnits(config.ranks, config.sigma, width, generator)]
-        elif config.recipe == "fast":
-            sites = [AttendingUnits(config, width, len(depths_read(last)), generator)]
         else:
             sites = [RankUnits(config, site, width, generator) for site in range(config.num_sites)]
         for site in sites if config.is_tied else ():
             site.down, site.up = sites[0].down, sites[0].up
         self.sites = nn.ModuleList(sites)
 
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor] = ()) -> PushAt:
+    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         noise = Noise(band_of(t), time_embedding(t), prompt_mask)
 
         def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
-            return self.sites[depth - self.first_depth](h, noise, history, positions)
+            return self.sites[depth - self.first_depth](h, noise, positions)
 
         return push_at
 
@@ -210,8 +160,6 @@ class TrajectoryLora(Method):
         config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
         config = replace(replace(config, blocks=min(config.blocks, model_config.num_layers)), **given)
         config = cls.fit_budget(config, model_config, budget)
-        if config.recipe == "fast":
-            config = replace(config, attend=config.attending)
         if budget is not None:  # once units are pruned, no more are left than fit
             config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))
         return config
@@ -228,10 +176,7 @@ class TrajectoryLora(Method):
         unit = 2 * d + TIME_WIDTH
         if config.is_tied:
             return max(config.ranks) * (unit + sites)  # and a gain at every site
-        units = sum(max(config.site_ranks(site)) for site in range(sites))
-        if config.recipe == "best":
-            return units * unit
-        return units * (unit + config.attending) + 4 * d * config.attending + len(depths_read(model_config.num_layers))
+        return unit * sum(max(config.site_ranks(site)) for site in range(sites))
 
     @classmethod
     def with_rank(cls, config: TrajectoryLoraConfig, rank: int) -> TrajectoryLoraConfig:

@@ -1,0 +1,119 @@
+"""A transformer block, the same for all families of models: what it is like, its config says.
+
+Methods meet it at two seams: `Block.after_attention` and `Block.after_mlp`, identities that may be replaced by modules;
+and every Linear, which is *called* (so it can be wrapped), and every bias.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyld.attention import Beside, attention, attention_beside, rotate
+from tinyld.config import ModelConfig
+from tinyld.device import product_dtype
+
+LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
+Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, L, D) at positions (B, M) -> (B, M, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class Linear(nn.Linear):
+    """Has no numbers of its own to begin with, which take longer than to read those of a base: see Denoiser."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)); or norm(h + attention(h)), then norm(h + mlp(h)). h: (B, L, D)."""
+
+    def __init__(self, config: ModelConfig, index: int = 0):
+        super().__init__()
+        self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
+        bare = index == 0 and not config.first_norm
+        bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
+        linear = {n: Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
+        self.attention_norm = nn.Identity() if bare else make_norm(config, config.d_model)
+        self.query, self.key, self.value = linear["query"], linear["key"], linear["value"]
+        norm = functools.partial(nn.RMSNorm, config.width_of_head, eps=config.norm_eps)
+        self.query_norm, self.key_norm = (norm(), norm()) if config.head_norms else (None, None)
+        self.out = linear["out"]
+        self.mlp_norm = make_norm(config, config.d_model)
+        self.up, self.down = linear["up"], linear["down"]
+        self.after_attention: nn.Module = nn.Identity()
+        self.after_mlp: nn.Module = nn.Identity()
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, H * head width) -> (B, H, L, head width)"""
+        return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)
+
+    def angles_at(self, angles: Angles, positions: Tensor | None = None) -> Sequence[Tensor]:
+        """Those of this block's kind, (L, head width), or of `positions` (B, M) alone, (B, 1, M, head width)."""
+        own = [angle[:, int(self.is_local)] for angle in angles]
+        return own if positions is None else [angle[positions][:, None] for angle in own]
+
+    def queries(self, h: Tensor, angles: Angles | None, positions: Tensor | None) -> Tensor:
+        """(B, H, M, head width) of normed states h (B, M, D): all, or those at `positions` (B, M)."""
+        q = self.heads(self.query(h))
+        q = q if self.query_norm is None else self.query_norm(q.float()).to(q.dtype)
+        return q if angles is None else rotate(q, *self.angles_at(angles, positions))
+
+    def keys_values(self, h: Tensor, angles: Angles | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both (B, H, M, head width), of normed states h (B, M, D): all, or those at `positions` (B, M)."""
+        k, v = self.heads(self.key(h)), self.heads(self.value(h))
+        k = k if self.key_norm is None else self.key_norm(k.float()).to(v.dtype)
+        k = k if angles is None else rotate(k, *self.angles_at(angles, positions))
+        groups = self.config.num_heads // k.shape[1]
+        return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+
+    def attend(
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None, beside: Beside | None
+    ) -> Tensor:
+        h = h.to(product_dtype(h.device))  # once, not in each of the products
+        window = self.config.local_window if self.is_local else 0
+        if beside is None:
+            q = self.queries(h if positions is None else take(h, positions), angles, positions)
+            mixed = attention(q, *self.keys_values(h, angles), key_mask, window, positions)
+        else:
+            q, own = self.queries(h, angles, positions), self.keys_values(h, angles, positions)
+            mixed = attention_beside(q, own, beside, window, positions)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def mlp(self, h: Tensor) -> Tensor:
+        x, gate = self.up(h).chunk(2, dim=-1) if self.config.gated else (self.up(h), None)
+        name = self.config.activation
+        x = F.silu(x) if name == "silu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+        return self.down(x if gate is None else x * gate)
+
+    def forward(
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None,
+        beside: Beside | None = None,
+    ) -> Tensor:  # fmt: skip
+        """With `positions` (B, M) only their states are computed, (B, M, D): the others give keys and values. With what
+        was worked out `beside` them h is (B, M, D) too."""
+        here = h if positions is None or beside is not None else take(h, positions)
+        h = self.attention_norm(h) if self.norm_first else h
+        h = here + self.after_attention(self.attend(h, angles, key_mask, positions, beside))
+        if self.norm_first:
+            return h + self.after_mlp(self.mlp(self.mlp_norm(h)))
+        h = self.attention_norm(h)
+        return self.mlp_norm(h + self.after_mlp(self.mlp(h)))
