@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "by-site": ("trajectory-lora", {"blocks": 1, "ranks": (4, 2, 1, 3, 3, 2), "sigma": (1.0, 0.5, 0.25)}),
     "prune": ("trajectory-lora", {"blocks": 2, "prune": 0.5, **BANDED}),
     "fast": ("trajectory-lora", {"recipe": "fast", "budget": 0.3}),
-    "fast-banded": ("trajectory-lora", {"recipe": "fast", "attend": 6, **BANDED}),
+    "fast-banded": ("trajectory-lora", {"recipe": "fast", "blocks": 1, **BANDED}),
     "paper": ("trajectory-lora", {"recipe": "paper", "ranks": (4, 2, 1)}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -156,7 +156,9 @@ def test_a_fresh_method_changes_no_logit_until_it_gets_a_trained_ones_parameters
     method = attach(model, case)
     train(model, method)
     again = attach(other, case, seed=7)
-    assert torch.equal(logits(other, noised), before) and other.training is False
+    # `fast` computes the answer's states apart from the others, by products of other shapes
+    same = partial(torch.allclose, atol=1e-5) if case.startswith("fast") else torch.equal
+    assert same(logits(other, noised), before) and other.training is False
     assert sum(p.numel() for p in again.own.values()) == method.expected_parameters(method.config, config) > 0
     load_exactly(again.own, method.own, Path("adapter"))
     assert torch.equal(logits(other, noised), logits(model, noised))
@@ -180,7 +182,7 @@ BUDGETED = [
     ("adapters", {"budget": 0.013}),
     *(("trajectory-lora", given) for given in ({}, {"budget": 0.001}, {"blocks": 0, "budget": 0.3}, {"ranks": "auto"})),
     ("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1}),
-    *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"attend": 8}, {"ranks": "auto"})),
+    *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"ranks": "auto"})),
 ]
 
 
@@ -191,7 +193,6 @@ def test_a_budget_gives_the_largest_rank_that_fits_once_units_are_pruned(name: s
     rank = settings.rank if hasattr(settings, "rank") else max(settings.ranks)
     rank = rank // 2 if options.get("ranks") == "auto" else rank
     more = method.with_rank(settings, rank + 1)
-    more = replace(more, attend=rank + 1) if options.get("recipe") == "fast" and "attend" not in options else more
     stored = [method.expected_parameters(c, base) for c in (method.with_rank(settings, rank), more)]
     assert stored[0] <= limit < stored[1]
 
@@ -213,12 +214,11 @@ WRONG = [
     ("weight-lora", {"budget": 70.0}, "budget is a share of the base, at most 1, got 70"),
     ("weight-lora", {"rank": 4, "budget": 0.1}, "--budget sets the rank; leave --rank or --budget out"),
     ("weight-lora", {"blocks": 2}, "--blocks is not an option of weight-lora, which has --dropout, --rank, --rslora"),
-    (OURS, {"rank": 4}, "--rank is not an option of trajectory-lora, which has --attend, --blocks, --dropout, --ranks"),
+    (OURS, {"rank": 4}, "--rank is not an option of trajectory-lora, which has --blocks, --dropout, --ranks"),
     (OURS, {"blocks": 1, "ranks": (4, 2, 1, 4, 2, 1, 4, 2, 1)}, "ranks needs 3 values"),
     (OURS, {"sigma": (1.0,)}, "sigma needs 3 values"),
     (OURS, {"blocks": -1}, "blocks must be at least 0, got -1"),
-    (OURS, {"recipe": "fast", "blocks": 1}, "recipe fast pushes the final state only"),
-    (OURS, {"attend": 4}, "recipe best has no attending units"),
+    (OURS, {"recipe": "paper", "blocks": 1}, "recipe paper pushes the final state only"),
     (OURS, {"prune": 1.0}, "prune must be below 1, got 1.0"),
     (OURS, {"recipe": "paper", "ranks": "auto"}, "neither ranks auto nor dropout"),
 ]
@@ -265,35 +265,24 @@ def used_units(config: TrajectoryLoraConfig, site: int, band: int) -> list[int]:
 @of_trajectory
 def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) -> None:
     """sigma(t) A ReLU(B [x; Emb(t)]) with x = norm(h), a loop over rows, tokens and units; tied sites share A and B and
-    have a gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c. In `fast`
-    x = sum_k softmax(m)_k norm(h_k), and a_u = softmax(q_u K_u) . ReLU(V_u) over the prompt's tokens is pushed by C,
-    and read by the ReLU through B'."""
+    have a gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c."""
     _, method = lively(config, case)
     settings, d, generator = method.config, config.d_model, torch.Generator().manual_seed(1)
-    history = [torch.randn(3, 5, d, generator=generator) for _ in range(config.num_layers + 1)]
-    normal = [F.layer_norm(state, (d,)) for state in history]
+    h = torch.randn(3, 5, d, generator=generator)
     prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
     for site, depth in enumerate(method.push.depths):
         own = {n: method.own[f"sites.0.{n}"].detach() for n in ("up", "down")}  # all have them, if they are tied
         own |= {n.split(".")[2]: p.detach() for n, p in method.own.items() if n.startswith(f"sites.{site}.")}
         with torch.no_grad():
-            found = method.push.start(t, prompt, history[:depth])(depth, history[depth])
-        mixed = sum(m * state for m, state in zip(own["mix"].softmax(0), normal, strict=True)) if "mix" in own else None
+            found = method.push.start(t, prompt)(depth, h)
         for row, token in itertools.product(range(3), range(5)):
-            band, x = (2, 0, 1)[row], (normal[depth] if mixed is None else mixed)[row]
-            time, prompts = time_embedding(t[row : row + 1])[0], x[prompt[row]]
-            attended, expected = torch.zeros(settings.attend or 0), torch.zeros(d)
-            if mixed is not None:
-                for unit, (q, k, v) in enumerate(own["attention"].transpose(0, 1)):
-                    attended[unit] = ((prompts @ k) * (x[token] @ q)).softmax(0) @ F.relu(prompts @ v)
-                expected = own["attended"] @ attended
+            band, x, expected = (2, 0, 1)[row], F.layer_norm(h, (d,))[row], torch.zeros(d)
+            read = torch.cat([x[token], time_embedding(t[row : row + 1])[0]])
             for unit in used_units(settings, site, band):
-                hidden = own["down"][unit] @ torch.cat([x[token], time])
-                hidden = hidden + own["down_attended"][unit] @ attended if mixed is not None else hidden
-                gate = 1.0 + own["gate"][unit] @ prompts.mean(0) if "gate" in own else 1.0
+                gate = 1.0 + own["gate"][unit] @ x[prompt[row]].mean(0) if "gate" in own else 1.0
                 gate = own["gain"][unit] if "gain" in own else gate
-                expected = expected + gate * F.relu(hidden) * own["up"][:, unit]
+                expected = expected + gate * F.relu(own["down"][unit] @ read) * own["up"][:, unit]
             torch.testing.assert_close(found[row, token], settings.sigma[band] * expected, atol=1e-4, rtol=1e-4)
 
 
@@ -395,14 +384,14 @@ def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_
     return TaskRows(examples, label_task(folder, neg="bad", pos=positive), tokenizer, 48)
 
 
-@pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast"])
+@pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast", "fast-banded"])
 def test_training_from_kept_states_is_training_from_the_start(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
 ) -> None:
     rows, noise, kept = task_rows(tmp_path, tokenizer), partial(noise_answers, mask_id=tokenizer.mask_id), []
     model, method = lively(config, case)
     with_kept = with_states(noise, model, rows, kept.append)
-    depth, reads = method.push.first_depth, method.push.reads_depths
+    depth = method.push.first_depth
     assert kept[-1] == len(rows)
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
         batch = rows.take(chunk)
@@ -412,12 +401,11 @@ def test_training_from_kept_states_is_training_from_the_start(
         lower = (
             fresh_base(config).requires_grad_(False).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
         )
-        assert cached.cached is not None and cached.cached.shape[2] == (depth + 1 if reads else 1)
+        assert cached.cached is not None
+        assert cached.cached.shape[2] == (config.num_layers - depth if method.push.answer_only else 1)
         # each in its place, rounded to 1/127 of the largest number of its group
         largest = float(lower[real].abs().max())
-        torch.testing.assert_close(cached.cached[:, :, -1][real], lower[real], rtol=0, atol=0.51 * largest / 127)
-        embedded = model.embed(noised.xt)[real]
-        assert not reads or torch.equal(cached.cached[:, :, 0][real], unpack(*pack(embedded)))
+        torch.testing.assert_close(cached.cached[:, :, 0][real], lower[real], rtol=0, atol=0.51 * largest / 127)
         (nll, _), (nll_kept, _) = (token_nll(model, each) for each in (noised, cached))
         torch.testing.assert_close(nll_kept, nll, atol=0.03, rtol=0.03)
         grad, grad_kept = (torch.autograd.grad(of.mean(), method.own["sites.0.up"])[0] for of in (nll, nll_kept))

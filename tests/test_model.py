@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch.nn.functional as F
 from test_methods import fresh_base
 from torch import Tensor
 
+from tinyld.block import take
 from tinyld.config import ModelConfig, from_dict
 from tinyld.device import shrink
 from tinyld.errors import TinyldError
-from tinyld.model import Denoiser, PushAt, depths_read, head_nll, take
+from tinyld.model import Denoiser, PushAt, head_nll
 
 
 @pytest.fixture()
@@ -167,49 +167,82 @@ def test_a_vocabulary_in_fewer_bits_keeps_its_bias(config: ModelConfig, dtype: s
     assert float(model.nll(h, target).detach().max()) < 1e-3
 
 
-def test_a_push_is_given_all_depths_of_a_shallow_model_and_eight_of_a_deep_one() -> None:
-    for layers in range(1, 8):
-        assert depths_read(layers) == list(range(layers + 1))
-    assert depths_read(28) == [0, 4, 8, 12, 16, 20, 24, 28]
-
-
 class RecordingPush:
-    """A push that adds its own depth, scaled by t, and all that it may read; it writes down where it was asked."""
+    """A push that adds its own depth, scaled by t, and what it reads; it writes down where it was asked."""
 
-    def __init__(self, first_depth: int, reads: bool = False):
-        self.first_depth, self.reads_depths, self.reads_others = first_depth, reads, reads
+    is_routed = False
+
+    def __init__(self, first_depth: int, reads_others: bool = False, answer_only: bool = False):
+        self.first_depth, self.reads_others, self.answer_only = first_depth, reads_others, answer_only
         self.seen: list[int] = []
 
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Sequence[Tensor]) -> PushAt:
+    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
             self.seen.append(depth)
             push = 0.1 * (depth + 1) * t[:, None, None] + 0.1 * h.tanh()
-            if self.reads_depths:
-                assert len(history) >= depth
-                push = push + sum(history[:depth]) + h.mean(1, keepdim=True)
+            push = push + h.mean(1, keepdim=True) if self.reads_others else push
             return push if positions is None else take(push, positions)
 
         return push_at
 
 
+def rows_with_prompts(model: Denoiser) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """xt, t, attention mask and prompt mask of rows whose prompts and answers differ in length."""
+    mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 6])[:, None]
+    prompt = mask & ((torch.arange(9)[None, :] < torch.tensor([2, 3, 1])[:, None]) | (torch.arange(9)[None, :] > 6))
+    return random_ids(model, 3, 9), torch.tensor([0.2, 0.5, 1.0]), mask, prompt
+
+
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("reads_depths", [False, True])
+@pytest.mark.parametrize("how", ["plain", "reads_others", "answer_only"])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
 def test_a_cached_continuation_equals_the_uncached_pass(
-    config: ModelConfig, first_depth: int, reads_depths: bool, shifted: bool
+    config: ModelConfig, first_depth: int, how: str, shifted: bool
 ) -> None:
     model = Denoiser(replace(config, shifted=shifted), torch.Generator().manual_seed(0)).eval()
-    x = random_ids(model, 3, 9)
-    mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 6])[:, None]
-    t, prompt = torch.tensor([0.2, 0.5, 1.0]), mask & (torch.arange(9)[None, :] < 2)
-    below: list[Tensor] = []
-    kept = model.run_blocks(model.embed(x), mask, 0, first_depth, history=below)
-    kept = torch.stack([*below, kept] if reads_depths else [kept], dim=2)
-    model.push = RecordingPush(first_depth, reads_depths)
+    x, t, mask, prompt = rows_with_prompts(model)
+    depths: list[Tensor] = []
+    depths.append(model.run_blocks(model.embed(x), mask, 0, config.num_layers, history=depths))
+    model.push = RecordingPush(first_depth, **({} if how == "plain" else {how: True}))
     uncached = model.states(x, t, mask, prompt)
     assert model.push.seen == list(range(first_depth, 3)), "at every depth from first_depth to the end"
-    other_ids = torch.zeros_like(x)  # shows that nothing below first_depth runs again
-    assert torch.equal(model.states(other_ids, t, mask, prompt, cached=kept), uncached)
+    other_ids = torch.zeros_like(x)  # shows that nothing that is kept runs again
+    last = config.num_layers + 1 if how == "answer_only" else first_depth + 1
+    assert torch.equal(model.states(other_ids, t, mask, prompt, torch.stack(depths[first_depth:last], 2)), uncached)
+
+
+@pytest.mark.parametrize("case", ["pre-norm", "post-norm", "rotary, grouped, local", "shifted"])
+@pytest.mark.parametrize("first_depth", [0, 1, 2])
+def test_a_push_on_the_answer_leaves_the_states_of_the_prompt_to_the_frozen_base(
+    config: ModelConfig, first_depth: int, case: str
+) -> None:
+    """Block by block: every state is pushed or not, the block reads all of them, and what it makes of the prompt is
+    put back to what the base alone makes of it."""
+    changes: dict[str, dict[str, Any]] = {
+        "post-norm": {"norm_first": False}, "shifted": {"shifted": True},
+        "rotary, grouped, local": {"kv_heads": 2, "local_window": 4, "global_every": 2},
+    }  # fmt: skip
+    model = fresh_base(replace(config, **changes.get(case, {})))
+    x, t, mask, prompt = rows_with_prompts(model)
+    push, pushed = RecordingPush(first_depth, answer_only=True), mask & ~prompt
+    if case == "shifted":
+        pushed = torch.cat([pushed[:, 1:], pushed[:, :1] & False], 1)
+    with torch.no_grad():
+        depths: list[Tensor] = []
+        depths.append(model.run_blocks(model.embed(x), mask, 0, config.num_layers, history=depths))
+        h = depths[first_depth]
+        for depth in range(first_depth, config.num_layers + 1):
+            h = torch.where(pushed[..., None], h + push.start(t, prompt)(depth, h), depths[depth])
+            if depth < config.num_layers:
+                h = model.run_blocks(h, mask, depth, depth + 1)
+        expected = torch.cat([h[:, :1], h[:, :-1]], 1) if case == "shifted" else h
+        model.push = push
+        answer = mask & ~prompt
+        torch.testing.assert_close(model.states(x, t, mask, prompt)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+        found = model.states(x, t, mask, prompt, where=answer)
+        torch.testing.assert_close(found, expected[answer], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="asked for states of the prompt"):
+        model.states(x, t, mask, prompt, where=mask)
 
 
 def test_a_push_that_is_told_neither_t_nor_prompt_is_refused(lively: Denoiser) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinyld.attention import Beside, attention, attention_beside, rotate
 from tinyld.config import ModelConfig
-from tinyld.device import product_dtype
+from tinyld.device import product, product_dtype
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
@@ -36,6 +36,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(self, x)
 
 
 class Embedding(nn.Embedding):

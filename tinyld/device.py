@@ -114,11 +114,22 @@ class Product(torch.autograd.Function):
         return grad_x, grad.flatten(0, -2).sum(0).float() if need_bias else None, *(None for _ in others)
 
 
+def narrow(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> Tensor:
+    """A module's weight as products read it; made once while it is frozen."""
+    weight = module.weight
+    if weight.dtype == dtype or weight.requires_grad:
+        return weight.to(dtype)
+    made_of = weight.data_ptr(), weight._version, dtype
+    if getattr(module, "_narrow", (None,))[0] != made_of:
+        module._narrow = made_of, weight.to(dtype)
+    return module._narrow[1]
+
+
 def product(self: nn.Linear | nn.Embedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, or else the module's own; where its weight is kept in fewer bits (shrink), by parts."""
     bias = getattr(self, "bias", None) if bias is None else bias
     if not parametrize.is_parametrized(self):
-        return F.linear(x, self.weight, bias)
+        return F.linear(x, narrow(self, product_dtype(x.device)), bias)
     kept = self.parametrizations.weight
     return Product.apply(x, bias, kept[0], *(part for _, part in kept.named_parameters(recurse=False)))
 

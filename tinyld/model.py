@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tinyld.attention import Beside, rotary_tables
 from tinyld.block import Angles, Block, Embedding, Linear, make_norm, take
 from tinyld.config import ModelConfig
-from tinyld.device import look_up, product, product_dtype
+from tinyld.device import look_up, narrow, product, product_dtype
 
 # push_at(depth, h, positions=None): what is added to the states h before block `depth` (num_layers: the final ones).
 # h is (B, L, D), or (B, M, D) where the pass has computed M positions of a row alone; so is the result. With
@@ -90,7 +90,6 @@ class Denoiser(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
-        self._narrow: tuple[Any, Tensor] | None = None  # see `narrow`
         self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
         if generator is not None:  # else they are to be loaded
             self.reset_parameters(generator)
@@ -290,17 +289,8 @@ class Denoiser(nn.Module):
         dtype, bias = product_dtype(h.device), self.output_bias
         h = self.head_transform(self.final_norm(h)).to(dtype)
         with torch.autocast(h.device.type, enabled=False):
-            weight = self.narrow(self.vocabulary.weight, dtype)
+            weight = narrow(self.vocabulary, dtype)
             return head_nll(h, weight, None if bias is None else bias.to(dtype), target)
-
-    def narrow(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The vocabulary's matrix as products read it; made once while it is frozen."""
-        if weight.requires_grad or weight.dtype == dtype:
-            return weight.to(dtype)
-        made_of = weight.data_ptr(), weight._version, dtype
-        if self._narrow is None or self._narrow[0] != made_of:
-            self._narrow = made_of, weight.to(dtype)
-        return self._narrow[1]
 
     def forward(self, *given: Any, **told: Any) -> Tensor:
         """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `states` is given."""
