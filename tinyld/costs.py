@@ -42,13 +42,13 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     """By method what is stored, and the memory that batches of `rows` rows of `length` tokens take to train, in bytes.
 
     An estimate, at most a fifth off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
-    16 bytes a number that is trained, for its gradient, AdamW's moments and its update; beside a base in fp32 its
-    vocabulary's matrix in bf16; what the backward pass needs of every block that it goes through, and of the states
-    that `fast` reads. States kept for later epochs (--cache-gb) come on top.
+    16 bytes a number that is trained, for its gradient, AdamW's moments and its update; beside a frozen base in fp32
+    its matrices in bf16; what the backward pass needs of every block that it goes through, or for `fast` the prompt's
+    states, keys and values. States kept for later epochs (--cache-gb) come on top.
     """
     kept, d, found = {t: base_bytes(config, t) for t in BASE_DTYPES}, config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
-    fixed, narrow = 450_000_000, 2 * config.vocab_size * config.embedding_width
+    fixed = 450_000_000
     for name in METHODS:
         for recipe in ("fast", "best") if name == "trajectory-lora" else (None,):
             try:
@@ -58,12 +58,11 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
             own = METHODS[name].expected_parameters(settings, config)
             if own == 0:  # bitfit, where there are no biases
                 continue
-            narrow_path = recipe == "fast"
-            needed = 0 if narrow_path else block * getattr(settings, "blocks", config.num_layers)
+            needed = block * getattr(settings, "blocks", config.num_layers)
             needed += block * config.num_layers // 5 * (name == "weight-lora")  # its own products, beside the base's
-            needed += 8 * rows * length * d * settings.blocks if narrow_path else 0  # states, keys and values
+            needed = 8 * rows * length * d * settings.blocks if recipe == "fast" else needed
             memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
-            memory["fp32"] += narrow
+            memory["fp32"] += 2 * config.vocab_size * config.embedding_width if name == "full" else kept["bf16"]
             found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,
                           "stored_bytes": 4 * own, **{f"memory_{t}": size for t, size in memory.items()}})  # fmt: skip
     return found

@@ -47,6 +47,13 @@ def kept_depths(model: Denoiser) -> tuple[int, int]:
     return push.first_depth, max(1, model.config.num_layers - push.first_depth) if push.answer_only else 1
 
 
+def states_to_keep(model: Denoiser, xt: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The frozen states (B, L, D) that every later pass on these rows needs, depth by depth."""
+    (first, depths), history = kept_depths(model), list[Tensor]()
+    h = model.run_blocks(model.embed(xt), attention_mask, 0, first + depths - 1, history=history)
+    return [*history, h][first:]
+
+
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
     """The reason why frozen states cannot be kept for these rows, or None when they can."""
     first_depth, depths = kept_depths(model)
@@ -70,9 +77,9 @@ def unpack(values: Tensor, scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance = unheard) -> Noise:
-    """The noise of rows of one-token answers, which have one mask, with states of every token, kept in int8: before the
-    lowest block that the model's push acts on, or, where it reads several, of those depths up to it."""
-    first_depth, depths = kept_depths(model)
+    """The noise of rows of one-token answers, which have one mask, with the states of every token that its passes need,
+    kept in int8."""
+    _, depths = kept_depths(model)
     tokens, done = int(rows.lengths.sum()), 0
     starts = torch.from_numpy(np.cumsum(rows.lengths) - rows.lengths)  # of each row among the tokens of all
     made = pack(torch.empty(0, depths, model.config.d_model))
@@ -83,12 +90,10 @@ def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance 
         return (starts[batch.rows][:, None] + torch.arange(batch.x0.shape[1])).clamp(max=tokens - 1)
 
     for chunk in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), 128)):
-        batch, history = rows.take(chunk), list[Tensor]()
+        batch = rows.take(chunk)
         (noised,) = noise(batch, generator=torch.Generator())
         noised, real = noised.to(model.device), batch.attention_mask.to(model.device)
-        last = first_depth + depths - 1
-        h = model.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, last, history=history)
-        packed = [pack(state[real]) for state in [*history, h][-depths:]]
+        packed = [pack(state[real]) for state in states_to_keep(model, noised.xt, noised.attention_mask)]
         for of_all, parts in zip(kept, zip(*packed, strict=True), strict=True):
             of_all[numbers(batch)[batch.attention_mask]] = torch.stack(parts, dim=1).cpu()
         done += len(chunk)

@@ -31,7 +31,8 @@ class Sized(torch.nn.Module):
     def __init__(self, push: Any):
         super().__init__()
         self.inner, self.sizes = push, []
-        self.first_depth, self.reads_depths, self.reads_others = push.first_depth, push.reads_depths, push.reads_others
+        self.first_depth, self.reads_others = push.first_depth, push.reads_others
+        self.is_routed, self.answer_only = False, push.answer_only
 
     def start(self, *args: Any) -> Any:
         push_at = self.inner.start(*args)

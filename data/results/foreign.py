@@ -130,7 +130,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from tinyld.foreign import load_foreign
     from tinyld.methods import METHODS, make_config
-    from tinyld.train import kept_depths, pack, unpack
+    from tinyld.train import kept_depths, pack, states_to_keep, unpack
 
     started = clock(args.device)
     base = load_foreign(Path(args.folder), args.device, "fp32" if name == "full" else args.dtype)
@@ -140,14 +140,12 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     method, options = ("trajectory-lora", {"recipe": recipe}) if recipe in ("fast", "best") else (name, {})
     attached = METHODS[method](make_config(method, options, config), model, torch.Generator().manual_seed(0))
     data, kept = batches(args, base.tokenizer.vocab_size, mask_id), []
-    low, (first, depths) = torch.autocast(args.device, torch.bfloat16), kept_depths(model)
+    low, (_, depths) = torch.autocast(args.device, torch.bfloat16), kept_depths(model)
     started = clock(args.device)
     if name == "fast":  # nothing of the base is in the gradient: its states are kept, as training does
         with torch.no_grad(), low:
             for xt, _, _ in data:
-                history: list[Any] = []
-                h = model.run_blocks(model.embed(xt), None, 0, first, history=history)
-                kept.append([pack(state) for state in [*history, h][-depths:]])
+                kept.append([pack(state) for state in states_to_keep(model, xt, None)])
         found["keep_seconds_a_row"] = (clock(args.device) - started) / (args.rows * args.steps)
         a_row = pack(torch.empty(depths * args.length, config.d_model))
         found["keep_bytes_a_row"] = sum(part.nbytes for part in a_row)
