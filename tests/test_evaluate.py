@@ -250,17 +250,21 @@ def test_a_real_denoiser_is_scored_the_same_in_any_batch(
 def test_adapters_that_share_a_pass_score_labels_as_each_does_alone(config: ModelConfig, shifted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     model = Denoiser(replace(config, shifted=shifted), generator).eval()
-    settings = make_config("trajectory-lora", {"recipe": "fast", "budget": 0.1}, config)
-    method = METHODS["trajectory-lora"](settings, model, generator)
-    for parameter in method.own.values():
-        parameter.data.normal_(0.0, 0.3, generator=generator)
     x0, slot = torch.randint(5, 60, (2, 8), generator=generator), torch.zeros(2, 8, dtype=torch.bool)
     slot[0, 6] = slot[1, 3] = True
     batch, ids = Batch(x0, slot, torch.ones_like(slot), torch.arange(2)), torch.tensor([7, 9, 30])
+    pushes, alone = [], []
+    for blocks in range(config.num_layers + 1):
+        settings = make_config("trajectory-lora", {"recipe": "fast", "budget": 0.1, "blocks": blocks}, config)
+        method = METHODS["trajectory-lora"](settings, model, generator)
+        for parameter in method.own.values():
+            parameter.data.normal_(0.0, 0.3, generator=generator)
+        pushes.append(model.push)
+        with torch.no_grad():
+            alone.append(logits_of(model, model.states(*all_masked(batch, 4), where=slot), ids)[:, ids])
     with torch.no_grad():
-        alone = logits_of(model, model.states(*all_masked(batch, 4), where=slot), ids)
-        (shared,) = pushed_logits(model, batch, 4, [model.push], [ids])
-    torch.testing.assert_close(shared, alone[:, ids], atol=1e-4, rtol=1e-4)
+        shared = list(pushed_logits(model, batch, 4, pushes, [ids] * len(pushes)))
+    torch.testing.assert_close(shared, alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kept_in", ["fp32", "int8"])

@@ -271,7 +271,8 @@ def pushed_logits(
     """Of answers of one token, on one pass of the base: by each push, which pushes the answer alone, the logits of the
     tokens in its `ids`, (B, len(ids))."""
     xt, t, real, prompt_mask = all_masked(batch, mask_id)
-    frozen = model.frozen(xt, real, prompt_mask, min(push.first_depth for push in pushes))
+    depths = [push.first_depth for push in pushes]
+    frozen = model.frozen(xt, real, prompt_mask, min(depths), to_the_end=max(depths) == model.config.num_layers)
     for push, only in zip(pushes, ids, strict=True):
         yield all_finite(model.head(model.along(push, frozen, t, prompt_mask)[:, 0], only))
 

@@ -137,12 +137,14 @@ class Denoiser(nn.Module):
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
-            block, asked = self.blocks[depth], positions if depth == self.config.num_layers - 1 else None
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, angles, attention_mask, asked, use_reentrant=False)
-            else:
-                h = block(h, angles, attention_mask, asked)
+            asked = positions if depth == self.config.num_layers - 1 else None
+            h = self.through(depth, h, angles, attention_mask, asked)
         return h
+
+    def through(self, depth: int, *given: Any) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.blocks[depth], *given, use_reentrant=False)
+        return self.blocks[depth](*given)
 
     def states(
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -157,27 +159,26 @@ class Denoiser(nn.Module):
         t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
         push = self.push
-        if push is None:
-            return self.whole_states(None, xt, t, attention_mask, prompt_mask, None, where)
-        if t is None or prompt_mask is None:
+        if push is not None and (t is None or prompt_mask is None):
             raise ValueError("a denoiser with a push needs t and prompt_mask")
-        if not push.is_routed:
-            of_push = self.answer_states if push.answer_only else self.whole_states
-            return of_push(push, xt, t, attention_mask, prompt_mask, cached, where)
-        found = h = self.embed(xt)
+        if push is None or not push.is_routed:
+            return self.states_by(push, xt, t, attention_mask, prompt_mask, cached, where)
+        h = self.embed(xt)
         found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
         for rows, member in push.by_member(h, prompt_mask):
             own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
             asked = None if where is None else where[rows]
-            states = (self.answer_states if member.answer_only else self.whole_states)(member, *own, None, asked)
-            found[rows if where is None else torch.isin(where.nonzero()[:, 0], rows)] = states.to(h.dtype)
+            at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
+            found[at] = self.states_by(member, *own, None, asked).to(h.dtype)
         return found
 
-    def whole_states(
+    def states_by(
         self, push: Push | None, xt: Tensor, t: Tensor | None, attention_mask: Tensor | None,
         prompt_mask: Tensor | None, cached: Tensor | None, where: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """`states` without a push, or with one that changes all positions."""
+        """`states`, pushed by one push or none."""
+        if push is not None and push.answer_only:
+            return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted
         first = last if push is None else push.first_depth
         few = None if where is None else positions_of(where)
@@ -193,10 +194,8 @@ class Denoiser(nn.Module):
         if push is not None:
             push_at = push.start(t, prompt_mask)
             h = self.run_blocks(h, attention_mask, first, last, push_at, narrow)
-            if whole and positions is not None:
-                h = take(h, positions) + push_at(last, h, positions)
-            else:
-                h = h + push_at(last, h)
+            at = positions if whole else None
+            h = (h if at is None else take(h, at)) + push_at(last, h, at)
         if positions is not None:
             return h[few[1]]
         h = torch.cat([h[:, :1], h[:, :-1]], 1) if shifted else h
@@ -209,7 +208,8 @@ class Denoiser(nn.Module):
         """`states` with a push on the answer only, of which alone `where` may ask."""
         if where is not None and bool((where & prompt_mask).any()):
             raise ValueError("a push on the answer only is asked for states of the prompt")
-        frozen = self.frozen(xt, attention_mask, prompt_mask, push.first_depth, cached, where is None)
+        to_the_end = where is None or push.first_depth == self.config.num_layers
+        frozen = self.frozen(xt, attention_mask, prompt_mask, push.first_depth, cached, to_the_end)
         h = self.along(push, frozen, t, prompt_mask)
         if where is None:
             h = h.where(frozen.is_answer[..., None], frozen.here[-1])
@@ -223,13 +223,11 @@ class Denoiser(nn.Module):
         self, xt: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor, first: int, cached: Tensor | None = None,
         to_the_end: bool = False,
     ) -> Frozen:  # fmt: skip
-        """What the frozen base makes of rows from depth `first` on: as far as a push on their answers needs it, or to
-        the end."""
+        """What the frozen base makes of rows from depth `first` to before its last block, or to the end."""
         last, real = self.config.num_layers, torch.ones_like(prompt_mask) if attention_mask is None else attention_mask
         if cached is None:
             history: list[Tensor] = []
-            stop = last if to_the_end else max(first, last - 1)
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=history)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, last if to_the_end else last - 1, history=history)
             depths = [*history[first:], h]
         else:
             depths = list(cached.unbind(2))
@@ -245,13 +243,12 @@ class Denoiser(nn.Module):
 
     def along(self, push: Push, frozen: Frozen, t: Tensor, prompt_mask: Tensor) -> Tensor:
         """Final states (B, M, D) where they tell the answer, pushed at every depth on their way."""
-        push_at, angles, h = push.start(t, prompt_mask), self.angles(prompt_mask.shape[1]), None
+        push_at, angles = push.start(t, prompt_mask), self.angles(prompt_mask.shape[1])
+        h = frozen.here[push.first_depth - frozen.first]
         for depth in range(push.first_depth, self.config.num_layers):
-            here = frozen.here[depth - frozen.first]
-            h = here if h is None else h
-            h = (h + push_at(depth, h)).where(frozen.is_answer[..., None], here)
-            h = self.blocks[depth](h, angles, None, frozen.positions, frozen.beside[depth - frozen.first])
-        h = frozen.here[-1] if h is None else h
+            at = depth - frozen.first
+            h = (h + push_at(depth, h)).where(frozen.is_answer[..., None], frozen.here[at])
+            h = self.through(depth, h, angles, None, frozen.positions, frozen.beside[at])
         return h + push_at(self.config.num_layers, h)
 
     @property
