@@ -211,33 +211,32 @@ def test_a_cached_continuation_equals_the_uncached_pass(
     assert torch.equal(model.states(other_ids, t, mask, prompt, torch.stack(depths[first_depth:last], 2)), uncached)
 
 
-@pytest.mark.parametrize("case", ["pre-norm", "post-norm", "rotary, grouped, local", "shifted"])
+@pytest.mark.parametrize("case", ["pre-norm", "post-norm", "rotary, grouped", "shifted"])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
-def test_a_push_on_the_answer_leaves_the_states_of_the_prompt_to_the_frozen_base(
+def test_a_push_on_the_answer_reads_all_others_as_the_frozen_base_has_them(
     config: ModelConfig, first_depth: int, case: str
 ) -> None:
-    """Block by block: every state is pushed or not, the block reads all of them, and what it makes of the prompt is
-    put back to what the base alone makes of it."""
+    """Behind every row stand copies of its tokens, which nothing reads; they are pushed, the row itself is not."""
     changes: dict[str, dict[str, Any]] = {
-        "post-norm": {"norm_first": False}, "shifted": {"shifted": True},
-        "rotary, grouped, local": {"kv_heads": 2, "local_window": 4, "global_every": 2},
+        "pre-norm": {"rotary": False}, "post-norm": {"rotary": False, "norm_first": False},
+        "rotary, grouped": {"kv_heads": 2}, "shifted": {"shifted": True},
     }  # fmt: skip
-    model = fresh_base(replace(config, **changes.get(case, {})))
+    model = fresh_base(replace(config, **changes[case]))
     x, t, mask, prompt = rows_with_prompts(model)
-    push, pushed = RecordingPush(first_depth, answer_only=True), mask & ~prompt
-    if case == "shifted":
-        pushed = torch.cat([pushed[:, 1:], pushed[:, :1] & False], 1)
+    push, answer, unread = RecordingPush(first_depth, answer_only=True), mask & ~prompt, torch.zeros_like(mask)
+    angles, h = model.angles(9), model.embed(x)
+    angles = None if angles is None else tuple(torch.cat([angle, angle]) for angle in angles)
     with torch.no_grad():
-        depths: list[Tensor] = []
-        depths.append(model.run_blocks(model.embed(x), mask, 0, config.num_layers, history=depths))
-        h = depths[first_depth]
-        for depth in range(first_depth, config.num_layers + 1):
-            h = torch.where(pushed[..., None], h + push.start(t, prompt)(depth, h), depths[depth])
-            if depth < config.num_layers:
-                h = model.run_blocks(h, mask, depth, depth + 1)
-        expected = torch.cat([h[:, :1], h[:, :-1]], 1) if case == "shifted" else h
+        copies = h
+        for depth in range(config.num_layers):
+            copies = copies + push.start(t, prompt)(depth, copies) if depth >= first_depth else h
+            both = model.blocks[depth](torch.cat([h, copies], 1), angles, torch.cat([mask, unread], 1))
+            h, copies = both.chunk(2, 1)
+        copies = (copies if first_depth < config.num_layers else h) + push.start(t, prompt)(config.num_layers, copies)
+        if case == "shifted":
+            h, copies = (torch.cat([of[:, :1], of[:, :-1]], 1) for of in (h, copies))
+        expected = torch.where(prompt[..., None], h, copies)
         model.push = push
-        answer = mask & ~prompt
         torch.testing.assert_close(model.states(x, t, mask, prompt)[mask], expected[mask], atol=1e-4, rtol=1e-4)
         found = model.states(x, t, mask, prompt, where=answer)
         torch.testing.assert_close(found, expected[answer], atol=1e-4, rtol=1e-4)

@@ -7,7 +7,7 @@ all, are plain batched products, a few heads at a time so that their scores stay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,28 +51,6 @@ def attention(
     return (ShortAttention.apply(q, k, v - offset, bias) + offset).unflatten(0, (batch, heads))
 
 
-class Beside(NamedTuple):
-    """What a frozen base has at all positions of rows of which some are computed otherwise."""
-
-    keys: Tensor  # (B, H, L, head width)
-    values: Tensor
-    others: Tensor  # (B, L) bool: those that stay as they are
-    is_own: Tensor  # (B, M) bool: which of the computed positions do not
-
-
-def attention_beside(q: Tensor, own: tuple[Tensor, Tensor], beside: Beside, window: int, positions: Tensor) -> Tensor:
-    """`attention` of M positions (B, M) to one another and to others whose keys and values are frozen, so that no
-    gradient goes there. q, own: (B, H, M, W) -> (B, H, M, W)."""
-    length = beside.keys.shape[2]
-    scores = torch.cat([q @ beside.keys.mT, q @ own[0].mT], -1).float() * q.shape[-1] ** -0.5
-    seen = torch.cat([beside.others, beside.is_own], 1)[:, None, None]  # (B, 1, 1, L + M)
-    if window:
-        at = torch.cat([torch.arange(length, device=q.device).expand(len(q), -1), positions], 1)
-        seen = seen & ((positions[:, :, None] - at[:, None]).abs() <= window // 2)[:, None]
-    weights = scores.masked_fill(~seen, HIDDEN).softmax(-1).to(q.dtype)
-    return weights[..., :length] @ beside.values + weights[..., length:] @ own[1]
-
-
 class ShortAttention(torch.autograd.Function):
     """softmax(q k^T + bias) v for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L) -> (N, M, W)."""
 
@@ -93,13 +71,15 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mixed, weights = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        frozen = not any(ctx.needs_input_grad[1:3])
         along = (grad * mixed).sum(-1, keepdim=True)  # sum over keys of weight * its gradient: (N, M, 1)
         for some in parts(q, k):
-            torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
             grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
             torch.bmm(grad_scores, k[some], out=grad_q[some])
-            torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
-        return grad_q, grad_k, grad_v, None
+            if not frozen:
+                torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
+                torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
+        return (grad_q, None, None, None) if frozen else (grad_q, grad_k, grad_v, None)
 
 
 def parts(q: Tensor, k: Tensor) -> Iterator[slice]:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyld.attention import Beside, attention, attention_beside, rotate
+from tinyld.attention import attention, rotate
 from tinyld.config import ModelConfig
 from tinyld.device import product, product_dtype
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -80,25 +81,21 @@ class Block(nn.Module):
         q = q if self.query_norm is None else self.query_norm(q.float()).to(q.dtype)
         return q if angles is None else rotate(q, *self.angles_at(angles, positions))
 
-    def keys_values(self, h: Tensor, angles: Angles | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Both (B, H, M, head width), of normed states h (B, M, D): all, or those at `positions` (B, M)."""
+    def keys_values(self, h: Tensor, angles: Angles | None) -> Pair:
+        """Both (B, H, L, head width), of normed states h (B, L, D)."""
         k, v = self.heads(self.key(h)), self.heads(self.value(h))
         k = k if self.key_norm is None else self.key_norm(k.float()).to(v.dtype)
-        k = k if angles is None else rotate(k, *self.angles_at(angles, positions))
+        k = k if angles is None else rotate(k, *self.angles_at(angles))
         groups = self.config.num_heads // k.shape[1]
         return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
     def attend(
-        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None, beside: Beside | None
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None, frozen: Pair | None
     ) -> Tensor:
         h = h.to(product_dtype(h.device))  # once, not in each of the products
-        window = self.config.local_window if self.is_local else 0
-        if beside is None:
-            q = self.queries(h if positions is None else take(h, positions), angles, positions)
-            mixed = attention(q, *self.keys_values(h, angles), key_mask, window, positions)
-        else:
-            q, own = self.queries(h, angles, positions), self.keys_values(h, angles, positions)
-            mixed = attention_beside(q, own, beside, window, positions)
+        q = self.queries(h if positions is None or frozen is not None else take(h, positions), angles, positions)
+        k, v = self.keys_values(h, angles) if frozen is None else frozen
+        mixed = attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
@@ -109,13 +106,13 @@ class Block(nn.Module):
 
     def forward(
         self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None,
-        beside: Beside | None = None,
+        frozen: Pair | None = None,
     ) -> Tensor:  # fmt: skip
-        """With `positions` (B, M) only their states are computed, (B, M, D): the others give keys and values. With what
-        was worked out `beside` them h is (B, M, D) too."""
-        here = h if positions is None or beside is not None else take(h, positions)
+        """With `positions` (B, M) only their states are computed, (B, M, D): the others give keys and values. Where
+        those of all positions are given, `frozen`, h is (B, M, D) too."""
+        here = h if positions is None or frozen is not None else take(h, positions)
         h = self.attention_norm(h) if self.norm_first else h
-        h = here + self.after_attention(self.attend(h, angles, key_mask, positions, beside))
+        h = here + self.after_attention(self.attend(h, angles, key_mask, positions, frozen))
         if self.norm_first:
             return h + self.after_mlp(self.mlp(self.mlp_norm(h)))
         h = self.attention_norm(h)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from tinyld.attention import Beside, rotary_tables
-from tinyld.block import Angles, Block, Embedding, Linear, make_norm, take
+from tinyld.attention import rotary_tables
+from tinyld.block import Angles, Block, Embedding, Linear, Pair, make_norm, take
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, narrow, product, product_dtype
 
@@ -47,14 +47,12 @@ class Push(Protocol):
 
 
 class Frozen(NamedTuple):
-    """What the frozen base makes of rows whose answers alone are pushed, from some depth on."""
+    """What the frozen base makes of rows, from some depth on."""
 
     first: int
-    positions: Tensor  # (B, M), whose states tell the answer
-    is_answer: Tensor  # (B, M) bool: a row with a shorter answer has other positions as well
-    here: list[Tensor]  # (B, M, D), the states there at each depth
-    beside: list[Beside]  # keys and values of the other positions in each block
-    final: Tensor  # (B, L, D), the states of the last depth
+    states: list[Tensor]  # (B, L, D) at each depth
+    pairs: list[Pair]  # in each block
+    attention_mask: Tensor | None
 
 
 def positions_of(where: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,48 +206,45 @@ class Denoiser(nn.Module):
         """`states` with a push on the answer only, of which alone `where` may ask."""
         if where is not None and bool((where & prompt_mask).any()):
             raise ValueError("a push on the answer only is asked for states of the prompt")
+        positions, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
+        positions = (positions - int(self.config.shifted)).clamp(min=0)
         to_the_end = where is None or push.first_depth == self.config.num_layers
-        frozen = self.frozen(xt, attention_mask, prompt_mask, push.first_depth, cached, to_the_end)
-        h = self.along(push, frozen, t, prompt_mask)
-        if where is None:
-            h = h.where(frozen.is_answer[..., None], frozen.here[-1])
-        into = frozen.final if where is None else torch.zeros_like(frozen.final)
-        h = into.scatter(1, frozen.positions[..., None].expand_as(h), h.to(into.dtype))
-        h = torch.cat([h[:, :1], h[:, :-1]], 1) if self.config.shifted else h
-        return h if where is None else h[where]
+        frozen = self.frozen(xt, attention_mask, push.first_depth, cached, to_the_end)
+        (h,) = self.along([push], frozen, positions, t, prompt_mask)
+        return h[is_asked] if where is not None else take(frozen.states[-1], positions).where(prompt_mask[..., None], h)
 
     @torch.no_grad()
     def frozen(
-        self, xt: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor, first: int, cached: Tensor | None = None,
-        to_the_end: bool = False,
-    ) -> Frozen:  # fmt: skip
-        """What the frozen base makes of rows from depth `first` to before its last block, or to the end."""
-        last, real = self.config.num_layers, torch.ones_like(prompt_mask) if attention_mask is None else attention_mask
+        self, xt: Tensor, attention_mask: Tensor | None, first: int, cached: Tensor | None, to_the_end: bool
+    ) -> Frozen:
+        """What the base makes of rows from depth `first` to before its last block, or to the end."""
         if cached is None:
-            history: list[Tensor] = []
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, last if to_the_end else last - 1, history=history)
-            depths = [*history[first:], h]
+            history, stop = list[Tensor](), self.config.num_layers - int(not to_the_end)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=history)
+            states = [*history[first:], h]
         else:
-            depths = list(cached.unbind(2))
-        tells = real & ~prompt_mask
-        if self.config.shifted:  # the state before a position tells it
-            tells = torch.cat([tells[:, :1] | tells[:, 1:2], tells[:, 2:], torch.zeros_like(tells[:, :1])], 1)
-        positions, is_answer = positions_of(tells)
-        angles, beside = self.angles(xt.shape[1]), []
-        for block, h in zip(self.blocks[first:], depths, strict=False):
-            h = (block.attention_norm(h) if block.norm_first else h).to(product_dtype(h.device))
-            beside.append(Beside(*block.keys_values(h, angles), real & ~tells, is_answer))
-        return Frozen(first, positions, is_answer, [take(h, positions) for h in depths], beside, depths[-1])
+            states = list(cached.unbind(2))
+        angles, pairs = self.angles(xt.shape[1]), []
+        for block, h in zip(self.blocks[first:], states, strict=False):
+            h = block.attention_norm(h) if block.norm_first else h
+            pairs.append(block.keys_values(h.to(product_dtype(h.device)), angles))
+        return Frozen(first, states, pairs, attention_mask)
 
-    def along(self, push: Push, frozen: Frozen, t: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Final states (B, M, D) where they tell the answer, pushed at every depth on their way."""
-        push_at, angles = push.start(t, prompt_mask), self.angles(prompt_mask.shape[1])
-        h = frozen.here[push.first_depth - frozen.first]
-        for depth in range(push.first_depth, self.config.num_layers):
-            at = depth - frozen.first
-            h = (h + push_at(depth, h)).where(frozen.is_answer[..., None], frozen.here[at])
-            h = self.through(depth, h, angles, None, frozen.positions, frozen.beside[at])
-        return h + push_at(self.config.num_layers, h)
+    def along(
+        self, pushes: Sequence[Push], frozen: Frozen, positions: Tensor, t: Tensor, prompt_mask: Tensor
+    ) -> list[Tensor]:
+        """By each push the final states (B, M, D) at positions (B, M), which are pushed at every depth on their way and
+        read all others as the frozen base has them. The blocks compute those of all pushes side by side."""
+        last, angles = self.config.num_layers, self.angles(prompt_mask.shape[1])
+        each = [take(frozen.states[push.first_depth - frozen.first], positions) for push in pushes]
+        started = [push.start(t, prompt_mask) for push in pushes]
+        for depth, pair in zip(range(frozen.first, last), frozen.pairs, strict=True):
+            on = [i for i, push in enumerate(pushes) if push.first_depth <= depth]
+            h = torch.cat([each[i] + started[i](depth, each[i]) for i in on], 1)
+            h = self.through(depth, h, angles, frozen.attention_mask, positions.repeat(1, len(on)), pair)
+            for i, own in zip(on, h.chunk(len(on), 1), strict=True):
+                each[i] = own
+        return [h + push_at(last, h) for h, push_at in zip(each, started, strict=True)]
 
     @property
     def device(self) -> torch.device:
