@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_methods import fresh_base, logits, noised_batch
 from torch import nn
 
+from tinyld.block import Linear
 from tinyld.config import ModelConfig
 from tinyld.device import DTYPES, autocast, fast_dtype, resolve_dtype, shrink, stored_bytes
 
@@ -77,3 +78,16 @@ def test_a_product_is_that_of_widened_weights_of_which_the_backward_pass_keeps_n
     rounding = 2**-7 if low else 1e-6  # some rows at a time, so that they add up in another order
     assert float((x.grad - y.grad).abs().max()) <= rounding * float(y.grad.abs().max())
     torch.testing.assert_close(layer.bias.grad, bias.grad)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_matrix_that_changes_is_read_as_it_is_now(frozen: bool) -> None:
+    layer, x = Linear(8, 8), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), autocast(CPU, torch.bfloat16):
+        layer.weight.copy_(torch.eye(8)), layer.bias.zero_()
+        layer.requires_grad_(not frozen)
+        once = layer(x)
+        layer.weight.mul_(2.0)
+        assert torch.equal(layer(x), 2 * once)
+        layer.weight.data = torch.zeros(8, 8)
+        assert not layer(x).any()

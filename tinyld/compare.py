@@ -90,7 +90,9 @@ def lines_of(options: CompareOptions) -> list[Line]:
                     raise UsageError(f"--methods {':'.join([method, *sets])}: {error}") from None
                 del config["base"]["path"]  # which may hold another base later
                 lr = config["train"].pop("lr")
-                check(lr < 1, f"--methods {':'.join([method, *sets])}: lr must be below 1, got {lr:g}")
+                of_method, highest = f"--methods {':'.join([method, *sets])}", lr * max(RATES[: options.trials])
+                check(lr < 1, f"{of_method}: lr must be below 1, got {lr:g}")
+                check(highest < 1, f"{of_method}: lr {lr:g} is tried up to {highest:g}, which must be below 1")
                 asked = sha256(repr((config, base_print, rows_print)).encode(errors="surrogatepass"))[:8]
                 rates = [float(f"{lr * multiple:.3g}") for multiple in RATES[: options.trials]]
                 run = f"{task.name}_{name}_lr{{:g}}{f'_n{limit}' if limit else ''}_s{{}}_{asked}"

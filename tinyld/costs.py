@@ -44,11 +44,13 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
     An estimate, at most a fifth off what data/results/foreign.csv has: Python and torch; the base, in fp32 for full;
     16 bytes a number that is trained, for its gradient, AdamW's moments and its update; beside a frozen base in fp32
     its matrices in bf16; what the backward pass needs of every block that it goes through, or for `fast` the prompt's
-    states, keys and values. States kept for later epochs (--cache-gb) come on top.
+    states, keys and values. States kept for later epochs (--cache-gb) come on top. To read a base into int8 takes more
+    than to train little of it.
     """
     kept, d, found = {t: base_bytes(config, t) for t in BASE_DTYPES}, config.d_model, []
     block = rows * length * (16 * d + 5 * sum(outputs for _, outputs in config.matrices().values()))
     fixed = 450_000_000
+    reading = fixed + kept["int8"] + 3 * config.vocab_size * config.embedding_width  # in int8: its vocabulary, 3 bytes
     for name in METHODS:
         for recipe in ("fast", "best") if name == "trajectory-lora" else (None,):
             try:
@@ -60,8 +62,11 @@ def costs(config: ModelConfig, rows: int, length: int) -> list[dict[str, Any]]:
                 continue
             needed = block * getattr(settings, "blocks", config.num_layers)
             needed += block * config.num_layers // 5 * (name == "weight-lora")  # its own products, beside the base's
-            needed = 8 * rows * length * d * settings.blocks if recipe == "fast" else needed
+            if recipe == "fast":
+                needed = 4 * rows * length * (d + config.num_heads * config.width_of_head) * settings.blocks
             memory = {t: fixed + 16 * own + needed + kept[t] if t == "fp32" or name != "full" else None for t in kept}
+            if name != "full":
+                memory["int8"] = max(memory["int8"], reading)
             memory["fp32"] += 2 * config.vocab_size * config.embedding_width if name == "full" else kept["bf16"]
             found.append({"method": f"{name} {recipe or ''}".strip(), "stored_parameters": own,
                           "stored_bytes": 4 * own, **{f"memory_{t}": size for t, size in memory.items()}})  # fmt: skip

@@ -219,9 +219,9 @@ class Denoiser(nn.Module):
     ) -> Frozen:
         """What the base makes of rows from depth `first` to before its last block, or to the end."""
         if cached is None:
-            history, stop = list[Tensor](), self.config.num_layers - int(not to_the_end)
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=history)
-            states = [*history[first:], h]
+            states, stop = list[Tensor](), self.config.num_layers - int(not to_the_end)
+            h = self.run_blocks(self.embed(xt), attention_mask, 0, first)
+            states.append(self.run_blocks(h, attention_mask, first, stop, history=states))
         else:
             states = list(cached.unbind(2))
         angles, pairs = self.angles(xt.shape[1]), []

@@ -49,9 +49,10 @@ def kept_depths(model: Denoiser) -> tuple[int, int]:
 
 def states_to_keep(model: Denoiser, xt: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     """The frozen states (B, L, D) that every later pass on these rows needs, depth by depth."""
-    (first, depths), history = kept_depths(model), list[Tensor]()
-    h = model.run_blocks(model.embed(xt), attention_mask, 0, first + depths - 1, history=history)
-    return [*history, h][first:]
+    (first, depths), states = kept_depths(model), list[Tensor]()
+    h = model.run_blocks(model.embed(xt), attention_mask, 0, first)
+    states.append(model.run_blocks(h, attention_mask, first, first + depths - 1, history=states))
+    return states
 
 
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
