@@ -85,7 +85,6 @@ def learning(*rows: Any) -> Any:
         (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
         (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
-        (lambda run, base: tinyld.load(base, task="reviews"), "is a base, which any task may ask"),
         (lambda run, base: run.predict(None), "texts are a list"),
         (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
         (lambda run, base: run.write([5]), "a prompt is a text"),

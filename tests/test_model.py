@@ -219,7 +219,7 @@ def test_a_push_on_the_answer_reads_all_others_as_the_frozen_base_has_them(
     """Behind every row stand copies of its tokens, which nothing reads; they are pushed, the row itself is not."""
     changes: dict[str, dict[str, Any]] = {
         "pre-norm": {"rotary": False}, "post-norm": {"rotary": False, "norm_first": False},
-        "rotary, grouped": {"kv_heads": 2}, "shifted": {"shifted": True},
+        "rotary, grouped": {"kv_heads": 1}, "shifted": {"shifted": True},
     }  # fmt: skip
     model = fresh_base(replace(config, **changes[case]))
     x, t, mask, prompt = rows_with_prompts(model)

@@ -117,11 +117,11 @@ class Product(torch.autograd.Function):
 def narrow(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> Tensor:
     """A module's weight as products read it; made once while it is frozen."""
     weight = module.weight
-    if weight.dtype == dtype or weight.requires_grad:
+    if weight.dtype == dtype or weight.requires_grad or torch.is_inference_mode_enabled() or weight.is_inference():
         return weight.to(dtype)
     made_of = weight.data_ptr(), weight._version, dtype
     if getattr(module, "_narrow", (None,))[0] != made_of:
-        module._narrow = made_of, weight.to(dtype)
+        module._narrow = made_of, weight.to(dtype), weight.detach()  # which keeps its address from being used again
     return module._narrow[1]
 
 

@@ -7,7 +7,7 @@ which may change the residual stream before any block and after the last one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from tinyld.attention import rotary_tables
-from tinyld.block import Angles, Block, Embedding, Linear, Pair, make_norm, take
+from tinyld.block import Angles, Block, Embedding, Linear, make_norm, take
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, narrow, product, product_dtype
 
@@ -44,15 +44,6 @@ class Push(Protocol):
     def by_member(self, embedded: Tensor, prompt_mask: Tensor) -> Sequence[tuple[Tensor, Push]]:
         """(numbers of rows, their push), by the embeddings (B, L, D) of their tokens."""
         ...
-
-
-class Frozen(NamedTuple):
-    """What the frozen base makes of rows, from some depth on."""
-
-    first: int
-    states: list[Tensor]  # (B, L, D) at each depth
-    pairs: list[Pair]  # in each block
-    attention_mask: Tensor | None
 
 
 def positions_of(where: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,16 +113,17 @@ class Denoiser(nn.Module):
 
     def run_blocks(
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
-        positions: Tensor | None = None, history: list[Tensor] | None = None,
+        positions: Tensor | None = None, history: list[Tensor] | None = None, since: int = 0,
     ) -> Tensor:  # fmt: skip
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
-        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run are
-        appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
+        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run, from
+        block `since` on, are appended to `history`. With `positions` (B, M) the model's last block computes those
+        alone, (B, M, D).
         """
         angles = self.angles(h.shape[1])
         for depth in range(start, stop):
-            if history is not None:
+            if history is not None and depth >= since:
                 history.append(h)
             if push_at is not None:
                 h = h + push_at(depth, h)
@@ -208,40 +200,43 @@ class Denoiser(nn.Module):
             raise ValueError("a push on the answer only is asked for states of the prompt")
         positions, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
         positions = (positions - int(self.config.shifted)).clamp(min=0)
-        to_the_end = where is None or push.first_depth == self.config.num_layers
-        frozen = self.frozen(xt, attention_mask, push.first_depth, cached, to_the_end)
-        (h,) = self.along([push], frozen, positions, t, prompt_mask)
-        return h[is_asked] if where is not None else take(frozen.states[-1], positions).where(prompt_mask[..., None], h)
+        last, first = self.config.num_layers, push.first_depth
+        to_the_end = where is None or first == last
+        states = self.frozen(xt, attention_mask, first, to_the_end) if cached is None else list(cached.unbind(2))
+        if to_the_end and len(states) <= last - first:
+            raise ValueError("the final states of the prompt are asked for, and were not kept")
+        (h,) = self.along([push], states, positions, t, attention_mask, prompt_mask)
+        return h[is_asked] if where is not None else take(states[-1], positions).where(prompt_mask[..., None], h)
 
     @torch.no_grad()
-    def frozen(
-        self, xt: Tensor, attention_mask: Tensor | None, first: int, cached: Tensor | None, to_the_end: bool
-    ) -> Frozen:
-        """What the base makes of rows from depth `first` to before its last block, or to the end."""
-        if cached is None:
-            states, stop = list[Tensor](), self.config.num_layers - int(not to_the_end)
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, first)
-            states.append(self.run_blocks(h, attention_mask, first, stop, history=states))
-        else:
-            states = list(cached.unbind(2))
-        angles, pairs = self.angles(xt.shape[1]), []
-        for block, h in zip(self.blocks[first:], states, strict=False):
-            h = block.attention_norm(h) if block.norm_first else h
-            pairs.append(block.keys_values(h.to(product_dtype(h.device)), angles))
-        return Frozen(first, states, pairs, attention_mask)
+    def frozen(self, xt: Tensor, attention_mask: Tensor | None, first: int, to_the_end: bool) -> list[Tensor]:
+        """What the base makes of rows, (B, L, D) at every depth from `first` to before the last block or to the end."""
+        states, stop = list[Tensor](), self.config.num_layers - int(not to_the_end)
+        h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=states, since=first)
+        return [*states, h]
 
     def along(
-        self, pushes: Sequence[Push], frozen: Frozen, positions: Tensor, t: Tensor, prompt_mask: Tensor
-    ) -> list[Tensor]:
+        self, pushes: Sequence[Push], states: Sequence[Tensor], positions: Tensor, t: Tensor,
+        attention_mask: Tensor | None, prompt_mask: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
         """By each push the final states (B, M, D) at positions (B, M), which are pushed at every depth on their way and
-        read all others as the frozen base has them. The blocks compute those of all pushes side by side."""
-        last, angles = self.config.num_layers, self.angles(prompt_mask.shape[1])
-        each = [take(frozen.states[push.first_depth - frozen.first], positions) for push in pushes]
+        read all others as the base has them: `states` (B, L, D), from the lowest push's first depth on. The blocks
+        compute those of all pushes side by side."""
+        first, last, angles = (
+            min(push.first_depth for push in pushes),
+            self.config.num_layers,
+            self.angles(states[0].shape[1]),
+        )
+        each = [take(states[push.first_depth - first], positions) for push in pushes]
         started = [push.start(t, prompt_mask) for push in pushes]
-        for depth, pair in zip(range(frozen.first, last), frozen.pairs, strict=True):
-            on = [i for i, push in enumerate(pushes) if push.first_depth <= depth]
+        for depth in range(first, last):
+            block, on = self.blocks[depth], [i for i, push in enumerate(pushes) if push.first_depth <= depth]
+            with torch.no_grad():
+                others = states[depth - first]
+                others = block.attention_norm(others) if block.norm_first else others
+                pair = block.keys_values(others.to(product_dtype(others.device)), angles)
             h = torch.cat([each[i] + started[i](depth, each[i]) for i in on], 1)
-            h = self.through(depth, h, angles, frozen.attention_mask, positions.repeat(1, len(on)), pair)
+            h = self.through(depth, h, angles, attention_mask, positions.repeat(1, len(on)), pair)
             for i, own in zip(on, h.chunk(len(on), 1), strict=True):
                 each[i] = own
         return [h + push_at(last, h) for h, push_at in zip(each, started, strict=True)]

@@ -299,7 +299,6 @@ def load(
     folder, push = RunFolder(path), None
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
-        check(task is None, f"{path} is a base, which any task may ask: name it where it is asked")
         made_for = [from_record(config["merged"]["task"], where)] if "task" in config.get("merged", {}) else []
         return Run(path, load_base(path, on, kept_in or "fp32", reading), made_for, config, dtype)
     check_ours(reading)

@@ -50,15 +50,14 @@ def kept_depths(model: Denoiser) -> tuple[int, int]:
 def states_to_keep(model: Denoiser, xt: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     """The frozen states (B, L, D) that every later pass on these rows needs, depth by depth."""
     (first, depths), states = kept_depths(model), list[Tensor]()
-    h = model.run_blocks(model.embed(xt), attention_mask, 0, first)
-    states.append(model.run_blocks(h, attention_mask, first, first + depths - 1, history=states))
-    return states
+    h = model.run_blocks(model.embed(xt), attention_mask, 0, first + depths - 1, history=states, since=first)
+    return [*states, h]
 
 
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
     """The reason why frozen states cannot be kept for these rows, or None when they can."""
     first_depth, depths = kept_depths(model)
-    if first_depth == 0 and depths == 1:
+    if first_depth == 0 and (model.push is None or not model.push.answer_only):
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"

@@ -65,10 +65,11 @@ class Weighted(nn.Module):
     def __init__(self, pushes: list[nn.Module], weights: Weights):
         super().__init__()
         self.pushes, self.weights, self.depths = nn.ModuleList(pushes), weights, pushes[0].depths
-        self.first_depth, self.reads_depths, self.reads_others = pushes[0].first_depth, False, False
+        self.first_depth, self.reads_others = pushes[0].first_depth, False
+        self.is_routed = self.answer_only = False
 
-    def start(self, t: Tensor, prompt_mask: Tensor, history: Any = ()) -> Callable[..., Tensor]:
-        started = [push.start(t, prompt_mask, history) for push in self.pushes]
+    def start(self, t: Tensor, prompt_mask: Tensor) -> Callable[..., Tensor]:
+        started = [push.start(t, prompt_mask) for push in self.pushes]
         weights = [w[:, None, None] for w in self.weights(t)]
 
         def push_at(*where: Any) -> Tensor:
