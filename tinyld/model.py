@@ -222,11 +222,8 @@ class Denoiser(nn.Module):
         """By each push the final states (B, M, D) at positions (B, M), which are pushed at every depth on their way and
         read all others as the base has them: `states` (B, L, D), from the lowest push's first depth on. The blocks
         compute those of all pushes side by side."""
-        first, last, angles = (
-            min(push.first_depth for push in pushes),
-            self.config.num_layers,
-            self.angles(states[0].shape[1]),
-        )
+        first, last = min(push.first_depth for push in pushes), self.config.num_layers
+        angles = self.angles(states[0].shape[1])
         each = [take(states[push.first_depth - first], positions) for push in pushes]
         started = [push.start(t, prompt_mask) for push in pushes]
         for depth in range(first, last):
