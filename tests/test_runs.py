@@ -342,18 +342,19 @@ def test_the_log_is_read_without_its_torn_last_line_and_rewound(run: RunFolder) 
     assert run.metrics() == [{"step": 0, "loss": 0.0}, {"step": 5, "loss": 5 / 3}, {"step": 6}]
 
 
-def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(run: RunFolder) -> None:
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(keep: int, run: RunFolder) -> None:
     for step in (2, 9, 10, 100, 1000):
-        run.save_checkpoint(step, {"model.w": torch.full((2,), float(step))}, {"tokens": step * 7}, keep=3)
-    assert [int(p.name) for p in run.checkpoints()] == [10, 100, 1000]
-    assert len(list((run.path / "checkpoints").iterdir())) == 3 + 1
+        run.save_checkpoint(step, {"model.w": torch.full((2,), float(step))}, {"tokens": step * 7}, keep)
+    assert [int(p.name) for p in run.checkpoints()] == [10, 100, 1000][-keep:]
+    assert len(list((run.path / "checkpoints").iterdir())) == keep + 1
     for dies_at in (1, 2):
         with pytest.raises(KeyboardInterrupt), dying(dies_at):
-            run.save_checkpoint(2000, {"model.w": torch.zeros(2)}, {}, keep=3)
+            run.save_checkpoint(2000, {"model.w": torch.zeros(2)}, {}, keep)
     tensors, state = run.load_checkpoint()
     assert state == {"step": 1000, "tokens": 7000} and torch.equal(tensors["model.w"], torch.full((2,), 1000.0))
     run.remove_checkpoints(after=100)
-    assert [int(p.name) for p in run.checkpoints()] == [10, 100]
+    assert [int(p.name) for p in run.checkpoints()] == [10, 100, 1000][-keep:-1]
     run.remove_checkpoints()
     assert run.load_checkpoint() is None and not (run.path / "checkpoints").exists()
 
