@@ -271,7 +271,7 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
     h = torch.randn(3, 5, d, generator=generator)
     prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
-    for site, depth in enumerate(method.push.depths):
+    for site, depth in enumerate(range(method.push.first_depth, config.num_layers + 1)):
         own = {n: method.own[f"sites.0.{n}"].detach() for n in ("up", "down")}  # all have them, if they are tied
         own |= {n.split(".")[2]: p.detach() for n, p in method.own.items() if n.startswith(f"sites.{site}.")}
         with torch.no_grad():

@@ -36,7 +36,7 @@ from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFol
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, builtin_names, from_record, to_record
-from tinyld.train import Noise, TrainingRun, why_not_cached, with_states
+from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_states
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 from tinyld.write import make_folder, write_atomic
 
@@ -184,7 +184,7 @@ def train_adapter(
         if reason is None:
             with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:
                 noise = with_states(noise, model, train_rows, bar.advance_to)
-        elif model.push is not None and (model.push.first_depth > 0 or model.push.answer_only):
+        elif kept_depths(model) is not None:
             say(f"frozen states are not cached: {reason}")
         cache_seconds = time.perf_counter() - started
 

@@ -200,18 +200,18 @@ class Denoiser(nn.Module):
             raise ValueError("a push on the answer only is asked for states of the prompt")
         positions, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
         positions = (positions - int(self.config.shifted)).clamp(min=0)
-        last, first = self.config.num_layers, push.first_depth
-        to_the_end = where is None or first == last
-        states = self.frozen(xt, attention_mask, first, to_the_end) if cached is None else list(cached.unbind(2))
-        if to_the_end and len(states) <= last - first:
-            raise ValueError("the final states of the prompt are asked for, and were not kept")
+        first, last = push.first_depth, self.config.num_layers
+        stop = last if where is None else max(first, last - 1)
+        states = self.frozen(xt, attention_mask, first, stop) if cached is None else list(cached.unbind(2))
+        if len(states) <= stop - first:
+            raise ValueError(f"states are needed up to depth {stop}, and were kept up to {first + len(states) - 1}")
         (h,) = self.along([push], states, positions, t, attention_mask, prompt_mask)
         return h[is_asked] if where is not None else take(states[-1], positions).where(prompt_mask[..., None], h)
 
     @torch.no_grad()
-    def frozen(self, xt: Tensor, attention_mask: Tensor | None, first: int, to_the_end: bool) -> list[Tensor]:
-        """What the base makes of rows, (B, L, D) at every depth from `first` to before the last block or to the end."""
-        states, stop = list[Tensor](), self.config.num_layers - int(not to_the_end)
+    def frozen(self, xt: Tensor, attention_mask: Tensor | None, first: int, stop: int) -> list[Tensor]:
+        """What the base makes of rows, (B, L, D) at every depth from `first` to `stop`."""
+        states: list[Tensor] = []
         h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=states, since=first)
         return [*states, h]
 

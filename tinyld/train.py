@@ -39,29 +39,25 @@ Noise = Callable[..., list[Noised]]  # (batch, generator=) -> the batch with its
 # ------------------------------------------------------------------------------------------------ frozen states
 
 
-def kept_depths(model: Denoiser) -> tuple[int, int]:
-    """The first depth whose states before it are the frozen base's own, and at how many depths from it on they are
-    needed: at all whose keys and values the push leaves alone."""
-    if (push := model.push) is None:
-        return 0, 1
-    return push.first_depth, max(1, model.config.num_layers - push.first_depth) if push.answer_only else 1
-
-
-def states_to_keep(model: Denoiser, xt: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
-    """The frozen states (B, L, D) that every later pass on these rows needs, depth by depth."""
-    (first, depths), states = kept_depths(model), list[Tensor]()
-    h = model.run_blocks(model.embed(xt), attention_mask, 0, first + depths - 1, history=states, since=first)
-    return [*states, h]
+def kept_depths(model: Denoiser) -> tuple[int, int] | None:
+    """The first and the last depth of which every later pass needs the frozen base's states: where the push begins or,
+    if it is on the answer only, from there on to before the last block. None where the first block is changed."""
+    push = model.push
+    if push is None or (push.first_depth == 0 and not push.answer_only):
+        return None
+    return push.first_depth, max(
+        push.first_depth, model.config.num_layers - 1
+    ) if push.answer_only else push.first_depth
 
 
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
     """The reason why frozen states cannot be kept for these rows, or None when they can."""
-    first_depth, depths = kept_depths(model)
-    if first_depth == 0 and (model.push is None or not model.push.answer_only):
+    if (kept := kept_depths(model)) is None:
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"
-    of_token = sum(part.nbytes for part in pack(torch.empty(depths, model.config.d_model)))
+    first, last = kept
+    of_token = sum(part.nbytes for part in pack(torch.empty(last - first + 1, model.config.d_model)))
     size = int(rows.lengths.sum()) * of_token / 2**30
     return None if size <= limit_gb else f"{size:.1f} GB of states, --cache-gb allows {limit_gb:g}"
 
@@ -79,10 +75,10 @@ def unpack(values: Tensor, scales: Tensor) -> Tensor:
 def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance = unheard) -> Noise:
     """The noise of rows of one-token answers, which have one mask, with the states of every token that its passes need,
     kept in int8."""
-    _, depths = kept_depths(model)
+    first, last = kept_depths(model)  # type: ignore[misc]  # why_not_cached was asked
     tokens, done = int(rows.lengths.sum()), 0
     starts = torch.from_numpy(np.cumsum(rows.lengths) - rows.lengths)  # of each row among the tokens of all
-    made = pack(torch.empty(0, depths, model.config.d_model))
+    made = pack(torch.empty(0, last - first + 1, model.config.d_model))
     kept = [part.new_empty(tokens, *part.shape[1:]) for part in made]  # values and scales
 
     def numbers(batch: Batch) -> Tensor:
@@ -93,7 +89,7 @@ def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance 
         batch = rows.take(chunk)
         (noised,) = noise(batch, generator=torch.Generator())
         noised, real = noised.to(model.device), batch.attention_mask.to(model.device)
-        packed = [pack(state[real]) for state in states_to_keep(model, noised.xt, noised.attention_mask)]
+        packed = [pack(state[real]) for state in model.frozen(noised.xt, noised.attention_mask, first, last)]
         for of_all, parts in zip(kept, zip(*packed, strict=True), strict=True):
             of_all[numbers(batch)[batch.attention_mask]] = torch.stack(parts, dim=1).cpu()
         done += len(chunk)

@@ -64,7 +64,7 @@ class Weighted(nn.Module):
 
     def __init__(self, pushes: list[nn.Module], weights: Weights):
         super().__init__()
-        self.pushes, self.weights, self.depths = nn.ModuleList(pushes), weights, pushes[0].depths
+        self.pushes, self.weights = nn.ModuleList(pushes), weights
         self.first_depth, self.reads_others = pushes[0].first_depth, False
         self.is_routed = self.answer_only = False
 

@@ -130,7 +130,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from tinyld.foreign import load_foreign
     from tinyld.methods import METHODS, make_config
-    from tinyld.train import kept_depths, pack, states_to_keep, unpack
+    from tinyld.train import kept_depths, pack, unpack
 
     started = clock(args.device)
     base = load_foreign(Path(args.folder), args.device, "fp32" if name == "full" else args.dtype)
@@ -140,14 +140,14 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     method, options = ("trajectory-lora", {"recipe": recipe}) if recipe in ("fast", "best") else (name, {})
     attached = METHODS[method](make_config(method, options, config), model, torch.Generator().manual_seed(0))
     data, kept = batches(args, base.tokenizer.vocab_size, mask_id), []
-    low, (_, depths) = torch.autocast(args.device, torch.bfloat16), kept_depths(model)
+    low, depths = torch.autocast(args.device, torch.bfloat16), kept_depths(model)
     started = clock(args.device)
     if name == "fast":  # nothing of the base is in the gradient: its states are kept, as training does
         with torch.no_grad(), low:
             for xt, _, _ in data:
-                kept.append([pack(state) for state in states_to_keep(model, xt, None)])
+                kept.append([pack(state) for state in model.frozen(xt, None, *depths)])
         found["keep_seconds_a_row"] = (clock(args.device) - started) / (args.rows * args.steps)
-        a_row = pack(torch.empty(depths * args.length, config.d_model))
+        a_row = pack(torch.empty((depths[1] - depths[0] + 1) * args.length, config.d_model))
         found["keep_bytes_a_row"] = sum(part.nbytes for part in a_row)
 
     def loss_of(step: int, xt: Any, x0: Any, answer: Any) -> Any:

@@ -129,7 +129,6 @@ class TrajectoryPush(nn.Module):
         width, last = model_config.d_model, model_config.num_layers
         check(config.blocks <= last, f"blocks must be at most the base's {last}, got {config.blocks}")
         self.first_depth = last - config.blocks
-        self.depths = list(range(self.first_depth, last + 1))
         self.answer_only, self.reads_others = config.recipe == "fast", config.recipe == "paper"
         if config.recipe == "paper":
             sites: list[nn.Module] = [paper.PaperUnits(config.ranks, config.sigma, width, generator)]
