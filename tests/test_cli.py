@@ -50,6 +50,8 @@ def place(place: Path) -> Path:
     (place / "colours.toml").write_text(COLOURS)
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "rule.txt").write_text("a line\n________\n")
+    (place / "tabs.txt").write_text("sad\train\nhappy\tsun\n")
+    (place / "colours.txt").write_bytes((place / "colours.csv").read_bytes())
     (place / "quoted.tsv").write_text('text\t"label"\na b\t"x"\nc d\t"y"\ne f\t"x"\n')
     (place / "latin1").mkdir()
     for split in ("train", "dev"):
@@ -440,6 +442,9 @@ ERRORS = [
     (NOT_ON + "--data {place}/mood.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
     (NOT_ON + "--data {place}/mood.csv --set template={{title}}{{text}}{{answer}}", 2, "and no other; a task"),
     (NOT_ON + "--data {place}/rule.txt", 1, "rule.txt: line 2: no word to make a gap of"),
+    (NOT_ON + "--data {place}/tabs.txt", 2, "tabs.txt: all lines have a tab: name it .tsv"),
+    (NOT_ON + "--data {place}/colours.txt", 1, "colours.txt: line 1 names columns, text among them: a table is"),
+    ("finetune mine.csv", 2, "unexpected extra argument (mine.csv); a file is given by --data (tinyld finetune"),
     (ON + "--method bitfit --set optimizer=muon", 2, "no effect with --method bitfit, which trains no matrix"),
     # options
     ("finetune --limit 0", 2, "--limit must be at least 1, got 0"),

@@ -122,7 +122,9 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     assert empty["filled"] == empty["answer"] == "" and "label" not in one
     Path("none.txt").write_text("")
     assert ask("fill", "none.txt").code == 0, "as with an empty pipe"
-    assert ask("fill", "--text", "the rain").stderr.endswith("number 1: no gaps in the text; mark one with ____\n")
+    assert ask("fill", "--text", "the rain").stderr.endswith(
+        "number 1: no gaps in the text, which must hold one ____\n"
+    )
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
     assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
 
@@ -224,6 +226,8 @@ def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
     Path("holes.csv").write_text('text,id\nrain,1\n,\n"","  "\n\nsun,4\n')
     holes = records(place / "mood", "holes.csv")
     assert [(r["text"], r["id"]) for r in holes] == [("rain", "1"), ("", ""), ("", "  "), ("sun", "4")]
+    Path("old.txt").write_bytes(b"rain\rsun\r")
+    assert [r["text"] for r in records(place / "mood", "old.txt")] == ["rain", "sun"], "as an old Mac ends lines"
     texts = ["a\rb", "c\nd", "\ud83d rain", 'say "x", y']
     Path("odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name in ("odd-out.jsonl", "odd-out.csv"):
@@ -425,6 +429,12 @@ def test_columns_of_two_tasks_meet_by_name_whatever_their_order(place: Path) -> 
     alone, runs = tinyld.load("ba").predict(rows)[0], tinyld.load(["ab", "ba"])
     assert runs.predict(rows)[0]["tasks"]["ba"]["probabilities"] == alone["probabilities"]
     assert len(runs.groups()) == 2, "their prompts differ"
+    Path("said.csv").write_text("said,label\n" + "rain,sad\nsun,happy\n" * 9)
+    tinyld.finetune("said.csv", text_column="said", base=place / "base", out="said", **QUICK)
+    runs = tinyld.load([place / "mood", "said"])
+    assert len(runs.predict([{"text": "rain"}])[0]["tasks"]) == 2, "a file may call the text as the first run does"
+    with pytest.raises(tinyld.UsageError, match="said reads said, which the rows have beside text: ask it by itself"):
+        runs.predict([{"text": "rain", "said": "sun"}])
 
 
 def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path) -> None:
@@ -484,6 +494,10 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
         ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
         ("{place}/mood", 'label,text\n2,"rain, sun"\n', 1, "stdin: line 1 names columns, text among them: a table is"),
+        ("{place}/mood", '{"id": 1, "text": "rain"}\n', 1, "stdin: line 1 names columns, text among them: a table is"),
+        ("{place}/mood", "text\nrain\n", 1, "stdin: line 1 is 'text', the name of a column: a table is"),
+        ("{place}/mood table.txt", "", 1, "table.txt: line 1 names columns, text among them"),
+        ("{place}/mood --csv --out new.jsonl", "rain", 2, "--csv: --out new.jsonl is no name of a CSV"),
         ("{place}/mood --set lengths=3", "rain", 2, "--lengths has no effect where answers are labels"),
         ("{place}/fast-a {place}/fast-b --task a", "rain", 2, "--task is for one run"),
         ("nowhere", "rain", 1, "no run in nowhere"),
@@ -493,6 +507,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
 def test_what_cannot_be_answered_is_refused_in_a_line(
     args: str, text: str | bytes, code: int, part: str, place: Path, fast: list[Path]
 ) -> None:
+    Path("table.txt").write_text("label,text\nsad,rain\n")
     ran = ask(*args.format(place=place).split(), text=text)
     assert (ran.code, ran.stdout) == (code, "") and part in ran.stderr
     assert ran.stderr.startswith("tinyld: ") and ran.stderr.count("\n") == 1

@@ -55,6 +55,8 @@ def test_every_file_format_reads_the_same(tmp_path: Path) -> None:
         ("a.jsonl", '{"label": 0, "text": "said \\"no"}\n\n'),
         ("a.jsonl", '\ufeff{"text": " said\\n\\t \\"no ", "label": "sad", "more": [1]}'),
         ("a.tsv", '\ufefftext\tlabel\nsaid\x01\x1b \u2028"no\tsad\n'),
+        ("a.tsv", '"text"\t"label"\n"said ""no"\t"sad"\n'),
+        ("a.csv", 'text\tlabel\nsaid "no\tsad\n'),
     ):
         assert read(tmp_path, content, name=name) == [Example('said "no i feel', ".", "down", 0)]
 
@@ -141,7 +143,7 @@ def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
     assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)
     assert prompt_of(task, {"text": "_____"}, "") == Example("", "", "", None)
     for text, gaps in (("the rain", "no"), ("a ____ b ___ c", "2")):
-        with pytest.raises(TinyldError, match=f"line 3: {gaps} gaps in the text; mark one with ____"):
+        with pytest.raises(TinyldError, match=f"line 3: {gaps} gaps in the text, which must hold one ____"):
             prompt_of(task, {"text": text}, "line 3")
     (tmp_path / "lines.txt").write_text("a ____ b c\nthe sea and the sun\nwhat ___ is\n")
     with pytest.raises(TinyldError, match="lines.txt: line 3: most texts have a gap; give whole texts"):

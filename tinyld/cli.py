@@ -119,7 +119,9 @@ class Group(TyperGroup):
             for field in dataclasses.fields(VERBS[verb].options) if verb else ():
                 if field.metadata["group"] is None and asked == flag(field.name):
                     fail(f"{asked} goes by --set {field.name}=value; --set help lists all such", 2)
-            fail(f"{error.format_message()} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
+            rows = verb and "unexpected extra arg" in error.format_message() and hasattr(VERBS[verb].options, "data")
+            hint = "; a file is given by --data" if rows else ""
+            fail(f"{error.format_message()}{hint} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
 
 
 def fail(message: str, code: int) -> None:

@@ -14,7 +14,7 @@ from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.options import RowOptions, refuse_idle
 from tinyld.read import clean
-from tinyld.rows import cell, in_folder, read_rows, references
+from tinyld.rows import cell, in_folder, read_rows, references, refuse_table
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -49,6 +49,10 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     name = re.sub(r"[^\w.-]+", "-", path.stem if path.stem != "train" else path.parent.name).strip("-.") or "mine"
     if file.suffix.lower() == ".txt":
         refuse_idle(options, MINE, f"on the lines of {file}: a gap is filled")
+        lines = [(where, row["text"]) for where, row in read_rows(file)]
+        refuse_table(lines[0][1], lines[0][0])
+        is_table = all("\t" in line for _, line in lines)
+        check(not is_table, f"{file}: all lines have a tab: name it .tsv, with a first line that names the columns")
         return Task("{text}", name, path=path, answer_tokens=GAP_TOKENS)
     fields = re.findall(r"(?<!{){(\w+)}", template)
     way_out = "each once, and no other; a task file says which columns others are"

@@ -174,8 +174,10 @@ def train_adapter(
             f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
             f"base {counts['base_parameters']:,} ({base.bytes / 2**20:.1f} MiB as {base.dtype})"
         )
-        for rows in (train_rows, dev_rows):
-            say_truncated(say, rows.truncated, len(rows), model.config.max_length)
+        for name, rows in (("training", train_rows), ("dev", dev_rows)):
+            say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
+        if unseen := [label for i, label in enumerate(task.labels) if i not in train_rows.labels]:
+            say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
         started = time.perf_counter()
         noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id)
         reason = why_not_cached(model, train_rows, config["cache_gb"])

@@ -231,7 +231,9 @@ class FinetuneOptions(Training, Reading, RowOptions):
 
 
 class PretrainOptions(Training):
-    data: tuple[Path, ...] = option((), "Text file or folder (.txt, .txt.gz, .jsonl); may be repeated.", "Text")
+    data: tuple[Path, ...] = option(
+        (), "Text, a file or folder (.txt, .txt.gz, .jsonl), or several; else the bundled 2 MB.", "Text"
+    )
     valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
     batch_size: int = option(16, "Rows an update reads, each under two complementary masks.", "Training", least=1)
     flat: float = option(0.8, "Share of the budget at the peak learning rate.")

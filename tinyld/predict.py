@@ -252,6 +252,10 @@ class Runs:
         examples_of(rows, task)  # refuses rows that lack a column
         if not rows:
             return []
+        for name, run in self.runs.items():
+            own, used = set(run.tasks[0].inputs), set(task.inputs)
+            there = f"{name} reads {', '.join(own)}, which the rows have beside {', '.join(used)}"
+            check(own == used or not own <= rows[0][1].keys(), f"{there}: ask it by itself")
         kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         share = 1 / len(self.runs)  # of a row, that it is answered by one

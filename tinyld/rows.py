@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -157,23 +159,34 @@ def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
 
 
 def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
-    for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline="\n"), 1):
+    for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline=None), 1):
         where = f"{path}: line {number}"
         if suffix == ".txt" and len(line) > LONGEST:
             raise TinyldError(f"{where} is longer than {LONGEST >> 20} MB; is it text?")
         if suffix == ".txt" and (empty or line.strip()):
-            yield where, {"text": line.rstrip("\r\n")}
+            yield where, {"text": line.rstrip("\n")}
         elif line.strip():
             yield where, as_object(parse_json(line, where), where)
+
+
+def refuse_table(line: str, where: str, column: str = "text") -> None:
+    """TinyldError where the first line of texts is that of a table that has the column, or of JSON Lines."""
+    names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
+    with contextlib.suppress(ValueError):
+        names = [*json.loads(line)] if line.startswith("{") else names
+    if column in names:
+        said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
+        raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
 
 
 def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     text = read_text(path, ROWS_BYTES)
     head = text.lstrip().partition("\n")[0]
-    if separator == "," and ";" in head and "," not in head:  # as spreadsheets write in much of Europe
-        separator = ";"
+    if separator == "," and "," not in head:  # as spreadsheets write in much of Europe, or a .tsv of another name
+        separator = next((other for other in ";\t" if other in head), ",")
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # in a TSV a quote is an ordinary character
+    is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
+    quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL  # in most TSV a quote is an ordinary character
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     header, start = [], 1
     try:
@@ -198,7 +211,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
 def cell(row: dict[str, Any], column: str, where: str) -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
     if column not in row:
-        way_out = f"rename one to {column}, or name it: by --column (predict), or in a task file's [columns] table"
+        way_out = f"rename one to {column}, or say in a task file's [columns] which it is (for predict: by --column)"
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
     if not isinstance(value, str | int | float) or value != value:  # not a number: what is missing, of pandas
@@ -296,7 +309,7 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
         (text,) = fields.values()
         parts = GAP.split(text)
         if len(parts) != 2:
-            raise TinyldError(f"{where}: {len(parts) - 1 or 'no'} gaps in the text; mark one with {GAP_MARK}")
+            raise TinyldError(f"{where}: {len(parts) - 1 or 'no'} gaps in the text, which must hold one {GAP_MARK}")
     else:
         parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
     before, after = parts

@@ -192,7 +192,7 @@ def from_record(record: dict[str, Any], where: str) -> Task:
         return then
     today = load_task(then.name if path is None else str(path))
     if changed := unlike(to_record(then), to_record(today)):
-        way_out = "put that back, or give the new task a name of its own"
+        way_out = "put that back; a new task goes into a file of its own (runs keep theirs)"
         raise TinyldError(f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; {way_out}")
     return replace(today, spelling=then.spelling)
 

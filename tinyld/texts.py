@@ -23,7 +23,7 @@ from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further
 from tinyld.read import decode
-from tinyld.rows import LONGEST, SUFFIXES, Row, files_of, read_rows
+from tinyld.rows import LONGEST, SUFFIXES, Row, files_of, read_rows, refuse_table
 from tinyld.tasks import Task
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -56,6 +56,8 @@ def chunks(
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
         for row in read_rows(path, empty=True):
+            if lines and not total:
+                refuse_table(row[1]["text"], row[0], columns[0])
             examples_of([renamed(column, columns[0], *row)], task)
             every |= dict.fromkeys(row[1] if even else (), "")
             total += 1
@@ -82,10 +84,8 @@ def piped_lines(column: str) -> Iterator[Rows]:
         if rest and not part:  # the last line may have no end
             lines = [rest]
         texts = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
-        names = [name.strip('"') for name in re.split(r"[,;\t](?! )", texts[0])] if first == 1 and texts else []
-        if len(names) > 1 and column in names:
-            way_out = "a table is given as a file, by its name"
-            raise TinyldError(f"stdin: line 1 names columns, {column} among them: {way_out}")
+        if first == 1 and texts:
+            refuse_table(texts[0], "stdin: line 1", column)
         if lines:
             yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
         first += len(lines)
@@ -103,6 +103,7 @@ def predict(options: PredictOptions) -> None:
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
     ending = "" if out is None or as_csv else out.suffix.lower()
     check(ending in ("", ".jsonl"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
+    check(not options.csv or out is None or out.suffix.lower() != ".jsonl", f"--csv: --out {out} is no name of a CSV")
     check(not several or options.task is None, "--task is for one run; several answer for their own tasks")
     how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
     run: Any = load(paths if several else paths[0], options.base, *how)

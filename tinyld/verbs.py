@@ -64,10 +64,11 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
     return [
         {
             "task": t.name,
-            "labels": ", ".join(t.labels) or "(text)",
-            "answers": ", ".join(t.verbalizer.values()) or f"{t.answer_tokens} tokens",
+            "labels": list(t.labels),
+            "answers": list(t.verbalizer.values()),
+            "answer_tokens": t.answer_tokens,
             "template": t.template,
-            "rows": " / ".join(f"{n:,}" for n in (t.download.rows if t.download else {}).values()) or "-",
+            "rows": dict(t.download.rows) if t.download else {},
             "needs": "nothing" if t.rows_from in BUNDLED_TASKS else "$TINYLD_DATA" + " or network" * bool(t.download),
         }
         for t in map(load_task, builtin_names())
@@ -75,8 +76,10 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
 
 
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
-    columns = ("task", "labels", "rows", "needs")
-    rows = [[record[column] for column in columns] for record in records]
+    columns, rows = ("task", "labels", "rows", "needs"), []
+    for r in records:
+        counts = " / ".join(f"{n:,}" for n in r["rows"].values()) or "-"
+        rows.append([r["task"], ", ".join(r["labels"]) or "(text)", counts, r["needs"]])
     print_table("built-in tasks (--json has templates and answers)", columns, rows)
 
 

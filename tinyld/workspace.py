@@ -40,11 +40,11 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
     return lambda text: None if quiet or not is_writer() else say(plain(text))
 
 
-def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int) -> None:
+def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int, which: str = "rows") -> None:
     if truncated:
         say(
-            f"{truncated:,} of {rows:,} rows are longer than the base's {max_length} tokens, or their answers than the "
-            "task's, and were cut; what stands next to the answer is kept"
+            f"{truncated:,} of {rows:,} {which} are longer than the base's {max_length} tokens, or their answers than "
+            "the task's, and were cut; what stands next to the answer is kept"
         )
 
 

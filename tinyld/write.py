@@ -18,7 +18,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     temporary = path.parent / f".tinyld-{secrets.token_hex(8)}.tmp"
     with failing(path, "written"):
         if is_stream(path):
-            with open(path, "ab") as stream:
+            ours = os.dup(1) if str(path) == "/dev/stdout" else path  # which has a place where it writes next
+            with open(ours, "ab") as stream:
                 stream.write(content)
             return
         try:
