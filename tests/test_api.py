@@ -194,6 +194,10 @@ def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> N
     assert task["answer_tokens"] == min(longest + 1, run.base.model.config.max_length // 2)
     assert run.config["data"]["rows"] == 72  # both answers of each row but the tenth that is held out
     assert len(run.write(["name the rain"])) == 1
+    Path("odd.csv").write_text("ask,reply\n" + "".join(f"name {i},rain 漢 sun\n" for i in range(20)))
+    columns = ["--text-column", "ask", "--answer-column", "reply"]
+    ran = good("finetune", "--data", "odd.csv", *columns, *made_on(place))
+    assert "the answers of 18 of 18 training rows hold characters that the base has no token for" in ran.stderr
     with pytest.raises(tinyld.UsageError, match="--label-column or --answer-column, not both"):
         tinyld.finetune(rows, out="other", label_column="id", **made)
 

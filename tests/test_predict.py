@@ -315,6 +315,15 @@ def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
     assert run.write(["rain", "sun"])[0] == found["answer"] == run.predict(["rain"])[0]["answer"]
     (written,) = (base := tinyld.load(place / "base")).write("the {answer} .", length=2)
     assert base.write(["the {answer} ."], length=2) == [written]
+    assert len(set(base.write(["the"] * 4, length=8, temperature=1.0))) > 1, "each draws for itself"
+
+
+def test_rows_of_another_part_of_the_input_draw_otherwise(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyld.texts.WRITTEN", 4)
+    Path("new.txt").write_text("rain\n" * 8)
+    found = [r["answer"] for r in records(place / "tell", "new.txt", "--temperature", 2)]
+    assert found == [r["answer"] for r in records(place / "tell", "new.txt", "--temperature", 2)]
+    assert found[:4] != found[4:]
 
 
 def tiny_lora(place: Path) -> dict[str, Any]:

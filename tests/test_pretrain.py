@@ -110,6 +110,14 @@ def test_weights_are_stored_in_the_type_asked_for(text: Path, tmp_path: Path) ->
     assert load_base(tmp_path / "run").model.embedding.weight.dtype == torch.float32
 
 
+def test_of_a_few_documents_one_is_held_out(tmp_path: Path) -> None:
+    lines = [" ".join(f"word{i % 7} sea" for i in range(n, n + 200)) for n in range(2)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    run(tmp_path / "run", tmp_path / "text.txt", steps=1, valid=())
+    data = RunFolder(tmp_path / "run").config["data"]
+    assert data["documents"] == 1 and data["held_out_tokens"] > 100
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_too_little_text_is_refused(n: int, tmp_path: Path) -> None:
     with pytest.raises(TinyldError, match="too little text"):

@@ -16,6 +16,7 @@ from tinyld.progress import Advance, unheard
 from tinyld.read import opened
 from tinyld.tokenizer import Tokenizer
 
+HELD_OUT = 0.01  # share of the documents
 CHARACTERS = 4_000_000  # tokenised at once, on all cores
 SAMPLE = 128_000_000  # characters that a tokenizer is trained on, at most (about), spread through the text
 
@@ -67,7 +68,7 @@ def draw(line: str) -> float:
     return int(hashlib.sha256(line.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def held_out_part(lines: Iterable[str], held_out: bool, share: float = 0.01) -> Iterator[str]:
+def held_out_part(lines: Iterable[str], held_out: bool, share: float = HELD_OUT) -> Iterator[str]:
     """The `share` of the documents that is held out, or the rest; which ones depends on their text alone."""
     return (line for line in lines if (draw(line) < share) == held_out)
 

@@ -136,7 +136,11 @@ class TaskRows(Source):
         self.ids: list[np.ndarray] = []
         self.starts, self.ends = np.zeros((2, len(examples)), dtype=np.int64)  # of answers; of their [EOS] in the slot
         self.cut = np.zeros(len(examples), dtype=bool)  # whether prompt or answer had no room
+        self.unwritable = 0  # answers to write that hold what the base has no piece for, which is left out
         for i, (head, answer, tail) in enumerate(zip(*parts, strict=True)):
+            if task.is_generation and tokenizer.unk_id in answer:
+                self.unwritable += 1
+                answer = [token for token in answer if token != tokenizer.unk_id]
             self.cut[i] = len(head) + len(tail) > room or len(answer) > self.slot
             if len(head) + len(tail) > room:
                 tail = tail[: max(room - len(head), room // 2)]

@@ -176,6 +176,9 @@ def train_adapter(
         )
         for name, rows in (("training", train_rows), ("dev", dev_rows)):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
+            if rows.unwritable:
+                lacks = "hold characters that the base has no token for, and are read without them"
+                say(f"the answers of {rows.unwritable:,} of {len(rows):,} {name} rows {lacks}")
         if unseen := [label for i, label in enumerate(task.labels) if i not in train_rows.labels]:
             say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
         started = time.perf_counter()

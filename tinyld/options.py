@@ -214,7 +214,9 @@ class FinetuneOptions(Training, Reading, RowOptions):
     budget: float | None = option(None, "Most of the base to store, as 0.7%; sets the rank.", "Method", read=share)
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
-    epochs: float | None = option(None, "Passes; 3, more of few rows, 1 of 30,000, 8 to write.", "Training", above=0)
+    epochs: float | None = option(
+        None, "Passes; 3, more of few rows or to write, 1 of 30,000 labels.", "Training", above=0
+    )
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
@@ -242,7 +244,7 @@ class PretrainOptions(Training):
     vocab_size: int | None = option(None, "Pieces in the tokenizer.", "Model", least=64)
     init: str | None = option(None, "A tinyld base, a folder of a BERT-like encoder, or minilm.", "Model")
     tokens: int | None = option(None, "Train on so many tokens.", "Training", least=1)
-    lr: float | None = option(None, "Peak learning rate; 0.003 if not given.", "Training", above=0)
+    lr: float | None = option(None, "Peak learning rate; 0.003, or 0.0007 on a base of ours.", "Training", above=0)
     optimizer: str = option("muon", "muon: Muon for matrices inside blocks.", "Training", among=config.OPTIMIZERS)
     weight_decay: float = option(0.1, "Decoupled weight decay of matrices.")
     warmup: float = option(0.02, "Share of the budget with a rising learning rate.")
@@ -250,7 +252,7 @@ class PretrainOptions(Training):
     num_layers: int | None = option(None, "Blocks; the preset's if not given.")
     num_heads: int | None = option(None, "Attention heads; the preset's if not given.")
     d_ff: int | None = option(None, "Width inside the MLP; the preset's if not given.")
-    body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 1 for our own.")
+    body_lr: float | None = option(None, "With --init: share of --lr for all but the head; 0.1, or 0.6 for our own.")
     body_start: float | None = option(None, "With --init: share of the budget they stay frozen; 0.1, or 0 likewise.")
     save_dtype: str = option("fp32", "Type of the stored weights.", among=config.BASE_DTYPES)
 
@@ -284,7 +286,7 @@ class PredictOptions(Answering):
 class SampleOptions(Answering):
     run: Path | None = option(None, "Base or adapter; the released base if not given.", ARGUMENT)
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
-    length: int = option(24, "Masked tokens to fill in.", "Writing", least=1)
+    length: int = option(24, "Masked tokens to fill in; a text may end before.", "Writing", least=1)
     num: int = option(3, "How many samples.", "Writing", least=1)
     sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=config.SAMPLERS)
     temperature: float = option(0.8, "0 takes the most likely token.", "Writing")

@@ -15,7 +15,7 @@ from tinyld.answers import Record, answers, answers_in_one_pass, as_rows, exampl
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import NONE, batch_features, load_composition, task_features
 from tinyld.config import Reading, SampleConfig, check, check_ours
-from tinyld.data import Batch, TaskRows, slot_width
+from tinyld.data import Batch, TaskRows, seed_of, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError, show
 from tinyld.methods import TrajectoryLora
@@ -95,7 +95,9 @@ class Run:
         writer = next((t for t in self.tasks if t.is_generation), None)
         with ONE_AT_A_TIME:
             if writer is None:
-                return [self.fill(prompt, 24 if length is None else length, 1, sampling)[0][0] for prompt in prompts]
+                each = [replace(sampling, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
+                width = 24 if length is None else length
+                return [self.fill(p, width, 1, own)[0][0] for p, own in zip(prompts, each, strict=True)]
             check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
             self.let_answer(writer)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
@@ -180,7 +182,7 @@ class Run:
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
-        row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if mark else [])]
+        row = [*head, *[tokenizer.mask_id] * length, *tail, *([tokenizer.eos_id] if tail else [])]
         slot = slice(len(head), len(head) + length)
         at_once = model.rows_at_once(total, num, length)
         check(watch is None or sampling.lengths == 1, "the steps of one length are shown: leave lengths as it is")

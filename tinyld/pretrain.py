@@ -15,7 +15,7 @@ import torch
 from tinyld.checkpoint import Base, load_base, load_exactly, save_base
 from tinyld.config import BUDGETS, PRESETS, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.copying import Copying
-from tinyld.corpus import Corpus, held_out_part, sample, text_bytes, tokenize
+from tinyld.corpus import HELD_OUT, Corpus, draw, held_out_part, sample, text_bytes, tokenize
 from tinyld.data import TextRows, torch_seeded
 from tinyld.device import resolve_device, resolve_dtype
 from tinyld.diffusion import noise_text
@@ -34,7 +34,8 @@ from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 from tinyld.train import TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
-LR = 3e-3  # of Muon, where none is given
+LR, LR_ON = 3e-3, 7e-4  # of Muon, where none is given; the second goes on with a base of ours
+FEW_BYTES = 10_000_000
 SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 
@@ -68,7 +69,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
     share = 0.1 if path is not None and not own else None  # of an encoder that had no head of ours
-    usual = {"lr": LR, "body_lr": share or 1.0, "body_start": share or 0.0}
+    usual = {"lr": LR_ON if own else LR, "body_lr": share or (0.6 if own else 1.0), "body_start": share or 0.0}
     training = options.only(TrainConfig)
     training |= {name: value for name, value in usual.items() if training[name] is None}
     if all(training.get(budget) is None for budget in BUDGETS):
@@ -109,8 +110,12 @@ def train_base(
         raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
     files, valid = (find_text_files(list(map(Path, paths))) for paths in (config["data"]["files"], config["valid"]))
 
+    share = HELD_OUT
+    if not valid and text_bytes(files) < FEW_BYTES:  # chance may leave none of a few documents
+        share = max(share, min(map(draw, read_lines(files)), default=0.0) + 2**-32)
+
     def part(lines: Iterable[str], held_out: bool) -> Iterable[str]:
-        return lines if valid else held_out_part(lines, held_out)
+        return lines if valid else held_out_part(lines, held_out, share)
 
     def read(which: str, paths: list[Path], held_out: bool) -> Corpus:
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:

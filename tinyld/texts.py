@@ -11,13 +11,14 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tinyld.answers import OURS, Record, examples_of, own_name, under
 from tinyld.config import check
-from tinyld.data import slot_width
+from tinyld.data import seed_of, slot_width
 from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
@@ -126,7 +127,8 @@ def predict(options: PredictOptions) -> None:
     bar.quiet |= bar.on_terminal and out is None and not is_file(sys.stdout)  # where answers may appear, too
     with bar:
         for rows in parts:
-            records = run.answer(rows, task, sampling, further(bar.advance_to, total))
+            drawn = replace(sampling, seed=seed_of(sampling.seed, total)) if total else sampling
+            records = run.answer(rows, task, drawn, further(bar.advance_to, total))
             if as_csv:
                 lines = csv_lines(records, header, labels, str if out or not sys.stdout.isatty() else plain)
             else:

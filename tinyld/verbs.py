@@ -98,8 +98,10 @@ def sample(options: SampleOptions) -> dict[str, Any]:
 
 def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
     for i, text in enumerate(result["samples"]):
-        for n, step in enumerate(result.get("steps", ()), 1):
-            print(plain(f"{n:>4}  {step[i]}"))
+        shown = [step[i] for step in result.get("steps", ())]
+        for n, step in enumerate(shown, 1):
+            if n == 1 or step != shown[n - 2]:  # it may wait for other texts
+                print(plain(f"{n:>4}  {step}"))
         print(plain(text))
 
 
