@@ -347,7 +347,7 @@ def test_a_composition_says_who_answered(place: Path) -> None:
 
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
     for name, labels in (("weather", ("sad", "happy")), ("food", ("good", "bad"))):
-        rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS)]
+        rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS * 5)]
         tinyld.finetune(rows, out=name, text_column=name, label_column="label", **tiny_lora(place))
     compose(ComposeOptions(runs=("weather", "food"), out="both", quiet=True))
     texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
@@ -356,6 +356,8 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     run, new, of_both = tinyld.load("both"), Path("new.csv"), partial(EvalOptions, runs=(Path("both"),), quiet=True)
     found = run.predict(texts)
     assert [r["text"] for r in found] == texts and found[1]["adapter"] is None
+    compose(ComposeOptions(runs=("weather", "food"), out="few", limit=4, quiet=True))
+    assert None not in [r["adapter"] for r in tinyld.load("few").predict(texts)], "of four rows no limit is known"
     assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
     alone = run.fill("rain", 3, 2, SampleConfig())
     (named,) = run.predict(texts[:1], task="food-rows")
@@ -363,7 +365,7 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push.router.only is None
     assert tinyld.load("both", task="food-rows").predict(texts[:1]) == [named] and run.predict([]) == []
     measured = [(r["task"], r["n"]) for r in eval(of_both())]
-    assert measured == [("weather-rows", 4), ("food-rows", 4)], "of each one's own rows"
+    assert measured == [("weather-rows", 20), ("food-rows", 20)], "of each one's own rows"
     assert [r["n"] for r in eval(of_both(task="weather-rows", data=new))] == [2]
     for refused, part in (
         (lambda: eval(of_both(data=new)), "say by --task whose rows new.csv holds"),
@@ -420,6 +422,18 @@ def test_many_tasks_answer_in_one_pass_what_each_answers_alone(
     assert "Denoiser" not in repr(runs), "a notebook shows it"
 
 
+def test_runs_of_one_name_all_answer_and_none_twice(place: Path) -> None:
+    for folder in ("other", "."):
+        shutil.copytree(place / "mood", Path(folder) / "m")
+    runs = tinyld.load(["other/m", "m"], base=place / "base")
+    assert list(runs.runs) == ["m", str(Path("m").resolve())]
+    for again in ("other/../m", Path("m").resolve()):
+        with pytest.raises(tinyld.UsageError, match="is given twice"):
+            runs.add(again)
+    os.chdir("m")
+    assert list(tinyld.load([".", "../other/m"], base=place / "base").runs) == ["m", "../other/m"]
+
+
 def test_threads_may_share_what_is_loaded(fast: list[Path]) -> None:
     runs, texts = tinyld.load(fast[:2]).runs, ["rain", "the sun is", "a sea"] * 20
     right = {name: run.predict(texts) for name, run in runs.items()}
@@ -452,7 +466,8 @@ def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path)
     ran = ask(*fast[:2], "new.csv")
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected and ran.stderr == ""
     ran = ask(*fast, text="rain\n")
-    assert "2 passes a text, as templates, bases or methods differ: fast-a, fast-b, fast-c; fast-d" in ran.stderr
+    assert "2 passes a text, as templates, bases or methods differ" in ran.stderr
+    assert "several tokens: fast-a, fast-b, fast-c; fast-d" in ran.stderr
     (row,) = csv.DictReader(io.StringIO(ask(*fast[:2], "--csv", text="rain\n").stdout))
     assert set(row) == {"text", "fast-a", "p(fast-a)", "fast-b", "p(fast-b)"}
     alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]

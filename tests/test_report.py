@@ -136,7 +136,7 @@ def test_runs_of_other_settings_or_bases_get_a_row_of_their_own(change: dict[str
     rows = aggregate([row("full", 0, 0.9), row("full", 1, 0.6, **change)])
     assert [r["seeds"] for r in rows] == [1, 1]
     shares = {r["accuracy"]: r["of_full"] for r in rows}
-    alone = "fingerprint" in change or "rows" in change
+    alone = not change.keys().isdisjoint(("fingerprint", "rows", "n"))
     assert shares[0.6] == pytest.approx(1.0 if alone else 0.6 / 0.9), "each base has a full of its own"
 
 

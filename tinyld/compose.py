@@ -11,7 +11,7 @@ from torch import Tensor
 from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
 from tinyld.composition import NONE, RoutedPush, Router, load_push, save_composition, task_features
 from tinyld.config import SampleConfig, check
-from tinyld.data import TaskRows
+from tinyld.data import TaskRows, slot_width
 from tinyld.device import resolve_device
 from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
@@ -26,6 +26,7 @@ from tinyld.tokenizer import read_lines
 from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
 
 LEAST_RIGHT = 0.95  # share of a task's rows that go to its adapter by their text; below it tasks are to be named
+FEW = 20  # rows, with fewer of which no limit is set to what is a task's
 STRANGERS = 500  # texts that belong to no task, to count wrong acceptances on
 
 
@@ -61,11 +62,15 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     }
     for of in rows.values():
         say_truncated(say, of.truncated, len(of), base.model.config.max_length)
-    routing, by_name, task, why = [], True, next(iter(alone)), "the tasks are asked differently"
-    if asked_alike([run.tasks[0] for run in alone.values()]):
+    routing, by_name, task = [], True, next(iter(alone))
+    why = "the tasks are asked differently, or have answers of other lengths"
+    tasks = [run.tasks[0] for run in alone.values()]
+    if asked_alike(tasks) and len({slot_width(task, base.tokenizer) for task in tasks}) == 1:
         routing = measure_routing(base, router, rows, options.limit)
         worst = min(routing, key=lambda r: r["right"])
         by_name, task = worst["right"] < LEAST_RIGHT, worst["task"]
+        for few in (r for r in routing if r["n"] < FEW):
+            say(f"{few['task']} has {few['n']} rows to tell by what is like no task: too few, so that it refuses none")
         why = f"by their texts only {100 * worst['right']:.0f}% of {task}'s rows would go to its adapter"
     if by_name:
         say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {task})")
@@ -103,7 +108,7 @@ def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit
     router's limits by every other row, and counts on the rest what is refused, and of texts of no task what is taken
     for the task's. rows: by the tasks' names, in the members' order."""
     features = {name: task_features(base, of, np.arange(len(of))[:limit]) for name, of in rows.items()}
-    router.set_limits([own[::2] for own in features.values()])
+    router.set_limits([own[::2] if len(own) >= FEW else own[:0] for own in features.values()])
     found = []
     for name, of in rows.items():
         rest = features[name][1::2] if len(features[name]) > 1 else features[name]

@@ -103,9 +103,10 @@ class Router(nn.Module):
         return torch.where(distance > self.limits[chosen], NONE, chosen)
 
     def set_limits(self, features: Sequence[Tensor]) -> None:
-        """Each member's limit: its distance from the KNOWN share of the prompts (rows, D) of its own task."""
+        """Each member's limit: its distance from the KNOWN share of the prompts (rows, D) of its own task, if any."""
         for member, own in enumerate(features):
-            self.limits[member] = torch.quantile(self.distances(own)[:, member], KNOWN)
+            if len(own):
+                self.limits[member] = torch.quantile(self.distances(own)[:, member], KNOWN)
 
 
 class RoutedPush(nn.Module):

@@ -190,13 +190,15 @@ def bert(s: Said, shapes: Shapes) -> dict[str, Any]:
 def theta(s: Said, kind: str = "", key: str = "rope_theta") -> float:
     """The base of plain rotary positions, of one kind of block where there are several."""
     s.seen |= {"rope_parameters", "rope_scaling", key}
-    name = "rope_parameters" if s.raw.get("rope_parameters") else "rope_scaling"
-    rope = s.raw.get(name) or {}
-    rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
-    plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
-    if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
-        s.refuse(name, "plain rotary positions (no scaling is read)")
-    return float(Said({key: rope.get("rope_theta", s.raw.get(key))}, s.where).get(key, float))
+    base = s.raw.get(key)
+    for name in ("rope_scaling", "rope_parameters"):  # a file may have both
+        rope = s.raw.get(name) or {}
+        rope = rope.get(kind, rope) if isinstance(rope, dict) else {"rope_type": rope}
+        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+        if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
+            s.refuse(name, "plain rotary positions (no scaling is read)")
+        base = rope.get("rope_theta", base)
+    return float(Said({key: base}, s.where).get(key, float))
 
 
 def full_attention(s: Said, shapes: Shapes) -> dict[str, Any]:

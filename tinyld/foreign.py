@@ -84,6 +84,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for path in sorted(folder / name for name in files):
         with safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if name in tensors:
+                    raise TinyldError(f"{path}: tensor {name!r} is in {tensors[name].path} already")
                 part = file.get_slice(name)
                 tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
     return tensors

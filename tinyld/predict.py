@@ -148,8 +148,7 @@ class Run:
             for i, record in zip(which, found, strict=True):
                 records[i] |= record
         for record in records if task.is_infill else ():
-            record["answer"] = record["answer"] if GAP.search(str(record["text"])) else ""  # of a blank line
-            record["filled"] = GAP.sub(lambda _, record=record: record["answer"], str(record["text"]))
+            fill_gap(record, str(record["text"]))
         return records
 
     def owners(self, batch: Batch) -> list[str | None]:
@@ -206,6 +205,12 @@ class Run:
         return texts, used
 
 
+def fill_gap(record: Record, text: str) -> None:
+    """Puts the text with its gap filled into the record of its answer, and none for a blank line."""
+    record["answer"] = record["answer"] if GAP.search(text) else ""
+    record["filled"] = GAP.sub(lambda _: record["answer"], text)
+
+
 @dataclass
 class Runs:
     """Several runs that answer each text. Adapters that push the answer alone (`--recipe fast`) share one pass of
@@ -218,8 +223,10 @@ class Runs:
         """Loads one more run; on a base that is loaded already that takes milliseconds."""
         path = Path(path)
         with ONE_AT_A_TIME:
-            name = str(path) if path.name in self.runs else path.name
-            check(path not in [run.path for run in self.runs.values()], f"{path} is given twice")
+            whole = path.resolve()
+            short = whole.name if path.name in ("", "..") else path.name
+            name = next((n for n in (short, str(path)) if n not in self.runs), str(whole))
+            check(whole not in [run.path.resolve() for run in self.runs.values()], f"{path} is given twice")
             bases = [run.base for run in self.runs.values() if run.push is not None]
             run = load(path, bases=bases, **self.options)
             check(not run.is_composition, f"{path} is a composition; name the runs that it was made of")
@@ -269,6 +276,8 @@ class Runs:
             if len(runs) == 1:
                 report = further(advance, len(found) * len(rows) * share, share)
                 each = [answers(runs[0], own, examples, sampling, report)]
+                for record, (_, row) in zip(each[0], rows if own.is_infill else (), strict=False):
+                    fill_gap(record, str(row[next(iter(columns))[1]]))
             else:
                 each = answers_in_one_pass(runs, examples)
             found |= zip(names, each, strict=True)

@@ -151,7 +151,9 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
         of_rows, of_seeds = 1.96 * (mean(runs, "nll_stderr") or 0.0), over_seeds([run["nll_bound"] for run in runs])
         found.append(row | {"nats_half": max(of_rows, of_seeds)})
     for row in found:
-        rivals = [r for r in found if all(r[k] == row[k] for k in ("task", "split", "fingerprint", "rows"))]
+        rivals = [
+            r for r in found if all(r[k] == row[k] for k in ("task", "split", "fingerprint", "rows", "tested", "n"))
+        ]
         score = next((s for s in ("accuracy", "bleu", "rouge_l") if row[s] is not None), "accuracy")
         full = max((r[score] or 0.0 for r in rivals if r["method"] == "full"), default=0.0)
         row["of_full"] = row[score] / full if full and row[score] is not None else None
