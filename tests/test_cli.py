@@ -444,7 +444,7 @@ ERRORS = [
     (NOT_ON + "--data {place}/rule.txt", 1, "rule.txt: line 2: no word to make a gap of"),
     (NOT_ON + "--data {place}/tabs.txt", 2, "tabs.txt: all lines have a tab: name it .tsv"),
     (NOT_ON + "--data {place}/colours.txt", 1, "colours.txt: line 1 names columns, text among them: a table is"),
-    ("finetune mine.csv", 2, "unexpected extra argument (mine.csv); a file is given by --data (tinyld finetune"),
+    ("finetune mine.csv", 2, "(mine.csv); a file is given by --data (tinyld finetune"),
     (ON + "--method bitfit --set optimizer=muon", 2, "no effect with --method bitfit, which trains no matrix"),
     # options
     ("finetune --limit 0", 2, "--limit must be at least 1, got 0"),

@@ -249,6 +249,34 @@ def batch(vocab: int, length: int = 24) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------ the same numbers
 
 
+def test_a_head_that_is_stored_though_it_is_the_embedding_must_be_the_same(tmp_path: Path) -> None:
+    make("a2d-qwen3", tmp_path, 0, True)
+    tensors = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in [*tmp_path.glob("*.safetensors"), *tmp_path.glob(foreign.INDEX)]:
+        path.unlink()
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / WEIGHTS)
+    rows = load_foreign(tmp_path).model.embedding.weight
+    assert torch.equal(rows, embedding[: len(rows)])
+    save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / WEIGHTS)
+    with pytest.raises(TinyldError, match="'lm_head.weight' is not the embedding's matrix"):
+        load_foreign(tmp_path)
+
+
+def test_scaled_positions_and_a_tensor_in_two_files_are_refused(tmp_path: Path) -> None:
+    make("a2d-llama", tmp_path, 0, True)
+    before = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters={"rope_theta": 1e4})
+    with pytest.raises(TinyldError, match="rope_scaling must be plain rotary positions"):
+        load_foreign(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    name, tensor = min(load_file(first).items())
+    save_file(load_file(second) | {name: tensor + 1}, second)
+    with pytest.raises(TinyldError, match=f"{second.name}: tensor '{name}' is in .*{first.name} already"):
+        load_foreign(tmp_path)
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("kind", "head"), [*((kind, True) for kind in FAMILIES), *((kind, False) for kind in ENCODERS)]

@@ -109,6 +109,7 @@ class Foreign(NamedTuple):
     tokenizer: Tokenizer
     longest: int  # tokens that the model was made for
     plan: dict[str, tuple[Make, list[Stored]]]  # our tensor: how it is made, of which of theirs; maybe not of a head
+    twin: Stored | None  # the head's matrix, stored though it is the embedding's
 
 
 def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
@@ -158,10 +159,12 @@ def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
         is_padded = name in ("embedding.weight", "output.weight", "output_bias")
         check_fit(name, *plan[name], config, parameter.shape, rows - config.vocab_size if is_padded else 0)
     used = {each for _, stored in plan.values() for each in stored}
+    twin = tensors.get(f"{family.parts.get('output')}.weight") if config.tied else None
+    used |= {twin} - {None}
     for name, each in tensors.items():
         if each not in used and name not in family.ignored.split() and not family.prefix:
             raise TinyldError(f"{each.path}: tensor {name!r} has no place in a {kind} of this config")
-    return Foreign(kind, model, tokenizer, longest, plan)
+    return Foreign(kind, model, tokenizer, longest, plan, twin)
 
 
 def theirs_of(family: Family, name: str) -> tuple[Make, list[str]]:
@@ -268,6 +271,9 @@ def load_foreign(
     model, tokenizer, config = foreign.model, foreign.tokenizer, foreign.model.config
     if not (headless or len(foreign.plan) == len(list(model.parameters()))):
         raise TinyldError(f"{folder} has no head that writes words; begin a base with it: tinyld pretrain --init")
+    twin, (_, (embedding, *_)) = foreign.twin, foreign.plan["embedding.weight"]
+    if twin is not None and not torch.equal(twin.read(), embedding.read()):
+        raise TinyldError(f"{folder}: {twin.name!r} is not the embedding's matrix, which its config says it is")
     if config.rotary:
         model.cos, model.sin = (table.to(device) for table in rotary_tables(config))
     digest = hashlib.sha256(f"{json.dumps(to_dict(config), sort_keys=True)}{tokenizer.to_json()}".encode())
