@@ -219,10 +219,26 @@ def detokenize(pieces: list[str]) -> str:
     """Word pieces joined as people write: no blank before closing punctuation, or inside contractions, numbers (30.5),
     initials (u.s.) and what has a hyphen or a slash."""
     text = f" {' '.join(pieces)}".replace(" ##", "").strip()
-    text = re.sub(r"(?<=[('$]) | (?=[.,!?;:)%'])", "", text)
+    text = re.sub(r"(?<=[($]) | (?=[.,!?;:)%])", "", text)
+    text = re.sub(r" ' (?=(?:s|t|d|m|re|ve|ll)\b)|(?<=\b[odlc]) ' (?=\w)", "'", text)  # it's, o'neil
+    text = join_quotes(re.split(r"(?<!\S)'(?![^\s.,!?;:)%])", text))
     text = re.sub(r"(?<=\d[.:]) (?=\d)|(?<=\d,) (?=\d{3}\b)|(?<=\b[^\W\d_]\.) (?=[^\W\d_]\.)", "", text)
     text = re.sub(r"(?<=\w) ([-/]) (?=\w)", r"\1", text)
     return re.sub(r'" ?([^"]*?) ?("|$)', r'"\1\2', text)
+
+
+def join_quotes(parts: list[str]) -> str:
+    """Text that was parted at single quotes with blanks around them, which come in pairs; one that is left over, or all
+    of them if they are all behind an s, say whose something is (the players' union)."""
+    behind_s = [part.rstrip().endswith("s") for part in parts[:-1]]
+    owning = {i for i, s in enumerate(behind_s) if s} if all(behind_s) else set()
+    if len(behind_s) % 2 and not owning:
+        owning = {behind_s.index(True) if any(behind_s) else len(behind_s) - 1}
+    text, is_open = parts[0], False
+    for i, part in enumerate(parts[1:]):
+        closes = i in owning or is_open
+        text, is_open = (f"{text.rstrip()}'{part}", False) if closes else (f"{text}'{part.lstrip()}", True)
+    return text
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
