@@ -35,7 +35,7 @@ from tinyld.train import TrainingRun
 from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stderr
 
 LR, LR_ON = 3e-3, 7e-4  # of Muon, where none is given; the second goes on with a base of ours
-FEW_BYTES = 10_000_000
+FEW_BYTES = 10_000_000  # of text, which is looked through for a document to hold out
 SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 

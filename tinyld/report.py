@@ -130,8 +130,8 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
 
     "low" and "high" are the accuracy's 95% interval (`interval`), "nats" the mean NLL bound of an answer token,
     "nats_half" half of its interval; "of_full" is the share of what the best full fine-tuning of the same base has on
-    as many rows: of its accuracy or, where texts are written, BLEU or else ROUGE-L. Runs with the most threads are
-    timed.
+    the same test rows from as many: of its accuracy or, where texts are written, BLEU or else ROUGE-L. Runs with the
+    most threads are timed.
     """
     alike: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
