@@ -276,7 +276,7 @@ class Runs:
             if len(runs) == 1:
                 report = further(advance, len(found) * len(rows) * share, share)
                 each = [answers(runs[0], own, examples, sampling, report)]
-                for record, (_, row) in zip(each[0], rows if own.is_infill else (), strict=False):
+                for record, (_, row) in zip(each[0], rows, strict=True) if own.is_infill else ():
                     fill_gap(record, str(row[next(iter(columns))[1]]))
             else:
                 each = answers_in_one_pass(runs, examples)

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -172,8 +171,8 @@ def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
 def refuse_table(line: str, where: str, column: str = "text") -> None:
     """TinyldError where the first line of texts is that of a table that has the column, or of JSON Lines."""
     names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
-    with contextlib.suppress(ValueError):
-        names = [*json.loads(line)] if line.startswith("{") else names
+    with contextlib.suppress(TinyldError):
+        names = [*parse_json(line, where)] if line.startswith("{") else names
     if column in names:
         said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
         raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")

@@ -95,7 +95,7 @@ class Sentences:
 class Teacher:
     """The encoder's part of each update: `penalty` adds its gradient, `after_update` trains the maps."""
 
-    widths: tuple[int, ...] = (384,)  # of what is mapped to
+    others: tuple[int, ...] = ()  # widths of what is mapped to, beside the encoder's embedding
 
     def __init__(self, encoder: Path, model: Denoiser, rows: TextRows, processes: Processes, seed: int):
         found = load_foreign(find_encoder(encoder), headless=True)
@@ -103,7 +103,8 @@ class Teacher:
         self.sentences = Sentences(rows.stream, found.tokenizer)
         self.rng = np.random.default_rng([seed, processes.rank])
         torch.manual_seed(seed)  # every process has the same maps
-        self.maps = nn.ModuleList(nn.Linear(model.config.d_model, width) for width in self.widths)
+        width = model.config.d_model
+        self.maps = nn.ModuleList(nn.Linear(width, wanted) for wanted in (width, *self.others))
         self.optimizer = torch.optim.AdamW(self.maps.parameters(), LR)
         head = ("head_transform", "output_bias")
         self.parameters = [p for name, p in model.named_parameters() if not name.startswith(head)]

@@ -57,7 +57,7 @@ class LanguageModel:
 
 
 class TwoTeachers(Teacher):
-    widths = (384, WIDTH, WIDTH)
+    others = (WIDTH, WIDTH)
 
     def __init__(self, *given: Any):
         super().__init__(*given)
