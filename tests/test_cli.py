@@ -250,15 +250,17 @@ def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Pa
     assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
 
 
-@pytest.mark.parametrize("sampler", ["threshold", "ancestral"])
+@pytest.mark.parametrize("sampler", ["threshold", "revise"])
 def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, pair: tuple[Path, Path]) -> None:
     for run in (place / "base", pair[0]):
         args = ["sample", run, "--prompt", "the {answer} .", "--length", 4, "--num", 2, "--sampler", sampler, "--json"]
         first = good(*args)
-        assert len(first.json["samples"]) == 2 and 1 <= first.json["forward_passes"] <= 4
+        assert len(first.json["samples"]) == 2 and 1 <= first.json["forward_passes"] <= (
+            4 if sampler == "threshold" else 32
+        )
         assert first == good(*args)
         assert all("[MASK]" not in s and "_" not in s for s in first.json["samples"])
-    shown = good("sample", "--base", place / "base", "--num", 1, "--length", 3, "--show-steps").stdout.splitlines()
+    shown = good("sample", "--base", place / "base", "--num", 1, "--length", 12, "--show-steps").stdout.splitlines()
     assert shown[0].count("_") > shown[-2].count("_") == 0 and shown[0].strip().startswith("1 ")
 
 

@@ -136,14 +136,14 @@ def test_a_task_is_learned_and_answered_as_on_the_processor(
 SAMPLERS = ["--sampler ancestral --temperature 0.5", "--sampler klass", "--sampler entropy", "--set lengths=3"]
 
 
-@pytest.mark.parametrize("how", [*SAMPLERS, "--sampler low_confidence --steps 2 --set no_repeat=2"])
+@pytest.mark.parametrize("how", [*SAMPLERS, "--sampler revise --steps 8"])
 def test_texts_are_written_as_on_the_processor(how: str, gpu: None, place: Path, tmp_path: Path) -> None:
     same_on_both(tmp_path, f"predict {place}/tell --text rain --text sea {how} --json")
 
 
 def test_running_text_is_learned_measured_and_written(gpu: None, place: Path, tmp_path: Path) -> None:
     learn = f"pretrain --init {place}/base --data {place}/text.txt --steps 3 --out {{out}} --json"
-    sample = "sample --base {out} --num 2 --length 6 --temperature 0.5 --set no_repeat=2 --json"
+    sample = "sample --base {out} --num 2 --length 6 --temperature 0.5 --json"
     same_on_both(tmp_path, learn, f"eval {{out}} --text {place}/text.txt --json", sample)
 
 

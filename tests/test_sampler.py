@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinyld.config import SAMPLERS, ModelConfig, SampleConfig
 from tinyld.model import Denoiser
-from tinyld.sampler import decode
+from tinyld.sampler import decode, repeating
 
 MASK = 4
 EOS = 3
@@ -71,6 +71,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"sampler": "klass", "threshold": 0.05, "kl": 1.0},
     {"sampler": "entropy", "threshold": 4.0},
     *({"sampler": "ancestral"} | given for given in ({}, {"steps": 3, "temperature": 1.0}, {"steps": 40})),
+    *({"sampler": "revise"} | given for given in ({}, {"steps": 3, "temperature": 1.0}, {"steps": 40})),
 ]
 
 
@@ -84,7 +85,8 @@ def test_every_slot_is_filled_unseen_and_nothing_else_is_touched(lively: Denoise
     assert torch.equal(x, before), "the input is not changed in place"
     assert torch.equal(out[~answer_mask], x[~answer_mask])
     assert not torch.isin(out[answer_mask], torch.tensor(FORBIDDEN)).any()
-    assert (1 <= passes).all() and (passes <= given.get("steps", 8)).all()
+    most = given.get("steps", 32 if given.get("sampler") == "revise" else 8)
+    assert (1 <= passes).all() and (passes <= most).all()
     other = torch.where(answer_mask, 5, x), answer_mask, attention_mask
     assert torch.equal(decoded(lively, other, **given)[0], out), "what stood in the slots is never seen"
 
@@ -96,27 +98,42 @@ def test_the_seed_decides_what_is_drawn(lively: Denoiser, sampler: str) -> None:
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
-def runs_twice(ids: list[int], run: int) -> int:
-    """How many runs of that many tokens stand earlier in ids."""
-    runs = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
-    return len(runs) - len(set(runs))
+def test_revise_writes_in_a_quarter_of_its_passes_and_then_an_eighth_anew_in_each() -> None:
+    """Of a denoiser that wants one token in its first two passes, and another one since."""
+    batch = rows(16, 13)
+    wants = giving(
+        lambda x: 9.0 * torch.eye(40)[5 if len(wants.masked) <= 2 else 5 + len(wants.masked)].expand(*x.shape, 40)
+    )
+    out, passes = decoded(wants, batch, sampler="revise", steps=8)
+    assert passes.tolist() == [8, 8] and wants.masked[0] == [16, 13]
+    assert wants.masked[2:] == [[2, 1], *[[2, 2]] * 5], "every eighth token, which is the eighth one first"
+    assert wants.t[2] == pytest.approx([2 / 16, 1 / 13]) and torch.equal(out[~batch[1]], batch[0][~batch[1]])
+    assert [(row[slots] > 7).sum().item() for row, slots in zip(out, batch[1], strict=True)] == [12, 11]
 
 
-@pytest.mark.parametrize("given", [c for c in CONFIGS if "steps" not in c], ids=str)
-def test_no_text_has_a_run_of_tokens_twice_if_none_may_be(given: dict[str, Any]) -> None:
-    """Texts of a denoiser that wants one or two tokens everywhere, which its prompt has, too."""
-    batch = rows(9, 1, 12)
-    batch[0][batch[2]] = 5
-    assert batch[1].sum(1).tolist() == [9, 1, 12]
+def test_repeating_names_each_token_that_would_make_a_run_which_its_text_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, inside, masked = torch.randint(5, 7, (6, 24), generator=generator), rows(20, 20, 3, 12, 9, 20)[1], None
+    x, inside = x[:, : inside.shape[1]], inside[:, : x.shape[1]]
+    masked = inside & (torch.rand(inside.shape, generator=generator) < 0.2)
+    expected = set()
+    for n, (row, at) in enumerate(masked.nonzero().tolist()):
+        known = [int(i) if ok else None for i, ok in zip(x[row], inside[row] & ~masked[row], strict=True)]
+        runs = [known[i : i + 4] for i in range(len(known) - 3)]
+        for token in (5, 6):
+            told = [*known[:at], token, *known[at + 1 :]]
+            own = [told[i : i + 4] for i in range(max(0, at - 3), min(at, len(told) - 4) + 1)]
+            if any(run in runs for run in own if None not in run):
+                expected.add((n, token))
+    found = set(zip(*(part.tolist() for part in repeating(x, inside, masked)), strict=True))
+    assert found == expected and 3 < len(expected) < 2 * int(masked.sum())
+
+
+def test_revising_forbids_what_would_repeat_unless_nothing_is_left() -> None:
     eager = giving(lambda x: torch.tensor([0.0, 0, 0, 0, 0, 9, 8, 6]).expand(*x.shape, 8))
-    free, held = (decoded(eager, batch, no_repeat=run, **given)[0] for run in (0, 3))
-    for row, slot_mask in enumerate(batch[1]):
-        ids = held[row][slot_mask].tolist()
-        assert runs_twice(ids, 3) == 0 and MASK not in ids
-    assert runs_twice(free[2][batch[1][2]].tolist(), 3) > 3
-    every, _ = decoded(eager, batch, no_repeat=1, **given)
-    assert MASK not in every, "where all tokens are used up, one comes again"
-    assert held[1][batch[1][1]].tolist() == [5] or given.get("temperature"), "what the prompt says may be said again"
+    batch = rows(12)
+    once, anew = (decoded(eager, batch, sampler=how)[0][batch[1]] for how in ("ancestral", "revise"))
+    assert once.unique().tolist() == [5] and len(anew.unique()) > 1 and MASK not in anew
 
 
 def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tensor:
@@ -261,7 +278,9 @@ def test_the_first_pass_takes_the_median_length(sampler: str, table: dict[int, f
     batch = slot(6)
     recording = giving(hazards(table))
     out, _ = decoded(recording, batch, EOS, sampler=sampler)
-    assert out[batch[1]].tolist() == [6] * length + [EOS] * (6 - length)
+    text = out[batch[1]]
+    assert (text == EOS).tolist() == [False] * length + [True] * (6 - length)
+    assert sampler == "revise" or (text[:length] == 6).all()
     assert all(count <= length for count in recording.passes[1:])
 
 

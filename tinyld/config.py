@@ -303,7 +303,9 @@ class TrainConfig(Loop):
 
 # how sure is sure enough, where it is not told: the least probability of a token, or for entropy the nats left open
 THRESHOLDS = {"threshold": 0.95, "klass": 0.6, "entropy": 0.5}
-SAMPLERS = ("low_confidence", *THRESHOLDS, "ancestral")
+DRAWN = ("ancestral", "revise")  # whose order is drawn, at any temperature
+SAMPLERS = ("low_confidence", *THRESHOLDS, *DRAWN)
+FREELY = "revise", 0.6  # sampler and temperature of texts for no task
 
 
 @dataclass(frozen=True)
@@ -319,11 +321,6 @@ class SampleConfig(Settings):
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
-    no_repeat: int | None = setting(
-        None,
-        "Tokens in a row that no text says twice, but in its last of --steps; 4, for tasks and public models 0.",
-        least=0,
-    )
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
 
     def __post_init__(self) -> None:

@@ -76,7 +76,7 @@ def answered(
     of those that are written so much as has no mask any more. A row counts by what it costs: answers to long prompts
     are longer themselves (on WebNLG a text's time grows with its prompt's length to the power of 1.5)."""
     if not rows.task.is_generation:  # a label has its own length and words
-        sampling = replace(sampling, lengths=1, no_repeat=None)
+        sampling = replace(sampling, lengths=1)
     work = (1 + rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)  # a public model may have no [BOS]
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)

@@ -176,7 +176,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         """How answers are written; UsageError for an option that the sampler does not read."""
         unread = [] if self.sampler == "klass" else ["kl"]
         unread += [] if self.sampler in config.THRESHOLDS else ["threshold", "least"]
-        unread += ["seed"] if self.temperature == 0 and self.sampler != "ancestral" else []
+        unread += ["seed"] if self.temperature == 0 and self.sampler not in config.DRAWN else []
         unread += ["lengths"] if self.temperature > 0 else []
         way_out = f"threshold and least go with {', '.join(config.THRESHOLDS)}, kl with klass, seed with "
         way_out += "what is drawn, lengths with what is not"
@@ -190,7 +190,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
             more += ["steps", "threshold", "least", "kl", "draws"]
             refuse_idle(self, more, "where every answer is one token")
         if is_label or width == 1:
-            refuse_idle(self, ["lengths", "no_repeat"], "where answers are labels, or one token")
+            refuse_idle(self, ["lengths"], "where answers are labels, or one token")
 
 
 class Training(OnDevice, Written, Printed, Loop):
@@ -288,8 +288,8 @@ class SampleOptions(Answering):
     prompt: str = option("", "Text before the answer, or around {answer}.", "Writing")
     length: int = option(24, "Masked tokens to fill in; a text may end before.", "Writing", least=1)
     num: int = option(3, "How many samples.", "Writing", least=1)
-    sampler: str = option("ancestral", "How masked tokens are filled in.", "Writing", among=config.SAMPLERS)
-    temperature: float = option(0.8, "0 takes the most likely token.", "Writing")
+    sampler: str = option(config.FREELY[0], "How masked tokens are filled in.", "Writing", among=config.SAMPLERS)
+    temperature: float = option(config.FREELY[1], "0 takes the most likely token.", "Writing")
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyld.answers import Record, answers, answers_in_one_pass, as_rows, examples_of, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
 from tinyld.composition import NONE, batch_features, load_composition, task_features
-from tinyld.config import Reading, SampleConfig, check, check_ours
+from tinyld.config import FREELY, Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, seed_of, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.errors import TinyldError, show
@@ -27,7 +27,6 @@ from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
 from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, load_task, to_record, unlike
 
-NO_REPEAT = 4  # tokens in a row that a text for no task has once: left to itself, a base of ours turns in circles
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 # Threads may ask at once, and runs that share a base hang their pushes on it by turns.
 ONE_AT_A_TIME = threading.RLock()
@@ -87,17 +86,22 @@ class Run:
             self.base.model.push.router.only = found[0] if found else None
 
     def write(
-        self, prompts: str | Iterable[str], length: int | None = None, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
-        """A text for each prompt: by the run's generation task, else what fills `length` tokens, 24, at `{answer}`."""
-        prompts, sampling = several(prompts, "prompts"), SampleConfig(temperature=temperature, seed=seed)
+        self, prompts: str | Iterable[str], length: int | None = None, temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:  # fmt: skip
+        """A text for each prompt: by the run's generation task, or what fills `length` tokens, 24, at `{answer}`, on a
+        base of ours as `tinyld sample` does. If no temperature is given it is 0.6 there, else 0."""
+        prompts = several(prompts, "prompts")
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
         writer = next((t for t in self.tasks if t.is_generation), None)
         with ONE_AT_A_TIME:
             if writer is None:
-                each = [replace(sampling, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
+                sampler, usual = ("threshold", 0.0) if is_foreign(self.base.path) else FREELY
+                free = SampleConfig(sampler, temperature=usual if temperature is None else temperature)
+                each = [replace(free, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
                 width = 24 if length is None else length
                 return [self.fill(p, width, 1, own)[0][0] for p, own in zip(prompts, each, strict=True)]
+            sampling = SampleConfig(temperature=temperature or 0.0, seed=seed)
             check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
             self.let_answer(writer)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
@@ -176,8 +180,6 @@ class Run:
         after = after.strip() and tokenizer.blank + after.strip()
         head = [*tokenizer.start, *tokenizer.encode(before.strip()), *tokenizer.turn]
         tail = tokenizer.encode(after)
-        if sampling.no_repeat is None and not is_foreign(self.base.path):
-            sampling = replace(sampling, no_repeat=NO_REPEAT)
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")

@@ -10,15 +10,21 @@ which shows in how sure its tokens are. So it may be written in several lengths,
 parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tinyld.config import SampleConfig
+from tinyld.config import DRAWN, SampleConfig
 from tinyld.diffusion import all_finite
 
+REVISED = 0.7  # of the temperature, where a token is written anew
+RUN = 4  # tokens that a text has once
+REVISING = 32  # passes at least where nothing is said, as short texts take little time
 LENGTHS = (0.5, 0.7, 0.3, 0.85, 0.15)  # shares of the texts expected that are longer than each length that is tried
 
 
@@ -46,7 +52,7 @@ def decode(
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
         shown = watch and partial(watch, nth=0, lengths=1)
-        return fill_in(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
+        return write(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
     real = None if bool(attention_mask.all()) else attention_mask
     first = all_finite(denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask))
     first[:, forbidden] = -torch.inf
@@ -61,7 +67,7 @@ def decode(
         is_new = torch.stack([likeliest < torch.inf, *(lengths != n for n in tried)]).all(0)
         tried.append(lengths)
         inside = answer_mask & ~behind & is_new[:, None]
-        out, used, score = fill_in(
+        out, used, score = write(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
             never, config, generator, watch and partial(watch, nth=nth, lengths=len(chances)),
             first[inside[answer_mask]], share,
@@ -71,6 +77,28 @@ def decode(
         best = torch.where((sure > likeliest)[:, None], out, best)
         passes, likeliest = passes + used, torch.maximum(likeliest, sure)
     return best, passes
+
+
+def write(
+    denoiser: Any, x: Tensor, inside: Tensor, attended: Tensor, prompt_mask: Tensor, mask_id: int,
+    forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None, *first: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `fill_in`. The sampler `revise` fills in by the first quarter of its passes; each of the others masks every
+    eighth token of the text again, and writes these anew with all others in sight, but none that makes a RUN of
+    tokens which the text has already."""
+    masks = inside, attended, prompt_mask, mask_id, forbidden
+    if config.sampler != "revise":
+        return fill_in(denoiser, x, *masks, config, generator, watch, *first)
+    steps = config.steps or max(REVISING, int(inside.sum(1).max()))
+    begun, cooler = math.ceil(steps / 4), config.temperature and max(1e-3, REVISED * config.temperature)
+    drawn = replace(config, sampler="ancestral", steps=begun)
+    x, passes, score = fill_in(denoiser, x, *masks, drawn, generator, watch, *first)
+    again, eighth = replace(config, steps=1, temperature=cooler), inside.cumsum(1) % 8
+    for i in range(steps - begun):
+        part = inside & (eighth == i % 8)
+        x, used, _ = fill_in(denoiser, torch.where(part, mask_id, x), *masks, again, generator, watch)
+        passes += used
+    return x, passes, score
 
 
 def fill_in(
@@ -94,11 +122,11 @@ def fill_in(
             logits = all_finite(denoiser(x[rows, :length], *told, where=masked))  # (N, V)
             passes[rows.cpu()] += 1
         logits[:, forbidden] = -torch.inf
+        if config.sampler == "revise":
+            fresh = logits.clone()
+            fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
+            logits = torch.where(fresh.isfinite().any(1, keepdim=True), fresh, logits)
         logp, token, likely = choose(logits, config.temperature, generator)
-        own, so_far, run = inside[rows, :length], x[rows, :length], min(config.no_repeat or 0, length)
-        while run and (twice := stands_twice(so_far, masked, own, token, run) & (logits.isfinite().sum(1) > 1)).any():
-            logits[twice, token[twice]] = -torch.inf
-            logp[twice], token[twice], likely[twice] = choose(logits[twice], config.temperature, generator)
         doubt = torch.full_like(likely, torch.inf)
         if config.sampler == "entropy":
             doubt = -divergence(logp, torch.zeros_like(logp))
@@ -108,15 +136,28 @@ def fill_in(
         steps = config.steps or inside[rows].sum(1, keepdim=True)
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
-        tokens, words = accept(confidence, doubts, masked & own, config, steps, step, generator), spread(token, masked)
-        if run and step + 1 != config.steps:  # what they would repeat together
-            tokens &= ~repeated(torch.where(tokens, words, so_far), own & (tokens | ~masked), tokens, confidence, run)
-        x[rows, :length] = torch.where(tokens, words, so_far)
+        tokens = accept(confidence, doubts, masked, config, steps, step, generator)
+        x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
         score[rows] += torch.where(tokens, spread(likely.float(), masked), 0.0).sum(1)
         step, first = step + 1, None
         if watch is not None:
             watch(x)
     return x, passes, score
+
+
+def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """(which of the N masks, which token there): those that would make a run of tokens that its text, what of x (B, L)
+    is `inside`, has already."""
+    row, at = masked.nonzero().T
+    known, text = (F.pad(of, (RUN - 1, RUN - 1)) for of in (inside & ~masked, x))
+    runs = torch.where(known, text, -1 - torch.arange(text.shape[1], device=x.device)).unfold(1, RUN, 1)
+    found = []
+    for i in range(RUN):  # which of the run it would be
+        alike = (runs[row, at + RUN - 1 - i][:, None] == runs[row]).sum(2) == RUN - 1  # nothing unknown is like another
+        mask, other = alike.nonzero().T
+        found.append(torch.stack([mask, runs[row[mask], other, i]]))
+    mask, token = torch.cat(found, 1)
+    return mask[token >= 0], token[token >= 0]
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,30 +168,6 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tu
         return logp, token, likely
     token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
     return logp, token, logp.gather(1, token[:, None])[:, 0]
-
-
-def stands_twice(x: Tensor, masked: Tensor, inside: Tensor, token: Tensor, run: int) -> Tensor:
-    """Which of the tokens (N,) for the N masks of x (B, L) would make, each by itself, a run that its text, `inside`,
-    then has twice."""
-    row, at = masked.nonzero().T
-    known = inside[row] & (~masked[row]).scatter(1, at[:, None], True)
-    runs, whole = x[row].scatter(1, at[:, None], token[:, None]).unfold(1, run, 1), known.unfold(1, run, 1).all(-1)
-    starts = (at[:, None] - torch.arange(run, device=x.device)).clamp(0, runs.shape[1] - 1)  # of those that hold it
-    own = runs.gather(1, starts[..., None].expand(-1, -1, run))
-    alike = (own[:, :, None] == runs[:, None]).all(-1) & whole[:, None] & whole.gather(1, starts)[..., None]
-    return (alike.sum(2) > 1).any(1)
-
-
-def repeated(x: Tensor, known: Tensor, new: Tensor, confidence: Tensor, run: int) -> Tensor:
-    """Which of the `new` tokens of x (B, L) make together a run that stands twice in what is `known`; never the surest
-    of a row. All (B, L)."""
-    runs, whole = x.unfold(1, run, 1), known.unfold(1, run, 1).all(-1)
-    alike = (runs[:, :, None] == runs[:, None]).all(-1) & whole[:, None]
-    twice, found = (alike.sum(2) > 1) & whole, torch.zeros_like(new)
-    for i in range(run):
-        found[:, i : i + twice.shape[1]] |= twice
-    surest = confidence.masked_fill(~new, -1.0).argmax(1, keepdim=True)
-    return (found & new).scatter(1, surest, False)
 
 
 def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -203,8 +220,9 @@ def accept(
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
+    - revise: begins so; what it wrote it then writes anew, part by part (`write`; Gibbs sampling, arXiv 1902.04094).
     """
-    if config.sampler == "ancestral":
+    if config.sampler in DRAWN:
         last = torch.as_tensor(steps, device=masked.device)
         now, then = (1.0 - last.clamp(max=step + i) / last for i in (0, 1))
         chance = (now - then) / now.clamp(min=1e-6)  # of those that are masked at t = now

