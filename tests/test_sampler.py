@@ -134,6 +134,8 @@ def test_revising_forbids_what_would_repeat_unless_nothing_is_left() -> None:
     batch = rows(12)
     once, anew = (decoded(eager, batch, sampler=how)[0][batch[1]] for how in ("ancestral", "revise"))
     assert once.unique().tolist() == [5] and len(anew.unique()) > 1 and MASK not in anew
+    alone = giving(lambda x: torch.full((8,), -torch.inf).index_fill(0, torch.tensor(5), 9.0).expand(*x.shape, 8))
+    assert torch.equal(decoded(alone, batch, sampler="revise")[0][batch[1]], once), "it cannot write anything else"
 
 
 def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tensor:

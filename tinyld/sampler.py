@@ -52,7 +52,7 @@ def decode(
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
         shown = watch and partial(watch, nth=0, lengths=1)
-        return write(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
+        return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
     real = None if bool(attention_mask.all()) else attention_mask
     first = all_finite(denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask))
     first[:, forbidden] = -torch.inf
@@ -67,7 +67,7 @@ def decode(
         is_new = torch.stack([likeliest < torch.inf, *(lengths != n for n in tried)]).all(0)
         tried.append(lengths)
         inside = answer_mask & ~behind & is_new[:, None]
-        out, used, score = write(
+        out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
             never, config, generator, watch and partial(watch, nth=nth, lengths=len(chances)),
             first[inside[answer_mask]], share,
@@ -79,7 +79,7 @@ def decode(
     return best, passes
 
 
-def write(
+def fill_and_revise(
     denoiser: Any, x: Tensor, inside: Tensor, attended: Tensor, prompt_mask: Tensor, mask_id: int,
     forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None, *first: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -220,7 +220,7 @@ def accept(
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
-    - revise: begins so; what it wrote it then writes anew, part by part (`write`; Gibbs sampling, arXiv 1902.04094).
+    - revise: begins so; what it wrote it then writes anew, part by part (`fill_and_revise`; Gibbs sampling, arXiv 1902.04094).
     """
     if config.sampler in DRAWN:
         last = torch.as_tensor(steps, device=masked.device)
