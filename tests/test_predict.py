@@ -280,6 +280,20 @@ def test_a_text_for_no_task_is_written_as_sample_does_and_by_a_public_model_gree
     assert base.write("the", length=8) == greedy
 
 
+def test_a_text_without_a_prompt_begins_where_another_one_ends(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, heads = tinyld.load(place / "base"), []
+    tokenizer = run.base.tokenizer
+    decode = tinyld.predict.decode
+    monkeypatch.setattr(
+        "tinyld.predict.decode", lambda model, x, *a: heads.append(x[0].tolist()) or decode(model, x, *a)
+    )
+    for prompt in ("", "{answer} .", "the"):
+        run.fill(prompt, 2, 1, SampleConfig())
+    masks, end = [tokenizer.mask_id] * 2, tokenizer.eos_id
+    dot, the = tokenizer.encode("."), tokenizer.encode("the")
+    assert [head[1:] for head in heads] == [[end, *masks], [end, *masks, *dot, end], [*the, *masks]]
+
+
 def test_a_released_base_is_left_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path(shutil.copytree(place / "base", "data/small"))
     before = (base / RESULTS).read_bytes()
