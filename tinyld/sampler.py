@@ -220,7 +220,8 @@ def accept(
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
-    - revise: begins so, and then writes each part anew (`fill_and_revise`; Gibbs sampling, arXiv 1902.04094).
+    - revise: begins so, and then writes each part anew (`fill_and_revise`; Gibbs sampling, arXiv 1902.04094), for texts
+      of no task: what a task asks for it writes worse than the others.
     """
     if config.sampler in DRAWN:
         last = torch.as_tensor(steps, device=masked.device)
