@@ -216,13 +216,13 @@ for name, verb in VERBS.items():
 
 
 def main() -> None:
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by who called
-            setattr(sys, stream, open(os.devnull, "w"))
-        getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, what was found is shown
     code: Any = 0
     try:
         with handling(interrupt, after=signal.SIG_DFL):  # which ends the process in the interpreter's own end
+            for stream in ("stdout", "stderr"):
+                if getattr(sys, stream) is None:  # closed by who called
+                    setattr(sys, stream, open(os.devnull, "w"))
+                getattr(sys, stream).reconfigure(errors="backslashreplace")  # whatever the locale, all is shown
             app()
     except Interrupted as error:
         print(f"tinyld: {error}", file=sys.stderr)
