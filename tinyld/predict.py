@@ -94,14 +94,15 @@ class Run:
         prompts = several(prompts, "prompts")
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
         writer = next((t for t in self.tasks if t.is_generation), None)
+        sampler, usual = FREELY
+        if writer is not None or is_foreign(self.base.path):
+            sampler, usual = SampleConfig.sampler, SampleConfig.temperature
+        sampling = SampleConfig(sampler, temperature=usual if temperature is None else temperature, seed=seed)
         with ONE_AT_A_TIME:
             if writer is None:
-                sampler, usual = ("threshold", 0.0) if is_foreign(self.base.path) else FREELY
-                free = SampleConfig(sampler, temperature=usual if temperature is None else temperature)
-                each = [replace(free, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
+                each = [replace(sampling, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
                 width = 24 if length is None else length
                 return [self.fill(p, width, 1, own)[0][0] for p, own in zip(prompts, each, strict=True)]
-            sampling = SampleConfig(temperature=temperature or 0.0, seed=seed)
             check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
             self.let_answer(writer)
             return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
