@@ -66,7 +66,7 @@ def child(arguments: list[str], log: str, die_at: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup takes away, and a shell's & the next
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() hears it: Python's own handler would show this function
     torch.set_num_threads(1)
     if die_at:
         calls, fsync = itertools.count(1), os.fsync
