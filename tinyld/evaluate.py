@@ -20,7 +20,7 @@ from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, ro
 from tinyld.model import Denoiser
 from tinyld.progress import Advance, further, unheard
 from tinyld.read import PAIR
-from tinyld.sampler import decode, log_survival
+from tinyld.sampler import decode, log_survival, logp_of
 from tinyld.tokenizer import Tokenizer
 from tinyld.writing import text_scores
 
@@ -214,8 +214,8 @@ def all_masked(batch: Batch, mask_id: int) -> tuple[Tensor, Tensor, Tensor | Non
 
 def length_logp(model: Denoiser, batch: Batch, tokenizer: Tokenizer) -> Tensor:
     """log p of every length that a text in the slot can have, (B, slot + 1), before anything is written."""
-    logits = all_finite(model(*all_masked(batch, tokenizer.mask_id), where=batch.answer_mask))
-    ends = logits.log_softmax(-1)[:, tokenizer.eos_id].view(len(batch.x0), -1)  # given that the text comes so far
+    logits = model(*all_masked(batch, tokenizer.mask_id), where=batch.answer_mask)
+    ends = logp_of(tokenizer.eos_id, logits).view(len(batch.x0), -1)  # given that the text comes so far
     none = torch.zeros_like(ends[:, :1])
     return torch.cat([none, log_survival(ends.exp())], dim=1) + torch.cat([ends, none], dim=1)
 

@@ -11,6 +11,7 @@ parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from tinyld.diffusion import all_finite
 REVISED = 0.7  # of the temperature, where a token is written anew
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
+CACHED = 2**18  # logits
 LENGTHS = (0.5, 0.7, 0.3, 0.85, 0.15)  # shares of the texts expected that are longer than each length that is tried
 
 
@@ -54,9 +56,9 @@ def decode(
         shown = watch and partial(watch, nth=0, lengths=1)
         return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
     real = None if bool(attention_mask.all()) else attention_mask
-    first = all_finite(denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask))
+    first = denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask)
     first[:, forbidden] = -torch.inf
-    hazard, never = spread(first.softmax(-1)[:, eos_id], answer_mask), [*forbidden, eos_id]
+    hazard, never = spread(logp_of(eos_id, first).exp(), answer_mask), [*forbidden, eos_id]
     best, passes, tried = x, torch.ones(len(x), dtype=torch.long), list[Tensor]()
     likeliest = torch.full((len(x),), -torch.inf, device=x.device)  # a token, of the best
     chances = LENGTHS[: config.lengths] if config.temperature == 0 else (None,)
@@ -119,18 +121,16 @@ def fill_in(
         masked, real, logits = whole[rows, :length], attended[rows, :length], first
         if logits is None:
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
-            logits = all_finite(denoiser(x[rows, :length], *told, where=masked))  # (N, V)
+            logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
         logits[:, forbidden] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
             logits = torch.where(fresh.isfinite().any(1, keepdim=True), fresh, logits)
-        logp, token, likely = choose(logits, config.temperature, generator)
-        doubt = torch.full_like(likely, torch.inf)
-        if config.sampler == "entropy":
-            doubt = -divergence(logp, torch.zeros_like(logp))
-        elif config.sampler == "klass":
+        token, likely, doubt = choose(logits, config, generator)
+        if config.sampler == "klass":
+            logp = logits.log_softmax(-1, dtype=torch.float32)
             doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
             last = whole, logp
         steps = config.steps or inside[rows].sum(1, keepdim=True)
@@ -138,7 +138,7 @@ def fill_in(
         doubts = spread(doubt, masked, torch.inf)
         tokens = accept(confidence, doubts, masked, config, steps, step, generator)
         x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
-        score[rows] += torch.where(tokens, spread(likely.float(), masked), 0.0).sum(1)
+        score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
         step, first = step + 1, None
         if watch is not None:
             watch(x)
@@ -160,14 +160,32 @@ def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor
     return mask[token >= 0], token[token >= 0]
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities (N, V), the token chosen at each of N places, its log-probability)."""
-    logp = logits.log_softmax(-1)
-    if temperature == 0:
-        likely, token = logp.max(-1)
-        return logp, token, likely
-    token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
-    return logp, token, logp.gather(1, token[:, None])[:, 0]
+def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(the token chosen at each of N places, its log-probability, the entropy there in nats if the sampler asks for it,
+    else infinite), from logits (N, V)."""
+    found = []
+    for logp in in_parts(logits):
+        if config.temperature == 0:
+            likely, token = logp.max(-1)
+        else:
+            token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
+            likely = logp.gather(1, token[:, None])[:, 0]
+        is_asked = config.sampler == "entropy"
+        entropy = -divergence(logp, torch.zeros_like(logp)) if is_asked else torch.full_like(likely, torch.inf)
+        found.append((token, all_finite(likely), entropy))
+    token, likely, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return token, likely, entropy
+
+
+def logp_of(token: int, logits: Tensor) -> Tensor:
+    """Its log-probability at each of N places, from logits (N, V)."""
+    return all_finite(torch.cat([logp[:, token] for logp in in_parts(logits)]))
+
+
+def in_parts(logits: Tensor) -> Iterator[Tensor]:
+    """Log-probabilities of logits (N, V), on a processor of so many places at a time as its cache holds."""
+    size = max(1, len(logits) if logits.is_cuda else CACHED // logits.shape[1])
+    return (some.log_softmax(-1, dtype=torch.float32) for some in logits.split(size))
 
 
 def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
     python data/results/decoding.py FILE.csv RUN dev 96 low_confidence threshold threshold,lengths=3 kept,every=8
 
 A sampler is its name and settings of `SampleConfig`, or one of these, which are here alone:
-- `llada`: LLaDA's loop (arXiv 2502.09992): no length is chosen, a slot is filled to its end, a token a pass;
+- `llada`: LLaDA's loop as it is published (arXiv 2502.09992): no length is chosen, all texts of a batch fill their
+  slots together, a token a pass, and every pass has the logits of all positions; `llada,masked=1` has those at masks;
 - `mask_predict,tokens=5`: all tokens are written in every pass, and the least sure masked again, fewer each time, in
   length / tokens passes (arXiv 1904.09324);
 - `kept,every=8`: `threshold` on states of the prompt that are computed anew in every eighth pass alone (0: in the
@@ -65,6 +66,24 @@ class KeptPrompt:
         return logits
 
 
+def llada(
+    denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
+    *others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`tinyld.sampler.decode` by LLaDA's loop; the slots of a batch have one width."""
+    x, prompt_mask, rows = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask, torch.arange(len(x))
+    passes = int(answer_mask.sum(1).max())
+    for _ in range(passes):
+        masked = answer_mask & (x == mask_id)
+        logits = denoiser(x, masked.sum(1) / passes, attention_mask, prompt_mask).float()
+        logits[..., forbidden] = -torch.inf
+        token = logits.argmax(-1)
+        chance = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+        surest = chance.where(masked, -torch.inf).argmax(1)
+        x[rows, surest] = token[rows, surest]
+    return x, torch.full((len(x),), passes)
+
+
 def mask_predict(
     denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
     config: SampleConfig, generator: torch.Generator, eos_id: int, watch: Any, tokens: int,
@@ -106,6 +125,8 @@ def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
         name, *settings = text.split(",")
         given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
         rows.open_ended, evaluation.decode = name != "llada", decode
+        if name == "llada" and not given.pop("masked", 0):
+            evaluation.decode = torch.no_grad()(llada)
         if name == "mask_predict":
             tokens = given.pop("tokens")
             evaluation.decode = lambda *args, tokens=tokens: mask_predict(*args, tokens=tokens)
