@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyld import diffusion
 from tinyld.data import Batch
-from tinyld.diffusion import mask_counted, nll_bound, noise_answers, noise_counted, noise_text, sample_t, token_nll
+from tinyld.diffusion import mask_counted, noise_answers, noise_counted, noise_text, row_nll, sample_t, token_nll
 
 MASK = 4
 EOS = 3
@@ -213,9 +213,15 @@ def exact_bound(denoiser: Fake, batches: list[Batch]) -> float:
 
 def test_the_bound_is_the_one_computed_over_every_mask() -> None:
     some = [random_batch(120, 4), random_batch(60, 5)]
-    found, exact = nll_bound(Fake(), some, MASK, draws=100, seed=1), exact_bound(Fake(), some)
+    tokens, exact = torch.cat([batch.answer_mask.sum(1) for batch in some]).float(), exact_bound(Fake(), some)
+
+    def bound(draws: int, seed: int) -> diffusion.Estimate:
+        nats = [row_nll(Fake(), batch, MASK, draws, seeded(seed)) for batch in some]
+        return diffusion.ratio_estimate(torch.cat(nats), tokens)
+
+    found = bound(100, 1)
     assert found.n == 180 and found.mean == pytest.approx(exact, rel=0.02)
-    many = torch.tensor([nll_bound(Fake(), some, MASK, 1, s).mean for s in range(40)])
+    many = torch.tensor([bound(1, s).mean for s in range(40)])
     assert float(many.mean()) == pytest.approx(
         exact, abs=4 * float(many.std()) / math.sqrt(40) + 2 * diffusion.T_MIN * exact
     )

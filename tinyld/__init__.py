@@ -8,8 +8,6 @@ run.predict(["what a film"])[0]["label"]
 tinyld.load("runs/base").write("the film was {answer} .")
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from tinyld.errors import TinyldError, UsageError

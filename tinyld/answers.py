@@ -1,7 +1,5 @@
 """Rows in, answers out: what loaded runs find of rows for their tasks, with the rows' other columns."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -72,11 +70,8 @@ def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
     or logits."""
     shares = [[round(p, 4) for p in row] for row in scores.softmax(1).tolist()]
     best = scores.argmax(1).tolist()
-    return {
-        "label": [labels[i] for i in best],
-        "probability": [row[i] for row, i in zip(shares, best, strict=True)],
-        "probabilities": [dict(zip(labels, row, strict=True)) for row in shares],
-    }
+    found = {"label": [labels[i] for i in best], "probability": [row[i] for row, i in zip(shares, best, strict=True)]}
+    return found | {"probabilities": [dict(zip(labels, row, strict=True)) for row in shares]}
 
 
 # ------------------------------------------------------------------------------------------------ columns

@@ -4,8 +4,6 @@ Short sequences in bf16 on a processor, where torch's fused one takes two to fou
 all, are plain batched products, a few heads at a time so that their scores stay in the cache. torch does all else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

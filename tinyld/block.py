@@ -4,8 +4,6 @@ Methods meet it at two seams: `Block.after_attention` and `Block.after_mlp`, ide
 and every Linear, which is *called* (so it can be wrapped), and every bias.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

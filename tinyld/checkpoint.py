@@ -1,7 +1,5 @@
 """Bases and adapters, to and from run folders: weights, tokenizer, config, and the fingerprint that names a base."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

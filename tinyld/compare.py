@@ -6,8 +6,6 @@ one makes runs of its own. Tuning: seed 0 at every rate, the best on dev by accu
 other seeds. Test rows are read once, by the chosen runs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import replace

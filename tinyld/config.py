@@ -3,8 +3,6 @@
 Each default is written here only; the CLI refers to it (`TrainConfig.lr`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

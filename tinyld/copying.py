@@ -6,8 +6,6 @@ another one, so that what it is can only be read where it stood before. What bec
 number and its place in the text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

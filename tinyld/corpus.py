@@ -1,7 +1,5 @@
 """Text files -> one stream of ids in a memory-mapped file: a text of any size takes the same memory. No torch."""
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence

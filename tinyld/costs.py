@@ -1,7 +1,5 @@
 """What a public model is and what adapting it takes, by method, before any weights are read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

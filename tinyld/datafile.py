@@ -1,7 +1,5 @@
 """A task made from a file of rows that nothing else is known of. No torch."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Where a run computes, in which type, and in how many bits frozen weights are kept."""
 
-from __future__ import annotations
-
 import itertools
 import types
 from typing import Any

@@ -6,7 +6,7 @@ is 1 - t). Formulas: MDLM (arXiv 2406.07524).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,18 +178,6 @@ def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
     stderr = (residual.square().sum() / max(n - 1, 1) * n).sqrt() / denominator.sum()
     mean, stderr = all_finite(torch.stack([mean, stderr])).tolist()
     return Estimate(mean, stderr, n, numerator, denominator)
-
-
-@torch.no_grad()
-def nll_bound(denoiser: Any, batches: Iterable[Batch], mask_id: int, draws: int = 1, seed: int = 0) -> Estimate:
-    """Upper bound on the NLL in nats per answer token (the negative ELBO), with its standard error over rows.
-
-    `draws` times are drawn for every row.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = [(row_nll(denoiser, batch, mask_id, draws, generator), batch.answer_mask.sum(1)) for batch in batches]
-    nats, tokens = map(torch.cat, zip(*found, strict=True))
-    return ratio_estimate(nats, tokens.float())
 
 
 @torch.no_grad()

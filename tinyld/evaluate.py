@@ -1,7 +1,5 @@
 """Task accuracy of answers that were really decoded, verbalizer scores, and the NLL bound. Nothing is trained here."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
-from tinyld.diffusion import Estimate, all_finite, nll_bound, ratio_estimate, row_nll
+from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
 from tinyld.model import Denoiser
 from tinyld.progress import Advance, further, unheard
 from tinyld.read import PAIR
@@ -188,18 +186,16 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 def text_nll(
     model: Denoiser, rows: TextRows, mask_id: int, draws: int = 2, limit: int | None = None, advance: Advance = unheard
 ) -> Estimate:
-    """NLL bound of running text in nats per token, over `limit` rows spread through it (all when None)."""
-    chosen = spread_over(len(rows), limit)
-
-    def batches() -> Iterator[Batch]:
-        done = 0
-        at_once = model.rows_at_once(rows.width, 16, rows.width // 4)
-        for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
-            yield rows.take(chunk)
-            done += len(chunk)
-            advance(done)
-
-    return nll_bound(model, batches(), mask_id, draws=draws)
+    """Upper bound on the NLL of running text in nats per token (the negative ELBO), with its standard error over rows:
+    `limit` rows spread through it (all when None), `draws` times of each."""
+    chosen, at_once = spread_over(len(rows), limit), model.rows_at_once(rows.width, 16, rows.width // 4)
+    nats, tokens, generator = list[Tensor](), list[Tensor](), torch.Generator().manual_seed(0)
+    for chunk in np.array_split(chosen, math.ceil(len(chosen) / at_once)):
+        batch = rows.take(chunk)
+        nats.append(row_nll(model, batch, mask_id, draws, generator))
+        tokens.append(batch.answer_mask.sum(1).float())
+        advance(sum(map(len, nats)))
+    return ratio_estimate(torch.cat(nats), torch.cat(tokens))
 
 
 # ------------------------------------------------------------------------------------------------ what logits say

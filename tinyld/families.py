@@ -3,8 +3,6 @@
 No files are read here. What is not understood is refused by name; tinyld.foreign reads folders by these rows.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

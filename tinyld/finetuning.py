@@ -3,8 +3,6 @@
 What a run is, from the options of a new one or as an old one recorded it, is its config.json.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ Everything is checked by names, shapes and ids before any weights are read; tens
 type that the base is kept in.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Where an encoder is found that a base begins with, and what is written for transformers and for peft."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path

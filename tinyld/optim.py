@@ -1,7 +1,5 @@
 """The optimizer and the learning-rate schedule."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A run that was loaded and answers, and several that share one pass of their base."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace

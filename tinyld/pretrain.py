@@ -1,7 +1,5 @@
 """Pretraining: text files -> tokenizer, token stream -> denoiser -> a base in a run folder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -76,14 +74,9 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         training["minutes"] = 10.0
     train = TrainConfig(**training)
     resolve_dtype(train.dtype, resolve_device(train.device))
-    config = {
-        "kind": "base",
-        "model": to_dict(ModelConfig(**preset | given)),
-        "train": to_dict(train),
-        "save_dtype": options.save_dtype,
-        "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},
-        "valid": [str(p) for p in options.valid],
-    }
+    data = {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]}
+    config = {"kind": "base", "model": to_dict(ModelConfig(**preset | given)), "train": to_dict(train), "data": data}
+    config |= {"save_dtype": options.save_dtype, "valid": [str(p) for p in options.valid]}
     if is_writer():
         RunFolder.check_free(out, options.force)
     if path is None:

@@ -3,8 +3,6 @@
 `run_rows` reads a row a run (`COLUMNS`), which `--csv` keeps; `aggregate` makes one of all seeds.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import os

@@ -332,15 +332,10 @@ def environment(device: str = "auto") -> dict[str, Any]:
 
     on = resolve_device(device)
     return {
-        "tinyld": tinyld.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "tinyld": tinyld.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "threads": torch.get_num_threads(), "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
+        "machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability(),
         "fast_dtype": fast_dtype(on),  # what `auto` is there
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
-        "command": shlex.join(["tinyld", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+        "command": shlex.join(["tinyld", *sys.argv[1:]]), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip

@@ -1,7 +1,5 @@
 """`tinyld eval`: what a run's answers are worth, of tasks and of running text, kept in its results and shown."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import fields
 from pathlib import Path

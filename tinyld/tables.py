@@ -1,7 +1,5 @@
 """Tables: on a terminal or in a pipe by rich, in a file as Markdown. The only way a table is made."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

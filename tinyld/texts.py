@@ -1,7 +1,5 @@
 """`tinyld predict`: lines as soon as they are there, or files; out go JSON Lines, CSV, or a table."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

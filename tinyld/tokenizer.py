@@ -23,11 +23,8 @@ from tinyld.read import decode, opened, parse_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
-SPECIAL_OF_FAMILIES = (
-    SPECIAL,
-    ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-    ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
-)
+ROBERTAS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+SPECIAL_OF_FAMILIES = SPECIAL, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), ROBERTAS
 UNK = SPECIAL[1]
 ROLES = ("pad", "unk", "bos", "eos", "mask")
 AT_ONCE = 4096  # texts
@@ -121,13 +118,9 @@ class Tokenizer:
         for line in lines:
             counts.update(inner.normalizer.normalize_str(line))
         letters = sorted(c for c in sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET] if not c.isspace())
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[*SPECIAL, *(f"##{c}" for c in letters)],
-            initial_alphabet=letters,
-            limit_alphabet=len(letters),
-            show_progress=False,
-        )
+        known = {"initial_alphabet": letters, "limit_alphabet": len(letters)}
+        special = [*SPECIAL, *(f"##{c}" for c in letters)]
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, **known)
         inner.train_from_iterator(lines, trainer)
         final = _pipeline(inner.get_vocab())
         final.add_special_tokens(list(SPECIAL))

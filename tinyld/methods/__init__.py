@@ -1,7 +1,5 @@
 """The table of methods. A new method is one class and one row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any

@@ -5,8 +5,6 @@ al., arXiv 1902.00751) are a small residual MLP after attention and after the ML
 W + scale * B A on attention and MLP matrices, scale = ALPHA / r.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

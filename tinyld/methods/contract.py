@@ -1,7 +1,5 @@
 """What every method is: how it attaches to a denoiser, which parameters are its own, how many there are."""
 
-from __future__ import annotations
-
 from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ frozen base's own states, mean-pooled, which condition the up-projection as a ga
 W c).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ units each for itself. Two recipes of it:
     all adapters that answer a text. The gradient goes along the answer's few positions.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
