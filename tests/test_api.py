@@ -162,11 +162,35 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     Path("opinions.csv").write_text(before)
     Path("opinions.csv").rename("moved.csv")
     assert "is gone; say by --data where it is" in cli("eval", "run").stderr
-    (found,) = good("eval", "run", "--data", "moved.csv", "--json").json
-    assert (found["n"], found["nll_bound"]) == (4, measured), "and none that it learned"
+    moved = good("eval", "run", "--data", "moved.csv", "--json")
+    assert (moved.json[0]["n"], moved.json[0]["nll_bound"]) == (4, measured), "and none that it learned"
+    assert "moved.csv: 36 of its rows were learned by run, and are left out" in moved.stderr
     Path("others.csv").write_text(before.replace("rain", "sun"))
     others = good("eval", "run", "--data", "others.csv", "--json")
     assert others.json[0]["n"] == 40 and "others.csv: all its rows count, learned ones too" in others.stderr
+
+
+def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) -> None:
+    before = "text,label\n" + "".join(f'"{text} {i}",{label}\n' for i, (text, label) in enumerate(ROWS))
+    Path("mine.csv").write_text(before)
+    good("finetune", "--data", "mine.csv", *made_on(place))
+    good("eval", "run")
+    ran = cli("report", "run", "--csv", "mine.csv")
+    assert ran.code == 1 and "mine.csv: cannot be written (it is an input" in ran.stderr
+    assert Path("mine.csv").read_text() == before
+    good("report", "run", "--csv", "table.csv")
+
+
+def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
+    """One that a single row has, and texts that may be meant to be written; neither is refused."""
+    lines = [f'"{text} {i}",{label}' for i, (text, label) in enumerate(ROWS)]
+    Path("mine.csv").write_text("\n".join(["text,label", *lines, "a sea,hapy", ""]))
+    ran = good("finetune", "--data", "mine.csv", *made_on(place))
+    assert "one training row alone has label hapy; is that misspelt?" in ran.stderr
+    lines = [f"who is {i},she lives in town number {i % 8}" for i in range(24)]
+    Path("asked.csv").write_text("\n".join(["text,label", *lines, ""]))
+    ran = good("finetune", "--data", "asked.csv", *made_on(place), "--out", "asked")
+    assert "texts to write are an --answer-column" in ran.stderr
 
 
 def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place: Path) -> None:

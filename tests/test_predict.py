@@ -548,10 +548,16 @@ def test_what_cannot_be_answered_is_refused_in_a_line(
     assert ran.stderr.startswith("tinyld: ") and ran.stderr.count("\n") == 1
 
 
-def start(*args: object, **more: Any) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "tinyld", "predict", *map(str, args)]
+def start(*args: object, verb: str = "predict", **more: Any) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "tinyld", verb, *map(str, args)]
     environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **more)
+
+
+def test_texts_that_are_empty_are_answered_and_counted(place: Path) -> None:
+    ran = good("predict", place / "mood", text="rain\n\n")
+    assert len(ran.stdout.splitlines()) == 2 and "1 of 2 texts are empty; their answers say nothing" in ran.stderr
+    assert "empty" not in good("predict", place / "mood", text="rain\n").stderr
 
 
 def test_a_filter_lives_and_answers_each_line_at_once(place: Path) -> None:
@@ -571,9 +577,9 @@ def test_a_filter_lives_and_answers_each_line_at_once(place: Path) -> None:
 
 def test_a_full_disk_and_a_reader_that_is_gone_end_it_cleanly(place: Path) -> None:
     with open("/dev/full", "wb") as full:
-        process = start(place / "mood", stdout=full)
-        _, stderr = process.communicate(b"rain\n" * 9)
-    assert process.returncode == 1 and stderr.decode().startswith("tinyld: ") and stderr.count(b"\n") == 1, stderr
+        for process in (start(place / "mood", stdout=full), start(verb="--help", stdout=full)):
+            _, stderr = process.communicate(b"rain\n" * 9)
+            assert process.returncode == 1 and stderr.startswith(b"tinyld: ") and stderr.count(b"\n") == 1, stderr
     process = start(place / "mood", stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()

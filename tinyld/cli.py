@@ -11,7 +11,7 @@ import signal
 import sys
 import typing
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -83,6 +83,24 @@ class Command(TyperCommand):
                 formatter.write_dl(groups[group])
 
 
+def fail(message: str, code: int) -> None:
+    print(f"tinyld: {plain(message)}", file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def in_a_line() -> Iterator[None]:
+    """What the system refuses within becomes a line, but that nobody reads any more, which click ends well."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+
+
 class Group(TyperGroup):
     """All verbs. What goes wrong in one becomes one line on stderr and an exit code."""
 
@@ -94,6 +112,11 @@ class Group(TyperGroup):
             formatter.write(f"  {name:<9} {verb.help}\n" + (f"            {verb.example}\n" if i < MAIN else ""))
         formatter.write("\nAlso: --version, --install-completion.\n")
 
+    def make_context(self, *given: Any, **told: Any) -> Any:
+        with in_a_line():  # the help is printed in here
+            return super().make_context(*given, **told)
+
+    @in_a_line()
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
@@ -101,12 +124,6 @@ class Group(TyperGroup):
             return result
         except TinyldError as error:
             fail(str(error), error.exit_code)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # nobody reads any more, which click ends well
-                raise
-            if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
         except Exception as error:
             by_torch = re.search("out of memory|allocate memory", str(error))
             if by_torch or isinstance(error, MemoryError):
@@ -120,13 +137,8 @@ class Group(TyperGroup):
                 if field.metadata["group"] is None and asked == flag(field.name):
                     fail(f"{asked} goes by --set {field.name}=value; --set help lists all such", 2)
             rows = verb and "unexpected extra arg" in error.format_message() and hasattr(VERBS[verb].options, "data")
-            hint = "; a file is given by --data" if rows else ""
-            fail(f"{error.format_message()}{hint} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
-
-
-def fail(message: str, code: int) -> None:
-    print(f"tinyld: {plain(message)}", file=sys.stderr)
-    raise typer.Exit(code) from None
+            said = error.format_message().replace("Value error, ", "") + "; a file is given by --data" * bool(rows)
+            fail(f"{said} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
 
 
 HELP = {"help_option_names": ["-h", "--help"]}

@@ -294,7 +294,7 @@ class TrainConfig(Loop):
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
-        check(len(given) == 1, f"give one budget of {', '.join(BUDGETS)}; got {given or 'none'}")
+        check(len(given) == 1, f"give one budget of {', '.join(BUDGETS)}; got {' and '.join(given) or 'none'}")
         super().__post_init__()
         check(self.warmup + self.flat < 1, f"flat must leave some of the budget after warm-up, got {self.flat}")
 

@@ -17,6 +17,7 @@ from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 MAX_LABELS = 200
+WORDY = 3  # words of a label, beyond which it may be meant to be written
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
 WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
 MINE = ("text_column", "label_column", "answer_column", "template")  # options of a file of rows alone
@@ -98,7 +99,9 @@ def described(task: Task) -> str:
         return f"texts are in column {text!r}, {answers}"
     labels = [label + f" (written {words!r})" * (words != label) for label, words in task.verbalizer.items()]
     few = ", ".join(labels[:6]) + ", ..." * (len(labels) > 6)
-    return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(labels)} ({few})"
+    are_texts = len(labels) > 6 and sum(len(label.split()) for label in task.labels) > WORDY * len(labels)
+    hint = "; texts to write are an --answer-column" * are_texts
+    return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(labels)} ({few}){hint}"
 
 
 def folded(label: str) -> Any:

@@ -46,6 +46,7 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 FEW, WRITING, EPOCHS, MANY = (10, 40, 100), (8, 400, 1_200), 100, 30_000
 SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
+RARE = 20  # rows, from which on a label that one of them has is said
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
 
@@ -179,6 +180,9 @@ def train_adapter(
                 say(f"the answers of {rows.unwritable:,} of {len(rows):,} {name} rows {lacks}")
         if unseen := [label for i, label in enumerate(task.labels) if i not in train_rows.labels]:
             say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
+        rare = [label for i, label in enumerate(task.labels) if (train_rows.labels == i).sum() == 1]
+        if rare and len(train_rows) >= RARE:
+            say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
         started = time.perf_counter()
         noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id)
         reason = why_not_cached(model, train_rows, config["cache_gb"])

@@ -157,7 +157,7 @@ class OnDevice(Options):
 
 class Written(Options):
     out: Path | None = option(None, "Run folder to write; made if missing.", "Output")
-    force: bool = option(False, "Replace the run that is in --out.", "Output")
+    force: bool = option(False, "Replace the run that is in --out, at once.", "Output")
 
 
 class Moved(Options):

@@ -41,7 +41,7 @@ def rows_for(
     """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
     made = [r for r in run.config.get("members", [run.config]) if "task" in r]
     own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
-    trained_on = own.get("folder") and Path(own["folder"])
+    trained_on, is_told = own.get("folder") and Path(own["folder"]), data is not None
     if data is None and trained_on:
         elsewhere = task.builtin or split in task.data
         if not (trained_on.exists() or elsewhere):
@@ -61,6 +61,8 @@ def rows_for(
             raise TinyldError(f"{problem}; train again, or give a file of other rows by --data")
         if say and not held_out:
             say(f"{data}: all its rows count, learned ones too; of the file that {run.path} learned they are left out")
+        elif say and is_told:
+            say(f"{data}: {len(learned):,} of its rows were learned by {run.path}, and are left out")
     return run.rows(load_split(task, split, data, limit, held_out), task)
 
 

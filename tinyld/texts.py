@@ -120,7 +120,7 @@ def predict(options: PredictOptions) -> None:
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header: list[str] = []
-    whole, truncated, total = [], 0, 0
+    whole, truncated, total, empty = [], 0, 0, 0
     rows_in_all, parts = chunks(options, source, task, WRITTEN if task.is_generation else CHUNK, as_csv)
     bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
     bar.quiet |= bar.on_terminal and out is None and not is_file(sys.stdout)  # where answers may appear, too
@@ -137,9 +137,12 @@ def predict(options: PredictOptions) -> None:
             else:
                 whole += lines
             total += len(records)
+            empty += sum(not str(record.get("text", "x")).strip() for record in records)
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
+    if empty:
+        say(f"{empty:,} of {total:,} texts are empty; their answers say nothing")
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
