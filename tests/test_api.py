@@ -136,7 +136,7 @@ def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Pat
     learn(ROWS[:20], force=True)
     assert RunFolder(Path("mine")).config["data"]["rows"] == 18
     kept = Path("mine-rows.jsonl").read_bytes()
-    with pytest.raises(tinyld.TinyldError, match="the one label"):
+    with pytest.raises(tinyld.UsageError, match="^rows: column 'label' holds the one label"):
         learn([("rain", "sad")] * 9, force=True)
     assert Path("mine-rows.jsonl").read_bytes() == kept, "the run that stays keeps its rows"
 

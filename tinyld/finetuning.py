@@ -295,9 +295,11 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     write_atomic(file, content)
     try:
         finetune(made)
-    except BaseException:
+    except BaseException as error:
         if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
+            if isinstance(error, TinyldError):
+                raise type(error)(str(error).replace(str(file), "rows")) from None
         raise
     return load(out, made.base, made.device, made.dtype)
 
