@@ -62,7 +62,8 @@ def check_type(value: Any, hint: Any, where: str) -> Any:
                 wanted = f"{words} {', '.join(bound) if isinstance(bound, tuple) else bound}"
                 check(holds(member, bound), f"{where} must be {wanted}, got {member!r}", TinyldError)
             finite = type(member) not in LARGEST or abs(member) < LARGEST[type(member)]
-            check(finite, f"{where} must be a finite number, got {member!r}", TinyldError)
+            problem = f"{where} must be a finite number below {LARGEST.get(type(member))}, got {member!r}"
+            check(finite, problem, TinyldError)
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:

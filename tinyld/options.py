@@ -315,7 +315,7 @@ class CompareOptions(Table, Reading, RowOptions):
 
 
 class ReportOptions(Table):
-    runs: tuple[Path, ...] = option((), "Evaluated adapters.", ARGUMENT)
+    runs: tuple[Path, ...] = option((), "Evaluated adapters, or folders of such; else runs/.", ARGUMENT)
 
 
 class InfoOptions(Printed, Reading):

@@ -23,7 +23,7 @@ from tinyld.rows import files_of
 from tinyld.runs import CONFIG, MANIFEST, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tables import percent, print_table
 from tinyld.tasks import from_record
-from tinyld.workspace import check_writable, say_to_stderr
+from tinyld.workspace import RUNS, check_writable, say_to_stderr
 from tinyld.write import write_atomic
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
     check_writable(options.csv)
     rows, read, say = [], list[Path](), say_to_stderr(options.quiet)
-    for path in options.runs:
+    for path in options.runs or (RUNS,):
         if not (path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))):
             raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
