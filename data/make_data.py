@@ -12,8 +12,6 @@ that name, and entries may hold slots themselves. "{tool.s}" asks for a form (he
 are built so that single words say little: see `Critic` (reviews) and `Reporter` (topics).
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import random

@@ -1,7 +1,5 @@
 """One tiny denoiser and tokenizer for the whole suite; no network, no GPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

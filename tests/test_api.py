@@ -1,7 +1,5 @@
 """Python: rows in, a run out; and a CSV alone on the command line. On a tiny base."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Attention by plain products equals torch's fused one, and so do its gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The command line: every verb once on a tiny base, what goes to stdout and stderr, and every error as one line."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The grid: what runs, what is not run again, how a rate is chosen."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Compositions: pushes that add up, routing by the prompt, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

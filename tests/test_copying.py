@@ -1,7 +1,5 @@
 """Pretraining rows that ask for copying: what becomes of them, and of how many."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Text of any size becomes one stream of ids on the disk; what is held out or sampled depends on the text alone."""
 
-from __future__ import annotations
-
 import gzip
 import random
 import tempfile

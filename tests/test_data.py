@@ -1,7 +1,5 @@
 """Rows and batches: where each token of an example stands, and which rows a step reads."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

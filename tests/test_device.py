@@ -1,7 +1,5 @@
 """Where a run computes, in which type, and frozen weights in bf16 and int8."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

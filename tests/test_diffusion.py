@@ -1,7 +1,5 @@
 """Noising and the NLL bound, each against a value that is known without them."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

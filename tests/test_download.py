@@ -1,7 +1,5 @@
 """Downloads, from a server on 127.0.0.1 that stands in for the official ones."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import io

@@ -1,7 +1,5 @@
 """Evaluation: decoded accuracy, its interval, macro-F1, verbalizer scores and the bound, of known answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Public models, diffusion models and encoders: our logits are theirs, or the folder is refused in one line."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -3,8 +3,6 @@
 TINYLD_FAULTS is the share of the full counts (CI runs a twentieth); TINYLD_FAULTS_OUT a file for the table of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import itertools

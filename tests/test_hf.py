@@ -1,7 +1,5 @@
 """Encoders of the BERT family: to transformers and peft, and as its older and other folders have them."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from functools import partial

@@ -4,8 +4,6 @@ A case is a command in a fresh copy of a small world in which one thing is wrong
 names it, exit 1, and nothing written; or, where the content is no fault in itself, the result as without.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

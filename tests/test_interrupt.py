@@ -1,7 +1,5 @@
 """Signals of a real process: one line and their code."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

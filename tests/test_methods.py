@@ -2,8 +2,6 @@
 the state cache add for trajectory-lora.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import replace

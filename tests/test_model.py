@@ -1,7 +1,5 @@
 """The denoiser: what a row's logits depend on, and that every shortcut equals the long way."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

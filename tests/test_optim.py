@@ -1,7 +1,5 @@
 """The optimizer's parts and their state, and the learning-rate curve."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

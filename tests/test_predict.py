@@ -1,7 +1,5 @@
 """Answers to new texts: the loop, the filter, files, and Python, on runs of a tiny base."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Pretraining: what is held out, what is written, resumption, and text that is too little or changed."""
 
-from __future__ import annotations
-
 import math
 import random
 from pathlib import Path

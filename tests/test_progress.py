@@ -1,7 +1,5 @@
 """Progress where there is no terminal: plain lines, and a time to the end that is worked out from work done here."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys

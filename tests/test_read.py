@@ -1,7 +1,5 @@
 """The one reader of whatever comes from outside: what it refuses, each in one line that names the file."""
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Callable

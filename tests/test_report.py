@@ -1,7 +1,5 @@
 """A row a run, a row a method over its seeds, and tables that fit."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """The tables of data/results/README.md are made from the CSV files beside it."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """Run folders: atomic files, the manifest, and every way a file can be damaged."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

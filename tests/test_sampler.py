@@ -1,7 +1,5 @@
 """Decoding: what every sampler keeps, how many tokens each pass writes, and a plain loop that must agree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Capitals and accents of what a lower-casing base writes."""
 
-from __future__ import annotations
-
 import time
 import unicodedata
 from pathlib import Path

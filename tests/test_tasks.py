@@ -1,7 +1,5 @@
 """Tasks: what a TOML and a file of rows become, and the one line a user reads when either is wrong."""
 
-from __future__ import annotations
-
 import json
 import re
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Text <-> ids: one spelling for each thing, whatever corpus it comes from, and no special token from inside text."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -1,7 +1,5 @@
 """The training loop: the same bits from a seed, resumption, accumulation, budgets, signals; every method learns."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Scores of written texts: each against values worked out by hand, and what a user without sacrebleu is told."""
 
-from __future__ import annotations
-
 import random
 import sys
 

@@ -5,8 +5,6 @@ python data/base/average.py TRAINED START 0.3 OUT       # 0.7 of TRAINED, 0.3 of
 START may be the folder of an encoder, as trim_vocabulary.py writes one; its head, which is none, is then left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

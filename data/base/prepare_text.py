@@ -10,8 +10,6 @@ letters and digits alone, it equals a sentence of a dev, test or pretrain-valid 
 of the 6-word shingles of one (sentences of 8 words and more).
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

@@ -13,8 +13,6 @@
   real continuations.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.metadata

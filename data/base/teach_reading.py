@@ -11,8 +11,6 @@ and a linear map, which is thrown away afterwards, of the state at the mask. The
 distances, one less the cosine. ENCODER has the base's own pieces: see trim_vocabulary.py.
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

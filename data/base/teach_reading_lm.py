@@ -8,8 +8,6 @@ word would come next. Each number of these is less its mean behind such words an
 both are learned by linear maps, which are thrown away. WEIGHTS are of the encoder's distances and of these.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 from typing import Any

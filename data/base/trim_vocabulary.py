@@ -7,8 +7,6 @@ order. Text whose pieces were all kept gets the same ones, but for tinyld's one 
 `does n't`, which is put before the encoder's own.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

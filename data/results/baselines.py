@@ -7,8 +7,6 @@ rows these are reported, else dev's. Of a task of writing it shows instead what 
 references as the answer, beside the others (extra `metrics`).
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import time

@@ -8,8 +8,6 @@ level t (the share of the text that is masked) the pushes are weighed by a coeff
 the first, at t = 1, chooses the length. Rows are made up, from a seed; test rows are no training rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

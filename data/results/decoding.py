@@ -13,8 +13,6 @@ Writes a table, in which `fewer passes` and `BLEU gained` are beside the first s
 process on its processors, whatever else they do.
 """
 
-from __future__ import annotations
-
 import csv
 import sys
 import time

@@ -10,8 +10,6 @@ depths, mean-pooled and at the mask; "setfit" its published protocol on MiniLM, 
 (extras `minilm`, `interop`; run where it is named). The CSV is added to row by row; what is in it is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import tempfile

@@ -7,8 +7,6 @@ pass wrote is coloured, and the bar is the push's mean length over that of the s
 that are masked.
 """
 
-from __future__ import annotations
-
 import argparse
 import html
 from pathlib import Path

@@ -9,8 +9,6 @@ Every row is a process of its own, so that its peak is its own. `fast` is trajec
 seconds that keeping them took are a column. Rows are random tokens: nothing is learned here, only paid for.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,7 +1,5 @@
 """How our cost grows with model, row length, batch and rows: python data/results/growth.py [--csv FILE]"""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import tempfile

@@ -3,8 +3,6 @@
 Add `seconds` for time in the place of size. Needs the extra `plots` (matplotlib).
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Both are made up here, from a seed; no test row is a training row. Further words
 Prints the share of test answers that are right word for word, the passes a text took, and the seconds of training.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import random

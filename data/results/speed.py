@@ -4,8 +4,6 @@ Each side is a process of its own (its peak memory is then its own), in turns; a
 Needs the extra `interop`, and $TINYLD_DATA or a network for a task that is not bundled.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -3,8 +3,6 @@
 A file on one task becomes a row a method; on several tasks, a row a method with its accuracy on each.
 """
 
-from __future__ import annotations
-
 import csv
 import sys
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ of its own that is held in memory (the fastest that they can be), and as many lo
 pass's frozen states of all depths, mean-pooled and at the mask.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import shutil
