@@ -10,7 +10,9 @@ from conftest import padded
 from test_methods import fresh_base
 from torch import Tensor
 
+from tinyld import sampler
 from tinyld.config import SAMPLERS, ModelConfig, SampleConfig
+from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
 from tinyld.sampler import decode, repeating
 
@@ -369,3 +371,31 @@ def test_lengths_are_drawn_as_often_as_the_hazards_say(table: dict[int, float]) 
     for j, chance in enumerate([*expected, left]):
         share = float((found == j).float().mean())
         assert share == pytest.approx(chance, abs=4.5 * (0.25 / n) ** 0.5), (j, share, chance)
+
+
+@pytest.mark.parametrize("given", [{}, {"sampler": "entropy"}, {"temperature": 0.7}])
+def test_what_is_chosen_is_the_same_in_parts_as_at_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, config = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), SampleConfig(**given)
+
+    def found() -> tuple[Tensor, ...]:
+        chosen = sampler.choose(logits, config, torch.Generator().manual_seed(2))
+        return *chosen, sampler.logp_of(EOS, logits)
+
+    whole = found()
+    monkeypatch.setattr(sampler, "CACHED", 7 * 64)
+    for of_whole, of_parts in zip(whole, found(), strict=True):
+        torch.testing.assert_close(of_parts, of_whole)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_an_error(name: str, value: float) -> None:
+    """In a later pass, too: here once a token is written."""
+
+    def logits(x: Tensor) -> Tensor:
+        found = torch.zeros(*x.shape, 8)
+        found[(x == MASK).sum(1) < 4] = value
+        return found
+
+    with pytest.raises(TinyldError, match="not finite"):
+        decoded(giving(logits), slot(4), sampler=name, steps=4, threshold=1.0)
