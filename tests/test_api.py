@@ -177,6 +177,13 @@ def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) 
     assert ran.code == 1 and "mine.csv: cannot be written (it is an input" in ran.stderr
     assert Path("mine.csv").read_text() == before
     good("report", "run", "--csv", "table.csv")
+    for split in ("train", "dev"):
+        Path("rows").mkdir(exist_ok=True)
+        Path("rows", f"{split}.csv").write_text(before)
+    good("finetune", "--data", "rows", *made_on(place), "--out", "of-folder")
+    for args in (["predict", "of-folder", "--out"], ["eval", "of-folder", "--predictions"]):
+        ran = cli(*args, "rows/dev.csv", text="rain\n")
+        assert ran.code == 1 and "rows/dev.csv: cannot be written (it is an input" in ran.stderr, args
 
 
 def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:

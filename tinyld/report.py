@@ -3,7 +3,6 @@
 `run_rows` reads a row a run (`COLUMNS`), which `--csv` keeps; `aggregate` makes one of all seeds.
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -19,10 +18,9 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.rows import files_of
 from tinyld.runs import CONFIG, MANIFEST, RESULTS, ROWS_SUFFIX, RunFolder
 from tinyld.tables import percent, print_table
-from tinyld.tasks import from_record
+from tinyld.tasks import learned_files
 from tinyld.workspace import RUNS, check_writable, say_to_stderr
 from tinyld.write import write_atomic
 
@@ -49,7 +47,7 @@ def report(options: ReportOptions) -> list[Row]:
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
         inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
         of_each = {folder: run_rows(RunFolder.open(folder)) for folder in inside}
-        read += [file for folder in inside for file in learned_files(RunFolder(folder).config)]
+        read += inside
         found = [row for own in of_each.values() for row in own]
         rows += found
         none = [f.name for f, own in of_each.items() if not own and RunFolder(f).config["kind"] == "adapter"]
@@ -59,21 +57,10 @@ def report(options: ReportOptions) -> list[Row]:
             say(f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)")
     if not rows:
         raise TinyldError("none of these is an adapter that was evaluated; tinyld eval RUN does that")
-    check_writable(options.csv, read)
     if options.csv is not None:
+        check_writable(options.csv, [file for run in read for file in learned_files(RunFolder(run).config)])
         write_csv(options.csv, rows)
     return aggregate(rows)
-
-
-def learned_files(config: dict[str, Any]) -> list[Path]:
-    """The files that an adapter, or each of a composition's, was made from."""
-    found = []
-    for made in config.get("members", [config]):
-        folder = made.get("data", {}).get("folder")
-        with contextlib.suppress(TinyldError):  # a task that has changed since is reported all the same
-            found += files_of(from_record(made.get("task", {}), ""), folder)
-        found += [Path(path) for path in (folder, made.get("task", {}).get("path")) if path]
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ a row a run

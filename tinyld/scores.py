@@ -19,7 +19,7 @@ from tinyld.progress import Progress
 from tinyld.rows import file_in, files_of, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
-from tinyld.tasks import Task, bundled_data_dir
+from tinyld.tasks import Task, bundled_data_dir, learned_files
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -96,8 +96,8 @@ def eval(options: EvalOptions) -> list[Record]:
             width = max(slot_width(t, run.base.tokenizer) for t in tasks)
             options.check_width(width, not any(t.is_generation for t in tasks))
         for task in tasks:
-            own = run.config.get("data", {}).get("folder")
-            check_writable(predictions, files_of(task, data, own, os.environ.get("TINYLD_DATA")))
+            read = files_of(task, data, os.environ.get("TINYLD_DATA"))
+            check_writable(predictions, [*learned_files(run.config), *read])
             rows = rows_for(run, task, options.split, data, options.limit, say)
             if run.config.get("by_name"):
                 run.let_answer(task)

@@ -5,6 +5,7 @@ A task is a TOML file, one of `builtin_tasks/` or a user's own; its rows are a T
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import string
@@ -17,7 +18,7 @@ from tinyld.config import check, check_choice, from_dict
 from tinyld.download import Source
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.read import clean, read_toml
-from tinyld.rows import SPLITS, Example, bundled_data_dir, load_split, prompt_of, read_rows
+from tinyld.rows import SPLITS, Example, bundled_data_dir, files_of, load_split, prompt_of, read_rows
 from tinyld.spelling import Spelling
 
 __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
@@ -195,6 +196,17 @@ def from_record(record: dict[str, Any], where: str) -> Task:
         way_out = "put that back; a new task goes into a file of its own (runs keep theirs)"
         raise TinyldError(f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; {way_out}")
     return replace(today, spelling=then.spelling)
+
+
+def learned_files(config: dict[str, Any]) -> list[Path]:
+    """The files that a run, or each member of a composition, was made from; config: the run's."""
+    found = []
+    for made in (record for record in config.get("members", [config]) if "task" in record):
+        folder = made.get("data", {}).get("folder")
+        found += [Path(path) for path in (folder, made["task"].get("path")) if path]
+        with contextlib.suppress(TinyldError):  # where the task has changed since, they are all that is known
+            found += files_of(from_record(made["task"], ""), folder)
+    return found
 
 
 def unlike(then: dict[str, Any], now: dict[str, Any], keys: Iterable[str] = KEPT) -> str:

@@ -23,7 +23,7 @@ from tinyld.predict import load
 from tinyld.progress import Progress, further
 from tinyld.read import decode
 from tinyld.rows import LONGEST, SUFFIXES, Row, files_of, read_rows, refuse_table
-from tinyld.tasks import Task
+from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
@@ -115,7 +115,8 @@ def predict(options: PredictOptions) -> None:
         say(f"{len(groups)} passes a text, as {why}: {shares}")
     only_labels = not any(t.is_generation for t in tasks)
     options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), only_labels)
-    check_writable(out, [*options.runs, *(file for t in tasks for file in files_of(t))])
+    learned = [file for r in runs for file in learned_files(r.config)] if out else []
+    check_writable(out, [*options.runs, *learned, *(file for t in tasks for file in files_of(t))])
     labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
