@@ -378,7 +378,7 @@ def test_what_is_chosen_is_the_same_in_parts_as_at_once(given: dict[str, Any], m
     logits, config = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), SampleConfig(**given)
 
     def found() -> tuple[Tensor, ...]:
-        chosen = sampler.choose(logits, config, torch.Generator().manual_seed(2))
+        chosen = sampler.choose(sampler.in_parts(logits), config, torch.Generator().manual_seed(2))
         return *chosen, sampler.logp_of(EOS, logits)
 
     whole = found()

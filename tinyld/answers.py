@@ -70,8 +70,11 @@ def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
     or logits."""
     shares = [[round(p, 4) for p in row] for row in scores.softmax(1).tolist()]
     best = scores.argmax(1).tolist()
-    found = {"label": [labels[i] for i in best], "probability": [row[i] for row, i in zip(shares, best, strict=True)]}
-    return found | {"probabilities": [dict(zip(labels, row, strict=True)) for row in shares]}
+    return {
+        "label": [labels[i] for i in best],
+        "probability": [row[i] for row, i in zip(shares, best, strict=True)],
+        "probabilities": [dict(zip(labels, row, strict=True)) for row in shares],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ columns

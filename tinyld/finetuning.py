@@ -178,9 +178,10 @@ def train_adapter(
             if rows.unwritable:
                 lacks = "hold characters that the base has no token for, and are read without them"
                 say(f"the answers of {rows.unwritable:,} of {len(rows):,} {name} rows {lacks}")
-        if unseen := [label for i, label in enumerate(task.labels) if i not in train_rows.labels]:
+        counted = {label: int((train_rows.labels == i).sum()) for i, label in enumerate(task.labels)}
+        if unseen := [label for label, n in counted.items() if n == 0]:
             say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
-        rare = [label for i, label in enumerate(task.labels) if (train_rows.labels == i).sum() == 1]
+        rare = [label for label, n in counted.items() if n == 1]
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
         started = time.perf_counter()

@@ -74,9 +74,14 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         training["minutes"] = 10.0
     train = TrainConfig(**training)
     resolve_dtype(train.dtype, resolve_device(train.device))
-    data = {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]}
-    config = {"kind": "base", "model": to_dict(ModelConfig(**preset | given)), "train": to_dict(train), "data": data}
-    config |= {"save_dtype": options.save_dtype, "valid": [str(p) for p in options.valid]}
+    config = {
+        "kind": "base",
+        "model": to_dict(ModelConfig(**preset | given)),
+        "train": to_dict(train),
+        "save_dtype": options.save_dtype,
+        "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},
+        "valid": [str(p) for p in options.valid],
+    }
     if is_writer():
         RunFolder.check_free(out, options.force)
     if path is None:

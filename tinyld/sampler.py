@@ -11,7 +11,7 @@ parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -128,9 +128,11 @@ def fill_in(
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
             logits = torch.where(fresh.isfinite().any(1, keepdim=True), fresh, logits)
-        token, likely, doubt = choose(logits, config, generator)
+        parts: Iterable[Tensor] = in_parts(logits)
+        if config.sampler == "klass":  # the next pass compares
+            (logp,) = parts = [torch.cat(list(parts))]
+        token, likely, doubt = choose(parts, config, generator)
         if config.sampler == "klass":
-            logp = logits.log_softmax(-1, dtype=torch.float32)
             doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
             last = whole, logp
         steps = config.steps or inside[rows].sum(1, keepdim=True)
@@ -160,11 +162,11 @@ def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor
     return mask[token >= 0], token[token >= 0]
 
 
-def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(the token chosen at each of N places, its log-probability, the entropy there in nats if the sampler asks for it,
-    else infinite), from logits (N, V)."""
+    else infinite), from log-probabilities (N, V) in parts."""
     found = []
-    for logp in in_parts(logits):
+    for logp in parts:
         if config.temperature == 0:
             likely, token = logp.max(-1)
         else:

@@ -118,9 +118,13 @@ class Tokenizer:
         for line in lines:
             counts.update(inner.normalizer.normalize_str(line))
         letters = sorted(c for c in sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET] if not c.isspace())
-        known = {"initial_alphabet": letters, "limit_alphabet": len(letters)}
-        special = [*SPECIAL, *(f"##{c}" for c in letters)]
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, **known)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*SPECIAL, *(f"##{c}" for c in letters)],
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
+            show_progress=False,
+        )
         inner.train_from_iterator(lines, trainer)
         final = _pipeline(inner.get_vocab())
         final.add_special_tokens(list(SPECIAL))

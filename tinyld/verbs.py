@@ -61,11 +61,18 @@ def show_info(record: dict[str, Any], options: InfoOptions) -> None:
 
 
 def tasks(options: Printed) -> list[dict[str, Any]]:
-    return [{
-        "task": t.name, "labels": list(t.labels), "answers": list(t.verbalizer.values()),
-        "answer_tokens": t.answer_tokens, "template": t.template, "rows": t.download.rows if t.download else {},
-        "needs": "nothing" if t.rows_from in BUNDLED_TASKS else "$TINYLD_DATA" + " or network" * bool(t.download),
-    } for t in map(load_task, builtin_names())]  # fmt: skip
+    return [
+        {
+            "task": t.name,
+            "labels": list(t.labels),
+            "answers": list(t.verbalizer.values()),
+            "answer_tokens": t.answer_tokens,
+            "template": t.template,
+            "rows": dict(t.download.rows) if t.download else {},
+            "needs": "nothing" if t.rows_from in BUNDLED_TASKS else "$TINYLD_DATA" + " or network" * bool(t.download),
+        }
+        for t in map(load_task, builtin_names())
+    ]
 
 
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:

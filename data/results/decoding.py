@@ -124,7 +124,7 @@ def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
         given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
         rows.open_ended, evaluation.decode = name != "llada", decode
         if name == "llada" and not given.pop("masked", 0):
-            evaluation.decode = torch.no_grad()(llada)
+            evaluation.decode = llada
         if name == "mask_predict":
             tokens = given.pop("tokens")
             evaluation.decode = lambda *args, tokens=tokens: mask_predict(*args, tokens=tokens)
