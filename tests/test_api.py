@@ -1,5 +1,6 @@
 """Python: rows in, a run out; and a CSV alone on the command line. On a tiny base."""
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,8 @@ def learning(*rows: Any) -> Any:
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
         (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
         (lambda run, base: run.predict(None), "texts are a list"),
+        (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
+        (lambda run, base: tinyld.load(base, task="nonsense"), "no task 'nonsense'"),
         (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
         (lambda run, base: run.write([5]), "a prompt is a text"),
         (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
@@ -99,9 +102,9 @@ def learning(*rows: Any) -> Any:
 )  # fmt: skip
 def test_what_makes_no_task_or_is_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:
     run = tinyld.load(trained, base=place / "base")
-    with pytest.raises(tinyld.TinyldError, match=re.escape(part)):
+    with pytest.raises(tinyld.TinyldError, match=re.escape(part)) as caught:
         call(run, place / "base")
-    assert not list(Path().iterdir())
+    assert not list(Path().iterdir()) and os.getcwd() not in str(caught.value), "no file that is there no more"
 
 
 def test_a_run_is_measured_on_rows_of_where_it_was_trained(place: Path) -> None:
@@ -184,6 +187,11 @@ def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) 
     for args in (["predict", "of-folder", "--out"], ["eval", "of-folder", "--predictions"]):
         ran = cli(*args, "rows/dev.csv", text="rain\n")
         assert ran.code == 1 and "rows/dev.csv: cannot be written (it is an input" in ran.stderr, args
+    good("finetune", "--data", "mine.csv", *made_on(place), "--method", "weight-lora", "--out", "lora")
+    good("merge", "lora", "--out", "merged")
+    ran = cli("predict", "merged", "--out", "mine.csv", text="rain\n")
+    assert ran.code == 1 and "mine.csv: cannot be written (it is an input" in ran.stderr
+    assert good("eval", "merged", "--json").json[0]["n"] == 4, "nor is one measured on what it learned"
 
 
 def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:

@@ -51,9 +51,10 @@ def place(place: Path) -> Path:
     (place / "tabs.txt").write_text("sad\train\nhappy\tsun\n")
     (place / "colours.txt").write_bytes((place / "colours.csv").read_bytes())
     (place / "quoted.tsv").write_text('text\t"label"\na b\t"x"\nc d\t"y"\ne f\t"x"\n')
-    (place / "latin1").mkdir()
+    (place / "latin1" / "mood").mkdir(parents=True)
     for split in ("train", "dev"):
-        (place / "latin1" / f"{split}.csv").write_bytes(b"text,label\ncaf\xe9,sad\n")
+        for folder in (place / "latin1", place / "latin1" / "mood"):
+            (folder / f"{split}.csv").write_bytes(b"text,label\ncaf\xe9,sad\n")
     (place / "latin1.txt").write_bytes(b"the sky\n" * 50 + b"caf\xe9\n")
     (place / "loop.csv").symlink_to("loop.csv")
     good("pretrain", "--data", place / "text.txt", *TINY, "--steps", 5, "--out", place / "other", "--quiet")

@@ -15,7 +15,7 @@ from torch import Tensor
 import tinyld
 from tinyld import composition
 from tinyld.checkpoint import Base, method_record
-from tinyld.compose import compose, show
+from tinyld.compose import LEAST_RIGHT, compose, share, show
 from tinyld.composition import NONE, RoutedPush, Router, prompt_features, prompt_prototype
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
@@ -206,6 +206,24 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
         compose(replace(options, out=tmp_path / "new"))
 
 
+def test_of_two_that_write_the_one_that_is_named_writes(place: Path, tmp_path: Path) -> None:
+    made = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
+    for seed, name in enumerate(("tell", "told")):
+        task = (place / "tell.toml").read_text().replace('"tell.csv"', f'"{place}/tell.csv"')
+        (tmp_path / f"{name}.toml").write_text(task)
+        tinyld.finetune(tmp_path / f"{name}.toml", out=tmp_path / name, seed=seed, **made)
+    both = tmp_path / "both"
+    compose(ComposeOptions(runs=(tmp_path / "tell", tmp_path / "told"), out=both, limit=4, quiet=True))
+    with pytest.raises(UsageError, match="both writes for tell and told: load it for one of them, task=NAME"):
+        load(both).write("rain")
+    for name in ("tell", "told"):
+        assert load(both, task=name).write("rain") == load(tmp_path / name).write("rain")
+
+
+def test_a_share_is_not_rounded_below_the_least_that_is_right() -> None:
+    assert share(torch.arange(40) < 38) >= LEAST_RIGHT
+
+
 def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     fast: list[Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,12 +232,21 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     assert min(r["right"] for r in result["routing"]) < 0.95 and result["by_name"]
     assert all(d["drop"] == 0 for d in result["drops"]), "each answers its own rows"
     assert "name the task when you ask" in capsys.readouterr().err
+    of_ten = compose(replace(options, limit=10, out=tmp_path / "of-ten"))  # too few to refuse a text that is foreign
+    assert sum(r["wrongly_accepted"] for r in of_ten["routing"]) == pytest.approx(1), "each is held for one task's own"
+    with pytest.raises(UsageError, match="a.csv cannot be the rows of a, c all at once: give a folder with TASK/dev"):
+        compose(replace(options, data=place / "a.csv", out=tmp_path / "new"))
     run = load(tmp_path / "both", dtype="fp32")
     with pytest.raises(UsageError, match="has tasks .*, which cannot be told apart by their texts; say which with"):
         run.predict(["the rain is cold"])
     (tmp_path / "alias.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{place}/a.csv"'))
     with pytest.raises(UsageError, match="a and c are asked as alias is; say which by its name"):
         run.predict(["the rain is cold"], task=str(tmp_path / "alias.toml"))
+    with pytest.raises(UsageError, match="is asked by a task's name: write with one of the runs"):
+        run.write("the rain")
+    assert load(run.path, dtype="fp32", task="c").write("the rain", 3) == load(fast[2], dtype="fp32").write(
+        "the rain", 3
+    )
     for path, task in zip(options.runs, run.tasks, strict=True):
         (answer,) = run.predict(["the rain is cold"], task=task.name)
         assert answer["adapter"] == path.name, "named, it answers also what is unlike its own texts"

@@ -499,6 +499,8 @@ def test_an_encoder_without_a_head_to_write_with_is_no_base_but_one_may_begin_wi
         load_foreign(tmp_path)
     config = load_foreign(tmp_path, reading=Reading(max_length=20), headless=True).model.config
     assert config.max_length == 20 and config.head_transform
+    with pytest.raises(UsageError, match="max_length must be at most the .* got 1000"):
+        load_foreign(tmp_path, reading=Reading(max_length=1_000), headless=True)
 
 
 def damage(folder: Path, rng: random.Random) -> str:

@@ -66,6 +66,9 @@ def test_an_exported_base_gives_transformers_our_logits(tmp_path: Path) -> None:
     export_bert(base, tmp_path / "out")
     theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
+    own, exported = base.tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("the sea").input_ids == [own.bos_id, *own.encode("the sea"), own.eos_id], "framed as it was trained"
+    assert exported.model_max_length == base.model.config.max_length
     x, mask = batch(base.model.config.vocab_size)
     with torch.no_grad():
         expected = theirs.eval()(input_ids=x, attention_mask=mask.long()).logits

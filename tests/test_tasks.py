@@ -246,7 +246,8 @@ TOML_ERRORS = [
     (f'name = "../up"\n{ASK}{LABELS}', ["name must be", "'../up'"]),
     (f'{ASK}{LABELS}[data]\nvalid = "x.tsv"\n', ["a split must be one of train, dev, test, got 'valid'"]),
     (f'{ASK}{LABELS}[columns]\nu = "x"\n', ["[columns] maps 'u'"]),
-    (f'path = "x"\n{ASK}{LABELS}', ["for built-in tasks; use [data]"]),
+    (f'path = "x"\n{ASK}{LABELS}', ["unknown key 'path'; allowed: template", "answer_tokens, data"]),
+    ('template = "{answer}"\nanswer_column = "t"', ["must hold a column, e.g. {text}"]),
 ]
 
 

@@ -134,15 +134,26 @@ def test_read_lines_reads_plain_packed_and_jsonl_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"four\n"))
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "five\nsix", "id": 1}) + "\n")
     (tmp_path / "d.csv").write_text("no\n")
+    (tmp_path / "f.TXT").write_bytes(b"a line\rand\r\n\r\nanother")
     (tmp_path / "e.jsonl").write_text('{"text": "cut \\ud83d short"}\n\n \n')  # half a surrogate pair is no text
     paths = find_text_files([tmp_path])
-    assert [p.name for p in paths] == ["a.txt", "b.txt.gz", "c.jsonl", "e.jsonl"]
-    assert list(read_lines(paths)) == ["one two", "three", "four", "five six", "cut ? short"]
+    assert [p.name for p in paths] == ["a.txt", "b.txt.gz", "c.jsonl", "e.jsonl", "f.TXT"]
+    assert list(read_lines(paths)) == [
+        "one two",
+        "three",
+        "four",
+        "five six",
+        "cut ? short",
+        "a line",
+        "and",
+        "another",
+    ]
 
 
 def test_text_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
     for name, content, message in (
-        ("a.txt", b"caf\xe9\n", "not UTF-8 .invalid continuation byte"),
+        ("a.txt", b"good\n" * 9_000 + b"caf\xe9\n", "line 9001: not UTF-8"),
+        ("a.txt", "the sea".encode("utf-16-le"), "line 1: a zero byte, which no text has"),
         ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1: missing key 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: text: '3' is not of type str"),
@@ -155,6 +166,14 @@ def test_text_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
             list(read_lines([tmp_path / name]))
     (tmp_path / "empty").mkdir()
     (tmp_path / "b.csv").write_text("a\n")
-    for name, message in (("empty", "no text in"), ("b.csv", "files ending in"), ("gone", "no such")):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "inside").symlink_to(tmp_path)
+    bad = (
+        ("empty", "no text in"),
+        ("b.csv", "files ending in"),
+        ("gone", "no such"),
+        ("more", "inside is a link to a"),
+    )
+    for name, message in bad:
         with pytest.raises(TinyldError, match=message):
             find_text_files([tmp_path / name])

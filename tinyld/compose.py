@@ -17,7 +17,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run
-from tinyld.rows import bundled_data_dir, prompt_of
+from tinyld.rows import bundled_data_dir, file_in, prompt_of
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
 from tinyld.scores import measure, rows_for
 from tinyld.tables import percent, print_record, print_table
@@ -57,6 +57,14 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     out = options.out or RUNS / f"compose-{'-'.join(alone)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
+    tasks = [run.tasks[0] for run in alone.values()]
+    if options.data is not None:
+        files = [file_in(options.data, task, options.split) for task in tasks]
+        one = next((file for file in files if file and files.count(file) > 1), None)
+        names = ", ".join(alone)
+        check(
+            one is None, f"{one} cannot be the rows of {names} all at once: give a folder with TASK/{options.split}.csv"
+        )
     rows = {
         name: rows_for(run, run.tasks[0], options.split, options.data, options.limit) for name, run in alone.items()
     }
@@ -64,7 +72,6 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         say_truncated(say, of.truncated, len(of), base.model.config.max_length)
     routing, by_name, task = [], True, next(iter(alone))
     why = "the tasks are asked differently, or have answers of other lengths"
-    tasks = [run.tasks[0] for run in alone.values()]
     if asked_alike(tasks) and len({slot_width(task, base.tokenizer) for task in tasks}) == 1:
         routing = measure_routing(base, router, rows, options.limit)
         worst = min(routing, key=lambda r: r["right"])
@@ -110,11 +117,11 @@ def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit
     features = {name: task_features(base, of, np.arange(len(of))[:limit]) for name, of in rows.items()}
     router.set_limits([own[::2] if len(own) >= FEW else own[:0] for own in features.values()])
     found = []
-    for name, of in rows.items():
+    for i, (name, of) in enumerate(rows.items()):
         rest = features[name][1::2] if len(features[name]) > 1 else features[name]
         nearest, strangers = router.nearest(features[name]), stranger_rows(base, of.task)
-        goes = {other: share(nearest == i) for i, other in enumerate(rows)}
-        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) != NONE)
+        goes = {other: share(nearest == j) for j, other in enumerate(rows)}
+        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) == i)
         found.append({
             "task": name, "n": len(nearest), "right": goes[name], "goes_to": goes,
             "wrongly_refused": share(router.choose(rest) == NONE), "wrongly_accepted": accepted,
@@ -123,7 +130,7 @@ def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit
 
 
 def share(hits: Tensor) -> float:
-    return float(hits.float().mean())
+    return float(hits.double().mean())
 
 
 def stranger_rows(base: Base, task: Task) -> TaskRows | None:

@@ -41,7 +41,5 @@ def failing(path: object, done: str) -> Iterator[None]:
     """What the system refuses within becomes the line "`path`: cannot be `done`"."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise TinyldError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise TinyldError(f"{path}: cannot be {done} ({getattr(error, 'strerror', None) or error})") from None

@@ -300,7 +300,8 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
         if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
             if isinstance(error, TinyldError):
-                raise type(error)(str(error).replace(str(file), "rows")) from None
+                said = str(error).replace(os.path.abspath(file), "rows").replace(str(file), "rows")
+                raise type(error)(said) from None
         raise
     return load(out, made.base, made.device, made.dtype)
 

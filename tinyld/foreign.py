@@ -132,7 +132,7 @@ def read_foreign(folder: Path, reading: Reading | None = None) -> Foreign:
     if not family.prefix:
         said.finish()
     rows, longest, length = shape["vocab_size"], shape["max_length"], reading.max_length
-    if length is not None and length > longest and not family.prefix:
+    if length is not None and length > longest:
         raise UsageError(f"max_length must be at most the {longest} of {folder}, got {length}")
     tokenizer = find_tokenizer(folder, raw, family, rows, reading)
     if tokenizer.vocab_size > rows:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from tinyld.checkpoint import Base
@@ -14,6 +16,7 @@ from tinyld.families import FAMILIES
 from tinyld.foreign import theirs_of
 from tinyld.methods.baselines import ALPHA, WeightLoraConfig
 from tinyld.runs import CONFIG, RunFolder
+from tinyld.tokenizer import Tokenizer
 from tinyld.write import to_json, write_atomic
 
 
@@ -45,12 +48,21 @@ def export_bert(base: Base, out: Path) -> None:
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id)
     names = {role: tokenizer.inner.id_to_token(i) for role, i in zip(roles, ids, strict=True)}
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_length, **names}
     write_atomic(out / CONFIG, to_json(settings))
-    write_atomic(out / "tokenizer.json", tokenizer.inner.to_str().encode())
+    write_atomic(out / "tokenizer.json", framing(tokenizer).to_str().encode())
     write_atomic(out / "tokenizer_config.json", to_json(special))
     weights = save({n: t.detach().contiguous().cpu() for n, t in sorted(tensors.items())})
     write_atomic(out / "model.safetensors", weights)
+
+
+def framing(tokenizer: Tokenizer) -> HFTokenizer:
+    """A copy of it that puts each text between the marks that a base was trained with."""
+    inner = HFTokenizer.from_str(tokenizer.inner.to_str())
+    first, last = (inner.id_to_token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    marks = [(first, tokenizer.bos_id), (last, tokenizer.eos_id)]
+    inner.post_processor = TemplateProcessing(f"{first} $A {last}", f"{first} $A {last} $B {last}", marks)
+    return inner
 
 
 def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerprint: str, out: Path) -> None:

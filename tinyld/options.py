@@ -41,10 +41,12 @@ def several(value: Any, what: str) -> list[Any]:
     """What Python gave in place of a list: one text, path or dict is a list of one; UsageError for what is no list."""
     if isinstance(value, str | Path | Mapping):
         return [value]
-    is_list = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray)
-    is_list = is_list and not hasattr(value, "columns")
-    check(is_list, f"{what} are a list, one column of a table, or one of them, got {show(value)}")
-    return list(value)
+    found = None if isinstance(value, bytes | bytearray) or hasattr(value, "columns") else value
+    try:
+        members = iter(found)  # type: ignore[arg-type]
+    except TypeError:  # of NumPy's single values, too
+        raise UsageError(f"{what} are a list, one column of a table, or one of them, got {show(value)}") from None
+    return list(members)
 
 
 def parsed(value: Any, kind: Any, option: str) -> Any:
@@ -147,7 +149,7 @@ class Options(Settings):
 
 class Printed(Options):
     json: bool = option(False, "Print the result as JSON.", "Output")
-    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
+    quiet: bool = option(False, "Nothing on stderr but errors and downloads.", "Output")
 
 
 class OnDevice(Options):
@@ -337,4 +339,4 @@ class DemoOptions(Written):
     out: Path = option(Path("runs/demo"), "Folder for the demo's runs.", "Output")
     dtype: str = option("auto", "Arithmetic; auto is bf16 where it is fast.", "Machine", among=config.DTYPES)
     limit: int | None = option(None, "Train on the first so many rows.", "Machine", least=1)
-    quiet: bool = option(False, "Nothing on stderr but errors.", "Output")
+    quiet: bool = option(False, "Nothing on stderr but errors and downloads.", "Output")

@@ -23,7 +23,7 @@ from tinyld.progress import Advance, further, unheard
 from tinyld.rows import GAP, Example, Row
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, load_task, to_record, unlike
+from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, load_task, to_record, trained, unlike
 
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 # Threads may ask at once, and runs that share a base hang their pushes on it by turns.
@@ -91,7 +91,10 @@ class Run:
         base of ours as `tinyld sample` does. If no temperature is given it is 0.6 there, else 0."""
         prompts = several(prompts, "prompts")
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
-        writer = next((t for t in self.tasks if t.is_generation), None)
+        writers = [t for t in ([self.task_named(self.named)] if self.named else self.tasks) if t.is_generation]
+        names = " and ".join(t.name for t in writers)
+        check(len(writers) < 2, f"{self.path} writes for {names}: load it for one of them, task=NAME")
+        writer = next(iter(writers), None)
         sampler, usual = FREELY
         if writer is not None or is_foreign(self.base.path):
             sampler, usual = SampleConfig.sampler, SampleConfig.temperature
@@ -170,6 +173,8 @@ class Run:
 
         `watch` gets the texts after every pass, with a `_` for each token that is not written yet.
         """
+        way_out = "write with one of the runs that it was made of, or load it for one task in Python"
+        check(self.named or not self.config.get("by_name"), f"{self.path} is asked by a task's name: {way_out}")
         self.let_answer(self.named and self.task_named(self.named))  # whoever was named in an earlier call
         tokenizer, model = self.base.tokenizer, self.model
         before, mark, after = prompt.partition("{answer}")
@@ -315,21 +320,21 @@ def load(
     path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
-    folder, push = RunFolder(path), None
-    if config["kind"] == "base":
+    folder, push, kind = RunFolder(path), None, config["kind"]
+    if kind == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
-        made_for = [from_record(config["merged"]["task"], where)] if "task" in config.get("merged", {}) else []
-        return Run(path, load_base(path, on, kept_in or "fp32", reading), made_for, config, dtype)
-    check_ours(reading)
-    if config["kind"] == "composition":
+        loaded = load_base(path, on, kept_in or "fp32", reading)
+    else:
+        check_ours(reading)
+    if kind == "composition":
         loaded = load_base_of(config, path, base_path, on, kept_in)
         load_composition(folder, loaded)
-        records = [m["task"] for m in config["members"]]
-    else:
+    if kind == "adapter":
         pushes = config["method"].get("name") == TrajectoryLora.name  # and so leaves its base to others
         loaded, method = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
-        records, push = [config["task"]], getattr(method, "push", None)
-    run = Run(path, loaded, [from_record(r, where) for r in records], config, dtype, push, task)
+        push = getattr(method, "push", None)
+    tasks = [from_record(made["task"], where) for made in trained(config)]
+    run = Run(path, loaded, tasks, config, dtype, push, task)
     if task is not None:
         run.let_answer(run.task_named(task))  # which refuses another one
     run.model.requires_grad_(False)

@@ -21,7 +21,7 @@ from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.evaluate import text_nll
 from tinyld.finetuning import resume, run_folder
-from tinyld.foreign import load_foreign
+from tinyld.foreign import load_foreign, read_foreign
 from tinyld.hf import find_encoder
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions, Training, flag, refuse_idle
@@ -86,10 +86,11 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         RunFolder.check_free(out, options.force)
     if path is None:
         return train_base(config, out, options)
-    reading = Reading(max_length=config["model"]["max_length"])
-    encoder = load_base(path) if own else load_foreign(path, reading=reading, headless=True)
-    most = encoder.model.config.max_length
-    check(options.max_length in (None, most), f"--max-length must be at most the {most} of {path}")
+    if own:
+        encoder = load_base(path)
+    else:
+        length = options.max_length or min(config["model"]["max_length"], read_foreign(path).longest)
+        encoder = load_foreign(path, reading=Reading(max_length=length), headless=True)
     refuse_inside(out, [path])
     return train_base(config, out, options, None, encoder)
 
@@ -129,9 +130,10 @@ def train_base(
     elif encoder is not None:
         tokenizer, shape = encoder.tokenizer, encoder.model.config
     else:
-        say(f"training a tokenizer of {shape.vocab_size:,} pieces on {', '.join(map(str, files))}")
+        say(f"training a tokenizer on {', '.join(map(str, files))}")
         tokenizer = Tokenizer.train(part(sample(files, read_lines(files)), held_out=False), shape.vocab_size)
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
+        say(f"it has {tokenizer.vocab_size:,} pieces")
     text, held_out = read("text", files, False), read("held-out text", valid or files, True)
     change = Copying(tokenizer.pieces, text.counts, tokenizer.eos_id) if shape.max_length > 4 else None
     rows = TextRows(text.stream, shape.max_length, tokenizer.bos_id, change)

@@ -45,7 +45,8 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
         "kind": Annotated[str, {"among": KINDS}], "base": dict, "train": dict, "method": NAMED,
         "data": ROWS | {"dev_sha256": str, "files": list[str], "tokens": int}, "parameters": dict[str, float],
         "task": NAMED | {"verbalizer": dict[str, str]}, "started_as": NAMED | {"prune": float},
-        "environment": {"command": str}, "members": list[MEMBER], "merged": {"task": NAMED}, "by_name": bool,
+        "environment": {"command": str}, "members": list[MEMBER], "by_name": bool,
+        "merged": {"task": NAMED, "data": ROWS},
     },
     RESULTS: {
         "eval": dict[str, SCORES | dict.fromkeys(("accuracy", "low", "high"), SHARE)],

@@ -19,7 +19,7 @@ from tinyld.progress import Progress
 from tinyld.rows import file_in, files_of, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
-from tinyld.tasks import Task, bundled_data_dir, learned_files
+from tinyld.tasks import Task, bundled_data_dir, learned_files, trained
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -39,8 +39,7 @@ def rows_for(
     run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None, say: Any = None
 ) -> TaskRows:
     """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
-    made = [r for r in run.config.get("members", [run.config]) if "task" in r]
-    own = next((r.get("data", {}) for r in made if r["task"]["name"] == task.name), {})
+    own = next((r.get("data", {}) for r in trained(run.config) if r["task"]["name"] == task.name), {})
     trained_on, is_told = own.get("folder") and Path(own["folder"]), data is not None
     if data is None and trained_on:
         elsewhere = task.builtin or split in task.data

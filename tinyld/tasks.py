@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import check, check_choice, from_dict
+from tinyld.config import check, check_choice, from_dict, types_of
 from tinyld.download import Source
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.read import clean, read_toml
@@ -25,6 +25,7 @@ __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
 # What a run keeps of its task; beside it `path`, of the file that describes one.
+OURS = ("splits", "rows_from", "download", "path", "spelling")
 KEPT = ("name", "template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens")
 
 
@@ -45,7 +46,7 @@ class Task:
     answer_column: str | None = None  # several right answers are a JSON list, or have ` ||| ` between
     answer_tokens: int | None = None  # width of the slot of an answer that is written; else 32
     data: dict[str, str] = field(default_factory=dict)  # split -> file, relative to the TOML's folder
-    # of a built-in task
+    # OURS, in no file of a user's
     splits: tuple[str, ...] = ()
     rows_from: str = ""  # the task whose rows it reads, where it has none
     download: Source | None = None
@@ -98,7 +99,7 @@ class Task:
             check(alone, f"{template}: without {{answer}} it is one text and nothing else, e.g. {{text}}")
         else:
             check(names.count("answer") == 1, f"{template} must hold {{answer}} once")
-            check(fields or self.is_generation, f"{template} must hold a column, e.g. {{text}}")
+            check(fields, f"{template} must hold a column, e.g. {{text}}")
         return fields
 
     @property
@@ -166,8 +167,9 @@ def load_task(name_or_path: str) -> Task:
         raise TinyldError(f"no task {show(spec)}; built in: {', '.join(names)}; or give a .toml file")
     path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
     said = {"name": path.stem} | read_toml(path)
-    if spec not in names and said.keys() & {"splits", "rows_from", "download", "path", "spelling"}:
-        raise TinyldError(f"{path}: splits, rows_from, download, path and spelling are for built-in tasks; use [data]")
+    allowed = [key for key in types_of(Task) if spec in names or key not in OURS]
+    unknown = ", ".join(map(show, said.keys() - allowed))
+    check(not unknown, f"{path}: unknown key {unknown}; allowed: {', '.join(allowed)}", TinyldError)
     return from_dict(Task, said | {"path": path}, str(path))
 
 
@@ -198,10 +200,16 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     return replace(today, spelling=then.spelling)
 
 
+def trained(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `task` and `data` of what was trained for the run with this config: itself, a composition's members, or the
+    adapter that was folded into a base; none for another base."""
+    return [made for made in config.get("members", [config.get("merged", config)]) if "task" in made]
+
+
 def learned_files(config: dict[str, Any]) -> list[Path]:
     """The files that a run, or each member of a composition, was made from; config: the run's."""
     found = []
-    for made in (record for record in config.get("members", [config]) if "task" in record):
+    for made in trained(config):
         folder = made.get("data", {}).get("folder")
         found += [Path(path) for path in (folder, made["task"].get("path")) if path]
         with contextlib.suppress(TinyldError):  # where the task has changed since, they are all that is known

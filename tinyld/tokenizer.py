@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -243,14 +243,14 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         try:
             with opened(path) as file:
-                unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-                lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig")
-                for number, line in enumerate(lines, 1):
-                    if path.suffix == ".jsonl" and line.strip():
-                        text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
-                        line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
-                    if line := " ".join(line.split()):
-                        yield line
+                unpacked = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+                for number, content in enumerate(unpacked, 1):
+                    for line in decode(content, path, number).split("\r"):
+                        if path.suffix.lower() == ".jsonl" and line.strip():
+                            text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
+                            line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
+                        if line := " ".join(line.split()):
+                            yield line
         except (EOFError, zlib.error) as error:
             raise TinyldError(f"{path}: cannot be read ({error})") from None
 
@@ -261,11 +261,13 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise TinyldError(f"no such file or folder: {path}")
-        inside = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
-        texts = [p for p in inside if p.name.endswith(TEXT_SUFFIXES)]
+        inside = sorted(path.rglob("*") if path.is_dir() else [path])
+        if linked := next((p for p in inside if p.is_symlink() and p.is_dir()), None):
+            raise TinyldError(f"{linked} is a link to a folder, which is not followed: give that folder itself, too")
+        texts = [p for p in inside if p.name.lower().endswith(TEXT_SUFFIXES) and p.is_file()]
         if not texts:
             raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
         found += texts
-    if twice := [path for path, count in Counter(found).items() if count > 1]:
+    if twice := [path for path, count in Counter(map(os.path.realpath, found)).items() if count > 1]:
         raise TinyldError(f"{twice[0]} is named twice, and would be read twice")
     return found

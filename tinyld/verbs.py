@@ -148,7 +148,8 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     target = RunFolder.create(out, options.force)
     made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
     merged = made if is_foreign(base.path) else RunFolder(base.path).config
-    merged |= {"merged": {"run": str(run), "base": base.fingerprint, "task": RunFolder(run).config["task"]}}
+    made_of = RunFolder(run).config
+    merged |= {"merged": {"run": str(run), "base": base.fingerprint, "task": made_of["task"], "data": made_of["data"]}}
     target.write_json(CONFIG, merged | {"environment": environment()})
     save_base(target, tensors, base.tokenizer, torch.float32)
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
