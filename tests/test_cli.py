@@ -265,11 +265,13 @@ def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, p
 
 def test_info_says_what_a_run_is_and_tasks_which_there_are(place: Path, adapters: Adapters) -> None:
     record = good("info", place / "base", "--json").json
-    assert record["kind"] == "base" and record["model d_model"] == 32 and f"file {MODEL}" in record
+    assert record["kind"] == "base" and record["model"]["d_model"] == 32 and record["files"][MODEL]["bytes"] > 0
     run, ran = adapters["weight-lora"]
     record = good("info", run, "--json").json
-    assert record["method name"] == "weight-lora" and record["stored_parameters"] == ran.json["stored_parameters"]
-    assert "weight-lora" in good("info", run).stdout
+    kept = record["method"]["name"], record["stored_parameters"], record["training"]["steps"]
+    assert kept == ("weight-lora", ran.json["stored_parameters"], ran.json["steps"])
+    shown = good("info", run).stdout
+    assert all(f"{name} {record['method'][name]}" in " ".join(shown.split()) for name in ("name", "rank"))
     names = [t["task"] for t in good("tasks", "--json").json]
     assert {"reviews", "topics", "sst2", "write"} <= set(names) and all(n in good("tasks").stdout for n in names)
 

@@ -59,7 +59,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     refuse_inside(out, [base.path, *runs])
     tasks = [run.tasks[0] for run in alone.values()]
     if options.data is not None:
-        files = [file_in(options.data, task, options.split) for task in tasks]
+        files = [*{task.rows_from: file_in(options.data, task, options.split) for task in tasks}.values()]
         one = next((file for file in files if file and files.count(file) > 1), None)
         names = ", ".join(alone)
         check(

@@ -37,22 +37,30 @@ def info(options: InfoOptions) -> dict[str, Any]:
         record["state"] = f"not trained to its end; tinyld {verb} --resume {shlex.quote(str(options.run))} goes on"
     if config["kind"] == "base":
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
-    for i, member in enumerate(config.get("members", ()), 1):
-        record[f"member {i}"] = f"{member['task']['name']}: {member['run']}"
-    for part in ("task", "method", "model", "base", "data"):
-        record |= {f"{part} {name}": v for name, v in config.get(part, {}).items() if name != "spelling"}  # long
-    record |= config.get("parameters", {}) | results.get("pretrain", {}) | results.get("finetune", {})
-    for key, found in results.get("eval", {}).items():
-        shares = [f"{100 * found[name]:.1f}" for name in ("accuracy", "low", "high") if name in found]
-        shown = "{}% ({} to {})".format(*shares) if len(shares) == 3 else f"NLL bound {found['nll_bound']:.3f}"
-        record[f"eval {key}"] = shown
-    record |= {f"file {k}": f"{e['bytes']:,} bytes, sha256 {folder.digest(k)[:16]}" for k, e in files.items()}
+    if members := config.get("members"):
+        record["members"] = {m["task"]["name"]: m["run"] for m in members}
+    for part in ("task", "method", "model", "base", "data", "merged"):
+        if part in config:
+            record[part] = {name: value for name, value in config[part].items() if name != "spelling"}  # long
+    record |= config.get("parameters", {})
+    training = results.get("pretrain", {}) | results.get("finetune", {})
+    record["training"] = {name: value for name, value in training.items() if name not in record}
+    record["eval"] = results.get("eval", {})
+    record["files"] = {name: {"bytes": e["bytes"], "sha256": folder.digest(name)} for name, e in files.items()}
     return record | {"command": config["environment"]["command"]}
 
 
 def show_info(record: dict[str, Any], options: InfoOptions) -> None:
-    methods = record.pop("methods", [])
-    print_record(str(options.run), record)
+    methods, shown = record.pop("methods", []), dict[str, Any]()
+    for part, value in record.items():
+        shown |= {f"{part} {name}": v for name, v in value.items()} if isinstance(value, dict) else {part: value}
+    for key, found in record.get("eval", {}).items():
+        shares = [f"{100 * found[name]:.1f}" for name in ("accuracy", "low", "high") if name in found]
+        nats = f"NLL bound {found['nll_bound']:.3f}"
+        shown[f"eval {key}"] = "{}% ({} to {})".format(*shares) if len(shares) == 3 else nats
+    for name, entry in record.get("files", {}).items():
+        shown[f"files {name}"] = f"{entry['bytes']:,} bytes, sha256 {entry['sha256'][:16]}"
+    print_record(str(options.run), shown)
     if methods:
         units = {"stored_bytes": 1e6, "memory_fp32": 1e9, "memory_bf16": 1e9, "memory_int8": 1e9}
         shown = [[m["method"], *(m[key] and round(m[key] / unit, 2) for key, unit in units.items())] for m in methods]
