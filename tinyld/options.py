@@ -167,7 +167,7 @@ class Moved(Options):
 
 
 class Table(Printed):
-    csv: Path | None = option(None, "Write a row a run to this file.", "Output")
+    csv: Path | None = option(None, "Write one row per run to this file.", "Output")
     wide: bool = option(False, "All columns, however wide.", "Output")
 
 
@@ -212,12 +212,14 @@ class FinetuneOptions(Training, Reading, RowOptions):
     task: str | None = option(None, "Built-in task or task file; reviews if nothing is given.", "Task")
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
-    recipe: str | None = option(None, "Most accurate, fastest, or the paper's.", "Method", among=RECIPE_NAMES)
-    budget: float | None = option(None, "Most of the base to store, as 0.7%; sets the rank.", "Method", read=share)
+    recipe: str | None = option(None, "Of trajectory-lora; if not given, best.", "Method", among=RECIPE_NAMES)
+    budget: float | None = option(
+        None, "Limit of what is stored, 0.7% of the base; sets the rank.", "Method", read=share
+    )
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
-    base: Path | None = option(None, "Base run folder; the released base if not given.", "Method", read=base_folder)
+    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Method", read=base_folder)
     epochs: float | None = option(
-        None, "Passes; 3, more of few rows or to write, 1 of 30,000 labels.", "Training", above=0
+        None, "Passes: 3; more of few rows or to write, 1 of 30,000 rows.", "Training", above=0
     )
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
@@ -277,7 +279,7 @@ class PredictOptions(Answering):
     column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
     task: str | None = option(None, "Which task, where the run has several or none.", "Data")
     out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
-    csv: bool = option(False, "CSV instead of JSON Lines.", "Output")
+    csv: bool = option(False, "CSV, no table or JSON.", "Output")
 
     def runs_and_input(self) -> tuple[list[Path], str]:
         """The run folders, and what follows them: a file of texts, or - for stdin."""
@@ -305,10 +307,10 @@ class ComposeOptions(Moved, OnDevice, Written, Printed):
 class CompareOptions(Table, Reading, RowOptions):
     task: tuple[str, ...] = option((), "Task to compare on; may be repeated; reviews if nothing is given.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
-    base: Path | None = option(None, "Base run folder; the released base if not given.", "Task", read=base_folder)
+    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Task", read=base_folder)
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
-    seeds: int = option(3, "Runs a task and method, at its best learning rate.", "Grid", least=1)
-    trials: int = option(3, "Learning rates tried a task and method, scored on dev.", "Grid", least=1, most=5)
+    seeds: int = option(3, "Runs of each task and method, at its best rate.", "Grid", least=1)
+    trials: int = option(3, "Learning rates of each task and method, tried on dev.", "Grid", least=1, most=5)
     epochs: float | None = option(None, "Passes over the rows; as finetune has them if not given.", "Grid", above=0)
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
     batch_size: int = option(Loop.batch_size, "Rows an update reads.", "Grid", least=1)
