@@ -311,7 +311,25 @@ def test_of_several_lengths_the_likeliest_text_is_taken() -> None:
     assert length(2, {2: 0.7, 3: 0.6, 4: 0.9}) == 2 and length(3, {2: 0.7, 3: 0.6, 4: 0.9}) == 4
     assert length(3, {2: 0.6, 3: 0.7, 4: 0.6}) == 3
     _, passes = decoded(giving(sure_of({2: 0.9, 3: 0.6, 4: 0.7})), batch, EOS, lengths=3, threshold=1.0)
-    assert passes == 1 + 2 + 1 + 3, "the first pass is one for all lengths"
+    assert passes == 1 + 3 + 2 + 4, "the first pass is one for all lengths"
+
+
+@pytest.mark.parametrize("sampler", ["threshold", "low_confidence", "klass", "entropy"])
+def test_a_token_is_written_in_the_knowledge_of_where_its_text_ends(sampler: str) -> None:
+    """Two texts of one token, 6 and 7, are together likelier than [5, 6], which is likelier than either."""
+
+    def logits(x: Tensor) -> Tensor:
+        share = torch.full((*x.shape, 8), 1e-6)
+        is_one = x[:, START + 1] == EOS
+        share[:, START, 5:] = torch.where(
+            is_one[:, None], torch.tensor([0.0, 0.55, 0.45]), torch.tensor([0.4, 0.3, 0.3])
+        )
+        share[:, START + 1, [EOS, 6]] = torch.tensor([0.6, 0.4])
+        share[:, START + 2, EOS] = 1.0
+        return share.log()
+
+    out, passes = decoded(giving(logits), slot(3), EOS, sampler=sampler)
+    assert out[0, START : START + 2].tolist() == [6, EOS] and passes == 2
 
 
 SEVERAL = {"lengths": 3, "threshold": 1.0}

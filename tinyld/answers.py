@@ -116,4 +116,6 @@ def under(names: Mapping[str, str], row: Record, taken: Container[str] | None = 
 def own_name(column: str, row: Record) -> str:
     """What a row's own column is called beside ours of that name: given_NAME, or as often given_ as is free."""
     name = f"given_{column}"
-    return name if name not in row else own_name(name, row)
+    while name in row:
+        name = f"given_{name}"
+    return name

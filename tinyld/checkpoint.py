@@ -95,7 +95,8 @@ def read_shape(path: Path, reading: Reading | None = None) -> tuple[ModelConfig,
     check_ours(reading)
     folder = RunFolder.open(path)
     if (record := folder.config)["kind"] != "base":
-        raise TinyldError(f"{path} is an adapter, not a base; its base is {base_record(record, path).path}")
+        kind = "an adapter" if record["kind"] == "adapter" else "a composition"
+        raise TinyldError(f"{path} is {kind}, not a base; its base is {base_record(record, path).path}")
     config = from_dict(ModelConfig, record["model"], str(path / CONFIG))
     tokenizer = Tokenizer.parse(folder.read(TOKENIZER), path / TOKENIZER)
     if tokenizer.vocab_size != config.vocab_size:

@@ -154,5 +154,5 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
             about = {name: getattr(options, name) for name in ("base", "device", "quiet")}
             about["dtype"] = run.config["train"]["dtype"]
             evaluate(EvalOptions(runs=(run.path,), split=line.split, **about))
-        rows += run_rows(run, len(tried))
+        rows += [row for row in run_rows(run, len(tried)) if (row["task"], row["split"]) == (line.task, line.split)]
     return rows

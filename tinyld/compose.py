@@ -5,7 +5,6 @@ from itertools import islice
 from shlex import quote
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
@@ -73,7 +72,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     routing, by_name, task = [], True, next(iter(alone))
     why = "the tasks are asked differently, or have answers of other lengths"
     if asked_alike(tasks) and len({slot_width(task, base.tokenizer) for task in tasks}) == 1:
-        routing = measure_routing(base, router, rows, options.limit)
+        routing = measure_routing(base, router, rows)
         worst = min(routing, key=lambda r: r["right"])
         by_name, task = worst["right"] < LEAST_RIGHT, worst["task"]
         for few in (r for r in routing if r["n"] < FEW):
@@ -110,11 +109,11 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     return result
 
 
-def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows], limit: int | None) -> list[dict[str, Any]]:
+def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows]) -> list[dict[str, Any]]:
     """Counts, of each member's task, the share of rows that goes to each member ("right": to the task's own); sets the
     router's limits by every other row, and counts on the rest what is refused, and of texts of no task what is taken
     for the task's. rows: by the tasks' names, in the members' order."""
-    features = {name: task_features(base, of, np.arange(len(of))[:limit]) for name, of in rows.items()}
+    features = {name: task_features(base, of) for name, of in rows.items()}
     router.set_limits([own[::2] if len(own) >= FEW else own[:0] for own in features.values()])
     found = []
     for i, (name, of) in enumerate(rows.items()):

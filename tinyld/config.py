@@ -126,6 +126,7 @@ class Settings:
 
 
 MAX_LENGTH = 131_072  # tokens of a row: rotary positions are tables, which a config alone must not make huge
+MAX_TABLE = MAX_LENGTH * 1_024
 MAX_PARAMETERS = 20_000_000_000
 
 
@@ -180,6 +181,8 @@ class ModelConfig(Settings):
         is_whole = self.head_width > 0 or d % heads == 0
         check(is_whole, f"num_heads must divide d_model, got d_model {d} and num_heads {heads}")
         check(self.width_of_head % 2 == 0 or not self.rotary, "d_model / num_heads must be even for rotary positions")
+        table = self.max_length * self.width_of_head  # of rotary positions, which no file holds
+        check(table <= MAX_TABLE, f"max_length * head_width must be at most {MAX_TABLE:,}, got {table:,}")
         size = f"a denoiser of {self.num_parameters():,} parameters is asked for; at most {MAX_PARAMETERS:,}"
         check(self.num_parameters() <= MAX_PARAMETERS, size)
 

@@ -161,9 +161,11 @@ class TaskRows(Source):
         return int(self.cut.sum())
 
     def digest(self) -> str:
-        """SHA-256 of all rows as the denoiser sees them."""
+        """SHA-256 of all rows as the denoiser sees them, and of all that is right where that is more than one text."""
         parts = [self.lengths, self.starts, np.array(self.slot), *self.ids]
-        return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
+        several = [e.references for e in self.examples] if any(len(e.references) > 1 for e in self.examples) else []
+        right = repr(several).encode(errors="surrogatepass") if several else b""
+        return hashlib.sha256(b"".join(p.tobytes() for p in parts) + right).hexdigest()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return -(-len(self.ids) // batch_size)

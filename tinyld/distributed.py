@@ -36,6 +36,8 @@ class Processes:
         if device.type == "cuda":
             number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             check(number < there, f"torchrun started more processes here than torch sees GPUs, {there}")
+            one_for_all = f"under torchrun each process has a GPU of its own: say --device cuda, not {device}"
+            check(device.index is None, one_for_all)
             torch.cuda.set_device(number)
         if not torch.distributed.is_initialized():
             with handling(signal.SIG_DFL):  # while it waits for the others no handler of Python's runs

@@ -175,8 +175,9 @@ def label_scores(gold: np.ndarray, predicted: np.ndarray, scored: np.ndarray, la
     return scores | {name: dict(zip(labels, table, strict=True)) for name, table in tables.items()}
 
 
-def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: float, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a proportion (Wilson 1927)."""
+    z = 1.959964
     p, square = correct / n, z * z
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))

@@ -213,7 +213,8 @@ def llada(s: Said, shapes: Shapes) -> dict[str, Any]:
 
 def smdm(s: Said, shapes: Shapes) -> dict[str, Any]:
     """Sizes by shape; heads, which no shape tells, by the widths of the published sizes."""
-    (rows, d), (d_ff, _) = (shapes.get(f"transformer.{name}.weight", (0, 0)) for name in ("wte", "h.0.mlp.swiglu.w1"))
+    sizes = [shapes.get(f"transformer.{name}.weight", ()) for name in ("wte", "h.0.mlp.swiglu.w1")]
+    (rows, d), (d_ff, _) = (size if len(size) == 2 else (0, 0) for size in sizes)
     if (d, d_ff) != (640, 1600) and (d_ff != 4 * d or d not in SMDM_WIDTHS):
         raise TinyldError(f"{s.where.parent}: no published SMDM has width {d} and an MLP of {d_ff}")
     heads = d // (80 if d_ff == 1600 else 64 if d <= 1024 else 128)

@@ -187,8 +187,9 @@ def train_adapter(
         started = time.perf_counter()
         noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
-        if training.steps is not None and training.steps * training.batch_size < len(train_rows):
-            reason = reason or "in so few updates no row is read twice"
+        steps, epochs = training.steps, training.epochs
+        if (epochs or 2) <= 1 or (steps is not None and steps * training.batch_size <= len(train_rows)):
+            reason = reason or "no row is read twice"
         if reason is None:
             with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:
                 noise = with_states(noise, model, train_rows, bar.advance_to)

@@ -38,7 +38,7 @@ class Optimizer(torch.optim.AdamW):
         has_bf16 = fast_dtype(next(iter(parameters.values())).device) == "bf16"
         self.dtype = torch.bfloat16 if has_bf16 else torch.float32  # of Muon's products
 
-    def set_lr(self, factor: float, progress: float = 1.0) -> None:
+    def set_lr(self, factor: float, progress: float) -> None:
         """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""
         body = self.body_lr if progress >= self.body_start else 0.0
         for group in self.param_groups:

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ SETTINGS_BYTES = 256 << 20  # JSON and TOML; a tokenizer of 250,000 pieces has 2
 ROWS_BYTES = 8 << 30
 TENSORS_BYTES = 64 << 30
 TEXT_BYTES = 1 << 40
+LONGEST = 1 << 24  # characters or bytes of a line of text
 PAIR = " ||| "  # between texts in one cell
 
 
@@ -93,8 +95,8 @@ def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
         record = Record(pairs)
         record.path = path
         if len(record) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {show(next(key for key in keys if keys.count(key) > 1))} twice")
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"key {show(twice)} twice")
         return record
 
     try:

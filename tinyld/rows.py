@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check, check_choice
 from tinyld.errors import TinyldError, show
-from tinyld.read import PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text
+from tinyld.read import LONGEST, PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
@@ -29,7 +29,6 @@ SUFFIXES = (*TABLES, ".jsonl")
 Row = tuple[str, dict[str, Any]]  # file and line, column -> value
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
-LONGEST = 1 << 24  # characters of a line of text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
 
@@ -112,6 +111,9 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
                     known_ones = f"which are not the {known:,} published ones"
                     raise TinyldError(f"{found}: has {rows:,} rows, {known_ones}; {way_out}")
             return found
+        there = [other for other in SPLITS if in_folder(Path(folder) / name, other)] if folder == own else []
+        way_out = "rows from elsewhere may be among them: add the file, or keep this folder out of $TINYLD_DATA"
+        check(not there or split not in task.splits, f"{none} in {own}/{name}, which has {', '.join(there)}; {way_out}")
     way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
     if not task.builtin and task.path.suffix == ".toml" and task.path.exists():
         way_out = f"name their file in its [data] table, or {way_out}"
@@ -237,8 +239,9 @@ def load_split(
     task: Task, split: str, data: Path | None = None, limit: int | None = None, held_out: bool = False
 ) -> list[Example]:
     """The first `limit` examples of a split, in file order. `data`: a folder that is searched before all others, or one
-    file, all of whose rows are read; `held_out`: of that file the dev rows are one in ten, chosen by their text, of
-    every label as many as it has rows, and the train rows the others.
+    file, all of whose rows are read; `held_out`: of that file the dev rows are one text in ten, chosen by a hash, of
+    every label as many as it has texts, and the train rows the others. Rows of one text stay together, unless there
+    are few texts.
 
     Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
     lacks a column, has too many, or bears an unknown label.
@@ -252,13 +255,16 @@ def load_split(
     if len(examples) < 2:
         raise TinyldError(f"{path}: one row; dev rows are held out, so that at least two are needed")
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
-    by_text = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest())
+    first = {text: i for i, text in reversed([*enumerate(texts)])}  # the row where each is read first
+    alone = task.is_infill or len(first) < HELD_OUT * max(1, len(task.labels))
+    stands_for = [i if alone else first[text] for i, text in enumerate(texts)]
+    by_text = sorted({*stands_for}, key=lambda i: (hashlib.sha256(texts[i]).digest(), i))
     of_label: dict[int | None, list[int]] = {}
     for i in by_text:
         of_label.setdefault(examples[i].label, []).append(i)
-    share = {i: (n + 0.5) / len(own) for own in of_label.values() for n, i in enumerate(own)}  # of its label's rows
-    dev = set(sorted(by_text, key=share.__getitem__)[: max(1, len(examples) // HELD_OUT)])
-    return [e for i, e in enumerate(examples) if (i in dev) == (split == "dev")][:limit]
+    share = {i: (n + 0.5) / len(own) for own in of_label.values() for n, i in enumerate(own)}  # of its label's texts
+    dev = set(sorted(by_text, key=share.__getitem__)[: max(1, len(by_text) // HELD_OUT)])
+    return [e for i, e in zip(stands_for, examples, strict=True) if (i in dev) == (split == "dev")][:limit]
 
 
 def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:

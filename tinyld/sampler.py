@@ -111,9 +111,10 @@ def fill_in(
     """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written).
 
     The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are
-    the logits at the masks where a pass was made already, and `share` how likely the rows' lengths are.
+    the logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
+    these are: what is not sure is not written from them, unless that is the last pass.
     """
-    x, step = x.clone(), 0
+    x, step, knew_no_length = x.clone(), 0, first is not None
     passes, score = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
@@ -135,10 +136,10 @@ def fill_in(
         if config.sampler == "klass":
             doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
             last = whole, logp
-        steps = config.steps or inside[rows].sum(1, keepdim=True)
+        steps = config.steps or inside[rows].sum(1, keepdim=True) + knew_no_length
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
-        tokens = accept(confidence, doubts, masked, config, steps, step, generator)
+        tokens = accept(confidence, doubts, masked, config, steps, step, generator, forced=first is None)
         x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
         score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
         step, first = step + 1, None
@@ -225,9 +226,10 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
 
 def accept(
     confidence: Tensor, doubt: Tensor, masked: Tensor, config: SampleConfig, steps: Any, step: int,
-    generator: torch.Generator,
+    generator: torch.Generator, forced: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Which of the masked are written in this pass, by all but ancestral at least one in every row; all (B, L).
+    """Which of the masked are written in this pass, by all but ancestral at least one in every row if `forced`; all
+    (B, L).
 
     confidence: in the token chosen there. doubt: the entropy there in nats, or for klass how many nats the distribution
     moved since the last pass. steps: of all rows, or (B, 1). Those that look for what is sure write the `least` most
@@ -256,10 +258,10 @@ def accept(
         sure, least = torch.zeros_like(masked), torch.ceil(masked.sum(1, keepdim=True) / (steps - step))
     elif config.sampler == "entropy":
         rising, order = doubt.masked_fill(~masked, torch.inf).sort(1)
-        sure = torch.zeros_like(masked).scatter(1, order, rising.cumsum(1) - rising <= config.enough)
+        sure = torch.zeros_like(masked).scatter(1, order, rising.cumsum(1) - rising * forced <= config.enough)
     else:
         sure = confidence >= config.enough
         if config.sampler == "klass":
             sure &= doubt <= config.kl
     rank = confidence.masked_fill(~masked, -1.0).argsort(stable=True, dim=1, descending=True).argsort(1)
-    return masked & (sure | (rank < least))
+    return masked & (sure | ((rank < least) & forced))

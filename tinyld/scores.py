@@ -119,7 +119,13 @@ def why_unusual(run: Run, options: EvalOptions) -> str:
     """The options by which an evaluation is not the run's own result: it is decoded otherwise, or of other rows than go
     with its own (a file of rows has a name of its own)."""
     default, own = EvalOptions(), run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
-    names = ["limit", "base_dtype", *(f.name for f in fields(SampleConfig)), *(["task"] if run.is_composition else [])]
+    names = [
+        "limit",
+        "draws",
+        "base_dtype",
+        *(f.name for f in fields(SampleConfig)),
+        *(["task"] if run.is_composition else []),
+    ]
     found = [name for name in names if getattr(options, name) != getattr(default, name)]
     data = options.data
     if data is not None and data.is_dir() and (own is None or os.path.realpath(data) != os.path.realpath(own)):

@@ -21,8 +21,8 @@ from tinyld.errors import TinyldError, plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further
-from tinyld.read import decode
-from tinyld.rows import LONGEST, SUFFIXES, Row, files_of, read_rows, refuse_table
+from tinyld.read import LONGEST, decode
+from tinyld.rows import SUFFIXES, Row, files_of, read_rows, refuse_table
 from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic

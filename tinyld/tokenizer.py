@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.config import check_type
 from tinyld.errors import TinyldError, show
-from tinyld.read import decode, opened, parse_json
+from tinyld.read import LONGEST, decode, opened, parse_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -244,7 +245,9 @@ def read_lines(paths: Iterable[Path]) -> Iterator[str]:
         try:
             with opened(path) as file:
                 unpacked = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-                for number, content in enumerate(unpacked, 1):
+                for number, content in enumerate(iter(partial(unpacked.readline, LONGEST + 1), b""), 1):
+                    if len(content) > LONGEST:
+                        raise TinyldError(f"{path}: line {number} is longer than {LONGEST >> 20} MB; is it text?")
                     for line in decode(content, path, number).split("\r"):
                         if path.suffix.lower() == ".jsonl" and line.strip():
                             text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
