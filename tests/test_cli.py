@@ -194,6 +194,7 @@ def test_what_was_decoded_otherwise_or_of_other_data_is_shown_and_not_kept(place
         (("--temperature", 5, "--sampler", "ancestral"), "--sampler ancestral, --temperature 5.0"),
         (("--data", "data"), "--data data"),
         (("--limit", 100), "--limit 100"),
+        (("--set", "draws=9"), "--draws 9"),
         (("--set", "base_dtype=int8"), "--base-dtype int8"),
     ):
         ran = good("eval", "mine", *asked, "--json")

@@ -34,6 +34,12 @@ def make_task(folder: Path, toml: str = LABELS) -> Task:
     return load_task(str(folder / "mood.toml"))
 
 
+def test_a_digest_is_of_every_answer_that_is_right(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    task, given = make_task(tmp_path, WRITE), [("bad",), ("bad", "sad"), ("bad", "good")]
+    rows = [TaskRows([Example("it was", "", "bad", None, references)], task, tokenizer, 24) for references in given]
+    assert len({of.digest() for of in rows}) == 3
+
+
 def make_rows(folder: Path, tokenizer: Tokenizer, n: int) -> TaskRows:
     """n rows of random lengths."""
     rng = random.Random(0)

@@ -41,6 +41,7 @@ BAD_SHAPES: list[tuple[Any, str]] = [
     ({"vocab_size": True}, "vocab_size: 'True' is not of type int"),
     ({"vocab_size": 10**12}, "a denoiser of [0-9,]+ parameters is asked for; at most 20,000,000,000"),
     ({"vocab_size": 9, "d_model": 30, "num_heads": 4}, "num_heads must divide d_model"),
+    ({"vocab_size": 9, "head_width": 2_000, "max_length": 131_072}, r"max_length \* head_width must be at most 134"),
     ({"vocab_size": 9, "d_model": 12, "num_heads": 4}, ".* must be even"),
     ({"vocab_size": 9, "num_layers": 0}, "num_layers must be at least 1, got 0"),
     ({"vocab_size": 9, "num_layers": 10**8}, "num_layers must be at most 100000, got 100000000"),

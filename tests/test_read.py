@@ -18,6 +18,11 @@ Read = Callable[[Path], Any]
 BAD: list[tuple[Read, bytes, str]] = [
     (read_object, b"{", "damaged, not JSON .*Expecting property name"),
     (read_object, b'{"a": {"b": 1, "b": 2}}', "damaged, not JSON .*key 'b' twice"),
+    (
+        read_object,
+        b"{" + b"".join(b'"%d": 1, ' % i for i in range(100_000)) + b'"7": 1}',
+        "damaged, not JSON .*'7' twice",
+    ),
     (read_object, b'{"a": NaN}', "damaged, not JSON .*no finite number"),
     (read_object, b"[1e999]", "damaged, not JSON .*no finite number"),
     (read_object, b"[" + b"9" * 400 + b"]", "damaged, not JSON .*no finite number"),

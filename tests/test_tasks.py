@@ -104,6 +104,10 @@ def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp
         parts.append({e.before for e in dev})
         assert parts[-1].isdisjoint(e.before for e in train)
     assert parts[0] == parts[1]
+    for said in "abcdefghijkl":  # a text that comes again and again is on one side, whichever that is
+        file = rows_file(tmp_path, "mine.csv", "\n".join(["text,label", *rows, *[f"{said},sad"] * 40]))
+        train, dev = (load_split(user_task(tmp_path), split, file, held_out=True) for split in ("train", "dev"))
+        assert len(train) + len(dev) == 120 and {e.before for e in dev}.isdisjoint(e.before for e in train)
 
 
 def test_a_task_that_writes_reads_its_answers_from_a_column(tmp_path: Path) -> None:
@@ -286,6 +290,12 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         row = json.dumps({"sentence": place, "label": 0})
         rows_file(tmp_path, place, row if place.endswith("jsonl") else f"sentence{sep}label\n{place}{sep}0\n")
         assert load_split(task, "dev", data)[0].before == f"{place} it was"
+    for place in ("cache/data", "own"):
+        rows_file(tmp_path, f"{place}/subj/train.tsv", "text\tlabel\na\t0\n")
+    with pytest.raises(
+        TinyldError, match="no dev rows of subj in .*own/subj, which has train; rows from elsewhere may"
+    ):
+        load_split(load_task("subj"), "dev")
     rows_file(folder, "sst2/dev.tsv", "sentence\tlabel\na\t0\n")
     with pytest.raises(TinyldError, match="which are the dev rows: .*dev.tsv or .*dev.csv"):
         load_split(task, "dev", folder)

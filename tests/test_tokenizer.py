@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tinyld.errors import TinyldError
+from tinyld.read import LONGEST
 from tinyld.tokenizer import SPECIAL, Tokenizer, detokenize, find_text_files, read_lines
 
 SENTENCES = (
@@ -154,6 +155,7 @@ def test_text_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.txt", b"good\n" * 9_000 + b"caf\xe9\n", "line 9001: not UTF-8"),
         ("a.txt", "the sea".encode("utf-16-le"), "line 1: a zero byte, which no text has"),
+        ("a.txt.gz", gzip.compress(b"a\n" + bytes(2 * LONGEST)), "line 2 is longer than 16 MB; is it text"),
         ("a.jsonl", b'{"text": "a"}\nnope\n', "line 2: damaged, not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1: missing key 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: text: '3' is not of type str"),
