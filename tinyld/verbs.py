@@ -39,7 +39,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
         record["parameters"] = from_dict(ModelConfig, config["model"], str(options.run / CONFIG)).num_parameters()
     if members := config.get("members"):
         record["members"] = {m["task"]["name"]: m["run"] for m in members}
-    for part in ("task", "method", "model", "base", "data", "merged"):
+    for part in ("task", "method", "model", "base", "data"):
         if part in config:
             record[part] = {name: value for name, value in config[part].items() if name != "spelling"}  # long
     record |= config.get("parameters", {})

@@ -1,0 +1,137 @@
+"""What an hour of pretraining from nothing buys: `tinyld pretrain` beside transformers' BertForMaskedLM with AdamW.
+
+    python data/results/learning_curve.py --data text --valid $TINYLD_DATA/pretrain-valid --minutes 60 --csv FILE
+
+Ours is the preset `small` as it is, for a third of the time. The peer has its sizes, its tokenizer, text, rows of 256
+tokens and batches of 32, each masked at a uniform time, plain cross-entropy, and AdamW (betas 0.9 and 0.98, decay 0.01)
+with 2% of warm-up and a linear fall; the best of --rates after --tune minutes, each with such a schedule of its own.
+Both are measured by the same bound on the same 64 held-out rows. Needs the extra `interop`.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+from tinyld.config import PRESETS
+from tinyld.corpus import tokenize
+from tinyld.data import TextRows
+from tinyld.device import autocast, resolve_dtype
+from tinyld.evaluate import text_nll
+from tinyld.pretrain import HELD_OUT_ROWS
+from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
+
+LENGTH, BATCH, POINTS = 256, 32, 12  # ours reads 16 rows under two masks each; points of the peer's curve
+CPU = torch.device("cpu")
+
+
+class Peer:
+    """BertForMaskedLM, as our bound asks a denoiser."""
+
+    device = CPU
+
+    def __init__(self, vocab_size: int):
+        torch.manual_seed(0)
+        shape = PRESETS["small"]
+        self.model: Any = BertForMaskedLM(BertConfig(
+            vocab_size=vocab_size, hidden_size=shape["d_model"], num_hidden_layers=shape["num_layers"],
+            num_attention_heads=shape["num_heads"], intermediate_size=shape["d_ff"], max_position_embeddings=LENGTH,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ))  # fmt: skip
+
+    def states(self, xt: Tensor, t: Any, attention_mask: Any, prompt_mask: Any, cached: Any, where: Tensor) -> Tensor:
+        return self.model.bert(input_ids=xt).last_hidden_state[where]
+
+    def nll(self, h: Tensor, x0: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.cls(h).float(), x0, reduction="none")
+
+    def rows_at_once(self, length: int, most: int, asked: int = 0) -> int:
+        return most
+
+
+def train_peer(rows: TextRows, held_out: TextRows, tokenizer: Tokenizer, lr: float, minutes: float) -> list[dict]:
+    """Its curve: a record at each of the points, of seconds of training."""
+    peer, cast = Peer(tokenizer.vocab_size), autocast(CPU, resolve_dtype("auto", CPU))
+    optimizer = torch.optim.AdamW(peer.model.parameters(), lr, (0.9, 0.98), weight_decay=0.01, fused=True)
+    generator, curve, seconds, step = torch.Generator().manual_seed(0), list[dict](), 0.0, 0
+    while True:
+        progress = seconds / (60 * minutes)
+        if progress >= (1 + len(curve)) / POINTS:
+            peer.model.eval()
+            with cast:
+                bound = text_nll(peer, held_out, tokenizer.mask_id, limit=HELD_OUT_ROWS)  # type: ignore[arg-type]
+            peer.model.train()
+            curve.append(record("BertForMaskedLM", lr, minutes, seconds, step, bound.mean, bound.stderr))
+            print(curve[-1], file=sys.stderr, flush=True)
+        if progress >= 1:
+            return curve
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(max(progress, 1e-3) / 0.02, (1 - progress) / 0.98)
+        x0 = rows.batch(step, BATCH, 0).x0
+        masked = torch.rand(x0.shape, generator=generator) < torch.rand(len(x0), 1, generator=generator)
+        masked[:, 0], masked[:, 1] = False, masked[:, 1] | ~masked[:, 1:].any(1)
+        optimizer.zero_grad(set_to_none=True)
+        with cast:
+            h = peer.states(torch.where(masked, tokenizer.mask_id, x0), None, None, None, None, masked)
+            loss = peer.nll(h, x0[masked]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
+        optimizer.step()
+        seconds, step = seconds + time.perf_counter() - started, step + 1
+
+
+def record(side: str, lr: float, minutes: float, seconds: float, step: int, nats: float, stderr: float) -> dict:
+    own = {"side": side, "lr": lr, "minutes": minutes, "seconds": round(seconds), "tokens": step * BATCH * LENGTH}
+    return own | {"nats": round(nats, 4), "stderr": round(stderr, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--tune", type=float, default=4)
+    parser.add_argument("--rates", default="0.0005,0.001,0.002")
+    parser.add_argument("--csv", type=Path, required=True)
+    options = parser.parse_args()
+    ours = round(options.minutes / 3, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "base"
+        words = ["--preset", "small", "--data", options.data, "--valid", options.valid, "--minutes", ours]
+        words += ["--set", "eval_every=200", "--out", run]
+        subprocess.run([sys.executable, "-m", "tinyld", "pretrain", *map(str, words)], check=True)
+        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lr = json.loads((run / "config.json").read_text())["train"]["lr"]
+        tokenizer = Tokenizer.parse((run / "tokenizer.json").read_bytes(), run / "tokenizer.json")
+    scored = [line for line in log if line["step"] and "nll_bound" in line]
+    found = [
+        record("tinyld pretrain", lr, ours, line["seconds"], line["step"], line["nll_bound"], line["nll_stderr"])
+        for line in scored
+    ]
+    text, held_out = (
+        tokenize(read_lines(find_text_files([path])), tokenizer) for path in (options.data, options.valid)
+    )
+    rows, valid = (TextRows(part.stream, LENGTH, tokenizer.bos_id) for part in (text, held_out))
+    rates = [float(rate) for rate in options.rates.split(",")]
+    tuned = [train_peer(rows, valid, tokenizer, rate, options.tune)[-1] for rate in rates] if len(rates) > 1 else []
+    best = min(tuned, key=lambda row: row["nats"])["lr"] if tuned else rates[0]
+    found += tuned + train_peer(rows, valid, tokenizer, best, options.minutes)
+    with open(options.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()
