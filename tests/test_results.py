@@ -59,6 +59,7 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
         ("sst2.csv", ("89.0", "88.8", "85.0", "89.5", "88.0", "84.1", "86.9", "86.8", "84.6")),
         ("encoder-sst2.csv", ("89.3", "98.7", "98.0", "98.1")),
         ("fast-forms.csv", ("88.3 ± 1.5", "89.4 ± 1.5")),
+        ("learning-curve.csv", ("5.468", "6.751")),
     ):
         made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
         sentence = README[README.index(f"({file})", README.index("\n## ")) :].partition("\n\n")[0]
