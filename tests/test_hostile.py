@@ -102,7 +102,7 @@ CONTENT: list[tuple[str, str, Change, str]] = [  # command, file, what becomes o
     ("report", "mood/results.json", other(": ", ": -1e999, \"x\": "), "results.json: damaged, not JSON"),
     ("sample", BASE, other('"max_length": 24', f'"max_length": {"9" * 5_000}'), "tiny/config.json"),
     ("sample", "tiny/tokenizer.json", half, "tokenizer.json: damaged, not JSON"),
-    ("pretrain", "text.txt", other("rain", "caf\udce9"), "text.txt: not UTF-8"),
+    ("pretrain", "text.txt", other("rain", "caf\udce9"), "text.txt: line 3: not UTF-8"),
     ("pretrain gz", "text.txt.gz", half, "text.txt.gz: cannot be read"),
     ("pretrain gz", "text.txt.gz", gzip.decompress, "text.txt.gz: cannot be read"),
 ]  # fmt: skip
