@@ -60,10 +60,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     if options.data is not None:
         files = [*{task.rows_from: file_in(options.data, task, options.split) for task in tasks}.values()]
         one = next((file for file in files if file and files.count(file) > 1), None)
-        names = ", ".join(alone)
-        check(
-            one is None, f"{one} cannot be the rows of {names} all at once: give a folder with TASK/{options.split}.csv"
-        )
+        way_out = f"give a folder with TASK/{options.split}.csv"
+        check(one is None, f"{one} cannot be the rows of {', '.join(alone)} all at once: {way_out}")
     rows = {
         name: rows_for(run, run.tasks[0], options.split, options.data, options.limit) for name, run in alone.items()
     }
@@ -115,15 +113,17 @@ def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows]) -> li
     for the task's. rows: by the tasks' names, in the members' order."""
     features = {name: task_features(base, of) for name, of in rows.items()}
     router.set_limits([own[::2] if len(own) >= FEW else own[:0] for own in features.values()])
-    found = []
-    for i, (name, of) in enumerate(rows.items()):
+    found, (first, *_) = [], rows.values()
+    strangers = stranger_rows(base, first.task)  # which all are asked alike
+    held_for = None if strangers is None else router.choose(task_features(base, strangers))
+    for i, name in enumerate(rows):
         rest = features[name][1::2] if len(features[name]) > 1 else features[name]
-        nearest, strangers = router.nearest(features[name]), stranger_rows(base, of.task)
+        nearest = router.nearest(features[name])
         goes = {other: share(nearest == j) for j, other in enumerate(rows)}
-        accepted = None if strangers is None else share(router.choose(task_features(base, strangers)) == i)
         found.append({
             "task": name, "n": len(nearest), "right": goes[name], "goes_to": goes,
-            "wrongly_refused": share(router.choose(rest) == NONE), "wrongly_accepted": accepted,
+            "wrongly_refused": share(router.choose(rest) == NONE),
+            "wrongly_accepted": None if held_for is None else share(held_for == i),
         })  # fmt: skip
     return found
 

@@ -188,7 +188,8 @@ def train_adapter(
         noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         steps, epochs = training.steps, training.epochs
-        if (epochs or 2) <= 1 or (steps is not None and steps * training.batch_size <= len(train_rows)):
+        in_updates = steps is not None and steps * training.batch_size <= len(train_rows)
+        if in_updates or (epochs is not None and epochs <= 1):
             reason = reason or "no row is read twice"
         if reason is None:
             with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:

@@ -70,6 +70,11 @@ def decode(content: bytes, path: object, first: int = 1) -> str:
     return text
 
 
+def refuse_long(line: str | bytes, where: str) -> None:
+    if len(line) > LONGEST:
+        raise TinyldError(f"{where} is longer than {LONGEST >> 20} MB; is it text?")
+
+
 def clean(text: str) -> str:
     """`text` on one line: blanks, control characters and lone surrogates become single spaces, ends are trimmed."""
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()

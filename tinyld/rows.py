@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check, check_choice
 from tinyld.errors import TinyldError, show
-from tinyld.read import LONGEST, PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text
+from tinyld.read import PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text, refuse_long
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
@@ -162,8 +162,8 @@ def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
 def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline=None), 1):
         where = f"{path}: line {number}"
-        if suffix == ".txt" and len(line) > LONGEST:
-            raise TinyldError(f"{where} is longer than {LONGEST >> 20} MB; is it text?")
+        if suffix == ".txt":
+            refuse_long(line, where)
         if suffix == ".txt" and (empty or line.strip()):
             yield where, {"text": line.rstrip("\n")}
         elif line.strip():

@@ -114,7 +114,7 @@ def fill_in(
     the logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
     these are: what is not sure is not written from them, unless that is the last pass.
     """
-    x, step, knew_no_length = x.clone(), 0, first is not None
+    x, step, begun_before = x.clone(), 0, first is not None
     passes, score = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
@@ -136,7 +136,7 @@ def fill_in(
         if config.sampler == "klass":
             doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
             last = whole, logp
-        steps = config.steps or inside[rows].sum(1, keepdim=True) + knew_no_length
+        steps = config.steps or inside[rows].sum(1, keepdim=True) + begun_before
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
         tokens = accept(confidence, doubts, masked, config, steps, step, generator, forced=first is None)
@@ -226,7 +226,7 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
 
 def accept(
     confidence: Tensor, doubt: Tensor, masked: Tensor, config: SampleConfig, steps: Any, step: int,
-    generator: torch.Generator, forced: bool = True,
+    generator: torch.Generator, forced: bool,
 ) -> Tensor:  # fmt: skip
     """Which of the masked are written in this pass, by all but ancestral at least one in every row if `forced`; all
     (B, L).

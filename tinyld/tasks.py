@@ -24,8 +24,8 @@ from tinyld.spelling import Spelling
 __all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
+OURS = ("splits", "rows_from", "download", "path", "spelling")  # keys of a built-in task, or filled in; no user's
 # What a run keeps of its task; beside it `path`, of the file that describes one.
-OURS = ("splits", "rows_from", "download", "path", "spelling")
 KEPT = ("name", "template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens")
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from tinyld.answers import OURS, Record, examples_of, own_name, under
 from tinyld.config import check
 from tinyld.data import seed_of, slot_width
-from tinyld.errors import TinyldError, plain
+from tinyld.errors import plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further
-from tinyld.read import LONGEST, decode
+from tinyld.read import decode, refuse_long
 from tinyld.rows import SUFFIXES, Row, files_of, read_rows, refuse_table
 from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
@@ -88,8 +88,7 @@ def piped_lines(column: str) -> Iterator[Rows]:
         if lines:
             yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
         first += len(lines)
-        if len(rest) > LONGEST:
-            raise TinyldError(f"stdin: line {first} is longer than {LONGEST >> 20} MB; is it text?")
+        refuse_long(rest, f"stdin: line {first}")
 
 
 def predict(options: PredictOptions) -> None:

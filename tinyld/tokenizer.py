@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.config import check_type
 from tinyld.errors import TinyldError, show
-from tinyld.read import LONGEST, decode, opened, parse_json
+from tinyld.read import LONGEST, decode, opened, parse_json, refuse_long
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -242,14 +242,14 @@ def join_quotes(parts: list[str]) -> str:
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
     """Documents, one a line, of `.txt`, `.txt.gz` and `.jsonl` (field `text`) files; blank lines are skipped."""
     for path in paths:
+        suffix = path.suffix.lower()
         try:
             with opened(path) as file:
-                unpacked = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+                unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
                 for number, content in enumerate(iter(partial(unpacked.readline, LONGEST + 1), b""), 1):
-                    if len(content) > LONGEST:
-                        raise TinyldError(f"{path}: line {number} is longer than {LONGEST >> 20} MB; is it text?")
+                    refuse_long(content, f"{path}: line {number}")
                     for line in decode(content, path, number).split("\r"):
-                        if path.suffix.lower() == ".jsonl" and line.strip():
+                        if suffix == ".jsonl" and line.strip():
                             text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
                             line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
                         if line := " ".join(line.split()):

@@ -63,9 +63,9 @@ def show_info(record: dict[str, Any], options: InfoOptions) -> None:
     print_record(str(options.run), shown)
     if methods:
         units = {"stored_bytes": 1e6, "memory_fp32": 1e9, "memory_bf16": 1e9, "memory_int8": 1e9}
-        shown = [[m["method"], *(m[key] and round(m[key] / unit, 2) for key, unit in units.items())] for m in methods]
+        cells = [[m["method"], *(m[key] and round(m[key] / unit, 2) for key, unit in units.items())] for m in methods]
         columns = ("method", "stored MB", "GB, base in fp32", "bf16", "int8")
-        print_table("memory to adapt it, estimated for that batch", columns, shown)
+        print_table("memory to adapt it, estimated for that batch", columns, cells)
 
 
 def tasks(options: Printed) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ references as the answer, beside the others (extra `metrics`).
 """
 
 import argparse
-import csv
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from table import write
 
 from tinyld.checkpoint import Base, load_base
 from tinyld.data import TaskRows
@@ -169,10 +169,7 @@ def main() -> None:
         else:
             rows += baselines(task, base, options.data, options.limit)
     if options.csv is not None:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.csv, rows, COLUMNS)
     if not rows:
         return
     shown = [

@@ -22,7 +22,7 @@ from baselines import frozen_states, setfit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from table import tables
+from table import tables, write
 
 import tinyld
 from tinyld.checkpoint import load_base
@@ -107,10 +107,7 @@ def main() -> None:
                     if (task, method, str(size), str(draw)) in done or (method == "words alone" and draw > 0):
                         continue
                     rows.append(measure(task, method, size, draw, options.data, options.tested))
-                    with open(options.csv, "w", newline="", encoding="utf-8") as file:
-                        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                        writer.writeheader()
-                        writer.writerows(rows)
+                    write(options.csv, rows, COLUMNS)
     for title, columns, cells in tables(options.csv):
         print_table(title, columns, cells)
 

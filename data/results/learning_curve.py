@@ -9,7 +9,6 @@ Both are measured by the same bound on the same 64 held-out rows. Needs the extr
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from table import write
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
@@ -127,10 +127,7 @@ def main() -> None:
     tuned = [train_peer(rows, valid, tokenizer, rate, options.tune)[-1] for rate in rates] if len(rates) > 1 else []
     best = min(tuned, key=lambda row: row["nats"])["lr"] if tuned else rates[0]
     found += tuned + train_peer(rows, valid, tokenizer, best, options.minutes)
-    with open(options.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    write(options.csv, found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Needs the extra `interop`, and $TINYLD_DATA or a network for a task that is not 
 """
 
 import argparse
-import csv
 import json
 import resource
 import statistics
@@ -202,10 +201,9 @@ def main() -> None:
         rows.append(row | {"task": options.task})
         print(row, flush=True)
         if options.csv is not None:
-            with open(options.csv, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            from table import write  # which loads torch, so not in the sides, whose memory is measured
+
+            write(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,14 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
+def write(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """A CSV file of the rows; the first one's columns where none are given."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def value(name: str, text: str) -> Any:
     if name in TEXT:
         return text
