@@ -60,11 +60,10 @@ forks.set_forkserver_preload(["tinyld.finetuning", "tinyld.pretrain", "tinyld.cl
 
 def child(arguments: list[str], log: str, die_at: int) -> None:
     """`tinyld ARGUMENTS` in this process, its output in `log`; it kills itself in its `die_at`-th fsync, if any."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() hears it: Python's own handler would show this function
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup takes away, and a shell's & the next
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() hears it: Python's own handler would show this function
     torch.set_num_threads(1)
     if die_at:
         calls, fsync = itertools.count(1), os.fsync
@@ -86,6 +85,8 @@ class World:
 
     def __init__(self, path: Path, place: Path):
         self.path, self.place = path, place
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & and nohup have these two ignored, and
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # children would begin deaf to them
         self.expected = {}
         for job in JOBS:
             started = time.monotonic()

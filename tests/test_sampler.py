@@ -286,6 +286,16 @@ def test_the_first_pass_takes_the_median_length(sampler: str, table: dict[int, f
     assert all(count <= length for count in recording.passes[1:])
 
 
+@pytest.mark.parametrize(("table", "_"), LENGTHS)
+def test_a_label_has_the_likeliest_length(table: dict[int, float], _: int) -> None:
+    comes, chance = 1.0, list[float]()
+    for j in range(6):
+        chance, comes = [*chance, comes * table.get(j, 0.0)], comes * (1 - table.get(j, 0.0))
+    chance, batch = [*chance, comes], slot(6)
+    out, passes = decode(giving(hazards(table)), *batch, MASK, FORBIDDEN, SampleConfig(), eos_id=EOS, is_label=True)
+    assert int((out[batch[1]] == 6).sum()) == chance.index(max(chance))
+
+
 def sure_of(lengths: dict[int, float]) -> Callable[[Tensor], Tensor]:
     """Logits of texts that have 2 to 4 tokens, each as likely, and are as sure of a token as their length says."""
 

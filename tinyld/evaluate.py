@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,8 +73,6 @@ def answered(
     """Decodes the answers of all rows, batch by batch, and scores every label's; `advance` gets how many rows are done,
     of those that are written so much as has no mask any more. A row counts by what it costs: answers to long prompts
     are longer themselves (on WebNLG a text's time grows with its prompt's length to the power of 1.5)."""
-    if not rows.task.is_generation:  # a label has its own length and words
-        sampling = replace(sampling, lengths=1)
     work = (1 + rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)  # a public model may have no [BOS]
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
@@ -94,6 +92,7 @@ def answered(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
                 partial(report_written, further(advance, done, each), batch.answer_mask, tokenizer.mask_id),
+                not rows.task.is_generation,
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
             if (spelling := rows.task.spelling) is not None:

@@ -4,7 +4,8 @@ A slot is as wide as the longest answer allowed, and a text ends in it at one [E
 the text: training never scores it, so the chance of [EOS] at a position is a hazard, that the text ends there *given
 that it comes so far*. Before anything is written, the product of the hazards is a distribution over lengths. The first
 pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
-token is then written in the knowledge of where its text ends. Asked again while it writes, a denoiser ends too soon:
+token is then written in the knowledge of where its text ends. (Labels have few lengths, and the one between two that
+are likely may be a third that is not: they get the likeliest.) Asked again while it writes, a denoiser ends too soon:
 any finished sentence looks like an end, whatever is left to say. But a text of a length that does not suit it limps,
 which shows in how sure its tokens are. So it may be written in several lengths, and the likeliest text is taken (length
 parallel decoding: Mask-Predict, arXiv 1904.09324).
@@ -28,6 +29,7 @@ RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
 LENGTHS = (0.5, 0.7, 0.3, 0.85, 0.15)  # shares of the texts expected that are longer than each length that is tried
+LIKELIEST = -1.0  # in place of such a share
 
 
 @torch.no_grad()
@@ -42,12 +44,13 @@ def decode(
     generator: torch.Generator | None = None,
     eos_id: int | None = None,
     watch: Any = None,
+    is_label: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
-    slot. Passes count in all lengths that a text is written in. `watch` is called after every pass with x, `nth` of how
-    many `lengths` it is in.
+    slot. A label's length is the likeliest one. Passes count in all lengths that a text is written in. `watch` is
+    called after every pass with x, `nth` of how many `lengths` it is in.
     """
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x, prompt_mask = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask
@@ -61,7 +64,8 @@ def decode(
     hazard, never = spread(logp_of(eos_id, first).exp(), answer_mask), [*forbidden, eos_id]
     best, passes, tried = x, torch.ones(len(x), dtype=torch.long), list[Tensor]()
     likeliest = torch.full((len(x),), -torch.inf, device=x.device)  # a token, of the best
-    chances = LENGTHS[: config.lengths] if config.temperature == 0 else (None,)
+    chances = (LIKELIEST,) if is_label else LENGTHS[: config.lengths]
+    chances = chances if config.temperature == 0 else (None,)
     for nth, chance in enumerate(chances):
         ends, share = choose_ends(hazard, chance, generator)
         behind = answer_mask & (ends.cumsum(1) > 0)
@@ -195,17 +199,18 @@ def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator
     """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)).
 
     hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere. chance:
-    that a text is longer than the length that is chosen; None: it is drawn.
+    that a text is longer than the length that is chosen; LIKELIEST: it is the likeliest one; None: it is drawn.
     """
     comes_so_far = log_survival(hazard).exp()
-    given = comes_so_far.new_full((len(hazard), 1), chance or 0.0)
-    if chance is None:
-        given = torch.rand(given.shape, generator=generator, device=hazard.device)
-    reached = comes_so_far <= given
-    ends = reached & (reached.cumsum(1) == 1)
-    reaches = torch.cat([torch.ones_like(given), comes_so_far], dim=1)
-    likely = torch.where(ends, reaches[:, :-1] - reaches[:, 1:], 0.0).sum(1, keepdim=True)
-    return ends, torch.where(ends.any(1, keepdim=True), likely, reaches[:, -1:])
+    reaches = F.pad(comes_so_far, (1, 0), value=1.0)
+    likely = torch.cat([reaches[:, :-1] - reaches[:, 1:], reaches[:, -1:]], 1)  # the last fills the slot
+    if chance == LIKELIEST:
+        end = likely.argmax(1, keepdim=True)
+    else:
+        drawn = torch.rand((len(hazard), 1), generator=generator, device=hazard.device) if chance is None else chance
+        end = (comes_so_far > drawn).sum(1, keepdim=True)
+    ends = torch.zeros_like(likely, dtype=torch.bool).scatter(1, end, True)
+    return ends[:, :-1], likely.gather(1, end)
 
 
 def log_survival(hazard: Tensor) -> Tensor:
