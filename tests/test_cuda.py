@@ -117,6 +117,7 @@ def same_on_both(folder: Path, *commands: str) -> None:
         log = [line | {"seconds": 0} for line in RunFolder(out).metrics()]
         found.append([re.sub(OF_A_RUN, "", text) for text in said] + log)
     assert found[0] == found[1]
+    assert torch.get_float32_matmul_precision() == "highest", "training leaves it as it was"
 
 
 HOW = {"fast": "--recipe fast --set ranks=2,2,2", "best": "--set ranks=2,2,2", "auto": "--set ranks=auto --budget 9%"}

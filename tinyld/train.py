@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tinyld.checkpoint import load_exactly
 from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
-from tinyld.device import autocast, from_int8, resolve_dtype, to_int8
+from tinyld.device import autocast, from_int8, resolve_dtype, tf32, to_int8
 from tinyld.diffusion import Noised, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
@@ -157,12 +157,11 @@ class TrainingRun:
         """
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
             torch.cuda.reset_peak_memory_stats()
         self.model.recompute = self.config.recompute
         if resume:
             self.go_on()
-        with self.stop, self.bar:
+        with self.stop, self.bar, tf32(self.device):
             if self.saved_step < 0:
                 self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
             self.model.train()
