@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,12 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     assert learn([(t, np.int64(k == "sad")) for t, k in ROWS], out="n").tasks[0].labels == ("0", "1")
     with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' must hold text or a number, got 'None'"):
         learn([rows[0], rows[1] | {"text": float("nan")}], out="other")
+    with pytest.raises(tinyld.TinyldError, match="text 1: column 'text' holds a number of thousands of digits"):
+        run.predict([10**5000])
+    assert learn([("rain", 2**53 + (k == "sad")) for _, k in ROWS], out="ids").tasks[0].labels == (
+        f"{2**53}",
+        f"{2**53 + 1}",
+    )
     learn(ROWS, out="zero", template="{text}\0{answer} \udce9")
 
 
@@ -254,6 +261,16 @@ def test_a_folder_of_rows_is_learned_by_its_path(place: Path) -> None:
     tinyld.finetune("set", base=place / "base", out="run", **QUICK)
     assert RunFolder(Path("run")).config["data"]["rows"] == len(ROWS)
     assert good("eval", "run", "--json").json[0]["n"] == 5, "the dev rows"
+    shutil.copytree("set", "set/set")
+    Path("set/set/train.csv").write_text("text,label\nrain,sad\nsun,happy\n")
+    tinyld.finetune("set", base=place / "base", out="run", force=True, **QUICK)
+    assert RunFolder(Path("run")).config["data"]["rows"] == len(ROWS), "not those of the folder in it"
+    shutil.rmtree("set/set")
+    Path("set/validation.csv").unlink()
+    tinyld.finetune("set", base=place / "base", out="run", force=True, **QUICK)
+    assert (
+        good("eval", "run", "--json").json[0]["n"] == 4 == good("eval", "run", "--data", "set", "--json").json[0]["n"]
+    )
 
 
 def test_options_are_read_as_a_user_writes_them() -> None:

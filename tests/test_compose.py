@@ -15,7 +15,7 @@ from torch import Tensor
 import tinyld
 from tinyld import composition
 from tinyld.checkpoint import Base, method_record
-from tinyld.compose import LEAST_RIGHT, compose, share, show
+from tinyld.compose import LEAST_RIGHT, compose, measure_routing, share, show
 from tinyld.composition import NONE, RoutedPush, Router, prompt_features, prompt_prototype
 from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError, UsageError
@@ -167,6 +167,18 @@ def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.Monk
         monkeypatch.setattr("tinyld.composition.task_features", lambda *_, same=same: same)
         found = prompt_prototype(base, range(60))  # type: ignore[arg-type]
         assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+def test_what_is_refused_does_not_depend_on_the_order_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of labels by turns, of which one has texts that are more alike."""
+    monkeypatch.setattr("tinyld.compose.task_features", lambda base, of: torch.tensor(of)[:, None].expand(-1, 2))
+    monkeypatch.setattr("tinyld.compose.stranger_rows", lambda *_: None)
+
+    class Rows(list[float]):
+        task = None
+
+    (found,) = measure_routing(None, Router(1, 2), {"a": Rows([0.1, 3.0] * 50)})  # type: ignore[arg-type, dict-item]
+    assert found["wrongly_refused"] < 0.1
 
 
 # ---------------------------------------------------------------------------------------------- the verb

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tinyld.data import TaskRows, TextRows, slot_width
+from tinyld.data import TaskRows, TextRows, slot_width, some_of
 from tinyld.diffusion import noise_text
 from tinyld.errors import TinyldError
 from tinyld.tasks import Example, Task, load_task
@@ -171,6 +171,13 @@ def test_an_epoch_of_text_reads_rows_without_repeats_at_one_shift(batch_size: in
     for step in reversed(range(6 * steps)):
         assert torch.equal(rows.batch(step, batch_size, seed=4).x0[:, 1:], in_order[step]), "of seed and step alone"
     assert not torch.equal(rows.batch(0, batch_size, seed=1).x0[:, 1:], in_order[0])
+
+
+def test_some_of_a_tasks_rows_are_of_all_labels_in_whatever_order_those_stand() -> None:
+    for turns in (2, 3, 4, 10):
+        counts = np.bincount(some_of(2000, 1000) % turns)
+        assert len(counts) == turns and counts.min() > 0.7 * counts.mean()  # 4 deviations or more of a fair draw
+    assert some_of(3, 1000).tolist() == [0, 1, 2]
 
 
 def test_text_of_less_than_two_rows_is_refused() -> None:

@@ -125,6 +125,10 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     )
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
     assert record["n"] == 30, "a tenth of the 300 lines, the same that training held out"
+    Path("gaps.txt").write_text("a ____ sea\nthe ____ sky\n" + "the rain fell on the town\n" * 18)
+    tinyld.finetune("gaps.txt", base=place / "base", out="gaps", **QUICK)
+    ran = good("eval", "gaps", "--data", "gaps.txt", "--json")
+    assert ran.json[0]["n"] == 2 and "18 of its rows were learned" in ran.stderr
 
 
 @pytest.mark.parametrize("name", ["mood", "reviewed"])
@@ -315,6 +319,10 @@ def test_a_task_of_two_texts_takes_both(place: Path) -> None:
     found = records(place / "same", "new.csv")
     assert [(r["a"], r["b"]) for r in found] == [("rain", "sun"), ("sea", "")] and "text" not in found[0]
     assert tinyld.load(place / "same").predict([("rain", "sun")])[0]["label"] == found[0]["label"]
+    Path("same.csv").write_text("text,b,label\n" + "rain,sun,sad\nsea,sky,happy\n" * 5)
+    Path("same.toml").write_text((place / "same.toml").read_text().replace("{a}", "{text}"))
+    run = tinyld.finetune("same.toml", base=place / "base", out="pair", **QUICK)
+    assert run.predict([("rain", "sun")])[0]["text"] == "rain", "a column that is called so keeps its name"
 
 
 def test_a_task_that_writes_gives_its_answer(place: Path) -> None:
@@ -451,6 +459,13 @@ def test_threads_may_share_what_is_loaded(fast: list[Path]) -> None:
         assert all(each.result() == right[name] for name, each in found)
 
 
+def test_texts_may_come_of_other_threads_that_ask_too(fast: list[Path]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for run in (tinyld.load(fast[0]), tinyld.load(fast[:2])):
+            texts = (pool.submit(run.predict, [text]).result(timeout=60)[0]["text"] for text in ("rain", "sea"))
+            assert [r["text"] for r in run.predict(texts)] == ["rain", "sea"]
+
+
 def test_columns_of_two_tasks_meet_by_name_whatever_their_order(place: Path) -> None:
     text = (place / "same.toml").read_text().replace("same.csv", str(place / "same.csv"))
     options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
@@ -466,7 +481,7 @@ def test_columns_of_two_tasks_meet_by_name_whatever_their_order(place: Path) -> 
     runs = tinyld.load([place / "mood", "said"])
     assert len(runs.predict([{"text": "rain"}])[0]["tasks"]) == 2, "a file may call the text as the first run does"
     with pytest.raises(tinyld.UsageError, match="said reads said, which the rows have beside text: ask it by itself"):
-        runs.predict([{"text": "rain", "said": "sun"}])
+        runs.predict([{"text": "rain"}, {"text": "rain", "said": "sun"}])
 
 
 def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path) -> None:

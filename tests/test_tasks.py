@@ -55,6 +55,7 @@ def test_every_file_format_reads_the_same(tmp_path: Path) -> None:
         ("a.tsv", '\ufefftext\tlabel\nsaid\x01\x1b \u2028"no\tsad\n'),
         ("a.tsv", '"text"\t"label"\n"said ""no"\t"sad"\n'),
         ("a.csv", 'text\tlabel\nsaid "no\tsad\n'),
+        ("a.tsv", 'text\tlabel\n"said ""no"\tsad\n'),
     ):
         assert read(tmp_path, content, name=name) == [Example('said "no i feel', ".", "down", 0)]
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyld.config import SampleConfig, check
+from tinyld.config import SampleConfig
 from tinyld.data import answer_ids
 from tinyld.device import autocast, resolve_dtype
+from tinyld.errors import UsageError
 from tinyld.evaluate import answered, in_batches, pushed_logits
 from tinyld.options import several
 from tinyld.progress import Advance, unheard
@@ -86,7 +87,8 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
     for i, text in enumerate(several(texts, "texts"), 1):
         if not isinstance(text, Mapping):
             values = list(text) if isinstance(text, list | tuple) else [text]
-            check(len(values) == len(columns), f"task {task.name} reads {', '.join(columns)}; got {text!r}")
+            if len(values) != len(columns):
+                raise UsageError(f"task {task.name} reads {', '.join(columns)}; got {text!r}")
             text = dict(zip(columns, values, strict=True))
         rows.append((f"text {i}", {k: v.item() if isinstance(v, np.generic) else v for k, v in text.items()}))
     return rows
@@ -103,7 +105,7 @@ def examples_of(rows: Sequence[Row], task: Task) -> list[Example]:
 
 def kept_columns(rows: Sequence[Row], task: Task) -> list[Record]:
     """Each row's columns, in their order; that of the one text that the task reads is called `text`."""
-    names = {task.inputs[0]: "text"} if len(task.inputs) == 1 else {}
+    names = {task.inputs[0]: "text"} if len(task.inputs) == 1 else {"text": "text"}  # then nothing of ours is
     return [under(names, row, OURS) for _, row in rows]
 
 

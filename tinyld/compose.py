@@ -10,7 +10,7 @@ from torch import Tensor
 from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
 from tinyld.composition import NONE, RoutedPush, Router, load_push, save_composition, task_features
 from tinyld.config import SampleConfig, check
-from tinyld.data import TaskRows, slot_width
+from tinyld.data import TaskRows, seeded, slot_width
 from tinyld.device import resolve_device
 from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation
@@ -109,9 +109,10 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
 
 def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows]) -> list[dict[str, Any]]:
     """Counts, of each member's task, the share of rows that goes to each member ("right": to the task's own); sets the
-    router's limits by every other row, and counts on the rest what is refused, and of texts of no task what is taken
+    router's limits by half of the rows, and counts on the rest what is refused, and of texts of no task what is taken
     for the task's. rows: by the tasks' names, in the members' order."""
-    features = {name: task_features(base, of) for name, of in rows.items()}
+    orders = (seeded(len(of)).permutation(len(of)) for of in rows.values())  # a file may have its labels by turns
+    features = {name: task_features(base, of)[order] for (name, of), order in zip(rows.items(), orders, strict=True)}
     router.set_limits([own[::2] if len(own) >= FEW else own[:0] for own in features.values()])
     found, (first, *_) = [], rows.values()
     strangers = stranger_rows(base, first.task)  # which all are asked alike

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, load_exactly, load_method
-from tinyld.data import Batch, TaskRows, spread_over
+from tinyld.data import Batch, TaskRows, some_of
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
@@ -58,7 +58,7 @@ def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
     "prototype" (D,): the mean of their features; "directions" (m, D): those in which they vary most, each of a length
     below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
     """
-    features = task_features(base, rows, spread_over(len(rows), PROTOTYPE_ROWS)).cpu()
+    features = task_features(base, rows, some_of(len(rows), PROTOTYPE_ROWS)).cpu()
     kept, width = prototype_shapes(base.model.config.d_model)["directions"]
     of_means = torch.cov(features.T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
     values, vectors = (found.float() for found in torch.linalg.eigh(of_means))  # smallest first

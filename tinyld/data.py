@@ -50,8 +50,13 @@ def torch_seeded(*key: int) -> torch.Generator:
 
 
 def spread_over(n: int, most: int | None) -> np.ndarray:
-    """`most` of n rows, or all: spread over them, as a file may begin with the shortest, or with one label."""
+    """`most` of n rows of running text, or all: spread over them."""
     return np.arange(n) if most is None or n <= most else np.linspace(0, n - 1, most).astype(int)
+
+
+def some_of(n: int, most: int) -> np.ndarray:
+    """`most` of a task's n rows, or all, in their order: drawn, as labels may stand in any order, by turns as well."""
+    return np.sort(seeded(n, most).permutation(n)[:most])
 
 
 class Source:

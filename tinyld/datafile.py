@@ -5,6 +5,7 @@ import math
 import os
 import re
 import unicodedata
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
-    if all(isinstance(folded(name), float) for name in labels):
+    if all(isinstance(folded(name), int | float) for name in labels):
         labels.sort(key=folded)
     words = answer_words(labels, tokenizer, tokenizer.blank_before(template))
     verbalizer = dict(zip(labels, words, strict=True))
@@ -108,7 +109,7 @@ def folded(label: str) -> Any:
     """What labels that are meant to be one have in common: without case, odd spellings of characters, or 1 for 1.0."""
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(label)):
-            return number
+            return int(Decimal(label)) if number.is_integer() else number  # of large ones a float holds but 15 digits
     return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
 
 

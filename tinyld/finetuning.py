@@ -17,7 +17,7 @@ from typing import Any
 from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
-from tinyld.data import TaskRows, spread_over, torch_seeded
+from tinyld.data import TaskRows, some_of, torch_seeded
 from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import noise_answers
@@ -108,7 +108,7 @@ def rows_to_learn(task: Task, data: dict[str, Any]) -> tuple[list[Example], list
     folder = data["folder"] and Path(data["folder"])
     examples = to_learn(task, load_split(task, "train", folder, data["limit"], data["held_out"]))
     dev = load_split(task, "dev", folder, None, data["held_out"])
-    return examples, [dev[i] for i in spread_over(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
+    return examples, [dev[i] for i in some_of(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
 
 
 @contextmanager

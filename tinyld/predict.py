@@ -69,9 +69,10 @@ class Run:
         """
         task = self.named if task is None else task
         chosen = self.task_named(task)
+        rows = as_rows(texts, chosen)  # which may be made while others ask
         with ONE_AT_A_TIME:
             self.let_answer(task and chosen)
-            return self.answer(as_rows(texts, chosen), chosen, SampleConfig())
+            return self.answer(rows, chosen, SampleConfig())
 
     def let_answer(self, task: Task | None) -> None:
         """Lets a composition's member of that task answer all rows, or the one that was taught to read and answer as it
@@ -245,8 +246,9 @@ class Runs:
 
     def predict(self, texts: Iterable[Any]) -> list[Record]:
         """A dict for each text: `text`, and under `tasks` what each run says of it, by the run's name."""
+        rows = as_rows(texts, self.task)
         with ONE_AT_A_TIME:
-            return self.answer(as_rows(texts, self.task), self.task, SampleConfig())
+            return self.answer(rows, self.task, SampleConfig())
 
     @property
     def task(self) -> Task:
@@ -273,7 +275,7 @@ class Runs:
         for name, run in self.runs.items():
             own, used = set(run.tasks[0].inputs), set(task.inputs)
             there = f"{name} reads {', '.join(own)}, which the rows have beside {', '.join(used)}"
-            check(own == used or not own <= rows[0][1].keys(), f"{there}: ask it by itself")
+            check(own == used or not any(own <= row.keys() for _, row in rows), f"{there}: ask it by itself")
         kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         share = 1 / len(self.runs)  # of a row, that it is answered by one

@@ -27,6 +27,7 @@ SPLITS = ("train", "dev", "test")
 TABLES = {".tsv": "\t", ".csv": ","}  # and what is between their cells
 SUFFIXES = (*TABLES, ".jsonl")
 Row = tuple[str, dict[str, Any]]  # file and line, column -> value
+QUOTED = re.compile('(?s)"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes in it, as CSV has one
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
@@ -83,7 +84,12 @@ def file_in(data: Path, task: Task, split: str, held_out: bool = False) -> Path 
     those that stand beside a file called train."""
     if held_out and split == "test":
         return in_folder(data.parent, split) if data.stem == "train" else None
-    return data if held_out or data.is_file() else in_folder(data / task.rows_from, split) or in_folder(data, split)
+    if held_out or data.is_file():
+        return data
+    folders = [data / task.rows_from, data]
+    if task.path.suffix.lower() in SUFFIXES and task.path.parent == Path(os.path.abspath(data)):  # it was made there
+        folders.reverse()
+    return in_folder(folders[0], split) or in_folder(folders[1], split)
 
 
 def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path:
@@ -201,6 +207,8 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
                     wanted = "this line must name the columns, each by a name of its own"
                     raise TinyldError(f"{where}: {wanted}, got {show(', '.join(header))}")
             elif header and values and (empty or not is_blank):
+                if is_plain:  # but for what pandas or Python's csv wrote
+                    values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"
                     raise TinyldError(f"{where}: {len(values)} columns, {stray}")
@@ -217,7 +225,10 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
     value = row[column]
     if not isinstance(value, str | int | float) or value != value:  # not a number: what is missing, of pandas
         raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
-    text = str(value).lower() if isinstance(value, bool) else clean(str(value))
+    try:
+        text = str(value).lower() if isinstance(value, bool) else clean(str(value))
+    except ValueError:  # Python shows no number of so many digits
+        raise TinyldError(f"{where}: column {show(column)} holds a number of thousands of digits") from None
     if not text:
         raise TinyldError(f"{where}: column {show(column)} is empty; fill it in or delete the row")
     return text

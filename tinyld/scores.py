@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
-from tinyld.rows import file_in, files_of, load_split, to_learn
+from tinyld.rows import file_in, files_of, load_split, read_rows, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, bundled_data_dir, learned_files, trained
@@ -48,12 +49,15 @@ def rows_for(
             raise TinyldError(f"{trained_on}, whose rows {run.path} was trained on, is gone; {way_out}")
         if file_in(trained_on, task, split, own["held_out"]) or not elsewhere:
             data = trained_on
+    elif data is not None and trained_on and own.get("held_out") and data.is_dir():
+        is_there = os.path.realpath(data) == os.path.realpath(trained_on.parent)
+        data = trained_on if is_there and file_in(data, task, split) is None else data  # whose dev rows were held out
     held_out = False
     if data is not None and data.is_file() and own.get("held_out"):  # are these the rows, of which some were held out?
-        several = len(load_split(task, "train", data, 2)) > 1
-        learned = to_learn(task, load_split(task, "train", data, own.get("limit"), True)) if several else []
+        several = len(list(islice(read_rows(data), 2))) > 1
+        learned = load_split(task, "train", data, own.get("limit"), True) if several else []
         is_there = os.path.realpath(data) == os.path.realpath(trained_on)
-        digest = run.rows(learned, task).digest()
+        digest = run.rows(to_learn(task, learned), task).digest()
         held_out = digest == own.get("sha256", digest if is_there else None)
         if is_there and not held_out:
             problem = f"{data} has changed since {run.path} was trained on it: which rows were held out is not known"

@@ -2,9 +2,9 @@
 
     python data/results/learning_curve.py --data text --valid $TINYLD_DATA/pretrain-valid --minutes 60 --csv FILE
 
-Ours is the preset `small` as it is, for a third of the time. The peer has its sizes, its tokenizer, text, rows of 256
-tokens and batches of 32, each masked at a uniform time, plain cross-entropy, and AdamW (betas 0.9 and 0.98, decay 0.01)
-with 2% of warm-up and a linear fall; the best of --rates after --tune minutes, each with such a schedule of its own.
+Ours is the preset `small` as it is, for a third of the time. The peer has its sizes, its tokenizer, text and rows of
+256 tokens, each masked at a uniform time, plain cross-entropy, and AdamW (betas 0.9 and 0.98, decay 0.01) with 10% of
+warm-up and a linear fall; the best of --rates and --batches after --tune minutes, each with such a schedule of its own.
 Both are measured by the same bound on the same 64 held-out rows. Needs the extra `interop`.
 """
 
@@ -31,7 +31,7 @@ from tinyld.evaluate import text_nll
 from tinyld.pretrain import HELD_OUT_ROWS
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
 
-LENGTH, BATCH, POINTS = 256, 32, 12  # ours reads 16 rows under two masks each; points of the peer's curve
+LENGTH, POINTS, WARMUP = 256, 12, 0.1  # the last two: of the peer's curve, and schedule
 CPU = torch.device("cpu")
 
 
@@ -59,7 +59,9 @@ class Peer:
         return most
 
 
-def train_peer(rows: TextRows, held_out: TextRows, tokenizer: Tokenizer, lr: float, minutes: float) -> list[dict]:
+def train_peer(
+    rows: TextRows, held_out: TextRows, tokenizer: Tokenizer, lr: float, batch: int, minutes: float
+) -> list[dict]:  # fmt: skip
     """Its curve: a record at each of the points, of seconds of training."""
     peer, cast = Peer(tokenizer.vocab_size), autocast(CPU, resolve_dtype("auto", CPU))
     optimizer = torch.optim.AdamW(peer.model.parameters(), lr, (0.9, 0.98), weight_decay=0.01, fused=True)
@@ -71,14 +73,15 @@ def train_peer(rows: TextRows, held_out: TextRows, tokenizer: Tokenizer, lr: flo
             with cast:
                 bound = text_nll(peer, held_out, tokenizer.mask_id, limit=HELD_OUT_ROWS)  # type: ignore[arg-type]
             peer.model.train()
-            curve.append(record("BertForMaskedLM", lr, minutes, seconds, step, bound.mean, bound.stderr))
+            tokens = step * batch * LENGTH
+            curve.append(record("BertForMaskedLM", lr, batch, minutes, seconds, tokens, bound.mean, bound.stderr))
             print(curve[-1], file=sys.stderr, flush=True)
         if progress >= 1:
             return curve
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(max(progress, 1e-3) / 0.02, (1 - progress) / 0.98)
-        x0 = rows.batch(step, BATCH, 0).x0
+            group["lr"] = lr * min(max(progress, 1e-3) / WARMUP, (1 - progress) / (1 - WARMUP))
+        x0 = rows.batch(step, batch, 0).x0
         masked = torch.rand(x0.shape, generator=generator) < torch.rand(len(x0), 1, generator=generator)
         masked[:, 0], masked[:, 1] = False, masked[:, 1] | ~masked[:, 1:].any(1)
         optimizer.zero_grad(set_to_none=True)
@@ -91,8 +94,10 @@ def train_peer(rows: TextRows, held_out: TextRows, tokenizer: Tokenizer, lr: flo
         seconds, step = seconds + time.perf_counter() - started, step + 1
 
 
-def record(side: str, lr: float, minutes: float, seconds: float, step: int, nats: float, stderr: float) -> dict:
-    own = {"side": side, "lr": lr, "minutes": minutes, "seconds": round(seconds), "tokens": step * BATCH * LENGTH}
+def record(
+    side: str, lr: float, batch: int, minutes: float, seconds: float, tokens: int, nats: float, stderr: float
+) -> dict:  # fmt: skip
+    own = {"side": side, "lr": lr, "batch": batch, "minutes": minutes, "seconds": round(seconds), "tokens": tokens}
     return own | {"nats": round(nats, 4), "stderr": round(stderr, 4)}
 
 
@@ -101,8 +106,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--tune", type=float, default=4)
-    parser.add_argument("--rates", default="0.0005,0.001,0.002")
+    parser.add_argument("--tune", type=float, default=6)
+    parser.add_argument("--rates", default="0.0003,0.001")
+    parser.add_argument("--batches", default="8,32", help="rows of the peer's updates")
     parser.add_argument("--csv", type=Path, required=True)
     options = parser.parse_args()
     ours = round(options.minutes / 3, 2)
@@ -112,21 +118,30 @@ def main() -> None:
         words += ["--set", "eval_every=200", "--out", run]
         subprocess.run([sys.executable, "-m", "tinyld", "pretrain", *map(str, words)], check=True)
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        lr = json.loads((run / "config.json").read_text())["train"]["lr"]
+        train = json.loads((run / "config.json").read_text())["train"]
         tokenizer = Tokenizer.parse((run / "tokenizer.json").read_bytes(), run / "tokenizer.json")
     scored = [line for line in log if line["step"] and "nll_bound" in line]
     found = [
-        record("tinyld pretrain", lr, ours, line["seconds"], line["step"], line["nll_bound"], line["nll_stderr"])
+        record(
+            "tinyld pretrain",
+            train["lr"],
+            train["batch_size"],
+            ours,
+            line["seconds"],
+            2 * line["tokens"],
+            line["nll_bound"],
+            line["nll_stderr"],
+        )
         for line in scored
     ]
     text, held_out = (
         tokenize(read_lines(find_text_files([path])), tokenizer) for path in (options.data, options.valid)
     )
     rows, valid = (TextRows(part.stream, LENGTH, tokenizer.bos_id) for part in (text, held_out))
-    rates = [float(rate) for rate in options.rates.split(",")]
-    tuned = [train_peer(rows, valid, tokenizer, rate, options.tune)[-1] for rate in rates] if len(rates) > 1 else []
-    best = min(tuned, key=lambda row: row["nats"])["lr"] if tuned else rates[0]
-    found += tuned + train_peer(rows, valid, tokenizer, best, options.minutes)
+    peers = [(float(lr), int(batch)) for lr in options.rates.split(",") for batch in options.batches.split(",")]
+    tuned = [train_peer(rows, valid, tokenizer, *peer, options.tune)[-1] for peer in peers]
+    best = min(tuned, key=lambda row: row["nats"])
+    found += tuned + train_peer(rows, valid, tokenizer, best["lr"], best["batch"], options.minutes)
     write(options.csv, found)
 
 
