@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import QUICK, ROWS, cli, good
 
 import tinyld
@@ -131,6 +132,13 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
         f"{2**53 + 1}",
     )
     learn(ROWS, out="zero", template="{text}\0{answer} \udce9")
+
+
+def test_the_callers_own_randomness_is_left_as_it_was(place: Path) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:

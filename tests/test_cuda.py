@@ -98,7 +98,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(Tensor, "_make_subclass", staticmethod(parameter))
     told = {"is_available": True, "device_count": 1, "get_device_name": "pretended", "max_memory_allocated": 0}
-    told |= {"reset_peak_memory_stats": None, "is_bf16_supported": fast_dtype(torch.device("cpu")) == "bf16"}
+    told |= {
+        "get_rng_state": None,
+        "set_rng_state": None,
+        "reset_peak_memory_stats": None,
+        "is_bf16_supported": fast_dtype(torch.device("cpu")) == "bf16",
+    }
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     with Pretended():

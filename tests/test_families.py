@@ -25,6 +25,7 @@ from tinyld.errors import TinyldError, UsageError
 from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.methods import METHODS, make_config
+from tinyld.model import head_nll
 from tinyld.sampler import decode
 from tinyld.tasks import Example, load_task
 from tinyld.tokenizer import Tokenizer
@@ -256,6 +257,8 @@ def test_a_head_that_is_stored_though_it_is_the_embedding_must_be_the_same(tmp_p
     save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / WEIGHTS)
     rows = load_foreign(tmp_path).model.embedding.weight
     assert torch.equal(rows, embedding[: len(rows)])
+    (tmp_path / foreign.INDEX).write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
+    assert torch.equal(load_foreign(tmp_path).model.embedding.weight, rows), "an older index is left aside"
     save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / WEIGHTS)
     with pytest.raises(TinyldError, match="'lm_head.weight' is not the embedding's matrix"):
         load_foreign(tmp_path)
@@ -310,6 +313,15 @@ def test_chosen_positions_have_the_logits_and_the_nll_of_the_whole_pass(kind: st
             torch.testing.assert_close(model(x, attention_mask=mask, where=where), whole, atol=1e-4, rtol=1e-4)
             nll = model.nll(model.states(x, attention_mask=mask, where=where), x[where])
         torch.testing.assert_close(nll, F.cross_entropy(whole, x[where], reduction="none"), atol=1e-4, rtol=1e-4)
+
+
+def test_what_mdlm_never_writes_has_a_finite_gradient_in_fp16_too(tmp_path: Path) -> None:
+    make("mdlm", tmp_path)
+    model = load_foreign(tmp_path).model
+    h, weight = torch.randn(4, model.config.d_model).half(), model.output.weight.detach().half()
+    nll = head_nll(h.requires_grad_(), weight, model.output_bias.detach().half(), torch.arange(4))
+    nll.sum().backward()
+    assert bool(nll.isfinite().all()) and bool(h.grad.isfinite().all())
 
 
 # ------------------------------------------------------------------ everything works on them
@@ -473,7 +485,9 @@ REFUSED: list[tuple[str, dict[str, Any] | Callable[[Path], object], str]] = [
     ("llada", lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "safe_serialization=True"),
     ("llada", lambda folder: (folder / WEIGHTS).unlink(), "expected model.safetensors"),
     ("llada", lambda folder: (folder / "tokenizer.json").unlink(), "expected tokenizer.json"),
-    ("bert", {"hidden_act": "relu"}, "hidden_act must be 'gelu'"),
+    ("bert", {"hidden_act": "relu"}, "hidden_act must be 'gelu'"), ("bert", {"is_decoder": True}, "is_decoder must be"),
+    ("roberta", {"pad_token_id": 0}, "pad_token_id must be 1"),
+    ("distilbert", {"layer_norm_eps": 0.1}, "layer_norm_eps must be 1e-12"),
     ("bert", {"num_hidden_layers": 4}, "no tensor bert.encoder.layer"),
     ("bert", {"max_position_embeddings": 99}, r"'positions.weight' has the wrong shape: \(64, "),
     ("bert", {"vocab_size": 60}, "has [0-9]+ tokens, the model 60"),

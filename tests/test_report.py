@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import cli
 
 from tinyld.config import TrainConfig, to_dict
 from tinyld.errors import TinyldError
@@ -107,10 +108,40 @@ def test_whatever_sets_two_runs_apart_is_told_in_words(tmp_path: Path) -> None:
     assert set(shown.split(", ")) == {"rank 3", "targets query key", "rslora"}
     assert unlike({"ranks": [9, 9, 9]}, {}) == "ranks 9" and unlike({"ranks": [9, 4, 1]}, {}) == "ranks 9/4/1"
     trained = to_dict(TrainConfig(epochs=1.0))
-    for field, expected in (("warmup", "warmup other"), ("clip", "clip other"), ("steps", ""), ("device", "")):
-        changes = {"train": trained | {field: "other"}, "base": {"path": "b", "fingerprint": "f", "dtype": "int8"}}
+    for field, expected in (("warmup", "warmup 7"), ("clip", "clip 7"), ("steps", ""), ("device", "")):
+        changes = {"train": trained | {field: 7}, "base": {"path": "b", "fingerprint": "f", "dtype": "int8"}}
         (row, _) = run_rows(run_folder(tmp_path / field, **changes))
         assert row["training"] == expected and row["settings"] == "base in int8"
+
+
+CRAFTED: list[tuple[str, tuple[str, ...], Any]] = [  # file, keys, the value there; None: it is taken away
+    *((CONFIG, (name,), {}) for name in ("method", "base")), (CONFIG, ("base", "path"), 5),
+    (CONFIG, ("base", "fingerprint"), []), (CONFIG, ("method", "recipe"), []), (CONFIG, ("task", "path"), 5),
+    (CONFIG, ("train", "seed"), {}), (CONFIG, ("train", "optimizer"), []), (CONFIG, ("model",), []),
+    (RESULTS, ("eval", "mood/test", "sha256"), 5), (RESULTS, ("eval", "mood/test", "n"), None),
+    (RESULTS, ("eval", "mood/test", "nll_bound"), None), (RESULTS, ("eval", "mood/test", "bleu"), "x"),
+    (RESULTS, ("finetune", "peak_memory_mb"), "x"), (RESULTS, ("finetune", "seconds"), None), (RESULTS, ("text",), 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), CRAFTED)
+def test_a_crafted_run_is_refused_in_a_line(name: str, keys: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    record = whole = folder.read_json(name)
+    for key in keys[:-1]:
+        record = record[key]
+    record.pop(keys[-1], None)
+    record |= {} if value is None else {keys[-1]: value}
+    folder.write_json(name, whole)
+    ran = cli("report", folder.path)
+    assert ran.code == 1 and ran.stderr.startswith(f"tinyld: {folder.path}") and ran.stderr.count("\n") == 1
+
+
+def test_what_is_odd_but_harmless_in_a_config_changes_no_figure(tmp_path: Path) -> None:
+    lists = {"name": "weight-lora", "targets": [["query"]], "rank": 3}
+    train = to_dict(TrainConfig(epochs=3.0)) | {"accuracy": 0.99, "warmup": [{}]}
+    (found, _) = run_rows(run_folder(tmp_path / "run", method=lists, train=train))
+    assert found["accuracy"] == 0.75 and "rank 3" in found["settings"]
 
 
 # ------------------------------------------------------------------------------------------------ over seeds
@@ -213,6 +244,10 @@ def test_a_table_fits_80_columns_and_breaks_no_number(capsys: pytest.CaptureFixt
 def test_text_from_outside_is_shown_without_control_characters_or_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("t\x1b[2J", ("a", "b"), [("[red]x\x1b]0;y\x07", "é\n"), ("\u202e", 1)])
     out = capsys.readouterr().out
+    print_table(":smile:", (":heart:", "b"), [("a :smile:", "b\\"), ("c", 1)])
+    assert {":smile:", ":heart:", "a :smile:", "b\\"} <= {
+        w.strip() for w in re.split("  +|\n", capsys.readouterr().out)
+    }
     assert "[red]x?]0;y?" in out and "\x1b" not in out and "\x07" not in out and "\u202e" not in out
 
 

@@ -422,6 +422,15 @@ def test_force_removes_what_the_run_wrote_and_nothing_else(base: Path, tmp_path:
     assert set(tree(base)) == left and tree(photos) == {"cat.jpg": b"cat"}
 
 
+@pytest.mark.parametrize("state", [None, torch.ones(3, dtype=torch.bfloat16)])
+def test_a_checkpoint_without_its_state_is_damaged(run: RunFolder, state: torch.Tensor | None) -> None:
+    run.save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
+    saved = RunFolder(run.path / "checkpoints")
+    saved.write_tensors("00000003", {"w": torch.ones(1)} | ({} if state is None else {"state": state}))
+    with pytest.raises(TinyldError, match="00000003: damaged, its state is not there; delete it to go on"):
+        run.load_checkpoint()
+
+
 def test_checkpoints_without_their_manifest_are_not_passed_over(run: RunFolder) -> None:
     run.save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
     (run.path / "checkpoints" / "manifest.json").unlink()

@@ -99,6 +99,20 @@ def test_a_damaged_tokenizer_file_is_refused(
         Tokenizer.parse(path.read_bytes(), path)
 
 
+def test_a_tokenizer_that_fails_at_a_later_text_is_named(english: Tokenizer, tmp_path: Path) -> None:
+    """It names a token for the unknown that it lacks, and has all characters that are tried when it is read."""
+    raw, path = json.loads(english.to_json()), tmp_path / "tokenizer.json"
+    vocab = raw["model"]["vocab"]
+    for piece in [w for c in "aworditsbn'-\u6f22tmskö[]" for w in (c, f"##{c}")]:
+        vocab.setdefault(piece, len(vocab))
+    raw["model"]["unk_token"] = "none"
+    path.write_text(json.dumps(raw))
+    loaded = Tokenizer.parse(path.read_bytes(), path)
+    for encode in (loaded.encode, lambda text: loaded.encode_batch([text])):
+        with pytest.raises(TinyldError, match="tokenizer.json: not a tokenizer file, or one that fails at a text"):
+            encode("\u4e2d")
+
+
 DETOKENIZED = [
     (["it", "'", "s", "great", "(", "rea", "##lly", ")", "!"], "it's great (really)!"),
     (["a", '"', "great", '"', "film", "."], 'a "great" film.'),

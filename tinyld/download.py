@@ -89,6 +89,8 @@ def fetch(url: str, digest: str, description: str) -> bytes:
                 while block := response.read1(1 << 18):
                     content += block
                     bar.advance_to(len(content), rate=f"{len(content) / 1e6:.1f} MB")
+            if len(content) < size:
+                raise OSError(f"it ended after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
     kind = "md5" if len(digest) == 32 else "sha256"

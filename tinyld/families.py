@@ -67,7 +67,7 @@ def adaln(at: str, of: int, chunk: int, theirs: str) -> Any:
 
 
 def never_the_mask(config: ModelConfig, bias: Tensor) -> Tensor:
-    return torch.cat([bias[:-1], torch.full_like(bias[-1:], -1e6)])  # as MDLM itself, its "subs" parameterisation
+    return torch.cat([bias[:-1], torch.full_like(bias[-1:], -6e4)])  # as MDLM's "subs" parameterisation; fp16 holds it
 
 
 def parts(edges: Mapping[str, Any], prefix: str, block: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,9 +241,13 @@ def modernbert(s: Said, shapes: Shapes) -> dict[str, Any]:
 
 POST_NORM = {"norm_first": False, "rotary": False, "embedding_norm": True, "head_transform": True, "tied": True}
 BERT_ONLY = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
-             "tie_word_embeddings": True}  # fmt: skip
+             "tie_word_embeddings": True, "is_decoder": False, "add_cross_attention": False}  # fmt: skip
+# RoBERTa numbers positions from the token of padding on; DistilBERT has no such key.
+ONLY = {"roberta": {"pad_token_id": 1}, "distilbert": {"layer_norm_eps": 1e-12}}
 FAMILIES: dict[str, Family] = {
-    kind: Family(encoder(kind, *names), sizes, POST_NORM, BERT_ONLY, more=bert, prefix=f"{kind}.")
+    kind: Family(
+        encoder(kind, *names), sizes, POST_NORM, BERT_ONLY | ONLY.get(kind, {}), more=bert, prefix=f"{kind}."
+    )
     for kind, sizes, *names in (
         ("bert", BERT, "cls.predictions.transform.dense cls.predictions.transform.LayerNorm cls.predictions.bias"),
         ("roberta", BERT, "lm_head.dense lm_head.layer_norm lm_head.bias"),

@@ -279,7 +279,7 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
         path, name = Path(rows_or_task), str(rows_or_task)
         is_rows = path.suffix.lower() in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and path.is_dir())
         made = _options(options, out=out, **{"data" if is_rows else "task": name})
-        return load(finetune(made)["run"], made.base, made.device, made.dtype)
+        return load(_within(made)["run"], made.base, made.device, made.dtype)
     out = RUNS / "mine" if out is None else out
     check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
     out = Path(out)
@@ -297,7 +297,7 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
         raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
     write_atomic(file, content)
     try:
-        finetune(made)
+        _within(made)
     except BaseException as error:
         if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
@@ -306,6 +306,14 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
                 raise type(error)(said) from None
         raise
     return load(out, made.base, made.device, made.dtype)
+
+
+def _within(options: FinetuneOptions) -> dict[str, Any]:
+    """`finetune` in a process that does other things too, and gets its memory back."""
+    try:
+        return finetune(options)
+    finally:
+        keep_freed_memory(large=False)
 
 
 def _line(row: Any) -> bytes:

@@ -70,7 +70,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's one safetensors file, or of those that its index names."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
     files = whole = {n for n in names if n.endswith(".safetensors")}
-    if INDEX in names:
+    if "model.safetensors" in whole:  # beside which transformers may leave an older index
+        files = {"model.safetensors"}
+    elif INDEX in names:
         files = set(map(str, as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX).values()))
         if not files <= whole:
             raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")

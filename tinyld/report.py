@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tinyld.config import TrainConfig, to_dict
+from tinyld.checkpoint import base_record
+from tinyld.config import TrainConfig, check_type, to_dict
 from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
@@ -33,6 +34,10 @@ WRITTEN = ("bleu", "chrf", "rouge_l", "exact_match", "names_held")  # of texts; 
 COLUMNS = ("run", *ALIKE, "seed", "trials", "n", *DEV, "accuracy", "low", "high", "macro_f1", "unreadable", *WRITTEN)
 COLUMNS += ("nll_bound", "nll_stderr", *SIZES, "seconds", "threads", "peak_memory_mb", "rows_per_second")
 COLUMNS += ("tinyld", "torch", "machine", "fast_dtype", "command")
+TEXTS = ("run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "data", "optimizer")
+TEXTS += ("training", "tested", "tinyld", "torch", "machine", "fast_dtype", "command")
+ROW: Any = {c: str | None if c in TEXTS else int | float | None for c in COLUMNS}  # types of a row
+ROW |= {c: int | float for c in ("n", "seed", "rows", "nll_bound", "seconds", *SIZES)} | {"task": str, "base": str}
 TOLD = {"epochs", "steps", "batch_size", "lr", "optimizer", "seed"}  # of training, by columns of their own
 TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and what changes no result
 
@@ -72,28 +77,29 @@ def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
     results = folder.read_json(RESULTS) if os.path.lexists(folder.path / RESULTS) else {}
     if config["kind"] != "adapter" or "finetune" not in results:  # or it was killed before its end
         return []
-    method, train, base = dict(config.get("started_as", config["method"])), config["train"], config["base"]
-    name, recipe = method.pop("name"), method.pop("recipe", None)
+    method, train, base = config.get("started_as", config["method"]), config["train"], base_record(config, folder.path)
+    name, recipe = method["name"], method.get("recipe")
     if name not in METHODS:
         raise TinyldError(f"{folder.path / CONFIG}: method must be one of {', '.join(METHODS)}, got {name[:60]!r}")
     usual = to_dict(METHODS[name].Config()) | {"base": "in fp32"}
     if method.get("prune"):  # of each seed others are left
         method |= {"ranks": f"auto of {in_short(method['ranks'])}", "prune": usual["prune"]}
-    method = {option: value for option, value in method.items() if option in usual}  # older runs had more
+    method = {k: v for k, v in method.items() if k in usual and k != "recipe"}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     known = config["environment"] | config["parameters"] | train
-    known |= {"run": folder.path.name, "base": Path(base["path"]).name, "fingerprint": base["fingerprint"]}
+    known |= {"run": folder.path.name, "base": Path(base.path).name, "fingerprint": base.fingerprint}
     known |= {"method": name, "recipe": recipe, "rows": config["data"]["rows"], "trials": trials}
     known["data"] = config["data"].get("sha256", "")[:8]  # of rows as they were asked, templates and answers included
-    known["settings"] = unlike({"base": f"in {base.get('dtype', 'fp32')}"} | method, usual)
+    known["settings"] = unlike({"base": f"in {base.dtype}"} | method, usual)
     known["training"] = unlike({k: v for k, v in train.items() if k in trained}, trained)
     found, rows = results.get("eval", {}), []
     for key, evaluation in found.items():
         task, _, split = key.partition("/")
         if not (split == "dev" and f"{task}/test" in found):
             tested = evaluation.get("sha256", "")[:8]  # the rows that it was measured on, as they were asked
-            row = results["finetune"] | evaluation | known | {"task": task, "split": split, "tested": tested}
-            rows.append({column: row.get(column) for column in COLUMNS})
+            row = results["finetune"] | known | evaluation | {"task": task, "split": split, "tested": tested}
+            row |= {"run": folder.path.name}
+            rows.append(check_type({c: row.get(c) for c in COLUMNS}, ROW, f"{folder.path}: config or results"))
     return rows
 
 
@@ -112,7 +118,7 @@ def in_short(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     numbers = all(isinstance(v, int | float) for v in value)
-    return value[0] if len(set(value)) == 1 else ("/" if numbers else " ").join(map(str, value))
+    return value[0] if value and all(v == value[0] for v in value) else ("/" if numbers else " ").join(map(str, value))
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

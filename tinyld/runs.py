@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tinyld
+from tinyld.config import BASE_DTYPES
 from tinyld.errors import TinyldError, failing
 from tinyld.read import TENSORS_BYTES, Record, decode, parse_json, parse_tensors, read_bytes, read_object, read_text
 from tinyld.write import clear, is_temporary, make_folder, sha256, to_json, write_atomic
@@ -34,15 +35,16 @@ PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to rout
 CHECKPOINTS = "checkpoints"
 ROWS_SUFFIX = "-rows.jsonl"  # of the file beside a run that keeps the rows it was given in Python
 KINDS = ("base", "adapter", "composition")  # of a run, in its config
-SHARE, NAMED = Annotated[float, {"least": 0, "most": 1}], {"name": str}
-SCORES: Any = {"n": Annotated[int, {"least": 1}], "nll_bound": float, "nll_stderr": float}
+SHARE, NAMED = Annotated[float, {"least": 0, "most": 1}], {"name": str, "path": str | None}
+SCORES: Any = {"n": Annotated[int, {"least": 1}], "nll_bound": float, "nll_stderr": float, "sha256": str}
 ROWS: Any = {"folder": str | None, "held_out": bool, "limit": int | None, "rows": int, "sha256": str}
 ENTRY: Any = {"sha256": str, "bytes": int, "before": str}
 MEMBER: Any = {"run": str, "task": NAMED, "method": dict, "data": ROWS}
 TRAINED: Any = {"seconds": float, "dev_accuracy": SHARE, "dev_nll_bound": float}
 TYPES: dict[str, Any] = {  # of what is read out of these files, where it is there; see config.check_type
     CONFIG: {
-        "kind": Annotated[str, {"among": KINDS}], "base": dict, "train": dict, "method": NAMED,
+        "kind": Annotated[str, {"among": KINDS}], "base": dict, "model": dict, "train": dict, "method": NAMED,
+        "valid": list[str], "save_dtype": Annotated[str, {"among": BASE_DTYPES}],
         "data": ROWS | {"dev_sha256": str, "files": list[str], "tokens": int}, "parameters": dict[str, float],
         "task": NAMED | {"verbalizer": dict[str, str]}, "started_as": NAMED | {"prune": float},
         "environment": {"command": str}, "members": list[MEMBER], "by_name": bool,
@@ -50,7 +52,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
     },
     RESULTS: {
         "eval": dict[str, SCORES | dict.fromkeys(("accuracy", "low", "high"), SHARE)],
-        "pretrain": TRAINED, "finetune": TRAINED,
+        "pretrain": TRAINED, "finetune": TRAINED, "text": dict,
     },
     MANIFEST: {"files": dict[str, ENTRY]},
     CHECKPOINTS: dict.fromkeys(("step", "tokens", "log_count"), int)
@@ -284,7 +286,10 @@ class RunFolder:
             return None
         try:
             tensors = folder.read_tensors(found[-1].name)
-            return tensors, parse_json(tensors.pop("state").numpy().tobytes(), found[-1], TYPES[CHECKPOINTS])
+            state = tensors.pop("state", None)
+            if state is None or str(state.dtype) != "torch.uint8":
+                raise TinyldError(f"{found[-1]}: damaged, its state is not there")
+            return tensors, parse_json(state.numpy().tobytes(), found[-1], TYPES[CHECKPOINTS])
         except TinyldError as error:
             raise TinyldError(f"{error}; delete it to go on from the one before, or else from the start") from None
 

@@ -37,8 +37,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     cells = [[plain(show(value)) for value in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), padding=(0, 1), pad_edge=False)
@@ -46,17 +46,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for i, column in enumerate(columns):
         number = all(not NUMBERS.sub("", row[i]) for row in cells)
         justify = "right" if number and any(columns) else "left"
-        table.add_column(escape(plain(column)), justify=justify, overflow="fold", no_wrap=number)
+        table.add_column(Text(plain(column)), justify=justify, overflow="fold", no_wrap=number)
         texts = [] if number else [column, *(row[i] for row in cells)]
         words = [min(len(word), FOLDED) for text in texts for word in text.split()]
         slack += max(map(len, texts), default=0) - max(words, default=0)
     for row in cells:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))  # in which nothing is markup
     console, needed = Console(), Console(width=1 << 20).measure(table)
     if wide or not console.is_terminal:
         width = console.width if console.is_terminal else WIDTH
         console = Console(width=max(width, needed.maximum) if wide else width)
-    console.print(plain(title), style="bold", highlight=False, markup=False, soft_wrap=True)  # broken by nobody
+    console.print(Text(plain(title), style="bold"), soft_wrap=True)  # broken by nobody
     if any(columns) and needed.maximum - slack > console.width:
         for row in cells:
             print_table("", ("", ""), list(zip(columns, row, strict=True)))

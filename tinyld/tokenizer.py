@@ -71,7 +71,7 @@ class Tokenizer:
 
     def __init__(self, inner: HFTokenizer, where: object = "tokenizer.json", roles: Mapping[str, Any] | None = None):
         """TinyldError where the special tokens are not all there, or the tokenizer fails at a text."""
-        self.inner, self.roles = inner, roles
+        self.inner, self.roles, self.where = inner, roles, where
         inner.no_padding()
         inner.no_truncation()
         self.is_wordpiece = isinstance(inner.model, models.WordPiece)
@@ -160,13 +160,15 @@ class Tokenizer:
         return self._ids(self._defuse(text))
 
     def _ids(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
+        with library(self.where):
+            return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         texts, found = [self._defuse(t) for t in texts], []
-        for i in range(0, len(texts), AT_ONCE):  # an encoding has more than ids, and many of them are large
-            found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
+        with library(self.where):
+            for i in range(0, len(texts), AT_ONCE):  # an encoding has more than ids, and many of them are large
+                found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
         return found
 
     def _defuse(self, text: str) -> str:

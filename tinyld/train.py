@@ -161,7 +161,8 @@ class TrainingRun:
         self.model.recompute = self.config.recompute
         if resume:
             self.go_on()
-        with self.stop, self.bar, tf32(self.device):
+        used = [self.device] if on_gpu else []
+        with self.stop, self.bar, tf32(self.device), torch.random.fork_rng(used):  # updates seed the global generator
             if self.saved_step < 0:
                 self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
             self.model.train()

@@ -42,7 +42,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
     for part in ("task", "method", "model", "base", "data"):
         if part in config:
             record[part] = {name: value for name, value in config[part].items() if name != "spelling"}  # long
-    record |= config.get("parameters", {})
+    record |= {k: v for k, v in config.get("parameters", {}).items() if k.endswith(("parameters", "bytes", "percent"))}
     training = results.get("pretrain", {}) | results.get("finetune", {})
     record["training"] = {name: value for name, value in training.items() if name not in record}
     record["eval"] = results.get("eval", {})

@@ -168,7 +168,7 @@ class TrajectoryLora(Method):
 
     @classmethod
     def expected_parameters(cls, config: TrajectoryLoraConfig, model_config: ModelConfig) -> int:
-        d, sites = model_config.d_model, config.num_sites
+        d, sites = model_config.d_model, min(config.num_sites, model_config.num_layers + 1)  # more are refused
         if config.recipe == "paper":
             return paper.MODULES * sum(config.ranks) * (3 * d + TIME_WIDTH)
         unit = 2 * d + TIME_WIDTH
