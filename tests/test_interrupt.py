@@ -21,6 +21,31 @@ cli.main()
 STEP = "with interrupt.StopSignals(): signal.raise_signal(signal.SIGTERM)"
 
 
+AT = """
+import signal, sys
+
+class At:
+    def find_spec(name, *_):
+        if name == "MODULE":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, At)
+"""
+
+
+def test_a_signal_while_torch_imports_numpy_ends_it() -> None:
+    """By C code, which swallows what is raised."""
+    code = AT.replace("MODULE", "numpy") + COMMAND.replace("WORK", "import torch; print(torch.ones(1).numpy())")
+    ran = python("-c", code)
+    assert (ran.returncode, ran.stdout) == (128 + signal.SIGINT, "")
+    assert ran.stderr == "tinyld: stopped by SIGINT: nothing was lost that had been saved\n"
+
+
+def test_a_signal_before_it_begins_shows_no_traceback() -> None:
+    ran = python("-c", AT.replace("MODULE", "typer") + "import runpy; runpy.run_module('tinyld', run_name='__main__')")
+    assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize(("work", "told"), [("pass", ""), (STEP, "stopping after this step\n")])
 def test_a_signal_outside_of_training_or_a_second_one_in_it_ends_the_work(work: str, told: str) -> None:
     again = "signal.raise_signal(signal.SIGTERM)"

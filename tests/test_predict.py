@@ -490,8 +490,8 @@ def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path)
     ran = ask(*fast[:2], "new.csv")
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected and ran.stderr == ""
     ran = ask(*fast, text="rain\n")
-    assert "2 passes a text, as templates, bases or methods differ" in ran.stderr
-    assert "several tokens: fast-a, fast-b, fast-c; fast-d" in ran.stderr
+    assert "2 passes a text, as only runs by --recipe fast with one base" in ran.stderr
+    assert "share one: fast-a, fast-b, fast-c; fast-d" in ran.stderr
     (row,) = csv.DictReader(io.StringIO(ask(*fast[:2], "--csv", text="rain\n").stdout))
     assert set(row) == {"text", "fast-a", "p(fast-a)", "fast-b", "p(fast-b)"}
     alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]
@@ -546,7 +546,7 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood", "text\nrain\n", 1, "stdin: line 1 is 'text', the name of a column: a table is"),
         ("{place}/mood table.txt", "", 1, "table.txt: line 1 names columns, text among them"),
         ("{place}/mood --csv --out new.jsonl", "rain", 2, "--csv: --out new.jsonl is no name of a CSV"),
-        ("{place}/mood --set lengths=3", "rain", 2, "--lengths has no effect where answers are labels"),
+        ("{place}/mood --set lengths=3", "rain", 2, "--set lengths has no effect where answers are labels"),
         ("{place}/fast-a {place}/fast-b --task a", "rain", 2, "--task is for one run"),
         ("nowhere", "rain", 1, "no run in nowhere"),
         ("{place}/mood.csv {place}/mood", "", 1, "mood.csv: expected config.json, found a file, no folder"),

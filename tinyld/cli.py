@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from tinyld import __version__, options
 from tinyld.errors import TinyldError, plain
-from tinyld.interrupt import Interrupted, handling, interrupt
+from tinyld.interrupt import Interrupted, handling, interrupt_or_end
 from tinyld.options import ARGUMENT, Options, flag
 from tinyld.runs import is_writer
 from tinyld.tables import print_record, print_table
@@ -230,7 +230,7 @@ for name, verb in VERBS.items():
 def main() -> None:
     code: Any = 0
     try:
-        with handling(interrupt, after=signal.SIG_DFL):  # which ends the process in the interpreter's own end
+        with handling(interrupt_or_end, after=signal.SIG_DFL):  # which ends the process in the interpreter's own end
             for stream in ("stdout", "stderr"):
                 if getattr(sys, stream) is None:  # closed by who called
                     setattr(sys, stream, open(os.devnull, "w"))

@@ -28,6 +28,19 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
+def interrupt_or_end(signum: int, frame: FrameType | None) -> None:
+    """`interrupt`, in a process of our own. Where something is just being imported it ends at once: C code that imports
+    may swallow what is raised, or leave half a module (torch imports NumPy so)."""
+    stopped = Interrupted(signum)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            with contextlib.suppress(OSError):
+                os.write(2, f"tinyld: {stopped}\n".encode())
+            os._exit(stopped.exit_code)
+        frame = frame.f_back
+    raise stopped
+
+
 @contextlib.contextmanager
 def handling(handler: Any, after: Any = None) -> Iterator[None]:
     """Within it Ctrl-C, a launcher's SIGTERM, and a closed terminal unless nohup ignores it, go to `handler`; behind it

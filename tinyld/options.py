@@ -33,7 +33,7 @@ def flag(name: str) -> str:
 def refuse_idle(options: Any, names: Iterable[str], where: str) -> None:
     """UsageError where one of the named options has another value than its default, which has no effect `where`."""
     default = {field.name: field.default for field in dataclasses.fields(options) if field.name in names}
-    found = [flag(name) for name in default if getattr(options, name) != default[name]]
+    found = [options.called(name) for name in default if getattr(options, name) != default[name]]
     check(not found, f"{', '.join(found)} has no effect {where}")
 
 
@@ -100,8 +100,6 @@ def share(text: str, option: str) -> float:
 class Options(Settings):
     """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""
 
-    called = staticmethod(flag)
-
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -112,9 +110,15 @@ class Options(Settings):
         hints = typing.get_type_hints(cls).items()
         return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
 
+    @classmethod
+    def called(cls, name: str) -> str:
+        """How a user gives the option."""
+        group = next(field.metadata["group"] for field in dataclasses.fields(cls) if field.name == name)
+        return flag(name) if group else f"--set {name}"
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, read, name = getattr(self, field.name), field.metadata["read"], flag(field.name)
+            value, read, name = getattr(self, field.name), field.metadata["read"], self.called(field.name)
             by_itself = read is not None and isinstance(value, str)
             value = read(value, name) if by_itself else parsed(value, self.kinds()[field.name], name)
             object.__setattr__(self, field.name, value)

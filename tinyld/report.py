@@ -58,8 +58,10 @@ def report(options: ReportOptions) -> list[Row]:
         none = [f.name for f, own in of_each.items() if not own and RunFolder(f).config["kind"] == "adapter"]
         if found and none:
             say(f"{path}: left out, as not evaluated (tinyld eval): {', '.join(none)}")
-        if not found:
-            say(f"{path} is left out: no adapter that was evaluated (tinyld eval RUN does that)")
+        if not found and path.is_dir():
+            is_composition = is_run and RunFolder(path).config["kind"] == "composition"
+            why = "a composition has no row" if is_composition else "no adapter that was evaluated (tinyld eval RUN)"
+            say(f"{path} is left out: {why}")
     if not rows:
         raise TinyldError("none of these is an adapter that was evaluated; tinyld eval RUN does that")
     if options.csv is not None:

@@ -186,7 +186,8 @@ class RunFolder:
             raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
         content, entry = read_bytes(path, TENSORS_BYTES), self.files().get(name)
         if entry is None:
-            raise TinyldError(f"{path}: not listed in {MANIFEST}; it was not written by tinyld")
+            foreign = "" if self.files() else ", and a public model has model.safetensors or its index beside this file"
+            raise TinyldError(f"{path}: not listed in {MANIFEST}; it was not written by tinyld{foreign}")
         if sha256(content) not in (entry["sha256"], entry.get("before")):
             raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
         return content

@@ -110,7 +110,7 @@ def predict(options: PredictOptions) -> None:
     tasks, bases = [r.tasks[0] for r in runs] if several else [task], [r.base for r in runs]
     if several and len(groups := run.groups()) > 1:
         shares = "; ".join(", ".join(names) for names in groups)
-        why = "templates, bases or methods differ, or an answer has several tokens"
+        why = "only runs by --recipe fast with one base, one prompt and answers of one token share one"
         say(f"{len(groups)} passes a text, as {why}: {shares}")
     only_labels = not any(t.is_generation for t in tasks)
     options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), only_labels)

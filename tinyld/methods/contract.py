@@ -84,8 +84,8 @@ class Method:
 
         check(budget <= 1, f"budget is a share of the base, at most 1, got {budget:g}")
         limit = budget * model_config.num_parameters()
-        least = f"rank 1 stores {stored(1):,} parameters of {limit:,.0f}"
-        check(stored(1) <= limit, f"budget {budget:.2%} is too small for {cls.name}: {least}")
+        least = f"rank 1 stores {stored(1):,} numbers, and it allows {limit:,.0f}"
+        check(stored(1) <= limit, f"budget {100 * budget:g}% is too small for {cls.name}: {least}")
         ranks = range(1, int(limit) + 1)  # as each stores a number or more
         return cls.with_rank(config, bisect(ranks, limit, key=stored))
 
