@@ -257,6 +257,8 @@ def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> N
 def test_labels_get_words_that_the_vocabulary_has_as_one_token_each(tokenizer: Tokenizer) -> None:
     assert answer_words(["good", "bad"], tokenizer) == ["good", "bad"]
     assert answer_words(["very good", "not_good", "good"], tokenizer) == ["very", "not", "good"]
+    for labels in (["very bad", "very good"], ["very good", "very bad"]):
+        assert answer_words(labels, tokenizer) == [label.split()[1] for label in labels], "what tells them apart"
     words = answer_words(["1", "2", "3", "Zürich-ß", "good"], tokenizer)
     assert len({tuple(tokenizer.encode(w)) for w in words}) == 5 and words[4] == "good"
     assert all(len(tokenizer.encode(w)) == 1 and tokenizer.unk_id not in tokenizer.encode(w) for w in words)
@@ -276,9 +278,11 @@ def test_a_folder_of_rows_is_learned_by_its_path(place: Path) -> None:
     shutil.rmtree("set/set")
     Path("set/validation.csv").unlink()
     tinyld.finetune("set", base=place / "base", out="run", force=True, **QUICK)
-    assert (
-        good("eval", "run", "--json").json[0]["n"] == 4 == good("eval", "run", "--data", "set", "--json").json[0]["n"]
-    )
+    for split, n in (("dev", 4), ("train", 36)):
+        found = [
+            good("eval", "run", "--split", split, *more, "--json").json[0]["n"] for more in ((), ("--data", "set"))
+        ]
+        assert found == [n, n]
 
 
 def test_options_are_read_as_a_user_writes_them() -> None:

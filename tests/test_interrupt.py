@@ -33,9 +33,10 @@ sys.meta_path.insert(0, At)
 """
 
 
-def test_a_signal_while_torch_imports_numpy_ends_it() -> None:
+@pytest.mark.parametrize("module", ["numpy", "numpy.exceptions", "numpy._core.records"])
+def test_a_signal_while_torch_imports_numpy_ends_it(module: str) -> None:
     """By C code, which swallows what is raised."""
-    code = AT.replace("MODULE", "numpy") + COMMAND.replace("WORK", "import torch; print(torch.ones(1).numpy())")
+    code = AT.replace("MODULE", module) + COMMAND.replace("WORK", "import torch; print(torch.ones(1).numpy())")
     ran = python("-c", code)
     assert (ran.returncode, ran.stdout) == (128 + signal.SIGINT, "")
     assert ran.stderr == "tinyld: stopped by SIGINT: nothing was lost that had been saved\n"

@@ -168,6 +168,8 @@ def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
     for asked in (["new.txt"], []):
         Path("new.txt").write_bytes(windows := b"\xef\xbb\xbfrain\r\nsun\r\n")
         assert [r["text"] for r in records(place / "mood", *asked, text=windows)] == ["rain", "sun"]
+        Path("new.txt").write_bytes(old := b"rain\rsun\nsea")
+        assert [r["text"] for r in records(place / "mood", *asked, text=old)] == ["rain", "sun", "sea"]
 
 
 @pytest.mark.parametrize(("names", "among"), [

@@ -96,6 +96,10 @@ def test_labels_are_all_names_or_all_numbers_that_are_no_names(tmp_path: Path) -
 
 
 def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp_path: Path) -> None:
+    def held(rows: list[str]) -> list[Example]:
+        file = rows_file(tmp_path, "mine.csv", "\n".join(["text,label", *rows]))
+        return load_split(user_task(tmp_path), "dev", file, held_out=True)
+
     rows = [f"text {i},{'sad' if i < 60 else 'happy'}" for i in range(80)]
     parts = []
     for order in (rows, rows[::-1]):
@@ -104,6 +108,9 @@ def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp
         assert len(train) == 72 and [e.label for e in dev].count(0) == 6 and [e.label for e in dev].count(1) == 2
         parts.append({e.before for e in dev})
         assert parts[-1].isdisjoint(e.before for e in train)
+    assert parts[0] == parts[1]
+    both = [*(f"text {i},{label}" for i in range(20) for label in ("sad", "happy")), *rows[20:]]  # some have two labels
+    parts = [{e.before for e in held(both)}, {e.before for e in held(both[::-1])}]
     assert parts[0] == parts[1]
     for said in [f"w{i}" for i in range(40)]:  # a text that comes again and again is on one side, whichever that is
         file = rows_file(tmp_path, "mine.csv", "\n".join(["text,label", *rows, *[f"{said},sad"] * 40]))
@@ -182,6 +189,13 @@ def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path)
             load_split(task, "train")
         with pytest.raises(TinyldError, match="unknown label '1'; allowed: sad, happy$"):  # what is 1 was never said
             read(tmp_path, "text,label\nsun,1\n", task, "imdb.csv")
+
+
+def test_a_task_file_is_known_by_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = user_task(tmp_path).path
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert load_task(f"../{path.name}").path == load_task(f"./../sub/../{path.name}").path == path
 
 
 def test_a_task_that_has_changed_since_is_refused_with_what_differs(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import unicodedata
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,15 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
 
 
 def answer_words(labels: list[str], tokenizer: Tokenizer, blank: str = "") -> list[str]:
-    """A word of one token for each label, all different: its name, else the longest word in it, else a letter."""
+    """A word of one token for each label, all different: its name, else a word in it, of those that fewest labels hold
+    the longest, else a letter. The order of labels decides nothing."""
     words: dict[str, str] = {}
+    given, labels = labels, sorted(labels)
     taken = {tokenizer.unk_id}
     spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *sorted(tokenizer.inner.get_vocab())]
-    parts = [sorted(re.findall(r"[^\W_]+", label), key=len, reverse=True) for label in labels]
+    parts = [re.findall(r"[^\W_]+", label) for label in labels]
+    held = Counter(word for own in parts for word in set(own))
+    parts = [sorted(own, key=lambda word: (held[word], -len(word))) for own in parts]
     for candidates in ([[label] for label in labels], parts, [spare] * len(labels)):
         for label, choice in zip(labels, candidates, strict=True):
             for word in choice if label not in words else ():
@@ -151,4 +156,4 @@ def answer_words(labels: list[str], tokenizer: Tokenizer, blank: str = "") -> li
                     taken.add(ids[0])
                     break
     check(len(words) == len(labels), f"the base's vocabulary has too few words for {len(labels)} labels")
-    return [words[label] for label in labels]
+    return [words[label] for label in given]

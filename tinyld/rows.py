@@ -270,9 +270,13 @@ def load_split(
     alone = task.is_infill or len(first) < HELD_OUT * max(1, len(task.labels))
     stands_for = [i if alone else first[text] for i, text in enumerate(texts)]
     by_text = sorted({*stands_for}, key=lambda i: (hashlib.sha256(texts[i]).digest(), i))
-    of_label: dict[int | None, list[int]] = {}
+    least: dict[int, str] = {}  # the label of a text, whatever the order of rows and labels: the first by name
+    for i, e in zip(stands_for, examples, strict=True):
+        name = "" if e.label is None else task.labels[e.label]
+        least[i] = min(name, least.get(i, name))
+    of_label: dict[str, list[int]] = {}
     for i in by_text:
-        of_label.setdefault(examples[i].label, []).append(i)
+        of_label.setdefault(least[i], []).append(i)
     share = {i: (n + 0.5) / len(own) for own in of_label.values() for n, i in enumerate(own)}  # of its label's texts
     dev = set(sorted(by_text, key=share.__getitem__)[: max(1, len(by_text) // HELD_OUT)])
     return [e for i, e in zip(stands_for, examples, strict=True) if (i in dev) == (split == "dev")][:limit]

@@ -51,7 +51,8 @@ def rows_for(
             data = trained_on
     elif data is not None and trained_on and own.get("held_out") and data.is_dir():
         is_there = os.path.realpath(data) == os.path.realpath(trained_on.parent)
-        data = trained_on if is_there and file_in(data, task, split) is None else data  # whose dev rows were held out
+        cut = is_there and (split == "train" or file_in(data, task, split) is None)  # dev rows were held out of train
+        data = trained_on if cut else data
     held_out = False
     if data is not None and data.is_file() and own.get("held_out"):  # are these the rows, of which some were held out?
         several = len(list(islice(read_rows(data), 2))) > 1

@@ -165,7 +165,7 @@ def load_task(name_or_path: str) -> Task:
     spec, names = str(name_or_path), builtin_names()
     if spec not in names and not spec.endswith(".toml"):
         raise TinyldError(f"no task {show(spec)}; built in: {', '.join(names)}; or give a .toml file")
-    path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(spec).absolute()
+    path = BUILTIN_DIR / f"{spec}.toml" if spec in names else Path(os.path.abspath(spec))
     said = {"name": path.stem} | read_toml(path)
     allowed = [key for key in types_of(Task) if spec in names or key not in OURS]
     unknown = ", ".join(map(show, said.keys() - allowed))

@@ -82,7 +82,8 @@ def piped_lines(column: str) -> Iterator[Rows]:
         *lines, rest = (rest + part).split(b"\n")
         if rest and not part:  # the last line may have no end
             lines = [rest]
-        texts = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
+        decoded = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
+        texts = [text for line in decoded for text in line.split("\r")]  # which ends a line of a file, too
         if first == 1 and texts:
             refuse_table(texts[0], "stdin: line 1", column)
         if lines:
