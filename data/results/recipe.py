@@ -8,16 +8,17 @@ OMP_NUM_THREADS=1). Nats and copying are those of data/base/probes.py. Goes on w
 """
 
 import argparse
-import csv
 import itertools
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-from table import write
+from table import read, write
 
 import tinyld.copying
 import tinyld.diffusion
@@ -56,21 +57,14 @@ CHANGED: dict[str, tuple[dict[str, Any], Any]] = {
 
 def run(name: str, encoder: Path, text: Path, data: Path, minutes: float) -> dict[str, Any]:
     """Trains and probes one; a row of the table."""
-    options, patch = CHANGED[name]
-    before = {}
-    if patch is not None:
-        before = {key: getattr(patch[0], key) for key in patch[1]}
-        vars(patch[0]).update(patch[1])
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            given = {"init": str(encoder), "data": (text,), "valid": (data / "pretrain-valid",), "minutes": minutes}
-            out = Path(folder) / "base"
-            found = tinyld.pretrain.pretrain(PretrainOptions(**given | options, out=out))  # type: ignore[arg-type]
-            base = load_base(out)
-            nats, copied = probes.nats(base, data), probes.copying(base, data)
-    finally:
-        if patch is not None:
-            vars(patch[0]).update(before)
+    options, changed = CHANGED[name]
+    patched = mock.patch.multiple(changed[0], **changed[1]) if changed else nullcontext()
+    with patched, tempfile.TemporaryDirectory() as folder:
+        given = {"init": str(encoder), "data": (text,), "valid": (data / "pretrain-valid",), "minutes": minutes}
+        out = Path(folder) / "base"
+        found = tinyld.pretrain.pretrain(PretrainOptions(**given | options, out=out))  # type: ignore[arg-type]
+        base = load_base(out)
+        nats, copied = probes.nats(base, data), probes.copying(base, data)
     row = {"changed": name, "minutes": minutes, "steps": found["steps"], "tokens": found["tokens"]}
     row |= {f"nats {file}": value for file, value in nats.items()}
     return row | {"nats": round(sum(nats.values()) / len(nats), 4), "copied": copied["copied"]}
@@ -94,10 +88,7 @@ def main() -> None:
         return tokenized[which]
 
     tinyld.pretrain.tokenize = once
-    found: list[dict[str, Any]] = []
-    if given.csv.exists():
-        with given.csv.open(newline="") as file:
-            found = list(csv.DictReader(file))
+    found = read(given.csv) if given.csv.exists() else []
     for name in CHANGED:
         if name not in [row["changed"] for row in found]:
             found.append(run(name, given.encoder, given.text, given.data, given.minutes))

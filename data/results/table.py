@@ -10,11 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinyld.report import COLUMNS, Row, aggregate, labels, over_seeds, result_tables, student
+from tinyld.report import COLUMNS, TEXTS, Row, aggregate, labels, over_seeds, result_tables, student
 from tinyld.tables import markdown, percent, print_table
 
-TEXT = {"run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "optimizer", "training"}
-TEXT |= {"data", "tested", "tinyld", "torch", "machine", "fast_dtype", "command"}
 Table = tuple[str, Sequence[str], list[list[Any]]]  # title, columns, rows
 
 
@@ -33,7 +31,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | N
 
 
 def value(name: str, text: str) -> Any:
-    if name in TEXT:
+    if name in TEXTS:
         return text
     for kind in (int, float):
         try:
