@@ -82,6 +82,7 @@ def learning(*rows: Any) -> Any:
         (learning(("a", "Good"), ("b", "good")), "'Good' and 'good' look like one label"),
         (learning(("a", 1), ("b", "1.0")), "'1' and '1.0' look like one label"),
         (learning(("a", "é"), ("b", "e\u0301")), "look like one label"),
+        (learning(("a", "sad"), ("b", "sad\u200b")), "look like one label"),
         (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
         (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
@@ -266,7 +267,7 @@ def test_labels_get_words_that_the_vocabulary_has_as_one_token_each(tokenizer: T
 
 def test_a_folder_of_rows_is_learned_by_its_path(place: Path) -> None:
     Path("set").mkdir()
-    for name, rows in (("train", ROWS), ("validation", ROWS[:5])):
+    for name, rows in (("train", ROWS), ("val", ROWS[:5])):
         Path(f"set/{name}.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
     tinyld.finetune("set", base=place / "base", out="run", **QUICK)
     assert RunFolder(Path("run")).config["data"]["rows"] == len(ROWS)
@@ -276,7 +277,7 @@ def test_a_folder_of_rows_is_learned_by_its_path(place: Path) -> None:
     tinyld.finetune("set", base=place / "base", out="run", force=True, **QUICK)
     assert RunFolder(Path("run")).config["data"]["rows"] == len(ROWS), "not those of the folder in it"
     shutil.rmtree("set/set")
-    Path("set/validation.csv").unlink()
+    Path("set/val.csv").unlink()
     tinyld.finetune("set", base=place / "base", out="run", force=True, **QUICK)
     for split, n in (("dev", 4), ("train", 36)):
         found = [

@@ -49,6 +49,8 @@ def place(place: Path) -> Path:
     (place / "colours.csv").write_text("text,label\nthe rose,red\nthe sky,blue\na sea,blue\n")
     (place / "rule.txt").write_text("a line\n________\n")
     (place / "tabs.txt").write_text("sad\train\nhappy\tsun\n")
+    (place / "twice.csv").write_text("text,label\nrain,sad\nsun,happy\ntext,label\nsea,sad\n")
+    (place / "sparse.jsonl").write_text('{"text": "rain", "id": 1}\n{"text": "sun", "id": 2, "label": "happy"}\n')
     (place / "colours.txt").write_bytes((place / "colours.csv").read_bytes())
     (place / "quoted.tsv").write_text('text\t"label"\na b\t"x"\nc d\t"y"\ne f\t"x"\n')
     (place / "latin1" / "mood").mkdir(parents=True)
@@ -446,6 +448,8 @@ ERRORS = [
     (NOT_ON + "--data {place}/mood.csv --label-column label --set template=so", 2, "must hold {text} and {answer}"),
     (NOT_ON + "--data {place}/mood.csv --set template={{title}}{{text}}{{answer}}", 2, "and no other; a task"),
     (NOT_ON + "--data {place}/rule.txt", 1, "rule.txt: line 2: no word to make a gap of"),
+    (NOT_ON + "--data {place}/twice.csv", 2, "twice.csv: line 4: names the columns once more"),
+    (NOT_ON + "--data {place}/sparse.jsonl", 1, "sparse.jsonl: line 1: no column 'label', found 'text, id'"),
     (NOT_ON + "--data {place}/tabs.txt", 2, "tabs.txt: all lines have a tab: name it .tsv"),
     (NOT_ON + "--data {place}/colours.txt", 1, "colours.txt: line 1 names columns, text among them: a table is"),
     ("finetune mine.csv", 2, "(mine.csv); a file is given by --data (tinyld finetune"),

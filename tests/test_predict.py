@@ -239,6 +239,8 @@ def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
     assert [json.loads(line)["text"] for line in Path("odd-out.jsonl").read_text("utf-8").splitlines()] == texts
     with open("odd-out.csv", encoding="utf-8", newline="") as file:
         assert [r["text"] for r in csv.DictReader(file)] == [*texts[:2], "? rain", texts[3]]
+    Path("quoted.tsv").write_text('text\nrain\n""\n"""sun"""\n')
+    assert [r["text"] for r in records(place / "mood", "quoted.tsv")] == ["rain", "", '"sun"']
     Path("lone.csv").write_text("text\nrain\n\nsun\n")
     assert [r["text"] for r in records(place / "mood", "lone.csv")] == ["rain", "", "sun"], "as a spreadsheet saves it"
     mixed = [{"text": "ra\u200bin\n", "b": True}, {"text": "sun", "id": ["é", 1]}]
@@ -544,7 +546,9 @@ def test_another_task_than_the_runs_own_is_refused_with_the_difference(
         ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
         ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
         ("{place}/mood", 'label,text\n2,"rain, sun"\n', 1, "stdin: line 1 names columns, text among them: a table is"),
-        ("{place}/mood", '{"id": 1, "text": "rain"}\n', 1, "stdin: line 1 names columns, text among them: a table is"),
+        ("{place}/mood", '{"id": 1, "text": "rain"}\n', 1, "stdin: line 1 is JSON: a table is given as a file"),
+        ("{place}/mood", '{"words": "rain"}\n', 1, "stdin: line 1 is JSON: a table is given as a file"),
+        ("{place}/mood tabs.txt", "", 2, "tabs.txt: all lines have a tab: name it .tsv"),
         ("{place}/mood", "text\nrain\n", 1, "stdin: line 1 is 'text', the name of a column: a table is"),
         ("{place}/mood table.txt", "", 1, "table.txt: line 1 names columns, text among them"),
         ("{place}/mood --csv --out new.jsonl", "rain", 2, "--csv: --out new.jsonl is no name of a CSV"),
@@ -558,6 +562,7 @@ def test_what_cannot_be_answered_is_refused_in_a_line(
     args: str, text: str | bytes, code: int, part: str, place: Path, fast: list[Path]
 ) -> None:
     Path("table.txt").write_text("label,text\nsad,rain\n")
+    Path("tabs.txt").write_text("Id\tWords\n1\train\n")
     ran = ask(*args.format(place=place).split(), text=text)
     assert (ran.code, ran.stdout) == (code, "") and part in ran.stderr
     assert ran.stderr.startswith("tinyld: ") and ran.stderr.count("\n") == 1

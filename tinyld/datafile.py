@@ -14,7 +14,7 @@ from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.options import RowOptions, refuse_idle
 from tinyld.read import clean
-from tinyld.rows import cell, in_folder, read_rows, references, refuse_table
+from tinyld.rows import TABBED, cell, in_folder, read_rows, references, refuse_table
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -52,21 +52,24 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
         refuse_idle(options, MINE, f"on the lines of {file}: a gap is filled")
         lines = [(where, row["text"]) for where, row in read_rows(file)]
         refuse_table(lines[0][1], lines[0][0])
-        is_table = all("\t" in line for _, line in lines)
-        check(not is_table, f"{file}: all lines have a tab: name it .tsv, with a first line that names the columns")
+        check(not all("\t" in line for _, line in lines), f"{file}: {TABBED}")
         return Task("{text}", name, path=path, answer_tokens=GAP_TOKENS)
     fields = re.findall(r"(?<!{){(\w+)}", template)
     way_out = "each once, and no other; a task file says which columns others are"
     check(sorted(fields) == ["answer", "text"], f"template must hold {{text}} and {{answer}}, {way_out}")
     rows = list(read_rows(file))
     text, label = _columns(options, file, [row for _, row in rows])
+    is_named = label in ("label", options.label_column, options.answer_column)
+    for where, row in rows if is_named else ():
+        is_names = (row.get(text), row.get(label)) == (text, label)
+        check(not is_names, f"{where}: names the columns once more; delete the line")
     if options.answer_column is not None:
         answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
         width, template = min(longest + 1, max_length // 2), WRITING if template == RowOptions.template else template
         return Task(template, name, columns={"text": text}, answer_column=label, answer_tokens=width, path=path)
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
-    has_header = label in ("label", options.label_column) or folded(label) not in map(folded, labels)
+    has_header = is_named or folded(label) not in map(folded, labels)
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
@@ -108,16 +111,17 @@ def described(task: Task) -> str:
 
 def folded(label: str) -> Any:
     """What labels that are meant to be one have in common: without case, odd spellings of characters, or 1 for 1.0."""
+    label = re.sub(r"[\xad\u200b-\u200f\u2060\ufeff]", "", label)  # which have no width
     with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(label)):
+        if "_" not in label and math.isfinite(number := float(label)):
             return int(Decimal(label)) if number.is_integer() else number  # of large ones a float holds but 15 digits
-    return re.sub(r"[\s\u200b-\u200f\u2060]+", " ", unicodedata.normalize("NFKC", label)).casefold()
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", label)).strip().casefold()
 
 
 def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tuple[str, str]:
     """(text column, label or answer column): as told, or by their names, or the one that is left of two; where none is
     told, the one with more different values is text."""
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     text, label = options.text_column, options.label_column or options.answer_column
     check(None in (options.label_column, options.answer_column), "give --label-column or --answer-column, not both")
     for name in (text, label):
@@ -132,8 +136,11 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
     if text is None or label is None:
         there = ", ".join(names) or "none"
         check(len(names) > 1, f"{file}: texts and labels take two columns; found {there}")
-        way_out = "say so with --text-column and --label-column (or --answer-column, of texts to write)"
-        raise TinyldError(f"{file}: which of its columns are text and label? It has {there}; {way_out}")
+        lacks = [name for name, found in (("text", text), ("label", label)) if found is None]
+        way_out = f"say so with {' and '.join(f'--{name}-column' for name in lacks)}"
+        way_out += " (or --answer-column, of texts to write)" * (label is None)
+        which = f"which of its columns {'are' if len(lacks) > 1 else 'is'} {' and '.join(lacks)}"
+        raise TinyldError(f"{file}: {which}? It has {there}; {way_out}")
     return text, label
 
 

@@ -208,7 +208,7 @@ class RowOptions(Options):
     data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train and dev; .txt: fill gaps.", "Task")
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
-    answer_column: str | None = option(None, "In place of a label column: the column of texts to write.", "Task")
+    answer_column: str | None = option(None, "Instead of labels: the column of texts to write, a line each.", "Task")
     template: str = option("{text} it was {answer} .", "With --data and no --task: the prompt.")
 
 

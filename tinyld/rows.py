@@ -27,8 +27,10 @@ SPLITS = ("train", "dev", "test")
 TABLES = {".tsv": "\t", ".csv": ","}  # and what is between their cells
 SUFFIXES = (*TABLES, ".jsonl")
 Row = tuple[str, dict[str, Any]]  # file and line, column -> value
-QUOTED = re.compile('(?s)"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes in it, as CSV has one
+QUOTED = re.compile('(?s)""|"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes or with nothing in it, as CSV has one
+OPENED, CLOSED = re.compile('"(?!.*"$)'), re.compile('(?!").*"')  # what a cell of several lines begins and ends with
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
+TABBED = "all lines have a tab: name it .tsv, with a first line that names the columns"
 GAPS = 4  # that training makes in each text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
@@ -70,8 +72,8 @@ def bundled_data_dir() -> Path:
 
 
 def in_folder(folder: Path, split: str) -> Path | None:
-    """SPLIT.tsv, .csv or .jsonl in the folder; the dev rows may also be called validation."""
-    stems = ("dev", "validation") if split == "dev" else (split,)
+    """SPLIT.tsv, .csv or .jsonl in the folder; the dev rows may also be called validation, valid or val."""
+    stems = ("dev", "validation", "valid", "val") if split == "dev" else (split,)
     paths = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     found = [path for path in paths if os.path.isfile(path)]
     which = f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
@@ -179,27 +181,37 @@ def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
 def refuse_table(line: str, where: str, column: str = "text") -> None:
     """TinyldError where the first line of texts is that of a table that has the column, or of JSON Lines."""
     names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
+    said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
     with contextlib.suppress(TinyldError):
-        names = [*parse_json(line, where)] if line.startswith("{") else names
+        if line.startswith("{") and parse_json(line, where, dict):
+            said, column = "is JSON", names[0]
     if column in names:
-        said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
         raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
 
 
 def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     text = read_text(path, ROWS_BYTES)
-    head = text.lstrip().partition("\n")[0]
+    head = re.match(r"\s*([^\r\n]*)", text)[1]
     if separator == "," and "," not in head:  # as spreadsheets write in much of Europe, or a .tsv of another name
         separator = next((other for other in ";\t" if other in head), ",")
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
     is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
     quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL  # in most TSV a quote is an ordinary character
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
-    header, start = [], 1
+    header, start, is_open = [], 1, False
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1
             values = values or [""] * (len(header) == 1)  # a spreadsheet's empty cell of a lone column
+            was_open, is_open = is_open, is_plain and bool(values) and OPENED.match(values[-1]) is not None
+            if (was_open and values and CLOSED.fullmatch(values[0])) or (is_open and len(values) < len(header)):
+                raise TinyldError(
+                    f"{where}: a cell in quotes has several lines here, which a .tsv has not; save it as .csv"
+                )
+            if is_plain:  # but for what pandas or Python's csv wrote
+                values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
+            while len(values) > max(1, len(header)) and not values[-1].strip():  # as spreadsheets fill up rows
+                values.pop()
             is_blank = not any(value.strip() for value in values)
             if not header and not is_blank:
                 header = [clean(value) for value in values]
@@ -207,8 +219,6 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
                     wanted = "this line must name the columns, each by a name of its own"
                     raise TinyldError(f"{where}: {wanted}, got {show(', '.join(header))}")
             elif header and values and (empty or not is_blank):
-                if is_plain:  # but for what pandas or Python's csv wrote
-                    values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"
                     raise TinyldError(f"{where}: {len(values)} columns, {stray}")

@@ -12,11 +12,12 @@ from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
 from tinyld.device import autocast, resolve_dtype
 from tinyld.diffusion import Estimate
-from tinyld.errors import TinyldError, plain
+from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
+from tinyld.read import clean
 from tinyld.rows import file_in, files_of, load_split, read_rows, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
@@ -109,7 +110,7 @@ def eval(options: EvalOptions) -> list[Record]:
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record(), "sha256": rows.digest()}
             records.append(record)
-            lines += ["\t".join([str(path), task.name, *map(plain, p)]) for p in found.predictions]
+            lines += ["\t".join([str(path), task.name, *map(clean, p)]) for p in found.predictions]
             key = f"{task.name}/{source}"
             if why := why_unusual(run, options):
                 say(f"{path}: {key} is not kept in {RESULTS}, as it is by {why}")

@@ -22,7 +22,7 @@ from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further
 from tinyld.read import decode, refuse_long
-from tinyld.rows import SUFFIXES, Row, files_of, read_rows, refuse_table
+from tinyld.rows import SUFFIXES, TABBED, Row, files_of, read_rows, refuse_table
 from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -43,7 +43,7 @@ def chunks(
     lines = piped or path.suffix.lower() == ".txt"
     check(not options.text or piped, "give a file or --text, not both")
     check(column is None or not lines, "--column is for a file with columns; a line is one text")
-    one, total = len(columns) == 1, len(options.text)
+    one, total, tabs = len(columns) == 1, len(options.text), 0
     check(one or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
     check(one or not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
     column, every = "text" if lines else column, Record()
@@ -59,7 +59,8 @@ def chunks(
                 refuse_table(row[1]["text"], row[0], columns[0])
             examples_of([renamed(column, columns[0], *row)], task)
             every |= dict.fromkeys(row[1] if even else (), "")
-            total += 1
+            total, tabs = total + 1, tabs + ("\t" in row[1].get("text", "") if lines else 0)
+        check(not 1 < total == tabs, f"{path}: {TABBED}")
         rows = read_rows(path, empty=True)
         parts = iter(lambda: [(where, every | row) for where, row in islice(rows, size)], [])
     return total, ([renamed(column, columns[0], *row) for row in part] for part in parts)
