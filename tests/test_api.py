@@ -116,6 +116,12 @@ def test_a_run_is_measured_on_rows_of_where_it_was_trained(place: Path) -> None:
     assert [good("eval", "run", "--split", s, "--json").json[0]["n"] for s in ("dev", "train")] == [4, 36]
 
 
+def test_what_was_trained_is_counted_with_the_units_that_were_dropped(place: Path) -> None:
+    tinyld.finetune(ROWS, base=place / "base", out="run", ranks="auto", budget="9%", steps=5, quiet=True)
+    counts = RunFolder(Path("run")).config["parameters"]
+    assert counts["trainable_parameters"] == 2 * counts["stored_parameters"] > 0
+
+
 def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     learn = partial(tinyld.finetune, base=place / "base", **QUICK)
     rows = [{"text": f"{text} \ud83d", "label": label, "note": float("nan")} for text, label in ROWS]

@@ -205,7 +205,9 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
     for drop in result["drops"]:
         assert drop["n"] == 54 and drop["own"] == drop["composed"] and drop["drop"] == 0
         assert drop["own_nats"] == pytest.approx(drop["composed_nats"], abs=1e-4)
-    assert RunFolder.open(tmp_path / "both").read_json("results.json")["compose"] == result
+    folder = RunFolder.open(tmp_path / "both")
+    stored = sum(tensor.numel() for tensor in folder.read_tensors("adapter.safetensors").values())
+    assert folder.read_json("results.json")["compose"] == result and result["parameters"] == stored
     show(result, options)
     title, *out = capsys.readouterr().out.splitlines()
     assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)

@@ -106,6 +106,14 @@ def test_a_rare_token_counts_its_own_nats_in_fp16() -> None:
     assert float(nll) == pytest.approx(20.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_is_all_but_impossible_counts_all_its_nats(dtype: torch.dtype) -> None:
+    """An upper bound on the NLL must not end where a probability is 0 in fp32."""
+    h, weight = torch.tensor([[1.0], [1.0]], dtype=dtype), torch.tensor([[200.0], [0.0]], dtype=dtype)
+    nll = head_nll(h, weight, None, torch.tensor([1, 0]))
+    assert nll.tolist() == pytest.approx([200.0, 0.0])
+
+
 @pytest.mark.parametrize("frozen", [(), ("h",), ("embedding.weight", "output_bias"), ("h", "output_bias")])
 def test_nll_is_the_cross_entropy_of_the_logits_and_so_is_every_gradient(
     lively: Denoiser, frozen: tuple[str, ...]

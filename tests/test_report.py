@@ -14,7 +14,7 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
-from tinyld.report import COLUMNS, aggregate, interval, labels, report, result_tables, run_rows, show, unlike
+from tinyld.report import COLUMNS, aggregate, interval, labels, report, result_tables, run_rows, show, student, unlike
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
 from tinyld.tables import markdown, print_table
 
@@ -72,6 +72,7 @@ def test_what_report_writes_as_csv_is_a_row_a_run(tmp_path: Path) -> None:
     with open(file, newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert len(rows) == 4 and list(rows[0]) == list(COLUMNS)
+    assert rows[0]["trials"] == "", "nobody knows how many rates were tried"
     assert (rows[0]["run"], rows[0]["accuracy"], rows[0]["steps"]) == ("one", "0.75", "")
     assert [r["seeds"] for r in found] == [1, 1], "a copy of a run is no further seed"
     assert all(isinstance(r["accuracy"], float) and isinstance(r["n"], int) for r in json.loads(json.dumps(found)))
@@ -181,6 +182,7 @@ def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
     low, high = interval([0.7, 0.9], 10_000)
     assert low < 0.7 and high > 0.9  # two seeds 20 points apart say little, however many rows there are
     assert interval([0.8, 0.8, 0.8], 100) == pytest.approx(wilson(80, 100))
+    assert (student(1), student(16), student(99)) == (12.706, 2.120, 2.042)
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

@@ -102,7 +102,10 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         members.append({"run": os.path.abspath(run.path), "data": data, **own})
     save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
-    result |= {"parameters": sum(p.numel() for p in routed.parameters()), "bytes": folder.files()[ADAPTER]["bytes"]}
+    result |= {
+        "parameters": sum(t.numel() for t in folder.read_tensors(ADAPTER).values()),
+        "bytes": folder.files()[ADAPTER]["bytes"],
+    }
     folder.write_json(RESULTS, {"compose": result})
     return result
 

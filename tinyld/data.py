@@ -81,13 +81,13 @@ class TextRows(Source):
 
     def __init__(self, stream: np.ndarray, length: int, bos_id: int, change: Change | None = None):
         self.stream, self.width, self.bos_id, self.change = stream, length - 1, bos_id, change
-        self.num_rows = len(stream) // self.width - 1  # one row is left for the moving cut
+        self.num_rows = len(stream) // self.width - 1  # of an epoch: one row is left for the moving cut
         if self.num_rows < 1:
             needed = f"rows of {length} tokens need at least {2 * self.width}"
             raise TinyldError(f"too little text: {len(stream)} tokens; {needed}")
 
     def __len__(self) -> int:
-        return self.num_rows
+        return self.num_rows + 1
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return max(1, self.num_rows // batch_size)

@@ -16,11 +16,9 @@ from torch import Tensor
 from tinyld.data import Batch
 from tinyld.errors import TinyldError
 
-T_MIN = 1e-3  # smallest t drawn
-
 
 def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
-    """(n,) times in [T_MIN, 1], stratified: one draw from each n-th of the distribution, in random order.
+    """(n,) times in [0, 1), stratified: one draw from each n-th of the distribution, in random order.
 
     Uniform or, with `bell`, Beta(2, 2) (its closed-form quantile function), which spends less on the two easy ends.
     """
@@ -28,7 +26,7 @@ def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
     u = u[torch.randperm(n, generator=generator)]
     if bell:
         u = 0.5 - torch.sin(torch.asin(1.0 - 2.0 * u) / 3.0)
-    return T_MIN + (1.0 - T_MIN) * u
+    return u
 
 
 def mask_counted(t: Tensor, maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -160,7 +158,7 @@ class Estimate:
     """A mean with its standard error, over n rows: what each added up, and over how much."""
 
     mean: float
-    stderr: float
+    stderr: float | None  # of one row it is not known
     n: int
     numerator: Tensor = field(repr=False, compare=False)  # (n,)
     denominator: Tensor = field(repr=False, compare=False)  # (n,)
@@ -177,7 +175,7 @@ def ratio_estimate(numerator: Tensor, denominator: Tensor) -> Estimate:
     residual = numerator - mean * denominator
     stderr = (residual.square().sum() / max(n - 1, 1) * n).sqrt() / denominator.sum()
     mean, stderr = all_finite(torch.stack([mean, stderr])).tolist()
-    return Estimate(mean, stderr, n, numerator, denominator)
+    return Estimate(mean, stderr if n > 1 else None, n, numerator, denominator)
 
 
 @torch.no_grad()

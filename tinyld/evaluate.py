@@ -33,7 +33,7 @@ class Evaluation:
     task: str
     n: int
     nll_bound: float
-    nll_stderr: float
+    nll_stderr: float | None  # unknown of one row
     truncated: int  # rows that were too long and were cut
     rows_per_second: float
     passes_per_row: float

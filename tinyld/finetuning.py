@@ -211,7 +211,8 @@ def train_adapter(
         now = method_record(method)
         with low():
             if now != began:  # what was measured last is not what is stored
-                counts, metrics = sizes(method, base), held_out()
+                trained = {"trainable_parameters": counts["trainable_parameters"]}
+                counts, metrics = sizes(method, base) | trained, held_out()
                 config |= {"method": now, "started_as": started_as, "parameters": counts}
                 say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
             if task.is_generation:

@@ -220,8 +220,8 @@ class Denoiser(nn.Module):
         attention_mask: Tensor | None, prompt_mask: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """By each push the final states (B, M, D) at positions (B, M), which are pushed at every depth on their way and
-        read all others as the base has them: `states` (B, L, D), from the lowest push's first depth on. The blocks
-        compute those of all pushes side by side."""
+        read all, themselves too, as the base has them: `states` (B, L, D), from the lowest push's first depth on. The
+        blocks compute those of all pushes side by side."""
         first, last = min(push.first_depth for push in pushes), self.config.num_layers
         angles = self.angles(states[0].shape[1])
         each = [take(states[push.first_depth - first], positions) for push in pushes]
@@ -297,8 +297,9 @@ def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> 
         if bool((sure := p > 0.5).any()):  # 1 - p is added up, as bf16 has few numbers below 1
             rest[sure] = probs[sure].sum(1, dtype=exact)
         nll = torch.where(sure, -torch.log1p(-rest), -torch.log(p.clamp(min=1e-30)))
-        if logits.dtype == torch.float16:  # whose smallest probability, 6e-8, is 17 nats
-            nll = F.cross_entropy(logits.float(), target, reduction="none")
+        least = 2.0 if logits.dtype == torch.float16 else 1e-30  # fp16's smallest probability, 6e-8, is 17 nats
+        if bool((far := p < least).any()):
+            nll[far] = F.cross_entropy(logits[far].to(exact), target[far], reduction="none")
         probs[rows, target] = -rest.to(probs.dtype)
     if not torch.is_grad_enabled():
         return nll

@@ -83,7 +83,8 @@ class Optimizer(torch.optim.AdamW):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of matrix = U S V^T, by five quintic Newton-Schulz steps; singular values end between 0.7 and 1.2.
+    """About U V^T of matrix = U S V^T, by five quintic Newton-Schulz steps: singular values that are not tiny end
+    between 0.68 and 1.2.
 
     (Jordan et al., Muon, 2024: https://kellerjordan.github.io/posts/muon/)
     """

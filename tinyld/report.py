@@ -73,8 +73,9 @@ def report(options: ReportOptions) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ a row a run
 
 
-def run_rows(folder: RunFolder, trials: int = 1) -> list[Row]:
-    """A row for every evaluation of an adapter, none for other runs; of dev only where the task has no such on test."""
+def run_rows(folder: RunFolder, trials: int | None = None) -> list[Row]:
+    """A row for every evaluation of an adapter, none for other runs; of dev only where the task has no such on test.
+    trials: how many learning rates were tried for it, where that is known."""
     config = folder.config
     results = folder.read_json(RESULTS) if os.path.lexists(folder.path / RESULTS) else {}
     if config["kind"] != "adapter" or "finetune" not in results:  # or it was killed before its end
@@ -175,8 +176,9 @@ def mean(runs: Sequence[Row], column: str) -> float | None:
     return fmean(values) if values else None
 
 
-# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T_95 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:

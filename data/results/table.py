@@ -86,13 +86,16 @@ def by_task(title: str, found: Sequence[Row]) -> Table:
 
 
 def ahead(found: Sequence[Row]) -> list[Table]:
-    """By how many points trajectory LoRA (best) is ahead of a weight LoRA of its stored size, to a fifth, on each task.
+    """By how many points trajectory LoRA (best) is ahead of a weight LoRA of its stored size, to a fifth, on each task;
+    nothing where the runs are of several bases.
 
     The 95% interval of the mean takes the tasks as drawn from all tasks (Student).
     """
     tasks, cells = sorted({row["task"] for row in found}), []
+    if len({row["fingerprint"] for row in found}) > 1:
+        return []
     found = [row for row in found if "auto" not in row["settings"]]
-    for size in sorted({row["stored_percent"] for row in found if row["recipe"] == "best"}):
+    for size in sorted({round(row["stored_percent"], 2) for row in found if row["recipe"] == "best"}):
         points = []
         for task in tasks:
             near = [r for r in found if r["task"] == task and 0.8 * size < r["stored_percent"] < 1.25 * size]

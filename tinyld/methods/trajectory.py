@@ -7,9 +7,9 @@ and B, of which a band uses the first r(t) rank units, so that the largest rank 
 each of the last blocks and on the final state. All share A and B, of a rank that none could afford alone, and weigh the
 units each for itself. Two recipes of it:
   - `best` pushes every position, and frozen attention carries on what is pushed;
-  - `fast` pushes the positions of the answer alone. What they ask of the prompt changes, the prompt's own states, keys
-    and values do not: they are the frozen base's, so that they are computed once, kept while training, and shared by
-    all adapters that answer a text. The gradient goes along the answer's few positions.
+  - `fast` pushes the positions of the answer alone. What they ask changes, the states, keys and values that they read,
+    their own too, do not: these are the frozen base's, so that they are computed once, kept while training, and shared
+    by all adapters that answer a text. The gradient goes along the answer's few positions.
 """
 
 import math
