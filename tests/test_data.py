@@ -12,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tinyld.data import TaskRows, TextRows, slot_width, some_of
 from tinyld.diffusion import noise_text
 from tinyld.errors import TinyldError
-from tinyld.tasks import Example, Task, load_task
+from tinyld.rows import Example
+from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 WORDS = ("film", "plot", "music", "food", "dull", "bright", "very", "good")

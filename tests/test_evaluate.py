@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import label_task
 from torch import Tensor
 
 from tinyld.config import ModelConfig, SampleConfig
@@ -70,12 +71,6 @@ class Oracle:
         return F.cross_entropy(logits, target, reduction="none")
 
 
-def task_of(folder: Path, verbalizer: dict[str, str]) -> Task:
-    lines = ['template = "{text} it was {answer} ."', "[verbalizer]", *(f'{k} = "{v}"' for k, v in verbalizer.items())]
-    (folder / "mood.toml").write_text("\n".join(lines))
-    return load_task(str(folder / "mood.toml"))
-
-
 def rows_of(task: Task, tokenizer: Tokenizer, n: int) -> TaskRows:
     """n rows, each with a prompt of its own, whose labels take turns."""
     examples = []
@@ -105,7 +100,7 @@ def score(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., tuple[TaskRows,
     """(n rows of a task with a verbalizer, how it scores that a denoiser says so of them, by default what is right)."""
 
     def score(verbalizer: dict[str, str], n: int, says: Says = lambda i, gold: gold, **more: Any) -> Any:
-        rows = rows_of(task_of(tmp_path, verbalizer), tokenizer, n)
+        rows = rows_of(label_task(tmp_path, **verbalizer), tokenizer, n)
         return rows, scored(rows, tokenizer, says, **more)
 
     return score
@@ -205,7 +200,7 @@ def test_labels_of_unlike_lengths_are_as_likely_as_they_are_often(
     each batch draws.
 
     Were the longest one's slot without an [EOS], it would get 0.7."""
-    task, likely = task_of(tmp_path, {"bad": "dull", "good": "very great"}), list[float]()
+    task, likely = label_task(tmp_path, **{"bad": "dull", "good": "very great"}), list[float]()
     examples = [Example("the film", ".", *(("very great", 1) if i % 2 else ("dull", 0))) for i in range(64)]
     rows, generator = TaskRows(examples, task, tokenizer, 48), torch.Generator().manual_seed(0)
     batch, optimizer = rows.take(np.arange(64)), torch.optim.Adam(model.parameters(), 2e-3)
@@ -225,7 +220,7 @@ def test_labels_of_unlike_lengths_are_as_likely_as_they_are_often(
 def test_evaluating_twice_gives_the_same_numbers(
     sampler: str, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    rows, found = rows_of(task_of(tmp_path, SEVERAL), tokenizer, 70), []
+    rows, found = rows_of(label_task(tmp_path, **SEVERAL), tokenizer, 70), []
     for seed in range(2):
         torch.manual_seed(seed)  # the global generator must not matter
         once = evaluate(model, rows, tokenizer, SampleConfig(sampler, temperature=1.0))
@@ -236,7 +231,7 @@ def test_evaluating_twice_gives_the_same_numbers(
 def test_a_real_denoiser_is_scored_the_same_in_any_batch(
     model: Denoiser, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = rows_of(task_of(tmp_path, ONE), tokenizer, 30)
+    rows = rows_of(label_task(tmp_path, **ONE), tokenizer, 30)
     whole = evaluate(model, rows, tokenizer)
     monkeypatch.setattr("tinyld.evaluate.EVAL_BATCH", 7)
     parts = evaluate(model, rows, tokenizer)

@@ -26,8 +26,9 @@ from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.methods import METHODS, make_config
 from tinyld.model import head_nll
+from tinyld.rows import Example
 from tinyld.sampler import decode
-from tinyld.tasks import Example, load_task
+from tinyld.tasks import load_task
 from tinyld.tokenizer import Tokenizer
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # (ids, attention mask) -> logits, of the model that was saved

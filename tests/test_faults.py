@@ -26,9 +26,10 @@ from conftest import ROWS
 from tinyld.checkpoint import load_adapter, load_base
 from tinyld.errors import TinyldError
 from tinyld.methods import METHODS
+from tinyld.rows import load_split
 from tinyld.runs import ADAPTER, CONFIG, MANIFEST, MODEL, RESULTS, TOKENIZER, RunFolder
 from tinyld.tables import markdown
-from tinyld.tasks import load_split, load_task
+from tinyld.tasks import load_task
 
 pytestmark = pytest.mark.faults
 

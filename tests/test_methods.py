@@ -27,7 +27,7 @@ from tinyld.methods.paper import BAND_EDGES, NUM_BANDS, band_of, nuclear_norm, t
 from tinyld.methods.trajectory import TrajectoryLora, TrajectoryLoraConfig
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
-from tinyld.tasks import Example
+from tinyld.rows import Example
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import GROUP, pack, unpack, why_not_cached, with_states
 
@@ -206,7 +206,6 @@ def test_bands_are_alike_but_in_the_paper_or_where_ranks_are_given() -> None:
 
 OURS = "trajectory-lora"
 WRONG = [
-    ("lora", {}, "method must be one of full, weight-lora, adapters, bitfit, trajectory-lora, got 'lora'"),
     ("weight-lora", {"targets": ()}, "targets must name at least one"),
     ("weight-lora", {"targets": ("query", "query")}, "targets names one twice: query, query"),
     ("weight-lora", {"budget": 70.0}, "budget is a share of the base, at most 1, got 70"),

@@ -247,12 +247,3 @@ def test_a_push_on_the_answer_reads_all_others_as_the_frozen_base_has_them(
         torch.testing.assert_close(model.states(x, t, mask, prompt)[mask], expected[mask], atol=1e-4, rtol=1e-4)
         found = model.states(x, t, mask, prompt, where=answer)
         torch.testing.assert_close(found, expected[answer], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="asked for states of the prompt"):
-        model.states(x, t, mask, prompt, where=mask)
-
-
-def test_a_push_that_is_told_neither_t_nor_prompt_is_refused(lively: Denoiser) -> None:
-    x = random_ids(lively, 1, 4)
-    lively.push = RecordingPush(1)
-    with pytest.raises(ValueError, match="needs t and prompt_mask"):
-        lively(x)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tinyld import rows
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.rows import GAPS, SPLITS, Example, bundled_data_dir, load_split, prompt_of, to_learn
 from tinyld.tasks import Task, builtin_names, from_record, load_task, to_record
 
@@ -65,8 +65,6 @@ def test_columns_of_other_names_are_mapped_and_the_first_rows_read_alone(tmp_pat
     task = user_task(tmp_path, 'label_column = "y"\n' + MOOD + '[columns]\ntext = "x"\n')
     rows_file(tmp_path, "mood.csv", "x,y\nsun,happy\n,\nrain,sad\na,unheard of\n")
     assert load_split(task, "train", limit=1) == [Example("sun i feel", ".", "very well", 1)]
-    with pytest.raises(UsageError, match="at least 1, got 0"):
-        load_split(task, "train", limit=0)
 
 
 def test_fields_of_one_column_are_parted_in_it(tmp_path: Path) -> None:
@@ -327,7 +325,6 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
         ("sst2", "dev", tmp_path, "no dev rows of sst2 in .*: neither sst2/dev.tsv nor dev.tsv in it"),
         ("sst2", "dev", tmp_path / "nowhere", "no such file or folder"),
         ("sst2", "test", None, "task sst2 has no test split; it has train, dev"),
-        ("sst2", "valid", None, "split must be one of train, dev, test, got 'valid'"),
         ("mood.toml", "test", None, "task mood has no test split; it has train, dev"),
         ("mood.toml", "train", None, "mood.csv: no such file"),
     ):

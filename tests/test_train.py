@@ -25,8 +25,8 @@ from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.methods.contract import Method
 from tinyld.model import Denoiser
 from tinyld.optim import lr_factor
+from tinyld.rows import Example
 from tinyld.runs import RunFolder
-from tinyld.tasks import Example
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import TrainingRun
 

@@ -149,8 +149,6 @@ class Denoiser(nn.Module):
         t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
         """
         push = self.push
-        if push is not None and (t is None or prompt_mask is None):
-            raise ValueError("a denoiser with a push needs t and prompt_mask")
         if push is None or not push.is_routed:
             return self.states_by(push, xt, t, attention_mask, prompt_mask, cached, where)
         h = self.embed(xt)
@@ -196,15 +194,11 @@ class Denoiser(nn.Module):
         cached: Tensor | None, where: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """`states` with a push on the answer only, of which alone `where` may ask."""
-        if where is not None and bool((where & prompt_mask).any()):
-            raise ValueError("a push on the answer only is asked for states of the prompt")
         positions, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
         positions = (positions - int(self.config.shifted)).clamp(min=0)
         first, last = push.first_depth, self.config.num_layers
         stop = last if where is None else max(first, last - 1)
         states = self.frozen(xt, attention_mask, first, stop) if cached is None else list(cached.unbind(2))
-        if len(states) <= stop - first:
-            raise ValueError(f"states are needed up to depth {stop}, and were kept up to {first + len(states) - 1}")
         (h,) = self.along([push], states, positions, t, attention_mask, prompt_mask)
         return h[is_asked] if where is not None else take(states[-1], positions).where(prompt_mask[..., None], h)
 

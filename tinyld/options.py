@@ -18,12 +18,12 @@ from tinyld import config
 from tinyld.config import Loop, Reading, SampleConfig, Settings, check
 from tinyld.config import setting as option
 from tinyld.errors import UsageError, show
+from tinyld.rows import SPLITS, bundled_data_dir
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
 METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "dropout", "targets", "rslora")
 RECIPE_NAMES = ("best", "fast", "paper")
-SPLITS = ("train", "dev", "test")
 
 
 def flag(name: str) -> str:
@@ -72,8 +72,6 @@ def parsed(value: Any, kind: Any, option: str) -> Any:
 
 def base_folder(name: str | Path, option: str = "--base") -> Path:
     """The released base of that name, where there is one, else a path; a Path is one."""
-    from tinyld.rows import bundled_data_dir
-
     released = bundled_data_dir() / name
     named = isinstance(name, str) and Path(name).name == name and (released / "config.json").is_file()
     mine = named and (Path(name) / "config.json").is_file() and not os.path.samefile(name, released)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyld import download
-from tinyld.config import check, check_choice
+from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.read import PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text, refuse_long
 
@@ -267,8 +267,6 @@ def load_split(
     Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
     lacks a column, has too many, or bears an unknown label.
     """
-    check(limit is None or limit >= 1, f"limit must be at least 1, got {limit}")
-    check_choice("split", split, SPLITS)
     path = find_file(task, split, data, held_out)
     if not held_out or path != data:
         return _examples(task, islice(read_rows(path), limit))

@@ -1,7 +1,6 @@
 """`tinyld eval`: what a run's answers are worth, of tasks and of running text, kept in its results and shown."""
 
 import os
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import clean
-from tinyld.rows import file_in, files_of, load_split, read_rows, to_learn
+from tinyld.rows import bundled_data_dir, file_in, files_of, load_split, read_rows, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
-from tinyld.tasks import Task, bundled_data_dir, learned_files, trained
+from tinyld.tasks import Task, learned_files, trained
 from tinyld.tokenizer import find_text_files, read_lines
 from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
@@ -125,13 +124,7 @@ def why_unusual(run: Run, options: EvalOptions) -> str:
     """The options by which an evaluation is not the run's own result: it is decoded otherwise, or of other rows than go
     with its own (a file of rows has a name of its own)."""
     default, own = EvalOptions(), run.config.get("data", {}).get("folder") or os.environ.get("TINYLD_DATA")
-    names = [
-        "limit",
-        "draws",
-        "base_dtype",
-        *(f.name for f in fields(SampleConfig)),
-        *(["task"] if run.is_composition else []),
-    ]
+    names = ["limit", "draws", "base_dtype", *types_of(SampleConfig), *["task"] * run.is_composition]
     found = [name for name in names if getattr(options, name) != getattr(default, name)]
     data = options.data
     if data is not None and data.is_dir() and (own is None or os.path.realpath(data) != os.path.realpath(own)):

@@ -18,10 +18,8 @@ from tinyld.config import check, check_choice, from_dict, types_of
 from tinyld.download import Source
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.read import clean, read_toml
-from tinyld.rows import SPLITS, Example, bundled_data_dir, files_of, load_split, prompt_of, read_rows
+from tinyld.rows import SPLITS, files_of
 from tinyld.spelling import Spelling
-
-__all__ = ["SPLITS", "Example", "bundled_data_dir", "load_split", "prompt_of", "read_rows"]  # are asked for here too
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
 OURS = ("splits", "rows_from", "download", "path", "spelling")  # keys of a built-in task, or filled in; no user's

@@ -28,8 +28,9 @@ from tinyld.checkpoint import Base, load_base
 from tinyld.data import TaskRows
 from tinyld.evaluate import wilson
 from tinyld.hf import find_encoder
+from tinyld.rows import bundled_data_dir, load_split
 from tinyld.tables import print_table
-from tinyld.tasks import Task, bundled_data_dir, load_split, load_task
+from tinyld.tasks import Task, load_task
 from tinyld.writing import text_scores
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C

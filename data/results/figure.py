@@ -17,8 +17,8 @@ import torch
 import tinyld
 from tinyld.config import SampleConfig
 from tinyld.data import TaskRows
+from tinyld.rows import prompt_of
 from tinyld.sampler import decode
-from tinyld.tasks import prompt_of
 
 CELL, GAP, LINE, LEFT, FONT = 7.4, 5, 27, 150, 12.5
 

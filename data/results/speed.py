@@ -94,7 +94,8 @@ def theirs(name: str, task: str) -> None:
     from tinyld.config import PRESETS
     from tinyld.data import TaskRows
     from tinyld.device import autocast, resolve_dtype
-    from tinyld.tasks import bundled_data_dir, load_split, load_task
+    from tinyld.rows import bundled_data_dir, load_split
+    from tinyld.tasks import load_task
 
     cast = autocast(torch.device("cpu"), resolve_dtype("auto", torch.device("cpu")))
     base = load_base(bundled_data_dir() / "small")

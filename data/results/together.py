@@ -27,8 +27,8 @@ from tinyld.data import TaskRows
 from tinyld.device import autocast, resolve_dtype
 from tinyld.options import base_folder
 from tinyld.read import read_text
-from tinyld.rows import bundled_data_dir
-from tinyld.tasks import load_task, prompt_of
+from tinyld.rows import bundled_data_dir, prompt_of
+from tinyld.tasks import load_task
 from tinyld.workspace import default_base
 
 COUNTS = (1, 2, 4, 8, 16)

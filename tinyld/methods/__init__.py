@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from tinyld.config import ModelConfig, check, check_choice, from_dict
+from tinyld.config import ModelConfig, check, from_dict
 from tinyld.errors import TinyldError
 from tinyld.methods.baselines import BitFit, Bottleneck, Full, WeightLora
 from tinyld.methods.contract import Method
@@ -25,9 +25,8 @@ def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], An
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
     """A method's config from the options a user gave (None: not given), with its recipe and budget resolved.
 
-    UsageError for an unknown method or an option that the method does not have.
+    UsageError for an option that the method does not have.
     """
-    check_choice("method", name, tuple(METHODS))
     method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
     known = {field.name for field in fields(method.Config)}
     own = ", ".join(f"--{option}" for option in sorted(known - {"prune"})) or "no option"
