@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import signal
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,14 @@ import torch
 from conftest import QUICK, ROWS, cli, good
 
 import tinyld
+from tinyld import finetuning
 from tinyld.datafile import answer_words
+from tinyld.methods import METHODS
 from tinyld.options import FinetuneOptions
-from tinyld.runs import RunFolder
+from tinyld.runs import RunFolder, environment
 from tinyld.tokenizer import Tokenizer
 
+OURS = "trajectory-lora"
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
@@ -85,6 +91,9 @@ def learning(*rows: Any) -> Any:
         (learning(("a", "sad"), ("b", "sad\u200b")), "look like one label"),
         (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
         (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
+        (lambda run, base: tinyld.load(run.path, base=base, device=torch.device("cpu")), "device is text: auto, cpu"),
+        (lambda run, base: tinyld.finetune("x" * 5000), "no task 'xxx"),
+        (lambda run, base: tinyld.load(run.path, base="x" * 5000), "no run in xxx"),
         (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
         (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
         (lambda run, base: run.predict(None), "texts are a list"),
@@ -141,11 +150,73 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     learn(ROWS, out="zero", template="{text}\0{answer} \udce9")
 
 
-def test_the_callers_own_randomness_is_left_as_it_was(place: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_own_randomness_is_left_as_it_was(method: str, place: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+    given = {"budget": "9%"} if method in ("weight-lora", "adapters", "trajectory-lora") else {}
+    tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK | {"method": method} | given)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_who_wants_no_gradients_can_train(mode: Any, place: Path) -> None:
+    with mode():
+        run = tinyld.finetune(ROWS, base=place / "base", out="mine", recipe="best", **QUICK | {"method": OURS})
+        assert run.predict(["rain"])[0]["label"] in ("sad", "happy")
+
+
+def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path) -> None:
+    before = tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+    folder, scores = RunFolder(Path("mine")), {"mine-rows/dev": {"n": 4, "nll_bound": 1.0, "nll_stderr": None}}
+    folder.write_json("results.json", {"eval": scores})  # killed before it wrote its own
+    rows = Path("mine-rows.jsonl").rename("away.jsonl")
+    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl is gone: put it back there to go on"):
+        tinyld.finetune(resume="mine", base=place / "base")
+    rows.rename("mine-rows.jsonl")
+    run = tinyld.finetune(resume="mine", base=place / "base")
+    assert run.predict(["rain"]) == before.predict(["rain"])
+    assert folder.read_json("results.json")["eval"] == scores and "finetune" in folder.read_json("results.json")
+    with pytest.raises(tinyld.UsageError, match="leave --data out"):
+        tinyld.finetune("x.csv", resume="mine")
+
+
+def test_rows_of_two_callers_do_not_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = partial(tinyld.finetune, base=place / "base", out="mine", force=True, **QUICK)
+    learn(ROWS)
+    kept = Path("mine-rows.jsonl").read_bytes()
+    with RunFolder(Path("mine")).locked(), pytest.raises(tinyld.TinyldError, match="another process is writing in it"):
+        learn(ROWS[:20])
+    assert Path("mine-rows.jsonl").read_bytes() == kept
+    trained = finetuning._within
+    monkeypatch.setattr(finetuning, "_within", lambda made: (trained(made), Path("mine-rows.jsonl").write_text("{}")))
+    with pytest.raises(tinyld.TinyldError, match="rows was replaced meanwhile"):
+        learn(ROWS)
+
+
+def test_a_signal_stops_training_as_ctrl_c_does_unless_the_caller_handles_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(signum: int) -> None:
+        monkeypatch.setattr(finetuning, "evaluate", lambda *_, **__: signal.raise_signal(signum) or found)
+        tinyld.finetune(ROWS, base=place / "base", out=f"mine-{signum}", **QUICK)
+
+    found, heard = SimpleNamespace(record=lambda: {"nll_bound": 1.0}), list[int]()
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & takes away
+    try:
+        answered(signal.SIGTERM)
+        assert heard and signal.getsignal(signal.SIGTERM) is not None
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT: step 1 is saved; go on with --resume"):
+            answered(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ctrl_c)
+
+
+def test_a_run_of_python_keeps_no_arguments_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tinyld.cli")
+    assert environment()["command"] == "in Python"
 
 
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:

@@ -238,6 +238,15 @@ def test_a_share_is_not_rounded_below_the_least_that_is_right() -> None:
     assert share(torch.arange(40) < 38) >= LEAST_RIGHT
 
 
+def test_one_that_was_killed_is_made_again(fast: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ComposeOptions(runs=tuple(fast[:2]), limit=4, out=tmp_path / "both", quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        compose(options)
+    assert (tmp_path / "both" / "adapter.safetensors").exists()
+    compose(options)
+
+
 def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     fast: list[Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

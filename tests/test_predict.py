@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -461,6 +462,25 @@ def test_threads_may_share_what_is_loaded(fast: list[Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = [(name, pool.submit(runs[name].predict, texts)) for name in [*runs] * 10]
         assert all(each.result() == right[name] for name, each in found)
+
+
+def test_a_child_of_a_process_that_answers_in_a_thread_answers_too(fast: list[Path]) -> None:
+    run = tinyld.load(fast[0])
+    asking = threading.Thread(target=lambda: [run.predict(["rain"]) for _ in range(20)])
+    asking.start()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if ONE_AT_A_TIME.acquire(timeout=5) else 1)
+    asking.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_base_that_others_hang_their_pushes_on_answers_by_itself(fast: list[Path], place: Path) -> None:
+    base = tinyld.load(place / "base")
+    before = base.predict(["rain"], task=str(place / "a.toml"))
+    run = tinyld.load(fast[0], bases=[base.base])
+    answered = run.predict(["rain"])
+    assert base.predict(["rain"], task=str(place / "a.toml")) == before and run.predict(["rain"]) == answered
 
 
 def test_texts_may_come_of_other_threads_that_ask_too(fast: list[Path]) -> None:

@@ -209,7 +209,8 @@ def load_method(record: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
     kind, settings = read_config(record, str(folder.path / CONFIG))
     asked = kind.expected_parameters(settings, base.model.config)
     check_amount(asked, [t.shape for t in tensors.values()], folder.path / ADAPTER)
-    method = kind(settings, base.model)
+    with torch.random.fork_rng([]):  # what it begins as is drawn
+        method = kind(settings, base.model)
     load_exactly(method.own, tensors, folder.path / ADAPTER)
     return method
 

@@ -143,8 +143,8 @@ def save_composition(
     config = {"kind": "composition", "members": members, "by_name": by_name, "base": base.record()}
     tensors = {f"{i}.{n}": p for i, push in enumerate(routed.pushes) for n, p in push.named_parameters()}
     tensors |= {f"router.{n}": p for n, p in routed.router.state_dict().items()}
-    folder.write_json(CONFIG, config | {"environment": environment()})
     folder.write_tensors(ADAPTER, tensors)
+    folder.write_json(CONFIG, config | {"environment": environment()})  # last: without it there is no run
 
 
 def load_composition(folder: RunFolder, base: Base) -> None:

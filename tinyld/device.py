@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyld.config import BASE_DTYPES, check_choice
+from tinyld.config import BASE_DTYPES, check, check_choice
 from tinyld.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,6 +20,7 @@ AT_ONCE = 4096  # rows of a matrix that are widened together: those of a vocabul
 
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
+    check(isinstance(name, str), f"device is text: auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, index = name.partition(":")

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
@@ -22,8 +24,9 @@ from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import noise_answers
 from tinyld.distributed import Processes
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError, UsageError, failing
 from tinyld.evaluate import evaluate
+from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, flag, refuse_idle, several
 from tinyld.predict import Run, load
@@ -133,10 +136,13 @@ def run_folder(
         results: dict[str, Any] = {}
         yield folder, results
         folder.close_log()
-        folder.write_json(RESULTS, {VERBS[config["kind"]]: results})
+        known = folder.read_json(RESULTS) if os.path.lexists(out / RESULTS) else {}  # it may be evaluated already
+        folder.write_json(RESULTS, {VERBS[config["kind"]]: results} | known)
         folder.remove_checkpoints()
 
 
+@torch.inference_mode(False)  # whatever the caller is in
+@torch.enable_grad()
 def train_adapter(
     config: dict[str, Any], out: Path, options: Training, begun: RunFolder | None = None
 ) -> dict[str, Any]:
@@ -255,6 +261,9 @@ def resume(options: Training) -> dict[str, Any]:
         check(moved is None or verb == "finetune", f"--base has no effect on {out}, which is a base itself")
         results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
         if verb not in results:
+            rows = config["data"].get("folder")
+            gone = rows is not None and not os.path.lexists(rows)
+            check(not gone, f"{rows} is gone: put it back there to go on with {out}, or begin a new run", TinyldError)
             if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
             go_on = pretrain.train_base if verb == "pretrain" else train_adapter
@@ -268,18 +277,21 @@ def resume(options: Training) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ from Python
 
 
-def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path | None = None, **options: Any) -> Run:
+def finetune_rows(
+    rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path | None = None, **options: Any
+) -> Run:
     """Trains an adapter and loads it. Rows are (text, label) pairs or dicts with a text and a label column; a task is a
     built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, a folder has
     train.csv and perhaps dev.csv and test.csv, a .txt has texts in which gaps are to be filled.
 
     `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on. Rows in memory are kept
-    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev.
+    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev. With
+    `resume`, the folder of a run that was interrupted, and nothing to learn that goes on.
     """
-    if isinstance(rows_or_task, str | Path):
-        path, name = Path(rows_or_task), str(rows_or_task)
-        is_rows = path.suffix.lower() in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and path.is_dir())
-        made = _options(options, out=out, **{"data" if is_rows else "task": name})
+    if options.get("resume") is not None or isinstance(rows_or_task, str | Path):
+        suffix, name = os.path.splitext(str(rows_or_task))[1].lower(), str(rows_or_task)
+        is_rows = suffix in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and os.path.isdir(name))
+        made = _options(options, out=out, **({} if rows_or_task == () else {"data" if is_rows else "task": name}))
         return load(_within(made)["run"], made.base, made.device, made.dtype)
     out = RUNS / "mine" if out is None else out
     check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
@@ -296,9 +308,15 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
     before, begun = content_of(file), content_of(out / CONFIG)
     if before not in (None, content) and not made.force:
         raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
-    write_atomic(file, content)
+    with RunFolder(out).locked() if out.is_dir() else nullcontext():  # and so nobody trains there
+        if before is None:
+            with failing(file, "written"), open(file, "xb"):  # from now on nobody else begins with other rows
+                pass
+        write_atomic(file, content)
     try:
         _within(made)
+        changed = f"{file} was replaced meanwhile: what is in {out} may have learned other rows"
+        check(content_of(file) == content, changed, TinyldError)
     except BaseException as error:
         if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
@@ -310,9 +328,11 @@ def finetune_rows(rows_or_task: str | Path | Iterable[Any], *, out: str | Path |
 
 
 def _within(options: FinetuneOptions) -> dict[str, Any]:
-    """`finetune` in a process that does other things too, and gets its memory back."""
+    """`finetune` in a process that does other things too: it gets its memory back, and a signal as Ctrl-C is told."""
     try:
         return finetune(options)
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from None
     finally:
         keep_freed_memory(large=False)
 

@@ -41,12 +41,17 @@ def interrupt_or_end(signum: int, frame: FrameType | None) -> None:
     raise stopped
 
 
+USUAL = (signal.SIG_DFL, signal.default_int_handler, interrupt_or_end)  # handlers that are nobody else's
+
+
 @contextlib.contextmanager
 def handling(handler: Any, after: Any = None) -> Iterator[None]:
     """Within it Ctrl-C, a launcher's SIGTERM, and a closed terminal unless nohup ignores it, go to `handler`; behind it
-    to `after`, or to what they went to before."""
-    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM, *hangup)}
+    to `after`, where that is given, as in a process of our own. In another's they go back to what they went to before,
+    and one that the process handles or ignores by itself is left to it."""
+    numbers, own = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), after is not None
+    taken = [n for n in numbers if signal.getsignal(n) in USUAL or (own and n != signal.SIGHUP)]
+    before = {n: signal.signal(n, handler) for n in taken}
     try:
         yield
     finally:

@@ -73,8 +73,8 @@ def parsed(value: Any, kind: Any, option: str) -> Any:
 def base_folder(name: str | Path, option: str = "--base") -> Path:
     """The released base of that name, where there is one, else a path; a Path is one."""
     released = bundled_data_dir() / name
-    named = isinstance(name, str) and Path(name).name == name and (released / "config.json").is_file()
-    mine = named and (Path(name) / "config.json").is_file() and not os.path.samefile(name, released)
+    named = isinstance(name, str) and Path(name).name == name and os.path.isfile(released / "config.json")
+    mine = named and os.path.isfile(Path(name) / "config.json") and not os.path.samefile(name, released)
     check(not mine, f"{option} {name}: a released base and a folder here have this name; write ./{name} for the folder")
     return released if named else Path(name)
 

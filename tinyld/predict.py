@@ -1,5 +1,6 @@
 """A run that was loaded and answers, and several that share one pass of their base."""
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,9 @@ from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, lo
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 # Threads may ask at once, and runs that share a base hang their pushes on it by turns.
 ONE_AT_A_TIME = threading.RLock()
+os.register_at_fork(  # a child has this thread alone, and so must not wait for another
+    before=ONE_AT_A_TIME.acquire, after_in_parent=ONE_AT_A_TIME.release, after_in_child=ONE_AT_A_TIME.release
+)
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Run:
     tasks: list[Task]  # that it was made for; none for a base, but for one with an adapter folded in
     config: dict[str, Any] = field(repr=False)  # the run's config.json
     dtype: str = "auto"
-    push: nn.Module | None = field(default=None, repr=False)  # of a trajectory adapter, which may share its base
+    push: nn.Module | None = field(default=None, repr=False)  # on the base, which trajectory adapters share
     named: str | None = None  # the task that it was loaded for
 
     @property
@@ -54,7 +58,7 @@ class Run:
     @property
     def model(self) -> Denoiser:
         """The base's denoiser, pushed as this run does."""
-        self.base.model.push = self.push or self.base.model.push
+        self.base.model.push = self.push
         return self.base.model
 
     def rows(self, examples: Sequence[Example], task: Task) -> TaskRows:
@@ -308,7 +312,7 @@ def load(
 
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
     composition all rows go to the adapter of `task` where that is named. `reading`: how the folder of a public model is
-    read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, if that is there.
+    read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, of other such.
     """
     if not isinstance(path, str | Path):
         check(not (kept_in or task or reading), "base_dtype (kept_in), task and reading are for one run")
@@ -322,7 +326,7 @@ def load(
     path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
-    folder, push, kind = RunFolder(path), None, config["kind"]
+    folder, kind = RunFolder(path), config["kind"]
     if kind == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         loaded = load_base(path, on, kept_in or "fp32", reading)
@@ -333,10 +337,9 @@ def load(
         load_composition(folder, loaded)
     if kind == "adapter":
         pushes = config["method"].get("name") == TrajectoryLora.name  # and so leaves its base to others
-        loaded, method = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
-        push = getattr(method, "push", None)
+        loaded, _ = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
     tasks = [from_record(made["task"], where) for made in trained(config)]
-    run = Run(path, loaded, tasks, config, dtype, push, task)
+    run = Run(path, loaded, tasks, config, dtype, loaded.model.push, task)
     if task is not None:
         run.let_answer(run.task_named(task))  # which refuses another one
     run.model.requires_grad_(False)

@@ -85,7 +85,7 @@ class RunFolder:
         is_run = folder.is_run() and not path.is_symlink()
         with contextlib.suppress(TinyldError, OSError):
             names = {name for name in os.listdir(path) if not is_temporary(name)}
-            if names <= {MANIFEST, TOKENIZER} & {MANIFEST, *folder.files()}:
+            if names <= {MANIFEST, TOKENIZER, MODEL, ADAPTER} & {MANIFEST, *folder.files()}:
                 return
         if os.path.lexists(path) and not (force and is_run):
             stopped = is_run and (folder.checkpoints() or not folder.has_weights())
@@ -308,7 +308,8 @@ class RunFolder:
 def _found(path: Path) -> str:
     """What a folder holds, for an error."""
     none = "a file, no folder" if os.path.isfile(path) else "no such folder"
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else [none]
+    with failing(path, "read"):
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else [none]
     return f"found {', '.join(names[:8]) or 'an empty folder'}"
 
 
@@ -344,5 +345,6 @@ def environment(device: str = "auto") -> dict[str, Any]:
         "machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability(),
         "fast_dtype": fast_dtype(on),  # what `auto` is there
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
-        "command": shlex.join(["tinyld", *sys.argv[1:]]), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(["tinyld", *sys.argv[1:]]) if "tinyld.cli" in sys.modules else "in Python",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip

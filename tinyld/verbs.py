@@ -158,8 +158,8 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     merged = made if is_foreign(base.path) else RunFolder(base.path).config
     made_of = RunFolder(run).config
     merged |= {"merged": {"run": str(run), "base": base.fingerprint, "task": made_of["task"], "data": made_of["data"]}}
-    target.write_json(CONFIG, merged | {"environment": environment()})
     save_base(target, tensors, base.tokenizer, torch.float32)
+    target.write_json(CONFIG, merged | {"environment": environment()})  # last: without it there is no run
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 

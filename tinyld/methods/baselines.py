@@ -53,7 +53,7 @@ class BottleneckAdapter(nn.Module):
 
     def __init__(self, width: int, rank: int, generator: torch.Generator | None):
         super().__init__()
-        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.down, self.up = (nn.utils.skip_init(nn.Linear, *size) for size in ((width, rank), (rank, width)))
         nn.init.normal_(self.down.weight, 0.0, width**-0.5, generator)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
