@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
 from tinyld.data import Batch, TaskRows, torch_seeded
-from tinyld.diffusion import Noised, noise_answers, noise_counted, token_nll
+from tinyld.diffusion import SMOOTHED, Noised, noise_answers, noise_counted, token_nll
 from tinyld.errors import UsageError
 from tinyld.methods import METHODS, make_config, paper
 from tinyld.methods.contract import Method
@@ -182,6 +182,15 @@ BUDGETED = [
     ("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1}),
     *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"ranks": "auto"})),
 ]
+
+
+def test_a_smoothed_loss_is_the_cross_entropy_with_a_share_of_all_labels_words(config: ModelConfig) -> None:
+    model, noised, words = fresh_base(config), noised_batch(config), torch.tensor([8, 5, 11])
+    noised.x0[noised.is_masked] = words[torch.arange(int(noised.is_masked.sum())) % 3]
+    wanted = F.one_hot(noised.x0[noised.is_masked], config.vocab_size) * (1 - SMOOTHED)
+    wanted[:, words] += SMOOTHED / 3
+    exact = F.cross_entropy(logits(model, noised)[noised.is_masked], wanted, reduction="none")
+    torch.testing.assert_close(token_nll(model, noised, words)[0], exact)
 
 
 @pytest.mark.parametrize(("name", "options"), BUDGETED)

@@ -138,11 +138,24 @@ def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator) -> lis
     return parts
 
 
-def token_nll(denoiser: Any, noised: Noised) -> tuple[Tensor, Tensor]:
-    """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,)."""
+SMOOTHED = 0.1  # share of a label's probability that all labels' words should have alike
+
+
+def token_nll(denoiser: Any, noised: Noised, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,).
+
+    With the ids of `words` (K,), the labels' of a task, a loss to be trained on: the cross-entropy with 1 - SMOOTHED of
+    the right word and SMOOTHED of all words alike (label smoothing, arXiv 1512.00567), so that labels are not learned
+    with a certainty that held-out rows do not bear out.
+    """
     where = noised.is_masked
     h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached, where)
-    return denoiser.nll(h, noised.x0[where]), where.nonzero()[:, 0]
+    nll, x0 = denoiser.nll(h, noised.x0[where]), noised.x0[where]
+    if words is not None:  # whose normaliser is the same for all words, and so cancels
+        logits = denoiser.head(h, words)
+        right = logits.gather(1, (x0[:, None] == words).int().argmax(1, keepdim=True))[:, 0]
+        nll = nll + SMOOTHED * (right - logits.mean(1))
+    return nll, where.nonzero()[:, 0]
 
 
 def all_finite(found: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
-from tinyld.data import TaskRows, some_of, torch_seeded
+from tinyld.data import TaskRows, answer_ids, some_of, torch_seeded
 from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.diffusion import noise_answers
+from tinyld.diffusion import noise_answers, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError, failing
 from tinyld.evaluate import evaluate
@@ -208,9 +208,12 @@ def train_adapter(
             found = evaluate(model, dev_rows, tokenizer, answer=not task.is_generation).record()
             return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "nll_bound") if k in found}
 
+        # labels of several tokens are learned token by token
+        one_token = task.labels and train_rows.slot == 1
+        words = torch.tensor(answer_ids(task, tokenizer), device=device)[:, 0] if one_token else None
         run = TrainingRun(
             model, method.own, train_rows, noise, training, folder, held_out, f"{method.name} {task.name}",
-            method.penalty, method.after_update, processes=processes, quiet=quiet,
+            method.penalty, method.after_update, partial(token_nll, words=words), processes=processes, quiet=quiet,
         ).train(begun is not None)  # fmt: skip
         metrics = run.metrics
         method.finish()
@@ -315,8 +318,6 @@ def finetune_rows(
         write_atomic(file, content)
     try:
         _within(made)
-        changed = f"{file} was replaced meanwhile: what is in {out} may have learned other rows"
-        check(content_of(file) == content, changed, TinyldError)
     except BaseException as error:
         if begun == content_of(out / CONFIG):  # nothing was begun with these rows
             file.unlink() if before is None else write_atomic(file, before)
@@ -324,6 +325,8 @@ def finetune_rows(
                 said = str(error).replace(os.path.abspath(file), "rows").replace(str(file), "rows")
                 raise type(error)(said) from None
         raise
+    changed = f"{file} was replaced meanwhile: what is in {out} may have learned other rows"
+    check(content_of(file) == content, changed, TinyldError)
     return load(out, made.base, made.device, made.dtype)
 
 

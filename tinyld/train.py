@@ -113,8 +113,9 @@ COUNTERS = ("step", "tokens", "seconds", "log_sum", "log_count")  # what a check
 class TrainingRun:
     """What trains `parameters` in place: all that it is given, the optimizer and how far it is.
 
-    `penalty` is added to each update's loss (a method's regulariser), and `after_update` follows it. `evaluate` returns
-    held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact.
+    `loss` is of each masked token; to its mean `penalty` is added (a method's regulariser), and `after_update` follows
+    each update. `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock and so are not
+    bit-exact.
     """
 
     model: Denoiser
@@ -127,6 +128,7 @@ class TrainingRun:
     label: str
     penalty: Callable[[], Tensor | None] = lambda: None
     after_update: Callable[[float], None] = lambda progress: None
+    loss: Callable[[Denoiser, Noised], tuple[Tensor, Tensor]] = token_nll
     body: frozenset[str] = frozenset()  # tensors of a warm-started encoder
     processes: Processes = Processes()
     quiet: bool = False
@@ -252,7 +254,7 @@ class TrainingRun:
         masked = max(1.0, sum(float(part.is_masked.sum()) for part in noised))
         for micro in [some for part in noised for some in self.processes.share(part, self.config.accumulate)]:
             with self.autocast():
-                nll, _ = token_nll(self.model, micro.to(self.device))
+                nll, _ = self.loss(self.model, micro.to(self.device))
                 part = nll.sum() / masked
             self.scaler.scale(part).backward()
             loss += part.detach()
