@@ -182,11 +182,11 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
 
 
 def test_labels_are_not_learned_with_certainty(place: Path) -> None:
-    """Of two the right one is wanted with 0.95; without a goal like that these rows have 0.99 and more."""
+    """Of two the right one is wanted with 0.9; without a goal like that these rows have 0.99 and more."""
     run = tinyld.finetune(ROWS, base=place / "base", out="mine", method="full", epochs=30, lr=1e-2, batch_size=8)
     found = run.predict([text for text, _ in ROWS])
     assert [f["label"] for f in found] == [label for _, label in ROWS]
-    assert np.mean([f["probability"] for f in found]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean([f["probability"] for f in found]) == pytest.approx(0.9, abs=0.02)
 
 
 def test_rows_of_two_callers_do_not_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

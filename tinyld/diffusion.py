@@ -138,7 +138,7 @@ def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator) -> lis
     return parts
 
 
-SMOOTHED = 0.1  # share of a label's probability that all labels' words should have alike
+SMOOTHED = 0.2  # share of a label's probability that all labels' words should have alike
 
 
 def token_nll(denoiser: Any, noised: Noised, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
