@@ -181,6 +181,17 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
         tinyld.finetune("x.csv", resume="mine")
 
 
+def test_another_default_dtype_is_refused(trained: Path, place: Path) -> None:
+    run = tinyld.load(trained, base=place / "base")
+    torch.set_default_dtype(torch.float64)
+    try:
+        for call in (lambda: tinyld.load(trained, base=place / "base"), lambda: run.predict(["rain"])):
+            with pytest.raises(tinyld.UsageError, match="default dtype is torch.float64; call torch.set_default"):
+                call()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_labels_are_not_learned_with_certainty(place: Path) -> None:
     """Of two the right one is wanted with 0.9; without a goal like that these rows have 0.99 and more."""
     run = tinyld.finetune(ROWS, base=place / "base", out="mine", method="full", epochs=30, lr=1e-2, batch_size=8)

@@ -49,10 +49,13 @@ def fast_dtype(device: torch.device) -> str:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such."""
+    """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such, or where the process makes
+    numbers of another type than float32 by default."""
     if name == "fp16" and device.type == "cpu":
         raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
     check_choice("dtype", name, ("auto", *DTYPES))
+    usual = torch.get_default_dtype()
+    check(usual == torch.float32, f"torch's default dtype is {usual}; call torch.set_default_dtype(torch.float32)")
     return DTYPES[fast_dtype(device) if name == "auto" else name]
 
 
