@@ -49,7 +49,7 @@ def fast_dtype(device: torch.device) -> str:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such, or where the process makes
+    """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such, or where torch makes
     numbers of another type than float32 by default."""
     if name == "fp16" and device.type == "cpu":
         raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
