@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tinyld.progress import Progress
 from tinyld.rows import GAPS
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
 from tinyld.scores import eval, remember
-from tinyld.tasks import load_task
+from tinyld.tasks import Task, load_task
 from tinyld.texts import table_line
 from tinyld.tokenizer import Tokenizer
 
@@ -84,8 +85,11 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
                 total += float(logp(xt, (n - i) / n, real)[i, token])
             assert found[0, k] == found[1, k] == pytest.approx(total, abs=1e-4)
         assert len(passes) == 1 + 1 + 3 + 3, "one for all lengths; then one a beginning: of one token, of two, of three"
-    record = by_label(torch.tensor([[0.0, 1.0]]), ["a", "b"])
+    mood = Task("{text} {answer}", "mood", verbalizer={"a": "x", "b": "y"})
+    record = by_label(torch.tensor([[0.0, 1.0]]), mood)
     assert record["label"] == ["b"] and sum(record["probabilities"][0].values()) == pytest.approx(1, abs=1e-3)
+    smoothed = by_label(torch.tensor([[0.4, 0.6], [0.09, 0.91]]).log(), replace(mood, smoothed=0.2))["probabilities"]
+    assert smoothed == [{"a": 0.375, "b": 0.625}, {"a": 0.0, "b": 1.0}], "0.8 of this and 0.1 are what was given"
 
 
 def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(place: Path) -> None:

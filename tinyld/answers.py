@@ -33,7 +33,7 @@ def answers(
     rows = run.rows(examples, task)
     with autocast(run.model.device, resolve_dtype(run.dtype, run.model.device)):
         for part in answered(run.model, rows, run.base.tokenizer, sampling, advance=advance):
-            columns = {} if part.scores is None else by_label(part.scores, task.labels)
+            columns = {} if part.scores is None else by_label(part.scores, task)
             columns |= {"decoded" if columns else "answer": part.written, "truncated": rows.cut[part.chosen].tolist()}
             if run.is_composition:
                 columns["adapter"] = run.owners(part.batch)
@@ -56,7 +56,7 @@ def answers_in_one_pass(runs: Sequence[Any], examples: Sequence[Example]) -> lis
         for chosen, batch in in_batches(model, rows):
             each = pushed_logits(model, batch, tokenizer.mask_id, pushes, words)
             for own, task, logits in zip(found, tasks, each, strict=True):
-                put(own, chosen, by_label(logits, task.labels) | {"truncated": rows.cut[chosen].tolist()})
+                put(own, chosen, by_label(logits, task) | {"truncated": rows.cut[chosen].tolist()})
     return found
 
 
@@ -66,11 +66,12 @@ def put(found: list[Record], chosen: np.ndarray, columns: Mapping[str, Sequence[
         found[row] = dict(zip(columns, values, strict=True))
 
 
-def by_label(scores: Tensor, labels: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """Of each row the likeliest label and every label's probability among them. scores: (B, labels), log-probabilities
-    or logits."""
-    shares = [[round(p, 4) for p in row] for row in scores.softmax(1).tolist()]
-    best = scores.argmax(1).tolist()
+def by_label(scores: Tensor, task: Task) -> dict[str, Sequence[Any]]:
+    """Of each row the likeliest label and every label's probability among them, less what was learned to be of all
+    labels alike. scores: (B, labels), log-probabilities or logits."""
+    labels, best = task.labels, scores.argmax(1).tolist()
+    found = (scores.softmax(1) - task.smoothed / len(labels)).clamp(min=0)
+    shares = [[round(p, 4) for p in row] for row in (found / found.sum(1, keepdim=True)).tolist()]
     return {
         "label": [labels[i] for i in best],
         "probability": [row[i] for row, i in zip(shares, best, strict=True)],

@@ -22,7 +22,7 @@ from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_di
 from tinyld.data import TaskRows, answer_ids, some_of, torch_seeded
 from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
-from tinyld.diffusion import noise_answers, token_nll
+from tinyld.diffusion import SMOOTHED, noise_answers, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError, UsageError, failing
 from tinyld.evaluate import evaluate
@@ -170,6 +170,10 @@ def train_adapter(
     data |= {"rows": len(train_rows), "truncated": train_rows.truncated}
     digests = {"sha256": train_rows.digest(), "dev_sha256": dev_rows.digest()}
     facts = {"data": data | digests, "base": kept | {"fingerprint": base.fingerprint}, "parameters": counts}
+    one_token = task.labels and train_rows.slot == 1  # others are learned token by token
+    words = torch.tensor(answer_ids(task, tokenizer), device=device)[:, 0] if one_token else None
+    if words is not None:
+        facts["task"] = config["task"] | {"smoothed": SMOOTHED}
     if task.is_generation and tokenizer.lowers:
         facts["task"] = config["task"] | {"spelling": to_dict(learn_spelling(examples, task.is_infill))}
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
@@ -208,9 +212,6 @@ def train_adapter(
             found = evaluate(model, dev_rows, tokenizer, answer=not task.is_generation).record()
             return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "nll_bound") if k in found}
 
-        # labels of several tokens are learned token by token
-        one_token = task.labels and train_rows.slot == 1
-        words = torch.tensor(answer_ids(task, tokenizer), device=device)[:, 0] if one_token else None
         run = TrainingRun(
             model, method.own, train_rows, noise, training, folder, held_out, f"{method.name} {task.name}",
             method.penalty, method.after_update, partial(token_nll, words=words), processes=processes, quiet=quiet,

@@ -132,8 +132,8 @@ class Run:
             before, keys = (own, KEPT) if own else (self.tasks[0], ("template", "verbalizer", "answer_tokens"))
             if differs := unlike(to_record(before), to_record(asked), keys):
                 raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
-        spelling = next((task.spelling for task in self.tasks if task.asks == asked.asks), None)
-        return own or replace(asked, spelling=spelling)
+        alike = next((task for task in self.tasks if task.asks == asked.asks), asked)
+        return own or asked.learned_as(alike)
 
     def answer(
         self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance = unheard

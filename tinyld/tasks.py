@@ -22,7 +22,8 @@ from tinyld.rows import SPLITS, files_of
 from tinyld.spelling import Spelling
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
-OURS = ("splits", "rows_from", "download", "path", "spelling")  # keys of a built-in task, or filled in; no user's
+LEARNED = ("spelling", "smoothed")  # by a run
+OURS = ("splits", "rows_from", "download", "path", *LEARNED)  # keys of a built-in task, or filled in; no user's
 # What a run keeps of its task; beside it `path`, of the file that describes one.
 KEPT = ("name", "template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens")
 
@@ -50,10 +51,12 @@ class Task:
     download: Source | None = None
     path: Path = Path()  # of its file, or of the file of rows that it was made from
     spelling: Spelling | None = None  # of its texts, as a run learned it, where its base writes small letters alone
+    smoothed: float = 0.0  # share of a label's probability that a run learned to give to all labels alike
 
     def __post_init__(self) -> None:
         """Fills in what is left open; UsageError where the parts do not fit each other."""
         check(re.fullmatch(r"\w[\w .-]*", self.name), f"name must be letters, digits and -, got {show(self.name)}")
+        check(0 <= self.smoothed < 1, f"smoothed must be at least 0 and below 1, got {self.smoothed}")
         for split in (*self.data, *self.splits):
             check_choice("a split", split, SPLITS)
         template, fields = clean(self.template), self._fields()
@@ -78,6 +81,10 @@ class Task:
         filled |= {"answer_tokens": width, "data": data, "splits": tuple(self.splits or self.data or SPLITS)}
         for name, value in (filled | {"rows_from": self.rows_from or self.name}).items():
             object.__setattr__(self, name, value)
+
+    def learned_as(self, other: Task) -> Task:
+        """This task with what a run learned of the other one."""
+        return replace(self, **{name: getattr(other, name) for name in LEARNED})
 
     def _fields(self) -> list[str]:
         """The names in the template other than {answer}, each once."""
@@ -187,7 +194,7 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     """
     path = record.get("path")
     file = BUILTIN_DIR / f"{record.get('name')}.toml" if path is None else Path(str(path))
-    own = {key: value for key, value in record.items() if key in (*KEPT, "spelling")}
+    own = {key: value for key, value in record.items() if key in (*KEPT, *LEARNED)}
     then = from_dict(Task, own | {"path": file}, where)
     if file.suffix != ".toml" or not os.path.lexists(file):
         return then
@@ -195,7 +202,7 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     if changed := unlike(to_record(then), to_record(today)):
         way_out = "put that back; a new task goes into a file of its own (runs keep theirs)"
         raise TinyldError(f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; {way_out}")
-    return replace(today, spelling=then.spelling)
+    return today.learned_as(then)
 
 
 def trained(config: dict[str, Any]) -> list[dict[str, Any]]:
