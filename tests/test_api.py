@@ -17,7 +17,7 @@ import torch
 from conftest import QUICK, ROWS, cli, good
 
 import tinyld
-from tinyld import finetuning
+from tinyld import finetuning, from_python
 from tinyld.datafile import answer_words
 from tinyld.methods import METHODS
 from tinyld.options import FinetuneOptions
@@ -210,8 +210,8 @@ def test_rows_of_two_callers_do_not_mix(place: Path, monkeypatch: pytest.MonkeyP
     with RunFolder(Path("mine")).locked(), pytest.raises(tinyld.TinyldError, match="another process is writing in it"):
         learn(ROWS[:20])
     assert Path("mine-rows.jsonl").read_bytes() == kept
-    trained = finetuning._within
-    monkeypatch.setattr(finetuning, "_within", lambda made: (trained(made), Path("mine-rows.jsonl").write_text("{}")))
+    trained = from_python._within
+    monkeypatch.setattr(from_python, "_within", lambda made: (trained(made), Path("mine-rows.jsonl").write_text("{}")))
     with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl was replaced meanwhile"):
         learn(ROWS)
 

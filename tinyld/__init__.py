@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld.errors import TinyldError, UsageError
 
 if TYPE_CHECKING:
-    from tinyld.finetuning import finetune_rows as finetune
+    from tinyld.from_python import finetune_rows as finetune
     from tinyld.predict import Run as Run
     from tinyld.predict import load as load
 
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(predict, name)
     if name == "finetune":
-        from tinyld.finetuning import finetune_rows
+        from tinyld.from_python import finetune_rows
 
         return finetune_rows
     raise AttributeError(f"module 'tinyld' has no attribute {name!r}")

@@ -13,14 +13,15 @@ from typing import Any
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.options import RowOptions, refuse_idle
-from tinyld.read import clean
-from tinyld.rows import TABBED, cell, in_folder, read_rows, references, refuse_table
+from tinyld.read import clean, parse_json
+from tinyld.rows import SUFFIXES, cell, in_folder, read_rows, references
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 MAX_LABELS = 200
 WORDY = 3  # words of a label, beyond which it may be meant to be written
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
+TABBED = "all lines have a tab: name it .tsv, with a first line that names the columns"
 WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
 MINE = ("text_column", "label_column", "answer_column", "template")  # options of a file of rows alone
 
@@ -78,6 +79,17 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     words = answer_words(labels, tokenizer, tokenizer.blank_before(template))
     verbalizer = dict(zip(labels, words, strict=True))
     return Task(template, name, verbalizer=verbalizer, columns={"text": text}, label_column=label, path=path)
+
+
+def refuse_table(line: str, where: str, column: str = "text") -> None:
+    """TinyldError where the first line of texts is that of a table that has the column, or of JSON Lines."""
+    names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
+    said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
+    with contextlib.suppress(TinyldError):
+        if line.startswith("{") and parse_json(line, where, dict):
+            said, column = "is JSON", names[0]
+    if column in names:
+        raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
 
 
 def _check_labels(labels: list[str], where: str, rows: int) -> None:

@@ -1,13 +1,12 @@
-"""Fine-tuning: a base, a task and a method -> an adapter in a run folder; the going on with an interrupted run; Python.
+"""Fine-tuning: a base, a task and a method -> an adapter in a run folder; and the going on with an interrupted run.
 
 What a run is, from the options of a new one or as an old one recorded it, is its config.json.
 """
 
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
@@ -24,22 +23,18 @@ from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
 from tinyld.diffusion import SMOOTHED, noise_answers, token_nll
 from tinyld.distributed import Processes
-from tinyld.errors import TinyldError, UsageError, failing
+from tinyld.errors import TinyldError
 from tinyld.evaluate import evaluate
-from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
-from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, flag, refuse_idle, several
-from tinyld.predict import Run, load
+from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, flag, refuse_idle
 from tinyld.progress import Progress
-from tinyld.read import read_bytes
-from tinyld.rows import SUFFIXES, Example, load_split, to_learn
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, ROWS_SUFFIX, RunFolder, Spectator, environment, is_writer
+from tinyld.rows import Example, load_split, to_learn
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
-from tinyld.tasks import Task, builtin_names, from_record, to_record
+from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_states
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
-from tinyld.write import make_folder, write_atomic
 
 DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads all
 # Where nothing is said, three epochs; of few rows ten, between 40 and 100 updates, as three epochs of 100 rows are 12
@@ -276,90 +271,3 @@ def resume(options: Training) -> dict[str, Any]:
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()
         return {"run": str(out), **results[verb]}
-
-
-# ------------------------------------------------------------------------------------------------ from Python
-
-
-def finetune_rows(
-    rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path | None = None, **options: Any
-) -> Run:
-    """Trains an adapter and loads it. Rows are (text, label) pairs or dicts with a text and a label column; a task is a
-    built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, a folder has
-    train.csv and perhaps dev.csv and test.csv, a .txt has texts in which gaps are to be filled.
-
-    `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on. Rows in memory are kept
-    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev. With
-    `resume`, the folder of a run that was interrupted, and nothing to learn that goes on.
-    """
-    if options.get("resume") is not None or isinstance(rows_or_task, str | Path):
-        suffix, name = os.path.splitext(str(rows_or_task))[1].lower(), str(rows_or_task)
-        is_rows = suffix in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and os.path.isdir(name))
-        made = _options(options, out=out, **({} if rows_or_task == () else {"data" if is_rows else "task": name}))
-        return load(_within(made)["run"], made.base, made.device, made.dtype)
-    out = RUNS / "mine" if out is None else out
-    check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
-    out = Path(out)
-    file = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out
-    made = _options(options, out=out, data=file)
-    content = b"".join(map(_line, several(rows_or_task, "rows")))
-    RunFolder.check_free(out, made.force)
-    make_folder(out.parent)
-
-    def content_of(path: Path) -> bytes | None:
-        return read_bytes(path) if os.path.lexists(path) else None
-
-    before, begun = content_of(file), content_of(out / CONFIG)
-    if before not in (None, content) and not made.force:
-        raise TinyldError(f"{file} exists and holds other rows: choose another out, remove it, or say force=True")
-    with RunFolder(out).locked() if out.is_dir() else nullcontext():  # and so nobody trains there
-        if before is None:
-            with failing(file, "written"), open(file, "xb"):  # from now on nobody else begins with other rows
-                pass
-        write_atomic(file, content)
-    try:
-        _within(made)
-    except BaseException as error:
-        if begun == content_of(out / CONFIG):  # nothing was begun with these rows
-            file.unlink() if before is None else write_atomic(file, before)
-            if isinstance(error, TinyldError):
-                said = str(error).replace(os.path.abspath(file), "rows").replace(str(file), "rows")
-                raise type(error)(said) from None
-        raise
-    changed = f"{file} was replaced meanwhile: what is in {out} may have learned other rows"
-    check(content_of(file) == content, changed, TinyldError)
-    return load(out, made.base, made.device, made.dtype)
-
-
-def _within(options: FinetuneOptions) -> dict[str, Any]:
-    """`finetune` in a process that does other things too: it gets its memory back, and a signal as Ctrl-C is told."""
-    try:
-        return finetune(options)
-    except Interrupted as error:
-        raise KeyboardInterrupt(str(error)) from None
-    finally:
-        keep_freed_memory(large=False)
-
-
-def _line(row: Any) -> bytes:
-    """A row in memory as a line of JSON."""
-    if not isinstance(row, Mapping):
-        check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
-        row = dict(zip(("text", "label"), row, strict=True))
-    try:
-        row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
-        line = json.dumps(row, ensure_ascii=False, default=lambda value: value.item())  # of numpy's
-    except (AttributeError, TypeError, ValueError):
-        raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
-    return f"{line}\n".encode(errors="backslashreplace")  # half of an emoji
-
-
-def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
-    """The verb's options; UsageError for one that it does not have, or that the first argument says already."""
-    known = {field.name for field in fields(FinetuneOptions)}
-    for name in given:
-        check(name in known, f"no option {name}; `tinyld finetune --help` and `--set help` list them")
-        check(name not in ours, f"no option {name} here; the first argument says what is learned")
-    if isinstance(given.get("budget"), int | float):  # read as the verb reads it
-        given = given | {"budget": str(given["budget"])}
-    return FinetuneOptions(**{"quiet": True, **ours, **given})

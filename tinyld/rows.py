@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -30,7 +29,6 @@ Row = tuple[str, dict[str, Any]]  # file and line, column -> value
 QUOTED = re.compile('(?s)""|"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes or with nothing in it, as CSV has one
 OPENED, CLOSED = re.compile('"(?!.*"$)'), re.compile('(?!").*"')  # what a cell of several lines begins and ends with
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
-TABBED = "all lines have a tab: name it .tsv, with a first line that names the columns"
 GAPS = 4  # that training makes in each text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
 BUNDLED_TASKS = ("reviews", "topics")  # need no file of the user's and no network
@@ -176,17 +174,6 @@ def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
             yield where, {"text": line.rstrip("\n")}
         elif line.strip():
             yield where, as_object(parse_json(line, where), where)
-
-
-def refuse_table(line: str, where: str, column: str = "text") -> None:
-    """TinyldError where the first line of texts is that of a table that has the column, or of JSON Lines."""
-    names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
-    said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
-    with contextlib.suppress(TinyldError):
-        if line.startswith("{") and parse_json(line, where, dict):
-            said, column = "is JSON", names[0]
-    if column in names:
-        raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
 
 
 def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:

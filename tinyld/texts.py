@@ -17,12 +17,13 @@ from typing import Any
 from tinyld.answers import OURS, Record, examples_of, own_name, under
 from tinyld.config import check
 from tinyld.data import seed_of, slot_width
+from tinyld.datafile import TABBED, refuse_table
 from tinyld.errors import plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further
 from tinyld.read import decode, refuse_long
-from tinyld.rows import SUFFIXES, TABBED, Row, files_of, read_rows, refuse_table
+from tinyld.rows import SUFFIXES, Row, files_of, read_rows
 from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
