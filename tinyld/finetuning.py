@@ -37,11 +37,11 @@ from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_s
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
 
 DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads all
-# Where nothing is said, three epochs; of few rows ten, between 40 and 100 updates, as three epochs of 100 rows are 12
-# updates, which teach nothing, and a hundred of 16 rows teach them by heart. Writing takes longer to learn: eight
-# epochs, between 400 and 1,200 updates. No row is read more than EPOCHS times. Labels of MANY rows are learned in one
-# epoch: on SST-2's 67,349 phrases three had about three points less by full fine-tuning, and one less by `best`.
-FEW, WRITING, EPOCHS, MANY = (10, 40, 100), (8, 400, 1_200), 100, 30_000
+# Where nothing is said, three epochs; of few rows twenty, between 90 and 220 updates, as three epochs of 100 rows are
+# 12 updates, which teach nothing. Writing takes longer to learn: eight epochs, between 400 and 1,200 updates. No row is
+# read more than EPOCHS times. Labels of MANY rows are learned in one epoch: on SST-2's 67,349 phrases three had about
+# three points less by full fine-tuning, and one less by `best`.
+FEW, WRITING, EPOCHS, MANY = (20, 90, 220), (8, 400, 1_200), 100, 30_000
 SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
 RARE = 20  # rows, from which on a label that one of them has is said
