@@ -4,8 +4,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
 from tinyld.errors import TinyldError, plain
 from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions, refuse_idle
@@ -187,6 +185,6 @@ def demo(options: DemoOptions) -> None:
         command = line.format(out=shlex.quote(str(out)), train=train, force=force, more=more)
         say(f"-- tinyld {command}")
         if code := app(shlex.split(command), standalone_mode=False):
-            raise typer.Exit(code)
+            raise SystemExit(code)
     print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
     print("      tinyld predict runs/mine new.csv --out answered.csv")
