@@ -3,20 +3,15 @@
 Text only: no tokens, no torch.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tinyld.config import check
+from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
-
-if TYPE_CHECKING:
-    from tinyld.rows import Example
 
 WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contraction is none: it's, we'll
 END = r"(?<!\b[^\W\d_])(?<!\.\.)[.!?]['\"’”)]*"  # of a sentence; not of initials (p.m.), nor what is left open ...
