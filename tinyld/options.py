@@ -111,8 +111,7 @@ class Options(Settings):
     @classmethod
     def called(cls, name: str) -> str:
         """How a user gives the option."""
-        group = next(field.metadata["group"] for field in dataclasses.fields(cls) if field.name == name)
-        return flag(name) if group else f"--set {name}"
+        return flag(name) if cls.__dataclass_fields__[name].metadata["group"] else f"--set {name}"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -216,13 +215,11 @@ class FinetuneOptions(Training, Reading, RowOptions):
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Of trajectory-lora; if not given, best.", "Method", among=RECIPE_NAMES)
     budget: float | None = option(
-        None, "Limit of what is stored, 0.7% of the base; sets the rank.", "Method", read=share
+        None, "Most that is stored, as 0.7% of the base: sets the rank.", "Method", read=share
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Method", read=base_folder)
-    epochs: float | None = option(
-        None, "Passes: 3; more of few rows or to write, 1 of 30,000 rows.", "Training", above=0
-    )
+    epochs: float | None = option(None, "Passes: 3; more of few rows or to write, 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
@@ -239,9 +236,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
 
 
 class PretrainOptions(Training):
-    data: tuple[Path, ...] = option(
-        (), "Text, a file or folder (.txt, .txt.gz, .jsonl), or several; else the bundled 2 MB.", "Text"
-    )
+    data: tuple[Path, ...] = option((), "Files or folders of .txt, .txt.gz, .jsonl; else the bundled 2 MB.", "Text")
     valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
     batch_size: int = option(16, "Rows an update reads, each under two complementary masks.", "Training", least=1)
     flat: float = option(0.8, "Share of the budget at the peak learning rate.")
