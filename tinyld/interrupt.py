@@ -24,13 +24,9 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted(signum)
-
-
 def interrupt_or_end(signum: int, frame: FrameType | None) -> None:
-    """`interrupt`, in a process of our own. Where something is just being imported it ends at once: C code that imports
-    may swallow what is raised, or leave half a module (torch imports NumPy so)."""
+    """Raises Interrupted, in a process of our own. Where something is just being imported that ends at once: C code
+    that imports may swallow what is raised, or leave half a module (torch imports NumPy so)."""
     stopped = Interrupted(signum)
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -71,7 +67,7 @@ class StopSignals(contextlib.ExitStack):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received and time.monotonic() - self.at > SAME:
-            interrupt(signum, frame)
+            raise Interrupted(signum)
         if not self.received:
             self.received, self.at = signum, time.monotonic()
             if self.answer and sys.stderr is not None:
