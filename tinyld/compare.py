@@ -103,10 +103,8 @@ def lines_of(options: CompareOptions) -> list[Line]:
 
 def variants(text: str, shape: ModelConfig) -> Iterator[tuple[str, str, list[str]]]:
     """(name as part of a folder's, method, options as name=value) of `all`, or of methods with commas between them,
-    options behind colons, / in the place of their commas: `weight-lora,trajectory-lora:ranks=64/32/8:lr=0.01`.
-
-    `lr` moves the learning rates that are tried, which are otherwise around the method's usual one.
-    """
+    options behind colons, / in the place of their commas: `weight-lora,trajectory-lora:ranks=64/32/8:lr=0.01`. `lr`
+    moves the learning rates that are tried, which are otherwise around the method's usual one."""
     for given in list(METHODS) if text == "all" else text.split(","):
         method, *sets = given.split(":")
         known = f"--methods takes {', '.join(METHODS)} or all, with options as in weight-lora:rank=8; got {given!r}"

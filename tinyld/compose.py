@@ -133,10 +133,8 @@ def share(hits: Tensor) -> float:
 
 
 def stranger_rows(base: Base, task: Task) -> TaskRows | None:
-    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text.
-
-    Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
-    """
+    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text. Two fifths of
+    it are of the kind that the bundled tasks `reviews` and `topics` are made of."""
     if len(task.columns) != 1 or task.is_generation:
         return None
     (column,) = task.columns.values()

@@ -53,10 +53,7 @@ def cache_dir() -> Path:
 
 
 def download_task(name: str, source: Source) -> Path:
-    """The folder of the cache that now holds the task's splits. Files already there stay as they are.
-
-    NetworkError where a file cannot be had, TinyldError where it is another one; nothing is left behind then.
-    """
+    """The folder of the cache that now holds the task's splits. Files already there stay as they are."""
     urls = enumerate(source.files.items(), 1)
     files = {url: fetch(url, digest, f"{name} ({i}/{len(source.files)})") for i, (url, digest) in urls}
     folder = cache_dir() / "data" / name
@@ -70,9 +67,7 @@ def download_task(name: str, source: Source) -> Path:
 
 def fetch(url: str, digest: str, description: str) -> bytes:
     """What the URL gives, with a bar on stderr. NetworkError, or TinyldError for another digest (SHA-256 or MD5).
-
-    `$TINYLD_MIRROR` replaces the scheme and host of every URL.
-    """
+    `$TINYLD_MIRROR` replaces the scheme and host of every URL."""
     import http.client
     from urllib.request import Request, urlopen
 

@@ -14,10 +14,8 @@ SAME = 1.0  # seconds within which a second signal is the first one, sent by the
 
 
 class Interrupted(BaseException):
-    """A run was stopped by a signal; the exit code is 128 plus its number, as shells have it.
-
-    Not an Exception, as KeyboardInterrupt is none: nothing that handles errors should take it for one.
-    """
+    """A run was stopped by a signal; the exit code is 128 plus its number, as shells have it. Not an Exception, as
+    KeyboardInterrupt is none: nothing that handles errors should take it for one."""
 
     def __init__(self, signum: int, message: str = "nothing was lost that had been saved"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
@@ -56,10 +54,8 @@ def handling(handler: Any, after: Any = None) -> Iterator[None]:
 
 
 class StopSignals(contextlib.ExitStack):
-    """Within it the first signal is only noted in `received`, and answered on stderr with what will still be done.
-
-    In another thread than the main one it does nothing.
-    """
+    """Within it the first signal is only noted in `received`, and answered on stderr with what will still be done. In
+    another thread than the main one it does nothing."""
 
     def __init__(self, answer: str = "stopping after this step") -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""Every verb's options as one frozen dataclass: type, default, help and group of each, and how a value is read from
-text. No torch, no typer.
+"""Every verb's options as a frozen dataclass, and how a value is read from text. No torch, no typer.
 
 The command line, `--set` and the Python interface are all made from these. A default is written here, or in the config
 that it refers to. An option without a group is for experts: `--set name=value` alone gives it.

@@ -104,10 +104,15 @@ def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
             raise ValueError(f"key {show(twice)} twice")
         return record
 
+    def number(text: str) -> float:
+        if not abs(value := float(text)) <= 1e308:  # NaN is not
+            raise ValueError(f"{show(text)} is no finite number")
+        return value
+
+    hooks: dict[str, Any] = {"parse_float": number, "parse_constant": number, "object_pairs_hook": unique}
     try:
         text = text if isinstance(text, str) else decode(text, path)  # by itself json takes UTF-16 too
-        value = json.loads(text, object_pairs_hook=unique)
-        _check_finite(value)
+        value = json.loads(text, parse_int=lambda text: int(text) if number(text) else 0, **hooks)
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
     check_type(value, hint, str(path))
@@ -130,15 +135,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: not valid TOML: {error}") from None
-
-
-def _check_finite(value: Any) -> None:
-    """ValueError for a number that no float holds."""
-    if isinstance(value, dict | list):
-        for node in value.values() if isinstance(value, dict) else value:
-            _check_finite(node)
-    elif isinstance(value, int | float) and not abs(value) <= 1e308:
-        raise ValueError(f"{show(value)} is no finite number")
 
 
 class Said:
@@ -202,10 +198,8 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def finite(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
-    """`tensors` as the float32 that a model computes with: the last check before anything reaches one.
-
-    TinyldError for what is no float (whole, complex and 8-bit numbers), and for what float32 does not hold.
-    """
+    """`tensors` as the float32 that a model computes with; TinyldError for what is no float (whole, complex and 8-bit
+    numbers), and for what float32 does not hold."""
     found = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() == 1:

@@ -240,11 +240,7 @@ def load_split(
     """The first `limit` examples of a split, in file order. `data`: a folder that is searched before all others, or one
     file, all of whose rows are read; `held_out`: of that file the dev rows are one text in ten, chosen by a hash, of
     every label as many as it has texts, and the train rows the others. Rows of one text stay together, unless there
-    are few texts.
-
-    Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
-    lacks a column, has too many, or bears an unknown label.
-    """
+    are few texts."""
     path = find_file(task, split, data, held_out)
     if not held_out or path != data:
         return _examples(task, islice(read_rows(path), limit))

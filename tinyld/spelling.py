@@ -1,7 +1,4 @@
-"""Capitals and accents of texts that a lower-casing base writes: as their prompts and the texts it learned have them.
-
-Text only: no tokens, no torch.
-"""
+"""Capitals and accents of what a lower-casing base writes, as prompts and learned texts have them. No torch."""
 
 import re
 import unicodedata

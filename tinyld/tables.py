@@ -29,10 +29,8 @@ def percent(share: float | None) -> str | None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wide: bool = False) -> None:
-    """A table on stdout, numbers right-aligned, within the terminal's width (80 in a pipe) unless `wide`.
-
-    Text is broken between words only. Rows that do not fit so are shown one below the other, a line a column.
-    """
+    """A table on stdout, numbers right-aligned, within the terminal's width (80 in a pipe) unless `wide`. Text is
+    broken between words only. Rows that do not fit so are shown one below the other, a line a column."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

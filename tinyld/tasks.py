@@ -187,11 +187,8 @@ def to_record(task: Task) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any], where: str) -> Task:
-    """The task that `to_record` wrote; rows of a built-in one are found by its name, of a user's own by its file.
-
-    TinyldError where the record is damaged, or where the built-in task of its name or its file says otherwise today.
-    Without that file, or made from a file of rows, a task asks and reads answers all the same.
-    """
+    """The task that `to_record` wrote. TinyldError where the built-in task of its name, or a user's file, says another
+    today; without that file, or made from a file of rows, a task asks and reads answers all the same."""
     path = record.get("path")
     file = BUILTIN_DIR / f"{record.get('name')}.toml" if path is None else Path(str(path))
     own = {key: value for key, value in record.items() if key in (*KEPT, *LEARNED)}
