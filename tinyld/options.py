@@ -202,6 +202,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 class RowOptions(Options):
     data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train and dev; .txt: fill gaps.", "Task")
+    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Task", read=base_folder)
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     answer_column: str | None = option(None, "Instead of labels: the column of texts to write, a line each.", "Task")
@@ -217,7 +218,6 @@ class FinetuneOptions(Training, Reading, RowOptions):
         None, "Most that is stored, as 0.7% of the base: sets the rank.", "Method", read=share
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
-    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Method", read=base_folder)
     epochs: float | None = option(None, "Passes: 3; more of few rows or to write, 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
@@ -303,7 +303,6 @@ class ComposeOptions(Moved, OnDevice, Written, Printed):
 class CompareOptions(Table, Reading, RowOptions):
     task: tuple[str, ...] = option((), "Task to compare on; may be repeated; reviews if nothing is given.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
-    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Task", read=base_folder)
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
     seeds: int = option(3, "Runs of each task and method, at its best rate.", "Grid", least=1)
     trials: int = option(3, "Learning rates of each task and method, tried on dev.", "Grid", least=1, most=5)
