@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from tinyld.config import check, check_choice, from_dict, types_of
 from tinyld.download import Source
-from tinyld.errors import TinyldError, UsageError, show
+from tinyld.errors import TinyldError, show
 from tinyld.read import clean, read_toml
 from tinyld.rows import SPLITS, files_of
 from tinyld.spelling import Spelling
@@ -88,14 +87,10 @@ class Task:
 
     def _fields(self) -> list[str]:
         """The names in the template other than {answer}, each once."""
-        template, way_out = f"template {show(self.template)}", "write {{ and }} for braces"
-        try:
-            parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
-        except ValueError as error:
-            raise UsageError(f"{template}: {error}; {way_out}") from None
-        names = [name for _, name, _, _ in parts]
-        plain = all(name.isidentifier() and not spec and not conversion for _, name, spec, conversion in parts)
-        check(plain, f"{template}: a field is a plain name in braces, got {', '.join(names)}; {way_out}")
+        template, known = f"template {show(self.template)}", r"{{|}}|{([^\W\d]\w*)}"
+        names = [name for name in re.findall(known, self.template) if name]
+        is_plain = not re.search("[{}]", re.sub(known, "", self.template))
+        check(is_plain, f"{template}: a field is a plain name in braces; write {{{{ and }}}} for braces")
         fields = [name for name in dict.fromkeys(names) if name != "answer"]
         if self.is_infill:
             kinds = "a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
