@@ -119,10 +119,10 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
     way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
     if not task.builtin and task.path.suffix == ".toml" and task.path.exists():
         way_out = f"name their file in its [data] table, or {way_out}"
-    has = f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}"
-    check(split in task.splits, has, TinyldError)
-    lacks = "names none" if task.path.exists() else "is gone"
-    check(task.builtin, f"{none}: {task.path} {lacks}; {way_out}", TinyldError)
+    if split not in task.splits:
+        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}")
+    if not task.builtin:
+        raise TinyldError(f"{none}: {task.path} {'names none' if task.path.exists() else 'is gone'}; {way_out}")
     if task.download is not None:
         try:
             return download.download_task(name, task.download) / f"{split}.tsv"
