@@ -201,8 +201,8 @@ def add(name: str, verb: Verb) -> None:
             if "problem" in record:  # an error, but only now that all is shown
                 raise TinyldError(record["problem"])
 
-    fields, kind_of = dataclasses.fields(verb.options), verb.options.kinds()
-    parameters = [of_field(f, kind_of[f.name]) for f in fields if f.metadata["group"] is not None]
+    fields = dataclasses.fields(verb.options)
+    parameters = [of_field(f, verb.options.kinds[f.name]) for f in fields if f.metadata["group"] is not None]
     if len(parameters) < len(fields):
         about = {"metavar": "NAME=VALUE", "help": "Any option, and experts' ones; --set help lists all."}
         info = typer.Option("--set", is_eager=True, callback=list_options, **about)

@@ -5,16 +5,15 @@ that it refers to. An option without a group is for experts: `--set name=value` 
 """
 
 import dataclasses
-import functools
 import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from tinyld import config
-from tinyld.config import Loop, Reading, SampleConfig, Settings, check
+from tinyld.config import Loop, Reading, SampleConfig, Settings, check, types_of
 from tinyld.config import setting as option
 from tinyld.errors import UsageError, show
 from tinyld.rows import SPLITS, bundled_data_dir
@@ -97,15 +96,12 @@ def share(text: str, option: str) -> float:
 class Options(Settings):
     """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""
 
+    kinds: ClassVar[dict[str, Any]]  # option -> the type of its value, the first where there are several
+
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-    @classmethod
-    @functools.cache
-    def kinds(cls) -> dict[str, Any]:
-        """Option -> the type of its value, the first where there are several."""
-        hints = typing.get_type_hints(cls).items()
-        return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
+        hints = types_of(cls).items()
+        cls.kinds = {k: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for k, hint in hints}
 
     @classmethod
     def called(cls, name: str) -> str:
@@ -116,7 +112,7 @@ class Options(Settings):
         for field in dataclasses.fields(self):
             value, read, name = getattr(self, field.name), field.metadata["read"], self.called(field.name)
             by_itself = read is not None and isinstance(value, str)
-            value = read(value, name) if by_itself else parsed(value, self.kinds()[field.name], name)
+            value = read(value, name) if by_itself else parsed(value, self.kinds[field.name], name)
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 
