@@ -68,9 +68,6 @@ class Source:
         return self.take(*self._epoch[1][i])
 
 
-# ---------------------------------------------------------------------------------------------- pretraining text
-
-
 class TextRows(Source):
     """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch. `change` changes
     some rows (length - 1,) in place, by what it draws, and may tell which tokens are given and never masked."""
@@ -104,9 +101,6 @@ class TextRows(Source):
             if (told := self.change(ids[i, 1:], seeded(offset, number, 3))) is not None:
                 given[i, 1:] |= told
         return Batch(*map(torch.from_numpy, (ids, ~given, np.ones_like(given), rows.astype(np.int64))))
-
-
-# ---------------------------------------------------------------------------------------------- tasks
 
 
 class TaskRows(Source):

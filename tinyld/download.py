@@ -95,9 +95,6 @@ def fetch(url: str, digest: str, description: str) -> bytes:
     return bytes(content)
 
 
-# ---------------------------------------------------------------------------------------------- official formats
-
-
 def members(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Name -> content of the files in archives, and of those that are none; nothing goes to the disk."""
     import tarfile

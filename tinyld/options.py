@@ -89,9 +89,6 @@ def share(text: str, option: str) -> float:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ the verbs
-
-
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 class Options(Settings):
     """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""

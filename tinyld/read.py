@@ -80,9 +80,6 @@ def clean(text: str) -> str:
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()
 
 
-# ---------------------------------------------------------------------------------------------- JSON and TOML
-
-
 class Record(dict[str, Any]):
     """An object of a JSON file, in which a missing key is an error that names the file."""
 
@@ -167,9 +164,6 @@ class Said:
         for key, value in self.raw.items():
             if key not in self.seen and value not in (None, False, "", [], {}):
                 self.refuse(key, "left out: tinyld does not know what it changes")
-
-
-# ---------------------------------------------------------------------------------------------- tensors
 
 
 def refuse_pickled(folder: Path, names: Iterable[str]) -> None:

@@ -70,9 +70,6 @@ def report(options: ReportOptions) -> list[Row]:
     return aggregate(rows)
 
 
-# ------------------------------------------------------------------------------------------------ a row a run
-
-
 def run_rows(folder: RunFolder, trials: int | None = None) -> list[Row]:
     """A row for every evaluation of an adapter, none for other runs; of dev only where the task has no such on test.
     trials: how many learning rates were tried for it, where that is known."""
@@ -130,9 +127,6 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     writer.writeheader()
     writer.writerows({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_atomic(path, text.getvalue().encode())
-
-
-# ------------------------------------------------------------------------------------------------ a row a method
 
 
 def aggregate(rows: Iterable[Row]) -> list[Row]:
@@ -195,9 +189,6 @@ def over_seeds(values: Sequence[float]) -> float:
 def student(free: int) -> float:
     """The two-sided 95% quantile of Student's t for so many degrees of freedom; of more than there are, the last."""
     return T_95[min(free, len(T_95)) - 1]
-
-
-# ------------------------------------------------------------------------------------------------ what is shown
 
 
 # Column -> what it shows of a row; and in a wide table more of them.

@@ -60,9 +60,6 @@ class Example:
         return found
 
 
-# ---------------------------------------------------------------------------------------------- where rows are
-
-
 def bundled_data_dir() -> Path:
     """The rows that come with tinyld: inside an installed package, or `data/` at the top of a checkout."""
     inside = Path(__file__).parent / "bundled"
@@ -140,9 +137,6 @@ def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
     given = [Path(folder) for folder in folders if folder]
     inside = [file_in(folder, task, split) for folder in given for split in SPLITS]
     return [task.path, *map(Path, task.data.values()), *given, *filter(None, inside)]
-
-
-# ---------------------------------------------------------------------------------------------- rows of a file
 
 
 def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
@@ -229,9 +223,6 @@ def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     parts = value if isinstance(value, list) else cell(row, column, where).split(PAIR.strip())
     check(parts, f"{where}: column {show(column)} is an empty list; fill it in or delete the row", TinyldError)
     return tuple(cell({column: part}, column, where) for part in parts)
-
-
-# ---------------------------------------------------------------------------------------------- examples
 
 
 def load_split(

@@ -173,9 +173,6 @@ def load_task(name_or_path: str) -> Task:
     return from_dict(Task, said | {"path": path}, str(path))
 
 
-# ---------------------------------------------------------------------------------------------- in a run's config
-
-
 def to_record(task: Task) -> dict[str, Any]:
     """The task as plain JSON types, for a run's config.json."""
     return {name: getattr(task, name) for name in KEPT} | {"path": None if task.builtin else str(task.path)}
