@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tinyld.errors import TinyldError, plain
+from tinyld.progress import Progress
 from tinyld.read import PAIR, clean
 from tinyld.write import make_folder, write_atomic
 
@@ -70,8 +71,6 @@ def fetch(url: str, digest: str, description: str) -> bytes:
     `$TINYLD_MIRROR` replaces the scheme and host of every URL."""
     import http.client
     from urllib.request import Request, urlopen
-
-    from tinyld.progress import Progress
 
     content = bytearray()
     if mirror := os.environ.get("TINYLD_MIRROR"):

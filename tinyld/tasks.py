@@ -128,10 +128,9 @@ class Task:
     @property
     def reads(self) -> tuple[Any, ...]:
         """What a run is asked, whatever the columns' names: the template with numbers for them."""
-        template, columns = self.template, list(self.columns.values())
-        for i, name in enumerate(self.columns):
-            template = template.replace(f"{{{name}}}", f"{{{i}}}")
-        return template, *map(columns.index, columns)
+        columns = list(self.columns.values())
+        numbers = {name: f"{{{i}}}" for i, name in enumerate(self.columns)} | {"answer": "{answer}"}
+        return self.template.format_map(numbers), *map(columns.index, columns)
 
     @property
     def asks(self) -> tuple[Any, ...]:
