@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,15 +162,12 @@ def csv_lines(records: list[Record], header: list[str], labels: list[str], cell:
         flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
     if flat and not header:
         header += dict.fromkeys([*flat[0], *map(cell, more)])
-        lines.append(header)
-    lines += [[row.get(name, "") for name in header] for row in flat]
-    return list(map(csv_line, lines))
-
-
-def csv_line(values: Sequence[object]) -> str:
-    file = io.StringIO()
-    csv.writer(file).writerow(values)  # which quotes what holds a part of its own line end
-    return file.getvalue().removesuffix("\r\n") + "\n"
+        flat.insert(0, dict(zip(header, header, strict=True)))
+    for row in flat:
+        file = io.StringIO()
+        csv.writer(file).writerow([row.get(name, "") for name in header])  # quotes what holds a part of its line end
+        lines.append(file.getvalue().removesuffix("\r\n") + "\n")
+    return lines
 
 
 def table_line(record: dict[str, Any]) -> str:
