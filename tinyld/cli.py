@@ -11,7 +11,7 @@ import signal
 import sys
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -85,20 +85,7 @@ class Command(TyperCommand):
 
 def fail(message: str, code: int) -> None:
     print(f"tinyld: {plain(message)}", file=sys.stderr)
-    raise typer.Exit(code) from None
-
-
-@contextlib.contextmanager
-def in_a_line() -> Iterator[None]:
-    """What the system refuses within becomes a line, but that nobody reads any more, which click ends well."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise
-        if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+    sys.exit(code)
 
 
 class Group(TyperGroup):
@@ -112,11 +99,14 @@ class Group(TyperGroup):
             formatter.write(f"  {name:<9} {verb.help}\n" + (f"            {verb.example}\n" if i < MAIN else ""))
         formatter.write("\nAlso: --version, --install-completion.\n")
 
-    def make_context(self, *given: Any, **told: Any) -> Any:
-        with in_a_line():  # the help is printed in here
-            return super().make_context(*given, **told)
+    def main(self, *given: Any, **told: Any) -> Any:
+        try:
+            return super().main(*given, **told)
+        except OSError as error:  # but for a pipe that nobody reads any more, which click ends well
+            if error.errno in (errno.ENOSPC, errno.EIO):  # what is left to be printed can not be
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
 
-    @in_a_line()
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
@@ -125,19 +115,20 @@ class Group(TyperGroup):
         except TinyldError as error:
             fail(str(error), error.exit_code)
         except Exception as error:
-            by_torch = re.search("out of memory|allocate memory", str(error))
-            if by_torch or isinstance(error, MemoryError):
-                has = [f.name for f in dataclasses.fields(VERBS[ctx.invoked_subcommand].options) if f.metadata["group"]]
-                lower = [flag(n) for n in ("batch_size", "max_length", "rank", "length", "num", "limit") if n in has]
-                fail(f"out of memory; lower {' or '.join(lower)}" if lower else "out of memory", 1)
+            verb = ctx.invoked_subcommand
+            group_of = {f.name: f.metadata["group"] for f in dataclasses.fields(VERBS[verb].options)} if verb else {}
+            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's
+                sizes = ("batch_size", "max_length", "rank", "length", "num", "limit")
+                lower = " or ".join(flag(name) for name in sizes if group_of.get(name))
+                fail("out of memory" + f"; lower {lower}" * bool(lower), 1)
             if not hasattr(error, "format_message"):  # click's own, whichever click typer has
                 raise
-            verb, asked = ctx.invoked_subcommand, (getattr(error, "option_name", None) or "").replace("_", "-")
-            for field in dataclasses.fields(VERBS[verb].options) if verb else ():
-                if field.metadata["group"] is None and asked == flag(field.name):
-                    fail(f"{asked} goes by --set {field.name}=value; --set help lists all such", 2)
-            rows = verb and "unexpected extra arg" in error.format_message() and hasattr(VERBS[verb].options, "data")
-            said = error.format_message().replace("Value error, ", "") + "; a file is given by --data" * bool(rows)
+            asked = (getattr(error, "option_name", None) or "").replace("_", "-")
+            said = error.format_message().replace("Value error, ", "")
+            for name, group in group_of.items():
+                if group is None and asked == flag(name):
+                    fail(f"{asked} goes by --set {name}=value; --set help lists all such", 2)
+            said += "; a file is given by --data" * ("unexpected extra arg" in said and "data" in group_of)
             fail(f"{said} (tinyld {f'{verb} ' if verb else ''}--help)", 2)
 
 
@@ -158,24 +149,24 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 def parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
     """A parameter as typer wants it."""
-    kind = kind | None if default is None else kind
+    kind, default = (kind | None, None) if default in (None, ()) else (kind, default)
     default = inspect.Parameter.empty if default is dataclasses.MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def of_field(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """A field of an options class as typer wants it: as text, which the class itself reads, or a path to complete."""
-    default, rules, several = field.default, field.metadata, typing.get_origin(kind) is tuple
+    rules, several = field.metadata, typing.get_origin(kind) is tuple
     member = typing.get_args(kind)[0] if several else kind
     about = {"help": rules["help"], "metavar": METAVARS.get(member)}
     if "among" in rules:
         kind, about["metavar"] = Literal[tuple(rules["among"])], None
     elif kind is not bool:
         kind = Path if member is Path and rules["read"] is None else str
-        kind, default = (list[kind], default or None) if several else (kind, default)  # type: ignore[valid-type]
+        kind = list[kind] if several else kind  # type: ignore[valid-type]
     if rules["group"] == ARGUMENT:
-        return parameter(field.name, kind, default, typer.Argument(**about | {"metavar": field.name.upper()}))
-    return parameter(field.name, kind, default, typer.Option(flag(field.name), **about))
+        return parameter(field.name, kind, field.default, typer.Argument(**about | {"metavar": field.name.upper()}))
+    return parameter(field.name, kind, field.default, typer.Option(flag(field.name), **about))
 
 
 def list_options(ctx: typer.Context, sets: list[str] | None) -> list[str] | None:
@@ -208,8 +199,8 @@ def add(name: str, verb: Verb) -> None:
             if "problem" in record:  # an error, but only now that all is shown
                 raise TinyldError(record["problem"])
 
-    fields, kind_of = dataclasses.fields(verb.options), verb.options.kinds()
-    parameters = [of_field(f, kind_of[f.name]) for f in fields if f.metadata["group"] is not None]
+    fields = dataclasses.fields(verb.options)
+    parameters = [of_field(f, verb.options.kinds[f.name]) for f in fields if f.metadata["group"] is not None]
     if len(parameters) < len(fields):
         about = {"metavar": "NAME=VALUE", "help": "Any option, and experts' ones; --set help lists all."}
         info = typer.Option("--set", is_eager=True, callback=list_options, **about)

@@ -64,7 +64,7 @@ def compare(options: CompareOptions) -> list[Row]:
 
 def lines_of(options: CompareOptions) -> list[Line]:
     """What the grid's table will have; UsageError for what cannot be made, before anything runs."""
-    base = RunFolder(options.base or default_base())
+    base, multiples = RunFolder(options.base or default_base()), RATES[: options.trials]
     shape, tokenizer = read_shape(base.path, options.reading())
     base_print, inputs, lines = fingerprint(base, options.reading()), [options.data], []
     for task_name in options.task or (None,):
@@ -80,19 +80,18 @@ def lines_of(options: CompareOptions) -> list[Line]:
             rows_print = sha256(learned.encode(errors="surrogatepass"))
             for name, method, sets in variants(options.methods, shape):
                 own = {"task": task_name, "limit": limit, "method": method, "force": True}
-                given = options.only(FinetuneOptions) | own
                 try:
-                    made = FinetuneOptions.of(given, sets)
+                    made = FinetuneOptions.of(options.only(FinetuneOptions) | own, sets)
                     config = config_of(replace(made, quiet=True))  # refuses what cannot be made
+                    lr = config["train"].pop("lr")
+                    check(lr < 1, f"lr must be below 1, got {lr:g}")
+                    highest = lr * max(multiples)
+                    check(highest < 1, f"lr {lr:g} is tried up to {highest:g}, which must be below 1")
                 except UsageError as error:
                     raise UsageError(f"--methods {':'.join([method, *sets])}: {error}") from None
                 del config["base"]["path"]  # which may hold another base later
-                lr = config["train"].pop("lr")
-                of_method, highest = f"--methods {':'.join([method, *sets])}", lr * max(RATES[: options.trials])
-                check(lr < 1, f"{of_method}: lr must be below 1, got {lr:g}")
-                check(highest < 1, f"{of_method}: lr {lr:g} is tried up to {highest:g}, which must be below 1")
                 asked = sha256(repr((config, base_print, rows_print)).encode(errors="surrogatepass"))[:8]
-                rates = [float(f"{lr * multiple:.3g}") for multiple in RATES[: options.trials]]
+                rates = [float(f"{lr * multiple:.3g}") for multiple in multiples]
                 run = f"{task.name}_{name}_lr{{:g}}{f'_n{limit}' if limit else ''}_s{{}}_{asked}"
                 lines.append(Line(task.name, split, tested, made, rates, run))
     names = [line.name for line in lines]
@@ -104,10 +103,8 @@ def lines_of(options: CompareOptions) -> list[Line]:
 
 def variants(text: str, shape: ModelConfig) -> Iterator[tuple[str, str, list[str]]]:
     """(name as part of a folder's, method, options as name=value) of `all`, or of methods with commas between them,
-    options behind colons, / in the place of their commas: `weight-lora,trajectory-lora:ranks=64/32/8:lr=0.01`.
-
-    `lr` moves the learning rates that are tried, which are otherwise around the method's usual one.
-    """
+    options behind colons, / in the place of their commas: `weight-lora,trajectory-lora:ranks=64/32/8:lr=0.01`. `lr`
+    moves the learning rates that are tried, which are otherwise around the method's usual one."""
     for given in list(METHODS) if text == "all" else text.split(","):
         method, *sets = given.split(":")
         known = f"--methods takes {', '.join(METHODS)} or all, with options as in weight-lora:rank=8; got {given!r}"
@@ -127,32 +124,30 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
     """Every rate with seed 0, the other seeds at the best rate, their evaluation: what is missing of it. A row for each
     run that was chosen. `numbers` of runs go on from line to line."""
     say, total = say_to_stderr(options.quiet), lines * (options.trials + options.seeds - 1)
+    about = {name: getattr(options, name) for name in ("base", "quiet")}
 
-    def trained(lr: float, seed: int) -> RunFolder:
-        """A run, which is made unless it is finished."""
+    def trained(lr: float, seed: int) -> tuple[float, float, RunFolder]:
+        """(accuracy on dev, 0 of a task that writes; less its NLL bound; the run, which is made unless finished)."""
         folder, number = RunFolder(options.out / line.name.format(lr, seed)), next(numbers)
         is_there = all((folder.path / name).is_file() for name in (ADAPTER, RESULTS))
-        if not (is_there and "finetune" in folder.read_json(RESULTS)):
+        is_made = not (is_there and "finetune" in folder.read_json(RESULTS))
+        if is_made:
             say(f"-- run {number} of {total}: {folder.path.name}")
-            again = FinetuneOptions(resume=folder.path, quiet=options.quiet, base=options.base)
+            again = FinetuneOptions(resume=folder.path, **about)
             finetune(again if folder.checkpoints() else replace(line.options, lr=lr, seed=seed, out=folder.path))
-            right, nats = on_dev(folder)
+        found = folder.read_json(RESULTS)["finetune"]
+        right, nats = found.get("dev_accuracy"), found["dev_nll_bound"]
+        if is_made:
             say(f"   dev {f'{100 * right:.1f}%, ' if right is not None else ''}NLL bound {nats:.4f}")
-        return folder
-
-    def on_dev(run: RunFolder) -> tuple[float | None, float]:
-        found = run.read_json(RESULTS)["finetune"]
-        return found.get("dev_accuracy"), found["dev_nll_bound"]  # a task that writes has no accuracy
+        return right or 0.0, -nats, folder
 
     tried = {lr: trained(lr, 0) for lr in line.rates}
-    scores = {lr: on_dev(run) for lr, run in tried.items()}
-    best = max(tried, key=lambda lr: (scores[lr][0] or 0.0, -scores[lr][1]))
+    best = max(tried, key=lambda lr: tried[lr][:2])
     rows = []
-    for run in [tried[best], *(trained(best, seed) for seed in range(1, options.seeds))]:
+    for *_, run in [tried[best], *(trained(best, seed) for seed in range(1, options.seeds))]:
         found = run.read_json(RESULTS).get("eval", {}).get(f"{line.task}/{line.split}", {})
         if found.get("sha256") != line.tested:
-            about = {name: getattr(options, name) for name in ("base", "device", "quiet")}
-            about["dtype"] = run.config["train"]["dtype"]
-            evaluate(EvalOptions(runs=(run.path,), split=line.split, **about))
+            how = about | {"device": options.device, "dtype": run.config["train"]["dtype"]}
+            evaluate(EvalOptions(runs=(run.path,), split=line.split, **how))
         rows += [row for row in run_rows(run, len(tried)) if (row["task"], row["split"]) == (line.task, line.split)]
     return rows

@@ -35,8 +35,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
     folders = [RunFolder.open(run) for run in runs]
     for folder in folders:
-        if folder.config["kind"] != "adapter":
-            raise TinyldError(f"{folder.path} holds a {folder.config['kind']}; compose takes adapters")
+        kind = folder.config["kind"]
+        check(kind == "adapter", f"{folder.path} holds a {kind}; compose takes adapters", TinyldError)
     base = load_base_of(folders[0].config, runs[0], options.base, resolve_device(options.device))
     router = Router(len(runs), base.model.config.d_model).to(base.model.device)
     alone: dict[str, Run] = {}
@@ -62,9 +62,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         one = next((file for file in files if file and files.count(file) > 1), None)
         way_out = f"give a folder with TASK/{options.split}.csv"
         check(one is None, f"{one} cannot be the rows of {', '.join(alone)} all at once: {way_out}")
-    rows = {
-        name: rows_for(run, run.tasks[0], options.split, options.data, options.limit) for name, run in alone.items()
-    }
+    split, data, limit = options.split, options.data, options.limit
+    rows = {name: rows_for(run, run.tasks[0], split, data, limit) for name, run in alone.items()}
     for of in rows.values():
         say_truncated(say, of.truncated, len(of), base.model.config.max_length)
     routing, by_name, task = [], True, next(iter(alone))
@@ -102,10 +101,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         members.append({"run": os.path.abspath(run.path), "data": data, **own})
     save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
-    result |= {
-        "parameters": sum(t.numel() for t in folder.read_tensors(ADAPTER).values()),
-        "bytes": folder.files()[ADAPTER]["bytes"],
-    }
+    result["parameters"] = sum(t.numel() for t in folder.read_tensors(ADAPTER).values())
+    result["bytes"] = folder.files()[ADAPTER]["bytes"]
     folder.write_json(RESULTS, {"compose": result})
     return result
 
@@ -117,8 +114,7 @@ def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows]) -> li
     orders = (seeded(len(of)).permutation(len(of)) for of in rows.values())  # a file may have its labels by turns
     features = {name: task_features(base, of)[order] for (name, of), order in zip(rows.items(), orders, strict=True)}
     router.set_limits([own[::2] if len(own) >= FEW else own[:0] for own in features.values()])
-    found, (first, *_) = [], rows.values()
-    strangers = stranger_rows(base, first.task)  # which all are asked alike
+    found, strangers = [], stranger_rows(base, next(iter(rows.values())).task)  # which all are asked alike
     held_for = None if strangers is None else router.choose(task_features(base, strangers))
     for i, name in enumerate(rows):
         rest = features[name][1::2] if len(features[name]) > 1 else features[name]
@@ -137,10 +133,8 @@ def share(hits: Tensor) -> float:
 
 
 def stranger_rows(base: Base, task: Task) -> TaskRows | None:
-    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text.
-
-    Two fifths of it are of the kind that the bundled tasks `reviews` and `topics` are made of.
-    """
+    """Bundled text, a sentence a row, in the task's template; None where that takes more than one text. Two fifths of
+    it are of the kind that the bundled tasks `reviews` and `topics` are made of."""
     if len(task.columns) != 1 or task.is_generation:
         return None
     (column,) = task.columns.values()
@@ -156,15 +150,11 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
         own, both = (percent(d[k]) if d[k] is not None else f"{d[f'{k}_nats']:.3f} nats" for k in ("own", "composed"))
         rows.append((d["task"], d["n"], own, both, None if d["drop"] is None else f"{100 * d['drop']:.2f}"))
     print_table(result["run"], ("task", "rows", "own %", "composed %", "points lost"), rows)
-    if result["routing"]:
-        show_routing(result["routing"])
+    if routing := result["routing"]:
+        rows = [(r["task"], *map(percent, r["goes_to"].values())) for r in routing]
+        names = ("task", *routing[0]["goes_to"])
+        print_table("% of each task's rows that would go to each adapter by their text", names, rows)
+        rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in routing]
+        columns = ("task", "own rows held for no task's", "foreign sentences held for its own")
+        print_table("% of texts wrongly held for no task's (`adapter` is then null), or for one's", columns, rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})
-
-
-def show_routing(routing: list[dict[str, Any]]) -> None:
-    names = [r["task"] for r in routing]
-    rows = [(r["task"], *(percent(r["goes_to"][n]) for n in names)) for r in routing]
-    print_table("% of each task's rows that would go to each adapter by their text", ("task", *names), rows)
-    rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in routing]
-    columns = ("task", "own rows held for no task's", "foreign sentences held for its own")
-    print_table("% of texts wrongly held for no task's (`adapter` is then null), or for one's", columns, rows)

@@ -1,24 +1,20 @@
 """Rows -> ids -> batches, for pretraining text and for tasks. What a step reads is a function of (seed, step)."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinyld.config import check
 from tinyld.errors import TinyldError
+from tinyld.rows import Example
+from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from tinyld.rows import Example
-    from tinyld.tasks import Task
-
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray | None]
 
@@ -72,9 +68,6 @@ class Source:
         return self.take(*self._epoch[1][i])
 
 
-# ---------------------------------------------------------------------------------------------- pretraining text
-
-
 class TextRows(Source):
     """A token stream cut into rows of [BOS] + (length - 1) tokens; the cut moves with every epoch. `change` changes
     some rows (length - 1,) in place, by what it draws, and may tell which tokens are given and never masked."""
@@ -82,9 +75,8 @@ class TextRows(Source):
     def __init__(self, stream: np.ndarray, length: int, bos_id: int, change: Change | None = None):
         self.stream, self.width, self.bos_id, self.change = stream, length - 1, bos_id, change
         self.num_rows = len(stream) // self.width - 1  # of an epoch: one row is left for the moving cut
-        if self.num_rows < 1:
-            needed = f"rows of {length} tokens need at least {2 * self.width}"
-            raise TinyldError(f"too little text: {len(stream)} tokens; {needed}")
+        needed = f"rows of {length} tokens need at least {2 * self.width}"
+        check(self.num_rows > 0, f"too little text: {len(stream)} tokens; {needed}", TinyldError)
 
     def __len__(self) -> int:
         return self.num_rows + 1
@@ -111,9 +103,6 @@ class TextRows(Source):
         return Batch(*map(torch.from_numpy, (ids, ~given, np.ones_like(given), rows.astype(np.int64))))
 
 
-# ---------------------------------------------------------------------------------------------- tasks
-
-
 class TaskRows(Source):
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
@@ -129,15 +118,12 @@ class TaskRows(Source):
         self.open_ended = task.is_generation or len(set(map(len, answer_ids(task, tokenizer)))) > 1
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         blanks = {"before": "", "answer": tokenizer.blank_before(task.template), "after": tokenizer.blank}
-        parts = []
-        for name, blank in blanks.items():
-            texts = [getattr(e, name) for e in examples]
-            parts.append(tokenizer.encode_batch([text and blank + text for text in texts]))
+        texts = [[getattr(e, part) and blank + getattr(e, part) for e in examples] for part, blank in blanks.items()]
+        parts = map(tokenizer.encode_batch, texts)
         first, turn, end = tokenizer.start, tokenizer.turn, tokenizer.eos_id
         room = max_length - self.slot - len(first) - len(turn) - 1
-        if room < 1:
-            lacks = f"an answer of {self.slot} tokens leaves no room in {max_length} tokens"
-            raise TinyldError(f"task {task.name}: {lacks}")
+        lacks = f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens"
+        check(room > 0, lacks, TinyldError)
         self.ids: list[np.ndarray] = []
         self.starts, self.ends = np.zeros((2, len(examples)), dtype=np.int64)  # of answers; of their [EOS] in the slot
         self.cut = np.zeros(len(examples), dtype=bool)  # whether prompt or answer had no room
@@ -168,8 +154,8 @@ class TaskRows(Source):
     def digest(self) -> str:
         """SHA-256 of all rows as the denoiser sees them, and of all that is right where that is more than one text."""
         parts = [self.lengths, self.starts, np.array(self.slot), *self.ids]
-        several = [e.references for e in self.examples] if any(len(e.references) > 1 for e in self.examples) else []
-        right = repr(several).encode(errors="surrogatepass") if several else b""
+        right = [e.references for e in self.examples] if any(len(e.references) > 1 for e in self.examples) else ""
+        right = str(right).encode(errors="surrogatepass")
         return hashlib.sha256(b"".join(p.tobytes() for p in parts) + right).hexdigest()
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -219,13 +205,11 @@ def slot_width(task: Task, tokenizer: Tokenizer) -> int:
         return task.answer_tokens
     owner: dict[tuple[int, ...], str] = {}
     for (label, words), ids in zip(task.verbalizer.items(), answer_ids(task, tokenizer), strict=True):
-        problem = ""
-        if tokenizer.unk_id in ids or not ids:
-            problem = f"the base's vocabulary cannot write {words!r}, the answer for {label!r}"
-        elif (other := owner.setdefault(ids, label)) != label:
-            both = f"{task.verbalizer[other]!r} and {words!r}, the answers for {other!r} and {label!r}"
-            problem = f"{both}, are the same tokens to this base; give each its own"
-        if problem:
-            raise TinyldError(f"task {task.name}: {problem}")
+        lacks = f"task {task.name}: the base's vocabulary cannot write {words!r}, the answer for {label!r}"
+        check(ids and tokenizer.unk_id not in ids, lacks, TinyldError)
+        other = owner.setdefault(ids, label)
+        both = f"{task.verbalizer[other]!r} and {words!r}, the answers for {other!r} and {label!r}"
+        same = f"task {task.name}: {both}, are the same tokens to this base; give each its own"
+        check(other == label, same, TinyldError)
     lengths = set(map(len, owner))
     return max(lengths) + (len(lengths) > 1)

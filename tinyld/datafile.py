@@ -35,9 +35,7 @@ def task_and_rows(
     if name is not None or data is None:
         refuse_idle(options, MINE, "but for --data without --task; a task has columns of its own")
         return load_task("reviews" if name is None else name), data, data is not None and data.is_file()
-    if not data.is_dir():
-        return make_task(options, data, tokenizer, max_length), data, True
-    train, dev = (in_folder(data, split) for split in ("train", "dev"))
+    train, dev = (in_folder(data, "train"), in_folder(data, "dev")) if data.is_dir() else (data, None)
     if train is None:
         raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")
     task = make_task(options, train, tokenizer, max_length)
@@ -104,8 +102,8 @@ def _check_labels(labels: list[str], where: str, rows: int) -> None:
         is_quoted = re.fullmatch('".*"', label)
         check(not is_quoted, f"{where}: label {label} is in quotes, which are letters to a .tsv; save it as .csv")
     many = len(labels) > min(MAX_LABELS, max(10, rows // 2)) or 2 < rows == len(labels)
-    problem = f"{where} holds {len(labels)} different labels; is it the --label-column?"
-    check(not many, f"{problem} Texts to write are an --answer-column")
+    way_out = "is it the --label-column? Texts to write are an --answer-column"
+    check(not many, f"{where} holds {len(labels)} different labels; {way_out}")
 
 
 def described(task: Task) -> str:
@@ -159,15 +157,13 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
 def answer_words(labels: list[str], tokenizer: Tokenizer, blank: str = "") -> list[str]:
     """A word of one token for each label, all different: its name, else a word in it, of those that fewest labels hold
     the longest, else a letter. The order of labels decides nothing."""
-    words: dict[str, str] = {}
-    given, labels = labels, sorted(labels)
-    taken = {tokenizer.unk_id}
+    words, taken = dict[str, str](), {tokenizer.unk_id}
     spare = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(1000)), *sorted(tokenizer.inner.get_vocab())]
-    parts = [re.findall(r"[^\W_]+", label) for label in labels]
-    held = Counter(word for own in parts for word in set(own))
-    parts = [sorted(own, key=lambda word: (held[word], -len(word))) for own in parts]
-    for candidates in ([[label] for label in labels], parts, [spare] * len(labels)):
-        for label, choice in zip(labels, candidates, strict=True):
+    parts = {label: re.findall(r"[^\W_]+", label) for label in sorted(labels)}
+    held = Counter(word for own in parts.values() for word in set(own))
+    parts = {label: sorted(own, key=lambda word: (held[word], -len(word))) for label, own in parts.items()}
+    for candidates in ({label: [label] for label in parts}, parts, dict.fromkeys(parts, spare)):
+        for label, choice in candidates.items():
             for word in choice if label not in words else ():
                 ids = tokenizer.encode(blank + word)
                 if len(ids) == 1 and ids[0] not in taken:
@@ -175,4 +171,4 @@ def answer_words(labels: list[str], tokenizer: Tokenizer, blank: str = "") -> li
                     taken.add(ids[0])
                     break
     check(len(words) == len(labels), f"the base's vocabulary has too few words for {len(labels)} labels")
-    return [words[label] for label in given]
+    return [words[label] for label in labels]

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tinyld.errors import TinyldError, plain
+from tinyld.progress import Progress
 from tinyld.read import PAIR, clean
 from tinyld.write import make_folder, write_atomic
 
@@ -53,10 +54,7 @@ def cache_dir() -> Path:
 
 
 def download_task(name: str, source: Source) -> Path:
-    """The folder of the cache that now holds the task's splits. Files already there stay as they are.
-
-    NetworkError where a file cannot be had, TinyldError where it is another one; nothing is left behind then.
-    """
+    """The folder of the cache that now holds the task's splits. Files already there stay as they are."""
     urls = enumerate(source.files.items(), 1)
     files = {url: fetch(url, digest, f"{name} ({i}/{len(source.files)})") for i, (url, digest) in urls}
     folder = cache_dir() / "data" / name
@@ -70,13 +68,9 @@ def download_task(name: str, source: Source) -> Path:
 
 def fetch(url: str, digest: str, description: str) -> bytes:
     """What the URL gives, with a bar on stderr. NetworkError, or TinyldError for another digest (SHA-256 or MD5).
-
-    `$TINYLD_MIRROR` replaces the scheme and host of every URL.
-    """
+    `$TINYLD_MIRROR` replaces the scheme and host of every URL."""
     import http.client
     from urllib.request import Request, urlopen
-
-    from tinyld.progress import Progress
 
     content = bytearray()
     if mirror := os.environ.get("TINYLD_MIRROR"):
@@ -98,9 +92,6 @@ def fetch(url: str, digest: str, description: str) -> bytes:
     if found != digest:
         raise TinyldError(f"{url}: checksum of {len(content):,} bytes is {found}, expected {digest}; try again later")
     return bytes(content)
-
-
-# ---------------------------------------------------------------------------------------------- official formats
 
 
 def members(files: Mapping[str, bytes]) -> dict[str, bytes]:

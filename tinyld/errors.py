@@ -5,11 +5,8 @@ from collections.abc import Iterator
 
 
 def plain(text: object) -> str:
-    """Text from outside as it may go to a terminal: on one line, and a "?" for what does not print.
-
-    Line ends, tabs and odd blanks become spaces; control characters, escapes, marks that reorder text and halves of
-    surrogate pairs (of undecodable paths) become "?".
-    """
+    """Text from outside as it may go to a terminal: line ends, tabs and odd blanks become spaces; control characters,
+    escapes, marks that reorder text and halves of surrogate pairs (of undecodable paths) become "?"."""
     joiners = "\u200c\u200d"  # inside words of some scripts, and emoji
     return "".join(c if c.isprintable() or c in joiners else " " if c.isspace() else "?" for c in str(text))
 

@@ -38,9 +38,8 @@ def finetune_rows(
         is_rows = suffix in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and os.path.isdir(name))
         made = _options(options, out=out, **({} if rows_or_task == () else {"data" if is_rows else "task": name}))
         return load(_within(made)["run"], made.base, made.device, made.dtype)
-    out = RUNS / "mine" if out is None else out
-    check(isinstance(out, str | Path), f"out is the path of a folder, got {out!r}")
-    out = Path(out)
+    check(isinstance(out, str | Path | None), f"out is the path of a folder, got {out!r}")
+    out = RUNS / "mine" if out is None else Path(out)
     file = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out
     made = _options(options, out=out, data=file)
     content = b"".join(map(_line, several(rows_or_task, "rows")))
@@ -67,8 +66,7 @@ def finetune_rows(
                 said = str(error).replace(os.path.abspath(file), "rows").replace(str(file), "rows")
                 raise type(error)(said) from None
         raise
-    changed = f"{file} was replaced meanwhile: what is in {out} may have learned other rows"
-    check(content_of(file) == content, changed, TinyldError)
+    check(content_of(file) == content, f"{file} was replaced meanwhile: {out} may have learned other rows", TinyldError)
     return load(out, made.base, made.device, made.dtype)
 
 

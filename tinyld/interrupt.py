@@ -14,23 +14,17 @@ SAME = 1.0  # seconds within which a second signal is the first one, sent by the
 
 
 class Interrupted(BaseException):
-    """A run was stopped by a signal; the exit code is 128 plus its number, as shells have it.
-
-    Not an Exception, as KeyboardInterrupt is none: nothing that handles errors should take it for one.
-    """
+    """A run was stopped by a signal; the exit code is 128 plus its number, as shells have it. Not an Exception, as
+    KeyboardInterrupt is none: nothing that handles errors should take it for one."""
 
     def __init__(self, signum: int, message: str = "nothing was lost that had been saved"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
         self.exit_code = 128 + signum
 
 
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted(signum)
-
-
 def interrupt_or_end(signum: int, frame: FrameType | None) -> None:
-    """`interrupt`, in a process of our own. Where something is just being imported it ends at once: C code that imports
-    may swallow what is raised, or leave half a module (torch imports NumPy so)."""
+    """Raises Interrupted, in a process of our own. Where something is just being imported that ends at once: C code
+    that imports may swallow what is raised, or leave half a module (torch imports NumPy so)."""
     stopped = Interrupted(signum)
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -60,10 +54,8 @@ def handling(handler: Any, after: Any = None) -> Iterator[None]:
 
 
 class StopSignals(contextlib.ExitStack):
-    """Within it the first signal is only noted in `received`, and answered on stderr with what will still be done.
-
-    In another thread than the main one it does nothing.
-    """
+    """Within it the first signal is only noted in `received`, and answered on stderr with what will still be done. In
+    another thread than the main one it does nothing."""
 
     def __init__(self, answer: str = "stopping after this step") -> None:
         super().__init__()
@@ -71,7 +63,7 @@ class StopSignals(contextlib.ExitStack):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received and time.monotonic() - self.at > SAME:
-            interrupt(signum, frame)
+            raise Interrupted(signum)
         if not self.received:
             self.received, self.at = signum, time.monotonic()
             if self.answer and sys.stderr is not None:

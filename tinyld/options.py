@@ -1,21 +1,19 @@
-"""Every verb's options as one frozen dataclass: type, default, help and group of each, and how a value is read from
-text. No torch, no typer.
+"""Every verb's options as a frozen dataclass, and how a value is read from text. No torch, no typer.
 
 The command line, `--set` and the Python interface are all made from these. A default is written here, or in the config
 that it refers to. An option without a group is for experts: `--set name=value` alone gives it.
 """
 
 import dataclasses
-import functools
 import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from tinyld import config
-from tinyld.config import Loop, Reading, SampleConfig, Settings, check
+from tinyld.config import Loop, Reading, SampleConfig, Settings, check, types_of
 from tinyld.config import setting as option
 from tinyld.errors import UsageError, show
 from tinyld.rows import SPLITS, bundled_data_dir
@@ -91,34 +89,27 @@ def share(text: str, option: str) -> float:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ the verbs
-
-
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 class Options(Settings):
     """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""
 
+    kinds: ClassVar[dict[str, Any]]  # option -> the type of its value, the first where there are several
+
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-    @classmethod
-    @functools.cache
-    def kinds(cls) -> dict[str, Any]:
-        """Option -> the type of its value, the first where there are several."""
-        hints = typing.get_type_hints(cls).items()
-        return {name: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints}
+        hints = types_of(cls).items()
+        cls.kinds = {k: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for k, hint in hints}
 
     @classmethod
     def called(cls, name: str) -> str:
         """How a user gives the option."""
-        group = next(field.metadata["group"] for field in dataclasses.fields(cls) if field.name == name)
-        return flag(name) if group else f"--set {name}"
+        return flag(name) if cls.__dataclass_fields__[name].metadata["group"] else f"--set {name}"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, read, name = getattr(self, field.name), field.metadata["read"], self.called(field.name)
             by_itself = read is not None and isinstance(value, str)
-            value = read(value, name) if by_itself else parsed(value, self.kinds()[field.name], name)
+            value = read(value, name) if by_itself else parsed(value, self.kinds[field.name], name)
             object.__setattr__(self, field.name, value)
         super().__post_init__()
 
@@ -204,6 +195,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 class RowOptions(Options):
     data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train and dev; .txt: fill gaps.", "Task")
+    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Task", read=base_folder)
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")
     answer_column: str | None = option(None, "Instead of labels: the column of texts to write, a line each.", "Task")
@@ -216,13 +208,10 @@ class FinetuneOptions(Training, Reading, RowOptions):
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Of trajectory-lora; if not given, best.", "Method", among=RECIPE_NAMES)
     budget: float | None = option(
-        None, "Limit of what is stored, 0.7% of the base; sets the rank.", "Method", read=share
+        None, "Most that is stored, as 0.7% of the base: sets the rank.", "Method", read=share
     )
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
-    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Method", read=base_folder)
-    epochs: float | None = option(
-        None, "Passes: 3; more of few rows or to write, 1 of 30,000 rows.", "Training", above=0
-    )
+    epochs: float | None = option(None, "Passes: 3; more of few rows or to write, 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
@@ -239,9 +228,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
 
 
 class PretrainOptions(Training):
-    data: tuple[Path, ...] = option(
-        (), "Text, a file or folder (.txt, .txt.gz, .jsonl), or several; else the bundled 2 MB.", "Text"
-    )
+    data: tuple[Path, ...] = option((), "Files or folders of .txt, .txt.gz, .jsonl; else the bundled 2 MB.", "Text")
     valid: tuple[Path, ...] = option((), "Held-out text; 1% of the documents if not given.", "Text")
     batch_size: int = option(16, "Rows an update reads, each under two complementary masks.", "Training", least=1)
     flat: float = option(0.8, "Share of the budget at the peak learning rate.")
@@ -309,7 +296,6 @@ class ComposeOptions(Moved, OnDevice, Written, Printed):
 class CompareOptions(Table, Reading, RowOptions):
     task: tuple[str, ...] = option((), "Task to compare on; may be repeated; reviews if nothing is given.", "Task")
     limit: tuple[int, ...] = option((), "Train on so many rows; repeat it for data efficiency.", "Task", least=1)
-    base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Task", read=base_folder)
     methods: str = option("all", "all, or some, maybe with options: full,weight-lora:rank=1:dropout=0.1.", "Grid")
     seeds: int = option(3, "Runs of each task and method, at its best rate.", "Grid", least=1)
     trials: int = option(3, "Learning rates of each task and method, tried on dev.", "Grid", least=1, most=5)

@@ -1,12 +1,11 @@
 """What is being done, how far it is and when it will be done, on stderr."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from typing import Self
 
 Advance = Callable[[float], None]  # is told how much is done
 
@@ -43,7 +42,7 @@ class Progress:
         self.ends: float | None = None  # when it will be done, by the mean rate so far
         self.on_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self.last = time.monotonic()
         return self
 

@@ -80,9 +80,6 @@ def clean(text: str) -> str:
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()
 
 
-# ---------------------------------------------------------------------------------------------- JSON and TOML
-
-
 class Record(dict[str, Any]):
     """An object of a JSON file, in which a missing key is an error that names the file."""
 
@@ -104,10 +101,15 @@ def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
             raise ValueError(f"key {show(twice)} twice")
         return record
 
+    def number(text: str) -> float:
+        if not abs(value := float(text)) <= 1e308:  # NaN is not
+            raise ValueError(f"{show(text)} is no finite number")
+        return value
+
+    hooks: dict[str, Any] = {"parse_float": number, "parse_constant": number, "object_pairs_hook": unique}
     try:
         text = text if isinstance(text, str) else decode(text, path)  # by itself json takes UTF-16 too
-        value = json.loads(text, object_pairs_hook=unique)
-        _check_finite(value)
+        value = json.loads(text, parse_int=lambda text: int(text) if number(text) else 0, **hooks)
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: damaged, not JSON ({str(error)[:120]})") from None
     check_type(value, hint, str(path))
@@ -130,15 +132,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise TinyldError(f"{path}: not valid TOML: {error}") from None
-
-
-def _check_finite(value: Any) -> None:
-    """ValueError for a number that no float holds."""
-    if isinstance(value, dict | list):
-        for node in value.values() if isinstance(value, dict) else value:
-            _check_finite(node)
-    elif isinstance(value, int | float) and not abs(value) <= 1e308:
-        raise ValueError(f"{show(value)} is no finite number")
 
 
 class Said:
@@ -173,9 +166,6 @@ class Said:
                 self.refuse(key, "left out: tinyld does not know what it changes")
 
 
-# ---------------------------------------------------------------------------------------------- tensors
-
-
 def refuse_pickled(folder: Path, names: Iterable[str]) -> None:
     """TinyldError with the way out where a folder without safetensors holds pickled weights."""
     pickled = next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
@@ -202,10 +192,8 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def finite(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
-    """`tensors` as the float32 that a model computes with: the last check before anything reaches one.
-
-    TinyldError for what is no float (whole, complex and 8-bit numbers), and for what float32 does not hold.
-    """
+    """`tensors` as the float32 that a model computes with; TinyldError for what is no float (whole, complex and 8-bit
+    numbers), and for what float32 does not hold."""
     found = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() == 1:

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tinyld.checkpoint import base_record
-from tinyld.config import TrainConfig, check_type, to_dict
+from tinyld.config import TrainConfig, check, check_type, to_dict
 from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
@@ -28,6 +28,7 @@ from tinyld.write import write_atomic
 Row = dict[str, Any]
 ALIKE = ("task", "split", "base", "fingerprint", "method", "recipe", "settings", "rows", "data", "epochs", "steps")
 ALIKE += ("batch_size", "lr", "optimizer", "training", "tested")  # what runs share that differ by their seed alone
+ON_ONE_BASE = ("task", "split", "fingerprint", "rows", "tested", "n")  # what a share of full fine-tuning is within
 DEV = ("dev_accuracy", "dev_nll_bound")  # at the end of training: what a choice may go by
 SIZES = ("stored_parameters", "stored_percent", "stored_bytes")
 WRITTEN = ("bleu", "chrf", "rouge_l", "exact_match", "names_held")  # of texts; BLEU and chrF where sacrebleu is there
@@ -36,7 +37,7 @@ COLUMNS += ("nll_bound", "nll_stderr", *SIZES, "seconds", "threads", "peak_memor
 COLUMNS += ("tinyld", "torch", "machine", "fast_dtype", "command")
 TEXTS = ("run", "task", "split", "base", "fingerprint", "method", "recipe", "settings", "data", "optimizer")
 TEXTS += ("training", "tested", "tinyld", "torch", "machine", "fast_dtype", "command")
-ROW: Any = {c: str | None if c in TEXTS else int | float | None for c in COLUMNS}  # types of a row
+ROW: Any = dict.fromkeys(COLUMNS, int | float | None) | dict.fromkeys(TEXTS, str | None)  # types of a row
 ROW |= {c: int | float for c in ("n", "seed", "rows", "nll_bound", "seconds", *SIZES)} | {"task": str, "base": str}
 TOLD = {"epochs", "steps", "batch_size", "lr", "optimizer", "seed"}  # of training, by columns of their own
 TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and what changes no result
@@ -47,8 +48,8 @@ def report(options: ReportOptions) -> list[Row]:
     check_writable(options.csv)
     rows, read, say = [], list[Path](), say_to_stderr(options.quiet)
     for path in options.runs or (RUNS,):
-        if not (path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))):
-            raise TinyldError(f"no run in {path}: name evaluated adapters, or a folder of such")
+        is_there = path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))
+        check(is_there, f"no run in {path}: name evaluated adapters, or a folder of such", TinyldError)
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
         inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
         of_each = {folder: run_rows(RunFolder.open(folder)) for folder in inside}
@@ -62,15 +63,11 @@ def report(options: ReportOptions) -> list[Row]:
             is_composition = is_run and RunFolder(path).config["kind"] == "composition"
             why = "a composition has no row" if is_composition else "no adapter that was evaluated (tinyld eval RUN)"
             say(f"{path} is left out: {why}")
-    if not rows:
-        raise TinyldError("none of these is an adapter that was evaluated; tinyld eval RUN does that")
+    check(rows, "none of these is an adapter that was evaluated; tinyld eval RUN does that", TinyldError)
     if options.csv is not None:
         check_writable(options.csv, [file for run in read for file in learned_files(RunFolder(run).config)])
         write_csv(options.csv, rows)
     return aggregate(rows)
-
-
-# ------------------------------------------------------------------------------------------------ a row a run
 
 
 def run_rows(folder: RunFolder, trials: int | None = None) -> list[Row]:
@@ -132,9 +129,6 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-# ------------------------------------------------------------------------------------------------ a row a method
-
-
 def aggregate(rows: Iterable[Row]) -> list[Row]:
     """A row for all runs that differ by their seed alone.
 
@@ -161,9 +155,7 @@ def aggregate(rows: Iterable[Row]) -> list[Row]:
         of_rows, of_seeds = 1.96 * (mean(runs, "nll_stderr") or 0.0), over_seeds([run["nll_bound"] for run in runs])
         found.append(row | {"nats_half": max(of_rows, of_seeds)})
     for row in found:
-        rivals = [
-            r for r in found if all(r[k] == row[k] for k in ("task", "split", "fingerprint", "rows", "tested", "n"))
-        ]
+        rivals = [r for r in found if all(r[column] == row[column] for column in ON_ONE_BASE)]
         score = next((s for s in ("accuracy", "bleu", "rouge_l") if row[s] is not None), "accuracy")
         full = max((r[score] or 0.0 for r in rivals if r["method"] == "full"), default=0.0)
         row["of_full"] = row[score] / full if full and row[score] is not None else None
@@ -197,9 +189,6 @@ def over_seeds(values: Sequence[float]) -> float:
 def student(free: int) -> float:
     """The two-sided 95% quantile of Student's t for so many degrees of freedom; of more than there are, the last."""
     return T_95[min(free, len(T_95)) - 1]
-
-
-# ------------------------------------------------------------------------------------------------ what is shown
 
 
 # Column -> what it shows of a row; and in a wide table more of them.
@@ -250,7 +239,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
 def said(column: str, row: Row) -> str:
     """A setting in words; for epochs the steps, where a run was given these."""
     column = "steps" if column == "epochs" and not row["epochs"] else column
-    unit = f"{column.replace('_', ' ')} " if column in ("data", "epochs", "steps", "batch_size", "lr", "tested") else ""
+    unit = "" if column in ("recipe", "settings", "optimizer", "training") else f"{column.replace('_', ' ')} "
     return f"{unit}{row[column]}" if row[column] else ""
 
 

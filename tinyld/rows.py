@@ -60,9 +60,6 @@ class Example:
         return found
 
 
-# ---------------------------------------------------------------------------------------------- where rows are
-
-
 def bundled_data_dir() -> Path:
     """The rows that come with tinyld: inside an installed package, or `data/` at the top of a checkout."""
     inside = Path(__file__).parent / "bundled"
@@ -74,8 +71,7 @@ def in_folder(folder: Path, split: str) -> Path | None:
     stems = ("dev", "validation", "valid", "val") if split == "dev" else (split,)
     paths = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     found = [path for path in paths if os.path.isfile(path)]
-    which = f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there"
-    check(len(found) < 2, which)
+    check(len(found) < 2, f"which are the {split} rows: {' or '.join(map(str, found))}? Leave one of them there")
     return found[0] if found else None
 
 
@@ -98,24 +94,21 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
     if data is not None:
         found = file_in(data, task, split, held_out)
         check(found or not held_out, f"task {task.name} has no {split} rows: give a file of them with --data")
-        if found is None:
-            lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it" if data.is_dir() else "no such file or folder"
-            raise TinyldError(f"{none} in {data}: {lacks} (.csv and .jsonl are read too)")
+        lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it" if data.is_dir() else "no such file or folder"
+        check(found, f"{none} in {data}: {lacks} (.csv and .jsonl are read too)", TinyldError)
         return found
     if split in task.data:
         return Path(task.data[split])
     own, cache = os.environ.get("TINYLD_DATA"), download.cache_dir() / "data"
-    if own and not os.path.isdir(own):
-        raise TinyldError(f"TINYLD_DATA={own} is no folder; correct it or unset it")
+    check(not own or os.path.isdir(own), f"TINYLD_DATA={own} is no folder; correct it or unset it", TinyldError)
     for folder in filter(None, (own, cache, bundled_data_dir())) if task.builtin else ():
         if found := in_folder(Path(folder) / name, split):
             published = task.download.rows if folder == cache and task.download else {}
             if split in published and (split == "test" or "dev" in published):  # else dev rows were cut from it
-                rows, known = found.read_bytes().count(b"\n") - 1, published[split]
+                rows, known = found.read_bytes().count(b"\n") - 1, f"not the {published[split]:,} published ones"
                 way_out = "delete it to download them, or keep rows of your own in another folder and say --data DIR"
-                if rows != known:
-                    known_ones = f"which are not the {known:,} published ones"
-                    raise TinyldError(f"{found}: has {rows:,} rows, {known_ones}; {way_out}")
+                problem = f"{found}: has {rows:,} rows, which are {known}; {way_out}"
+                check(rows == published[split], problem, TinyldError)
             return found
         there = [other for other in SPLITS if in_folder(Path(folder) / name, other)] if folder == own else []
         way_out = "rows from elsewhere may be among them: add the file, or keep this folder out of $TINYLD_DATA"
@@ -146,23 +139,17 @@ def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
     return [task.path, *map(Path, task.data.values()), *given, *filter(None, inside)]
 
 
-# ---------------------------------------------------------------------------------------------- rows of a file
-
-
 def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
     """Each row of a TSV, CSV or JSONL file, or of a .txt file, whose lines are the column `text`; with `empty` also
     rows of a table that hold empty cells alone, and blank lines of text. TinyldError where there is none."""
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
-    rows = _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else _line_rows(path, suffix, empty)
-    first = next(rows, None)
-    if first is None and empty and suffix == ".txt":  # as of an empty pipe
-        return
-    if first is None:
-        raise TinyldError(f"{path}: there are no rows in it")
-    yield first
-    yield from rows
+    found = empty and suffix == ".txt"  # in which there may be nothing, as in an empty pipe
+    for row in _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else _line_rows(path, suffix, empty):
+        found = True
+        yield row
+    check(found, f"{path}: there are no rows in it", TinyldError)
 
 
 def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
@@ -170,10 +157,9 @@ def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
         where = f"{path}: line {number}"
         if suffix == ".txt":
             refuse_long(line, where)
-        if suffix == ".txt" and (empty or line.strip()):
-            yield where, {"text": line.rstrip("\n")}
-        elif line.strip():
-            yield where, as_object(parse_json(line, where), where)
+        if line.strip() or (empty and suffix == ".txt"):
+            row = {"text": line.rstrip("\n")} if suffix == ".txt" else as_object(parse_json(line, where), where)
+            yield where, row
 
 
 def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
@@ -193,7 +179,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
             was_open, is_open = is_open, is_plain and bool(values) and OPENED.match(values[-1]) is not None
             if (was_open and values and CLOSED.fullmatch(values[0])) or (is_open and len(values) < len(header)):
                 raise TinyldError(
-                    f"{where}: a cell in quotes has several lines here, which a .tsv has not; save it as .csv"
+                    f"{where}: a cell in quotes has several lines here, which no .tsv has; save it as .csv"
                 )
             if is_plain:  # but for what pandas or Python's csv wrote
                 values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
@@ -235,12 +221,8 @@ def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """The texts in a row's answer column: a JSON list of them, or one cell with ` ||| ` between."""
     value = row.get(column)
     parts = value if isinstance(value, list) else cell(row, column, where).split(PAIR.strip())
-    if not parts:
-        raise TinyldError(f"{where}: column {show(column)} is an empty list; fill it in or delete the row")
+    check(parts, f"{where}: column {show(column)} is an empty list; fill it in or delete the row", TinyldError)
     return tuple(cell({column: part}, column, where) for part in parts)
-
-
-# ---------------------------------------------------------------------------------------------- examples
 
 
 def load_split(
@@ -249,29 +231,22 @@ def load_split(
     """The first `limit` examples of a split, in file order. `data`: a folder that is searched before all others, or one
     file, all of whose rows are read; `held_out`: of that file the dev rows are one text in ten, chosen by a hash, of
     every label as many as it has texts, and the train rows the others. Rows of one text stay together, unless there
-    are few texts.
-
-    Raises TinyldError, naming file and line, for a file that is missing, not UTF-8, without rows, or with a row that
-    lacks a column, has too many, or bears an unknown label.
-    """
+    are few texts."""
     path = find_file(task, split, data, held_out)
     if not held_out or path != data:
         return _examples(task, islice(read_rows(path), limit))
     examples = _examples(task, read_rows(path))
-    if len(examples) < 2:
-        raise TinyldError(f"{path}: one row; dev rows are held out, so that at least two are needed")
+    check(len(examples) > 1, f"{path}: one row; dev rows are held out, so that at least two are needed", TinyldError)
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
     first = {text: i for i, text in reversed([*enumerate(texts)])}  # the row where each is read first
     alone = task.is_infill or len(first) < HELD_OUT * max(1, len(task.labels))
     stands_for = [i if alone else first[text] for i, text in enumerate(texts)]
     by_text = sorted({*stands_for}, key=lambda i: (hashlib.sha256(texts[i]).digest(), i))
-    least: dict[int, str] = {}  # the label of a text, whatever the order of rows and labels: the first by name
-    for i, e in zip(stands_for, examples, strict=True):
-        name = "" if e.label is None else task.labels[e.label]
-        least[i] = min(name, least.get(i, name))
+    named = zip(stands_for, ["" if e.label is None else task.labels[e.label] for e in examples], strict=True)
+    label = dict(sorted(named, reverse=True))  # of a text, whatever the order of rows and labels: the first by name
     of_label: dict[str, list[int]] = {}
     for i in by_text:
-        of_label.setdefault(least[i], []).append(i)
+        of_label.setdefault(label[i], []).append(i)
     share = {i: (n + 0.5) / len(own) for own in of_label.values() for n, i in enumerate(own)}  # of its label's texts
     dev = set(sorted(by_text, key=share.__getitem__)[: max(1, len(by_text) // HELD_OUT)])
     return [e for i, e in zip(stands_for, examples, strict=True) if (i in dev) == (split == "dev")][:limit]
@@ -281,15 +256,14 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     examples, answers, gaps = [], list(task.verbalizer.values()), 0
     labels = {name: i for i, name in enumerate(task.labels)}
     # All labels may be numbers instead, where no name is one, and the order is not just that of the rows.
-    may_be_numbers = not any(re.fullmatch(r"[-+.\d]+", name) for name in labels)
-    may_be_numbers = may_be_numbers and task.path.suffix.lower() not in SUFFIXES
+    no_number = not any(re.fullmatch(r"[-+.\d]+", name) for name in labels)
+    may_be_numbers = no_number and task.path.suffix.lower() not in SUFFIXES
     for where, row in rows:
         if task.is_infill:
             (column,) = task.columns.values()
             text, found = GAP.subn(" ", cell(row, column, where))
             gaps += found > 0
-            if not text.strip():
-                raise TinyldError(f"{where}: no word to make a gap of; delete the line")
+            check(text.strip(), f"{where}: no word to make a gap of; delete the line", TinyldError)
             examples += Example(text, "", "", None).cut(1, _longest(task))
             continue
         example = prompt_of(task, row, where)
@@ -323,12 +297,11 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     if task.is_infill:
         (text,) = fields.values()
         parts = GAP.split(text)
-        if len(parts) != 2:
-            raise TinyldError(f"{where}: {len(parts) - 1 or 'no'} gaps in the text, which must hold one {GAP_MARK}")
+        wrong = f"{len(parts) - 1 or 'no'} gaps in the text, which must hold one {GAP_MARK}"
+        check(len(parts) == 2, f"{where}: {wrong}", TinyldError)
     else:
         parts = task.template.format_map(fields | {"answer": "\0"}).split("\0")  # which no cleaned text holds
-    before, after = parts
-    return Example(before.strip(), after.strip(), "", None)
+    return Example(parts[0].strip(), parts[1].strip(), "", None)
 
 
 def _longest(task: Task) -> int:

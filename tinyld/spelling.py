@@ -1,22 +1,14 @@
-"""Capitals and accents of texts that a lower-casing base writes: as their prompts and the texts it learned have them.
-
-Text only: no tokens, no torch.
-"""
-
-from __future__ import annotations
+"""Capitals and accents of what a lower-casing base writes, as prompts and learned texts have them. No torch."""
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tinyld.config import check
+from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
-
-if TYPE_CHECKING:
-    from tinyld.rows import Example
 
 WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contraction is none: it's, we'll
 END = r"(?<!\b[^\W\d_])(?<!\.\.)[.!?]['\"’”)]*"  # of a sentence; not of initials (p.m.), nor what is left open ...
@@ -42,18 +34,17 @@ class Spelling:
 
     def restore(self, text: str, before: str, after: str, inside: bool) -> str:
         """A text that was written between `before` and `after`; `inside` a text of theirs, or else by itself."""
-        said, first = list(re.finditer(WORD, text)), _places(FIRST, text)
-        if said and inside and before and not re.search(rf"{END}$", before):
-            first.discard(said[0].start())
-        out, end = "", 0
-        told_all = self.told([w[0] for w in said], _asked(before, after, inside))
-        for word, (told, in_a_row) in zip(said, told_all, strict=True):
-            spelled = told if in_a_row else self.words.get(fold(word[0]), told)
-            if self.starts and word.start() in first and spelled.islower():  # not iPhone
-                spelled = spelled[0].title() + spelled[1:]
-            out += text[end : word.start()] + spelled
-            end = word.end()
-        return out + text[end:]
+        first, all_told = _places(FIRST, text), iter(self.told(re.findall(WORD, text), _asked(before, after, inside)))
+        if inside and before and not re.search(rf"{END}$", before) and (word := re.search(WORD, text)):
+            first.discard(word.start())
+
+        def spelled(word: re.Match[str]) -> str:
+            told, in_a_row = next(all_told)
+            told = told if in_a_row else self.words.get(fold(word[0]), told)
+            begins = self.starts and word.start() in first and told.islower()  # not iPhone
+            return told[0].title() + told[1:] if begins else told
+
+        return re.sub(WORD, spelled, text)
 
     def told(self, words: Sequence[str], prompt: str) -> list[tuple[str, bool]]:
         """Each word as the prompt spells it, or as it is; and whether it stands there in a row with a neighbour."""

@@ -13,10 +13,8 @@ NUMBERS = re.compile(r"[-+\d.,%± ]|to")  # what a cell that must never be broke
 
 def show(value: Any) -> str:
     """A number or text as a table shows it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int):
@@ -31,10 +29,8 @@ def percent(share: float | None) -> str | None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wide: bool = False) -> None:
-    """A table on stdout, numbers right-aligned, within the terminal's width (80 in a pipe) unless `wide`.
-
-    Text is broken between words only. Rows that do not fit so are shown one below the other, a line a column.
-    """
+    """A table on stdout, numbers right-aligned, within the terminal's width (80 in a pipe) unless `wide`. Text is
+    broken between words only. Rows that do not fit so are shown one below the other, a line a column."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -53,9 +49,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in cells:
         table.add_row(*map(Text, row))  # in which nothing is markup
     console, needed = Console(), Console(width=1 << 20).measure(table)
-    if wide or not console.is_terminal:
-        width = console.width if console.is_terminal else WIDTH
-        console = Console(width=max(width, needed.maximum) if wide else width)
+    width = console.width if console.is_terminal else WIDTH
+    console = Console(width=max(width, needed.maximum) if wide else width)
     console.print(Text(plain(title), style="bold"), soft_wrap=True)  # broken by nobody
     if any(columns) and needed.maximum - slack > console.width:
         for row in cells:

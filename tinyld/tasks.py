@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from tinyld.config import check, check_choice, from_dict, types_of
 from tinyld.download import Source
-from tinyld.errors import TinyldError, UsageError, show
+from tinyld.errors import TinyldError, show
 from tinyld.read import clean, read_toml
 from tinyld.rows import SPLITS, files_of
 from tinyld.spelling import Spelling
@@ -88,14 +87,10 @@ class Task:
 
     def _fields(self) -> list[str]:
         """The names in the template other than {answer}, each once."""
-        template, way_out = f"template {show(self.template)}", "write {{ and }} for braces"
-        try:
-            parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
-        except ValueError as error:
-            raise UsageError(f"{template}: {error}; {way_out}") from None
-        names = [name for _, name, _, _ in parts]
-        plain = all(name.isidentifier() and not spec and not conversion for _, name, spec, conversion in parts)
-        check(plain, f"{template}: a field is a plain name in braces, got {', '.join(names)}; {way_out}")
+        template, known = f"template {show(self.template)}", r"{{|}}|{([^\W\d]\w*)}"
+        names = [name for name in re.findall(known, self.template) if name]
+        is_plain = not re.search("[{}]", re.sub(known, "", self.template))
+        check(is_plain, f"{template}: a field is a plain name in braces; write {{{{ and }}}} for braces")
         fields = [name for name in dict.fromkeys(names) if name != "answer"]
         if self.is_infill:
             kinds = "a [verbalizer] (label task), answer_column (task that writes), no {answer} (fill a gap)"
@@ -133,10 +128,9 @@ class Task:
     @property
     def reads(self) -> tuple[Any, ...]:
         """What a run is asked, whatever the columns' names: the template with numbers for them."""
-        template, columns = self.template, list(self.columns.values())
-        for i, name in enumerate(self.columns):
-            template = template.replace(f"{{{name}}}", f"{{{i}}}")
-        return template, *map(columns.index, columns)
+        columns = list(self.columns.values())
+        numbers = {name: f"{{{i}}}" for i, name in enumerate(self.columns)} | {"answer": "{answer}"}
+        return self.template.format_map(numbers), *map(columns.index, columns)
 
     @property
     def asks(self) -> tuple[Any, ...]:
@@ -178,20 +172,14 @@ def load_task(name_or_path: str) -> Task:
     return from_dict(Task, said | {"path": path}, str(path))
 
 
-# ---------------------------------------------------------------------------------------------- in a run's config
-
-
 def to_record(task: Task) -> dict[str, Any]:
     """The task as plain JSON types, for a run's config.json."""
     return {name: getattr(task, name) for name in KEPT} | {"path": None if task.builtin else str(task.path)}
 
 
 def from_record(record: dict[str, Any], where: str) -> Task:
-    """The task that `to_record` wrote; rows of a built-in one are found by its name, of a user's own by its file.
-
-    TinyldError where the record is damaged, or where the built-in task of its name or its file says otherwise today.
-    Without that file, or made from a file of rows, a task asks and reads answers all the same.
-    """
+    """The task that `to_record` wrote. TinyldError where the built-in task of its name, or a user's file, says another
+    today; without that file, or made from a file of rows, a task asks and reads answers all the same."""
     path = record.get("path")
     file = BUILTIN_DIR / f"{record.get('name')}.toml" if path is None else Path(str(path))
     own = {key: value for key, value in record.items() if key in (*KEPT, *LEARNED)}

@@ -6,11 +6,9 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,43 +32,41 @@ HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSO
 Rows = list[Row]
 
 
-def chunks(
-    options: PredictOptions, source: str, task: Task, size: int, even: bool = False
-) -> tuple[int, Iterator[Rows]]:
+def chunks(options: PredictOptions, source: str, task: Task, size: int, even: bool) -> tuple[int, Iterator[Rows]]:
     """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). A text alone is enough
     where the task reads one. A file is read whole first, so that a bad row is known at once; `even` gives each of its
     rows all columns that any has."""
-    path, column, piped, columns = Path(source), options.column, source == "-", task.inputs
-    lines = piped or path.suffix.lower() == ".txt"
-    check(not options.text or piped, "give a file or --text, not both")
+    path, column, columns, rows = Path(source), options.column, task.inputs, Rows()
+    lines = source == "-" or path.suffix.lower() == ".txt"
+    check(not options.text or source == "-", "give a file or --text, not both")
     check(column is None or not lines, "--column is for a file with columns; a line is one text")
-    one, total, tabs = len(columns) == 1, len(options.text), 0
-    check(one or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
-    check(one or not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
-    column, every = "text" if lines else column, Record()
+    check(len(columns) == 1 or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
+    two = f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both"
+    check(len(columns) == 1 or not lines, two)
+    column = "text" if lines else column
+
+    def renamed(where: str, row: Record) -> Row:
+        """A row whose column of that name, if it is said, is called as the task's."""
+        check(column is None or column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
+        return where, row if column is None else under({column: columns[0]}, row)
+
     if options.text:
-        parts = iter([[(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]])
-    elif piped:
-        parts = piped_lines(columns[0])
+        rows = [(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]
+    elif source == "-":
+        return 0, ([renamed(*row) for row in part] for part in piped_lines(columns[0]))
     else:
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
-        for row in read_rows(path, empty=True):
-            if lines and not total:
-                refuse_table(row[1]["text"], row[0], columns[0])
-            examples_of([renamed(column, columns[0], *row)], task)
-            every |= dict.fromkeys(row[1] if even else (), "")
-            total, tabs = total + 1, tabs + ("\t" in row[1].get("text", "") if lines else 0)
-        check(not 1 < total == tabs, f"{path}: {TABBED}")
-        rows = read_rows(path, empty=True)
-        parts = iter(lambda: [(where, every | row) for where, row in islice(rows, size)], [])
-    return total, ([renamed(column, columns[0], *row) for row in part] for part in parts)
-
-
-def renamed(column: str | None, name: str, where: str, row: Record) -> Row:
-    """A row whose column of that name, if it is said, is called otherwise."""
-    check(column is None or column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-    return where, row if column is None else under({column: name}, row)
+        for where, row in read_rows(path, empty=True):
+            if lines and not rows:
+                refuse_table(row["text"], where, columns[0])
+            examples_of([renamed(where, row)], task)
+            rows.append((where, row))
+        tabbed = lines and len(rows) > 1 and all("\t" in row["text"] for _, row in rows)
+        check(not tabbed, f"{path}: {TABBED}")
+    every = dict.fromkeys((name for _, row in rows for name in row) if even else (), "")
+    rows = [renamed(where, every | row) for where, row in rows]
+    return len(rows), (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 def piped_lines(column: str) -> Iterator[Rows]:
@@ -100,11 +96,11 @@ def predict(options: PredictOptions) -> None:
     sampling, say, out = options.sampling(), say_to_stderr(options.quiet), options.out
     paths, source = options.runs_and_input()
     several = len(paths) > 1
-    as_csv = options.csv or (out is not None and out.suffix.lower() == ".csv")
+    ending = out.suffix.lower() if out else ""
+    as_csv = options.csv or ending == ".csv"
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
-    ending = "" if out is None or as_csv else out.suffix.lower()
-    check(ending in ("", ".jsonl"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
-    check(not options.csv or out is None or out.suffix.lower() != ".jsonl", f"--csv: --out {out} is no name of a CSV")
+    check(as_csv or ending in ("", ".jsonl"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
+    check(not options.csv or ending != ".jsonl", f"--csv: --out {out} is no name of a CSV")
     check(not several or options.task is None, "--task is for one run; several answer for their own tasks")
     how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
     run: Any = load(paths if several else paths[0], options.base, *how)
@@ -122,11 +118,10 @@ def predict(options: PredictOptions) -> None:
     labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
-    header: list[str] = []
-    whole, truncated, total, empty = [], 0, 0, 0
+    header, whole, truncated, total, empty = list[str](), list[str](), 0, 0, 0
     rows_in_all, parts = chunks(options, source, task, WRITTEN if task.is_generation else CHUNK, as_csv)
     bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
-    bar.quiet |= bar.on_terminal and out is None and not is_file(sys.stdout)  # where answers may appear, too
+    bar.quiet |= bar.on_terminal and out is None and not os.path.isfile("/dev/stdout")  # answers may appear there, too
     with bar:
         for rows in parts:
             drawn = replace(sampling, seed=seed_of(sampling.seed, total)) if total else sampling
@@ -137,8 +132,7 @@ def predict(options: PredictOptions) -> None:
                 lines = [table_line(r) if as_table else json_line(r, ascii_only) for r in records]
             if out is None:
                 print("".join(lines), end="", flush=True)
-            else:
-                whole += lines
+            whole += lines if out else []
             total += len(records)
             empty += sum(not str(record.get("text", "x")).strip() for record in records)
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
@@ -149,21 +143,12 @@ def predict(options: PredictOptions) -> None:
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
-def is_file(stream: Any) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # closed, or none of the system's
-        return False
-
-
 def json_line(record: Record, ascii_only: bool) -> str:
     text = json.dumps(record, ensure_ascii=ascii_only) + "\n"
     return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def csv_lines(
-    records: Sequence[Record], header: list[str], labels: Sequence[str], cell: Callable[[str], str]
-) -> list[str]:
+def csv_lines(records: list[Record], header: list[str], labels: list[str], cell: Callable[[str], str]) -> list[str]:
     """Every label's probability is a column, and of several runs each one's answer and its probability. `cell` is
     called on every text. `header` is filled by the first record, and by the probabilities of `labels`."""
     flat, lines, more = [], [], [f"p({label})" for label in labels]
@@ -177,15 +162,12 @@ def csv_lines(
         flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
     if flat and not header:
         header += dict.fromkeys([*flat[0], *map(cell, more)])
-        lines.append(header)
-    lines += [[row.get(name, "") for name in header] for row in flat]
-    return list(map(csv_line, lines))
-
-
-def csv_line(values: Sequence[object]) -> str:
-    file = io.StringIO()
-    csv.writer(file).writerow(values)  # which quotes what holds a part of its own line end
-    return file.getvalue().removesuffix("\r\n") + "\n"
+        flat.insert(0, dict(zip(header, header, strict=True)))
+    for row in flat:
+        file = io.StringIO()
+        csv.writer(file).writerow([row.get(name, "") for name in header])  # quotes what holds a part of its line end
+        lines.append(file.getvalue().removesuffix("\r\n") + "\n")
+    return lines
 
 
 def table_line(record: dict[str, Any]) -> str:

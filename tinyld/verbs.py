@@ -4,17 +4,16 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
 from tinyld.errors import TinyldError, plain
 from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions, refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import CONFIG, RESULTS, RunFolder, environment, is_foreign
-from tinyld.tables import print_record, print_table
+from tinyld.tables import print_record, print_table, show
 from tinyld.tasks import builtin_names, load_task
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
+from tinyld.write import sha256
 
 
 def info(options: InfoOptions) -> dict[str, Any]:
@@ -27,9 +26,8 @@ def info(options: InfoOptions) -> dict[str, Any]:
     check_ours(reading)
     folder = RunFolder.open(options.run)
     config, whole = folder.config, folder.has_weights()
-    files = {name: entry for name, entry in folder.files().items() if whole or (folder.path / name).exists()}
-    for name in files:
-        folder.read(name)
+    there = [name for name in folder.files() if whole or (folder.path / name).exists()]
+    files = {name: {"bytes": len(content := folder.read(name)), "sha256": sha256(content)} for name in there}
     results = folder.read_json(RESULTS) if RESULTS in files else {}
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
     if not whole:
@@ -45,8 +43,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
     record |= {k: v for k, v in config.get("parameters", {}).items() if k.endswith(("parameters", "bytes", "percent"))}
     training = results.get("pretrain", {}) | results.get("finetune", {})
     record["training"] = {name: value for name, value in training.items() if name not in record}
-    record["eval"] = results.get("eval", {})
-    record["files"] = {name: {"bytes": e["bytes"], "sha256": folder.digest(name)} for name, e in files.items()}
+    record |= {"eval": results.get("eval", {}), "files": files}
     return record | {"command": config["environment"]["command"]}
 
 
@@ -69,26 +66,20 @@ def show_info(record: dict[str, Any], options: InfoOptions) -> None:
 
 
 def tasks(options: Printed) -> list[dict[str, Any]]:
-    return [
-        {
-            "task": t.name,
-            "labels": list(t.labels),
-            "answers": list(t.verbalizer.values()),
-            "answer_tokens": t.answer_tokens,
-            "template": t.template,
-            "rows": dict(t.download.rows) if t.download else {},
-            "needs": "nothing" if t.rows_from in BUNDLED_TASKS else "$TINYLD_DATA" + " or network" * bool(t.download),
-        }
-        for t in map(load_task, builtin_names())
-    ]
+    records = []
+    for task in map(load_task, builtin_names()):
+        record = {"task": task.name, "labels": list(task.labels), "answers": list(task.verbalizer.values())}
+        record |= {"answer_tokens": task.answer_tokens, "template": task.template}
+        record["rows"] = dict(task.download.rows) if task.download else {}
+        where = "$TINYLD_DATA" + " or network" * bool(task.download)
+        records.append(record | {"needs": "nothing" if task.rows_from in BUNDLED_TASKS else where})
+    return records
 
 
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
-    columns, rows = ("task", "labels", "rows", "needs"), []
-    for r in records:
-        counts = " / ".join(f"{n:,}" for n in r["rows"].values()) or "-"
-        rows.append([r["task"], ", ".join(r["labels"]) or "(text)", counts, r["needs"]])
-    print_table("built-in tasks (--json has templates and answers)", columns, rows)
+    counts = [" / ".join(map(show, r["rows"].values())) or "-" for r in records]
+    rows = [(r["task"], r["labels"] or "(text)", n, r["needs"]) for r, n in zip(records, counts, strict=True)]
+    print_table("built-in tasks (--json has templates and answers)", ("task", "labels", "rows", "needs"), rows)
 
 
 def sample(options: SampleOptions) -> dict[str, Any]:
@@ -153,13 +144,12 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         raise TinyldError(f"{run} was trained on a base in {base.dtype}; only one in fp32 can be merged")
     method.merge(base.model)
     tensors = finite(dict(base.model.named_parameters()), f"{run} in {base.path}")
-    target = RunFolder.create(out, options.force)
+    target, config = RunFolder.create(out, options.force), RunFolder(run).config
     made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
-    merged = made if is_foreign(base.path) else RunFolder(base.path).config
-    made_of = RunFolder(run).config
-    merged |= {"merged": {"run": str(run), "base": base.fingerprint, "task": made_of["task"], "data": made_of["data"]}}
+    made = made if is_foreign(base.path) else RunFolder(base.path).config
+    made["merged"] = {"run": str(run), "base": base.fingerprint, "task": config["task"], "data": config["data"]}
     save_base(target, tensors, base.tokenizer, torch.float32)
-    target.write_json(CONFIG, merged | {"environment": environment()})  # last: without it there is no run
+    target.write_json(CONFIG, made | {"environment": environment()})  # last: without it there is no run
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 
 
@@ -187,6 +177,6 @@ def demo(options: DemoOptions) -> None:
         command = line.format(out=shlex.quote(str(out)), train=train, force=force, more=more)
         say(f"-- tinyld {command}")
         if code := app(shlex.split(command), standalone_mode=False):
-            raise typer.Exit(code)
+            raise SystemExit(code)
     print("next: tinyld finetune --data mine.csv --out runs/mine     (columns text and label)")
     print("      tinyld predict runs/mine new.csv --out answered.csv")
