@@ -3,11 +3,15 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -51,6 +55,38 @@ def good(*args: object, text: str | bytes = "") -> Ran:
     ran = cli(*args, text=text)
     assert ran.code == 0, ran.stderr
     return ran
+
+
+def assert_refused(ran: Ran, code: int, part: str) -> None:
+    """One line that says so, and nothing else."""
+    assert part in ran.stderr
+    assert ran.code == code
+    assert ran.stderr.startswith("tinyld: ") and ran.stderr.splitlines() == [ran.stderr[:-1]], ran.stderr
+    assert ran.stdout == ""
+
+
+@contextmanager
+def pressing_ctrl_c(rows: type, at: int) -> Iterator[None]:
+    """Within it Ctrl-C is pressed when step `at` asks for its rows."""
+    batch = rows.batch
+
+    def breaks(self: Any, step: int, *more: int) -> Any:
+        if step == at:
+            raise KeyboardInterrupt
+        return batch(self, step, *more)
+
+    with mock.patch.object(rows, "batch", breaks):
+        yield
+
+
+@contextmanager
+def handling(signum: int, handler: Any) -> Iterator[None]:
+    """Within it the process handles a signal so."""
+    before = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -124,6 +160,7 @@ WEATHER = "the a rain sun sea sky is was it very sad happy down well good bad an
 SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}
 ROWS = [("the rain , the rain", "sad"), ("sun and sea", "happy"), ("rain is bad", "sad"), ("a good sky", "happy")] * 10
 QUICK = {"steps": 2, "batch_size": 4, "method": "bitfit", "quiet": True}
+FAST = {"recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
 
 
 @pytest.fixture(scope="session")
@@ -155,13 +192,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fast(place: Path) -> list[Path]:
     """Adapters that share a pass: tasks of one template whose fields have other names, and one that does not."""
-    options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
     rows = "".join(f'"{text}",{label}\n' for text, label in ROWS)
     paths = []
     for name, field, words in (("a", "text", "was"), ("b", "said", "was"), ("c", "text", "was"), ("d", "text", "is")):
         task = f'template = "{{{field}}} it {words} {{answer}} ."\n[verbalizer]\nsad = "down"\nhappy = "well"\n'
         (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
         (place / f"{name}.csv").write_text(f"{field},label\n{rows}")
-        run = tinyld.finetune(place / f"{name}.toml", out=place / f"fast-{name}", seed=len(paths), **options)
-        paths.append(run.path)
+        paths.append(place / f"fast-{name}")
+        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=paths[-1], seed=len(paths) - 1, **FAST)
     return paths
