@@ -15,6 +15,8 @@ from unittest import mock
 
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -104,11 +106,26 @@ def tree(path: Path) -> dict[str, Any]:
     }
 
 
+def task_of(folder: Path, toml: str) -> Task:
+    (folder / "mood.toml").write_text(toml)
+    return load_task(str(folder / "mood.toml"))
+
+
+def byte_level(texts: list[str], special: list[str]) -> HFTokenizer:
+    """A BPE of bytes, trained to 290 tokens, and its special tokens behind them."""
+    inner = HFTokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    inner.add_special_tokens(special)
+    return inner
+
+
 def label_task(folder: Path, **verbalizer: str) -> Task:
     """A task whose answer is one of these words, by its label."""
     lines = ['template = "{text} it was {answer} ."', "[verbalizer]", *(f'{k} = "{v}"' for k, v in verbalizer.items())]
-    (folder / "mood.toml").write_text("\n".join(lines))
-    return load_task(str(folder / "mood.toml"))
+    return task_of(folder, "\n".join(lines))
 
 
 def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
