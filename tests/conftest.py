@@ -139,6 +139,16 @@ def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor
     return x * is_real, (begin <= place) & (place < begin + width), is_real
 
 
+def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
+    """A base with weights large enough that every part of it shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Denoiser(config, generator).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny models gain nothing from threads, and their bits are then the same on every machine."""
@@ -169,6 +179,12 @@ def config(tokenizer: Tokenizer) -> ModelConfig:
 @pytest.fixture()
 def model(config: ModelConfig) -> Denoiser:
     return Denoiser(config, torch.Generator().manual_seed(0)).eval()
+
+
+@pytest.fixture()
+def lively(config: ModelConfig) -> Denoiser:
+    """Confident in different degrees."""
+    return fresh_base(config)
 
 
 # ------------------------------------------------------------------------------------------------ tiny runs
