@@ -53,9 +53,6 @@ class Fake:
         return 1.0 + 0.1 * position + 0.2 * masked.sum(1, keepdim=True).float() ** 1.5
 
 
-# ---------------------------------------------------------------------------------------------- noise
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_prompt_and_padding_are_never_masked(seed: int) -> None:
     batch = random_batch(12, seed)
@@ -180,9 +177,6 @@ def test_nothing_masked_is_no_division_by_zero() -> None:
     noised = noise_counted(replace(batch, answer_mask=torch.zeros_like(batch.answer_mask)), MASK, seeded(0))
     nll, row = token_nll(Fake(), noised)
     assert len(nll) == len(row) == 0 and (noised.t == 1).all()
-
-
-# ---------------------------------------------------------------------------------------------- NLL bound
 
 
 def exact_bound(denoiser: Fake, batches: list[Batch]) -> float:

@@ -220,9 +220,6 @@ def test_a_wrong_option_is_named_and_the_allowed(config: ModelConfig, name: str,
         make_config(name, options, config)
 
 
-# ---------------------------------------------------------------------------------------------- bands
-
-
 def lively(config: ModelConfig, case: str) -> tuple[Denoiser, TrajectoryLora]:
     """A trajectory adapter, every tensor of it away from zero, and its base."""
     model, generator = fresh_base(config), torch.Generator().manual_seed(1)
@@ -274,9 +271,6 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
             torch.testing.assert_close(found[row, token], settings.sigma[band] * expected, atol=1e-4, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- pruning
-
-
 def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, TrajectoryLora]:
     """A push of 3 sites x 8 units whose strengths are known, after updates at the given shares of a run."""
     model = fresh_base(config)
@@ -326,9 +320,6 @@ def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
     one, other = logits(model, noised), logits(model, noised)
     torch.manual_seed(0)
     assert torch.equal(logits(model, noised), one) and not torch.allclose(one, other, atol=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------- penalty
 
 
 @pytest.mark.parametrize(("d", "r", "e"), [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)])

@@ -271,9 +271,6 @@ def test_no_number_that_is_not_finite_is_written_as_json(run: RunFolder) -> None
             act()
 
 
-# ------------------------------------------------------------------------------------------------ bases of adapters
-
-
 def test_a_base_is_found_by_its_fingerprint_where_it_is_given_or_released(
     adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,9 +317,6 @@ def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(base: Path,
     assert "needs one scale a row" in refusal(small.path)
     small.write_tensors(MODEL, {n: t for n, t in tensors.items() if n != name})
     assert "wrong type: torch.int8" in refusal(small.path)
-
-
-# ------------------------------------------------------------------------------------------------ log, checkpoints
 
 
 def test_the_log_is_read_without_its_torn_last_line_and_rewound(run: RunFolder) -> None:

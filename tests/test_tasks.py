@@ -221,8 +221,6 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
             from_record(damaged, "config.json: task")
 
 
-# ---------------------------------------------------------------------------------------------- errors
-
 FILE_ERRORS = [
     ("a.md", "text\n", [".tsv, .csv, .jsonl or .txt"]),
     ("a.csv", "text,label\n", ["there are no rows in it"]),
@@ -284,9 +282,6 @@ def test_a_bad_file_is_refused_in_a_line_naming_it(tmp_path: Path, name: str, co
     assert all(part in message for part in parts)
 
 
-# ---------------------------------------------------------------------------------------------- finding files
-
-
 def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each place is filled in turn, the last searched first, and must then be the one that is read."""
     monkeypatch.setattr(rows, "bundled_data_dir", lambda: tmp_path / "bundled")
@@ -340,9 +335,6 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
     monkeypatch.setenv("TINYLD_DATA", "/no/such/folder")
     with pytest.raises(TinyldError, match="TINYLD_DATA=/no/such/folder is no folder"):
         load_split(load_task("sst2"), "dev")
-
-
-# ---------------------------------------------------------------------------------------------- the built-in tasks
 
 
 def test_built_in_tasks_are_whole() -> None:
