@@ -95,7 +95,7 @@ def test_a_nearly_certain_token_has_its_gradient_in_bf16(rest: float) -> None:
 @pytest.mark.parametrize(("dtype", "nats"), [(torch.float16, 20.0), (torch.float32, 200.0), (torch.bfloat16, 200.0)])
 def test_a_token_that_is_all_but_impossible_counts_all_its_nats(dtype: torch.dtype, nats: float, bias: bool) -> None:
     """An upper bound on the NLL must not end where a probability is 0 in that type."""
-    h, weight = torch.ones(2, 1, dtype=dtype, requires_grad=True), torch.tensor([[nats], [0.0]], dtype=dtype)
+    h, weight = torch.ones(2, 1, dtype=dtype, requires_grad=True), torch.tensor([[nats / 2], [-nats / 2]], dtype=dtype)
     nll = head_nll(h, weight, torch.zeros(2, dtype=dtype) if bias else None, torch.tensor([1, 0]))
     assert nll.tolist() == pytest.approx([nats, 0.0])
     nll.sum().backward()
