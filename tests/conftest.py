@@ -3,14 +3,20 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -53,6 +59,38 @@ def good(*args: object, text: str | bytes = "") -> Ran:
     return ran
 
 
+def assert_refused(ran: Ran, code: int, part: str) -> None:
+    """One line that says so, and nothing else."""
+    assert part in ran.stderr
+    assert ran.code == code
+    assert ran.stderr.startswith("tinyld: ") and ran.stderr.splitlines() == [ran.stderr[:-1]], ran.stderr
+    assert ran.stdout == ""
+
+
+@contextmanager
+def pressing_ctrl_c(rows: type, at: int) -> Iterator[None]:
+    """Within it Ctrl-C is pressed when step `at` asks for its rows."""
+    batch = rows.batch
+
+    def breaks(self: Any, step: int, *more: int) -> Any:
+        if step == at:
+            raise KeyboardInterrupt
+        return batch(self, step, *more)
+
+    with mock.patch.object(rows, "batch", breaks):
+        yield
+
+
+@contextmanager
+def handling(signum: int, handler: Any) -> Iterator[None]:
+    """Within it the process handles a signal so."""
+    before = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
+
 def python(*args: str) -> subprocess.CompletedProcess[str]:
     """A Python process of its own that finds the package these tests are of."""
     environment = os.environ | {"PYTHONPATH": str(Path(tinyld.__file__).parents[1])}
@@ -68,11 +106,26 @@ def tree(path: Path) -> dict[str, Any]:
     }
 
 
+def task_of(folder: Path, toml: str) -> Task:
+    (folder / "mood.toml").write_text(toml)
+    return load_task(str(folder / "mood.toml"))
+
+
+def byte_level(texts: list[str], special: list[str]) -> HFTokenizer:
+    """A BPE of bytes, trained to 290 tokens, and its special tokens behind them."""
+    inner = HFTokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    inner.add_special_tokens(special)
+    return inner
+
+
 def label_task(folder: Path, **verbalizer: str) -> Task:
     """A task whose answer is one of these words, by its label."""
     lines = ['template = "{text} it was {answer} ."', "[verbalizer]", *(f'{k} = "{v}"' for k, v in verbalizer.items())]
-    (folder / "mood.toml").write_text("\n".join(lines))
-    return load_task(str(folder / "mood.toml"))
+    return task_of(folder, "\n".join(lines))
 
 
 def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +137,16 @@ def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor
     place, (begin, width, end) = torch.arange(max(lengths)), torch.tensor([starts, widths, lengths])[..., None]
     is_real = place < end
     return x * is_real, (begin <= place) & (place < begin + width), is_real
+
+
+def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
+    """A base with weights large enough that every part of it shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Denoiser(config, generator).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -118,12 +181,19 @@ def model(config: ModelConfig) -> Denoiser:
     return Denoiser(config, torch.Generator().manual_seed(0)).eval()
 
 
+@pytest.fixture()
+def lively(config: ModelConfig) -> Denoiser:
+    """Confident in different degrees."""
+    return fresh_base(config)
+
+
 # ------------------------------------------------------------------------------------------------ tiny runs
 
 WEATHER = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()
 SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}
 ROWS = [("the rain , the rain", "sad"), ("sun and sea", "happy"), ("rain is bad", "sad"), ("a good sky", "happy")] * 10
 QUICK = {"steps": 2, "batch_size": 4, "method": "bitfit", "quiet": True}
+FAST = {"recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
 
 
 @pytest.fixture(scope="session")
@@ -155,13 +225,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fast(place: Path) -> list[Path]:
     """Adapters that share a pass: tasks of one template whose fields have other names, and one that does not."""
-    options = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
     rows = "".join(f'"{text}",{label}\n' for text, label in ROWS)
     paths = []
     for name, field, words in (("a", "text", "was"), ("b", "said", "was"), ("c", "text", "was"), ("d", "text", "is")):
         task = f'template = "{{{field}}} it {words} {{answer}} ."\n[verbalizer]\nsad = "down"\nhappy = "well"\n'
         (place / f"{name}.toml").write_text(f'{task}[data]\ntrain = "{name}.csv"\ndev = "{name}.csv"\n')
         (place / f"{name}.csv").write_text(f"{field},label\n{rows}")
-        run = tinyld.finetune(place / f"{name}.toml", out=place / f"fast-{name}", seed=len(paths), **options)
-        paths.append(run.path)
+        paths.append(place / f"fast-{name}")
+        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=paths[-1], seed=len(paths) - 1, **FAST)
     return paths

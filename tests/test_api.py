@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROWS, cli, good
+from conftest import QUICK, ROWS, cli, good, handling
 
 import tinyld
 from tinyld import finetuning, from_python
@@ -26,11 +26,6 @@ from tinyld.tokenizer import Tokenizer
 
 OURS = "trajectory-lora"
 pytestmark = pytest.mark.usefixtures("elsewhere")
-
-
-@pytest.fixture(scope="module")
-def trained(place: Path) -> Path:
-    return tinyld.finetune(ROWS, base=place / "base", out=place / "trained", **QUICK).path
 
 
 def made_on(place: Path) -> list[object]:
@@ -61,14 +56,11 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
     assert tinyld.load("runs/mine", base=place / "base").predict("rain")[0]["label"] == found[0]["label"]
 
 
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
-        ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
-        ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("options", "part"), [
+    ({"method": "magic"}, "--method must be one of"), ({"steps": 1.5}, "--steps: '1.5' is not of type int"),
+    ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"base": 3}, "--base: '3' is not of type"),
+    ({"method": None}, "--method: 'None' is not of type str"), ({"ranks": 64}, "ranks needs 3 values"),
+])  # fmt: skip
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
     with pytest.raises(tinyld.UsageError, match=part):
         tinyld.finetune(ROWS, **{"base": place / "base", "out": "mine"} | options)
@@ -78,43 +70,40 @@ def learning(*rows: Any) -> Any:
     return lambda run, base: tinyld.finetune(list(rows), base=base, out="mine", **QUICK)
 
 
-@pytest.mark.parametrize(
-    ("call", "part"),
-    [
-        (learning(("a", "b", "c")), "a row is"), (learning(1, 2), "a row is"),
-        (learning(("rain", ""), ("sun", "happy")), "line 1: column 'label' is empty"),
-        (learning(("rain", None), ("sun", "happy")), "line 1: column 'label' must hold text"),
-        (learning(("rain", {1}), ("sun", "happy")), "a row holds texts and numbers"),
-        (learning(*((str(i), f"l{i}") for i in range(9))), "9 different labels"),
-        (learning(("a", "Good"), ("b", "good")), "'Good' and 'good' look like one label"),
-        (learning(("a", 1), ("b", "1.0")), "'1' and '1.0' look like one label"),
-        (learning(("a", "é"), ("b", "e\u0301")), "look like one label"),
-        (learning(("a", "sad"), ("b", "sad\u200b")), "look like one label"),
-        (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
-        (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
-        (lambda run, base: tinyld.load(run.path, base=base, device=torch.device("cpu")), "device is text: auto, cpu"),
-        (lambda run, base: tinyld.finetune("x" * 5000), "no task 'xxx"),
-        (lambda run, base: tinyld.load(run.path, base="x" * 5000), "no run in xxx"),
-        (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
-        (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
-        (lambda run, base: run.predict(None), "texts are a list"),
-        (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
-        (lambda run, base: tinyld.load(base, task="nonsense"), "no task 'nonsense'"),
-        (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
-        (lambda run, base: run.write([5]), "a prompt is a text"),
-        (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
-        (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
-        (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
-        (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
-        (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "one column of a table"),
-        (lambda run, base: tinyld.finetune(""), "no task ''"),
-        (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
-        (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang; `tinyld finetune --help`"),
-        (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
-    ],
-)  # fmt: skip
-def test_what_makes_no_task_or_is_of_another_kind_is_refused(call: Any, part: str, trained: Path, place: Path) -> None:
-    run = tinyld.load(trained, base=place / "base")
+@pytest.mark.parametrize(("call", "part"), [
+    (learning(("a", "b", "c")), "a row is"), (learning(1, 2), "a row is"),
+    (learning(("rain", ""), ("sun", "happy")), "line 1: column 'label' is empty"),
+    (learning(("rain", None), ("sun", "happy")), "line 1: column 'label' must hold text"),
+    (learning(("rain", {1}), ("sun", "happy")), "a row holds texts and numbers"),
+    (learning(*((str(i), f"l{i}") for i in range(9))), "9 different labels"),
+    (learning(("a", "Good"), ("b", "good")), "'Good' and 'good' look like one label"),
+    (learning(("a", 1), ("b", "1.0")), "'1' and '1.0' look like one label"),
+    (learning(("a", "é"), ("b", "e\u0301")), "look like one label"),
+    (learning(("a", "sad"), ("b", "sad\u200b")), "look like one label"),
+    (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
+    (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
+    (lambda run, base: tinyld.load(run.path, base=base, device=torch.device("cpu")), "device is text: auto, cpu"),
+    (lambda run, base: tinyld.finetune("x" * 5000), "no task 'xxx"),
+    (lambda run, base: tinyld.load(run.path, base="x" * 5000), "no run in xxx"),
+    (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),
+    (lambda run, base: tinyld.load(run.path, task="reviews"), "was made for another task"),
+    (lambda run, base: run.predict(None), "texts are a list"),
+    (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
+    (lambda run, base: tinyld.load(base, task="nonsense"), "no task 'nonsense'"),
+    (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
+    (lambda run, base: run.write([5]), "a prompt is a text"),
+    (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
+    (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
+    (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
+    (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
+    (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "one column of a table"),
+    (lambda run, base: tinyld.finetune(""), "no task ''"),
+    (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
+    (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang; `tinyld finetune --help`"),
+    (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
+])  # fmt: skip
+def test_what_makes_no_task_or_is_of_another_kind_is_refused(call: Any, part: str, place: Path) -> None:
+    run = tinyld.load(place / "mood")
     with pytest.raises(tinyld.TinyldError, match=re.escape(part)) as caught:
         call(run, place / "base")
     assert not list(Path().iterdir()) and os.getcwd() not in str(caught.value), "no file that is there no more"
@@ -144,10 +133,8 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
         learn([rows[0], rows[1] | {"text": float("nan")}], out="other")
     with pytest.raises(tinyld.TinyldError, match="text 1: column 'text' holds a number of thousands of digits"):
         run.predict([10**5000])
-    assert learn([("rain", 2**53 + (k == "sad")) for _, k in ROWS], out="ids").tasks[0].labels == (
-        f"{2**53}",
-        f"{2**53 + 1}",
-    )
+    ids = learn([("rain", 2**53 + (k == "sad")) for _, k in ROWS], out="ids").tasks[0].labels
+    assert ids == (f"{2**53}", f"{2**53 + 1}")
     learn(ROWS, out="zero", template="{text}\0{answer} \udce9")
 
 
@@ -182,11 +169,11 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
         tinyld.finetune("x.csv", resume="mine")
 
 
-def test_another_default_dtype_is_refused(trained: Path, place: Path) -> None:
-    run = tinyld.load(trained, base=place / "base")
+def test_another_default_dtype_is_refused(place: Path) -> None:
+    run = tinyld.load(place / "mood")
     torch.set_default_dtype(torch.float64)
     try:
-        for call in (lambda: tinyld.load(trained, base=place / "base"), lambda: run.predict(["rain"])):
+        for call in (lambda: tinyld.load(place / "mood"), lambda: run.predict(["rain"])):
             with pytest.raises(tinyld.UsageError, match="default dtype is torch.float64; call torch.set_default"):
                 call()
     finally:
@@ -216,24 +203,18 @@ def test_rows_of_two_callers_do_not_mix(place: Path, monkeypatch: pytest.MonkeyP
         learn(ROWS)
 
 
-def test_a_signal_stops_training_as_ctrl_c_does_unless_the_caller_handles_it(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_stops_training_unless_the_caller_handles_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answered(signum: int) -> None:
         monkeypatch.setattr(finetuning, "evaluate", lambda *_, **__: signal.raise_signal(signum) or found)
         tinyld.finetune(ROWS, base=place / "base", out=f"mine-{signum}", **QUICK)
 
     found, heard = SimpleNamespace(record=lambda: {"nll_bound": 1.0}), list[int]()
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & takes away
-    try:
+    with handling(signal.SIGTERM, lambda *_: heard.append(1)):
         answered(signal.SIGTERM)
         assert heard and signal.getsignal(signal.SIGTERM) is not None
+    with handling(signal.SIGINT, signal.default_int_handler):  # which a shell's & takes away
         with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT: step 1 is saved; go on with --resume"):
             answered(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, ctrl_c)
 
 
 def test_a_run_of_python_keeps_no_arguments_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,10 +360,8 @@ def test_a_folder_of_rows_is_learned_by_its_path(place: Path) -> None:
     Path("set/val.csv").unlink()
     tinyld.finetune("set", base=place / "base", out="run", force=True, **QUICK)
     for split, n in (("dev", 4), ("train", 36)):
-        found = [
-            good("eval", "run", "--split", split, *more, "--json").json[0]["n"] for more in ((), ("--data", "set"))
-        ]
-        assert found == [n, n]
+        for more in ((), ("--data", "set")):
+            assert good("eval", "run", "--split", split, *more, "--json").json[0]["n"] == n
 
 
 def test_options_are_read_as_a_user_writes_them() -> None:
@@ -390,6 +369,5 @@ def test_options_are_read_as_a_user_writes_them() -> None:
     assert (options.base, options.ranks, options.targets) == (Path("a/b"), (4, 2, 1), ("query", "value"))
     assert options.budget == pytest.approx(0.007) == FinetuneOptions(budget="0.007").budget
     assert FinetuneOptions(budget="70%").budget == 0.7 and FinetuneOptions(budget=0.7).budget == 0.7
-    assert FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "rslora=true"]) == FinetuneOptions(
-        rank=4, lr=1e-3, base_dtype="int8", rslora=True
-    )
+    given = FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "rslora=true"])
+    assert given == FinetuneOptions(rank=4, lr=1e-3, base_dtype="int8", rslora=True)

@@ -41,9 +41,7 @@ def test_values_and_gradients_are_those_of_torchs_own_in_float64(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("under_autocast", [False, True])
 @pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (3.0, 1.0), (0.0, 3.0), (3.0, 3.0)])
-def test_in_bf16_it_is_about_as_exact_as_torchs_own(
-    offset: float, scale: float, under_autocast: bool, masked: bool
-) -> None:
+def test_bf16_is_about_as_exact_as_torchs_own(offset: float, scale: float, under_autocast: bool, masked: bool) -> None:
     """Keys and values may have a mean, scores be large. Rounding the scores and weights to 8 bits costs at most five
     times torch's error, which keeps them in fp32; seen are 3.1 times."""
     heads = [random_heads(4, 2, 32, 16, seed=seed).detach() for seed in range(3)]

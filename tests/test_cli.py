@@ -4,13 +4,12 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, cli, good, python
+from conftest import Ran, assert_refused, cli, good, pressing_ctrl_c, python
 
 from tinyld import verbs
 from tinyld.cli import MAIN, VERBS
@@ -19,7 +18,7 @@ from tinyld.data import TaskRows
 from tinyld.evaluate import label_scores
 from tinyld.methods import METHODS as METHOD_CLASSES
 from tinyld.options import ARGUMENT, DemoOptions
-from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, MANIFEST, MODEL, RESULTS, RunFolder
 from tinyld.scores import show_classes
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -134,8 +133,6 @@ def test_pretraining_goes_by_default_to_a_folder_named_by_preset_and_seed(place:
     assert "parameters" in ran.stderr and ran.json["run"] == "runs/base-nano-s3" and ran.json["nll_bound"] > 0
     config = RunFolder(Path("runs/base-nano-s3")).config
     assert (config["train"]["batch_size"], config["train"]["flat"]) == (16, 0.8)
-    names = {p.name for p in Path("runs/base-nano-s3").iterdir()}
-    assert names >= {CONFIG, MODEL, METRICS, MANIFEST, RESULTS, "tokenizer.json"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -167,9 +164,7 @@ def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(place: Path, a
 
 
 @pytest.mark.parametrize(("letters", "fits"), [(5, True), (15, False)])
-def test_mistakes_are_counted_where_a_confusion_matrix_does_not_fit(
-    letters: int, fits: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_listed_where_no_matrix_fits(letters: int, fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
     labels, gold = [letter * letters for letter in "abcde"], np.repeat(np.arange(5), 4)
     show_classes({"task": "t", "split": "dev"} | label_scores(gold, np.where(np.arange(20) < 3, 4, gold), gold, labels))
     out = capsys.readouterr().out
@@ -257,9 +252,8 @@ def test_text_is_sampled_from_a_base_and_an_adapter(sampler: str, place: Path, p
     for run in (place / "base", pair[0]):
         args = ["sample", run, "--prompt", "the {answer} .", "--length", 4, "--num", 2, "--sampler", sampler, "--json"]
         first = good(*args)
-        assert len(first.json["samples"]) == 2 and 1 <= first.json["forward_passes"] <= (
-            5 if sampler == "threshold" else 32
-        )
+        assert len(first.json["samples"]) == 2
+        assert 1 <= first.json["forward_passes"] <= (5 if sampler == "threshold" else 32)
         assert first == good(*args)
         assert all("[MASK]" not in s and "_" not in s for s in first.json["samples"])
     shown = good("sample", "--base", place / "base", "--num", 1, "--length", 12, "--show-steps").stdout.splitlines()
@@ -295,17 +289,9 @@ def test_the_demo_is_commands_with_options_that_there_are(monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------ resume, force
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, *args: object) -> Ran:
-    """Runs tinyld and presses Ctrl-C when step `at` asks for its rows."""
-    batch = TaskRows.batch
-
-    def breaks(self: TaskRows, step: int, batch_size: int, seed: int) -> Any:
-        if step == at:
-            raise KeyboardInterrupt
-        return batch(self, step, batch_size, seed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TaskRows, "batch", breaks)
+def interrupt(at: int, *args: object) -> Ran:
+    """Runs tinyld and presses Ctrl-C at that step."""
+    with pressing_ctrl_c(TaskRows, at):
         return cli(*args)
 
 
@@ -315,21 +301,15 @@ def begun(place: Path, method: str, sets: str = "save_minutes=1e-9") -> list[obj
     return [*args, "--steps", 7, "--batch-size", 4, *(word for one in sets.split() for word in ("--set", one))]
 
 
-RESUMED = [(method, "save_minutes=1e-9") for method in METHODS] + [
-    ("full", "save_minutes=1e-9 optimizer=muon"),
-    ("full", "save_minutes=1e-9 accumulate=2 flat=0.3 clip=0"),
-    ("trajectory-lora", "save_minutes=1e-9 dropout=0.3"),
+@pytest.mark.parametrize(("method", "sets"), [
+    *((method, "save_minutes=1e-9") for method in METHODS), ("full", "save_minutes=1e-9 optimizer=muon"),
+    ("full", "save_minutes=1e-9 accumulate=2 flat=0.3 clip=0"), ("trajectory-lora", "save_minutes=1e-9 dropout=0.3"),
     ("adapters", "save_minutes=5"),  # stopped before its first checkpoint
-]
-
-
-@pytest.mark.parametrize(("method", "sets"), RESUMED)
-def test_an_interrupted_finetune_resumes_or_begins_again_to_the_same_adapter(
-    method: str, sets: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+])  # fmt: skip
+def test_a_finetune_cut_short_resumes_or_begins_again_to_the_same_adapter(method: str, sets: str, place: Path) -> None:
     args = begun(place, method, f"eval_every=3 {sets}")
     good(*args, "--out", "whole", "--json")
-    ran = interrupt(monkeypatch, 5, *args, "--out", "cut")
+    ran = interrupt(5, *args, "--out", "cut")
     assert ran.code != 0 and "Traceback" not in ran.stderr
     assert bool(RunFolder(Path("cut")).checkpoints()) == ("=5" not in sets)
     assert not (Path("cut") / ADAPTER).exists()
@@ -342,8 +322,8 @@ def test_an_interrupted_finetune_resumes_or_begins_again_to_the_same_adapter(
     assert "cut is finished already" in again.stderr and again.json["steps"] == resumed["steps"] == 7
 
 
-def test_a_run_goes_on_with_a_lower_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--out", "cut")
+def test_a_run_goes_on_with_a_lower_rate(place: Path) -> None:
+    interrupt(5, *begun(place, "bitfit"), "--out", "cut")
     assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 2, "--lr must be above 0")
     other = cli("finetune", "--resume", "cut", "--steps", 9)
     assert_refused(other, 2, "--resume goes on as it began: leave --steps out")
@@ -355,7 +335,7 @@ def test_a_run_goes_on_with_its_own_data_and_says_what_differs(place: Path, monk
     task, rows = place / "again.toml", (place / "mood.csv").read_text()
     task.write_text((place / "mood.toml").read_text().replace("mood.csv", "again.csv"))
     (place / "again.csv").write_text(rows)
-    interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--task", task, "--out", "cut")
+    interrupt(5, *begun(place, "bitfit"), "--task", task, "--out", "cut")
     (place / "again.csv").write_text(rows.replace("rain", "sky"))
     assert_refused(cli("finetune", "--resume", "cut"), 1, "cut began with other data: put it back")
     (place / "again.csv").write_text(rows)
@@ -366,10 +346,10 @@ def test_a_run_goes_on_with_its_own_data_and_says_what_differs(place: Path, monk
     assert ran.json["steps"] == 7
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place: Path) -> None:
     args = begun(place, "adapters")
     good(*args, "--out", "whole", "--quiet")
-    interrupt(monkeypatch, 6, *args, "--out", "cut")
+    interrupt(6, *args, "--out", "cut")
     *_, damaged = RunFolder(Path("cut")).checkpoints()
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert_refused(cli("finetune", "--resume", "cut", "--quiet"), 1, "delete it to go on from the one before")
@@ -378,26 +358,21 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place: Path, mon
     assert RunFolder(Path("whole")).digest(ADAPTER) == RunFolder(Path("cut")).digest(ADAPTER)
 
 
-def test_a_run_is_not_resumed_on_another_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_not_resumed_on_another_base(place: Path) -> None:
     shutil.copytree(place / "base", "base")
-    interrupt(monkeypatch, 5, *begun(place, "bitfit"), "--base", "./base", "--out", "cut")
+    interrupt(5, *begun(place, "bitfit"), "--base", "./base", "--out", "cut")
     shutil.rmtree("base")
     shutil.copytree(place / "other", "base")
     assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        "pretrain {tiny} --steps 1 --data {place}/latin1.txt",
-        "finetune --base {place}/base --task {place}/mood.toml --data {place}/latin1 --steps 1",
-        "compose {place}/mood-trajectory-lora {place}/colours --data {place}/latin1",
-        "finetune --base old --task {place}/mood.toml --method bitfit --steps 1",
-    ],
-)
-def test_force_keeps_the_old_run_where_nothing_comes_of_the_new_one(
-    args: str, place: Path, pair: tuple[Path, Path]
-) -> None:
+@pytest.mark.parametrize("args", [
+    "pretrain {tiny} --steps 1 --data {place}/latin1.txt",
+    "finetune --base {place}/base --task {place}/mood.toml --data {place}/latin1 --steps 1",
+    "compose {place}/mood-trajectory-lora {place}/colours --data {place}/latin1",
+    "finetune --base old --task {place}/mood.toml --method bitfit --steps 1",
+])  # fmt: skip
+def test_force_keeps_the_old_run_where_the_new_one_fails(args: str, place: Path, pair: tuple[Path, Path]) -> None:
     shutil.copytree(place / "base", "old")
     files = {p.name: p.read_bytes() for p in Path("old").iterdir()}
     ran = cli(*fill(args, place), "--out", "old", "--force", "--quiet")
@@ -410,14 +385,6 @@ def test_force_keeps_the_old_run_where_nothing_comes_of_the_new_one(
 
 def fill(args: str, place: Path) -> list[str]:
     return args.format(place=place, tiny=" ".join(TINY)).split()
-
-
-def assert_refused(ran: Ran, code: int, part: str) -> None:
-    assert part in ran.stderr
-    assert ran.code == code
-    lines = ran.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("tinyld: "), ran.stderr
-    assert ran.stdout == ""
 
 
 ON = "finetune --base {place}/base --task {place}/mood.toml --steps 1 --quiet --out new "
@@ -507,12 +474,11 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("args", "code", "part"), ERRORS, ids=range(len(ERRORS)))
-def test_an_error_is_one_line_and_writes_nothing(
-    args: str, code: int, part: str, place: Path, pair: tuple[Path, Path]
-) -> None:
-    before = (pair[1] / MANIFEST).read_bytes()
+@pytest.mark.usefixtures("pair")
+def test_an_error_is_one_line_and_writes_nothing(args: str, code: int, part: str, place: Path) -> None:
+    before = (place / "colours" / MANIFEST).read_bytes()
     assert_refused(cli(*fill(args, place)), code, part)
-    assert list(Path().iterdir()) == [] and (pair[1] / MANIFEST).read_bytes() == before
+    assert list(Path().iterdir()) == [] and (place / "colours" / MANIFEST).read_bytes() == before
 
 
 @pytest.mark.parametrize("steps", [1, 9])
@@ -534,6 +500,8 @@ def test_what_is_not_finite_is_neither_written_nor_merged(place: Path, adapters:
     for size, asked, part in (
         (1e30, ("merge", "run", "--out", "new"), "not finite in float32"),
         (1e15, ("sample", "run", "--length", 4), "logits are not finite"),
+        (1e15, ("predict", "run", "--text", "rain"), "logits are not finite"),
+        (1e15, ("eval", "run", "--quiet"), "not finite"),
     ):
         folder.write_tensors(ADAPTER, {name: torch.full_like(t, size) for name, t in tensors.items()})
         assert_refused(cli(*asked), 1, part)

@@ -1,6 +1,5 @@
 """Compositions: pushes that add up, routing by the prompt, and what is refused."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WEATHER
-from test_methods import attach, fresh_base, train
+from conftest import FAST, WEATHER, fresh_base
+from test_methods import attach, train
 from torch import Tensor
 
 import tinyld
@@ -38,22 +37,14 @@ def trained_member(config: ModelConfig, case: str, seed: int = 0) -> tuple[dict[
     return {"run": f"run{seed}", "task": {"name": f"task{seed}"}, "method": method_record(method)}, method.push
 
 
-DAMAGED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+@pytest.mark.parametrize(("change", "message"), [
     (lambda c: c.update(members=[]), "needs at least one adapter"),
     (lambda c: c["members"][0].update(method="heavy"), "members: 1: method: 'heavy' is not of type dict"),
     (lambda c: c["members"][0]["method"].update(ranks=[10**12] * 3), r"holds [\d,]+ values, but config.json asks"),
-    (
-        lambda c: c["members"][0].update(method={"name": "weight-lora"}),
-        "holds weight-lora; only trajectory-lora adapters",
-    ),
+    (lambda c: c["members"][0].update(method={"name": "weight-lora"}), "weight-lora; only trajectory-lora adapters"),
     (lambda c: c["members"].append(c["members"][0]), "holds 0 values, but config.json asks"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), DAMAGED)
-def test_a_composition_that_is_damaged_or_of_another_method_is_refused(
-    config: ModelConfig, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
+])  # fmt: skip
+def test_a_composition_that_is_off_is_refused(config: ModelConfig, tmp_path: Path, change: Any, message: str) -> None:
     folder, (record, push) = RunFolder.create(tmp_path / "both"), trained_member(config, "best-1")
     routed = RoutedPush([push], Router(1, config.d_model))
     composition.save_composition(folder, base_of(fresh_base(config)), [record | {"data": {}}], routed, False)
@@ -117,9 +108,7 @@ def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
     assert router.choose(own[1]).max() == NONE, "a text of another task is strange to this one"
 
 
-def test_a_router_gives_every_row_the_push_of_its_own_adapter(
-    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that mixes two tasks' rows equals each row under the one adapter whose prompts it is like."""
     (x, prompt_mask), owner, t = prompts(config), [0, 1, 0, 0, 1, 1], torch.ones(6)
     for row in range(2, 6):  # rows 2, 3 are nearly row 0; rows 4, 5 nearly row 1
@@ -188,14 +177,13 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
     fast: list[Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = (tmp_path / "one", tmp_path / "two")
-    trained = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 2, "quiet": True}
     for name, ending, out in zip("ae", ("sea sea", "down down"), runs, strict=True):
         texts = [f"the {a} {b} is {c}" for a in ("rain", "sun", "sky") for b in ("and", "of") for c in WEATHER[:9]]
         rows = [f'"{text} {ending}",{("sad", "happy")[i % 2]}' for i, text in enumerate(texts)]
         (tmp_path / f"{name}.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{name}/dev.csv"'))
         (tmp_path / name).mkdir()
         (tmp_path / name / "dev.csv").write_text("\n".join(["text,label", *rows]))
-        tinyld.finetune(tmp_path / f"{name}.toml", out=out, **trained)
+        tinyld.finetune(tmp_path / f"{name}.toml", base=place / "base", out=out, **FAST)
     options = ComposeOptions(runs=runs, data=tmp_path, out=tmp_path / "both", quiet=True, dtype="fp32")
     result = compose(options)
     assert [r["right"] for r in result["routing"]] == [1.0, 1.0]
@@ -221,11 +209,10 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
 
 
 def test_of_two_that_write_the_one_that_is_named_writes(place: Path, tmp_path: Path) -> None:
-    made = {"base": place / "base", "recipe": "fast", "ranks": "2,2,2", "steps": 9, "lr": 0.1, "quiet": True}
     for seed, name in enumerate(("tell", "told")):
         task = (place / "tell.toml").read_text().replace('"tell.csv"', f'"{place}/tell.csv"')
         (tmp_path / f"{name}.toml").write_text(task)
-        tinyld.finetune(tmp_path / f"{name}.toml", out=tmp_path / name, seed=seed, **made)
+        tinyld.finetune(tmp_path / f"{name}.toml", base=place / "base", out=tmp_path / name, seed=seed, **FAST)
     both = tmp_path / "both"
     compose(ComposeOptions(runs=(tmp_path / "tell", tmp_path / "told"), out=both, limit=4, quiet=True))
     with pytest.raises(UsageError, match="both writes for tell and told: load it for one of them, task=NAME"):
@@ -267,9 +254,8 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
         run.predict(["the rain is cold"], task=str(tmp_path / "alias.toml"))
     with pytest.raises(UsageError, match="is asked by a task's name: write with one of the runs"):
         run.write("the rain")
-    assert load(run.path, dtype="fp32", task="c").write("the rain", 3) == load(fast[2], dtype="fp32").write(
-        "the rain", 3
-    )
+    named, alone = load(run.path, dtype="fp32", task="c"), load(fast[2], dtype="fp32")
+    assert named.write("the rain", 3) == alone.write("the rain", 3)
     for path, task in zip(options.runs, run.tasks, strict=True):
         (answer,) = run.predict(["the rain is cold"], task=task.name)
         assert answer["adapter"] == path.name, "named, it answers also what is unlike its own texts"

@@ -26,9 +26,7 @@ def test_documents_become_one_stream_with_an_eos_after_each(tokenizer: Tokenizer
     assert len(empty.stream) == empty.documents == empty.counts.sum() == 0
 
 
-def test_a_stream_is_mapped_leaves_no_file_and_is_the_same_in_whatever_chunks_it_was_made(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_is_the_same_in_chunks(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     whole, done = tokenize(LINES, tokenizer), []
     assert isinstance(whole.stream, np.memmap) and list(tmp_path.iterdir()) == []

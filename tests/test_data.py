@@ -2,41 +2,26 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from conftest import byte_level, task_of
 
 from tinyld.data import TaskRows, TextRows, slot_width, some_of
 from tinyld.diffusion import noise_text
 from tinyld.errors import TinyldError
 from tinyld.rows import Example
-from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
 WORDS = ("film", "plot", "music", "food", "dull", "bright", "very", "good")
-LABELS = """
-template = "{text} it was {answer} . and"
-[verbalizer]
-neg = "bad"
-pos = "very great"
-"""
-WRITE = """
-template = "{text} : {answer}"
-answer_column = "answer"
-answer_tokens = 5
-"""
-
-
-def make_task(folder: Path, toml: str = LABELS) -> Task:
-    (folder / "mood.toml").write_text(toml)
-    return load_task(str(folder / "mood.toml"))
+LABELS = 'template = "{text} it was {answer} . and"\n[verbalizer]\nneg = "bad"\npos = "very great"\n'
+WRITE = 'template = "{text} : {answer}"\nanswer_column = "answer"\nanswer_tokens = 5\n'
 
 
 def test_a_digest_is_of_every_answer_that_is_right(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    task, given = make_task(tmp_path, WRITE), [("bad",), ("bad", "sad"), ("bad", "good")]
+    task, given = task_of(tmp_path, WRITE), [("bad",), ("bad", "sad"), ("bad", "good")]
     rows = [TaskRows([Example("it was", "", "bad", None, references)], task, tokenizer, 24) for references in given]
     assert len({of.digest() for of in rows}) == 3
 
@@ -45,14 +30,14 @@ def make_rows(folder: Path, tokenizer: Tokenizer, n: int) -> TaskRows:
     """n rows of random lengths."""
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(n)]
-    return TaskRows([Example(text, ".", "bad", 0) for text in texts], make_task(folder), tokenizer, 48)
+    return TaskRows([Example(text, ".", "bad", 0) for text in texts], task_of(folder, LABELS), tokenizer, 48)
 
 
 # ---------------------------------------------------------------------------------------------- tasks
 
 
 def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    task = make_task(tmp_path)
+    task = task_of(tmp_path, LABELS)
     texts = ("the film it was", ". and", "bad", 0), ("a very bright plot it was", ". and", "very great", 1)
     rows = TaskRows([Example(*text) for text in texts], task, tokenizer, 48)
     encode, bos, eos, pad = tokenizer.encode, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
@@ -69,11 +54,9 @@ def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Pat
 @pytest.mark.parametrize(
     ("head", "tail", "kept"), [(2, 20, (2, 4)), (20, 2, (4, 2)), (20, 20, (3, 3)), (3, 3, (3, 3)), (20, 0, (6, 0))]
 )
-def test_what_is_nearest_to_the_answer_is_kept_on_both_sides(
-    tokenizer: Tokenizer, tmp_path: Path, head: int, tail: int, kept: tuple[int, int]
-) -> None:
+def test_what_is_near_the_answer_is_kept(tokenizer: Tokenizer, tmp_path: Path, head: int, tail: int, kept: Any) -> None:
     texts = [" ".join(WORDS[i % 8] for i in range(count)) for count in (head, tail)]
-    rows = TaskRows([Example(*texts, "bad", 0)], make_task(tmp_path), tokenizer, 11)
+    rows = TaskRows([Example(*texts, "bad", 0)], task_of(tmp_path, LABELS), tokenizer, 11)
     before, after = tokenizer.encode(texts[0])[-kept[0] :], tokenizer.encode(texts[1])[: kept[1]]
     answer = [*tokenizer.encode("bad"), tokenizer.eos_id, tokenizer.eos_id]
     assert rows.ids[0].tolist() == [tokenizer.bos_id, *before, *answer, *after, tokenizer.eos_id]
@@ -81,48 +64,44 @@ def test_what_is_nearest_to_the_answer_is_kept_on_both_sides(
 
 
 def test_the_slot_is_as_wide_as_the_longest_answer_and_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert slot_width(make_task(tmp_path), tokenizer) == 3
-    assert slot_width(make_task(tmp_path, LABELS.replace("very great", "very very great")), tokenizer) == 4
-    assert slot_width(make_task(tmp_path, LABELS.replace("very great", "great")), tokenizer) == 1, "all are as long"
-    assert slot_width(make_task(tmp_path, WRITE), tokenizer) == 5
+    assert slot_width(task_of(tmp_path, LABELS), tokenizer) == 3
+    assert slot_width(task_of(tmp_path, LABELS.replace("very great", "very very great")), tokenizer) == 4
+    assert slot_width(task_of(tmp_path, LABELS.replace("very great", "great")), tokenizer) == 1, "all are as long"
+    assert slot_width(task_of(tmp_path, WRITE), tokenizer) == 5
     with pytest.raises(TinyldError, match="an answer of 3 tokens leaves no room in 4 tokens"):
-        TaskRows([Example("it was", ".", "bad", 0)], make_task(tmp_path), tokenizer, 4)
+        TaskRows([Example("it was", ".", "bad", 0)], task_of(tmp_path, LABELS), tokenizer, 4)
     with pytest.raises(TinyldError, match="the base's vocabulary cannot write '漢', the answer for 'pos'"):
-        slot_width(make_task(tmp_path, LABELS.replace("very great", "漢")), tokenizer)
+        slot_width(task_of(tmp_path, LABELS.replace("very great", "漢")), tokenizer)
 
 
 @pytest.mark.parametrize(("one", "other"), [("good.", "good ."), ("b\u00e1d", "bad"), ("don't", "do n't")])
 def test_answers_of_the_same_tokens_are_refused(one: str, other: str, tmp_path: Path) -> None:
     english = Tokenizer.train(["good bad don't . film"] * 9, 120)
-    task = make_task(tmp_path, LABELS.replace('"very great"', f'"{one}"').replace('"bad"', f'"{other}"'))
+    task = task_of(tmp_path, LABELS.replace('"very great"', f'"{one}"').replace('"bad"', f'"{other}"'))
     with pytest.raises(TinyldError, match="the answers for 'neg' and 'pos', are the same tokens to this base"):
         slot_width(task, english)
 
 
 @pytest.mark.parametrize(("toml", "slot"), [(WRITE, 5), (LABELS, 3)])
 @pytest.mark.parametrize("answer", ["", "good", "a very good plot but dull food"])
-def test_an_answer_is_cut_or_filled_to_its_slot(
-    tokenizer: Tokenizer, tmp_path: Path, toml: str, slot: int, answer: str
-) -> None:
-    rows = TaskRows([Example("the film", ".", answer, None)], make_task(tmp_path, toml), tokenizer, 48)
+def test_answers_are_cut_or_filled(tokenizer: Tokenizer, tmp_path: Path, toml: str, slot: int, answer: str) -> None:
+    rows = TaskRows([Example("the film", ".", answer, None)], task_of(tmp_path, toml), tokenizer, 48)
     batch, expected = rows.take(np.array([0])), tokenizer.encode(answer)[:slot]
     assert batch.x0[batch.answer_mask].tolist() == expected + [tokenizer.eos_id] * (slot - len(expected))
     assert batch.tail_mask[batch.answer_mask].tolist() == [i >= len(expected) for i in range(slot)]
     assert rows.labels.tolist() == [-1] and rows.truncated == (len(answer) > 9)
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (23, 5), (300, 2)])
-def test_the_batches_of_an_epoch_hold_every_row_once(
-    tokenizer: Tokenizer, tmp_path: Path, n: int, batch_size: int
-) -> None:
+@pytest.mark.parametrize(("n", "size"), [(1, 4), (23, 5), (300, 2)])
+def test_the_batches_of_an_epoch_hold_every_row_once(tokenizer: Tokenizer, tmp_path: Path, n: int, size: int) -> None:
     rows = make_rows(tmp_path, tokenizer, n)
-    steps = rows.steps_per_epoch(batch_size)
-    assert steps == -(-n // batch_size)
+    steps = rows.steps_per_epoch(size)
+    assert steps == -(-n // size)
     for epoch in range(2):
-        batches = [rows.batch(epoch * steps + i, batch_size, seed=3) for i in range(steps)]
+        batches = [rows.batch(epoch * steps + i, size, seed=3) for i in range(steps)]
         assert sorted(r for b in batches for r in b.rows.tolist()) == list(range(n))
-        assert sorted(len(b.rows) for b in batches)[1:] == [batch_size] * (steps - 1)
-    batches = rows.in_length_order(batch_size)
+        assert sorted(len(b.rows) for b in batches)[1:] == [size] * (steps - 1)
+    batches = rows.in_length_order(size)
     assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == steps
     longest = [int(rows.lengths[batch].max()) for batch in batches]
     assert longest == sorted(longest, reverse=True)
@@ -207,22 +186,15 @@ def test_rows_are_changed_by_what_their_place_in_the_text_draws_and_what_is_give
 
 
 def test_words_of_a_byte_level_vocabulary_keep_their_blanks(tmp_path: Path) -> None:
-    inner = HFTokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=["<end>", "<mask>"], initial_alphabet=letters, vocab_size=290)
-    inner.train_from_iterator(["a b it was good .", "a b it was bad ."] * 9, trainer)
-    roles = {"pad": 0, "bos": 0, "eos": 0, "mask": 1}
-    tokenizer, task = Tokenizer(inner, roles=roles), make_task(tmp_path, LABELS.replace("very great", "good"))
+    inner = byte_level(["a b it was good .", "a b it was bad ."] * 9, ["<end>", "<mask>"])
+    end, mask = map(inner.token_to_id, ("<end>", "<mask>"))
+    roles = {"pad": end, "bos": end, "eos": end, "mask": mask}
+    tokenizer, task = Tokenizer(inner, roles=roles), task_of(tmp_path, LABELS.replace("very great", "good"))
     rows = TaskRows([Example("a b it was", ".", "good", 1)], task, tokenizer, 32)
     assert rows.slot == 1 and inner.decode(rows.ids[0].tolist()[1:-1]) == "a b it was good ."
     assert len(tokenizer.encode("good")) > 1 and tokenizer.blank == " "
-    assert [tokenizer.pieces[inner.token_to_id(t)] for t in ("Ġit", "it", ".", "<end>")] == [
-        "it",
-        "##it",
-        ".",
-        "<end>",
-    ], "as word pieces"
+    pieces = [tokenizer.pieces[inner.token_to_id(t)] for t in ("Ġit", "it", ".", "<end>")]
+    assert pieces == ["it", "##it", ".", "<end>"], "as word pieces"
     assert tokenizer.decode(rows.ids[0][rows.starts[0] :][:1]) == "good"
-    chat = Tokenizer(inner, roles=roles | {"start": [0], "turn": tokenizer.encode("b")})
+    chat = Tokenizer(inner, roles=roles | {"start": [end], "turn": tokenizer.encode("b")})
     assert TaskRows([Example("a", "", "good", 1)], task, chat, 32).slot > 1, "a chat's turn ends without a blank"

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import fresh_base, logits, noised_batch
+from conftest import fresh_base
+from test_methods import logits, noised_batch
 from torch import nn
 
 from tinyld.block import Linear
@@ -16,19 +17,14 @@ from tinyld.device import DTYPES, autocast, fast_dtype, resolve_dtype, shrink, s
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("processor", "fast"),
-    [
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bf16"),
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, "fp32"),
-        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
-        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
-        ({}, "fp32"),
-    ],
-)
-def test_a_processor_computes_in_bf16_only_where_that_is_fast(
-    monkeypatch: pytest.MonkeyPatch, processor: dict[str, Any], fast: str
-) -> None:
+@pytest.mark.parametrize(("processor", "fast"), [
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bf16"),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, "fp32"),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
+    ({}, "fp32"),
+])  # fmt: skip
+def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, processor: Any, fast: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     assert fast_dtype(CPU) == fast and resolve_dtype("auto", CPU) == DTYPES[fast]
     for asked in ("bf16", "fp32"):
@@ -37,9 +33,7 @@ def test_a_processor_computes_in_bf16_only_where_that_is_fast(
 
 
 @pytest.mark.parametrize(("dtype", "most", "tolerance"), [("bf16", 0.6, 0.05), ("int8", 0.4, 0.1)])
-def test_a_shrunk_base_is_smaller_and_answers_nearly_alike(
-    config: ModelConfig, dtype: str, most: float, tolerance: float
-) -> None:
+def test_a_shrunk_base_answers_nearly_alike(config: ModelConfig, dtype: str, most: float, tolerance: float) -> None:
     model, noised = fresh_base(config), noised_batch(config)
     size, expected = stored_bytes(model), logits(model, noised)
     shrink(model, dtype)

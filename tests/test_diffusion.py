@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import padded
 from torch import Tensor
 
 from tinyld import diffusion
@@ -21,20 +22,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_batch(rows: int, seed: int, answer: int | None = None) -> Batch:
-    """Prompt, then an answer, then the prompt's end, then padding."""
-    rng = random.Random(seed)
-    length = 16
-    x0 = torch.randint(5, 50, (rows, length), generator=seeded(seed))
-    answer_mask, attention_mask = torch.zeros(2, rows, length, dtype=torch.bool)
-    for row in range(rows):
-        real = rng.randint(9, length)
-        width = answer or rng.randint(1, 5)
-        start = rng.randint(1, real - width)
-        answer_mask[row, start : start + width] = True
-        attention_mask[row, :real] = True
-        x0[row, real:] = 0
-    return Batch(x0, answer_mask, attention_mask, torch.arange(rows))
+def random_batch(rows: int, seed: int, most: int = 5) -> Batch:
+    """Prompts with answers of at most so many tokens."""
+    widths = random.Random(seed).choices(range(1, most + 1), k=rows)
+    return Batch(*padded(50, *widths, seed=seed), torch.arange(rows))
 
 
 def whole(x0: Tensor) -> Batch:
@@ -60,9 +51,6 @@ class Fake:
         """(B, L) bool -> (B, L) nats: dearer further right, and the more is masked."""
         position = torch.arange(masked.shape[1])[None, :]
         return 1.0 + 0.1 * position + 0.2 * masked.sum(1, keepdim=True).float() ** 1.5
-
-
-# ---------------------------------------------------------------------------------------------- noise
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -137,7 +125,7 @@ def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(
 
 
 def test_answers_that_all_fill_their_slots_are_asked_for_no_length_and_one_token_is_always_masked() -> None:
-    batch = random_batch(50, 0, answer=1)
+    batch = random_batch(50, 0, most=1)
     (noised,) = noise_answers(batch, MASK, seeded(0))
     assert torch.equal(noised.is_masked, batch.answer_mask) and (noised.t == 1).all()
 
@@ -189,9 +177,6 @@ def test_nothing_masked_is_no_division_by_zero() -> None:
     noised = noise_counted(replace(batch, answer_mask=torch.zeros_like(batch.answer_mask)), MASK, seeded(0))
     nll, row = token_nll(Fake(), noised)
     assert len(nll) == len(row) == 0 and (noised.t == 1).all()
-
-
-# ---------------------------------------------------------------------------------------------- NLL bound
 
 
 def exact_bound(denoiser: Fake, batches: list[Batch]) -> float:

@@ -63,9 +63,6 @@ def tar_of(members: dict[str, bytes | str]) -> bytes:
     return out.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------- fetching
-
-
 def fetched(path: str, digest: str = "0" * 64) -> bytes:
     return fetch(f"https://example.org{path}", digest, "letters")
 
@@ -96,8 +93,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, folder[:2])
         assert download.cache_dir() == Path(folder)
 
-
-# ---------------------------------------------------------------------------------------------- official formats
 
 MSR = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 SENTENCE, PAIR = "sentence\tlabel\n", "index\tsentence1\tsentence2\tlabel\n"

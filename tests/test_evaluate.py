@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import label_task
+from conftest import label_task, task_of
 from torch import Tensor
 
 from tinyld.config import ModelConfig, SampleConfig
@@ -32,7 +32,7 @@ from tinyld.evaluate import (
 from tinyld.methods import METHODS, make_config
 from tinyld.model import Denoiser
 from tinyld.rows import Example
-from tinyld.tasks import Task, load_task
+from tinyld.tasks import Task
 from tinyld.tokenizer import Tokenizer
 
 ONE = {"bad": "terrible", "good": "great"}
@@ -106,15 +106,12 @@ def score(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., tuple[TaskRows,
     return score
 
 
-@pytest.mark.parametrize(
-    ("correct", "n", "low", "high"),
-    [
-        (10, 10, 0.7225, 1.0),
-        (0, 1, 0.0, 0.7935),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
-        (15, 148, 0.0624, 0.1605),  # the same
-    ],
-)
+@pytest.mark.parametrize(("correct", "n", "low", "high"), [
+    (10, 10, 0.7225, 1.0),
+    (0, 1, 0.0, 0.7935),
+    (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+    (15, 148, 0.0624, 0.1605),  # the same
+])  # fmt: skip
 def test_the_wilson_interval_has_its_known_values(correct: int, n: int, low: float, high: float) -> None:
     assert wilson(correct, n) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
 
@@ -130,17 +127,14 @@ def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
     assert classes["b"] == {"n": 2, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
     assert classes["c"] == {"n": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     assert found["macro_f1"] == pytest.approx((1 / 2 + 2 / 3) / 3)
-    assert (found["accuracy"], found["majority"], found["unreadable"], found["scored_accuracy"]) == (
-        *(1 / 2, 1 / 2, 1 / 6), 1,
-    )  # fmt: skip
+    summary = [found[name] for name in ("accuracy", "majority", "unreadable", "scored_accuracy")]
+    assert summary == [1 / 2, 1 / 2, 1 / 6, 1]
     there = np.array([0, 1, 1])
     assert label_scores(there, there, there, ["a", "b", "c"])["macro_f1"] == 1.0, "c is asked nowhere"
 
 
 @pytest.mark.parametrize(("verbalizer", "slot"), [(ONE, 1), (SEVERAL, 4)])
-def test_a_denoiser_that_is_right_scores_everything_in_the_order_of_the_rows(
-    verbalizer: dict[str, str], slot: int, score: Any
-) -> None:
+def test_a_denoiser_that_is_right_scores_all_in_row_order(verbalizer: dict[str, str], slot: int, score: Any) -> None:
     """Over several batches."""
     done, n, labels = list[float](), EVAL_BATCH + 20, list(verbalizer)
     rows, found = score(verbalizer, n, advance=done.append)
@@ -164,9 +158,7 @@ def test_wrong_answers_are_counted_row_by_row(score: Any, tokenizer: Tokenizer) 
     assert [text for *_, text in found.predictions] == ["good" if i < 6 or i % 2 else "bad" for i in range(20)]
 
 
-def test_an_answer_that_is_no_verbalizer_is_wrong_though_its_label_may_score_best(
-    score: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_is_no_label_is_wrong(score: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     film, head = torch.tensor(tokenizer.encode("film")), Oracle.head
     monkeypatch.setattr(Oracle, "head", lambda self, logits, *only: head(self, logits.index_fill(1, film, 40.0), *only))
     _, found = score(ONE, 10)
@@ -176,9 +168,7 @@ def test_an_answer_that_is_no_verbalizer_is_wrong_though_its_label_may_score_bes
 
 
 @pytest.mark.parametrize("verbalizer", [ONE, SEVERAL], ids=["one token", "several tokens"])
-def test_a_denoiser_that_knows_nothing_has_the_bound_log_v(
-    verbalizer: dict[str, str], score: Any, tokenizer: Tokenizer
-) -> None:
+def test_knowing_nothing_has_the_bound_log_v(verbalizer: dict[str, str], score: Any, tokenizer: Tokenizer) -> None:
     rows, found = score(verbalizer, 30, sure=0.0)
     v, tokens = tokenizer.vocab_size, int((rows.ends + (rows.ends < rows.slot)).sum())
     goes_on = -math.log(1 - 1 / v) * int(rows.ends.sum()) / tokens if len(verbalizer) > 2 else 0.0  # at each token
@@ -193,9 +183,7 @@ def test_a_verbalizer_is_read_only_when_it_is_the_whole_answer(words: str, score
     assert (scores["accuracy"], scores["unreadable"]) == (0.0, 1.0)
 
 
-def test_labels_of_unlike_lengths_are_as_likely_as_they_are_often(
-    model: Denoiser, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_labels_are_as_likely_as_often_whatever_length(model: Denoiser, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """One prompt, half of whose answers are the longest: within 0.1, as steps that are this large leave a part of what
     each batch draws.
 
@@ -217,9 +205,7 @@ def test_labels_of_unlike_lengths_are_as_likely_as_they_are_often(
 
 
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "ancestral"])
-def test_evaluating_twice_gives_the_same_numbers(
-    sampler: str, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_same_numbers_come_out_twice(sampler: str, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows, found = rows_of(label_task(tmp_path, **SEVERAL), tokenizer, 70), []
     for seed in range(2):
         torch.manual_seed(seed)  # the global generator must not matter
@@ -276,9 +262,7 @@ def test_near_labels_are_told_apart_in_bf16(model: Denoiser, kept_in: str) -> No
 @pytest.fixture()
 def tale(tmp_path: Path) -> Task:
     """A task that writes."""
-    toml = 'template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n'
-    (tmp_path / "tale.toml").write_text(toml)
-    return load_task(str(tmp_path / "tale.toml"))
+    return task_of(tmp_path, 'template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n')
 
 
 def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenizer: Tokenizer, tale: Task) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cli, good
+from conftest import byte_level, cli, good
 from safetensors.torch import load_file, save_file
-from tokenizers import BertWordPieceTokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
 from tinyld import families, foreign
@@ -37,6 +36,7 @@ WEIGHTS = "model.safetensors"
 HF = ("a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream")
 KINDS = tuple(kind for kind, family in FAMILIES.items() if not family.prefix)
 ENCODERS = tuple(kind for kind in FAMILIES if kind not in KINDS)
+SPARE = ("<|spare|>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +44,9 @@ def a_tiny_smdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "SMDM_WIDTHS", (128,))
 
 
-SPARE = ("<|spare|>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-
 def write_tokenizer(folder: Path, mask: str | None) -> int:
     """A byte-level BPE with an end and, unless None, a mask token; returns how many tokens it has."""
-    inner = HFTokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False))
-    inner.add_special_tokens([*SPARE, "<|endoftext|>", "<|im_end|>", *([mask] if mask else [])])
+    inner = byte_level(TEXT, [*SPARE, "<|endoftext|>", "<|im_end|>", *([mask] if mask else [])])
     inner.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
@@ -265,28 +258,10 @@ def test_a_head_that_is_stored_though_it_is_the_embedding_must_be_the_same(tmp_p
         load_foreign(tmp_path)
 
 
-def test_scaled_positions_and_a_tensor_in_two_files_are_refused(tmp_path: Path) -> None:
-    make("a2d-llama", tmp_path, 0, True)
-    before = json.loads((tmp_path / "config.json").read_text())
-    edit(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters={"rope_theta": 1e4})
-    with pytest.raises(TinyldError, match="rope_scaling must be plain rotary positions"):
-        load_foreign(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(before))
-    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
-    name, tensor = min(load_file(first).items())
-    save_file(load_file(second) | {name: tensor + 1}, second)
-    with pytest.raises(TinyldError, match=f"{second.name}: tensor '{name}' is in .*{first.name} already"):
-        load_foreign(tmp_path)
-
-
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(
-    ("kind", "head"), [*((kind, True) for kind in FAMILIES), *((kind, False) for kind in ENCODERS)]
-)
+@pytest.mark.parametrize(("kind", "head"), [*((k, True) for k in FAMILIES), *((k, False) for k in ENCODERS)])
 @torch.no_grad()
-def test_logits_or_states_are_those_of_the_family_on_padded_batches_too(
-    kind: str, head: bool, seed: int, tmp_path: Path
-) -> None:
+def test_logits_or_states_are_the_familys_in_padded_batches(kind: str, head: bool, seed: int, tmp_path: Path) -> None:
     reference = make(kind, tmp_path, seed, head)
     base = load_foreign(tmp_path, headless=not head)
     model, vocab = base.model, base.model.config.vocab_size
@@ -417,9 +392,7 @@ HEADERS = (
 
 
 @pytest.mark.parametrize(("template", "last"), [(CHATML, "<|im_end|>"), (HEADERS, "<|eot_id|>")])
-def test_a_chat_template_of_a_known_form_frames_every_row_and_another_is_refused_unrun(
-    template: str, last: str, tmp_path: Path
-) -> None:
+def test_known_chat_templates_frame_rows_and_others_are_refused_unrun(template: str, last: str, tmp_path: Path) -> None:
     jinja2 = pytest.importorskip("jinja2", reason="needs the extra `interop`")
     make("Dream", tmp_path)
     chat, path, said = Reading(chat=True), tmp_path / "chat_template.jinja", "was the film good? it was"
@@ -472,13 +445,22 @@ def shaped(ending: str, *shape: int) -> Callable[[Path], None]:
     return change
 
 
-REFUSED: list[tuple[str, dict[str, Any] | Callable[[Path], object], str]] = [
+def store_twice(folder: Path) -> None:
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, tensor = min(load_file(first).items())
+    save_file(load_file(second) | {name: tensor + 1}, second)
+
+
+@pytest.mark.parametrize(("kind", "change", "part"), [
     ("llada", {"model_type": "lladamoe"}, "must be one of"), ("llada", {"rope_scaling": {"type": "yarn"}}, "rope"),
     ("llada", {"scale_logits": True}, "scale_logits must be False"), ("llada", {"num_experts": 8}, "num_experts"),
     ("mdlm", {"backbone_config": {"a": 1}}, "backbone_config"), ("mdlm", {"time_conditioning": True}, "must be False"),
     ("Dream", {"architectures": ["DreamForCausalLM"]}, "architectures"),
     ("modernbert", {"layer_types": ["sliding_attention"]}, "full_attention for every n-th block"),
     ("a2d-qwen3", {"layer_types": ["sliding_attention"]}, "full_attention throughout"),
+    ("a2d-llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}},
+     "rope_scaling must be plain rotary positions"),
+    ("a2d-llama", store_twice, "00002-of-.*: tensor '.*' is in .*00001-of-.* already"),
     ("llada", {"d_model": 10**12}, "asked for|at most"), ("llada", {"n_layers": 10**5}, "asks for|at most"),
     ("llada", {"n_heads": 3}, "n_heads|kv_heads|num_heads"), ("mdlm", {"noise": "uniform"}, "noise"),
     ("llada", {"_name_or_path": "x/a-bd3lm-v0.1"}, "block-causal"), ("llada", {"rms_norm_eps": "small"}, "type float"),
@@ -496,10 +478,7 @@ REFUSED: list[tuple[str, dict[str, Any] | Callable[[Path], object], str]] = [
     ("bert", shaped("word_embeddings.weight", -1), "'embedding.weight' has the wrong shape"),
     ("bert", shaped("1.output.dense.weight", -1), "'blocks.1.down.weight' has the wrong shape"),
     ("bert", shaped("predictions.bias", 1, -1), "'output_bias' has the wrong shape"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "change", "part"), REFUSED)
+])  # fmt: skip
 def test_what_is_not_understood_is_refused_by_name(kind: str, change: Any, part: str, tmp_path: Path) -> None:
     make(kind, tmp_path)
     edit(tmp_path, **change) if isinstance(change, dict) else change(tmp_path)

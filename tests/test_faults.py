@@ -278,17 +278,12 @@ def test_a_damaged_text_is_read_as_it_stands_or_refused_by_name(kind: str, place
     count_damage(kind, path, lambda: load_split(load_task(str(task)), "train"), is_right)
 
 
-def mounted(path: Path, options: str) -> None:
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True)
-    if made.returncode:
-        pytest.skip("this user may not mount a small file system")
-
-
 @pytest.mark.parametrize("fault", ["full", "gone"])
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world: World, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    mounted(disk, "size=8m")
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small file system")
     try:
         job, out = "adapters", disk / "run"
         process = world.start(world.arguments(job, out, steps=4_000))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fresh_base
 from safetensors.torch import load_file, save_file
 from test_families import batch, edit, make
-from test_methods import attach, fresh_base, logits, noised_batch, train
+from test_methods import attach, logits, noised_batch, train
 
 from tinyld.checkpoint import Base
 from tinyld.config import ModelConfig

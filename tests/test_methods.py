@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import label_task, padded
+from conftest import fresh_base, label_task, padded
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
@@ -54,16 +54,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 every_case = pytest.mark.parametrize("case", CASES)
 TRAJECTORY = [k for k, (name, _) in CASES.items() if name == "trajectory-lora"]
 of_trajectory = pytest.mark.parametrize("case", TRAJECTORY)
-
-
-def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
-    """A base with weights large enough that every part of it shows in the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Denoiser(config, generator).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def attach(model: Denoiser, case: str, seed: int = 0, **options: Any) -> Method:
@@ -146,9 +136,7 @@ def test_logits_at_few_positions_are_those_of_the_whole_pass(config: ModelConfig
 
 
 @every_case
-def test_a_fresh_method_changes_no_logit_until_it_gets_a_trained_ones_parameters(
-    config: ModelConfig, case: str
-) -> None:
+def test_a_fresh_method_changes_no_logit_until_it_gets_trained_parameters(config: ModelConfig, case: str) -> None:
     model, other, noised = fresh_base(config), fresh_base(config), noised_batch(config)
     before = logits(model, noised)
     method = attach(model, case)
@@ -175,15 +163,6 @@ def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, 
     torch.testing.assert_close(model.blocks[1].down.weight.detach(), matrix + scale * (b @ a).detach())
 
 
-BUDGETED = [
-    *(("weight-lora", given) for given in ({"budget": 0.2}, {"budget": 0.05, "targets": ("key",)})),
-    ("adapters", {"budget": 0.013}),
-    *(("trajectory-lora", given) for given in ({}, {"budget": 0.001}, {"blocks": 0, "budget": 0.3}, {"ranks": "auto"})),
-    ("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1}),
-    *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"ranks": "auto"})),
-]
-
-
 def test_a_smoothed_loss_is_the_cross_entropy_with_a_share_of_all_labels_words(config: ModelConfig) -> None:
     model, noised, words = fresh_base(config), noised_batch(config), torch.tensor([8, 5, 11])
     noised.x0[noised.is_masked] = words[torch.arange(int(noised.is_masked.sum())) % 3]
@@ -193,7 +172,13 @@ def test_a_smoothed_loss_is_the_cross_entropy_with_a_share_of_all_labels_words(c
     torch.testing.assert_close(token_nll(model, noised, words)[0], exact)
 
 
-@pytest.mark.parametrize(("name", "options"), BUDGETED)
+@pytest.mark.parametrize(("name", "options"), [
+    *(("weight-lora", given) for given in ({"budget": 0.2}, {"budget": 0.05, "targets": ("key",)})),
+    ("adapters", {"budget": 0.013}),
+    *(("trajectory-lora", given) for given in ({}, {"budget": 0.001}, {"blocks": 0, "budget": 0.3}, {"ranks": "auto"})),
+    ("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1}),
+    *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"ranks": "auto"})),
+])  # fmt: skip
 def test_a_budget_gives_the_largest_rank_that_fits_once_units_are_pruned(name: str, options: dict[str, Any]) -> None:
     base, method = ModelConfig(8192), METHODS[name]
     settings, limit = make_config(name, options, base), options.get("budget", 0.007) * base.num_parameters()
@@ -214,7 +199,9 @@ def test_bands_are_alike_but_in_the_paper_or_where_ranks_are_given() -> None:
 
 
 OURS = "trajectory-lora"
-WRONG = [
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
     ("weight-lora", {"targets": ()}, "targets must name at least one"),
     ("weight-lora", {"targets": ("query", "query")}, "targets names one twice: query, query"),
     ("weight-lora", {"budget": 70.0}, "budget is a share of the base, at most 1, got 70"),
@@ -227,18 +214,10 @@ WRONG = [
     (OURS, {"recipe": "paper", "blocks": 1}, "recipe paper pushes the final state only"),
     (OURS, {"prune": 1.0}, "prune must be below 1, got 1.0"),
     (OURS, {"recipe": "paper", "ranks": "auto"}, "neither ranks auto nor dropout"),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "message"), WRONG)
-def test_a_wrong_option_is_named_with_what_is_allowed(
-    config: ModelConfig, name: str, options: dict[str, Any], message: str
-) -> None:
+])  # fmt: skip
+def test_a_wrong_option_is_named_and_the_allowed(config: ModelConfig, name: str, options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_config(name, options, config)
-
-
-# ---------------------------------------------------------------------------------------------- bands
 
 
 def lively(config: ModelConfig, case: str) -> tuple[Denoiser, TrajectoryLora]:
@@ -292,9 +271,6 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
             torch.testing.assert_close(found[row, token], settings.sigma[band] * expected, atol=1e-4, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- pruning
-
-
 def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, TrajectoryLora]:
     """A push of 3 sites x 8 units whose strengths are known, after updates at the given shares of a run."""
     model = fresh_base(config)
@@ -310,13 +286,10 @@ def pruned(config: ModelConfig, *progresses: float) -> tuple[Denoiser, Trajector
     return model, method
 
 
-LEFT = [((0.1,), [8, 8, 8]), ((0.4,), [2, 8, 8]), ((0.6,), [1, 3, 8]), ((0.3, 0.4, 0.5, 0.9, 1.0), [1, 3, 8])]
-
-
-@pytest.mark.parametrize(("progresses", "left"), LEFT)
-def test_ranks_shrink_from_the_weakest_unit_and_every_site_keeps_one(
-    config: ModelConfig, progresses: tuple[float, ...], left: list[int]
-) -> None:
+@pytest.mark.parametrize(("progresses", "left"), [
+    ((0.1,), [8, 8, 8]), ((0.4,), [2, 8, 8]), ((0.6,), [1, 3, 8]), ((0.3, 0.4, 0.5, 0.9, 1.0), [1, 3, 8]),
+])  # fmt: skip
+def test_ranks_shrink_from_the_weakest_unit_but_to_one(config: ModelConfig, progresses: Any, left: list[int]) -> None:
     sites = pruned(config, *progresses)[1].push.sites
     assert [int((site.up.norm(dim=0) > 0).sum()) for site in sites] == left
     kept = sites[1].up.norm(dim=0).nonzero()[:, 0].tolist()
@@ -349,14 +322,9 @@ def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
     assert torch.equal(logits(model, noised), one) and not torch.allclose(one, other, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------- penalty
-
-
-SHAPES = [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)]  # (D, r, E); ranks above the width too
-
-
-@pytest.mark.parametrize(("d", "r", "e"), SHAPES)
+@pytest.mark.parametrize(("d", "r", "e"), [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)])
 def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int) -> None:
+    """Of ranks above the width, too."""
     generator = torch.Generator().manual_seed(d)
     leaves = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((d, r), (r, e))]
     ours, reference = ([x.clone().requires_grad_(True) for x in leaves] for _ in range(2))
@@ -391,22 +359,19 @@ def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_
 
 
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast", "fast-banded"])
-def test_training_from_kept_states_is_training_from_the_start(
-    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str
-) -> None:
+def test_kept_states_train_as_fresh_ones(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str) -> None:
     rows, noise, kept = task_rows(tmp_path, tokenizer), partial(noise_answers, mask_id=tokenizer.mask_id), []
     model, method = lively(config, case)
     with_kept = with_states(noise, model, rows, kept.append)
     depth = method.push.first_depth
     assert kept[-1] == len(rows)
+    plain = fresh_base(config).requires_grad_(False)
     for step, chunk in ((0, np.arange(9)), (4, np.array([23, 4, 11])), (7, np.array([7]))):
         batch = rows.take(chunk)
         (noised,), (cached,) = (of(batch, generator=torch_seeded(0, 2, step)) for of in (noise, with_kept))
         assert torch.equal(noised.xt, cached.xt) and torch.equal(noised.t, cached.t)
         real = batch.attention_mask
-        lower = (
-            fresh_base(config).requires_grad_(False).run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
-        )
+        lower = plain.run_blocks(model.embed(noised.xt), noised.attention_mask, 0, depth)
         assert cached.cached is not None
         assert cached.cached.shape[2] == (config.num_layers - depth if method.push.answer_only else 1)
         # each in its place, rounded to 1/127 of the largest number of its group
@@ -432,20 +397,15 @@ def test_a_large_number_of_a_kept_state_costs_its_own_group_alone() -> None:
     states[:, 0] = 1000.0
     error = (unpack(*pack(states)) - states).abs()
     assert error[:, :GROUP].max() <= 1000 / 254 and error[:, GROUP:].max() < 0.02
-    assert torch.equal(unpack(*pack(torch.zeros(2, 30))), torch.zeros(2, 30)), (
-        "also of a width that GROUP does not part"
-    )
+    assert torch.equal(unpack(*pack(torch.zeros(2, 30))), torch.zeros(2, 30)), "whatever the width"
 
 
-CACHE_REASONS = [
+@pytest.mark.parametrize(("case", "answer", "limit", "reason"), [
     ("full", "good", 4.0, "the method changes the first block"),
     ("best-2", "good", 4.0, "the method changes the first block"),
     ("best-1", "very good", 4.0, "the answer has 3 tokens, whose masks vary"),
     ("best-1", "good", 0.0, "--cache-gb allows 0"),
-]
-
-
-@pytest.mark.parametrize(("case", "answer", "limit", "reason"), CACHE_REASONS)
+])  # fmt: skip
 def test_states_are_not_kept_where_a_reason_is_named(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, answer: str, limit: float, reason: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, pressing_ctrl_c
 from safetensors.torch import load
 
 from tinyld.checkpoint import load_base
@@ -70,20 +70,10 @@ def test_a_finished_run_has_its_files_which_are_those_of_its_seed_and_no_checkpo
     assert summaries[0]["steps"] == 6 and summaries[0]["tokens"] == 6 * 8 * 16
 
 
-def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_writes_the_weights_of_the_uninterrupted_run(text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"optimizer": "muon", "save_minutes": 1e-9}
     run(tmp_path / "whole", text, **options)
-    batch = TextRows.batch
-
-    def breaks(self: TextRows, step: int, *more: int) -> Any:
-        if step == 4:
-            raise KeyboardInterrupt
-        return batch(self, step, *more)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TextRows, "batch", breaks)
+    with pressing_ctrl_c(TextRows, 4), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", text, **options)
     assert not (tmp_path / "cut" / MODEL).exists()
     assert RunFolder(tmp_path / "whole").digest(MODEL) == resumed(tmp_path / "cut").digest(MODEL)

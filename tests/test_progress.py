@@ -10,9 +10,7 @@ import pytest
 from tinyld.progress import Progress
 
 
-def test_the_time_left_is_told_once_something_was_done_here_and_counts_down(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_left_is_of_work_done_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress("train", 10.0, every=5.0) as bar:

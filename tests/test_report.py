@@ -117,17 +117,14 @@ def test_whatever_sets_two_runs_apart_is_told_in_words(tmp_path: Path) -> None:
         assert row["training"] == expected and row["settings"] == "base in int8"
 
 
-CRAFTED: list[tuple[str, tuple[str, ...], Any]] = [  # file, keys, the value there; None: it is taken away
+@pytest.mark.parametrize(("name", "keys", "value"), [  # file, keys, the value there; None: it is taken away
     *((CONFIG, (name,), {}) for name in ("method", "base")), (CONFIG, ("base", "path"), 5),
     (CONFIG, ("base", "fingerprint"), []), (CONFIG, ("method", "recipe"), []), (CONFIG, ("task", "path"), 5),
     (CONFIG, ("train", "seed"), {}), (CONFIG, ("train", "optimizer"), []), (CONFIG, ("model",), []),
     (RESULTS, ("eval", "mood/test", "sha256"), 5), (RESULTS, ("eval", "mood/test", "n"), None),
     (RESULTS, ("eval", "mood/test", "nll_bound"), None), (RESULTS, ("eval", "mood/test", "bleu"), "x"),
     (RESULTS, ("finetune", "peak_memory_mb"), "x"), (RESULTS, ("finetune", "seconds"), None), (RESULTS, ("text",), 5),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "keys", "value"), CRAFTED)
+])  # fmt: skip
 def test_a_crafted_run_is_refused_in_a_line(name: str, keys: tuple[str, ...], value: Any, tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     record = whole = folder.read_json(name)
@@ -160,10 +157,9 @@ def test_seeds_are_averaged_and_compared_with_the_best_full() -> None:
     assert best["nats"] == pytest.approx(0.5) and best["nats_half"] == pytest.approx(0.196)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{name: "x"} for name in ("settings", "fingerprint", "training", "recipe", "data")] + [{"rows": 7}, {"n": 5}],
-)
+@pytest.mark.parametrize("change", [
+    *({name: "x"} for name in ("settings", "fingerprint", "training", "recipe", "data")), {"rows": 7}, {"n": 5},
+])  # fmt: skip
 def test_runs_of_other_settings_or_bases_get_a_row_of_their_own(change: dict[str, Any]) -> None:
     rows = aggregate([row("full", 0, 0.9), row("full", 1, 0.6, **change)])
     assert [r["seeds"] for r in rows] == [1, 1]
@@ -249,9 +245,8 @@ def test_text_from_outside_is_shown_without_control_characters_or_markup(capsys:
     print_table("t\x1b[2J", ("a", "b"), [("[red]x\x1b]0;y\x07", "é\n"), ("\u202e", 1)])
     out = capsys.readouterr().out
     print_table(":smile:", (":heart:", "b"), [("a :smile:", "b\\"), ("c", 1)])
-    assert {":smile:", ":heart:", "a :smile:", "b\\"} <= {
-        w.strip() for w in re.split("  +|\n", capsys.readouterr().out)
-    }
+    words = {word.strip() for word in re.split("  +|\n", capsys.readouterr().out)}
+    assert {":smile:", ":heart:", "a :smile:", "b\\"} <= words
     assert "[red]x?]0;y?" in out and "\x1b" not in out and "\x07" not in out and "\u202e" not in out
 
 

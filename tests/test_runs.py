@@ -73,9 +73,7 @@ def dying(at: int) -> Any:
 # ------------------------------------------------------------------------------------------------ single files
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_name_and_nothing_else_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
@@ -193,9 +191,9 @@ def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
 # ------------------------------------------------------------------------------------------------ damage
 
 
-@pytest.mark.parametrize(
-    ("run", "name"), [("base", MODEL), ("base", TOKENIZER), ("base", CONFIG), ("adapter", ADAPTER), ("adapter", CONFIG)]
-)
+@pytest.mark.parametrize(("run", "name"), [
+    ("base", MODEL), ("base", TOKENIZER), ("base", CONFIG), ("adapter", ADAPTER), ("adapter", CONFIG),
+])  # fmt: skip
 def test_a_damaged_or_missing_file_is_named(run: str, name: str, adapter: Path, tmp_path: Path) -> None:
     path = tmp_path / run / name
     content = path.read_bytes()
@@ -246,8 +244,9 @@ def test_tensors_that_do_not_fit_are_named(run: str, name: str, adapter: Path) -
         assert part in message and (key in message or "surplus" in message) and str(folder.path / name) in message
 
 
-CONFIGS: list[tuple[str, dict[str, Any], str]] = [
+@pytest.mark.parametrize(("run", "change", "part"), [
     ("base", {"kind": "tent"}, "kind must be one of base, adapter, composition, got 'tent'"),
+    ("base", {"kind": []}, "kind: '[]' is not of type str"),
     ("base", {"data": 3}, "data: '3' is not of type dict"),
     ("adapter", {"data": {"folder": [], "held_out": True}}, "data: folder: '[]' is not of type"),
     ("base", {"model": {"vocab_size": 10, "depth": 3}}, "unknown key 'depth'"),
@@ -257,10 +256,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("adapter", {"base": {"path": "x"}}, f"{CONFIG}: base: missing key 'fingerprint'"),
     ("adapter", {"base": {"path": "", "fingerprint": "", "dtype": "int3"}}, "dtype must be one of fp32, bf16, int8"),
     ("adapter", {"base": {"path": "", "fingerprint": "", "z": 1}}, f"{CONFIG}: base: unknown key 'z'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("run", "change", "part"), CONFIGS)
+])  # fmt: skip
 def test_a_config_that_says_something_else_is_refused(run: str, change: Any, part: str, adapter: Path) -> None:
     folder = RunFolder(adapter.parent / run)
     folder.write_json(CONFIG, folder.config | change)
@@ -273,9 +269,6 @@ def test_no_number_that_is_not_finite_is_written_as_json(run: RunFolder) -> None
     for act in (lambda: run.write_json("a.json", {"x": float("nan")}), lambda: run.log({"step": float("inf")})):
         with pytest.raises(TinyldError, match="not a finite number"):
             act()
-
-
-# ------------------------------------------------------------------------------------------------ bases of adapters
 
 
 def test_a_base_is_found_by_its_fingerprint_where_it_is_given_or_released(
@@ -324,9 +317,6 @@ def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(base: Path,
     assert "needs one scale a row" in refusal(small.path)
     small.write_tensors(MODEL, {n: t for n, t in tensors.items() if n != name})
     assert "wrong type: torch.int8" in refusal(small.path)
-
-
-# ------------------------------------------------------------------------------------------------ log, checkpoints
 
 
 def test_the_log_is_read_without_its_torn_last_line_and_rewound(run: RunFolder) -> None:
@@ -423,18 +413,14 @@ def test_force_removes_what_the_run_wrote_and_nothing_else(base: Path, tmp_path:
     assert set(tree(base)) == left and tree(photos) == {"cat.jpg": b"cat"}
 
 
-@pytest.mark.parametrize("state", [None, torch.ones(3, dtype=torch.bfloat16)])
-def test_a_checkpoint_without_its_state_is_damaged(run: RunFolder, state: torch.Tensor | None) -> None:
+def test_a_checkpoint_without_its_state_or_its_manifest_is_not_passed_over(run: RunFolder) -> None:
     run.save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
     saved = RunFolder(run.path / "checkpoints")
-    saved.write_tensors("00000003", {"w": torch.ones(1)} | ({} if state is None else {"state": state}))
-    with pytest.raises(TinyldError, match="00000003: damaged, its state is not there; delete it to go on"):
-        run.load_checkpoint()
-
-
-def test_checkpoints_without_their_manifest_are_not_passed_over(run: RunFolder) -> None:
-    run.save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
-    (run.path / "checkpoints" / "manifest.json").unlink()
+    for state in ({}, {"state": torch.ones(3, dtype=torch.bfloat16)}):
+        saved.write_tensors("00000003", {"w": torch.ones(1)} | state)
+        with pytest.raises(TinyldError, match="00000003: damaged, its state is not there; delete it to go on"):
+            run.load_checkpoint()
+    (saved.path / MANIFEST).unlink()
     with pytest.raises(TinyldError, match="not listed in manifest.json.*; delete it to go on"):
         run.load_checkpoint()
     run.remove_checkpoints()

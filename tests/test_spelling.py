@@ -36,7 +36,7 @@ def test_what_is_learned_of_texts_is_whether_capitals_begin_them_are_names_own_a
     assert not BEGUN.names_first, "a question that begins as it must teaches no capital"
 
 
-SPELLED = [
+@pytest.mark.parametrize(("spelling", "prompt", "wanted"), [
     *((OF_FACTS, prompt, answer) for prompt, answer in FACTS),
     (OF_FACTS, "name[Zizzi], by[O'Neill]", 'Who is "O\'Neill"? "The Zizzi" (in July).'),  # marks stay
     (OF_FACTS, "name[Zizzi]", ""),
@@ -54,13 +54,8 @@ SPELLED = [
     (STARTS, "question : WAS ANN AT HOME? answer :", "I saw ann at home"),
     (STARTS, "BBC | HQ | London :", "A house is in London"),
     (STARTS, unicodedata.normalize("NFD", "Málaga | A4 | McDonald"), "Málaga is near A4 and McDonald"),
-]
-
-
-@pytest.mark.parametrize(("spelling", "prompt", "wanted"), SPELLED)
-def test_a_text_is_spelled_as_its_prompt_and_the_learned_texts_are(
-    spelling: Spelling, prompt: str, wanted: str
-) -> None:
+])  # fmt: skip
+def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spelling, prompt: str, wanted: str) -> None:
     assert spelling.restore(fold(wanted), prompt, "", False) == wanted
 
 

@@ -54,6 +54,7 @@ def test_every_file_format_reads_the_same(tmp_path: Path) -> None:
         ("a.jsonl", '\ufeff{"text": " said\\n\\t \\"no ", "label": "sad", "more": [1]}'),
         ("a.tsv", '\ufefftext\tlabel\nsaid\x01\x1b \u2028"no\tsad\n'),
         ("a.tsv", '"text"\t"label"\n"said ""no"\t"sad"\n'),
+        ("a.csv", '\ufeff"text","label"\r\n"said ""no",sad'),
         ("a.csv", 'text\tlabel\nsaid "no\tsad\n'),
         ("a.tsv", 'text\tlabel\n"said ""no"\tsad\n'),
         ("a.csv", 'id;text;label;;\r7,5;said "no;sad;;\r;;;;\r'),
@@ -220,11 +221,10 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
             from_record(damaged, "config.json: task")
 
 
-# ---------------------------------------------------------------------------------------------- errors
-
 FILE_ERRORS = [
     ("a.md", "text\n", [".tsv, .csv, .jsonl or .txt"]),
     ("a.csv", "text,label\n", ["there are no rows in it"]),
+    ("a.csv", " \n\n", ["there are no rows in it"]),
     ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
     ("a.csv", "text,text\na,b\n", ["line 1", "each by a name of its own, got 'text, text'"]),
     ("a.csv", "sep=;\ntext;label\na;0\n", ["line 1", "this line must name the columns"]),
@@ -236,7 +236,7 @@ FILE_ERRORS = [
     ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "allowed: sad, happy, or", "0 to 1"]),
     ("a.csv", f"text,label\nb,{'9' * 5000}\n", ["unknown label '999", "...'"]),
     ("a.csv", "text,label\na,\n", ["line 2", "'label' is empty"]),
-    ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3: not UTF-8"]),
+    ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3: not UTF-8; save it as UTF-8"]),
     ("a.csv", b"text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
     ("a.jsonl", '{"text": "a", "label": 0}\n{\n', ["line 2", "not JSON"]),
     ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
@@ -271,21 +271,15 @@ TOML_ERRORS = [
 ]
 
 
-FILES = [*FILE_ERRORS, *(("mood.toml", toml, parts) for toml, parts in TOML_ERRORS)]
-
-
-@pytest.mark.parametrize(("name", "content", "parts"), FILES)
-def test_a_bad_file_is_refused_in_one_line_that_names_it(
-    tmp_path: Path, name: str, content: Any, parts: list[str]
-) -> None:
+@pytest.mark.parametrize(("name", "content", "parts"), [
+    *FILE_ERRORS, *(("mood.toml", toml, parts) for toml, parts in TOML_ERRORS),
+])  # fmt: skip
+def test_a_bad_file_is_refused_in_a_line_naming_it(tmp_path: Path, name: str, content: Any, parts: list[str]) -> None:
     with pytest.raises(TinyldError) as caught:
         user_task(tmp_path, content) if name == "mood.toml" else read(tmp_path, content, name=name)
     message, file = str(caught.value), str(tmp_path / name)
     assert message.startswith(file) and message.isprintable() and len(message) < len(file) + 300
     assert all(part in message for part in parts)
-
-
-# ---------------------------------------------------------------------------------------------- finding files
 
 
 def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,9 +302,8 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         assert load_split(task, "dev", data)[0].before == f"{place} it was"
     for place in ("cache/data", "own"):
         rows_file(tmp_path, f"{place}/subj/train.tsv", "text\tlabel\na\t0\n")
-    with pytest.raises(
-        TinyldError, match="no dev rows of subj in .*own/subj, which has train; rows from elsewhere may"
-    ):
+    others = "no dev rows of subj in .*own/subj, which has train; rows from elsewhere may"
+    with pytest.raises(TinyldError, match=others):
         load_split(load_task("subj"), "dev")
     rows_file(folder, "sst2/dev.tsv", "sentence\tlabel\na\t0\n")
     with pytest.raises(TinyldError, match="which are the dev rows: .*dev.tsv or .*dev.csv"):
@@ -342,9 +335,6 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
     monkeypatch.setenv("TINYLD_DATA", "/no/such/folder")
     with pytest.raises(TinyldError, match="TINYLD_DATA=/no/such/folder is no folder"):
         load_split(load_task("sst2"), "dev")
-
-
-# ---------------------------------------------------------------------------------------------- the built-in tasks
 
 
 def test_built_in_tasks_are_whole() -> None:
