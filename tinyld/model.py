@@ -117,15 +117,14 @@ class Denoiser(nn.Module):
     ) -> Tensor:  # fmt: skip
         """States before block `stop`, from states `h` (B, L, D) before block `start`.
 
-        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run, from
-        block `since` on, are appended to `history`. With `positions` (B, M) the model's last block computes those
-        alone, (B, M, D).
+        attention_mask: (B, L) bool, or None when no position is padding. From block `since` on the states are pushed,
+        and appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
         """
         angles = self.angles(h.shape[1])
         for depth in range(start, stop):
             if history is not None and depth >= since:
                 history.append(h)
-            if push_at is not None:
+            if push_at is not None and depth >= since:
                 h = h + push_at(depth, h)
             asked = positions if depth == self.config.num_layers - 1 else None
             h = self.through(depth, h, angles, attention_mask, asked)
@@ -168,20 +167,14 @@ class Denoiser(nn.Module):
         if push is not None and push.answer_only:
             return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted
-        first = last if push is None else push.first_depth
-        few = None if where is None else positions_of(where)
-        if few is not None and not 0 < 2 * few[0].shape[1] <= xt.shape[1]:  # all are as cheap
-            few = None
-        positions = None if few is None else (few[0] - int(shifted)).clamp(min=0)
+        first, push_at = (last, None) if push is None else (push.first_depth, push.start(t, prompt_mask))
+        positions = None
+        if where is not None and 0 < 2 * (few := positions_of(where))[0].shape[1] <= xt.shape[1]:  # else as cheap
+            positions = (few[0] - int(shifted)).clamp(min=0)
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
-        narrow = None if whole else positions
-        if cached is None:
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, positions=narrow)
-        else:
-            h = cached[:, :, 0]
-        if push is not None:
-            push_at = push.start(t, prompt_mask)
-            h = self.run_blocks(h, attention_mask, first, last, push_at, narrow)
+        h, start = (self.embed(xt), 0) if cached is None else (cached[:, :, 0], first)
+        h = self.run_blocks(h, attention_mask, start, last, push_at, None if whole else positions, since=first)
+        if push_at is not None:
             at = positions if whole else None
             h = (h if at is None else take(h, at)) + push_at(last, h, at)
         if positions is not None:
