@@ -1,10 +1,8 @@
 """Run folders: files, a manifest with the SHA-256 of each, a log, checkpoints; and what a run's bits depend on.
 
-A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
-(`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
-(evaluations), `manifest.json`, and while it trains `checkpoints/`, a folder of the same kind with a file a step. Only
-what a manifest lists or what bears our temporary names is ever deleted, and nothing through a link. No torch but for
-tensors.
+`config.json` says what was asked, on what; `metrics.jsonl` has a line per log step; while a run trains, `checkpoints/`
+is a folder of the same kind with a file a step. Only what a manifest lists or what bears our temporary names is ever
+deleted, and nothing through a link. No torch but for tensors.
 """
 
 from __future__ import annotations
@@ -124,28 +122,21 @@ class RunFolder:
         return any((self.path / name).exists() for name in known) or bool(known and not self.checkpoints())
 
     def check_unchanged(self, config: Mapping[str, Any], data: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs.
-
-        An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
-        """
-        if config["kind"] == "base":
+        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs."""
+        if config["kind"] == "base":  # an adapter's tokenizer is a part of its base's fingerprint
             self.read(TOKENIZER)
         for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
             if config["data"].get(key, data[key]) != data[key]:
                 raise TinyldError(f"{self.path} began with other {what}: put it back as it was, or begin a new run")
         then, now = config["environment"], environment(config["train"]["device"])
         depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
-        if changed := ", ".join(
-            f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]
-        ):
-            say(f"{self.path} goes on otherwise than it began, so its last digits may differ: {changed}")
+        if changed := [f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]]:
+            say(f"{self.path} goes on otherwise than it began, so its last digits may differ: {', '.join(changed)}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it this process has the folder to itself; where another one has it, TinyldError at once.
-
-        The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
-        """
+        """Within it this process has the folder to itself; where another one has it, TinyldError at once. The lock is
+        flock's on the folder itself: it ends with the process and leaves no file behind."""
         with contextlib.ExitStack() as stack:
             if not self._is_locked:
                 with failing(self.path, "written"):
@@ -258,8 +249,8 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
         folder = self.path / CHECKPOINTS
-        names = [] if folder.is_symlink() or not folder.is_dir() else sorted(os.listdir(folder))
-        return [folder / name for name in names if name.isdecimal() and (folder / name).is_file()]
+        found = () if folder.is_symlink() or not folder.is_dir() else folder.iterdir()
+        return sorted(path for path in found if path.name.isdecimal() and path.is_file())
 
     def last_good(self) -> str:
         """For an error: what can be gone on with."""

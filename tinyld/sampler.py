@@ -34,18 +34,10 @@ LIKELIEST = -1.0  # in place of such a share
 
 @torch.no_grad()
 def decode(
-    denoiser: Any,
-    x: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor,
-    mask_id: int,
-    forbidden: list[int],
-    config: SampleConfig,
-    generator: torch.Generator | None = None,
-    eos_id: int | None = None,
-    watch: Any = None,
+    denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
+    config: SampleConfig, generator: torch.Generator | None = None, eos_id: int | None = None, watch: Any = None,
     is_label: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
 
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
