@@ -79,9 +79,6 @@ def by_label(scores: Tensor, task: Task) -> dict[str, Sequence[Any]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ columns
-
-
 def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = task.inputs, []

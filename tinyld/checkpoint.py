@@ -50,9 +50,6 @@ class Base:
         return to_dict(BaseRecord(str(self.path.resolve()), self.fingerprint, self.dtype, self.reading))
 
 
-# ------------------------------------------------------------------------------------------------ bases
-
-
 def fingerprint(folder: RunFolder, reading: Reading | None = None) -> str:
     """Names a base: a digest of its stored weights, its tokenizer and its model config."""
     if is_foreign(folder.path):  # whose weights are all read for it
@@ -143,9 +140,6 @@ def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         parameters[name].copy_(tensor)
 
 
-# ------------------------------------------------------------------------------------------------ the base of a run
-
-
 def base_record(config: Mapping[str, Any], run: Path) -> BaseRecord:
     return from_dict(BaseRecord, config["base"], f"{run / CONFIG}: base")
 
@@ -185,9 +179,6 @@ def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
     if (trained_on := base_record(config, run).fingerprint) != base.fingerprint:
         found = f"{base.path} is base {base.fingerprint}"
         raise TinyldError(f"{run} was trained on base {trained_on}, but {found}; give its own with --base")
-
-
-# ------------------------------------------------------------------------------------------------ adapters
 
 
 def load_adapter(

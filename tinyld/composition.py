@@ -125,9 +125,6 @@ class RoutedPush(nn.Module):
         return [(of_member, push) for of_member, push in zip(rows, self.pushes, strict=True) if len(of_member)]
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 def load_push(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryPush:
     """The push that a run recorded and stored, on its base; TinyldError where its method is not one that pushes."""
     if record.get("name") != TrajectoryLora.name:

@@ -197,9 +197,6 @@ def text_nll(
     return ratio_estimate(torch.cat(nats), torch.cat(tokens))
 
 
-# ------------------------------------------------------------------------------------------------ what logits say
-
-
 def all_masked(batch: Batch, mask_id: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(xt, t, attention mask, prompt mask), as a denoiser is first asked: with the whole slots masked."""
     xt = torch.where(batch.answer_mask, mask_id, batch.x0)

@@ -16,8 +16,6 @@ from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
 from tinyld.read import Said
 
-# ------------------------------------------------------------------------------------------------ their tensors, ours
-
 Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor; RuntimeError and the like where it fails
 
 
@@ -137,8 +135,6 @@ MDLM = parts(
     ("down.weight", 5, "mlp.2.weight"), ("down.bias", 5, "mlp.2.bias"),
 )}  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------------------ one row a family
 
 Shapes = Mapping[str, tuple[int, ...]]  # of their tensors
 More = Callable[[Said, Shapes], Mapping[str, Any]]

@@ -38,9 +38,6 @@ CHATS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ their tensors
-
-
 class Stored(NamedTuple):
     """A tensor in a safetensors file, whose shape is known and whose values are read when asked for."""
 
@@ -96,9 +93,6 @@ def named_today(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     alone = "" if any(name.startswith(prefix) for name in tensors) else prefix
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     return {alone + re.sub("|".join(old), lambda m: old[m[0]], name): tensor for name, tensor in tensors.items()}
-
-
-# ------------------------------------------------------------------------------------------------ a whole folder
 
 
 class Foreign(NamedTuple):
@@ -190,9 +184,6 @@ def check_fit(name: str, make: Make, stored: list[Stored], config: ModelConfig, 
         raise TinyldError(f"{stored[0].path}: tensor {name!r} has the wrong shape: {found}")
 
 
-# ------------------------------------------------------------------------------------------------ tokenizers
-
-
 def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: int, reading: Reading) -> Tokenizer:
     """That of a tokenizer.json, with the special tokens that tokenizer_config.json names, config.json has the ids of
     (`said`), or the family has; an encoder's are known by their names."""
@@ -252,9 +243,6 @@ def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) 
     start, turn = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
     begin = [] if bos is None or "bos_token" not in template else [bos]
     return {"start": begin + start, "turn": turn, "eos": turn[0]}
-
-
-# ------------------------------------------------------------------------------------------------ what others call
 
 
 @torch.no_grad()

@@ -150,8 +150,6 @@ class RunFolder:
                 stack.callback(setattr, self, "_is_locked", False)
             yield
 
-    # ---- files
-
     def files(self) -> dict[str, Any]:
         """What the manifest says of every file that it lists: `sha256` and `bytes`, and the SHA-256 `before`."""
         path = self.path / MANIFEST
@@ -210,8 +208,6 @@ class RunFolder:
 
         self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
 
-    # ---- the metrics log
-
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl, durably."""
         line = to_json(record, None)
@@ -236,8 +232,6 @@ class RunFolder:
         kept = b"".join(to_json(r, None) for r in self.metrics() if r["step"] <= step)
         self.remove_checkpoints(after=step)
         write_atomic(self.path / METRICS, kept)
-
-    # ---- checkpoints
 
     @property
     def _saved(self) -> RunFolder:
@@ -309,9 +303,6 @@ class Spectator(RunFolder):
 
     locked = contextlib.nullcontext  # type: ignore[assignment]
     write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = lambda *_, **__: None
-
-
-# ---------------------------------------------------------------------------------------------- what its bits depend on
 
 
 def under_torchrun() -> bool:

@@ -36,9 +36,6 @@ GROUP = 64  # numbers of a kept state that have one scale
 Noise = Callable[..., list[Noised]]  # (batch, generator=) -> the batch with its noise, in parts of different widths
 
 
-# ------------------------------------------------------------------------------------------------ frozen states
-
-
 def kept_depths(model: Denoiser) -> tuple[int, int] | None:
     """The first and the last depth of which every later pass needs the frozen base's states: where the push begins or,
     if it is on the answer only, from there on to before the last block. None where the first block is changed."""
@@ -101,9 +98,6 @@ def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance 
         return [replace(noised, cached=unpack(*found).unflatten(0, wanted.shape))]
 
     return noise_with_states
-
-
-# ------------------------------------------------------------------------------------------------ the loop
 
 
 COUNTERS = ("step", "tokens", "seconds", "log_sum", "log_count")  # what a checkpoint keeps beside the tensors
