@@ -43,11 +43,9 @@ def answers(
 
 @torch.no_grad()
 def answers_in_one_pass(runs: Sequence[Any], examples: Sequence[Example]) -> list[list[Record]]:
-    """What each `predict.Run` finds of each example, by pushes that share every pass.
-
-    Those have one base, and tasks whose prompts are the same tokens around one masked place. They run the vocabulary's
-    head for their labels' words alone, and so do not say what each would write.
-    """
+    """What each `predict.Run` finds of each example, by pushes that share every pass. Those have one base, and tasks
+    whose prompts are the same tokens around one masked place. They run the vocabulary's head for their labels' words
+    alone, and so do not say what each would write."""
     tasks, pushes = [run.tasks[0] for run in runs], [run.push for run in runs]
     model, tokenizer, rows = runs[0].model, runs[0].base.tokenizer, runs[0].rows(examples, tasks[0])
     words = [torch.tensor(answer_ids(task, tokenizer), device=model.device)[:, 0] for task in tasks]

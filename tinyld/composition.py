@@ -53,11 +53,9 @@ def prototype_shapes(width: int) -> dict[str, tuple[int, ...]]:
 
 
 def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
-    """What a router knows of a task's prompts; each adapter keeps its own.
-
-    "prototype" (D,): the mean of their features; "directions" (m, D): those in which they vary most, each of a length
-    below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
-    """
+    """What a router knows of a task's prompts; each adapter keeps its own. "prototype" (D,): the mean of their
+    features; "directions" (m, D): those in which they vary most, each of a length below 1 by how much more than the
+    rest (probabilistic PCA, Tipping and Bishop 1999)."""
     features = task_features(base, rows, some_of(len(rows), PROTOTYPE_ROWS)).cpu()
     kept, width = prototype_shapes(base.model.config.d_model)["directions"]
     of_means = torch.cov(features.T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise

@@ -47,11 +47,9 @@ LARGEST = {int: 1 << 63, float: 3.4e38}  # of float32
 
 
 def check_type(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type.
-
-    A dict of hints is of an object, and of those keys that it has. An Annotated has RULES for the value, or for every
-    member of a tuple.
-    """
+    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type. A dict of
+    hints is of an object, and of those keys that it has. An Annotated has RULES for the value, or for every member of a
+    tuple."""
     if isinstance(hint, dict):
         return {k: check_type(v, hint.get(k, Any), f"{where}: {k}") for k, v in check_type(value, dict, where).items()}
     if typing.get_origin(hint) is Annotated:
@@ -98,11 +96,8 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def setting(default: Any, help: str = "", group: str | None = None, *, read: Any = None, **rules: Any) -> Any:
-    """A field with a default and the RULES that its value keeps: `least=1, below=4`.
-
-    Of an option: what it means, the group of the help it stands in (none: for experts, by --set alone), and `read`,
-    which makes its value of text.
-    """
+    """A field with a default and the RULES that its value keeps: `least=1, below=4`. Of an option: what it means, the
+    group of the help it stands in (none: for experts, by --set alone), and `read`, which makes its value of text."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "read": read} | rules)
 
 
@@ -132,10 +127,8 @@ MAX_PARAMETERS = 20_000_000_000
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """Shape of the denoiser. `vocab_size` is known once the tokenizer is.
-
-    The switches after `norm_eps` are what BERT-family encoders need to run on the same denoiser.
-    """
+    """Shape of the denoiser. `vocab_size` is known once the tokenizer is. The switches after `norm_eps` are what
+    BERT-family encoders need to run on the same denoiser."""
 
     vocab_size: int = setting(dataclasses.MISSING, least=1)
     d_model: int = setting(256, least=1)

@@ -36,11 +36,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> str:
-    """bf16 where the hardware is fast at it, else fp16 on a GPU, fp32 on a processor.
-
-    A processor is with AMX, or with AMD's AVX-512 bf16 (training measured 1.7x faster than fp32); Intel's AVX-512
-    bf16 was measured to be half as fast as fp32, and without either a product in bf16 takes seventy times as long.
-    """
+    """bf16 where the hardware is fast at it, else fp16 on a GPU, fp32 on a processor. A processor is with AMX, or with
+    AMD's AVX-512 bf16 (training measured 1.7x faster than fp32); Intel's AVX-512 bf16 was measured to be half as fast
+    as fp32, and without either a product in bf16 takes seventy times as long."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()

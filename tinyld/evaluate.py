@@ -118,11 +118,8 @@ def evaluate(
     model: Denoiser, rows: TaskRows, tokenizer: Tokenizer, sampling: SampleConfig | None = None, draws: int = 4,
     answer: bool = True, advance: Advance = unheard,
 ) -> Evaluation:  # fmt: skip
-    """Decodes every row's answer and, separately, scores it.
-
-    `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). With `answer` off, for
-    a generation task, nothing is decoded.
-    """
+    """Decodes every row's answer and, separately, scores it. `draws` noise levels are drawn a row for the NLL bound
+    (one is exact for one-token answers). With `answer` off, for a generation task, nothing is decoded."""
     task, n = rows.task, len(rows)
     written, scored = np.full(n, "", dtype=object), np.full(n, UNREADABLE)
     nll, tokens = torch.zeros(2, n)
@@ -221,12 +218,9 @@ def cut_to(batch: Batch, lengths: Tensor) -> Batch:
 
 
 def label_logp(model: Denoiser, batch: Batch, answers: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> Tensor:
-    """log p of every label's answer, (B, labels), whose tokens are in `answers`.
-
-    That of its length, where lengths differ, and then the chain rule from the left: the answer's i-th token, given
-    those before it, with the rest masked. A row's score depends on no other row and no draw, and answers of one token
-    take one forward pass for all labels.
-    """
+    """log p of every label's answer, (B, labels), whose tokens are in `answers`. That of its length, where lengths
+    differ, and then the chain rule from the left: the answer's i-th token, given those before it, with the rest masked.
+    A row's score depends on no other row and no draw, and answers of one token take one forward pass for all labels."""
     size, device = len(batch.x0), batch.x0.device
     total = torch.zeros(size, len(answers), device=device)
     prompt_mask, lengths = batch.attention_mask & ~batch.answer_mask, sorted(set(map(len, answers)))

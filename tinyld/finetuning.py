@@ -50,9 +50,7 @@ WRITTEN = 100  # dev rows of a generation task that are written at its end: it t
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Trains an adapter in a new run folder, or goes on with one; returns its results, which are also in the folder.
-
-    Nothing is written before everything has been read and checked.
-    """
+    Nothing is written before everything has been read and checked."""
     keep_freed_memory()
     if options.resume is not None:
         return resume(options)

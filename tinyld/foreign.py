@@ -250,10 +250,8 @@ def load_foreign(
     folder: Path, device: torch.device | str = "cpu", dtype: str = "fp32", reading: Reading | None = None,
     headless: bool = False,
 ) -> Base:  # fmt: skip
-    """A public model as a base, kept in `dtype` (see device.shrink); memory peaks at the base and one tensor.
-
-    An encoder that has no head to write with is refused unless `headless`, and then gets the identity for one.
-    """
+    """A public model as a base, kept in `dtype` (see device.shrink); memory peaks at the base and one tensor. An
+    encoder that has no head to write with is refused unless `headless`, and then gets the identity for one."""
     check_choice("base dtype", dtype, BASE_DTYPES)
     foreign = read_foreign(folder, reading)
     model, tokenizer, config = foreign.model, foreign.tokenizer, foreign.model.config

@@ -27,10 +27,8 @@ PushAt = Callable[..., Tensor]
 
 
 class Push(Protocol):
-    """What may be hung on `Denoiser.push`: it adds to the states at its sites, one a depth.
-
-    The states before block `first_depth` are the frozen base's own, so they may be kept and given back as `cached`.
-    """
+    """What may be hung on `Denoiser.push`: it adds to the states at its sites, one a depth. The states before block
+    `first_depth` are the frozen base's own, so they may be kept and given back as `cached`."""
 
     first_depth: int  # of the lowest site
     answer_only: bool  # it pushes the states that tell the answer; all others stay the frozen base's own
@@ -115,11 +113,9 @@ class Denoiser(nn.Module):
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
         positions: Tensor | None = None, history: list[Tensor] | None = None, since: int = 0,
     ) -> Tensor:  # fmt: skip
-        """States before block `stop`, from states `h` (B, L, D) before block `start`.
-
-        attention_mask: (B, L) bool, or None when no position is padding. From block `since` on the states are pushed,
-        and appended to `history`. With `positions` (B, M) the model's last block computes those alone, (B, M, D).
-        """
+        """States before block `stop`, from states `h` (B, L, D) before block `start`. attention_mask: (B, L) bool, or
+        None when no position is padding. From block `since` on the states are pushed, and appended to `history`. With
+        `positions` (B, M) the model's last block computes those alone, (B, M, D)."""
         angles = self.angles(h.shape[1])
         for depth in range(start, stop):
             if history is not None and depth >= since:
@@ -269,11 +265,9 @@ class Denoiser(nn.Module):
 
 
 def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
-
-    On two cores the vocabulary's softmax is the largest single cost of pretraining. What is kept of it is softmax -
-    onehot, by which the result is linear in h, weight and bias: no second softmax and no other (N, V) product.
-    """
+    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits. On two cores
+    the vocabulary's softmax is the largest single cost of pretraining. What is kept of it is softmax - onehot, by which
+    the result is linear in h, weight and bias: no second softmax and no other (N, V) product."""
     rows = torch.arange(len(target), device=target.device)
     with torch.no_grad():
         logits = F.linear(h, weight, bias)

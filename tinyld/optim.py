@@ -16,12 +16,10 @@ MOMENTUM, COEFFICIENTS = 0.95, (3.4445, -4.7750, 2.0315)  # of Muon, as in torch
 
 class Optimizer(torch.optim.AdamW):
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
-
     Muon (with Nesterov momentum and Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. torch's own
     multiplies in bf16 whatever the hardware. A processor that has none computes it seventy times as slowly: full
     fine-tuning of 7M parameters then takes more than ten seconds an update. Biases, norms and one-dimensional
-    parameters get no weight decay. `body` names the tensors of a warm-started encoder.
-    """
+    parameters get no weight decay. `body` names the tensors of a warm-started encoder."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
@@ -84,10 +82,7 @@ class Optimizer(torch.optim.AdamW):
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V^T of matrix = U S V^T, by five quintic Newton-Schulz steps: singular values that are not tiny end
-    between 0.68 and 1.2.
-
-    (Jordan et al., Muon, 2024: https://kellerjordan.github.io/posts/muon/)
-    """
+    between 0.68 and 1.2. (Jordan et al., Muon, 2024: https://kellerjordan.github.io/posts/muon/)"""
     a, b, c = COEFFICIENTS
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)

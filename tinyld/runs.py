@@ -65,11 +65,9 @@ def is_foreign(path: Path) -> bool:
 
 
 class RunFolder:
-    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run.
-
-    A file and its line in the manifest cannot change in one step, so the manifest first names the new content and the
-    one `before` it, then the file takes its name: wherever the process dies, the file is one that the manifest knows.
-    """
+    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run. A file and its
+    line in the manifest cannot change in one step, so the manifest first names the new content and the one `before` it,
+    then the file takes its name: wherever the process dies, the file is one that the manifest knows."""
 
     def __init__(self, path: Path):
         self.path = path

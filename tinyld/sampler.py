@@ -39,11 +39,9 @@ def decode(
     is_label: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
-
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
     slot. A label's length is the likeliest one. Passes count in all lengths that a text is written in. `watch` is
-    called after every pass with x, `nth` of how many `lengths` it is in.
-    """
+    called after every pass with x, `nth` of how many `lengths` it is in."""
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x, prompt_mask = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask
     if eos_id is None:
@@ -104,12 +102,10 @@ def fill_in(
     forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None,
     first: Tensor | None = None, share: Any = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written).
-
-    The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are
-    the logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
-    these are: what is not sure is not written from them, unless that is the last pass.
-    """
+    """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written). The
+    denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are the
+    logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
+    these are: what is not sure is not written from them, unless that is the last pass."""
     x, step, begun_before = x.clone(), 0, first is not None
     passes, score = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
@@ -188,11 +184,9 @@ def in_parts(logits: Tensor) -> Iterator[Tensor]:
 
 
 def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)).
-
-    hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere. chance:
-    that a text is longer than the length that is chosen; LIKELIEST: it is the likeliest one; None: it is drawn.
-    """
+    """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)). hazard: (B,
+    L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere. chance: that a text
+    is longer than the length that is chosen; LIKELIEST: it is the likeliest one; None: it is drawn."""
     comes_so_far = log_survival(hazard).exp()
     reaches = F.pad(comes_so_far, (1, 0), value=1.0)
     likely = torch.cat([reaches[:, :-1] - reaches[:, 1:], reaches[:, -1:]], 1)  # the last fills the slot

@@ -133,10 +133,8 @@ def why_unusual(run: Run, options: EvalOptions) -> str:
 
 
 def eval_text(options: EvalOptions) -> list[Record]:
-    """NLL bound of running text under each run's denoiser, and for adapters, which are on, under their base alone.
-
-    All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
-    """
+    """NLL bound of running text under each run's denoiser, and for adapters, which are on, under their base alone. All
+    read the same rows under the same masks, so that the two bounds differ by what the adapter forgot."""
     unread = ("task", "split", "data", "limit", "predictions", "base_dtype", "wide", *types_of(SampleConfig))
     refuse_idle(options, unread, "on the running text of --text")
     files = find_text_files(options.text)

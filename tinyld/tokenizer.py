@@ -62,12 +62,10 @@ def _pipeline(vocab: dict[str, int] | None = None) -> HFTokenizer:
 
 
 class Tokenizer:
-    """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece.
-
-    `roles` says their ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`. A
-    row is `start` + a text's front + `turn` + its answer and rest + [EOS]: [BOS] and nothing, or a chat's turns, of
-    which `roles` then says the ids.
-    """
+    """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece. `roles` says their
+    ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`. A row is `start` + a
+    text's front + `turn` + its answer and rest + [EOS]: [BOS] and nothing, or a chat's turns, of which `roles` then
+    says the ids."""
 
     def __init__(self, inner: HFTokenizer, where: object = "tokenizer.json", roles: Mapping[str, Any] | None = None):
         """TinyldError where the special tokens are not all there, or the tokenizer fails at a text."""

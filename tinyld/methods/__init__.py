@@ -23,10 +23,8 @@ def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], An
 
 
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
-    """A method's config from the options a user gave (None: not given), with its recipe and budget resolved.
-
-    UsageError for an option that the method does not have.
-    """
+    """A method's config from the options a user gave (None: not given), with its recipe and budget resolved. UsageError
+    for an option that the method does not have."""
     method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
     known = {field.name for field in fields(method.Config)}
     own = ", ".join(f"--{option}" for option in sorted(known - {"prune"})) or "no option"
