@@ -59,9 +59,8 @@ def check_type(value: Any, hint: Any, where: str) -> Any:
             for bound, (words, holds) in ((rules[name], rule) for name, rule in RULES.items() if name in rules):
                 wanted = f"{words} {', '.join(bound) if isinstance(bound, tuple) else bound}"
                 check(holds(member, bound), f"{where} must be {wanted}, got {member!r}", TinyldError)
-            finite = type(member) not in LARGEST or abs(member) < LARGEST[type(member)]
-            problem = f"{where} must be a finite number below {LARGEST.get(type(member))}, got {member!r}"
-            check(finite, problem, TinyldError)
+            if (largest := LARGEST.get(type(member))) and not abs(member) < largest:
+                raise TinyldError(f"{where} must be a finite number below {largest}, got {member!r}")
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:

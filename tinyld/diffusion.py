@@ -52,9 +52,6 @@ class Noised:
         """With every tensor changed."""
         return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
 
-    def rows(self, some: Tensor) -> Noised:
-        return self.map(lambda tensor: tensor[some])
-
     def to(self, device: torch.device) -> Noised:
         if device.type == "cpu":
             return self
@@ -120,9 +117,8 @@ def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator) -> lis
         parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
     if len(told):
         seen = (attention_mask & ~tail_mask | end)[told]
-        noised = noise_counted(
-            Batch(x0[told], text[told], seen, batch.rows[told]), mask_id, generator, prompt_mask[told]
-        )
+        part = Batch(x0[told], text[told], seen, batch.rows[told])
+        noised = noise_counted(part, mask_id, generator, prompt_mask[told])
         width = int(seen.any(0).nonzero()[-1]) + 1  # behind it no row attends to anything
         parts.append(noised.map(lambda tensor: tensor[:, :width] if tensor.dim() > 1 else tensor))
     return parts

@@ -202,9 +202,7 @@ class RunFolder:
         self.write(name, to_json(value))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save
-
-        self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
+        self.write(name, to_safetensors(tensors))
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl, durably."""
@@ -286,6 +284,12 @@ class RunFolder:
         clear(folder.path, later if len(later) < len(found) else [*later, MANIFEST])
         with contextlib.suppress(OSError):  # something else is in it
             folder.path.rmdir()
+
+
+def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)})
 
 
 def _found(path: Path) -> str:
