@@ -35,13 +35,10 @@ class Push(Protocol):
     reads_others: bool  # on the final state it reads other positions than the one it pushes, so all are computed
     is_routed: bool  # it is made of others, of which each row has its own: `by_member`
 
-    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
-        """The function that one pass calls at every depth from `first_depth` to num_layers, in order."""
-        ...
-
-    def by_member(self, embedded: Tensor, prompt_mask: Tensor) -> Sequence[tuple[Tensor, Push]]:
-        """(numbers of rows, their push), by the embeddings (B, L, D) of their tokens."""
-        ...
+    # (t, prompt_mask) -> what one pass calls at every depth from `first_depth` to num_layers, in order
+    start: Callable[[Tensor, Tensor], PushAt]
+    # (embeddings (B, L, D) of tokens, prompt_mask) -> (numbers of rows, their push)
+    by_member: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Push]]]
 
 
 def positions_of(where: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,11 +62,8 @@ class Optimizer(torch.optim.AdamW):
 
     def flat_state(self) -> dict[str, Tensor]:
         """Every state tensor as `optim.<parameter>.<key>`."""
-        return {
-            f"optim.{self.names[id(parameter)]}.{key}": torch.as_tensor(value).detach().clone()
-            for parameter, values in self.state.items()
-            for key, value in values.items()
-        }
+        each = ((self.names[id(p)], key, value) for p, values in self.state.items() for key, value in values.items())
+        return {f"optim.{name}.{key}": torch.as_tensor(value).detach().clone() for name, key, value in each}
 
     def load_flat_state(self, flat: Mapping[str, Tensor]) -> None:
         for group in self.param_groups:

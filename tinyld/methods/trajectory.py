@@ -29,7 +29,6 @@ from tinyld.model import Denoiser, PushAt
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
-BY_UNIT = {"up": 1, "down": 0}
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,6 @@ class RankUnits(nn.Module):
         found[found[: self.ranks.min()].argmax()] = math.inf
         return found
 
-    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
-        """The parameters that have a part for every rank unit, with the dimension that counts them."""
-        return [(p, BY_UNIT[name]) for name, p in self.named_parameters() if name in BY_UNIT]
-
 
 class TrajectoryPush(nn.Module):
     """Hangs on `Denoiser.push`: a site at every depth from `first_depth` to num_layers, the final state."""
@@ -194,8 +189,8 @@ class TrajectoryLora(Method):
         dropped = strength == 0
         dropped[strength.argsort(stable=True)[:due]] = True
         for site, of_site in zip(sites, dropped.split([len(site.down) for site in sites]), strict=True):
-            for parameter, dim in site.by_unit():
-                parameter.index_fill_(dim, of_site.nonzero()[:, 0], 0.0)
+            site.up[:, of_site] = 0.0
+            site.down[of_site] = 0.0
 
     def finish(self) -> None:
         """Stores the living units only: another config, with ranks site by site."""
@@ -204,8 +199,7 @@ class TrajectoryLora(Method):
         for site in self.push.sites:
             is_kept = site.strength() > 0
             site.ranks = is_kept.cumsum(0)[site.ranks - 1]
-            for parameter, dim in site.by_unit():
-                parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0])
+            site.up.data, site.down.data = site.up.data[:, is_kept].contiguous(), site.down.data[is_kept]
         ranks = torch.cat([site.ranks for site in self.push.sites]).tolist()
         self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
 
