@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +80,7 @@ def answered(
     for chosen, batch in in_batches(model, rows):
         logits, scores, passes, started = None, None, 0, time.perf_counter()
         written, each = [""] * len(chosen), float(work[chosen].mean())
+        told = further(advance, done, each)
         if answers and rows.slot == 1 and sampling.temperature == 0:  # one pass scores the labels and writes
             asked = all_masked(batch, tokenizer.mask_id)
             logits = logits_of(model, model.states(*asked, where=batch.answer_mask), words)
@@ -91,7 +91,7 @@ def answered(
             out, used = decode(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
-                partial(report_written, further(advance, done, each), batch.answer_mask, tokenizer.mask_id),
+                lambda x, share, told=told: told(len(x) * share),
                 not rows.task.is_generation,
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
@@ -106,11 +106,6 @@ def answered(
         done += each * len(chosen)
         advance(done)
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
-
-
-def report_written(advance: Advance, slots: Tensor, mask_id: int, x: Tensor, nth: int, lengths: int) -> None:
-    """Tells `advance` how many of the rows x (B, L) are as good as done, which are in the nth of so many lengths."""
-    advance(len(x) * (nth + float((x != mask_id)[slots].float().mean())) / lengths)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ parallel decoding: Mask-Predict, arXiv 1904.09324).
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,13 +40,16 @@ def decode(
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
     slot. A label's length is the likeliest one. Passes count in all lengths that a text is written in. `watch` is
-    called after every pass with x, `nth` of how many `lengths` it is in."""
+    called after every pass with x, and `share`, how much of all that is to be written was."""
+
+    def shown(nth: int = 0, lengths: int = 1) -> Any:
+        return watch and (lambda x: watch(x, share=(nth + float((x != mask_id)[answer_mask].float().mean())) / lengths))
+
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x, prompt_mask = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
-        shown = watch and partial(watch, nth=0, lengths=1)
-        return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
+        return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown())[:2]
     real = None if bool(attention_mask.all()) else attention_mask
     first = denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask)
     first[:, forbidden] = -torch.inf
@@ -65,8 +67,7 @@ def decode(
         inside = answer_mask & ~behind & is_new[:, None]
         out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
-            never, config, generator, watch and partial(watch, nth=nth, lengths=len(chances)),
-            first[inside[answer_mask]], share,
+            never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure = torch.where(lengths == 0, empty, score / lengths).where(is_new, -torch.inf)

@@ -24,7 +24,7 @@ from tinyld.block import take
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import Method
-from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, normal, time_embedding
+from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, band_of, normal, time_embedding
 from tinyld.model import Denoiser, PushAt
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
@@ -95,14 +95,14 @@ class RankUnits(nn.Module):
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)  # by band
         self.register_buffer("ranks", torch.tensor(ranks), persistent=False)
 
-    def forward(self, h: Tensor, noise: Noise, positions: Tensor | None) -> Tensor:
-        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
+    def forward(self, h: Tensor, positions: Tensor | None, band: Tensor, time: Tensor, _: Tensor) -> Tensor:
+        """As PaperUnits.forward."""
         h = h if positions is None else take(h, positions)
         x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
         width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
-        hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :]
-        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[noise.band][:, None]  # (B, units)
-        scale = self.sigma[noise.band][:, None] * is_used
+        hidden = x @ self.down[:, :width].T + (time @ self.down[:, width:].T)[:, None, :]
+        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[band][:, None]  # (B, units)
+        scale = self.sigma[band][:, None] * is_used
         return (F.relu(hidden) * scale[:, None, :]) @ up.T
 
     def strength(self) -> Tensor:
@@ -132,10 +132,10 @@ class TrajectoryPush(nn.Module):
         self.sites = nn.ModuleList(sites)
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
-        noise = Noise(band_of(t), time_embedding(t), prompt_mask)
+        told = band_of(t), time_embedding(t), prompt_mask
 
         def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
-            return self.sites[depth - self.first_depth](h, noise, positions)
+            return self.sites[depth - self.first_depth](h, positions, *told)
 
         return push_at
 
