@@ -91,7 +91,6 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
 
 
 def examples_of(rows: Sequence[Row], task: Task) -> list[Example]:
-    """What is asked of rows."""
     nothing, found = {k: PAIR.join([EMPTY] * n) for k, n in Counter(task.columns.values()).items()}, []
     for where, row in rows:
         empty = {k: v for k, v in nothing.items() if isinstance(row.get(k), str) and not clean(row[k])}

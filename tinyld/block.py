@@ -49,7 +49,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
-        self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
+        self.config, self.norm_first = config, config.norm_first
+        self.is_local = config.local_window > 0 and index % config.global_every != 0  # it reads near tokens only
         bare = index == 0 and not config.first_norm
         bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
         linear = {n: Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}

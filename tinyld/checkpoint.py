@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import BASE_DTYPES, ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading, Settings, check, check_ours, from_dict, setting, to_dict
 from tinyld.device import shrink, stored_bytes, to_int8
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.methods import Full, Method, read_config
 from tinyld.model import Denoiser
 from tinyld.read import finite
@@ -46,7 +46,6 @@ class Base:
     reading: Reading = Reading()
 
     def record(self) -> dict[str, Any]:
-        """A BaseRecord for a run's config."""
         return to_dict(BaseRecord(str(self.path.resolve()), self.fingerprint, self.dtype, self.reading))
 
 
@@ -221,6 +220,5 @@ def sizes(method: Method, base: Base) -> dict[str, Any]:
 
 
 def check_frozen(method: str, dtype: str) -> None:
-    """UsageError when a method's own weights would be what `dtype` makes smaller."""
-    if dtype != "fp32" and method == Full.name:
-        raise UsageError(f"--base-dtype {dtype} is for frozen weights; full trains them all")
+    idle = f"--base-dtype {dtype} is for frozen weights; full trains them all"
+    check(dtype == "fp32" or method != Full.name, idle)

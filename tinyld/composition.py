@@ -79,13 +79,9 @@ class Router(nn.Module):
     def distances(self, features: Tensor) -> Tensor:
         """(B, k) squared, of features (B, D) from each member's mean, less what its own prompts vary by."""
 
-        def distance(mean: Tensor, directions: Tensor) -> Tensor:
-            off = features - mean
-            return off.square().sum(1) - (off @ directions.T).square().sum(1)
-
         with torch.autocast(features.device.type, enabled=False):  # a difference of two sums
-            each = [distance(*member) for member in zip(self.prototype, self.directions, strict=True)]
-            return torch.stack(each, 1)
+            members = [(features - mean, own) for mean, own in zip(self.prototype, self.directions, strict=True)]
+            return torch.stack([off.square().sum(1) - (off @ own.T).square().sum(1) for off, own in members], 1)
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) the member to answer each row, whether or not it is near. features: (B, D)."""

@@ -191,10 +191,6 @@ class ModelConfig(Settings):
     def width_of_head(self) -> int:
         return self.head_width or self.d_model // self.num_heads
 
-    def is_local(self, block: int) -> bool:
-        """Whether attention in this block reads near tokens only."""
-        return self.local_window > 0 and block % self.global_every != 0
-
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each of a block's matrices."""
         d, f = self.d_model, self.d_ff

@@ -49,7 +49,6 @@ class Noised:
     cached: Tensor | None = None  # (B, L, K, D) states of the frozen lower blocks, where they were kept
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Noised:
-        """With every tensor changed."""
         return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
 
     def to(self, device: torch.device) -> Noised:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyld.attention import rotary_tables
 from tinyld.checkpoint import Base, check_amount
-from tinyld.config import BASE_DTYPES, ModelConfig, Reading, check_choice, check_type, to_dict, types_of
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading, check, check_choice, check_type, to_dict, types_of
 from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
@@ -198,7 +198,6 @@ def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: 
         return Tokenizer(inner, path)
 
     def token(*roles: str) -> int | None:
-        """The id of the first of these roles that has one."""
         for role in roles:
             name, stated = named.get(f"{role}_token"), said.get(f"{role}_token_id")
             stated = stated[0] if isinstance(stated, list) and stated else stated
@@ -213,10 +212,10 @@ def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: 
                 return stated if found is None else found
         return None
 
-    if reading.mask_token is not None and inner.token_to_id(reading.mask_token) is None:
-        raise UsageError(f"mask_token {reading.mask_token!r} is no token of {path}")
-    mask = token("mask") if reading.mask_token is None else inner.token_to_id(reading.mask_token)
-    if mask is None:
+    if (named_mask := reading.mask_token) is not None:
+        mask = inner.token_to_id(named_mask)
+        check(mask is not None, f"mask_token {named_mask!r} is no token of {path}")
+    elif (mask := token("mask")) is None:
         mask = inner.token_to_id(family.mask) if family.mask else rows - 1
     if mask is None:
         raise TinyldError(f"{folder}: nothing says which token is the mask; say it by --set mask_token=TOKEN")
@@ -276,10 +275,8 @@ def load_foreign(
         made = made[: shape[0]]  # those that pad the vocabulary to a round size are left out
         return made if made.untyped_storage().nbytes() == made.nbytes else made.clone()  # and not kept in memory
 
-    def own(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters(recurse=False))
-
-    for prefix, module in sorted(model.named_modules(), key=lambda found: -own(found[1])):
+    own = {name: sum(p.numel() for p in module.parameters(False)) for name, module in model.named_modules()}
+    for prefix, module in sorted(model.named_modules(), key=lambda found: -own[found[0]]):
         is_shrunk = isinstance(module, nn.Linear | nn.Embedding) and dtype != "fp32"
         for name, parameter in list(module.named_parameters(prefix, recurse=False)):
             made = read(name, parameter.shape, is_shrunk and name.endswith("weight")).to(device)

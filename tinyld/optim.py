@@ -61,7 +61,6 @@ class Optimizer(torch.optim.AdamW):
         parameter.add_(orthogonal(nesterov.to(self.dtype)), alpha=-lr * size)
 
     def flat_state(self) -> dict[str, Tensor]:
-        """Every state tensor as `optim.<parameter>.<key>`."""
         each = ((self.names[id(p)], key, value) for p, values in self.state.items() for key, value in values.items())
         return {f"optim.{name}.{key}": torch.as_tensor(value).detach().clone() for name, key, value in each}
 

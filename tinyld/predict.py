@@ -62,7 +62,6 @@ class Run:
         return self.base.model
 
     def rows(self, examples: Sequence[Example], task: Task) -> TaskRows:
-        """Examples of a task as its base reads them."""
         return TaskRows(examples, task, self.base.tokenizer, self.base.model.config.max_length)
 
     def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:

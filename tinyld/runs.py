@@ -220,7 +220,6 @@ class RunFolder:
         return [parse_json(line, path, {"step": int}) for line in lines]
 
     def close_log(self) -> None:
-        """Puts the finished log into the manifest."""
         self.write(METRICS, read_bytes(self.path / METRICS))
 
     def rewind(self, step: int) -> None:
@@ -293,7 +292,6 @@ def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _found(path: Path) -> str:
-    """What a folder holds, for an error."""
     none = "a file, no folder" if os.path.isfile(path) else "no such folder"
     with failing(path, "read"):
         names = sorted(os.listdir(path)) if os.path.isdir(path) else [none]

@@ -132,7 +132,6 @@ class WeightLora(Method):
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
-        """Folds the LoRA into the base's weights."""
         for block in model.blocks:
             for name in self.config.targets:
                 lora = getattr(block, name)
