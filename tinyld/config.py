@@ -235,8 +235,7 @@ class Reading(Settings):
 
 def check_ours(reading: Reading | None) -> None:
     """UsageError where a base of our own is to be read otherwise than it says."""
-    given = reading not in (None, Reading())
-    check(not given, "mask_token, max_length and chat are for the folder of a public model")
+    check(reading in (None, Reading()), "mask_token, max_length and chat are for the folder of a public model")
 
 
 PRESETS: dict[str, dict[str, int]] = {  # about 0.2M, 7M and 110M parameters

@@ -41,8 +41,7 @@ class Evaluation:
     predictions: list[tuple[str, str, str]] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
-        own = {k: v for k, v in vars(self).items() if k not in ("predictions", "scores")}
-        return own | self.scores
+        return {k: v for k, v in vars(self).items() if k not in ("predictions", "scores")} | self.scores
 
 
 class Answered(NamedTuple):

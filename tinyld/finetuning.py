@@ -263,8 +263,7 @@ def resume(options: Training) -> dict[str, Any]:
             check(not gone, f"{rows} is gone: put it back there to go on with {out}, or begin a new run", TinyldError)
             if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
-            go_on = pretrain.train_base if verb == "pretrain" else train_adapter
-            return go_on(config, out, options, folder)
+            return (pretrain.train_base if verb == "pretrain" else train_adapter)(config, out, options, folder)
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()

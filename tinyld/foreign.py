@@ -240,8 +240,8 @@ def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) 
         forms = " and ".join(start.partition("user")[0] for start, _ in CHATS)
         raise TinyldError(f"{folder}: no chat template of a form that tinyld knows ({forms}); leave chat out")
     start, turn = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
-    begin = [] if bos is None or "bos_token" not in template else [bos]
-    return {"start": begin + start, "turn": turn, "eos": turn[0]}
+    start = start if bos is None or "bos_token" not in template else [bos, *start]
+    return {"start": start, "turn": turn, "eos": turn[0]}
 
 
 @torch.no_grad()

@@ -92,8 +92,7 @@ def eval(options: EvalOptions) -> list[Record]:
     for path in options.runs or [newest_run()]:
         how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
         run = load(path, options.base, *how)
-        named = options.task is not None or not run.tasks
-        tasks = [run.task_named(options.task)] if named else run.tasks
+        tasks = [run.task_named(options.task)] if options.task is not None or not run.tasks else run.tasks
         one = len(tasks) == 1 or source == options.split
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
         if len(options.runs) < 2:  # of several, another one may heed it
