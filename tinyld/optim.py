@@ -17,9 +17,8 @@ MOMENTUM, COEFFICIENTS = 0.95, (3.4445, -4.7750, 2.0315)  # of Muon, as in torch
 class Optimizer(torch.optim.AdamW):
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
     Muon (with Nesterov momentum and Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. torch's own
-    multiplies in bf16 whatever the hardware. A processor that has none computes it seventy times as slowly: full
-    fine-tuning of 7M parameters then takes more than ten seconds an update. Biases, norms and one-dimensional
-    parameters get no weight decay. `body` names the tensors of a warm-started encoder."""
+    multiplies in bf16, which takes seventy times as long on a processor that has none. Biases, norms and
+    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}

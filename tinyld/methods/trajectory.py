@@ -2,14 +2,12 @@
 
     h <- h + sigma(t) * A ReLU(B [norm(h); Emb(t)])          (after LoRA-Diffusion, whose own design is in paper.py)
 
-Up-projections A start at zero, so a fresh adapter changes nothing. Bands of noise levels are nested: they share one A
-and B, of which a band uses the first r(t) rank units, so that the largest rank alone is stored. There are sites before
-each of the last blocks and on the final state. All share A and B, of a rank that none could afford alone, and weigh the
-units each for itself. Two recipes of it:
-  - `best` pushes every position, and frozen attention carries on what is pushed;
-  - `fast` pushes the positions of the answer alone. What they ask changes, the states, keys and values that they read,
-    their own too, do not: these are the frozen base's, so that they are computed once, kept while training, and shared
-    by all adapters that answer a text. The gradient goes along the answer's few positions.
+Up-projections A start at zero, so a fresh adapter changes nothing. A band of noise levels uses the first r(t) rank
+units of one A and B, so that the largest rank alone is stored. The sites, before each of the last blocks and on the
+final state, share A and B too, of a rank that none could afford alone, and weigh the units each for itself. `best`
+pushes every position, and frozen attention carries on what is pushed. `fast` pushes the answer's positions alone: what
+they ask changes, the states, keys and values that they read, their own too, are the frozen base's, so that these are
+computed once, kept while training, and shared by all adapters that answer a text.
 """
 
 import math
