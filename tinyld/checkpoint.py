@@ -121,8 +121,7 @@ def load_base(
 def check_amount(asked: int, shapes: Iterable[tuple[int, ...]], path: Path) -> None:
     """TinyldError when a config asks for far more values than its file holds: nothing is allocated for those."""
     held = sum(map(math.prod, shapes))
-    if asked > 2 * held:
-        raise TinyldError(f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}")
+    check(asked <= 2 * held, f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}", TinyldError)
 
 
 @torch.no_grad()
@@ -186,8 +185,7 @@ def load_adapter(
 ) -> tuple[Base, Method]:  # fmt: skip
     """(base, method): an adapter on its base, for which see `load_base_of`."""
     config = folder.config
-    if config["kind"] != "adapter":
-        raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
+    check(config["kind"] == "adapter", f"{folder.path} holds a {config['kind']}, not an adapter", TinyldError)
     check_frozen(config["method"]["name"], dtype or "fp32")
     tensors = folder.read_tensors(ADAPTER)
     base = load_base_of(config, folder.path, base_path, device, dtype, bases)

@@ -190,9 +190,8 @@ def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: 
     path, extra = folder / "tokenizer.json", folder / "tokenizer_config.json"
     raw = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in raw.items()}
-    if not path.is_file():
-        how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json ({how})")
+    how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    check(path.is_file(), f"no tokenizer in {folder}: expected tokenizer.json ({how})", TinyldError)
     inner, _ = parse_tokenizer(read_bytes(path), path)
     if family.prefix and reading.mask_token is None and not reading.chat:
         return Tokenizer(inner, path)

@@ -113,9 +113,8 @@ def train_base(
     def read(which: str, paths: list[Path], held_out: bool) -> Corpus:
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
             corpus = tokenize(part(read_lines(paths), held_out), tokenizer, bar.advance_to)
-        if not corpus.documents:
-            lacks = f"no document (a line) to be {which}; give more, or --valid"
-            raise TinyldError(f"too little text in {', '.join(map(str, paths))}: {lacks}")
+        lacks = f"no document (a line) to be {which}; give more, or --valid"
+        check(corpus.documents > 0, f"too little text in {', '.join(map(str, paths))}: {lacks}", TinyldError)
         return corpus
 
     shape = from_dict(ModelConfig, config["model"], where)

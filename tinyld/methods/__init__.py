@@ -16,8 +16,7 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottle
 def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
     """(method, config) from what a run recorded of its method; `where` names the file in the error."""
     name = record.get("name")
-    if name not in METHODS:
-        raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
+    check(name in METHODS, f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}", TinyldError)
     config: Any = METHODS[name].Config
     return METHODS[name], from_dict(config, {k: v for k, v in record.items() if k != "name"}, where)
 
