@@ -131,6 +131,7 @@ class Denoiser(nn.Module):
     def states(
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
         prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
+        push: Push | None = None,
     ) -> Tensor:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
@@ -138,25 +139,18 @@ class Denoiser(nn.Module):
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
-        t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
+        t: (B,) and prompt_mask: (B, L) bool are what `push` is told, by default the model's; the base ignores both.
         """
-        push = self.push
-        if push is None or not push.is_routed:
-            return self.states_by(push, xt, t, attention_mask, prompt_mask, cached, where)
-        h = self.embed(xt)
-        found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
-        for rows, member in push.by_member(h, prompt_mask):
-            own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
-            asked = None if where is None else where[rows]
-            at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
-            found[at] = self.states_by(member, *own, None, asked).to(h.dtype)
-        return found
-
-    def states_by(
-        self, push: Push | None, xt: Tensor, t: Tensor | None, attention_mask: Tensor | None,
-        prompt_mask: Tensor | None, cached: Tensor | None, where: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """`states`, pushed by one push or none."""
+        push = self.push if push is None else push
+        if push is not None and push.is_routed:
+            h = self.embed(xt)
+            found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
+            for rows, member in push.by_member(h, prompt_mask):
+                own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
+                asked = None if where is None else where[rows]
+                at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
+                found[at] = self.states(*own, None, asked, member).to(h.dtype)
+            return found
         if push is not None and push.answer_only:
             return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted
