@@ -131,11 +131,7 @@ class TrajectoryPush(nn.Module):
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         told = band_of(t), time_embedding(t), prompt_mask
-
-        def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
-            return self.sites[depth - self.first_depth](h, positions, *told)
-
-        return push_at
+        return lambda depth, h, positions=None: self.sites[depth - self.first_depth](h, positions, *told)
 
 
 class TrajectoryLora(Method):
