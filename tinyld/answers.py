@@ -43,11 +43,9 @@ def answers(
 
 @torch.no_grad()
 def answers_in_one_pass(runs: Sequence[Any], examples: Sequence[Example]) -> list[list[Record]]:
-    """What each `predict.Run` finds of each example, by pushes that share every pass.
-
-    Those have one base, and tasks whose prompts are the same tokens around one masked place. They run the vocabulary's
-    head for their labels' words alone, and so do not say what each would write.
-    """
+    """What each `predict.Run` finds of each example, by pushes that share every pass. Those have one base, and tasks
+    whose prompts are the same tokens around one masked place. They run the vocabulary's head for their labels' words
+    alone, and so do not say what each would write."""
     tasks, pushes = [run.tasks[0] for run in runs], [run.push for run in runs]
     model, tokenizer, rows = runs[0].model, runs[0].base.tokenizer, runs[0].rows(examples, tasks[0])
     words = [torch.tensor(answer_ids(task, tokenizer), device=model.device)[:, 0] for task in tasks]
@@ -79,16 +77,13 @@ def by_label(scores: Tensor, task: Task) -> dict[str, Sequence[Any]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ columns
-
-
 def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
     """Python's texts as rows: (where it stands, column -> value)."""
     columns, rows = task.inputs, []
     for i, text in enumerate(several(texts, "texts"), 1):
         if not isinstance(text, Mapping):
             values = list(text) if isinstance(text, list | tuple) else [text]
-            if len(values) != len(columns):
+            if len(values) != len(columns):  # what else a text may be, a number of many digits, has no repr
                 raise UsageError(f"task {task.name} reads {', '.join(columns)}; got {text!r}")
             text = dict(zip(columns, values, strict=True))
         rows.append((f"text {i}", {k: v.item() if isinstance(v, np.generic) else v for k, v in text.items()}))
@@ -96,7 +91,6 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
 
 
 def examples_of(rows: Sequence[Row], task: Task) -> list[Example]:
-    """What is asked of rows."""
     nothing, found = {k: PAIR.join([EMPTY] * n) for k, n in Counter(task.columns.values()).items()}, []
     for where, row in rows:
         empty = {k: v for k, v in nothing.items() if isinstance(row.get(k), str) and not clean(row[k])}

@@ -21,11 +21,9 @@ HIDDEN = -1e4  # added to the score of a key that must not be read: its weight i
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, window: int = 0, positions: Tensor | None = None
 ) -> Tensor:
-    """Each query's mean of the values. q: (B, H, M, W), k and v: (B, H, L, W), key_mask: (B, L) bool -> (B, H, M, W).
-
-    A row needs at least one key that it may read. With a `window` a query reads keys at most half of it away;
-    positions: (B, M) of the M queries, where they are not all L.
-    """
+    """Each query's mean of the values. q: (B, H, M, W), k and v: (B, H, L, W), key_mask: (B, L) bool -> (B, H, M, W). A
+    row needs at least one key that it may read. With a `window` a query reads keys at most half of it away; positions:
+    (B, M) of the M queries, where they are not all L."""
     if window and k.shape[2] - 1 > window // 2:
         places = torch.arange(k.shape[2], device=k.device)
         asking = places[None] if positions is None else positions
@@ -87,10 +85,8 @@ def parts(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary position angles, each (max_length, kinds, head width) (RoFormer, arXiv 2104.09864).
-
-    Kind 0 is of blocks that read the whole row, kind 1 of local ones, where there are any.
-    """
+    """(cos, sin) of the rotary position angles, each (max_length, kinds, head width) (RoFormer, arXiv 2104.09864). Kind
+    0 is of blocks that read the whole row, kind 1 of local ones, where there are any."""
     angles, width = [], config.width_of_head
     for theta in (config.rope_theta, config.local_theta) if config.local_window else (config.rope_theta,):
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)

@@ -5,7 +5,6 @@ and every Linear, which is *called* (so it can be wrapped), and every bias.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +49,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
-        self.config, self.norm_first, self.is_local = config, config.norm_first, config.is_local(index)
+        self.config, self.norm_first = config, config.norm_first
+        self.is_local = config.local_window > 0 and index % config.global_every != 0  # it reads near tokens only
         bare = index == 0 and not config.first_norm
         bias = {"up": config.mlp_bias, "down": config.mlp_bias, "out": config.out_bias}
         linear = {n: Linear(*size, bias=bias.get(n, config.qkv_bias)) for n, size in config.matrices().items()}
@@ -68,22 +68,20 @@ class Block(nn.Module):
         """(B, L, H * head width) -> (B, H, L, head width)"""
         return x.unflatten(-1, (-1, self.config.width_of_head)).transpose(1, 2)
 
-    def angles_at(self, angles: Angles, positions: Tensor | None = None) -> Sequence[Tensor]:
-        """Those of this block's kind, (L, head width), or of `positions` (B, M) alone, (B, 1, M, head width)."""
+    def placed(
+        self, x: Tensor, norm: nn.Module | None, angles: Angles | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Heads of queries or keys, normed and rotated as their positions are: all, or `positions` (B, M) alone."""
+        x = self.heads(x)
+        x = x if norm is None else norm(x.float()).to(x.dtype)
+        if angles is None:
+            return x
         own = [angle[:, int(self.is_local)] for angle in angles]
-        return own if positions is None else [angle[positions][:, None] for angle in own]
-
-    def queries(self, h: Tensor, angles: Angles | None, positions: Tensor | None) -> Tensor:
-        """(B, H, M, head width) of normed states h (B, M, D): all, or those at `positions` (B, M)."""
-        q = self.heads(self.query(h))
-        q = q if self.query_norm is None else self.query_norm(q.float()).to(q.dtype)
-        return q if angles is None else rotate(q, *self.angles_at(angles, positions))
+        return rotate(x, *(own if positions is None else [angle[positions][:, None] for angle in own]))
 
     def keys_values(self, h: Tensor, angles: Angles | None) -> Pair:
         """Both (B, H, L, head width), of normed states h (B, L, D)."""
-        k, v = self.heads(self.key(h)), self.heads(self.value(h))
-        k = k if self.key_norm is None else self.key_norm(k.float()).to(v.dtype)
-        k = k if angles is None else rotate(k, *self.angles_at(angles))
+        k, v = self.placed(self.key(h), self.key_norm, angles), self.heads(self.value(h))
         groups = self.config.num_heads // k.shape[1]
         return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
@@ -91,7 +89,8 @@ class Block(nn.Module):
         self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None, frozen: Pair | None
     ) -> Tensor:
         h = h.to(product_dtype(h.device))  # once, not in each of the products
-        q = self.queries(h if positions is None or frozen is not None else take(h, positions), angles, positions)
+        asking = h if positions is None or frozen is not None else take(h, positions)
+        q = self.placed(self.query(asking), self.query_norm, angles, positions)
         k, v = self.keys_values(h, angles) if frozen is None else frozen
         mixed = attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyld.config import BASE_DTYPES, ModelConfig, Reading, Settings, check_ours, from_dict, setting, to_dict
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading, Settings, check, check_ours, from_dict, setting, to_dict
 from tinyld.device import shrink, stored_bytes, to_int8
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import TinyldError
 from tinyld.methods import Full, Method, read_config
 from tinyld.model import Denoiser
 from tinyld.read import finite
@@ -46,11 +46,7 @@ class Base:
     reading: Reading = Reading()
 
     def record(self) -> dict[str, Any]:
-        """A BaseRecord for a run's config."""
         return to_dict(BaseRecord(str(self.path.resolve()), self.fingerprint, self.dtype, self.reading))
-
-
-# ------------------------------------------------------------------------------------------------ bases
 
 
 def fingerprint(folder: RunFolder, reading: Reading | None = None) -> str:
@@ -125,8 +121,7 @@ def load_base(
 def check_amount(asked: int, shapes: Iterable[tuple[int, ...]], path: Path) -> None:
     """TinyldError when a config asks for far more values than its file holds: nothing is allocated for those."""
     held = sum(map(math.prod, shapes))
-    if asked > 2 * held:
-        raise TinyldError(f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}")
+    check(asked <= 2 * held, f"{path}: holds {held:,} values, but {CONFIG} asks for {asked:,}", TinyldError)
 
 
 @torch.no_grad()
@@ -141,9 +136,6 @@ def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} expected"
             raise TinyldError(f"{path}: tensor {name!r} has the wrong shape: {shapes}")
         parameters[name].copy_(tensor)
-
-
-# ------------------------------------------------------------------------------------------------ the base of a run
 
 
 def base_record(config: Mapping[str, Any], run: Path) -> BaseRecord:
@@ -187,17 +179,13 @@ def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
         raise TinyldError(f"{run} was trained on base {trained_on}, but {found}; give its own with --base")
 
 
-# ------------------------------------------------------------------------------------------------ adapters
-
-
 def load_adapter(
     folder: RunFolder, base_path: Path | None = None, device: torch.device | str = "cpu", dtype: str | None = None,
     bases: Sequence[Base] = (),
 ) -> tuple[Base, Method]:  # fmt: skip
     """(base, method): an adapter on its base, for which see `load_base_of`."""
     config = folder.config
-    if config["kind"] != "adapter":
-        raise TinyldError(f"{folder.path} holds a {config['kind']}, not an adapter")
+    check(config["kind"] == "adapter", f"{folder.path} holds a {config['kind']}, not an adapter", TinyldError)
     check_frozen(config["method"]["name"], dtype or "fp32")
     tensors = folder.read_tensors(ADAPTER)
     base = load_base_of(config, folder.path, base_path, device, dtype, bases)
@@ -230,6 +218,5 @@ def sizes(method: Method, base: Base) -> dict[str, Any]:
 
 
 def check_frozen(method: str, dtype: str) -> None:
-    """UsageError when a method's own weights would be what `dtype` makes smaller."""
-    if dtype != "fp32" and method == Full.name:
-        raise UsageError(f"--base-dtype {dtype} is for frozen weights; full trains them all")
+    idle = f"--base-dtype {dtype} is for frozen weights; full trains them all"
+    check(dtype == "fp32" or method != Full.name, idle)

@@ -53,11 +53,9 @@ def prototype_shapes(width: int) -> dict[str, tuple[int, ...]]:
 
 
 def prompt_prototype(base: Base, rows: TaskRows) -> dict[str, Tensor]:
-    """What a router knows of a task's prompts; each adapter keeps its own.
-
-    "prototype" (D,): the mean of their features; "directions" (m, D): those in which they vary most, each of a length
-    below 1 by how much more than the rest (probabilistic PCA, Tipping and Bishop 1999).
-    """
+    """What a router knows of a task's prompts; each adapter keeps its own. "prototype" (D,): the mean of their
+    features; "directions" (m, D): those in which they vary most, each of a length below 1 by how much more than the
+    rest (probabilistic PCA, Tipping and Bishop 1999)."""
     features = task_features(base, rows, some_of(len(rows), PROTOTYPE_ROWS)).cpu()
     kept, width = prototype_shapes(base.model.config.d_model)["directions"]
     of_means = torch.cov(features.T, correction=0).double()  # in fp32 LAPACK finds no vectors of mere noise
@@ -81,13 +79,9 @@ class Router(nn.Module):
     def distances(self, features: Tensor) -> Tensor:
         """(B, k) squared, of features (B, D) from each member's mean, less what its own prompts vary by."""
 
-        def distance(mean: Tensor, directions: Tensor) -> Tensor:
-            off = features - mean
-            return off.square().sum(1) - (off @ directions.T).square().sum(1)
-
         with torch.autocast(features.device.type, enabled=False):  # a difference of two sums
-            each = [distance(*member) for member in zip(self.prototype, self.directions, strict=True)]
-            return torch.stack(each, 1)
+            members = [(features - mean, own) for mean, own in zip(self.prototype, self.directions, strict=True)]
+            return torch.stack([off.square().sum(1) - (off @ own.T).square().sum(1) for off, own in members], 1)
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) the member to answer each row, whether or not it is near. features: (B, D)."""
@@ -123,9 +117,6 @@ class RoutedPush(nn.Module):
         owners = self.router.nearest(prompt_features(embedded, prompt_mask))
         rows = ((owners == member).nonzero()[:, 0] for member in range(len(self.pushes)))
         return [(of_member, push) for of_member, push in zip(rows, self.pushes, strict=True) if len(of_member)]
-
-
-# ------------------------------------------------------------------------------------------------ files
 
 
 def load_push(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryPush:

@@ -47,11 +47,9 @@ LARGEST = {int: 1 << 63, float: 3.4e38}  # of float32
 
 
 def check_type(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type.
-
-    A dict of hints is of an object, and of those keys that it has. An Annotated has RULES for the value, or for every
-    member of a tuple.
-    """
+    """`value` as `hint` has it: a list as a tuple, a whole number as a float; TinyldError for another type. A dict of
+    hints is of an object, and of those keys that it has. An Annotated has RULES for the value, or for every member of a
+    tuple."""
     if isinstance(hint, dict):
         return {k: check_type(v, hint.get(k, Any), f"{where}: {k}") for k, v in check_type(value, dict, where).items()}
     if typing.get_origin(hint) is Annotated:
@@ -61,9 +59,8 @@ def check_type(value: Any, hint: Any, where: str) -> Any:
             for bound, (words, holds) in ((rules[name], rule) for name, rule in RULES.items() if name in rules):
                 wanted = f"{words} {', '.join(bound) if isinstance(bound, tuple) else bound}"
                 check(holds(member, bound), f"{where} must be {wanted}, got {member!r}", TinyldError)
-            finite = type(member) not in LARGEST or abs(member) < LARGEST[type(member)]
-            problem = f"{where} must be a finite number below {LARGEST.get(type(member))}, got {member!r}"
-            check(finite, problem, TinyldError)
+            if (largest := LARGEST.get(type(member))) and not abs(member) < largest:
+                raise TinyldError(f"{where} must be a finite number below {largest}, got {member!r}")
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
@@ -98,11 +95,8 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def setting(default: Any, help: str = "", group: str | None = None, *, read: Any = None, **rules: Any) -> Any:
-    """A field with a default and the RULES that its value keeps: `least=1, below=4`.
-
-    Of an option: what it means, the group of the help it stands in (none: for experts, by --set alone), and `read`,
-    which makes its value of text.
-    """
+    """A field with a default and the RULES that its value keeps: `least=1, below=4`. Of an option: what it means, the
+    group of the help it stands in (none: for experts, by --set alone), and `read`, which makes its value of text."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "read": read} | rules)
 
 
@@ -132,10 +126,8 @@ MAX_PARAMETERS = 20_000_000_000
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """Shape of the denoiser. `vocab_size` is known once the tokenizer is.
-
-    The switches after `norm_eps` are what BERT-family encoders need to run on the same denoiser.
-    """
+    """Shape of the denoiser. `vocab_size` is known once the tokenizer is. The switches after `norm_eps` are what
+    BERT-family encoders need to run on the same denoiser."""
 
     vocab_size: int = setting(dataclasses.MISSING, least=1)
     d_model: int = setting(256, least=1)
@@ -199,10 +191,6 @@ class ModelConfig(Settings):
     def width_of_head(self) -> int:
         return self.head_width or self.d_model // self.num_heads
 
-    def is_local(self, block: int) -> bool:
-        """Whether attention in this block reads near tokens only."""
-        return self.local_window > 0 and block % self.global_every != 0
-
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each of a block's matrices."""
         d, f = self.d_model, self.d_ff
@@ -247,8 +235,7 @@ class Reading(Settings):
 
 def check_ours(reading: Reading | None) -> None:
     """UsageError where a base of our own is to be read otherwise than it says."""
-    given = reading not in (None, Reading())
-    check(not given, "mask_token, max_length and chat are for the folder of a public model")
+    check(reading in (None, Reading()), "mask_token, max_length and chat are for the folder of a public model")
 
 
 PRESETS: dict[str, dict[str, int]] = {  # about 0.2M, 7M and 110M parameters

@@ -29,7 +29,6 @@ def describe(folder: Path, reading: Reading | None = None, rows: int = 8, length
 
 
 def base_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of a base's weights whose matrices are kept in `dtype`."""
     with torch.device("meta"):
         model = Denoiser(config)
     shrink(model, dtype)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tinyld.config import BASE_DTYPES, check, check_choice
-from tinyld.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_ONCE = 4096  # rows of a matrix that are widened together: those of a vocabulary take more than all else
@@ -24,11 +23,12 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        found = f"torch sees {torch.cuda.device_count()} CUDA devices"
-        raise UsageError(f"device {name!r} asked for, but {found}; use --device cpu")
+    known = kind in ("cpu", "cuda") and (not colon or index.isdecimal())
+    check(known, f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        missing = f"device {name!r} asked for, but torch sees {there} CUDA devices; use --device cpu"
+        check(int(index or 0) < there, missing)
     device = torch.device(name)
     if kind == "cuda" and index:
         torch.cuda.set_device(device)  # whose name and memory are then asked for
@@ -36,11 +36,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> str:
-    """bf16 where the hardware is fast at it, else fp16 on a GPU, fp32 on a processor.
-
-    A processor is with AMX, or with AMD's AVX-512 bf16 (training measured 1.7x faster than fp32); Intel's AVX-512
-    bf16 was measured to be half as fast as fp32, and without either a product in bf16 takes seventy times as long.
-    """
+    """bf16 where the hardware is fast at it, else fp16 on a GPU, fp32 on a processor. A processor is with AMX, or with
+    AMD's AVX-512 bf16 (training measured 1.7x faster than fp32); Intel's AVX-512 bf16 was measured to be half as fast
+    as fp32, and without either a product in bf16 takes seventy times as long."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -51,8 +49,7 @@ def fast_dtype(device: torch.device) -> str:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such, or where torch makes
     numbers of another type than float32 by default."""
-    if name == "fp16" and device.type == "cpu":
-        raise UsageError("dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
+    check(name != "fp16" or device.type != "cpu", "dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
     check_choice("dtype", name, ("auto", *DTYPES))
     usual = torch.get_default_dtype()
     check(usual == torch.float32, f"torch's default dtype is {usual}; call torch.set_default_dtype(torch.float32)")
@@ -174,5 +171,4 @@ def shrink(model: nn.Module, dtype: str) -> None:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters as they are kept in memory."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -18,10 +18,8 @@ from tinyld.errors import TinyldError
 
 
 def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
-    """(n,) times in [0, 1), stratified: one draw from each n-th of the distribution, in random order.
-
-    Uniform or, with `bell`, Beta(2, 2) (its closed-form quantile function), which spends less on the two easy ends.
-    """
+    """(n,) times in [0, 1), stratified: one draw from each n-th of the distribution, in random order. Uniform or, with
+    `bell`, Beta(2, 2) (its closed-form quantile function), which spends less on the two easy ends."""
     u = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1.0
     u = u[torch.randperm(n, generator=generator)]
     if bell:
@@ -30,10 +28,8 @@ def sample_t(n: int, generator: torch.Generator, bell: bool = False) -> Tensor:
 
 
 def mask_counted(t: Tensor, maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(is_masked, share): exactly ceil(t * n) of a row's n maskable tokens, (B, L) bool; share (B,) is that of n.
-
-    Given its count, a set of masked positions is as likely here as under any schedule.
-    """
+    """(is_masked, share): exactly ceil(t * n) of a row's n maskable tokens, (B, L) bool; share (B,) is that of n. Given
+    its count, a set of masked positions is as likely here as under any schedule."""
     n = maskable.sum(1)  # (B,)
     count = torch.clamp(torch.ceil(t * n - 1e-6), min=1).to(torch.int64)
     order = torch.rand(maskable.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
@@ -53,11 +49,7 @@ class Noised:
     cached: Tensor | None = None  # (B, L, K, D) states of the frozen lower blocks, where they were kept
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Noised:
-        """With every tensor changed."""
         return Noised(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
-
-    def rows(self, some: Tensor) -> Noised:
-        return self.map(lambda tensor: tensor[some])
 
     def to(self, device: torch.device) -> Noised:
         if device.type == "cpu":
@@ -78,11 +70,9 @@ LONGEST_PREFIX = 0.8  # of a row
 
 def noise_text(batch: Batch, mask_id: int, generator: torch.Generator) -> list[Noised]:
     """Pretraining's noise, for plain cross-entropy: B rows under two masks that are each other's complement, 2 B rows.
-
     Every token is predicted once a row read, which halves the noise of the gradient or better (arXiv 2511.18159). Half
     of the rows keep a prefix of up to 80% clean, which is what tasks and writing look like, and are masked at uniform
-    times; the others at times of Beta(2, 2).
-    """
+    times; the others at times of Beta(2, 2)."""
     n, length = batch.x0.shape
     begins = torch.rand(n, generator=generator) * LONGEST_PREFIX * length
     prefixed = torch.rand(n, generator=generator) < PREFIXED
@@ -97,10 +87,8 @@ def noise_text(batch: Batch, mask_id: int, generator: torch.Generator) -> list[N
 
 def noise_counted(batch: Batch, mask_id: int, generator: torch.Generator, prompt_mask: Tensor | None = None) -> Noised:
     """Exactly ceil(t n) of the n tokens of a row's answer masked, at uniform times; the t that is told is that share.
-
     E[CE summed / t] is the ELBO (MDLM, eq. 10), with less variance than under independent masks (LLaDA's likelihood,
-    arXiv 2502.09992). A one-token answer is always masked, and its loss is exact.
-    """
+    arXiv 2502.09992). A one-token answer is always masked, and its loss is exact."""
     is_masked, share = mask_counted(sample_t(len(batch.x0), generator), batch.answer_mask, generator)
     prompt_mask = batch.attention_mask & ~batch.answer_mask if prompt_mask is None else prompt_mask
     return noised_at(batch.x0, is_masked, share, batch.attention_mask, prompt_mask, mask_id)
@@ -110,13 +98,11 @@ OPEN = 0.25  # share of the rows of a task that are asked for their length
 
 
 def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator) -> list[Noised]:
-    """A task's rows, as decoding meets them: first a length, then the tokens.
-
-    Where answers do not all fill their slots, a quarter of the rows are asked for their length: their whole slots are
-    masked, and scored up to the [EOS]. So the chance of [EOS] at a position is that the text ends there given that it
-    comes so far. In the others the [EOS] is seen, what is behind it leaves the row, and so many of the tokens before it
-    are masked as `noise_counted` says.
-    """
+    """A task's rows, as decoding meets them: first a length, then the tokens. Where answers do not all fill their
+    slots, a quarter of the rows are asked for their length: their whole slots are masked, and scored up to the [EOS].
+    So the chance of [EOS] at a position is that the text ends there given that it comes so far. In the others the [EOS]
+    is seen, what is behind it leaves the row, and so many of the tokens before it are masked as `noise_counted`
+    says."""
     if batch.tail_mask is None:
         return [noise_counted(batch, mask_id, generator)]
     x0, answer_mask, attention_mask, tail_mask = batch.x0, batch.answer_mask, batch.attention_mask, batch.tail_mask
@@ -130,9 +116,8 @@ def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator) -> lis
         parts.append(replace(noised_at(x0[asked], *masks, mask_id), xt=xt))
     if len(told):
         seen = (attention_mask & ~tail_mask | end)[told]
-        noised = noise_counted(
-            Batch(x0[told], text[told], seen, batch.rows[told]), mask_id, generator, prompt_mask[told]
-        )
+        part = Batch(x0[told], text[told], seen, batch.rows[told])
+        noised = noise_counted(part, mask_id, generator, prompt_mask[told])
         width = int(seen.any(0).nonzero()[-1]) + 1  # behind it no row attends to anything
         parts.append(noised.map(lambda tensor: tensor[:, :width] if tensor.dim() > 1 else tensor))
     return parts
@@ -142,12 +127,10 @@ SMOOTHED = 0.2  # share of a label's probability that all labels' words should h
 
 
 def token_nll(denoiser: Any, noised: Noised, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,).
-
-    With the ids of `words` (K,), the labels' of a task, a loss to be trained on: the cross-entropy with 1 - SMOOTHED of
-    the right word and SMOOTHED of all words alike (label smoothing, arXiv 1512.00567), so that labels are not learned
-    with a certainty that held-out rows do not bear out.
-    """
+    """(nll, row): -log p(x0) in nats of each masked token, and the row it stands in; both (N,). With the ids of `words`
+    (K,), the labels' of a task, a loss to be trained on: the cross-entropy with 1 - SMOOTHED of the right word and
+    SMOOTHED of all words alike (label smoothing, arXiv 1512.00567), so that labels are not learned with a certainty
+    that held-out rows do not bear out."""
     where = noised.is_masked
     h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached, where)
     nll, x0 = denoiser.nll(h, noised.x0[where]), noised.x0[where]

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Processes:
         if self.size == accumulate == 1:
             return [noised]
         mine = torch.arange(len(noised.t))[self.rank :: self.size]
-        return [noised.rows(some) for some in mine.chunk(accumulate)] if len(mine) else []
+        return [noised.map(itemgetter(some)) for some in mine.chunk(accumulate)] if len(mine) else []
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +41,7 @@ class Evaluation:
     predictions: list[tuple[str, str, str]] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
-        own = {k: v for k, v in vars(self).items() if k not in ("predictions", "scores")}
-        return own | self.scores
+        return {k: v for k, v in vars(self).items() if k not in ("predictions", "scores")} | self.scores
 
 
 class Answered(NamedTuple):
@@ -81,6 +79,7 @@ def answered(
     for chosen, batch in in_batches(model, rows):
         logits, scores, passes, started = None, None, 0, time.perf_counter()
         written, each = [""] * len(chosen), float(work[chosen].mean())
+        told = further(advance, done, each)
         if answers and rows.slot == 1 and sampling.temperature == 0:  # one pass scores the labels and writes
             asked = all_masked(batch, tokenizer.mask_id)
             logits = logits_of(model, model.states(*asked, where=batch.answer_mask), words)
@@ -91,7 +90,7 @@ def answered(
             out, used = decode(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
-                partial(report_written, further(advance, done, each), batch.answer_mask, tokenizer.mask_id),
+                lambda x, share, told=told: told(len(x) * share),
                 not rows.task.is_generation,
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
@@ -108,21 +107,13 @@ def answered(
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
 
 
-def report_written(advance: Advance, slots: Tensor, mask_id: int, x: Tensor, nth: int, lengths: int) -> None:
-    """Tells `advance` how many of the rows x (B, L) are as good as done, which are in the nth of so many lengths."""
-    advance(len(x) * (nth + float((x != mask_id)[slots].float().mean())) / lengths)
-
-
 @torch.no_grad()
 def evaluate(
     model: Denoiser, rows: TaskRows, tokenizer: Tokenizer, sampling: SampleConfig | None = None, draws: int = 4,
     answer: bool = True, advance: Advance = unheard,
 ) -> Evaluation:  # fmt: skip
-    """Decodes every row's answer and, separately, scores it.
-
-    `draws` noise levels are drawn a row for the NLL bound (one is exact for one-token answers). With `answer` off, for
-    a generation task, nothing is decoded.
-    """
+    """Decodes every row's answer and, separately, scores it. `draws` noise levels are drawn a row for the NLL bound
+    (one is exact for one-token answers). With `answer` off, for a generation task, nothing is decoded."""
     task, n = rows.task, len(rows)
     written, scored = np.full(n, "", dtype=object), np.full(n, UNREADABLE)
     nll, tokens = torch.zeros(2, n)
@@ -197,9 +188,6 @@ def text_nll(
     return ratio_estimate(torch.cat(nats), torch.cat(tokens))
 
 
-# ------------------------------------------------------------------------------------------------ what logits say
-
-
 def all_masked(batch: Batch, mask_id: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(xt, t, attention mask, prompt mask), as a denoiser is first asked: with the whole slots masked."""
     xt = torch.where(batch.answer_mask, mask_id, batch.x0)
@@ -224,12 +212,9 @@ def cut_to(batch: Batch, lengths: Tensor) -> Batch:
 
 
 def label_logp(model: Denoiser, batch: Batch, answers: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> Tensor:
-    """log p of every label's answer, (B, labels), whose tokens are in `answers`.
-
-    That of its length, where lengths differ, and then the chain rule from the left: the answer's i-th token, given
-    those before it, with the rest masked. A row's score depends on no other row and no draw, and answers of one token
-    take one forward pass for all labels.
-    """
+    """log p of every label's answer, (B, labels), whose tokens are in `answers`. That of its length, where lengths
+    differ, and then the chain rule from the left: the answer's i-th token, given those before it, with the rest masked.
+    A row's score depends on no other row and no draw, and answers of one token take one forward pass for all labels."""
     size, device = len(batch.x0), batch.x0.device
     total = torch.zeros(size, len(answers), device=device)
     prompt_mask, lengths = batch.attention_mask & ~batch.answer_mask, sorted(set(map(len, answers)))

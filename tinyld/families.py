@@ -16,8 +16,6 @@ from tinyld.config import ModelConfig
 from tinyld.errors import TinyldError
 from tinyld.read import Said
 
-# ------------------------------------------------------------------------------------------------ their tensors, ours
-
 Make = Callable[..., Tensor]  # (config, their tensors ...) -> our tensor; RuntimeError and the like where it fails
 
 
@@ -138,8 +136,6 @@ MDLM = parts(
 )}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ one row a family
-
 Shapes = Mapping[str, tuple[int, ...]]  # of their tensors
 More = Callable[[Said, Shapes], Mapping[str, Any]]
 
@@ -259,18 +255,16 @@ FAMILIES: dict[str, Family] = {
     )
 }  # fmt: skip
 FAMILIES |= {
-    "a2d-qwen3": Family(
-        HF, HF_SIZES | ATTENTION_BIAS | {"head_width": "head_dim"}, RMS | {"mlp_bias": False, "head_norms": True},
-        HF_ONLY, "<|mask|>", more=full_attention,
-    ),
-    "a2d-qwen2": Family(HF, HF_SIZES, QWEN2, HF_ONLY, "<|mask|>", more=full_attention),
-    "a2d-llama": Family(
-        HF, HF_SIZES | ATTENTION_BIAS | {"mlp_bias": "mlp_bias?"}, RMS, HF_ONLY, "<|mask|>", more=full_attention
-    ),
-    "Dream": Family(  # another class of this model_type is not shifted
-        HF, HF_SIZES, QWEN2 | {"shifted": True}, HF_ONLY | {"architectures": ["DreamModel"]}, "<|mask|>",
-        more=full_attention,
-    ),
+    kind: Family(HF, HF_SIZES | sizes, RMS | fixed, HF_ONLY | only, "<|mask|>", more=full_attention)
+    for kind, sizes, fixed, only in (
+        ("a2d-qwen3", ATTENTION_BIAS | {"head_width": "head_dim"}, {"mlp_bias": False, "head_norms": True}, {}),
+        ("a2d-qwen2", {}, QWEN2, {}),
+        ("a2d-llama", ATTENTION_BIAS | {"mlp_bias": "mlp_bias?"}, {}, {}),
+        # another class of this model_type is not shifted
+        ("Dream", {}, QWEN2 | {"shifted": True}, {"architectures": ["DreamModel"]}),
+    )
+}
+FAMILIES |= {
     "llada": Family(
         LLADA,
         sizes("vocab_size d_model n_layers n_heads mlp_hidden_size")

@@ -50,9 +50,7 @@ WRITTEN = 100  # dev rows of a generation task that are written at its end: it t
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Trains an adapter in a new run folder, or goes on with one; returns its results, which are also in the folder.
-
-    Nothing is written before everything has been read and checked.
-    """
+    Nothing is written before everything has been read and checked."""
     keep_freed_memory()
     if options.resume is not None:
         return resume(options)
@@ -265,8 +263,7 @@ def resume(options: Training) -> dict[str, Any]:
             check(not gone, f"{rows} is gone: put it back there to go on with {out}, or begin a new run", TinyldError)
             if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
-            go_on = pretrain.train_base if verb == "pretrain" else train_adapter
-            return go_on(config, out, options, folder)
+            return (pretrain.train_base if verb == "pretrain" else train_adapter)(config, out, options, folder)
         say_to_stderr(options.quiet)(f"{out} is finished already")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()

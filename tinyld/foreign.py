@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyld.attention import rotary_tables
 from tinyld.checkpoint import Base, check_amount
-from tinyld.config import BASE_DTYPES, ModelConfig, Reading, check_choice, check_type, to_dict, types_of
+from tinyld.config import BASE_DTYPES, ModelConfig, Reading, check, check_choice, check_type, to_dict, types_of
 from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
@@ -36,9 +36,6 @@ CHATS = (
     ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
 )
-
-
-# ------------------------------------------------------------------------------------------------ their tensors
 
 
 class Stored(NamedTuple):
@@ -96,9 +93,6 @@ def named_today(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     alone = "" if any(name.startswith(prefix) for name in tensors) else prefix
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     return {alone + re.sub("|".join(old), lambda m: old[m[0]], name): tensor for name, tensor in tensors.items()}
-
-
-# ------------------------------------------------------------------------------------------------ a whole folder
 
 
 class Foreign(NamedTuple):
@@ -190,24 +184,19 @@ def check_fit(name: str, make: Make, stored: list[Stored], config: ModelConfig, 
         raise TinyldError(f"{stored[0].path}: tensor {name!r} has the wrong shape: {found}")
 
 
-# ------------------------------------------------------------------------------------------------ tokenizers
-
-
 def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: int, reading: Reading) -> Tokenizer:
     """That of a tokenizer.json, with the special tokens that tokenizer_config.json names, config.json has the ids of
     (`said`), or the family has; an encoder's are known by their names."""
     path, extra = folder / "tokenizer.json", folder / "tokenizer_config.json"
     raw = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in raw.items()}
-    if not path.is_file():
-        how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        raise TinyldError(f"no tokenizer in {folder}: expected tokenizer.json ({how})")
+    how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    check(path.is_file(), f"no tokenizer in {folder}: expected tokenizer.json ({how})", TinyldError)
     inner, _ = parse_tokenizer(read_bytes(path), path)
     if family.prefix and reading.mask_token is None and not reading.chat:
         return Tokenizer(inner, path)
 
     def token(*roles: str) -> int | None:
-        """The id of the first of these roles that has one."""
         for role in roles:
             name, stated = named.get(f"{role}_token"), said.get(f"{role}_token_id")
             stated = stated[0] if isinstance(stated, list) and stated else stated
@@ -222,10 +211,10 @@ def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: 
                 return stated if found is None else found
         return None
 
-    if reading.mask_token is not None and inner.token_to_id(reading.mask_token) is None:
-        raise UsageError(f"mask_token {reading.mask_token!r} is no token of {path}")
-    mask = token("mask") if reading.mask_token is None else inner.token_to_id(reading.mask_token)
-    if mask is None:
+    if (named_mask := reading.mask_token) is not None:
+        mask = inner.token_to_id(named_mask)
+        check(mask is not None, f"mask_token {named_mask!r} is no token of {path}")
+    elif (mask := token("mask")) is None:
         mask = inner.token_to_id(family.mask) if family.mask else rows - 1
     if mask is None:
         raise TinyldError(f"{folder}: nothing says which token is the mask; say it by --set mask_token=TOKEN")
@@ -250,11 +239,8 @@ def read_chat(folder: Path, inner: HFTokenizer, template: Any, bos: int | None) 
         forms = " and ".join(start.partition("user")[0] for start, _ in CHATS)
         raise TinyldError(f"{folder}: no chat template of a form that tinyld knows ({forms}); leave chat out")
     start, turn = (inner.encode(part, add_special_tokens=False).ids for part in known[0])
-    begin = [] if bos is None or "bos_token" not in template else [bos]
-    return {"start": begin + start, "turn": turn, "eos": turn[0]}
-
-
-# ------------------------------------------------------------------------------------------------ what others call
+    start = start if bos is None or "bos_token" not in template else [bos, *start]
+    return {"start": start, "turn": turn, "eos": turn[0]}
 
 
 @torch.no_grad()
@@ -262,10 +248,8 @@ def load_foreign(
     folder: Path, device: torch.device | str = "cpu", dtype: str = "fp32", reading: Reading | None = None,
     headless: bool = False,
 ) -> Base:  # fmt: skip
-    """A public model as a base, kept in `dtype` (see device.shrink); memory peaks at the base and one tensor.
-
-    An encoder that has no head to write with is refused unless `headless`, and then gets the identity for one.
-    """
+    """A public model as a base, kept in `dtype` (see device.shrink); memory peaks at the base and one tensor. An
+    encoder that has no head to write with is refused unless `headless`, and then gets the identity for one."""
     check_choice("base dtype", dtype, BASE_DTYPES)
     foreign = read_foreign(folder, reading)
     model, tokenizer, config = foreign.model, foreign.tokenizer, foreign.model.config
@@ -290,10 +274,8 @@ def load_foreign(
         made = made[: shape[0]]  # those that pad the vocabulary to a round size are left out
         return made if made.untyped_storage().nbytes() == made.nbytes else made.clone()  # and not kept in memory
 
-    def own(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters(recurse=False))
-
-    for prefix, module in sorted(model.named_modules(), key=lambda found: -own(found[1])):
+    own = {name: sum(p.numel() for p in module.parameters(False)) for name, module in model.named_modules()}
+    for prefix, module in sorted(model.named_modules(), key=lambda found: -own[found[0]]):
         is_shrunk = isinstance(module, nn.Linear | nn.Embedding) and dtype != "fp32"
         for name, parameter in list(module.named_parameters(prefix, recurse=False)):
             made = read(name, parameter.shape, is_shrunk and name.endswith("weight")).to(device)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -15,8 +14,7 @@ from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import theirs_of
 from tinyld.methods.baselines import ALPHA, WeightLoraConfig
-from tinyld.runs import CONFIG, RunFolder
-from tinyld.tokenizer import Tokenizer
+from tinyld.runs import CONFIG, MODEL, RunFolder, to_safetensors
 from tinyld.write import to_json, write_atomic
 
 
@@ -49,20 +47,13 @@ def export_bert(base: Base, out: Path) -> None:
     ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id)
     names = {role: tokenizer.inner.id_to_token(i) for role, i in zip(roles, ids, strict=True)}
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_length, **names}
-    write_atomic(out / CONFIG, to_json(settings))
-    write_atomic(out / "tokenizer.json", framing(tokenizer).to_str().encode())
-    write_atomic(out / "tokenizer_config.json", to_json(special))
-    weights = save({n: t.detach().contiguous().cpu() for n, t in sorted(tensors.items())})
-    write_atomic(out / "model.safetensors", weights)
-
-
-def framing(tokenizer: Tokenizer) -> HFTokenizer:
-    """A copy of it that puts each text between the marks that a base was trained with."""
-    inner = HFTokenizer.from_str(tokenizer.inner.to_str())
-    first, last = (inner.id_to_token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
-    marks = [(first, tokenizer.bos_id), (last, tokenizer.eos_id)]
+    inner, first, last = HFTokenizer.from_str(tokenizer.inner.to_str()), names["cls_token"], names["sep_token"]
+    marks = [(first, tokenizer.bos_id), (last, tokenizer.eos_id)]  # that each text of a base stands between
     inner.post_processor = TemplateProcessing(f"{first} $A {last}", f"{first} $A {last} $B {last}", marks)
-    return inner
+    write_atomic(out / CONFIG, to_json(settings))
+    write_atomic(out / "tokenizer.json", inner.to_str().encode())
+    write_atomic(out / "tokenizer_config.json", to_json(special))
+    write_atomic(out / MODEL, to_safetensors(tensors))
 
 
 def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerprint: str, out: Path) -> None:
@@ -73,6 +64,7 @@ def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerp
         "target_modules": list(config.targets), "r": config.rank, "lora_alpha": ALPHA, "lora_dropout": config.dropout,
         "use_rslora": config.rslora, "inference_mode": True,
     }  # fmt: skip
-    weights = save({f"base_model.model.{n}": tensors[n].detach().contiguous().cpu() for n in sorted(tensors)})
-    write_atomic(out / "adapter_model.safetensors", weights)
+    write_atomic(
+        out / "adapter_model.safetensors", to_safetensors({f"base_model.model.{n}": t for n, t in tensors.items()})
+    )
     write_atomic(out / "adapter_config.json", to_json(settings))

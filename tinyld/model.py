@@ -27,23 +27,18 @@ PushAt = Callable[..., Tensor]
 
 
 class Push(Protocol):
-    """What may be hung on `Denoiser.push`: it adds to the states at its sites, one a depth.
-
-    The states before block `first_depth` are the frozen base's own, so they may be kept and given back as `cached`.
-    """
+    """What may be hung on `Denoiser.push`: it adds to the states at its sites, one a depth. The states before block
+    `first_depth` are the frozen base's own, so they may be kept and given back as `cached`."""
 
     first_depth: int  # of the lowest site
     answer_only: bool  # it pushes the states that tell the answer; all others stay the frozen base's own
     reads_others: bool  # on the final state it reads other positions than the one it pushes, so all are computed
     is_routed: bool  # it is made of others, of which each row has its own: `by_member`
 
-    def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
-        """The function that one pass calls at every depth from `first_depth` to num_layers, in order."""
-        ...
-
-    def by_member(self, embedded: Tensor, prompt_mask: Tensor) -> Sequence[tuple[Tensor, Push]]:
-        """(numbers of rows, their push), by the embeddings (B, L, D) of their tokens."""
-        ...
+    # (t, prompt_mask) -> what one pass calls at every depth from `first_depth` to num_layers, in order
+    start: Callable[[Tensor, Tensor], PushAt]
+    # (embeddings (B, L, D) of tokens, prompt_mask) -> (numbers of rows, their push)
+    by_member: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Push]]]
 
 
 def positions_of(where: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,17 +110,14 @@ class Denoiser(nn.Module):
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
         positions: Tensor | None = None, history: list[Tensor] | None = None, since: int = 0,
     ) -> Tensor:  # fmt: skip
-        """States before block `stop`, from states `h` (B, L, D) before block `start`.
-
-        attention_mask: (B, L) bool, or None when no position is padding. The states before those blocks that run, from
-        block `since` on, are appended to `history`. With `positions` (B, M) the model's last block computes those
-        alone, (B, M, D).
-        """
+        """States before block `stop`, from states `h` (B, L, D) before block `start`. attention_mask: (B, L) bool, or
+        None when no position is padding. From block `since` on the states are pushed, and appended to `history`. With
+        `positions` (B, M) the model's last block computes those alone, (B, M, D)."""
         angles = self.angles(h.shape[1])
         for depth in range(start, stop):
             if history is not None and depth >= since:
                 history.append(h)
-            if push_at is not None:
+            if push_at is not None and depth >= since:
                 h = h + push_at(depth, h)
             asked = positions if depth == self.config.num_layers - 1 else None
             h = self.through(depth, h, angles, attention_mask, asked)
@@ -139,6 +131,7 @@ class Denoiser(nn.Module):
     def states(
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
         prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
+        push: Push | None = None,
     ) -> Tensor:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
@@ -146,42 +139,29 @@ class Denoiser(nn.Module):
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
-        t: (B,) and prompt_mask: (B, L) bool are what the push is told; the base ignores both.
+        t: (B,) and prompt_mask: (B, L) bool are what `push` is told, by default the model's; the base ignores both.
         """
-        push = self.push
-        if push is None or not push.is_routed:
-            return self.states_by(push, xt, t, attention_mask, prompt_mask, cached, where)
-        h = self.embed(xt)
-        found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
-        for rows, member in push.by_member(h, prompt_mask):
-            own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
-            asked = None if where is None else where[rows]
-            at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
-            found[at] = self.states_by(member, *own, None, asked).to(h.dtype)
-        return found
-
-    def states_by(
-        self, push: Push | None, xt: Tensor, t: Tensor | None, attention_mask: Tensor | None,
-        prompt_mask: Tensor | None, cached: Tensor | None, where: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """`states`, pushed by one push or none."""
+        push = self.push if push is None else push
+        if push is not None and push.is_routed:
+            h = self.embed(xt)
+            found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
+            for rows, member in push.by_member(h, prompt_mask):
+                own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
+                asked = None if where is None else where[rows]
+                at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
+                found[at] = self.states(*own, None, asked, member).to(h.dtype)
+            return found
         if push is not None and push.answer_only:
             return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted
-        first = last if push is None else push.first_depth
-        few = None if where is None else positions_of(where)
-        if few is not None and not 0 < 2 * few[0].shape[1] <= xt.shape[1]:  # all are as cheap
-            few = None
-        positions = None if few is None else (few[0] - int(shifted)).clamp(min=0)
+        first, push_at = (last, None) if push is None else (push.first_depth, push.start(t, prompt_mask))
+        positions = None
+        if where is not None and 0 < 2 * (few := positions_of(where))[0].shape[1] <= xt.shape[1]:  # else as cheap
+            positions = (few[0] - int(shifted)).clamp(min=0)
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
-        narrow = None if whole else positions
-        if cached is None:
-            h = self.run_blocks(self.embed(xt), attention_mask, 0, first, positions=narrow)
-        else:
-            h = cached[:, :, 0]
-        if push is not None:
-            push_at = push.start(t, prompt_mask)
-            h = self.run_blocks(h, attention_mask, first, last, push_at, narrow)
+        h, start = (self.embed(xt), 0) if cached is None else (cached[:, :, 0], first)
+        h = self.run_blocks(h, attention_mask, start, last, push_at, None if whole else positions, since=first)
+        if push_at is not None:
             at = positions if whole else None
             h = (h if at is None else take(h, at)) + push_at(last, h, at)
         if positions is not None:
@@ -276,11 +256,9 @@ class Denoiser(nn.Module):
 
 
 def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits.
-
-    On two cores the vocabulary's softmax is the largest single cost of pretraining. What is kept of it is softmax -
-    onehot, by which the result is linear in h, weight and bias: no second softmax and no other (N, V) product.
-    """
+    """-log softmax(h @ weight.T + bias)[target] for each of N rows, with one pass over the (N, V) logits. On two cores
+    the vocabulary's softmax is the largest single cost of pretraining. What is kept of it is softmax - onehot, by which
+    the result is linear in h, weight and bias: no second softmax and no other (N, V) product."""
     rows = torch.arange(len(target), device=target.device)
     with torch.no_grad():
         logits = F.linear(h, weight, bias)

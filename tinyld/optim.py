@@ -16,12 +16,9 @@ MOMENTUM, COEFFICIENTS = 0.95, (3.4445, -4.7750, 2.0315)  # of Muon, as in torch
 
 class Optimizer(torch.optim.AdamW):
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
-
     Muon (with Nesterov momentum and Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. torch's own
-    multiplies in bf16 whatever the hardware. A processor that has none computes it seventy times as slowly: full
-    fine-tuning of 7M parameters then takes more than ten seconds an update. Biases, norms and one-dimensional
-    parameters get no weight decay. `body` names the tensors of a warm-started encoder.
-    """
+    multiplies in bf16, which takes seventy times as long on a processor that has none. Biases, norms and
+    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
@@ -63,12 +60,8 @@ class Optimizer(torch.optim.AdamW):
         parameter.add_(orthogonal(nesterov.to(self.dtype)), alpha=-lr * size)
 
     def flat_state(self) -> dict[str, Tensor]:
-        """Every state tensor as `optim.<parameter>.<key>`."""
-        return {
-            f"optim.{self.names[id(parameter)]}.{key}": torch.as_tensor(value).detach().clone()
-            for parameter, values in self.state.items()
-            for key, value in values.items()
-        }
+        each = ((self.names[id(p)], key, value) for p, values in self.state.items() for key, value in values.items())
+        return {f"optim.{name}.{key}": torch.as_tensor(value).detach().clone() for name, key, value in each}
 
     def load_flat_state(self, flat: Mapping[str, Tensor]) -> None:
         for group in self.param_groups:
@@ -84,10 +77,7 @@ class Optimizer(torch.optim.AdamW):
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V^T of matrix = U S V^T, by five quintic Newton-Schulz steps: singular values that are not tiny end
-    between 0.68 and 1.2.
-
-    (Jordan et al., Muon, 2024: https://kellerjordan.github.io/posts/muon/)
-    """
+    between 0.68 and 1.2. (Jordan et al., Muon, 2024: https://kellerjordan.github.io/posts/muon/)"""
     a, b, c = COEFFICIENTS
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)

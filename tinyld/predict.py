@@ -62,15 +62,12 @@ class Run:
         return self.base.model
 
     def rows(self, examples: Sequence[Example], task: Task) -> TaskRows:
-        """Examples of a task as its base reads them."""
         return TaskRows(examples, task, self.base.tokenizer, self.base.model.config.max_length)
 
     def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
-        `truncated`; `answer` where the task writes. A text is a string, or a dict by column where a task reads two.
-
-        A composition's adapter answers the texts that are like its own prompts or, where its task is named, all.
-        """
+        `truncated`; `answer` where the task writes. A text is a string, or a dict by column where a task reads two. A
+        composition's adapter answers the texts that are like its own prompts or, where its task is named, all."""
         task = self.named if task is None else task
         chosen = self.task_named(task)
         rows = as_rows(texts, chosen)  # which may be made while others ask
@@ -138,12 +135,8 @@ class Run:
     def answer(
         self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance = unheard
     ) -> list[Record]:
-        """What is found of each row, (where it stands, column -> value), with the row's other columns.
-
-        `advance` gets how many rows are done.
-
-        Rows of a composition that is routed go each to the adapter whose prompts it is like.
-        """
+        """What is found of each row, (where it stands, column -> value), with the row's other columns. `advance` gets
+        how many rows are done. Rows of a composition that is routed go each to the adapter whose prompts it is like."""
         if not rows:
             return []
         examples, records = examples_of(rows, task), kept_columns(rows, task)
@@ -174,10 +167,8 @@ class Run:
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
     ) -> tuple[list[str], int]:
-        """(num texts of `length` tokens at {answer} or after the prompt, forward passes).
-
-        `watch` gets the texts after every pass, with a `_` for each token that is not written yet.
-        """
+        """(num texts of `length` tokens at {answer} or after the prompt, forward passes). `watch` gets the texts after
+        every pass, with a `_` for each token that is not written yet."""
         way_out = "write with one of the runs that it was made of, or load it for one task in Python"
         check(self.named or not self.config.get("by_name"), f"{self.path} is asked by a task's name: {way_out}")
         self.let_answer(self.named and self.task_named(self.named))  # whoever was named in an earlier call
@@ -309,11 +300,9 @@ def load(
     kept_in: str | None = None, task: str | None = None, reading: Reading | None = None, bases: Sequence[Base] = (),
 ) -> Run | Runs:  # fmt: skip
     """A run from its folder, on its base: where the run says, or in `base`, or the released one. Of several: `Runs`.
-
     `dtype` is the arithmetic's; the base's frozen matrices are kept in `kept_in`, or else as when it was trained. Of a
     composition all rows go to the adapter of `task` where that is named. `reading`: how the folder of a public model is
-    read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, of other such.
-    """
+    read; a run says itself how its base was. A trajectory adapter is hung on its base among `bases`, of other such."""
     if not isinstance(path, str | Path):
         check(not (kept_in or task or reading), "base_dtype (kept_in), task and reading are for one run")
         together = Runs({"base": base, "device": device, "dtype": dtype})

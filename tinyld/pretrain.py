@@ -62,8 +62,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         for name in ("body_lr", "body_start"):
             check(getattr(options, name) is None, f"{flag(name)} needs --init")
     else:
-        brings = "--init brings its own sizes; only --max-length may change them"
-        check(given.keys() <= {"max_length"}, brings)
+        check(given.keys() <= {"max_length"}, "--init brings its own sizes; only --max-length may change them")
         refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
         check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
     share = 0.1 if path is not None and not own else None  # of an encoder that had no head of ours
@@ -74,14 +73,9 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         training["minutes"] = 10.0
     train = TrainConfig(**training)
     resolve_dtype(train.dtype, resolve_device(train.device))
-    config = {
-        "kind": "base",
-        "model": to_dict(ModelConfig(**preset | given)),
-        "train": to_dict(train),
-        "save_dtype": options.save_dtype,
-        "data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]},
-        "valid": [str(p) for p in options.valid],
-    }
+    config = {"kind": "base", "model": to_dict(ModelConfig(**preset | given)), "train": to_dict(train)}
+    config |= {"save_dtype": options.save_dtype, "valid": [str(p) for p in options.valid]}
+    config |= {"data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]}}
     if is_writer():
         RunFolder.check_free(out, options.force)
     if path is None:
@@ -119,9 +113,8 @@ def train_base(
     def read(which: str, paths: list[Path], held_out: bool) -> Corpus:
         with Progress(f"tokenize {which}", text_bytes(paths), quiet=quiet) as bar:
             corpus = tokenize(part(read_lines(paths), held_out), tokenizer, bar.advance_to)
-        if not corpus.documents:
-            lacks = f"no document (a line) to be {which}; give more, or --valid"
-            raise TinyldError(f"too little text in {', '.join(map(str, paths))}: {lacks}")
+        lacks = f"no document (a line) to be {which}; give more, or --valid"
+        check(corpus.documents > 0, f"too little text in {', '.join(map(str, paths))}: {lacks}", TinyldError)
         return corpus
 
     shape = from_dict(ModelConfig, config["model"], where)
@@ -152,10 +145,8 @@ def train_base(
     tokens = {TOKENIZER: tokenizer.to_json().encode()}
     with run_folder(out, config, facts, options, processes, begun, tokens) as (folder, results):
         model.to(device)
-        say(
-            f"{shape.num_parameters():,} parameters, {len(text.stream):,} tokens of text; "
-            f"a unigram model has {unigram:.3f} nats/token on the held-out text"
-        )
+        read_tokens = f"{shape.num_parameters():,} parameters, {len(text.stream):,} tokens of text"
+        say(f"{read_tokens}; a unigram model has {unigram:.3f} nats/token on the held-out text")
 
         def evaluate() -> dict[str, float]:
             bound = text_nll(model, held_out_rows, tokenizer.mask_id, limit=HELD_OUT_ROWS)

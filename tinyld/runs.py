@@ -1,10 +1,8 @@
 """Run folders: files, a manifest with the SHA-256 of each, a log, checkpoints; and what a run's bits depend on.
 
-A run folder holds `config.json` (what was asked, on what), `metrics.jsonl` (a line per log step), the weights
-(`model.safetensors` for a base, `adapter.safetensors` for a method), `tokenizer.json` (bases), `results.json`
-(evaluations), `manifest.json`, and while it trains `checkpoints/`, a folder of the same kind with a file a step. Only
-what a manifest lists or what bears our temporary names is ever deleted, and nothing through a link. No torch but for
-tensors.
+`config.json` says what was asked, on what; `metrics.jsonl` has a line per log step; while a run trains, `checkpoints/`
+is a folder of the same kind with a file a step. Only what a manifest lists or what bears our temporary names is ever
+deleted, and nothing through a link. No torch but for tensors.
 """
 
 from __future__ import annotations
@@ -67,11 +65,9 @@ def is_foreign(path: Path) -> bool:
 
 
 class RunFolder:
-    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run.
-
-    A file and its line in the manifest cannot change in one step, so the manifest first names the new content and the
-    one `before` it, then the file takes its name: wherever the process dies, the file is one that the manifest knows.
-    """
+    """One run's folder. `create` refuses a folder that holds something; `open` checks that it is a run. A file and its
+    line in the manifest cannot change in one step, so the manifest first names the new content and the one `before` it,
+    then the file takes its name: wherever the process dies, the file is one that the manifest knows."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -124,28 +120,21 @@ class RunFolder:
         return any((self.path / name).exists() for name in known) or bool(known and not self.checkpoints())
 
     def check_unchanged(self, config: Mapping[str, Any], data: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs.
-
-        An adapter's tokenizer is a part of its base's fingerprint; a base's own must be the one in its manifest.
-        """
-        if config["kind"] == "base":
+        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs."""
+        if config["kind"] == "base":  # an adapter's tokenizer is a part of its base's fingerprint
             self.read(TOKENIZER)
         for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
             if config["data"].get(key, data[key]) != data[key]:
                 raise TinyldError(f"{self.path} began with other {what}: put it back as it was, or begin a new run")
         then, now = config["environment"], environment(config["train"]["device"])
         depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
-        if changed := ", ".join(
-            f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]
-        ):
-            say(f"{self.path} goes on otherwise than it began, so its last digits may differ: {changed}")
+        if changed := [f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]]:
+            say(f"{self.path} goes on otherwise than it began, so its last digits may differ: {', '.join(changed)}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it this process has the folder to itself; where another one has it, TinyldError at once.
-
-        The lock is flock's on the folder itself: it ends with the process and leaves no file behind.
-        """
+        """Within it this process has the folder to itself; where another one has it, TinyldError at once. The lock is
+        flock's on the folder itself: it ends with the process and leaves no file behind."""
         with contextlib.ExitStack() as stack:
             if not self._is_locked:
                 with failing(self.path, "written"):
@@ -158,8 +147,6 @@ class RunFolder:
                 self._is_locked = True
                 stack.callback(setattr, self, "_is_locked", False)
             yield
-
-    # ---- files
 
     def files(self) -> dict[str, Any]:
         """What the manifest says of every file that it lists: `sha256` and `bytes`, and the SHA-256 `before`."""
@@ -215,11 +202,7 @@ class RunFolder:
         self.write(name, to_json(value))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save
-
-        self.write(name, save({k: tensors[k].detach().contiguous().cpu() for k in sorted(tensors)}))
-
-    # ---- the metrics log
+        self.write(name, to_safetensors(tensors))
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl, durably."""
@@ -237,7 +220,6 @@ class RunFolder:
         return [parse_json(line, path, {"step": int}) for line in lines]
 
     def close_log(self) -> None:
-        """Puts the finished log into the manifest."""
         self.write(METRICS, read_bytes(self.path / METRICS))
 
     def rewind(self, step: int) -> None:
@@ -245,8 +227,6 @@ class RunFolder:
         kept = b"".join(to_json(r, None) for r in self.metrics() if r["step"] <= step)
         self.remove_checkpoints(after=step)
         write_atomic(self.path / METRICS, kept)
-
-    # ---- checkpoints
 
     @property
     def _saved(self) -> RunFolder:
@@ -258,8 +238,8 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
         folder = self.path / CHECKPOINTS
-        names = [] if folder.is_symlink() or not folder.is_dir() else sorted(os.listdir(folder))
-        return [folder / name for name in names if name.isdecimal() and (folder / name).is_file()]
+        found = () if folder.is_symlink() or not folder.is_dir() else folder.iterdir()
+        return sorted(path for path in found if path.name.isdecimal() and path.is_file())
 
     def last_good(self) -> str:
         """For an error: what can be gone on with."""
@@ -305,8 +285,13 @@ class RunFolder:
             folder.path.rmdir()
 
 
+def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)})
+
+
 def _found(path: Path) -> str:
-    """What a folder holds, for an error."""
     none = "a file, no folder" if os.path.isfile(path) else "no such folder"
     with failing(path, "read"):
         names = sorted(os.listdir(path)) if os.path.isdir(path) else [none]
@@ -318,9 +303,6 @@ class Spectator(RunFolder):
 
     locked = contextlib.nullcontext  # type: ignore[assignment]
     write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = lambda *_, **__: None
-
-
-# ---------------------------------------------------------------------------------------------- what its bits depend on
 
 
 def under_torchrun() -> bool:

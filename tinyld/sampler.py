@@ -14,7 +14,6 @@ parallel decoding: Mask-Predict, arXiv 1904.09324).
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,30 +33,23 @@ LIKELIEST = -1.0  # in place of such a share
 
 @torch.no_grad()
 def decode(
-    denoiser: Any,
-    x: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor,
-    mask_id: int,
-    forbidden: list[int],
-    config: SampleConfig,
-    generator: torch.Generator | None = None,
-    eos_id: int | None = None,
-    watch: Any = None,
+    denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
+    config: SampleConfig, generator: torch.Generator | None = None, eos_id: int | None = None, watch: Any = None,
     is_label: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
-
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
     slot. A label's length is the likeliest one. Passes count in all lengths that a text is written in. `watch` is
-    called after every pass with x, `nth` of how many `lengths` it is in.
-    """
+    called after every pass with x, and `share`, how much of all that is to be written was."""
+
+    def shown(nth: int = 0, lengths: int = 1) -> Any:
+        return watch and (lambda x: watch(x, share=(nth + float((x != mask_id)[answer_mask].float().mean())) / lengths))
+
     generator = generator or torch.Generator(x.device).manual_seed(config.seed)
     x, prompt_mask = torch.where(answer_mask, mask_id, x), attention_mask & ~answer_mask
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
-        shown = watch and partial(watch, nth=0, lengths=1)
-        return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown)[:2]
+        return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown())[:2]
     real = None if bool(attention_mask.all()) else attention_mask
     first = denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask)
     first[:, forbidden] = -torch.inf
@@ -75,8 +67,7 @@ def decode(
         inside = answer_mask & ~behind & is_new[:, None]
         out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
-            never, config, generator, watch and partial(watch, nth=nth, lengths=len(chances)),
-            first[inside[answer_mask]], share,
+            never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure = torch.where(lengths == 0, empty, score / lengths).where(is_new, -torch.inf)
@@ -112,12 +103,10 @@ def fill_in(
     forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None,
     first: Tensor | None = None, share: Any = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written).
-
-    The denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are
-    the logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
-    these are: what is not sure is not written from them, unless that is the last pass.
-    """
+    """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written). The
+    denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are the
+    logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
+    these are: what is not sure is not written from them, unless that is the last pass."""
     x, step, begun_before = x.clone(), 0, first is not None
     passes, score = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
@@ -196,11 +185,9 @@ def in_parts(logits: Tensor) -> Iterator[Tensor]:
 
 
 def choose_ends(hazard: Tensor, chance: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)).
-
-    hazard: (B, L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere. chance:
-    that a text is longer than the length that is chosen; LIKELIEST: it is the likeliest one; None: it is drawn.
-    """
+    """(where each text ends, (B, L) bool, nowhere if it fills its slot; how likely that length is, (B, 1)). hazard: (B,
+    L), the chance of an end at each masked position given that the text comes so far, 0 elsewhere. chance: that a text
+    is longer than the length that is chosen; LIKELIEST: it is the likeliest one; None: it is drawn."""
     comes_so_far = log_survival(hazard).exp()
     reaches = F.pad(comes_so_far, (1, 0), value=1.0)
     likely = torch.cat([reaches[:, :-1] - reaches[:, 1:], reaches[:, -1:]], 1)  # the last fills the slot

@@ -44,9 +44,8 @@ def rows_for(
     trained_on, is_told = own.get("folder") and Path(own["folder"]), data is not None
     if data is None and trained_on:
         elsewhere = task.builtin or split in task.data
-        if not (trained_on.exists() or elsewhere):
-            way_out = f"say by --data where it is, or a folder with {task.name}/{split}.csv"
-            raise TinyldError(f"{trained_on}, whose rows {run.path} was trained on, is gone; {way_out}")
+        gone = f"{trained_on}, whose rows {run.path} was trained on, is gone; say by --data where it is"
+        check(trained_on.exists() or elsewhere, f"{gone}, or a folder with {task.name}/{split}.csv", TinyldError)
         if file_in(trained_on, task, split, own["held_out"]) or not elsewhere:
             data = trained_on
     elif data is not None and trained_on and own.get("held_out") and data.is_dir():
@@ -60,9 +59,8 @@ def rows_for(
         is_there = os.path.realpath(data) == os.path.realpath(trained_on)
         digest = run.rows(to_learn(task, learned), task).digest()
         held_out = digest == own.get("sha256", digest if is_there else None)
-        if is_there and not held_out:
-            problem = f"{data} has changed since {run.path} was trained on it: which rows were held out is not known"
-            raise TinyldError(f"{problem}; train again, or give a file of other rows by --data")
+        changed = f"{data} has changed since {run.path} was trained on it: which rows were held out is not known"
+        check(held_out or not is_there, f"{changed}; train again, or give a file of other rows by --data", TinyldError)
         if say and not held_out:
             say(f"{data}: all its rows count, learned ones too; of the file that {run.path} learned they are left out")
         elif say and is_told:
@@ -92,8 +90,7 @@ def eval(options: EvalOptions) -> list[Record]:
     for path in options.runs or [newest_run()]:
         how = (options.device, options.dtype, options.base_dtype, options.task, options.reading())
         run = load(path, options.base, *how)
-        named = options.task is not None or not run.tasks
-        tasks = [run.task_named(options.task)] if named else run.tasks
+        tasks = [run.task_named(options.task)] if options.task is not None or not run.tasks else run.tasks
         one = len(tasks) == 1 or source == options.split
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
         if len(options.runs) < 2:  # of several, another one may heed it
@@ -133,10 +130,8 @@ def why_unusual(run: Run, options: EvalOptions) -> str:
 
 
 def eval_text(options: EvalOptions) -> list[Record]:
-    """NLL bound of running text under each run's denoiser, and for adapters, which are on, under their base alone.
-
-    All read the same rows under the same masks, so that the two bounds differ by what the adapter forgot.
-    """
+    """NLL bound of running text under each run's denoiser, and for adapters, which are on, under their base alone. All
+    read the same rows under the same masks, so that the two bounds differ by what the adapter forgot."""
     unread = ("task", "split", "data", "limit", "predictions", "base_dtype", "wide", *types_of(SampleConfig))
     refuse_idle(options, unread, "on the running text of --text")
     files = find_text_files(options.text)

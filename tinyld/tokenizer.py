@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from tinyld.config import check_type
+from tinyld.config import check, check_type
 from tinyld.errors import TinyldError, show
 from tinyld.read import LONGEST, decode, opened, parse_json, refuse_long
 
@@ -62,12 +62,10 @@ def _pipeline(vocab: dict[str, int] | None = None) -> HFTokenizer:
 
 
 class Tokenizer:
-    """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece.
-
-    `roles` says their ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`. A
-    row is `start` + a text's front + `turn` + its answer and rest + [EOS]: [BOS] and nothing, or a chat's turns, of
-    which `roles` then says the ids.
-    """
+    """A tokenizer with the five special tokens that masked diffusion needs; our own are WordPiece. `roles` says their
+    ids where no names of SPECIAL_OF_FAMILIES do; a tokenizer that writes any text has no `unk`. A row is `start` + a
+    text's front + `turn` + its answer and rest + [EOS]: [BOS] and nothing, or a chat's turns, of which `roles` then
+    says the ids."""
 
     def __init__(self, inner: HFTokenizer, where: object = "tokenizer.json", roles: Mapping[str, Any] | None = None):
         """TinyldError where the special tokens are not all there, or the tokenizer fails at a text."""
@@ -91,8 +89,7 @@ class Tokenizer:
         ids += [*self.start, *self.turn] if isinstance(self.start, list) and isinstance(self.turn, list) else [None]
         if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
             raise TinyldError(f"{where}: roles must be ids of tokens, got {show(dict(roles))}")
-        if self.mask_id == self.eos_id:
-            raise TinyldError(f"{where}: the mask and the end of a text are one token")
+        check(self.mask_id != self.eos_id, f"{where}: the mask and the end of a text are one token", TinyldError)
         for i, token in inner.get_added_tokens_decoder().items():
             if token.special or i in (self.pad_id, self.bos_id, self.eos_id, self.mask_id):
                 special[i] = token.content
@@ -264,14 +261,12 @@ def find_text_files(paths: Iterable[Path]) -> list[Path]:
     """The text files among `paths` and inside its folders, sorted; TinyldError when one is missing or none is there."""
     found: list[Path] = []
     for path in paths:
-        if not path.exists():
-            raise TinyldError(f"no such file or folder: {path}")
+        check(path.exists(), f"no such file or folder: {path}", TinyldError)
         inside = sorted(path.rglob("*") if path.is_dir() else [path])
         if linked := next((p for p in inside if p.is_symlink() and p.is_dir()), None):
             raise TinyldError(f"{linked} is a link to a folder, which is not followed: give that folder itself, too")
         texts = [p for p in inside if p.name.lower().endswith(TEXT_SUFFIXES) and p.is_file()]
-        if not texts:
-            raise TinyldError(f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}")
+        check(len(texts) > 0, f"no text in {path}: expected files ending in {', '.join(TEXT_SUFFIXES)}", TinyldError)
         found += texts
     if twice := [path for path, count in Counter(map(os.path.realpath, found)).items() if count > 1]:
         raise TinyldError(f"{twice[0]} is named twice, and would be read twice")

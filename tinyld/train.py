@@ -36,18 +36,13 @@ GROUP = 64  # numbers of a kept state that have one scale
 Noise = Callable[..., list[Noised]]  # (batch, generator=) -> the batch with its noise, in parts of different widths
 
 
-# ------------------------------------------------------------------------------------------------ frozen states
-
-
 def kept_depths(model: Denoiser) -> tuple[int, int] | None:
     """The first and the last depth of which every later pass needs the frozen base's states: where the push begins or,
     if it is on the answer only, from there on to before the last block. None where the first block is changed."""
     push = model.push
     if push is None or (push.first_depth == 0 and not push.answer_only):
         return None
-    return push.first_depth, max(
-        push.first_depth, model.config.num_layers - 1
-    ) if push.answer_only else push.first_depth
+    return push.first_depth, max(push.first_depth, model.config.num_layers - 1 if push.answer_only else 0)
 
 
 def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | None:
@@ -56,8 +51,7 @@ def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | No
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
         return f"the answer has {rows.slot} tokens, whose masks vary"
-    first, last = kept
-    of_token = sum(part.nbytes for part in pack(torch.empty(last - first + 1, model.config.d_model)))
+    of_token = sum(part.nbytes for part in pack(torch.empty(kept[1] - kept[0] + 1, model.config.d_model)))
     size = int(rows.lengths.sum()) * of_token / 2**30
     return None if size <= limit_gb else f"{size:.1f} GB of states, --cache-gb allows {limit_gb:g}"
 
@@ -103,20 +97,14 @@ def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance 
     return noise_with_states
 
 
-# ------------------------------------------------------------------------------------------------ the loop
-
-
 COUNTERS = ("step", "tokens", "seconds", "log_sum", "log_count")  # what a checkpoint keeps beside the tensors
 
 
 @dataclass
 class TrainingRun:
-    """What trains `parameters` in place: all that it is given, the optimizer and how far it is.
-
-    `loss` is of each masked token; to its mean `penalty` is added (a method's regulariser), and `after_update` follows
-    each update. `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock and so are not
-    bit-exact.
-    """
+    """What trains `parameters` in place: all that it is given, the optimizer and how far it is. `loss` is of each
+    masked token; to its mean `penalty` is added (a method's regulariser), and `after_update` follows each update.
+    `evaluate` returns held-out numbers for the log. Budgets by minutes follow the clock and so are not bit-exact."""
 
     model: Denoiser
     parameters: Mapping[str, nn.Parameter]
@@ -148,23 +136,21 @@ class TrainingRun:
         self.steps = config.steps
         if config.epochs is not None:
             self.steps = max(1, math.ceil(config.epochs * self.source.steps_per_epoch(config.batch_size)))
+        self.resume = f"--resume {quote(str(self.folder.path))}"
         self.bar = Progress(self.label, 1.0, quiet=self.quiet)
         self.stop = StopSignals("stopping after this step" if self.processes.rank == 0 else "")
 
     def train(self, resume: bool = False) -> TrainingRun:
-        """Trains until the budget is used up, and leaves the parameters at their last values.
-
-        With `resume` it goes on from the newest checkpoint; a run that was stopped before it had one begins again. A
-        signal ends the step, saves and raises Interrupted.
-        """
+        """Trains until the budget is used up. With `resume` it goes on from the newest checkpoint, or where there is
+        none begins again. A signal ends the step, saves and raises Interrupted."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.model.recompute = self.config.recompute
         if resume:
             self.go_on()
-        used = [self.device] if on_gpu else []
-        with self.stop, self.bar, tf32(self.device), torch.random.fork_rng(used):  # updates seed the global generator
+        forked = torch.random.fork_rng([self.device] if on_gpu else [])  # updates seed the global generator
+        with self.stop, self.bar, tf32(self.device), forked:
             if self.saved_step < 0:
                 self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
             self.model.train()
@@ -179,9 +165,7 @@ class TrainingRun:
                     saved = time.monotonic()
             self.save()
             if told := self.told or self.stop.received:  # maybe since the last update
-                raise Interrupted(
-                    told, f"step {self.step} is saved; go on with --resume {quote(str(self.folder.path))}"
-                )
+                raise Interrupted(told, f"step {self.step} is saved; go on with {self.resume}")
         self.metrics = self.metrics or self.held_out()  # none yet when a run is resumed after its last step
         self.model.eval()
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
@@ -295,5 +279,5 @@ class TrainingRun:
     def diverged(self, what: str) -> TinyldError:
         """For an error; removes a checkpoint of these very parameters, from which nothing can go on."""
         self.folder.remove_checkpoints(after=self.step - 1)
-        also = f", also with --resume {quote(str(self.folder.path))}" if self.folder.checkpoints() else ""
+        also = f", also with {self.resume}" if self.folder.checkpoints() else ""
         return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr{also}")

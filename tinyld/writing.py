@@ -94,11 +94,8 @@ def says_twice(text: str) -> bool:
 
 
 def names(prompts: Sequence[str]) -> list[set[str]]:
-    """Each prompt's names and numbers, folded.
-
-    That is its words with a digit, and those with a capital that no prompt has without; where no prompt has a capital,
-    its rare words. What stands in all prompts is their template's.
-    """
+    """Each prompt's names and numbers, folded. That is its words with a digit, and those with a capital that no prompt
+    has without; where no prompt has a capital, its rare words. What stands in all prompts is their template's."""
     parts = [re.findall(WORD, unicodedata.normalize("NFC", prompt)) for prompt in prompts]
     count = Counter(word for part in parts for word in {fold(word) for word in part})
     small = {fold(word) for part in parts for word in part if word[0].islower()}

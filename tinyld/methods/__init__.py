@@ -16,17 +16,14 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottle
 def read_config(record: Mapping[str, Any], where: str) -> tuple[type[Method], Any]:
     """(method, config) from what a run recorded of its method; `where` names the file in the error."""
     name = record.get("name")
-    if name not in METHODS:
-        raise TinyldError(f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}")
+    check(name in METHODS, f"{where}: unknown method {name!r}; known: {', '.join(METHODS)}", TinyldError)
     config: Any = METHODS[name].Config
     return METHODS[name], from_dict(config, {k: v for k, v in record.items() if k != "name"}, where)
 
 
 def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig) -> Any:
-    """A method's config from the options a user gave (None: not given), with its recipe and budget resolved.
-
-    UsageError for an option that the method does not have.
-    """
+    """A method's config from the options a user gave (None: not given), with its recipe and budget resolved. UsageError
+    for an option that the method does not have."""
     method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
     known = {field.name for field in fields(method.Config)}
     own = ", ".join(f"--{option}" for option in sorted(known - {"prune"})) or "no option"

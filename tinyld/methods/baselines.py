@@ -127,12 +127,10 @@ class WeightLora(Method):
 
     @classmethod
     def expected_parameters(cls, config: WeightLoraConfig, model_config: ModelConfig) -> int:
-        sizes = model_config.matrices()
-        return model_config.num_layers * config.rank * sum(sum(sizes[t]) for t in config.targets)
+        return model_config.num_layers * config.rank * sum(sum(model_config.matrices()[t]) for t in config.targets)
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:
-        """Folds the LoRA into the base's weights."""
         for block in model.blocks:
             for name in self.config.targets:
                 lora = getattr(block, name)

@@ -18,13 +18,11 @@ class NoOptions:
 
 
 class Method:
-    """An adaptation method, made of its config on a base's denoiser.
-
-    A subclass is one row of METHODS. It declares `name`, a frozen dataclass `Config` whose fields are the method's
-    options, and in `rates` the learning rate that the tuning grid is centred on by optimizer, its usual one first.
-    `post_norm` takes their place on an encoder that normalises after each sublayer, where the states are small and the
-    same rate is too much; where there are `recipes`, each has both for itself.
-    """
+    """An adaptation method, made of its config on a base's denoiser. A subclass is one row of METHODS. It declares
+    `name`, a frozen dataclass `Config` whose fields are the method's options, and in `rates` the learning rate that the
+    tuning grid is centred on by optimizer, its usual one first. `post_norm` takes their place on an encoder that
+    normalises after each sublayer, where the states are small and the same rate is too much; where there are `recipes`,
+    each has both for itself."""
 
     name: ClassVar[str]
     Config: ClassVar[type] = NoOptions

@@ -11,7 +11,6 @@ W c).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import permutations
 
 import torch
@@ -43,15 +42,6 @@ def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Pa
     return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
 
 
-@dataclass(frozen=True)
-class Noise:
-    """What the units of one forward pass are told, for B rows of L tokens."""
-
-    band: Tensor  # (B,) index of the row's band
-    time: Tensor  # (B, TIME_WIDTH)
-    prompt_mask: Tensor  # (B, L) bool
-
-
 MODULES = 2  # k
 RANKS, SIGMA = (64, 32, 8), (1.0, 0.5, 0.25)  # by band, high noise first
 LAMBDA_RANK, LAMBDA_ORTH = 0.01, 0.001
@@ -72,19 +62,20 @@ class PaperUnits(nn.Module):
         sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T
         self.register_buffer("sigmas", sigmas, persistent=False)  # (NUM_BANDS, units): 0 where it is another band's
 
-    def forward(self, h: Tensor, noise: Noise, positions: Tensor | None) -> Tensor:
-        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
+    def forward(self, h: Tensor, positions: Tensor | None, band: Tensor, time: Tensor, prompt_mask: Tensor) -> Tensor:
+        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D). Of the rows: band (B,), time
+        (B, TIME_WIDTH), prompt_mask (B, L) bool."""
         width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
-        share = noise.prompt_mask.to(h.dtype)
+        share = prompt_mask.to(h.dtype)
         share = share / share.sum(1, keepdim=True).clamp(min=1.0)
         c = (F.layer_norm(h, (width,)) * share[..., None]).sum(1)  # (B, D), the mean over the prompt's tokens
-        scale = self.sigmas[noise.band]  # (B, units)
+        scale = self.sigmas[band]  # (B, units)
         if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
             used = scale[0].nonzero()[:, 0]
             down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]
         if positions is not None:
             h = take(h, positions)
-        hidden = F.layer_norm(h, (width,)) @ down[:, :width].T + (noise.time @ down[:, width:].T)[:, None, :]
+        hidden = F.layer_norm(h, (width,)) @ down[:, :width].T + (time @ down[:, width:].T)[:, None, :]
         scale = scale * (1.0 + c @ gate.T)
         return (F.relu(hidden) * scale[:, None, :]) @ up.T
 

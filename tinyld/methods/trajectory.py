@@ -2,14 +2,12 @@
 
     h <- h + sigma(t) * A ReLU(B [norm(h); Emb(t)])          (after LoRA-Diffusion, whose own design is in paper.py)
 
-Up-projections A start at zero, so a fresh adapter changes nothing. Bands of noise levels are nested: they share one A
-and B, of which a band uses the first r(t) rank units, so that the largest rank alone is stored. There are sites before
-each of the last blocks and on the final state. All share A and B, of a rank that none could afford alone, and weigh the
-units each for itself. Two recipes of it:
-  - `best` pushes every position, and frozen attention carries on what is pushed;
-  - `fast` pushes the positions of the answer alone. What they ask changes, the states, keys and values that they read,
-    their own too, do not: these are the frozen base's, so that they are computed once, kept while training, and shared
-    by all adapters that answer a text. The gradient goes along the answer's few positions.
+Up-projections A start at zero, so a fresh adapter changes nothing. A band of noise levels uses the first r(t) rank
+units of one A and B, so that the largest rank alone is stored. The sites, before each of the last blocks and on the
+final state, share A and B too, of a rank that none could afford alone, and weigh the units each for itself. `best`
+pushes every position, and frozen attention carries on what is pushed. `fast` pushes the answer's positions alone: what
+they ask changes, the states, keys and values that they read, their own too, are the frozen base's, so that these are
+computed once, kept while training, and shared by all adapters that answer a text.
 """
 
 import math
@@ -24,12 +22,11 @@ from tinyld.block import take
 from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import Method
-from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, Noise, band_of, normal, time_embedding
+from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, band_of, normal, time_embedding
 from tinyld.model import Denoiser, PushAt
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
-BY_UNIT = {"up": 1, "down": 0}
 
 
 @dataclass(frozen=True)
@@ -96,14 +93,14 @@ class RankUnits(nn.Module):
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)  # by band
         self.register_buffer("ranks", torch.tensor(ranks), persistent=False)
 
-    def forward(self, h: Tensor, noise: Noise, positions: Tensor | None) -> Tensor:
-        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D)."""
+    def forward(self, h: Tensor, positions: Tensor | None, band: Tensor, time: Tensor, _: Tensor) -> Tensor:
+        """As PaperUnits.forward."""
         h = h if positions is None else take(h, positions)
         x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
         width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
-        hidden = x @ self.down[:, :width].T + (noise.time @ self.down[:, width:].T)[:, None, :]
-        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[noise.band][:, None]  # (B, units)
-        scale = self.sigma[noise.band][:, None] * is_used
+        hidden = x @ self.down[:, :width].T + (time @ self.down[:, width:].T)[:, None, :]
+        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[band][:, None]  # (B, units)
+        scale = self.sigma[band][:, None] * is_used
         return (F.relu(hidden) * scale[:, None, :]) @ up.T
 
     def strength(self) -> Tensor:
@@ -111,10 +108,6 @@ class RankUnits(nn.Module):
         found = (self.up.norm(dim=0) * self.down.norm(dim=1)).detach()
         found[found[: self.ranks.min()].argmax()] = math.inf
         return found
-
-    def by_unit(self) -> list[tuple[nn.Parameter, int]]:
-        """The parameters that have a part for every rank unit, with the dimension that counts them."""
-        return [(p, BY_UNIT[name]) for name, p in self.named_parameters() if name in BY_UNIT]
 
 
 class TrajectoryPush(nn.Module):
@@ -137,12 +130,8 @@ class TrajectoryPush(nn.Module):
         self.sites = nn.ModuleList(sites)
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
-        noise = Noise(band_of(t), time_embedding(t), prompt_mask)
-
-        def push_at(depth: int, h: Tensor, positions: Tensor | None = None) -> Tensor:
-            return self.sites[depth - self.first_depth](h, noise, positions)
-
-        return push_at
+        told = band_of(t), time_embedding(t), prompt_mask
+        return lambda depth, h, positions=None: self.sites[depth - self.first_depth](h, positions, *told)
 
 
 class TrajectoryLora(Method):
@@ -194,8 +183,8 @@ class TrajectoryLora(Method):
         dropped = strength == 0
         dropped[strength.argsort(stable=True)[:due]] = True
         for site, of_site in zip(sites, dropped.split([len(site.down) for site in sites]), strict=True):
-            for parameter, dim in site.by_unit():
-                parameter.index_fill_(dim, of_site.nonzero()[:, 0], 0.0)
+            site.up[:, of_site] = 0.0
+            site.down[of_site] = 0.0
 
     def finish(self) -> None:
         """Stores the living units only: another config, with ranks site by site."""
@@ -204,8 +193,7 @@ class TrajectoryLora(Method):
         for site in self.push.sites:
             is_kept = site.strength() > 0
             site.ranks = is_kept.cumsum(0)[site.ranks - 1]
-            for parameter, dim in site.by_unit():
-                parameter.data = parameter.data.index_select(dim, is_kept.nonzero()[:, 0])
+            site.up.data, site.down.data = site.up.data[:, is_kept].contiguous(), site.down.data[is_kept]
         ranks = torch.cat([site.ranks for site in self.push.sites]).tolist()
         self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
 
