@@ -106,7 +106,7 @@ def test_few_rows_are_read_more_often(place: Path) -> None:
     mood, tell = (load_task(str(place / f"{name}.toml")) for name in ("mood", "tell"))
     epochs, least, most = FEW
     assert usual_epochs(mood, 40, 32) == least / 2 and usual_epochs(mood, 300, 32) == epochs
-    assert usual_epochs(mood, 640, 32) == most / 20 and usual_epochs(mood, 40, 1) == 3
+    assert usual_epochs(mood, 640, 32) == most / 20 and usual_epochs(mood, 80, 1) == 3
     _, least, most = WRITING
     assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(least / 15)
     assert usual_epochs(tell, 100, 1) == 8 and usual_epochs(tell, 300, 1) == most / 300
