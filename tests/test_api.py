@@ -21,6 +21,7 @@ from tinyld import finetuning, from_python
 from tinyld.datafile import answer_words
 from tinyld.methods import METHODS
 from tinyld.options import FinetuneOptions
+from tinyld.rows import bundled_data_dir
 from tinyld.runs import RunFolder, environment
 from tinyld.tokenizer import Tokenizer
 
@@ -371,3 +372,7 @@ def test_options_are_read_as_a_user_writes_them() -> None:
     assert FinetuneOptions(budget="70%").budget == 0.7 and FinetuneOptions(budget=0.7).budget == 0.7
     given = FinetuneOptions.of({"rank": 4}, ["lr=1e-3", "base-dtype=int8", "rslora=true"])
     assert given == FinetuneOptions(rank=4, lr=1e-3, base_dtype="int8", rslora=True)
+
+
+def test_a_released_base_is_loaded_by_its_name() -> None:
+    assert tinyld.load("small").base.fingerprint == tinyld.load(bundled_data_dir() / "small").base.fingerprint

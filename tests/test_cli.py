@@ -17,9 +17,9 @@ from tinyld.config import ModelConfig, from_dict
 from tinyld.data import TaskRows
 from tinyld.evaluate import label_scores
 from tinyld.methods import METHODS as METHOD_CLASSES
-from tinyld.options import ARGUMENT, DemoOptions
+from tinyld.options import ARGUMENT, DemoOptions, EvalOptions
 from tinyld.runs import ADAPTER, MANIFEST, MODEL, RESULTS, RunFolder
-from tinyld.scores import show_classes
+from tinyld.scores import show, show_classes
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 TINY = "--preset nano --set d_model=32 --set num_layers=2 --set num_heads=2 --set d_ff=64".split()
@@ -171,6 +171,17 @@ def test_mistakes_are_listed_where_no_matrix_fits(letters: int, fits: bool, caps
     assert ("by what was answered" in out) == fits != ("most frequent mistakes" in out)
     assert fits or out.splitlines()[-1].split() == [labels[0], labels[4], "3"]
     assert max(map(len, out.splitlines())) <= 80
+    show_classes({"task": "t", "split": "dev"} | label_scores(gold, gold, gold, labels))
+    assert "mistakes" not in capsys.readouterr().out, "there are none"
+
+
+def test_where_answers_are_unreadable_the_share_that_predict_labels_rightly_is_shown(
+    adapters: Adapters, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = good("eval", adapters["bitfit"][0], "--json").json[0]
+    for unreadable in (0.0, 0.5):
+        show([record | {"unreadable": unreadable, "scored_accuracy": 0.123}], EvalOptions())
+        assert ("12.3" in capsys.readouterr().out) == (unreadable > 0)
 
 
 def test_a_builtin_task_is_finetuned_with_a_limit(place: Path) -> None:

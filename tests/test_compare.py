@@ -143,7 +143,7 @@ def test_variants_carry_their_options(trainer: Trainer, tmp_path: Path) -> None:
     ({"methods": "full:lr=2"}, "--methods full:lr=2: lr must be below 1, got 2"),
     ({"methods": "full:lr=0.6"}, "lr 0.6 is tried up to 1.2, which must be below 1"),
     ({"methods": "full:lr=-2"}, "--methods full:lr=-2: --lr must be above 0"),
-    ({"methods": "full:rank=2"}, "--methods full:rank=2: --rank is not an option of full"),
+    ({"methods": "full:rank=2"}, "--methods full:rank=2: --set rank is not an option of full"),
     ({"methods": "full:depth=2"}, "--methods full:depth=2: --set depth=2: there is no option"),
     ({"methods": "full,bitfit:optimizer=muon"}, "--optimizer muon has no effect with --method bitfit"),
     ({"methods": "full,full:lr=0.002"}, "--task, --limit or --methods names one twice: reviews_full"),

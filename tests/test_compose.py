@@ -252,6 +252,8 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     (tmp_path / "alias.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{place}/a.csv"'))
     with pytest.raises(UsageError, match="a and c are asked as alias is; say which by its name"):
         run.predict(["the rain is cold"], task=str(tmp_path / "alias.toml"))
+    with pytest.raises(UsageError, match="has no task 'topics'; it has a, c"):
+        run.predict(["the rain is cold"], task="topics")
     with pytest.raises(UsageError, match="is asked by a task's name: write with one of the runs"):
         run.write("the rain")
     named, alone = load(run.path, dtype="fp32", task="c"), load(fast[2], dtype="fp32")

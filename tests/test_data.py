@@ -52,15 +52,23 @@ def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("head", "tail", "kept"), [(2, 20, (2, 4)), (20, 2, (4, 2)), (20, 20, (3, 3)), (3, 3, (3, 3)), (20, 0, (6, 0))]
+    ("head", "tail", "kept"),
+    [(2, 20, (0, 2, 4)), (20, 2, (2, 2, 2)), (20, 20, (1, 2, 3)), (3, 3, (0, 3, 3)), (20, 0, (3, 3, 0))],
 )
-def test_what_is_near_the_answer_is_kept(tokenizer: Tokenizer, tmp_path: Path, head: int, tail: int, kept: Any) -> None:
+def test_long_texts_keep_their_beginning_and_what_is_near_the_answer(
+    tokenizer: Tokenizer, tmp_path: Path, head: int, tail: int, kept: Any
+) -> None:
     texts = [" ".join(WORDS[i % 8] for i in range(count)) for count in (head, tail)]
     rows = TaskRows([Example(*texts, "bad", 0)], task_of(tmp_path, LABELS), tokenizer, 11)
-    before, after = tokenizer.encode(texts[0])[-kept[0] :], tokenizer.encode(texts[1])[: kept[1]]
+    ids, after = tokenizer.encode(texts[0]), tokenizer.encode(texts[1])[: kept[2]]
+    before = ids[: kept[0]] + ids[-kept[1] :]
     answer = [*tokenizer.encode("bad"), tokenizer.eos_id, tokenizer.eos_id]
     assert rows.ids[0].tolist() == [tokenizer.bos_id, *before, *answer, *after, tokenizer.eos_id]
-    assert rows.starts[0] == 1 + kept[0] and rows.cut.tolist() == [head + tail > 6] == [bool(rows.truncated)]
+    assert rows.starts[0] == 1 + len(before) and rows.cut.tolist() == [head + tail > 6] == [bool(rows.truncated)]
+    of_gap = task_of(tmp_path, 'template = "{text}"\nanswer_tokens = 2')
+    gap = TaskRows([Example(*texts, "bad", 0)], of_gap, tokenizer, 11)
+    near = gap.ids[0][1 : gap.starts[0]].tolist()
+    assert near == ids[-len(near) :], "of a gap what is next to it"
 
 
 def test_the_slot_is_as_wide_as_the_longest_answer_and_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:

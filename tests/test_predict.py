@@ -89,7 +89,9 @@ def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokeniz
     record = by_label(torch.tensor([[0.0, 1.0]]), mood)
     assert record["label"] == ["b"] and sum(record["probabilities"][0].values()) == pytest.approx(1, abs=1e-3)
     smoothed = by_label(torch.tensor([[0.4, 0.6], [0.09, 0.91]]).log(), replace(mood, smoothed=0.2))["probabilities"]
-    assert smoothed == [{"a": 0.375, "b": 0.625}, {"a": 0.0, "b": 1.0}], "0.8 of this and 0.1 are what was given"
+    assert smoothed == [{"a": 0.375, "b": 0.625}, {"a": 0.0011, "b": 0.9989}], "0.8 of this and 0.1 are what was given"
+    sure = by_label(torch.tensor([[0.02, 0.98], [0.01, 0.99]]).log(), replace(mood, smoothed=0.2))["probability"]
+    assert 0.999 < sure[0] < sure[1] < 1, "of two that are surer than was learned the surer one is told"
 
 
 def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(place: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tinyld import rows
+from tinyld.datafile import described
 from tinyld.errors import TinyldError
 from tinyld.rows import GAPS, SPLITS, Example, bundled_data_dir, load_split, prompt_of, to_learn
 from tinyld.tasks import Task, builtin_names, from_record, load_task, to_record
@@ -366,3 +367,10 @@ def test_real_data_has_every_label_and_the_published_counts() -> None:
             assert {e.label for e in examples} == (set(range(len(task.labels))) or {None})
             if task.name in ("sst2", "cola", "rte", "mrpc") or (split == "test" and task.name in ("trec", "ag-news")):
                 assert len(examples) == task.download.rows[split]
+
+
+def test_every_label_that_is_written_as_another_word_is_said() -> None:
+    words = {f"number {letter}": letter for letter in "abcdefgh"}
+    said = described(Task("{text} {answer}", "t", "", words))
+    assert all(f"{label} (written {word!r})" in said for label, word in words.items())
+    assert "8 (a, b, c, d, e, f, ...)" in described(Task("{text} {answer}", "t", "", {k: k for k in "abcdefgh"}))

@@ -21,6 +21,7 @@ from tinyld.tasks import Task
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
+LEAST = 0.01  # of what the model gives a label, where less than all labels' share of smoothing is none: keeps the order
 Record = dict[str, Any]
 
 
@@ -68,7 +69,8 @@ def by_label(scores: Tensor, task: Task) -> dict[str, Sequence[Any]]:
     """Of each row the likeliest label and every label's probability among them, less what was learned to be of all
     labels alike. scores: (B, labels), log-probabilities or logits."""
     labels, best = task.labels, scores.argmax(1).tolist()
-    found = (scores.softmax(1) - task.smoothed / len(labels)).clamp(min=0)
+    found = scores.softmax(1)
+    found = torch.maximum(found - task.smoothed / len(labels), found * LEAST)
     shares = [[round(p, 4) for p in row] for row in (found / found.sum(1, keepdim=True)).tolist()]
     return {
         "label": [labels[i] for i in best],

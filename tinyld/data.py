@@ -107,8 +107,9 @@ class TaskRows(Source):
     """A task's rows as ids: [BOS] before, answer slot, after [EOS]; every slot of a task has the same width.
 
     An answer shorter than the slot ends in one [EOS]; what is behind it is no part of the text. What is written at the
-    end of a row has no other [EOS]. A row longer than `max_length` keeps what is nearest to the answer: each side of it
-    has half of the room, or what the other side leaves. `cut` says which rows are.
+    end of a row has no other [EOS]. Of a row longer than `max_length` each side of the answer has half of the room, or
+    what the other side leaves: behind it what comes first; before it the beginning and the end, as long texts say in
+    both what they are about, but around a gap the end alone. `cut` says which rows are.
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: Tokenizer, max_length: int):
@@ -135,7 +136,9 @@ class TaskRows(Source):
             self.cut[i] = len(head) + len(tail) > room or len(answer) > self.slot
             if len(head) + len(tail) > room:
                 tail = tail[: max(room - len(head), room // 2)]
-                head = head[len(head) + len(tail) - room :]
+                kept = min(room - len(tail), len(head))
+                begin = 0 if task.is_infill or kept == len(head) else kept // 2
+                head = [*head[:begin], *head[len(head) - (kept - begin) :]]
             head = [*first, *head, *turn]
             self.starts[i], self.ends[i] = len(head), min(len(answer), self.slot)
             row = [*head, *[*answer, *[end] * self.slot][: self.slot], *tail]

@@ -112,8 +112,9 @@ def described(task: Task) -> str:
     if task.is_generation:
         answers = "to have gaps" if task.is_infill else f"answers in {task.answer_column!r}"
         return f"texts are in column {text!r}, {answers}"
-    labels = [label + f" (written {words!r})" * (words != label) for label, words in task.verbalizer.items()]
-    few = ", ".join(labels[:6]) + ", ..." * (len(labels) > 6)
+    labels = task.verbalizer.items()
+    shown = [k + f" (written {words!r})" * (words != k) for i, (k, words) in enumerate(labels) if i < 6 or words != k]
+    few = ", ".join(shown[:20]) + ", ..." * (len(shown[:20]) < len(labels))
     are_texts = len(labels) > 6 and sum(len(label.split()) for label in task.labels) > WORDY * len(labels)
     hint = "; texts to write are an --answer-column" * are_texts
     return f"texts are in column {text!r}, labels in {task.label_column!r}: {len(labels)} ({few}){hint}"

@@ -151,7 +151,7 @@ class OnDevice(Options):
 
 
 class Written(Options):
-    out: Path | None = option(None, "Run folder to write; made if missing.", "Output")
+    out: Path | None = option(None, "Run folder to write; if not given, one in runs/.", "Output")
     force: bool = option(False, "Replace the run that is in --out, at once.", "Output")
 
 
@@ -207,14 +207,14 @@ class FinetuneOptions(Training, Reading, RowOptions):
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Of trajectory-lora; if not given, best.", "Method", among=RECIPE_NAMES)
-    budget: float | None = option(
-        None, "Most that is stored, as 0.7% of the base: sets the rank.", "Method", read=share
-    )
+    budget: float | None = option(None, "Most to store, in % of the base; best, fast: 0.7%.", "Method", read=share)
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     epochs: float | None = option(None, "Passes: 3; more of few rows or to write, 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
-    ranks: tuple[int, ...] | str | None = option(None, "Rank by noise band, high first: 64,32,8; or auto.")
+    ranks: tuple[int, ...] | str | None = option(
+        None, "Rank by noise band, high first: 64,32,8 (with --budget: their proportion); or auto."
+    )
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.")
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
     dropout: float | None = option(None, "Share of the numbers read that an update does without.")

@@ -66,8 +66,10 @@ class Run:
 
     def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
-        `truncated`; `answer` where the task writes. A text is a string, or a dict by column where a task reads two. A
-        composition's adapter answers the texts that are like its own prompts or, where its task is named, all."""
+        `truncated`; `answer` where the task writes, and `filled` where it fills gaps; of a composition `adapter`. A
+        text is a string, or a dict by column where a task reads two, whose other columns are kept. A composition's
+        adapter answers the texts that are like its own prompts or, where its task is named, all. UsageError for a task
+        that the run has not, TinyldError for a row that lacks a text."""
         task = self.named if task is None else task
         chosen = self.task_named(task)
         rows = as_rows(texts, chosen)  # which may be made while others ask
@@ -90,7 +92,8 @@ class Run:
         seed: int = 0,
     ) -> list[str]:  # fmt: skip
         """A text for each prompt: by the run's generation task, or what fills `length` tokens, 24, at `{answer}`, on a
-        base of ours as `tinyld sample` does. If no temperature is given it is 0.6 there, else 0."""
+        base of ours as `tinyld sample` does (labels, once it has learned to write those). If no temperature is given it
+        is 0.6 there, else 0."""
         prompts = several(prompts, "prompts")
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
         writers = [t for t in ([self.task_named(self.named)] if self.named else self.tasks) if t.is_generation]
@@ -122,10 +125,12 @@ class Run:
         if name in known:
             return known[name]
         is_known = not known or name in builtin_names() or str(name).endswith(".toml")
-        check(is_known, f"{self.path} has no task {show(name)}; it has {', '.join(known)}")
+        lacks = f"{self.path} has no task {show(name)}; it has {', '.join(known)}"
+        check(is_known, lacks)
         asked = load_task(name)  # maybe another set of reviews, which the run knows how to read
         own = known.get(asked.name)
         if own or (known and asked.asks not in [task.asks for task in self.tasks]):
+            check(own or len(known) == 1, lacks)
             before, keys = (own, KEPT) if own else (self.tasks[0], ("template", "verbalizer", "answer_tokens"))
             if differs := unlike(to_record(before), to_record(asked), keys):
                 raise TinyldError(f"{self.path} was made for another task {before.name}: {differs}")
@@ -312,7 +317,7 @@ def load(
         check(len(together.runs) > 0, "no run is given")
         return together
     check(base is None or isinstance(base, str | Path), f"a base is the path of its folder, got {base!r}")
-    path, base_path, on = Path(path), None if base is None else base_folder(base), resolve_device(device)
+    path, base_path, on = base_folder(path, "run"), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
     folder, kind = RunFolder(path), config["kind"]

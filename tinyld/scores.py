@@ -183,7 +183,8 @@ def show(records: list[Record], options: EvalOptions) -> None:
     if options.text:
         columns = max(map(tuple, records), key=len)
         return print_table("NLL bound, nats per token", columns, [tuple(map(r.get, columns)) for r in records])
-    names = SHOWN | (WIDE if options.wide else {})
+    misread = any(r.get("unreadable") for r in records)  # where `predict` gives other labels
+    names = SHOWN | (WIDE if options.wide else {k: WIDE[k] for k in ("scored %", "unreadable %") if misread})
     told = [r | {"rows of": f"{r['task']} {r['split']}", "nll": f"{r['nll_bound']:.4f}"} for r in records]
     for row in told:
         row["interval"] = f"{percent(row['low'])} to {percent(row['high'])}" if "low" in row else None
@@ -215,4 +216,5 @@ def show_classes(record: Record) -> None:
     else:
         answered = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items()]
         wrong = sorted(((*pair, n) for *pair, n in answered if n and pair[0] != pair[1]), key=lambda w: -w[2])
-        print_table("most frequent mistakes", ("label", "answered", "rows"), wrong[:MOST_CONFUSED])
+        if wrong:
+            print_table("most frequent mistakes", ("label", "answered", "rows"), wrong[:MOST_CONFUSED])

@@ -10,7 +10,7 @@ from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import CONFIG, RESULTS, RunFolder, environment, is_foreign
-from tinyld.tables import print_record, print_table, show
+from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_names, load_task
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 from tinyld.write import sha256
@@ -77,7 +77,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
 
 
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
-    counts = [" / ".join(map(show, r["rows"].values())) or "-" for r in records]
+    counts = [", ".join(f"{split} {n:,}" for split, n in r["rows"].items()) or "-" for r in records]
     rows = [(r["task"], r["labels"] or "(text)", n, r["needs"]) for r, n in zip(records, counts, strict=True)]
     print_table("built-in tasks (--json has templates and answers)", ("task", "labels", "rows", "needs"), rows)
 

@@ -45,7 +45,7 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
 def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int, which: str = "rows") -> None:
     long = f"are longer than the base's {max_length} tokens, or their answers than the task's"
     if truncated:
-        say(f"{truncated:,} of {rows:,} {which} {long}, and were cut; what stands next to the answer is kept")
+        say(f"{truncated:,} of {rows:,} {which} {long}; their middle was left out, or what is far from a gap")
 
 
 def newest_run() -> Path:

@@ -1,14 +1,15 @@
-"""The table of methods. A new method is one class and one row."""
+"""The table of methods. A new method is one class, one row, and its name in options.METHOD_NAMES."""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from tinyld.config import ModelConfig, check, from_dict
-from tinyld.errors import TinyldError
+from tinyld.errors import TinyldError, UsageError
 from tinyld.methods.baselines import BitFit, Bottleneck, Full, WeightLora
 from tinyld.methods.contract import Method
 from tinyld.methods.trajectory import TrajectoryLora
+from tinyld.options import FinetuneOptions
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, WeightLora, Bottleneck, BitFit, TrajectoryLora)}
 
@@ -26,8 +27,7 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     for an option that the method does not have."""
     method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
     known = {field.name for field in fields(method.Config)}
-    own = ", ".join(f"--{option}" for option in sorted(known - {"prune"})) or "no option"
-    for option in given:
-        known_here = option in known or option == "budget"
-        check(known_here, f"--{option.replace('_', '-')} is not an option of {name}, which has {own}")
+    own = ", ".join(map(FinetuneOptions.called, sorted(known - {"prune"}))) or "no option"
+    for option in given.keys() - known - {"budget"}:
+        raise UsageError(f"{FinetuneOptions.called(option)} is not an option of {name}, which has {own}")
     return method.make_config(given, model_config)
