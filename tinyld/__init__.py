@@ -5,7 +5,7 @@ import tinyld
 run = tinyld.finetune([("loved it", "good"), ...], out="runs/mine")  # or a task: tinyld.finetune("reviews")
 run = tinyld.load("runs/mine")
 run.predict(["what a film"])[0]["label"]
-tinyld.load("runs/base").write("the film was {answer} .")
+tinyld.load("base").write("the film was {answer} .")  # base and small come with tinyld
 """
 
 from typing import TYPE_CHECKING, Any

@@ -171,7 +171,7 @@ def train_adapter(
         facts["task"] = config["task"] | {"spelling": to_dict(learn_spelling(examples, task.is_infill))}
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(
-            f"{method.name} on {task.name}: {len(train_rows):,} rows; "
+            f"{method.name} on {task.name}: {len(train_rows):,} {'answers' if task.is_generation else 'rows'}; "
             f"trainable {counts['trainable_parameters']:,}, stored {counts['stored_parameters']:,} "
             f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
             f"base {counts['base_parameters']:,} ({base.bytes / 2**20:.1f} MiB as {base.dtype})"

@@ -30,8 +30,8 @@ def finetune_rows(
     train.csv and perhaps dev.csv and test.csv, a .txt has texts in which gaps are to be filled.
 
     `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on. Rows in memory are kept
-    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev. With
-    `resume`, the folder of a run that was interrupted, and nothing to learn that goes on.
+    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev. To go on
+    with a run that was interrupted, give its folder as `resume` and nothing to learn.
     """
     if options.get("resume") is not None or isinstance(rows_or_task, str | Path):
         suffix, name = os.path.splitext(str(rows_or_task))[1].lower(), str(rows_or_task)
