@@ -61,7 +61,7 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
         ("encoder-sst2.csv", ("89.3", "98.7", "98.0", "98.1")),
         ("fast-forms.csv", ("88.3 ± 1.5", "89.4 ± 1.5")),
         ("learning-curve.csv", ("5.518", "6.647")),
-        ("calibration.csv", ("0.0197", "0.0467", "0.2081", "0.3127", "0.0155", "0.0437", "0.1466", "0.2825", "0.9996")),
+        ("calibration.csv", ("0.0202", "0.0467", "0.2065", "0.3127", "0.0152", "0.0437", "0.144", "0.2825", "0.9996")),
     ):
         made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
         sentence = README[README.index(f"({file})", README.index("\n## ")) :].partition("\n\n")[0]
