@@ -4,17 +4,21 @@ A case is a command in a fresh copy of a small world in which one thing is wrong
 names it, exit 1, and nothing written; or, where the content is no fault in itself, the result as without.
 """
 
+import gzip
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import cli, good, tree
+
+from tinyld.runs import MANIFEST, RunFolder
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("world")]
 
@@ -23,9 +27,12 @@ TUNE = "--base tiny --method bitfit --steps 1 --batch-size 4 --dtype fp32 --quie
 PRETRAIN = "--preset nano --vocab-size 128 --max-length 24 --steps 1 --dtype fp32 --quiet --out out"
 COMMANDS = {
     "finetune": f"finetune --task mood.toml {TUNE}",
+    "finetune data": f"finetune --data mood.csv {TUNE}",
     "predict": "predict mood mood.csv --base tiny --dtype fp32 --quiet",
     "predict jsonl": "predict mood asked.jsonl --base tiny --dtype fp32 --quiet",
+    "report": "report mood",
     "pretrain": f"pretrain --data text.txt {PRETRAIN}",
+    "pretrain gz": f"pretrain --data text.txt.gz {PRETRAIN}",
     "sample": "sample tiny --length 4 --num 1 --dtype fp32",
 }
 
@@ -36,6 +43,8 @@ def world(place: Path, tmp_path: Path, elsewhere: None) -> None:
         shutil.copytree(place / name, copy)
     for name in ("mood.toml", "mood.csv", "text.txt"):
         shutil.copy(place / name, name)
+    Path("asked.jsonl").write_text('{"text": "rain"}\n{"text": "sun"}\n')
+    Path("text.txt.gz").write_bytes(gzip.compress(Path("text.txt").read_bytes()))
     Path("foreign").mkdir()
     Path("foreign/config.json").write_text('{"name": "an extension"}')
     Path("foreign/manifest.json").write_text('{"files": ["icon"]}')
@@ -55,12 +64,64 @@ def refused(args: str, part: str) -> None:
     assert files() == before
 
 
-@pytest.mark.parametrize("there", [
-    "a loop", "a link to nothing", "nothing", "a device", "a pipe", "a folder", "a vast file",
-])  # fmt: skip
+def put(path: str, content: bytes) -> None:
+    """Writes a file; in a run its SHA-256 too, so that it is read at all."""
+    folder, name = Path(path).parent, Path(path).name
+    if (folder / MANIFEST).exists() and name != MANIFEST:
+        RunFolder(folder).write(name, content)
+    else:
+        Path(path).write_bytes(content)
+
+
+Change = Callable[[bytes], bytes]
+
+
+def more(text: str) -> Change:
+    return lambda content: content + text.encode()
+
+
+def other(old: str, new: str) -> Change:
+    return lambda content: content.replace(old.encode(), new.encode("utf-8", "surrogateescape"), 1)
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+ROWS, BASE, ADAPTER = "mood.csv", "tiny/config.json", "mood/adapter.safetensors"
+CONTENT: list[tuple[str, str, Change, str]] = [  # command, file, what becomes of it, what is said
+    ("finetune", ROWS, lambda content: content.decode().encode("utf-16"), "mood.csv: line 1: not UTF-8; save it as"),
+    ("predict", ROWS, other("rain", "ra\0in"), "mood.csv: line 2: a zero byte"),
+    ("finetune data", ROWS, lambda content: b" \n\n", "mood.csv"),
+    ("finetune", ROWS, more(f"rain,{UGLY}\n"), "mood.csv: line 42: unknown label"),
+    ("finetune data", ROWS, more("rain,Sad\n"), "Sad"),
+    ("finetune", "mood.toml", half, "mood.toml"),
+    ("predict jsonl", "asked.jsonl", lambda content: content[:-4], "damaged, not JSON"),
+    ("predict", ADAPTER, half, "adapter.safetensors: damaged safetensors file"),
+    ("predict", "mood/config.json", other('"adapter"', '["adapter"]'), "mood/config.json"),
+    ("report", "mood/results.json", other(": ", ": -1e999, \"x\": "), "results.json: damaged, not JSON"),
+    ("sample", BASE, other('"max_length": 24', f'"max_length": {"9" * 5_000}'), "tiny/config.json"),
+    ("sample", "tiny/tokenizer.json", half, "tokenizer.json: damaged, not JSON"),
+    ("pretrain", "text.txt", other("rain", "caf\udce9"), "text.txt: line 3: not UTF-8"),
+    ("pretrain gz", "text.txt.gz", half, "text.txt.gz: cannot be read"),
+    ("pretrain gz", "text.txt.gz", gzip.decompress, "text.txt.gz: cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "path", "change", "part"), CONTENT, ids=range(len(CONTENT)))
+def test_a_damaged_file_is_refused_in_one_line(command: str, path: str, change: Change, part: str) -> None:
+    content = Path(path).read_bytes()
+    assert change(content) != content
+    put(path, change(content))
+    refused(COMMANDS[command], part)
+
+
+PLACES = ["a loop", "a link to nothing", "nothing", "a device", "a pipe", "a folder", "a vast file"]
+
+
+@pytest.mark.parametrize("there", PLACES)
 @pytest.mark.parametrize(("command", "path"), [
-    ("finetune", "mood.csv"), ("finetune", "mood.toml"), ("predict", "mood/adapter.safetensors"),
-    ("sample", "tiny/tokenizer.json"),
+    ("finetune", ROWS), ("finetune", "mood.toml"), ("predict", ADAPTER), ("sample", "tiny/tokenizer.json"),
 ])  # fmt: skip
 def test_what_is_no_file_of_its_kind_is_refused_by_its_name(command: str, path: str, there: str) -> None:
     Path(path).unlink()
@@ -76,14 +137,29 @@ def test_what_is_no_file_of_its_kind_is_refused_by_its_name(command: str, path: 
     refused(COMMANDS[command], Path(path).name)
 
 
-@pytest.mark.parametrize("out", [
+OUT = [
     *("foreign", "foreign --force", "link --force", "text.txt", "text.txt/out", "mood/config.json", "/dev/zero"),
     *("x" * 256, "a\0b", UGLY + "/" + "x" * 256, "\udcff" + "x" * 300),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("out", OUT)
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])
 def test_nothing_is_written_where_it_cannot_or_must_not_be(command: str, out: str) -> None:
     Path("link").symlink_to("foreign")
     refused(COMMANDS[command].replace("--out out", f"--out {out}"), "")
+
+
+def test_a_table_as_other_programs_write_it_is_the_same_table() -> None:
+    rows = Path(ROWS).read_bytes()
+    quoted = b'"text","label"\n' + rows.split(b"\n", 1)[1]
+    ends = rows.replace(b"\n", b"\r\n"), rows.replace(b"\n", b"\n\n"), rows.rstrip()
+    found = []
+    for content in (rows, quoted, b"\xef\xbb\xbf" + rows, *ends):
+        Path(ROWS).write_bytes(content)
+        good(*f"{COMMANDS['finetune']} --force".split())
+        found.append(Path("out/adapter.safetensors").read_bytes())
+    assert len(found) == 6 and len(set(found)) == 1
 
 
 def test_long_and_ugly_text_is_answered_and_shown_plainly() -> None:

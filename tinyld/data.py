@@ -137,7 +137,7 @@ class TaskRows(Source):
             if len(head) + len(tail) > room:
                 tail = tail[: max(room - len(head), room // 2)]
                 kept = min(room - len(tail), len(head))
-                begin = 0 if task.is_infill or kept == len(head) else kept // 2
+                begin = 0 if task.is_infill else kept // 2
                 head = [*head[:begin], *head[len(head) - (kept - begin) :]]
             head = [*first, *head, *turn]
             self.starts[i], self.ends[i] = len(head), min(len(answer), self.slot)

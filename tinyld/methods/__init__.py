@@ -28,6 +28,6 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
     known = {field.name for field in fields(method.Config)}
     own = ", ".join(map(FinetuneOptions.called, sorted(known - {"prune"}))) or "no option"
-    for option in given.keys() - known - {"budget"}:
+    for option in (option for option in given if option not in known and option != "budget"):
         raise UsageError(f"{FinetuneOptions.called(option)} is not an option of {name}, which has {own}")
     return method.make_config(given, model_config)
