@@ -18,7 +18,7 @@ from tinyld.data import TaskRows
 from tinyld.evaluate import label_scores
 from tinyld.methods import METHODS as METHOD_CLASSES
 from tinyld.options import ARGUMENT, DemoOptions, EvalOptions
-from tinyld.runs import ADAPTER, MANIFEST, MODEL, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, CONFIG, MANIFEST, METRICS, MODEL, RESULTS, RunFolder
 from tinyld.scores import show, show_classes
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -133,6 +133,8 @@ def test_pretraining_goes_by_default_to_a_folder_named_by_preset_and_seed(place:
     assert "parameters" in ran.stderr and ran.json["run"] == "runs/base-nano-s3" and ran.json["nll_bound"] > 0
     config = RunFolder(Path("runs/base-nano-s3")).config
     assert (config["train"]["batch_size"], config["train"]["flat"]) == (16, 0.8)
+    names = {p.name for p in Path("runs/base-nano-s3").iterdir()}
+    assert names >= {CONFIG, MODEL, METRICS, MANIFEST, RESULTS, "tokenizer.json"}
 
 
 @pytest.mark.parametrize("method", METHODS)
