@@ -253,6 +253,65 @@ def hazards(table: dict[int, float]) -> Callable[[Tensor], Tensor]:
     return logits
 
 
+WANTED = [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def fitting(likely: int) -> Callable[[Tensor], Tensor]:
+    """Logits of a text WANTED, likely of another length, whose gaps are filled from the left: with a last expand where
+    they are too short, with deletes where they are too long."""
+
+    def logits(x: Tensor) -> Tensor:
+        found = torch.full((*x.shape, 13), -30.0)
+        for row, ids in enumerate(x.tolist()):
+            text = ids[START : ids.index(EOS)] if EOS in ids else ids[START:-2]
+            known = [token for token in text if token != MASK]
+            if EOS not in ids:
+                found[row, START + likely, EOS] = 4.0  # likely, not sure
+            last, need = 4, list[int]()
+            for i, token in enumerate(text):
+                if token != MASK:
+                    last = token
+                    continue
+                behind = next((t for t in text[i:] if t != MASK), 13)
+                masks = next((j for j, t in enumerate(text[i:]) if t != MASK), len(text) - i)
+                if i == 0 or text[i - 1] != MASK:
+                    need = list(range(last + 1, behind))
+                if not need:
+                    token = FORBIDDEN[0]  # delete
+                elif masks == 1 and len(need) > 1:
+                    token = FORBIDDEN[2]  # expand
+                else:
+                    token = need.pop(0)
+                found[row, START + i, token] = 3.0 + 0.1 * (token % 3) if len(known) < 3 else 9.0
+        return found
+
+    return logits
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "klass", "ancestral"])
+@pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 11])
+def test_a_text_becomes_as_long_as_it_has_to_be(sampler: str, length: int) -> None:
+    x, answer_mask, attention_mask = batch = slot(12, 2)
+    edits, seen = (FORBIDDEN[2], FORBIDDEN[0]), list[Tensor]()
+    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS, lambda x, share: seen.append(x.clone())
+    out, passes = decode(giving(fitting(length)), *batch, *given, edits=edits)
+    assert out[answer_mask].view(2, 12).tolist() == [[*WANTED, *[EOS] * 4]] * 2
+    assert torch.equal(out[~answer_mask], x[~answer_mask]) and (passes <= 16).all()
+    assert not any(torch.isin(x, torch.tensor(edits)).any() for x in seen), "they are carried out at once"
+    out, _ = decode(giving(fitting(length)), *batch, *given)
+    assert int((out[0] == EOS).sum()) == 12 - length, "who was not taught them keeps to its length"
+
+
+@pytest.mark.parametrize("steps", [None, 1, 2, 5])
+def test_who_always_wants_a_longer_text_fills_its_slot_in_a_bounded_number_of_passes(steps: int | None) -> None:
+    greedy = giving(lambda x: hazards({2: 0.6})(x) + 40.0 * torch.eye(8)[2] * (x[..., None] == MASK))
+    batch = slot(6)
+    out, passes = decode(greedy, *batch, MASK, FORBIDDEN, SampleConfig(steps=steps), eos_id=EOS, edits=(2, 0))
+    assert not torch.isin(out, torch.tensor([0, 1, 2, MASK])).any() and int(passes) <= (steps or 6 + 5)
+    length = int((out[batch[1]] != EOS).sum())
+    assert length == 5 or (steps in (1, 2) and length < 5)
+
+
 LENGTHS = [
     ({1: 0.92, 3: 0.99}, 1),  # [EOS] is likelier at 3 than at 1, but a text seldom comes to 3
     ({0: 0.3, 1: 0.2, 2: 0.2, 3: 0.9}, 2),  # the likeliest length is 3, at 0.40; the median, passed at 0.55, is 2

@@ -73,6 +73,17 @@ def test_a_vocabulary_is_of_its_size_and_comes_back_from_its_file(english: Token
 ROLES = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 3}
 
 
+@pytest.mark.parametrize(("roles", "edits"), [
+    ({}, (2, 0)), ({"unk": None}, (2, 0)), ({"pad": 3}, None), ({"bos": 3}, None), ({"pad": 2}, None),
+    ({"pad": 7}, None),  # a word
+])  # fmt: skip
+def test_what_no_text_has_says_that_a_text_is_to_be_longer_or_shorter(
+    english: Tokenizer, tmp_path: Path, roles: dict[str, Any], edits: tuple[int, int] | None
+) -> None:
+    raw = json.loads(english.to_json()) | {"roles": ROLES | {"mask": 4} | roles}
+    assert Tokenizer.parse(json.dumps(raw).encode(), tmp_path / "tokenizer.json").edits == edits
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda raw: raw["model"]["vocab"].update(great=-1), "not a tokenizer file"),
     (lambda raw: raw["model"].update(unk_token="none"), "not a tokenizer file"),

@@ -188,7 +188,8 @@ def train_adapter(
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
         started = time.perf_counter()
-        noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id)
+        edits = tokenizer.edits if task.is_generation else None
+        noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id, edits=edits)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         steps, epochs = training.steps, training.epochs
         in_updates = steps is not None and steps * training.batch_size <= len(train_rows)

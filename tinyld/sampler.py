@@ -6,15 +6,17 @@ that it comes so far*. Before anything is written, the product of the hazards is
 pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
 token is then written in the knowledge of where its text ends. (Labels have few lengths, and the one between two that
 are likely may be a third that is not: they get the likeliest.) Asked again while it writes, a denoiser ends too soon:
-any finished sentence looks like an end, whatever is left to say. But a text of a length that does not suit it limps,
-which shows in how sure its tokens are. So it may be written in several lengths, and the likeliest text is taken (length
-parallel decoding: Mask-Predict, arXiv 1904.09324).
+any finished sentence looks like an end, whatever is left to say. But a text of a length that does not suit it limps.
+So training teaches two ids more, which no text has (DreamOn, arXiv 2602.01326): `expand`, where a gap between words is
+too short for what is missing, which becomes two masks, and `delete`, where it is too long, which becomes none. Besides,
+a text may be written in several lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv
+1904.09324).
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +37,13 @@ LIKELIEST = -1.0  # in place of such a share
 def decode(
     denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
     config: SampleConfig, generator: torch.Generator | None = None, eos_id: int | None = None, watch: Any = None,
-    is_label: bool = False,
+    is_label: bool = False, edits: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
-    slot. A label's length is the likeliest one. Passes count in all lengths that a text is written in. `watch` is
-    called after every pass with x, and `share`, how much of all that is to be written was."""
+    slot. A label's length is the likeliest one; that of other texts changes where the ids `edits`, expand and delete,
+    are predicted. Passes count in all lengths that a text is written in. `watch` is called after every pass with x, and
+    `share`, how much of all that is to be written was."""
 
     def shown(nth: int = 0, lengths: int = 1) -> Any:
         return watch and (lambda x: watch(x, share=(nth + float((x != mask_id)[answer_mask].float().mean())) / lengths))
@@ -50,6 +53,8 @@ def decode(
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
         return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown())[:2]
+    unfit = is_label or edits is None or config.sampler == "revise"
+    stretch = None if unfit else Stretch(*edits, eos_id, answer_mask)
     real = None if bool(attention_mask.all()) else attention_mask
     first = denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask)
     first[:, forbidden] = -torch.inf
@@ -68,9 +73,10 @@ def decode(
         out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
             never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share,
+            stretch,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
-        sure = torch.where(lengths == 0, empty, score / lengths).where(is_new, -torch.inf)
+        sure = torch.where(lengths == 0, empty, score).where(is_new, -torch.inf)
         best = torch.where((sure > likeliest)[:, None], out, best)
         passes, likeliest = passes + used, torch.maximum(likeliest, sure)
     return best, passes
@@ -101,14 +107,16 @@ def fill_and_revise(
 def fill_in(
     denoiser: Any, x: Tensor, inside: Tensor, attended: Tensor, prompt_mask: Tensor, mask_id: int,
     forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None,
-    first: Tensor | None = None, share: Any = 1.0,
+    first: Tensor | None = None, share: Any = 1.0, stretch: "Stretch | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x with the masks `inside` filled in, passes of each row, log-likelihood of its tokens as they were written). The
+    """(x with the masks `inside` filled in, passes of each row, log-likelihood of a token of it as it was written). The
     denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are the
     logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
-    these are: what is not sure is not written from them, unless that is the last pass."""
-    x, step, begun_before = x.clone(), 0, first is not None
-    passes, score = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
+    these are: what is not sure is not written from them, unless that is the last pass. With `stretch` a
+    text becomes longer or shorter, in all but the last of `steps`, or of as many passes as its slot has tokens."""
+    x, inside, attended, step, begun_before = x.clone(), inside.clone(), attended.clone(), 0, first is not None
+    passes, (score, written) = torch.zeros(len(x), dtype=torch.long), torch.zeros((2, len(x)), device=x.device)
+    last_edit = (config.steps or int(stretch.slot.sum(1).max())) - 1 if stretch else 0
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
@@ -117,7 +125,12 @@ def fill_in(
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
             logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
-        logits[:, forbidden] = -torch.inf
+        never, room = forbidden, None
+        if stretch and first is None and step < last_edit:
+            room = stretch.slot[rows].sum(1) - inside[rows].sum(1) - 1
+            logits[(room < 1)[masked.nonzero()[:, 0]], stretch.expand] = -torch.inf
+            never = [token for token in forbidden if token not in stretch[:2]]
+        logits[:, never] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
@@ -133,12 +146,39 @@ def fill_in(
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
         tokens = accept(confidence, doubts, masked, config, steps, step, generator, forced=first is None)
-        x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
+        chosen = spread(token, masked)
+        if room is not None:  # several at once may be too long
+            grown = tokens & (chosen == stretch.expand)
+            tokens &= ~grown | (grown.cumsum(1) <= room[:, None])
+        x[rows, :length] = torch.where(tokens, chosen, x[rows, :length])
         score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
+        written[rows] += tokens.sum(1)
+        if room is not None and bool(torch.isin(chosen[tokens], torch.tensor(stretch[:2]).to(x)).any()):
+            x, inside, attended, last = *stretch.edited(x, inside, attended, mask_id), None
         step, first = step + 1, None
         if watch is not None:
             watch(x)
-    return x, passes, score
+    return x, passes, score / written.clamp(min=1)
+
+
+class Stretch(NamedTuple):
+    """What makes texts longer or shorter while they are written: each `expand` becomes two masks, each `delete` none,
+    and what follows in its slot moves (DreamOn, arXiv 2602.01326)."""
+
+    expand: int
+    delete: int
+    eos: int
+    slot: Tensor  # (B, L) bool
+
+    def edited(self, x: Tensor, inside: Tensor, attended: Tensor, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        place = torch.arange(x.shape[1], device=x.device).expand_as(x)
+        grows, shrinks = inside & (x == self.expand), inside & (x == self.delete)
+        copies = 1 + grows.long() - shrinks.long()
+        source = torch.where(self.slot, torch.searchsorted(copies.cumsum(1), place.contiguous(), right=True), place)
+        is_behind = self.slot & (source >= (self.slot * (place + 1)).amax(1, keepdim=True))
+        source = source.clamp(max=x.shape[1] - 1)
+        x = torch.where(grows, mask_id, x).gather(1, source).masked_fill(is_behind, self.eos)
+        return x, inside.gather(1, source) & ~is_behind, attended.gather(1, source) & ~is_behind
 
 
 def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

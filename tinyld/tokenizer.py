@@ -96,6 +96,10 @@ class Tokenizer:
         self.special = tuple(special.values())
         # what decoding may not choose: all special tokens but [EOS], which ends an answer
         self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
+        # [BOS] and [PAD], which no text has, say where a text is to be longer (`expand`) or shorter (`delete`)
+        edits = self.bos_id, self.pad_id
+        are_free = len({*edits, self.mask_id, self.unk_id}) == 4 and {*edits} <= {*self.never_written}
+        self.edits = edits if are_free else None
         with library(where):
             # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a
             # part of the word behind it (byte-level BPE).
