@@ -129,17 +129,18 @@ def noise_answers(
     return parts
 
 
-MISFIT = 0.2  # share of the rows with a length in which a gap does not fit
+MISFIT = 0.2  # share of the rows with a length in which a gap, if there is one, does not fit
 LONGEST_GAP = 6  # tokens, of one that does not
 
 
 def misfit(
     noised: Noised, text: Tensor, slot: Tensor, edits: tuple[int, int], mask_id: int, generator: torch.Generator
 ) -> Noised:
-    """In a fifth of the rows one short gap, a run of masks or what is between two visible tokens, has fewer or more
-    masks than tokens are missing. Where there are too few, its last is to be `edits`[0], expand, which stands for two
-    masks; where there are too many, those behind its tokens are to be `edits`[1], delete, which stands for none (after
-    DreamOn, arXiv 2602.01326). text, slot: (B, L), the answer's tokens before its [EOS], and all of its slot."""
+    """A fifth of the rows get, in one short gap if they have one (a run of masks, or nothing between two visible
+    tokens), fewer or more masks than tokens are missing. Where there are too few, the last is to be `edits`[0], expand,
+    which stands for two; where there are too many, those behind its tokens are to be `edits`[1], delete, which stands
+    for none (after DreamOn, arXiv 2602.01326). text, slot: (B, L), the answer's tokens before its [EOS], and all of its
+    slot."""
     n, place = text.shape[0], torch.arange(text.shape[1]).expand_as(text)
     masked, (chosen, way, far) = noised.is_masked, torch.rand((3, n, 1), generator=generator)
     too_many, by = way < 0.5, 1 + (far > 0.6).long() + (far > 0.85)

@@ -112,8 +112,8 @@ def fill_in(
     """(x with the masks `inside` filled in, passes of each row, log-likelihood of a token of it as it was written). The
     denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are the
     logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
-    these are: what is not sure is not written from them, unless that is the last pass. With `stretch` a
-    text becomes longer or shorter, in all but the last of `steps`, or of as many passes as its slot has tokens."""
+    these are: what is not sure is not written from them, unless that is the last pass. With `stretch` a text becomes
+    longer or shorter, in all but the last of `steps`, or of as many passes as its slot has tokens."""
     x, inside, attended, step, begun_before = x.clone(), inside.clone(), attended.clone(), 0, first is not None
     passes, (score, written) = torch.zeros(len(x), dtype=torch.long), torch.zeros((2, len(x)), device=x.device)
     last_edit = (config.steps or int(stretch.slot.sum(1).max())) - 1 if stretch else 0
