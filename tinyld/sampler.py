@@ -72,8 +72,7 @@ def decode(
         inside = answer_mask & ~behind & is_new[:, None]
         out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
-            never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share,
-            stretch,
+            never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share, stretch,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure = torch.where(lengths == 0, empty, score).where(is_new, -torch.inf)
