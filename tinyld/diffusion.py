@@ -129,6 +129,14 @@ def noise_answers(
     return parts
 
 
+def moved(slot: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """(the place that each place of (B, L) takes its token from, which of a slot would take it from behind the slot):
+    what follows in a slot moves as `source` says, and nothing else does."""
+    place = torch.arange(slot.shape[1], device=slot.device)
+    is_behind = slot & (source >= (slot * (place + 1)).amax(1, keepdim=True))
+    return torch.where(slot, source, place).clamp(0, slot.shape[1] - 1), is_behind
+
+
 MISFIT = 0.2  # share of the rows with a length in which a gap, if there is one, does not fit
 LONGEST_GAP = 6  # tokens, of one that does not
 
@@ -151,11 +159,9 @@ def misfit(
     at = torch.where(fits, torch.rand(text.shape, generator=generator), -1.0).argmax(1, keepdim=True)
     shift = torch.where(fits.any(1, keepdim=True), torch.where(too_many, -by, by), 0)
     cut = at + 1 - shift.clamp(min=0)  # what is from here on moves
-    source = torch.where(slot & (place >= cut), place + shift, place)
+    source, is_lost = moved(slot, torch.where(place >= cut, place + shift, place))
     seen = torch.ones_like(text) if noised.attention_mask is None else noised.attention_mask
-    end = (slot * (place + 1)).max(1, keepdim=True).values
-    is_new, is_lost = slot & (place >= cut) & (place < cut - shift), slot & (source >= end)
-    source = source.clamp(0, text.shape[1] - 1)
+    is_new = slot & (place >= cut) & (place < cut - shift)
     x0 = noised.x0.gather(1, source).masked_fill(is_new, edits[1])
     x0 = torch.where((shift > 0) & (place == cut - 1), edits[0], x0)
     is_masked = masked.gather(1, source) & ~is_lost | is_new

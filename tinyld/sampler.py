@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld.config import DRAWN, SampleConfig
-from tinyld.diffusion import all_finite
+from tinyld.diffusion import all_finite, moved
 
 REVISED = 0.7  # of the temperature, where a token is written anew
 RUN = 4  # tokens that a text has once
@@ -170,12 +170,10 @@ class Stretch(NamedTuple):
     slot: Tensor  # (B, L) bool
 
     def edited(self, x: Tensor, inside: Tensor, attended: Tensor, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.arange(x.shape[1], device=x.device).expand_as(x)
+        place = torch.arange(x.shape[1], device=x.device).expand_as(x).contiguous()
         grows, shrinks = inside & (x == self.expand), inside & (x == self.delete)
         copies = 1 + grows.long() - shrinks.long()
-        source = torch.where(self.slot, torch.searchsorted(copies.cumsum(1), place.contiguous(), right=True), place)
-        is_behind = self.slot & (source >= (self.slot * (place + 1)).amax(1, keepdim=True))
-        source = source.clamp(max=x.shape[1] - 1)
+        source, is_behind = moved(self.slot, torch.searchsorted(copies.cumsum(1), place, right=True))
         x = torch.where(grows, mask_id, x).gather(1, source).masked_fill(is_behind, self.eos)
         return x, inside.gather(1, source) & ~is_behind, attended.gather(1, source) & ~is_behind
 
