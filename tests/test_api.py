@@ -73,7 +73,8 @@ def learning(*rows: Any) -> Any:
 
 @pytest.mark.parametrize(("call", "part"), [
     (learning(("a", "b", "c")), "a row is"), (learning(1, 2), "a row is"),
-    (learning(("rain", ""), ("sun", "happy")), "line 1: column 'label' is empty"),
+    (learning(("rain", ""), ("sun", "happy")), "line 1: column 'label' is empty; fill it in or delete the row"),
+    (learning(("a", "x"), (" ", "y"), ("", "x")), "line 2: column 'text' is empty, as it is in 1 more of 3 rows"),
     (learning(("rain", None), ("sun", "happy")), "line 1: column 'label' must hold text"),
     (learning(("rain", {1}), ("sun", "happy")), "a row holds texts and numbers"),
     (learning(*((str(i), f"l{i}") for i in range(9))), "9 different labels"),

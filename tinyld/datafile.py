@@ -62,6 +62,11 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     for where, row in rows if is_named else ():
         is_names = (row.get(text), row.get(label)) == (text, label)
         check(not is_names, f"{where}: names the columns once more; delete the line")
+    for column in (text, label):
+        lack = [where for where, row in rows if isinstance(row.get(column), str) and not clean(row[column])]
+        if len(lack) > 1:
+            many = f"is empty, as it is in {len(lack) - 1:,} more of {len(rows):,} rows; fill it in or delete them"
+            raise TinyldError(f"{lack[0]}: column {show(column)} {many}")
     if options.answer_column is not None:
         answers = [answer for where, row in rows for answer in references(row, label, where)]
         longest = max(len(tokenizer.encode(tokenizer.blank + answer)) for answer in answers)
