@@ -124,39 +124,46 @@ def test_some_rows_of_a_task_are_asked_for_their_length_and_the_others_are_told(
     assert told.x0.shape[1] == 2 + min(6, 1 + max(int((row >= 20).sum()) for row in told.x0))
 
 
-def test_a_gap_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its expands and deletes carried out, what is shown is the text again, less what its expands stand for."""
-    lengths, width, edits = random.Random(0).choices(range(25), k=400), 24, (2, 0)
-    batch, plain, found = slots(lengths, width), diffusion.MISFIT, []
-    batch.x0[:, -1], batch.answer_mask[:, -1], batch.tail_mask[:, -1] = 9, False, False  # a prompt behind the slot
-    for share in (plain, 1.0):
-        monkeypatch.setattr(diffusion, "MISFIT", share)
-        _, told = noise_answers(batch, MASK, seeded(1), edits)
-        attended = torch.ones_like(told.is_masked) if told.attention_mask is None else told.attention_mask
-        kinds = set()
-        for row in range(len(told.t)):
-            x0, masked = told.x0[row].tolist(), told.is_masked[row].tolist()
-            assert x0[:2] == [7, 7] and not any(masked[:2]) and torch.equal(told.xt[row] == MASK, told.is_masked[row])
-            shown = [i for i in range(2, min(len(x0), 1 + width)) if attended[row, i]]
-            text = [x0[i] for i in shown if x0[i] != EOS]
-            assert shown == list(range(2, 2 + len(shown))) and len(shown) - len(text) == (len(text) < width - 1)
-            assert len(x0) < 2 + width or (x0[-1] == 9 and attended[row, -1] and not masked[-1])
-            assert not text or float(told.t[row]) == pytest.approx(sum(masked) / len(text))
-            real, kind = [i for i in text if i != edits[1]], sum(i in edits for i in text)
-            for i, token in enumerate(real):
-                before = real[i - 1] if i else 19
-                assert token == edits[0] or before == edits[0] or token == before + 1
-            assert all(masked[2 + i] for i, token in enumerate(text) if token in edits)
-            kinds |= {(edits[0] in text) - (edits[1] in text)} if kind else {0}
-            found.append(kind > 0)
-        assert kinds == {-1, 0, 1}
-        rate, found = sum(found) / len(found), []
-        assert 0.05 < rate < 0.19 if share == plain else rate > 0.45, (
-            "four standard deviations; not all have such a gap"
-        )
-    assert not any(
-        bool(torch.isin(part.x0, torch.tensor(edits)).any()) for part in noise_answers(batch, MASK, seeded(1))
-    )
+DELETE = 0
+
+
+@pytest.mark.parametrize("at_once", [1, 400])
+@pytest.mark.parametrize(("share", "least", "most"), [(diffusion.MISFIT, 0.02, 0.12), (1.0, 0.6, 1.0)])
+def test_a_gap_that_is_too_long_says_so(
+    at_once: int, share: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what is to be deleted, what is shown is the text again. Some texts have no short gap, or no room."""
+    lengths, width, places = random.Random(0).choices(range(25), k=400), 24, list[list[int]]()
+    monkeypatch.setattr(diffusion, "MISFIT", share)
+    for first in range(0, 400, at_once):
+        batch = slots(lengths[first : first + at_once], width)
+        if at_once > 1:  # a prompt behind the slot
+            batch.x0[:, -1], batch.answer_mask[:, -1], batch.tail_mask[:, -1] = 9, False, False
+        room = int(batch.answer_mask[0].sum())
+        for part in noise_answers(batch, MASK, seeded(first), DELETE):
+            if (part.is_masked & (part.x0 == EOS)).any():  # is asked for its length
+                assert not (part.x0 == DELETE).any()
+                continue
+            attended = torch.ones_like(part.is_masked) if part.attention_mask is None else part.attention_mask
+            for row, t in enumerate(part.t.tolist()):
+                x0, masked = part.x0[row].tolist(), part.is_masked[row].tolist()
+                assert (
+                    x0[:2] == [7, 7] and not any(masked[:2]) and torch.equal(part.xt[row] == MASK, part.is_masked[row])
+                )
+                assert len(x0) <= 2 + room or (x0[-1] == 9 and attended[row, -1] and not masked[-1])
+                shown = [i for i in range(2, min(len(x0), 2 + room)) if attended[row, i]]
+                text = [x0[i] for i in shown if x0[i] != EOS]
+                assert shown == list(range(2, 2 + len(shown))) and len(shown) - len(text) == (len(text) < room)
+                assert t == pytest.approx(sum(masked) / max(1, len(text)))
+                assert [token for token in text if token != DELETE] == list(
+                    range(20, 20 + len(text) - text.count(DELETE))
+                )
+                places.append([i - len(text) for i, token in enumerate(text) if token == DELETE and masked[2 + i]])
+                assert len(places[-1]) == text.count(DELETE) <= 3
+    some = [own for own in places if own]
+    assert least < len(some) / len(places) <= most, "four standard deviations"
+    assert all(own[-1] - own[0] == len(own) - 1 for own in some), "side by side"
+    assert {own[-1] == -1 for own in some} == {True, False}, "at the end, and not"
 
 
 def test_answers_that_all_fill_their_slots_are_asked_for_no_length_and_one_token_is_always_masked() -> None:

@@ -275,6 +275,24 @@ def test_a_generation_task_has_a_bound_and_no_accuracy(model: Denoiser, tokenize
     assert bound.passes_per_row == 0 and bound.record()["nll_bound"] == record["nll_bound"], "nothing is written"
 
 
+@pytest.mark.parametrize("deletes", [False, True])
+def test_a_text_becomes_shorter_if_its_run_has_learned_to(
+    deletes: bool, model: Denoiser, tokenizer: Tokenizer, tale: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def eager(xt: Tensor, *told: Any, where: Tensor) -> Tensor:
+        """Writes a text of six tokens; a delete, where it may be."""
+        places = torch.zeros(*xt.shape, tokenizer.vocab_size)
+        places[..., tokenizer.delete_id], places[..., 9] = 9.0, 1.0
+        if where[0].sum() == 8:  # where does it end?
+            places[:, int(where[0].int().argmax()) + 6, tokenizer.eos_id] = 20.0
+        return places[where]
+
+    monkeypatch.setattr(model, "forward", eager)
+    rows = TaskRows([Example("the film :", "", "it was", None)] * 3, replace(tale, deletes=deletes), tokenizer, 48)
+    found = evaluate(model, rows, tokenizer)
+    assert {text for _, _, text in found.predictions} == {"" if deletes else tokenizer.decode([9] * 6)}
+
+
 def test_written_texts_are_scored_beside_all_their_references(tokenizer: Tokenizer, tale: Task) -> None:
     right = ("a bad plot", "The film was bad.")
     examples = [Example("Film :", "", right[0], None, right), Example("The music :", "", "it was dull", None)]

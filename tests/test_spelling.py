@@ -84,6 +84,7 @@ def test_a_run_keeps_how_its_texts_are_spelled_and_predict_and_eval_spell_so(pla
     made = tinyld.finetune(rows, answer_column="answer", out="mine", **options)
     tinyld.finetune(place / "tell.toml", out="tell", **options)
     assert made.tasks[0].spelling == Spelling(True, False, {"rain": "RAIN", "sky": "Sky", "sun": "SUN"})
+    assert made.tasks[0].deletes, "it learned that, too"
     ours = tinyld.load("mine").predict(["Sun 1"])[0]["answer"]
     assert ours == made.tasks[0].spelling.restore(ours.lower(), "Sun 1 :", "", False) != ours.lower()
     good("eval", "mine", "--predictions", "said", "--quiet")

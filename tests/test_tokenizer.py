@@ -73,15 +73,15 @@ def test_a_vocabulary_is_of_its_size_and_comes_back_from_its_file(english: Token
 ROLES = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 3}
 
 
-@pytest.mark.parametrize(("roles", "edits"), [
-    ({}, (2, 0)), ({"unk": None}, (2, 0)), ({"pad": 3}, None), ({"bos": 3}, None), ({"pad": 2}, None),
+@pytest.mark.parametrize(("roles", "delete"), [
+    ({}, 0), ({"unk": None}, 0), ({"bos": 3}, 0), ({"pad": 3}, None), ({"pad": 2}, None), ({"pad": 4}, None),
     ({"pad": 7}, None),  # a word
 ])  # fmt: skip
-def test_what_no_text_has_says_that_a_text_is_to_be_longer_or_shorter(
-    english: Tokenizer, tmp_path: Path, roles: dict[str, Any], edits: tuple[int, int] | None
+def test_padding_says_that_a_token_is_too_many_where_no_text_has_it(
+    english: Tokenizer, tmp_path: Path, roles: dict[str, Any], delete: int | None
 ) -> None:
     raw = json.loads(english.to_json()) | {"roles": ROLES | {"mask": 4} | roles}
-    assert Tokenizer.parse(json.dumps(raw).encode(), tmp_path / "tokenizer.json").edits == edits
+    assert Tokenizer.parse(json.dumps(raw).encode(), tmp_path / "tokenizer.json").delete_id == delete
 
 
 @pytest.mark.parametrize(("change", "message"), [

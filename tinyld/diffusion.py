@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld.data import Batch
@@ -97,14 +98,12 @@ def noise_counted(batch: Batch, mask_id: int, generator: torch.Generator, prompt
 OPEN = 0.25  # share of the rows of a task that are asked for their length
 
 
-def noise_answers(
-    batch: Batch, mask_id: int, generator: torch.Generator, edits: tuple[int, int] | None = None
-) -> list[Noised]:
+def noise_answers(batch: Batch, mask_id: int, generator: torch.Generator, delete: int | None = None) -> list[Noised]:
     """A task's rows, as decoding meets them: first a length, then the tokens. Where answers do not all fill their
     slots, a quarter of the rows are asked for their length: their whole slots are masked, and scored up to the [EOS].
     So the chance of [EOS] at a position is that the text ends there given that it comes so far. In the others the [EOS]
     is seen, what is behind it leaves the row, and so many of the tokens before it are masked as `noise_counted`
-    says; with `edits` some of them teach that the length does not suit (`misfit`)."""
+    says; with the id `delete` some of them teach that the length does not suit (`misfit`)."""
     if batch.tail_mask is None:
         return [noise_counted(batch, mask_id, generator)]
     x0, answer_mask, attention_mask, tail_mask = batch.x0, batch.answer_mask, batch.attention_mask, batch.tail_mask
@@ -120,53 +119,37 @@ def noise_answers(
         seen = (attention_mask & ~tail_mask | end)[told]
         part = Batch(x0[told], text[told], seen, batch.rows[told])
         noised = noise_counted(part, mask_id, generator, prompt_mask[told])
-        if edits is not None:
-            noised = misfit(noised, text[told], answer_mask[told], edits, mask_id, generator)
-        if noised.attention_mask is not None:
-            seen = noised.attention_mask
+        if delete is not None:
+            noised = misfit(noised, text[told], answer_mask[told], delete, mask_id, generator)
+            seen = torch.ones_like(seen) if noised.attention_mask is None else noised.attention_mask
         width = int(seen.any(0).nonzero()[-1]) + 1  # behind it no row attends to anything
         parts.append(noised.map(lambda tensor: tensor[:, :width] if tensor.dim() > 1 else tensor))
     return parts
 
 
-def moved(slot: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """(the place that each place of (B, L) takes its token from, which of a slot would take it from behind the slot):
-    what follows in a slot moves as `source` says, and nothing else does."""
-    place = torch.arange(slot.shape[1], device=slot.device)
-    is_behind = slot & (source >= (slot * (place + 1)).amax(1, keepdim=True))
-    return torch.where(slot, source, place).clamp(0, slot.shape[1] - 1), is_behind
+MISFIT = 0.1  # share of the rows with a length in which a gap, if there is one, is too long
+LONGEST_GAP = 6  # tokens, of one that is
 
 
-MISFIT = 0.2  # share of the rows with a length in which a gap, if there is one, does not fit
-LONGEST_GAP = 6  # tokens, of one that does not
-
-
-def misfit(
-    noised: Noised, text: Tensor, slot: Tensor, edits: tuple[int, int], mask_id: int, generator: torch.Generator
-) -> Noised:
-    """A fifth of the rows get, in one short gap if they have one (a run of masks, or nothing between two visible
-    tokens), fewer or more masks than tokens are missing. Where there are too few, the last is to be `edits`[0], expand,
-    which stands for two; where there are too many, those behind its tokens are to be `edits`[1], delete, which stands
-    for none (after DreamOn, arXiv 2602.01326). text, slot: (B, L), the answer's tokens before its [EOS], and all of its
-    slot."""
+def misfit(noised: Noised, text: Tensor, slot: Tensor, delete: int, mask_id: int, generator: torch.Generator) -> Noised:
+    """A tenth of the rows get, in one short gap if they have one (a run of masks, or nothing between two visible
+    tokens), more masks than tokens are missing: those behind its tokens are to be `delete`, which stands for none
+    (after DreamOn, arXiv 2602.01326). text, slot: (B, L), the answer's tokens before its [EOS], and all of its slot."""
     n, place = text.shape[0], torch.arange(text.shape[1]).expand_as(text)
-    masked, (chosen, way, far) = noised.is_masked, torch.rand((3, n, 1), generator=generator)
-    too_many, by = way < 0.5, 1 + (far > 0.6).long() + (far > 0.85)
+    masked, (chosen, far) = noised.is_masked, torch.rand((2, n, 1), generator=generator)
+    length, begin = text.sum(1, keepdim=True), slot.int().argmax(1, keepdim=True)
+    by = 1 + (far > 0.6).long() + (far > 0.85)
     run = place - torch.where(masked, -1, place).cummax(1).values  # of masks that ends here, its length
-    left = (slot.sum(1) - text.sum(1))[:, None]  # of the slot, with the [EOS]
-    fits = torch.where(too_many, (run <= LONGEST_GAP - by) & (by < left), (run > by) & (run <= LONGEST_GAP + by))
-    fits &= text & ~masked.roll(-1, 1) & (left > 0) & (chosen < MISFIT)
+    fits = slot & (place <= begin + length) & ~masked & (F.pad(run, (1, -1)) <= LONGEST_GAP - by)
+    fits &= (length + by <= slot.sum(1, keepdim=True)) & (chosen < MISFIT)
     at = torch.where(fits, torch.rand(text.shape, generator=generator), -1.0).argmax(1, keepdim=True)
-    shift = torch.where(fits.any(1, keepdim=True), torch.where(too_many, -by, by), 0)
-    cut = at + 1 - shift.clamp(min=0)  # what is from here on moves
-    source, is_lost = moved(slot, torch.where(place >= cut, place + shift, place))
+    by = torch.where(fits.any(1, keepdim=True), by, 0)
+    is_new, source = (place >= at) & (place < at + by), torch.where(slot & (place >= at + by), place - by, place)
+    x0, is_masked = noised.x0.gather(1, source).masked_fill(is_new, delete), masked.gather(1, source) | is_new
     seen = torch.ones_like(text) if noised.attention_mask is None else noised.attention_mask
-    is_new = slot & (place >= cut) & (place < cut - shift)
-    x0 = noised.x0.gather(1, source).masked_fill(is_new, edits[1])
-    x0 = torch.where((shift > 0) & (place == cut - 1), edits[0], x0)
-    is_masked = masked.gather(1, source) & ~is_lost | is_new
-    t = is_masked.sum(1) / (text.sum(1) - shift[:, 0]).clamp(min=1)
-    return noised_at(x0, is_masked, t, seen.gather(1, source) & ~is_lost | is_new, noised.prompt_mask, mask_id)
+    seen = torch.where(slot, place <= begin + length + by, seen)
+    t = is_masked.sum(1) / (length + by)[:, 0].clamp(min=1)
+    return noised_at(x0, is_masked, t, seen, noised.prompt_mask, mask_id)
 
 
 SMOOTHED = 0.2  # share of a label's probability that all labels' words should have alike

@@ -91,7 +91,7 @@ def answered(
                 model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
                 sampling, generator, tokenizer.eos_id if rows.open_ended else None,
                 lambda x, share, told=told: told(len(x) * share),
-                not rows.task.is_generation, tokenizer.edits,
+                not rows.task.is_generation, tokenizer.delete_id if rows.task.deletes else None,
             )  # fmt: skip
             written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
             if (spelling := rows.task.spelling) is not None:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,7 @@ def train_adapter(
     else:
         base = load_base(Path(kept["path"]), device, kept["dtype"], Reading(**kept.get("reading", {})))
     model, tokenizer = base.model, base.tokenizer
+    task = replace(task, deletes=task.is_generation and tokenizer.delete_id is not None)
     train_rows, dev_rows = (TaskRows(e, task, tokenizer, model.config.max_length) for e in (examples, dev))
     started_as = config.get("started_as", config["method"])
     kind, settings = read_config(started_as, where)
@@ -165,10 +166,10 @@ def train_adapter(
     facts = {"data": data | digests, "base": kept | {"fingerprint": base.fingerprint}, "parameters": counts}
     one_token = task.labels and train_rows.slot == 1  # others are learned token by token
     words = torch.tensor(answer_ids(task, tokenizer), device=device)[:, 0] if one_token else None
-    if words is not None:
-        facts["task"] = config["task"] | {"smoothed": SMOOTHED}
+    learned = {"deletes": task.deletes} if words is None else {"smoothed": SMOOTHED}
     if task.is_generation and tokenizer.lowers:
-        facts["task"] = config["task"] | {"spelling": to_dict(learn_spelling(examples, task.is_infill))}
+        learned["spelling"] = to_dict(learn_spelling(examples, task.is_infill))
+    facts["task"] = config["task"] | learned
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(
             f"{method.name} on {task.name}: {len(train_rows):,} {'answers' if task.is_generation else 'rows'}; "
@@ -188,8 +189,8 @@ def train_adapter(
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
         started = time.perf_counter()
-        edits = tokenizer.edits if task.is_generation else None
-        noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id, edits=edits)
+        delete = tokenizer.delete_id if task.deletes else None
+        noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id, delete=delete)
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         steps, epochs = training.steps, training.epochs
         in_updates = steps is not None and steps * training.batch_size <= len(train_rows)

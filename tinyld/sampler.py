@@ -6,24 +6,23 @@ that it comes so far*. Before anything is written, the product of the hazards is
 pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
 token is then written in the knowledge of where its text ends. (Labels have few lengths, and the one between two that
 are likely may be a third that is not: they get the likeliest.) Asked again while it writes, a denoiser ends too soon:
-any finished sentence looks like an end, whatever is left to say. But a text of a length that does not suit it limps.
-So training teaches two ids more, which no text has (DreamOn, arXiv 2602.01326): `expand`, where a gap between words is
-too short for what is missing, which becomes two masks, and `delete`, where it is too long, which becomes none. Besides,
-a text may be written in several lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv
-1904.09324).
+any finished sentence looks like an end, whatever is left to say. But a text that is given too long a length limps. So
+training teaches one id more, which no text has: `delete`, where a gap between words has more masks than are missing
+(after DreamOn, arXiv 2602.01326). Besides, a text may be written in several lengths, and the likeliest is taken (length
+parallel decoding: Mask-Predict, arXiv 1904.09324).
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinyld.config import DRAWN, SampleConfig
-from tinyld.diffusion import all_finite, moved
+from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
 RUN = 4  # tokens that a text has once
@@ -37,13 +36,13 @@ LIKELIEST = -1.0  # in place of such a share
 def decode(
     denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
     config: SampleConfig, generator: torch.Generator | None = None, eos_id: int | None = None, watch: Any = None,
-    is_label: bool = False, edits: tuple[int, int] | None = None,
+    is_label: bool = False, delete: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
-    slot. A label's length is the likeliest one; that of other texts changes where the ids `edits`, expand and delete,
-    are predicted. Passes count in all lengths that a text is written in. `watch` is called after every pass with x, and
-    `share`, how much of all that is to be written was."""
+    slot. A label's length is the likeliest one; other texts become shorter where the id `delete` is predicted. Passes
+    count in all lengths that a text is written in. `watch` is called after every pass with x, and `share`, how much of
+    all that is to be written was."""
 
     def shown(nth: int = 0, lengths: int = 1) -> Any:
         return watch and (lambda x: watch(x, share=(nth + float((x != mask_id)[answer_mask].float().mean())) / lengths))
@@ -53,8 +52,8 @@ def decode(
     if eos_id is None:
         masks = answer_mask, attention_mask, prompt_mask
         return fill_and_revise(denoiser, x, *masks, mask_id, forbidden, config, generator, shown())[:2]
-    unfit = is_label or edits is None or config.sampler == "revise"
-    stretch = None if unfit else Stretch(*edits, eos_id, answer_mask)
+    keeps_length = is_label or delete is None or config.sampler == "revise"
+    shrinking = None if keeps_length else (answer_mask, delete, eos_id)
     real = None if bool(attention_mask.all()) else attention_mask
     first = denoiser(x, torch.ones(len(x), device=x.device), real, prompt_mask, where=answer_mask)
     first[:, forbidden] = -torch.inf
@@ -72,7 +71,7 @@ def decode(
         inside = answer_mask & ~behind & is_new[:, None]
         out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
-            never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share, stretch,
+            never, config, generator, shown(nth, len(chances)), first[inside[answer_mask]], share, shrinking,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure = torch.where(lengths == 0, empty, score).where(is_new, -torch.inf)
@@ -106,16 +105,15 @@ def fill_and_revise(
 def fill_in(
     denoiser: Any, x: Tensor, inside: Tensor, attended: Tensor, prompt_mask: Tensor, mask_id: int,
     forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None,
-    first: Tensor | None = None, share: Any = 1.0, stretch: "Stretch | None" = None,
+    first: Tensor | None = None, share: Any = 1.0, shrinking: tuple[Tensor, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x with the masks `inside` filled in, passes of each row, log-likelihood of a token of it as it was written). The
     denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are the
     logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
-    these are: what is not sure is not written from them, unless that is the last pass. With `stretch` a text becomes
-    longer or shorter, in all but the last of `steps`, or of as many passes as its slot has tokens."""
-    x, inside, attended, step, begun_before = x.clone(), inside.clone(), attended.clone(), 0, first is not None
-    passes, (score, written) = torch.zeros(len(x), dtype=torch.long), torch.zeros((2, len(x)), device=x.device)
-    last_edit = (config.steps or int(stretch.slot.sum(1).max())) - 1 if stretch else 0
+    these are: what is not sure is not written from them, unless that is the last pass. With `shrinking` (slot (B, L),
+    delete, [EOS]) a text becomes shorter by each delete."""
+    x, step, passes, score = x.clone(), 0, torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
+    steps = inside.sum(1, keepdim=True) + (first is not None) if config.steps is None else config.steps
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
@@ -124,12 +122,8 @@ def fill_in(
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
             logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
-        never, room = forbidden, None
-        if stretch and first is None and step < last_edit:
-            room = stretch.slot[rows].sum(1) - inside[rows].sum(1) - 1
-            logits[(room < 1)[masked.nonzero()[:, 0]], stretch.expand] = -torch.inf
-            never = [token for token in forbidden if token not in stretch[:2]]
-        logits[:, never] = -torch.inf
+        delete = shrinking[1] if shrinking and first is None else None
+        logits[:, [token for token in forbidden if token != delete]] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
@@ -139,43 +133,35 @@ def fill_in(
             (logp,) = parts = [torch.cat(list(parts))]
         token, likely, doubt = choose(parts, config, generator)
         if config.sampler == "klass":
-            doubt = doubt if last is None else divergence(logp, last[1][whole[last[0]]])
+            if last is not None:
+                same = whole & last[0]
+                doubt[same[whole]] = divergence(logp[same[whole]], last[1][same[last[0]]])
             last = whole, logp
-        steps = config.steps or inside[rows].sum(1, keepdim=True) + begun_before
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
-        tokens = accept(confidence, doubts, masked, config, steps, step, generator, forced=first is None)
-        chosen = spread(token, masked)
-        if room is not None:  # several at once may be too long
-            grown = tokens & (chosen == stretch.expand)
-            tokens &= ~grown | (grown.cumsum(1) <= room[:, None])
-        x[rows, :length] = torch.where(tokens, chosen, x[rows, :length])
+        of_row = steps if config.steps else steps[rows]
+        tokens = accept(confidence, doubts, masked, config, of_row, step, generator, forced=first is None)
+        x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
         score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
-        written[rows] += tokens.sum(1)
-        if room is not None and bool(torch.isin(chosen[tokens], torch.tensor(stretch[:2]).to(x)).any()):
-            x, inside, attended, last = *stretch.edited(x, inside, attended, mask_id), None
+        if shrinking and bool(((x == shrinking[1]) & inside).any()):
+            x, inside, attended = without(x, inside, attended, *shrinking)
         step, first = step + 1, None
         if watch is not None:
             watch(x)
-    return x, passes, score / written.clamp(min=1)
+    return x, passes, score / inside.sum(1).clamp(min=1)
 
 
-class Stretch(NamedTuple):
-    """What makes texts longer or shorter while they are written: each `expand` becomes two masks, each `delete` none,
-    and what follows in its slot moves (DreamOn, arXiv 2602.01326)."""
-
-    expand: int
-    delete: int
-    eos: int
-    slot: Tensor  # (B, L) bool
-
-    def edited(self, x: Tensor, inside: Tensor, attended: Tensor, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.arange(x.shape[1], device=x.device).expand_as(x).contiguous()
-        grows, shrinks = inside & (x == self.expand), inside & (x == self.delete)
-        copies = 1 + grows.long() - shrinks.long()
-        source, is_behind = moved(self.slot, torch.searchsorted(copies.cumsum(1), place, right=True))
-        x = torch.where(grows, mask_id, x).gather(1, source).masked_fill(is_behind, self.eos)
-        return x, inside.gather(1, source) & ~is_behind, attended.gather(1, source) & ~is_behind
+def without(
+    x: Tensor, inside: Tensor, attended: Tensor, slot: Tensor, delete: int, eos_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, what of it is the text, what is attended to), all (B, L), once each `delete` in a text is gone and what
+    follows in its slot has moved up."""
+    kept, place = ~(inside & (x == delete)), torch.arange(x.shape[1], device=x.device)
+    source = torch.searchsorted(kept.cumsum(1), place.expand_as(x).contiguous(), right=True)
+    length, number = (inside & kept).sum(1, keepdim=True), slot.cumsum(1) - 1
+    inside = slot & (number < length)
+    x = torch.where(inside, x.gather(1, source.clamp(max=x.shape[1] - 1)), torch.where(slot, eos_id, x))
+    return x, inside, torch.where(slot, number <= length, attended)
 
 
 def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from tinyld.rows import SPLITS, files_of
 from tinyld.spelling import Spelling
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
-LEARNED = ("spelling", "smoothed")  # by a run
+LEARNED = ("spelling", "smoothed", "deletes")  # by a run
 OURS = ("splits", "rows_from", "download", "path", *LEARNED)  # keys of a built-in task, or filled in; no user's
 # What a run keeps of its task; beside it `path`, of the file that describes one.
 KEPT = ("name", "template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens")
@@ -51,6 +51,7 @@ class Task:
     path: Path = Path()  # of its file, or of the file of rows that it was made from
     spelling: Spelling | None = None  # of its texts, as a run learned it, where its base writes small letters alone
     smoothed: float = 0.0  # share of a label's probability that a run learned to give to all labels alike
+    deletes: bool = False  # whether a run learned to say which masks are too many
 
     def __post_init__(self) -> None:
         """Fills in what is left open; UsageError where the parts do not fit each other."""

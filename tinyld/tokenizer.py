@@ -96,10 +96,9 @@ class Tokenizer:
         self.special = tuple(special.values())
         # what decoding may not choose: all special tokens but [EOS], which ends an answer
         self.never_written = sorted({*special, self.mask_id} - {self.eos_id})
-        # [BOS] and [PAD], which no text has, say where a text is to be longer (`expand`) or shorter (`delete`)
-        edits = self.bos_id, self.pad_id
-        are_free = len({*edits, self.mask_id, self.unk_id}) == 4 and {*edits} <= {*self.never_written}
-        self.edits = edits if are_free else None
+        # [PAD], where no text has it: what is written in the place of a token that is too many
+        is_free = self.pad_id in self.never_written and self.pad_id not in (self.mask_id, self.unk_id, self.bos_id)
+        self.delete_id = self.pad_id if is_free else None
         with library(where):
             # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a
             # part of the word behind it (byte-level BPE).

@@ -84,7 +84,7 @@ def llada(
 
 def mask_predict(
     denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
-    config: SampleConfig, generator: torch.Generator, eos_id: int, watch: Any, tokens: int,
+    config: SampleConfig, generator: torch.Generator, eos_id: int, *_: Any, tokens: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tinyld.sampler.decode` by Mask-Predict."""
     masked, inside, real = answer_mask.clone(), answer_mask.clone(), attention_mask.clone()
