@@ -28,7 +28,7 @@ from tinyld.compose import compose
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
 from tinyld.evaluate import label_logp
-from tinyld.finetuning import EPOCHS, FEW, MANY, WRITING, usual_epochs
+from tinyld.finetuning import BATCH, EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
 from tinyld.options import ComposeOptions, EvalOptions
 from tinyld.predict import ONE_AT_A_TIME
@@ -104,17 +104,20 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
     assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
 
 
-def test_few_rows_are_read_more_often(place: Path) -> None:
+def test_few_rows_are_read_more_often_and_texts_by_fewer_at_once(place: Path) -> None:
     mood, tell = (load_task(str(place / f"{name}.toml")) for name in ("mood", "tell"))
     epochs, least, most = FEW
     assert usual_epochs(mood, 40, 32) == least / 2 and usual_epochs(mood, 300, 32) == epochs
     assert usual_epochs(mood, 640, 32) == most / 20 and usual_epochs(mood, 80, 1) == 3
     _, least, most = WRITING
-    assert usual_epochs(tell, 15, 32) == EPOCHS and usual_epochs(tell, 15, 1) == math.ceil(least / 15)
-    assert usual_epochs(tell, 100, 1) == 8 and usual_epochs(tell, 300, 1) == most / 300
-    assert usual_epochs(tell, 18_102, 32) == usual_epochs(tell, 67_349, 32) == usual_epochs(mood, MANY - 1, 32) == 3
+    assert usual_epochs(tell, 15, BATCH) == EPOCHS and usual_epochs(tell, 30, 1) == math.ceil(least / 30)
+    assert usual_epochs(tell, 400, 1) == 8 and usual_epochs(tell, 1_200, 1) == most / 1_200
+    assert usual_epochs(tell, 18_102, 8) == usual_epochs(tell, 67_349, 8) == usual_epochs(mood, MANY - 1, 32) == 3
     assert usual_epochs(mood, MANY, 32) == 1
-    tinyld.finetune(place / "mood.toml", base=place / "base", out="mood", method="bitfit", quiet=True)
+    for name, batch_size in (("mood", 32), ("tell", BATCH)):
+        options = {"base": place / "base", "method": "bitfit", "quiet": True}
+        tinyld.finetune(place / f"{name}.toml", out=name, **options | ({} if name == "mood" else {"steps": 1}))
+        assert RunFolder(Path(name)).config["train"]["batch_size"] == batch_size
     assert RunFolder(Path("mood")).config["train"]["epochs"] == FEW[1] / 2
 
 

@@ -211,6 +211,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     epochs: float | None = option(None, "Passes: 3; more of few rows or to write, 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
+    batch_size: int | None = option(None, "Rows an update reads: 32, or 8 to write.", "Training", least=1)
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
     ranks: tuple[int, ...] | str | None = option(
         None, "Rank by noise band, high first: 64,32,8 (with --budget: their proportion); or auto."
@@ -301,7 +302,7 @@ class CompareOptions(Table, Reading, RowOptions):
     trials: int = option(3, "Learning rates of each task and method, tried on dev.", "Grid", least=1, most=5)
     epochs: float | None = option(None, "Passes over the rows; as finetune has them if not given.", "Grid", above=0)
     steps: int | None = option(None, "Optimizer updates, instead of --epochs.", "Grid", least=1)
-    batch_size: int = option(Loop.batch_size, "Rows an update reads.", "Grid", least=1)
+    batch_size: int | None = option(None, "Rows an update reads; as finetune has them.", "Grid", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", "Grid")
     out: Path = option(Path("runs/compare"), "Folder of all runs; finished ones are not run again.", "Output")
 
