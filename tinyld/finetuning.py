@@ -41,8 +41,8 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # 12 updates, which teach nothing. Writing takes longer to learn: eight epochs, between 1,600 and 4,800 updates. No row
 # is read more than EPOCHS times. Labels of MANY rows are learned in one epoch: on SST-2's 67,349 phrases three had
 # about three points less by full fine-tuning, and one less by `best`. Texts are read BATCH at once, as each has more to
-# teach than a label: after 9,600 of WebNLG `best` had 2.28 nats for 2.38 by 32 at once and `full` 1.54 for 1.70 (100
-# dev texts), in a fifth and two fifths more time; labels are learned as well by 32.
+# teach than a label: after 9,600 of WebNLG `best` had 1.65 nats for 1.71 by 32 at once, `full` 1.19 for 1.25
+# (data/results/writing-variants.csv); labels are learned as well by 32.
 FEW, WRITING, EPOCHS, MANY, BATCH = (20, 90, 220), (8, 1_600, 4_800), 100, 30_000, 8
 SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names

@@ -1,7 +1,7 @@
 """WebNLG with 4,000 inputs to train on, one text each: what a user's own set is like.
 
 python data/results/webnlg_part.py $TINYLD_DATA/webnlg part
-tinyld finetune --task webnlg --data part --epochs 8 --batch-size 32 --method full     # or --set budget=2.8%, or as it is
+tinyld finetune --task webnlg --data part --epochs 8 --batch-size 32 --method full  # or --set budget=2.8%, or as it is
 """
 
 import json
