@@ -113,7 +113,8 @@ def fill_in(
     these are: what is not sure is not written from them, unless that is the last pass. With `shrinking` (slot (B, L),
     delete, [EOS]) a text becomes shorter by each delete."""
     x, step, passes, score = x.clone(), 0, torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
-    steps = inside.sum(1, keepdim=True) + (first is not None) if config.steps is None else config.steps
+    lengths = inside.sum(1, keepdim=True) + (first is not None)  # as many passes as tokens, where nothing is said
+    later = [token for token in forbidden if not shrinking or token != shrinking[1]]  # forbidden after `first`
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
@@ -122,8 +123,7 @@ def fill_in(
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
             logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
-        delete = shrinking[1] if shrinking and first is None else None
-        logits[:, [token for token in forbidden if token != delete]] = -torch.inf
+        logits[:, later if first is None else forbidden] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
@@ -139,8 +139,8 @@ def fill_in(
             last = whole, logp
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
-        of_row = steps if config.steps else steps[rows]
-        tokens = accept(confidence, doubts, masked, config, of_row, step, generator, forced=first is None)
+        steps = config.steps or lengths[rows]
+        tokens = accept(confidence, doubts, masked, config, steps, step, generator, forced=first is None)
         x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
         score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
