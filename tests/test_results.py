@@ -62,6 +62,10 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
         ("webnlg-before.csv", ("52.2", "41.7", "44.1", "40.6")),
         ("fast-forms.csv", ("88.3 ± 1.5", "89.4 ± 1.5")),
         ("learning-curve.csv", ("5.518", "6.647")),
+        (
+            "spectrum.csv",
+            ("164.8", "176.1", "166.5", "95.92", "94.39", "55.34", "39.77", "45.12", "45.31", "0.9033", "0.9192"),
+        ),
         ("calibration.csv", ("0.0202", "0.0467", "0.2065", "0.3127", "0.0152", "0.0437", "0.144", "0.2825", "0.9996")),
     ):
         made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
