@@ -25,6 +25,7 @@ from tinyld.families import FAMILIES
 from tinyld.foreign import load_foreign
 from tinyld.methods import METHODS, make_config
 from tinyld.model import head_nll
+from tinyld.predict import load
 from tinyld.rows import Example
 from tinyld.sampler import decode
 from tinyld.tasks import load_task
@@ -551,6 +552,35 @@ def test_a_damaged_folder_is_refused_in_one_line_or_is_the_same_model(kind: str,
         shutil.rmtree(tmp_path / "bad")
     least = 0.8 if kind in KINDS else 0.55  # fewer of an encoder's, which may hold what is others'
     assert refused >= least * changes
+
+
+def published(logits: Reference, prompt: list[int], width: int, passes: int, block: int, mask: int) -> list[int]:
+    """LLaDA's loop (arXiv 2502.09992, algorithms 4 and 5): block by block, in each pass the surest tokens stay."""
+    x = torch.tensor([prompt + [mask] * width])
+    for begin in range(len(prompt), x.shape[1], block):
+        for left in range(passes * block // width, 0, -1):
+            found = logits(x, torch.ones_like(x, dtype=torch.bool))[0]
+            sure, token = found.softmax(-1).max(-1)
+            sure[(x[0] != mask) | (torch.arange(x.shape[1]) >= begin + block)] = -1
+            count = -(-int((x[0, begin : begin + block] == mask).sum()) // left)
+            at = sure.topk(count).indices
+            x[0, at] = token[at]
+    return x[0, len(prompt) :].tolist()
+
+
+def test_a_public_model_writes_by_its_published_loop(tmp_path: Path) -> None:
+    reference = make("llada", tmp_path, seed=1)
+    run, texts = load(tmp_path, dtype="fp32"), set[str]()
+    tokenizer = run.base.tokenizer
+    for prompt in ("the film", "a dull", "was not", "very good", "plot"):
+        for passes, block in ((12, 4), (6, 4), (12, 12), (3, 12)):
+            sampling = SampleConfig("low_confidence", steps=passes, block=block)
+            ids = [*tokenizer.start, *tokenizer.encode(prompt)]
+            with torch.no_grad():
+                theirs = published(reference, ids, 12, passes, block, tokenizer.mask_id)
+            texts.add(tokenizer.decode(theirs))
+            assert run.fill(prompt, 12, 1, sampling)[0] == [tokenizer.decode(theirs)]
+    assert len(texts) > 5
 
 
 @pytest.mark.usefixtures("elsewhere")

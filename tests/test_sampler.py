@@ -68,6 +68,23 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("given", CONFIGS[:9], ids=str)
+def test_blocks_are_written_one_after_another(lively: Denoiser, given: dict[str, Any]) -> None:
+    x, answer_mask, attention_mask = rows(2, 9, 12, 1)
+    masks = []
+    decode(
+        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(**given, block=3), watch=lambda x, share:
+        masks.append((x == MASK) & answer_mask)
+    )  # fmt: skip
+    nth = ((answer_mask.cumsum(1) - 1) // 3).masked_fill(~answer_mask, -1)
+    for before, after in zip(masks, masks[1:], strict=False):
+        written = before & ~after
+        for row in range(4):
+            begun, left = nth[row][written[row]], nth[row][after[row]]
+            assert not len(begun) or not len(left) or begun.max() <= left.min() or given.get("steps"), given
+    assert len(masks) > 4 or given.get("steps")
+
+
 @pytest.mark.parametrize("given", CONFIGS, ids=str)
 def test_every_slot_is_filled_unseen_and_nothing_else_is_touched(lively: Denoiser, given: dict[str, Any]) -> None:
     x, answer_mask, attention_mask = batch = rows(5, 1, 8, 3)

@@ -171,10 +171,11 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         """How answers are written; UsageError for an option that the sampler does not read."""
         unread = [] if self.sampler == "klass" else ["kl"]
         unread += [] if self.sampler in config.THRESHOLDS else ["threshold", "least"]
+        unread += ["block"] if self.sampler in config.DRAWN else []
         unread += ["seed"] if self.temperature == 0 and self.sampler not in config.DRAWN else []
         unread += ["lengths"] if self.temperature > 0 else []
         way_out = f"threshold and least go with {', '.join(config.THRESHOLDS)}, kl with klass, seed with "
-        way_out += "what is drawn, lengths with what is not"
+        way_out += "what is drawn, lengths with what is not, block with all but {' and '.join(config.DRAWN)}"
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
@@ -182,7 +183,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
         if width == 1:
             more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
-            more += ["steps", "threshold", "least", "kl", "draws"]
+            more += ["steps", "threshold", "least", "kl", "block", "draws"]
             refuse_idle(self, more, "where every answer is one token")
         if is_label or width == 1:
             refuse_idle(self, ["lengths"], "where answers are labels, or one token")

@@ -173,7 +173,8 @@ class Run:
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
     ) -> tuple[list[str], int]:
         """(num texts of `length` tokens at {answer} or after the prompt, forward passes). `watch` gets the texts after
-        every pass, with a `_` for each token that is not written yet."""
+        every pass, with a `_` for each token that is not written yet. A public model that learned no task of writing
+        here is asked as it was published (LLaDA's `generate`): [EOS] is a token like others."""
         way_out = "write with one of the runs that it was made of, or load it for one task in Python"
         check(self.named or not self.config.get("by_name"), f"{self.path} is asked by a task's name: {way_out}")
         self.let_answer(self.named and self.task_named(self.named))  # whoever was named in an earlier call
@@ -201,14 +202,16 @@ class Run:
             slots = x[:, slot].tolist()
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
+        as_published = is_foreign(self.base.path) and not any(task.is_generation for task in self.tasks)
+        never = [tokenizer.mask_id] if as_published else tokenizer.never_written
         texts, used, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
         with autocast(model.device, resolve_dtype(self.dtype, model.device)):
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
                 answer_mask = torch.zeros_like(some, dtype=torch.bool)
                 answer_mask[:, slot] = True
                 out, passes = decode(
-                    model, some, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, tokenizer.never_written,
-                    sampling, generator, tokenizer.eos_id, watch and steps,
+                    model, some, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, never, sampling,
+                    generator, None if as_published else tokenizer.eos_id, watch and steps,
                 )  # fmt: skip
                 texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
                 used = max(used, int(passes.max()))

@@ -139,6 +139,10 @@ def fill_in(
             last = whole, logp
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         doubts = spread(doubt, masked, torch.inf)
+        if config.block is not None:
+            nth = (inside[rows, :length].cumsum(1) - 1) // config.block
+            later_block = masked & (nth > nth.masked_fill(~masked, length).amin(1, keepdim=True))
+            confidence, doubts = confidence.masked_fill(later_block, -0.5), doubts.masked_fill(later_block, torch.inf)
         steps = config.steps or lengths[rows]
         tokens = accept(confidence, doubts, masked, config, steps, step, generator, forced=first is None)
         x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
