@@ -298,6 +298,12 @@ def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
     Path("mine.csv").write_text("\n".join(["text,label", *lines, "a sea,hapy", ""]))
     ran = good("finetune", "--data", "mine.csv", *made_on(place))
     assert "one training row alone has label hapy; is that misspelt?" in ran.stderr
+    assert "are training rows" not in ran.stderr
+    Path("both").mkdir()
+    Path("both/train.csv").write_text(Path("mine.csv").read_text())
+    Path("both/dev.csv").write_text("\n".join(["text,label", *(row.upper() for row in lines[:6]), "new,SAD"]).lower())
+    ran = good("finetune", "--data", "both", *made_on(place), "--out", "both-run")
+    assert "6 of 7 dev rows are training rows, too" in ran.stderr
     lines = [f"who is {i},she lives in town number {i % 8}" for i in range(24)]
     Path("asked.csv").write_text("\n".join(["text,label", *lines, ""]))
     ran = good("finetune", "--data", "asked.csv", *made_on(place), "--out", "asked")

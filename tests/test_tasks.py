@@ -113,6 +113,15 @@ def test_a_tenth_of_the_rows_of_every_label_is_held_out_whatever_their_order(tmp
     both = [*(f"text {i},{label}" for i in range(20) for label in ("sad", "happy")), *rows[20:]]  # some have two labels
     parts = [{e.before for e in held(both)}, {e.before for e in held(both[::-1])}]
     assert parts[0] == parts[1]
+    spelled = [f"{say(f'café {i} wörd')},{'sad' if i % 2 else 'happy'}" for say in (str, str.upper) for i in range(40)]
+    spelled += [row.replace("é", "e") for row in spelled[:40]]
+    parts = []
+    for order in (spelled, spelled[::-1]):  # which a base may read as one text
+        file = rows_file(tmp_path, "mine.csv", "\n".join(["text,label", *order]))
+        train, dev = (load_split(user_task(tmp_path), split, file, held_out=True) for split in ("train", "dev"))
+        parts.append({e.before for e in dev})
+        assert len(dev) == 12 and {e.before.lower()[5:7] for e in dev}.isdisjoint(e.before.lower()[5:7] for e in train)
+    assert parts[0] == parts[1]
     for said in [f"w{i}" for i in range(40)]:  # a text that comes again and again is on one side, whichever that is
         file = rows_file(tmp_path, "mine.csv", "\n".join(["text,label", *rows, *[f"{said},sad"] * 40]))
         train, dev = (load_split(user_task(tmp_path), split, file, held_out=True) for split in ("train", "dev"))

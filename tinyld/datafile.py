@@ -104,8 +104,8 @@ def _check_labels(labels: list[str], where: str, rows: int) -> None:
         other = alike.setdefault(folded(label), label)
         way_out = "write them alike, or say in a task file which labels there are"
         check(other == label, f"{where}: labels {show(other)} and {show(label)} look like one label; {way_out}")
-        is_quoted = re.fullmatch('".*"', label)
-        check(not is_quoted, f"{where}: label {label} is in quotes, which are letters to a .tsv; save it as .csv")
+        way_out = "which are letters to a .tsv; save it as .csv, or remove them"
+        check(not re.fullmatch('".*"', label), f"{where}: label {label} is in quotes, {way_out}")
     many = len(labels) > min(MAX_LABELS, max(10, rows // 2)) or 2 < rows == len(labels)
     way_out = "is it the --label-column? Texts to write are an --answer-column"
     check(not many, f"{where} holds {len(labels)} different labels; {way_out}")

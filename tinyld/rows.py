@@ -18,6 +18,7 @@ from tinyld import download
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.read import PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text, refuse_long
+from tinyld.writing import fold
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
@@ -41,6 +42,11 @@ class Example:
     answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
     label: int | None  # index into `Task.labels`; None for a generation task
     references: tuple[str, ...] = ()  # generation, where several texts are right: all of them, `answer` the first
+
+    @property
+    def asked(self) -> str:
+        """The prompt, in one way for all that a base without capitals and accents reads alike."""
+        return fold(f"{self.before}\0{self.after}")
 
     @property
     def right(self) -> tuple[str, ...]:
@@ -230,17 +236,19 @@ def load_split(
 ) -> list[Example]:
     """The first `limit` examples of a split, in file order. `data`: a folder that is searched before all others, or one
     file, all of whose rows are read; `held_out`: of that file the dev rows are one text in ten, chosen by a hash, of
-    every label as many as it has texts, and the train rows the others. Rows of one text stay together, unless there
-    are few texts."""
+    every label as many as it has texts, and the train rows the others. Rows of one text, whatever its capitals and
+    accents, stay together, unless there are few texts."""
     path = find_file(task, split, data, held_out)
     if not held_out or path != data:
         return _examples(task, islice(read_rows(path), limit))
     examples = _examples(task, read_rows(path))
     check(len(examples) > 1, f"{path}: one row; dev rows are held out, so that at least two are needed", TinyldError)
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
-    first = {text: i for i, text in reversed([*enumerate(texts)])}  # the row where each is read first
+    asked = [example.asked for example in examples]
+    rising = sorted(range(len(texts)), key=lambda i: (texts[i], i))
+    first = {asked[i]: i for i in reversed(rising)}  # a row that stands for all that ask the same
     alone = task.is_infill or len(first) < HELD_OUT * max(1, len(task.labels))
-    stands_for = [i if alone else first[text] for i, text in enumerate(texts)]
+    stands_for = [i if alone else first[text] for i, text in enumerate(asked)]
     by_text = sorted({*stands_for}, key=lambda i: (hashlib.sha256(texts[i]).digest(), i))
     named = zip(stands_for, ["" if e.label is None else task.labels[e.label] for e in examples], strict=True)
     label = dict(sorted(named, reverse=True))  # of a text, whatever the order of rows and labels: the first by name
