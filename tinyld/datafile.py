@@ -151,7 +151,8 @@ def _columns(options: RowOptions, file: Path, rows: list[dict[str, Any]]) -> tup
         text = text or left.pop()
     if text is None or label is None:
         there = ", ".join(names) or "none"
-        check(len(names) > 1, f"{file}: texts and labels take two columns; found {there}")
+        gaps = "texts whose gaps are to be learned are lines of a .txt"
+        check(len(names) > 1, f"{file}: texts and labels take two columns; found {there}; {gaps}")
         lacks = [name for name, found in (("text", text), ("label", label)) if found is None]
         way_out = f"say so with {' and '.join(f'--{name}-column' for name in lacks)}"
         way_out += " (or --answer-column, of texts to write)" * (label is None)
