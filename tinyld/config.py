@@ -311,7 +311,7 @@ class SampleConfig(Settings):
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
-    block: int | None = setting(None, "So many tokens are written before the next so many are begun.", least=1)
+    block: int | None = setting(None, "Tokens that are written before the next ones (semi-autoregressive).", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -111,7 +111,8 @@ def fill_in(
     denoiser is told as t the share of a row's slot that is masked. Rows that are done leave the batch. `first` are the
     logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
     these are: what is not sure is not written from them, unless that is the last pass. With `shrinking` (slot (B, L),
-    delete, [EOS]) a text becomes shorter by each delete."""
+    delete, [EOS]) a text becomes shorter by each delete. Where there are blocks (LLaDA, arXiv 2502.09992), what is in a
+    later one than a row's first mask is less sure than all in that."""
     x, step, passes, score = x.clone(), 0, torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     lengths = inside.sum(1, keepdim=True) + (first is not None)  # as many passes as tokens, where nothing is said
     later = [token for token in forbidden if not shrinking or token != shrinking[1]]  # forbidden after `first`
