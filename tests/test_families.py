@@ -560,7 +560,7 @@ def published(logits: Reference, prompt: list[int], width: int, passes: int, blo
     for begin in range(len(prompt), x.shape[1], block):
         for left in range(passes * block // width, 0, -1):
             found = logits(x, torch.ones_like(x, dtype=torch.bool))[0]
-            found[:, mask] = -torch.inf  # as good as never what a trained one gives
+            found[:, mask:] = -torch.inf  # the last token, behind which rows pad: what a trained one never gives
             sure, token = found.softmax(-1).max(-1)
             sure[(x[0] != mask) | (torch.arange(x.shape[1]) >= begin + block)] = -1
             count = -(-int((x[0, begin : begin + block] == mask).sum()) // left)
