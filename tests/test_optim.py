@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import python
 from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
 from tinyld.errors import TinyldError
-from tinyld.optim import Optimizer, lr_factor
+from tinyld.optim import BETAS, Optimizer, lr_factor
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
@@ -16,7 +17,7 @@ def parameters(seed: int) -> dict[str, nn.Parameter]:
     return {n: nn.Parameter(torch.randn(*s, generator=generator)) for n, s in shapes.items()}
 
 
-def update(optimizer: Optimizer, params: dict[str, nn.Parameter], seed: int) -> None:
+def update(optimizer: Optimizer | torch.optim.Optimizer, params: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in params.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -50,6 +51,26 @@ def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> 
     update(optimizer, params, 0)
     taken = {name.split(".", 1)[1] for name in optimizer.flat_state() if name.endswith("momentum_buffer")}
     assert taken == {f"{name}.momentum_buffer" for name in ("blocks.0.up.weight", "sites.0.down")}
+
+
+def test_adamw_is_torchs_without_the_import_of_its_compiler() -> None:
+    ours, theirs = parameters(0), parameters(0)
+    mine = Optimizer(ours, TrainConfig(steps=1, lr=0.1, weight_decay=0.0, optimizer="adamw"))
+    torchs = torch.optim.AdamW(theirs.values(), 0.1, BETAS, weight_decay=0.0, fused=True)
+    for seed in range(3):
+        update(mine, ours, seed)
+        update(torchs, theirs, seed)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lines = """import sys, torch
+from tinyld.config import TrainConfig
+from tinyld.optim import Optimizer
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = Optimizer({"weight": weight}, TrainConfig(steps=1))
+weight.sum().backward()
+optimizer.step()
+print("torch._dynamo" in sys.modules, weight.tolist())"""
+    ran = python("-c", lines)
+    assert ran.stdout.startswith("False [0.9"), ran.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

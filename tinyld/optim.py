@@ -1,24 +1,29 @@
 """The optimizer and the learning-rate schedule."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from tinyld.config import TrainConfig
 from tinyld.device import fast_dtype
 from tinyld.errors import TinyldError
 
+BETAS, MOMENTS = (0.9, 0.98), ("exp_avg", "exp_avg_sq")  # of AdamW
 MOMENTUM, COEFFICIENTS = 0.95, (3.4445, -4.7750, 2.0315)  # of Muon, as in torch.optim.Muon
 
 
-class Optimizer(torch.optim.AdamW):
+class Optimizer:
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
     Muon (with Nesterov momentum and Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. torch's own
     multiplies in bf16, which takes seventy times as long on a processor that has none. Biases, norms and
-    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder."""
+    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder. AdamW is torch's
+    function, as the first of its optimizers that is made imports its compiler, for a second or two."""
+
+    _step_supports_amp_scaling = False  # an update that is not finite in fp16 is left out as a whole
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
@@ -30,8 +35,8 @@ class Optimizer(torch.optim.AdamW):
             groups[is_inside and config.optimizer == "muon", decay, name in body].append(parameter)
         names = ("muon", "weight_decay", "body")
         settings = [dict(zip(names, key, strict=True)) | {"params": some} for key, some in groups.items()]
-        super().__init__(settings, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
-        self._step_supports_amp_scaling = False  # an update that is not finite in fp16 is left out as a whole
+        self.param_groups: list[dict[str, Any]] = [group | {"lr": config.lr} for group in settings]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
         has_bf16 = fast_dtype(next(iter(parameters.values())).device) == "bf16"
         self.dtype = torch.bfloat16 if has_bf16 else torch.float32  # of Muon's products
 
@@ -41,14 +46,31 @@ class Optimizer(torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = self.peak * factor * (body if group["body"] else 1.0)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def zero_grad(self) -> None:
         for group in self.param_groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            found = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["muon"]:
+                for parameter in found:
                     self.muon_step(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW passes it over
-        super().step()
+            elif found:
+                self.adamw_step(found, group["lr"], group["weight_decay"])
+
+    def adamw_step(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zero = torch.zeros((), device=parameter.device)
+                self.state[parameter] |= {"step": zero} | {key: torch.zeros_like(parameter) for key in MOMENTS}
+        each = [[self.state[parameter][key] for parameter in parameters] for key in (*MOMENTS, "step")]
+        moments, steps, (beta1, beta2) = each[:2], each[2], BETAS
+        told = {"beta1": beta1, "beta2": beta2, "eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True}
+        grads = [parameter.grad for parameter in parameters]
+        adamw(list(parameters), grads, *moments, [], steps, lr=lr, weight_decay=weight_decay, **told)
 
     def muon_step(self, parameter: nn.Parameter, lr: float, weight_decay: float) -> None:
         state, grad = self.state[parameter], parameter.grad
@@ -65,7 +87,7 @@ class Optimizer(torch.optim.AdamW):
 
     def load_flat_state(self, flat: Mapping[str, Tensor]) -> None:
         for group in self.param_groups:
-            keys = {"momentum_buffer"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
+            keys = {"momentum_buffer"} if group["muon"] else {"step", *MOMENTS}
             for parameter in group["params"]:
                 prefix = f"optim.{self.names[id(parameter)]}."
                 values = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
