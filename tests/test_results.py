@@ -66,6 +66,20 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
             "spectrum.csv",
             ("164.8", "176.1", "166.5", "95.92", "94.39", "55.34", "39.77", "45.12", "45.31", "0.9033", "0.9192"),
         ),
+        (
+            "few-rows-rt-critics.csv",
+            (
+                "65.6",
+                "60.0 ± 16.1",
+                "64.2 ± 8.7",
+                "64.0 ± 7.7",
+                "69.1 ± 7.3",
+                "67.5 ± 8.0",
+                "67.5 ± 1.9",
+                "68.2 ± 4.7",
+                "69.2 ± 3.9",
+            ),
+        ),
         ("calibration.csv", ("0.0202", "0.0467", "0.2065", "0.3127", "0.0152", "0.0437", "0.144", "0.2825", "0.9996")),
     ):
         made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
