@@ -458,6 +458,7 @@ ERRORS = [
     ("eval {place}/base --base {place}/other --task {place}/mood.toml --quiet", 2, "--base has no effect on it"),
     ("predict {place}/mood-full {place}/mood.csv --csv --json", 2, "give --csv or --json, not both"),
     ("sample {place}/base --set block=4", 2, "--set block has no effect with --sampler revise"),
+    ("sample {place}/base --sampler ancestral --set block=4", 2, "block with all but ancestral and revise"),
     ("predict {place}/mood-full --text a --out -", 2, "- names no file: for stdout leave the option out"),
     ("compare --task {place}/mood.toml --base {place}/base --steps 1 --epochs 2", 2, "--steps or --epochs, not both"),
     ("sample {place}/base --length 900", 2, "the base takes 24"),

@@ -187,7 +187,8 @@ def train_adapter(
                 say(f"the answers of {rows.unwritable:,} of {len(rows):,} {name} rows {lacks}")
         counted = {label: int((train_rows.labels == i).sum()) for i, label in enumerate(task.labels)}
         learned, measured = ([(e.asked, task.is_generation and e.answer) for e in of] for of in (examples, dev))
-        if told := sum(map(set(learned).__contains__, measured)):
+        known = set(learned)
+        if told := sum(row in known for row in measured):
             say(f"{told:,} of {len(dev):,} dev rows are training rows, too: new texts are answered less well")
         if unseen := [label for label, n in counted.items() if n == 0]:
             say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")

@@ -1,7 +1,7 @@
 """The optimizer and the learning-rate schedule."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,16 +61,18 @@ class Optimizer:
             elif found:
                 self.adamw_step(found, group["lr"], group["weight_decay"])
 
-    def adamw_step(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def adamw_step(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 zero = torch.zeros((), device=parameter.device)
                 self.state[parameter] |= {"step": zero} | {key: torch.zeros_like(parameter) for key in MOMENTS}
-        each = [[self.state[parameter][key] for parameter in parameters] for key in (*MOMENTS, "step")]
-        moments, steps, (beta1, beta2) = each[:2], each[2], BETAS
-        told = {"beta1": beta1, "beta2": beta2, "eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True}
-        grads = [parameter.grad for parameter in parameters]
-        adamw(list(parameters), grads, *moments, [], steps, lr=lr, weight_decay=weight_decay, **told)
+        states, (beta1, beta2) = [self.state[parameter] for parameter in parameters], BETAS
+        moments = ([state[key] for state in states] for key in MOMENTS)
+        adamw(
+            parameters, [parameter.grad for parameter in parameters], *moments, [], [state["step"] for state in states],
+            lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=1e-8, amsgrad=False, maximize=False,
+            fused=True,
+        )  # fmt: skip
 
     def muon_step(self, parameter: nn.Parameter, lr: float, weight_decay: float) -> None:
         state, grad = self.state[parameter], parameter.grad

@@ -175,7 +175,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         unread += ["seed"] if self.temperature == 0 and self.sampler not in config.DRAWN else []
         unread += ["lengths"] if self.temperature > 0 else []
         way_out = f"threshold and least go with {', '.join(config.THRESHOLDS)}, kl with klass, seed with "
-        way_out += "what is drawn, lengths with what is not, block with all but {' and '.join(config.DRAWN)}"
+        way_out += f"what is drawn, lengths with what is not, block with all but {' and '.join(config.DRAWN)}"
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 

@@ -203,7 +203,7 @@ class Run:
             watch([" ".join("_" if i == tokenizer.mask_id else tokenizer.decode([i]) for i in s) for s in slots])
 
         as_published = is_foreign(self.base.path) and not any(task.is_generation for task in self.tasks)
-        never = [tokenizer.mask_id] if as_published else tokenizer.never_written
+        never, end = ([tokenizer.mask_id], None) if as_published else (tokenizer.never_written, tokenizer.eos_id)
         texts, used, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
         with autocast(model.device, resolve_dtype(self.dtype, model.device)):
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
@@ -211,7 +211,7 @@ class Run:
                 answer_mask[:, slot] = True
                 out, passes = decode(
                     model, some, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, never, sampling,
-                    generator, None if as_published else tokenizer.eos_id, watch and steps,
+                    generator, end, watch and steps,
                 )  # fmt: skip
                 texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
                 used = max(used, int(passes.max()))

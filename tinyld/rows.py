@@ -245,8 +245,8 @@ def load_split(
     check(len(examples) > 1, f"{path}: one row; dev rows are held out, so that at least two are needed", TinyldError)
     texts = [f"{e.before}\0{e.after}".encode(errors="surrogatepass") for e in examples]
     asked = [example.asked for example in examples]
-    rising = sorted(range(len(texts)), key=lambda i: (texts[i], i))
-    first = {asked[i]: i for i in reversed(rising)}  # a row that stands for all that ask the same
+    falling = sorted(range(len(texts)), key=lambda i: (texts[i], i), reverse=True)
+    first = {asked[i]: i for i in falling}  # a row that stands for all that ask the same
     alone = task.is_infill or len(first) < HELD_OUT * max(1, len(task.labels))
     stands_for = [i if alone else first[text] for i, text in enumerate(asked)]
     by_text = sorted({*stands_for}, key=lambda i: (hashlib.sha256(texts[i]).digest(), i))

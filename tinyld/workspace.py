@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from tinyld.errors import TinyldError, UsageError, failing, plain
+from tinyld.config import check
+from tinyld.errors import TinyldError, failing, plain
 from tinyld.progress import say
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import ADAPTER, MANIFEST, METRICS, RunFolder, is_writer
@@ -72,8 +73,7 @@ def check_writable(path: Path | None, inputs: Iterable[Path | None] = ()) -> Non
     """TinyldError, before any work, for a file that could not be written after it, or that a run or `inputs` need."""
     if path is None:
         return
-    if str(path) == "-":
-        raise UsageError("- names no file: for stdout leave the option out, or give /dev/stdout")
+    check(str(path) != "-", "- names no file: for stdout leave the option out, or give /dev/stdout")
     with failing(path, "written"):
         if not is_stream(path):
             tempfile.TemporaryFile(dir=path.parent).close()

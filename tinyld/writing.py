@@ -61,7 +61,10 @@ MARKS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-
 
 def fold(text: str) -> str:
     """The text without case and accents, and with typewriter's marks."""
-    found = unicodedata.normalize("NFD", text.casefold().translate(MARKS))
+    found = text.casefold().translate(MARKS)
+    if found.isascii():  # nearly every text of large files
+        return found
+    found = unicodedata.normalize("NFD", found)
     return "".join(c for c in found if not unicodedata.combining(c))
 
 

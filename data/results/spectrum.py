@@ -5,9 +5,9 @@ pushes, by band of noise.
 
 RUN is a trajectory LoRA of the task, whose training rows (of $TINYLD_DATA) are masked three times, at times of each
 band. "gradient" is that of the training loss (nats of a row's masked tokens, over t) by the states of RUN's base,
-without RUN, at RUN's sites: what a push of any form would follow first. "push" is what RUN adds there. Of their second
-moments over positions (on the final state the masked ones alone): `directions`, the effective rank (exp of the entropy
-of the eigenvalues' shares, Roy & Vetterli 2007); `of_64`, the share of the whole that lies in their 64 largest
+without RUN's pushes, at its sites: what a push of any form would follow first. "push" is what RUN adds there. Of their
+second moments over positions (on the final state the masked ones alone): `directions`, the effective rank (exp of the
+entropy of the eigenvalues' shares, Roy & Vetterli 2007); `of_64`, the share of the whole that lies in their 64 largest
 directions; `of_64_of_high`, in those of the highest noise; `size`, the root of the mean square.
 """
 
@@ -21,13 +21,11 @@ from table import tables, write
 from torch import Tensor
 
 import tinyld
-from tinyld.checkpoint import load_base
-from tinyld.data import TaskRows, some_of, torch_seeded
+from tinyld.data import some_of, torch_seeded
 from tinyld.diffusion import Noised, mask_counted, noised_at
 from tinyld.methods.paper import BAND_EDGES, NUM_BANDS
 from tinyld.rows import load_split, to_learn
 from tinyld.tables import print_table
-from tinyld.workspace import default_base
 
 BANDS = "high", "middle", "low"
 KEPT = 64
@@ -49,12 +47,6 @@ class Probe:
         return push_at
 
 
-def moment(states: Tensor) -> tuple[Tensor, int]:
-    """(sum of the outer products of (N, D) states, N)."""
-    states = states.detach().double()
-    return states.T @ states, len(states)
-
-
 def described(total: Tensor, count: int, high: Tensor) -> dict[str, float]:
     """Of a second moment (D, D) over `count` states, and the directions (D, KEPT) of the highest noise."""
     shares = torch.linalg.eigvalsh(total).clamp(min=0)
@@ -73,23 +65,22 @@ def main() -> None:
     parser.add_argument("--task", default="webnlg")
     parser.add_argument("--rows", type=int, default=300)
     options = parser.parse_args()
-    run, plain = tinyld.load(options.run), load_base(default_base()).model
-    task, tokenizer, trained = run.tasks[0], run.base.tokenizer, run.base.model
+    run = tinyld.load(options.run)
+    task, model, mask_id = run.tasks[0], run.base.model, run.base.tokenizer.mask_id
     examples = to_learn(task, load_split(task, "train"))
-    rows = TaskRows([examples[i] for i in some_of(len(examples), options.rows)], task, tokenizer, 256)
-    last, sites = plain.config.num_layers, trained.push.sites
-    plain.requires_grad_(False)
-    plain.push, pushed = Probe(last - len(sites) + 1), dict[int, Tensor]()
-    for depth, site in enumerate(sites, plain.push.first_depth):
+    rows = run.rows([examples[i] for i in some_of(len(examples), options.rows)], task)
+    model.requires_grad_(False)
+    probe, pushed = Probe(model.push.first_depth), dict[int, Tensor]()
+    for depth, site in enumerate(model.push.sites, probe.first_depth):
         site.register_forward_hook(lambda _, given, out, depth=depth: pushed.update({depth: out}))
     moments: dict[tuple[str, int, int], list[Any]] = defaultdict(lambda: [0.0, 0])
 
     def add(what: str, band: int, states: dict[int, Tensor], noised: Noised) -> None:
         real = torch.ones_like(noised.xt, dtype=torch.bool) if noised.attention_mask is None else noised.attention_mask
         for depth, each in states.items():
-            total, count = moment(each[noised.is_masked if depth == last else real])
-            moments[what, depth, band][0] += total
-            moments[what, depth, band][1] += count
+            found = each[noised.is_masked if depth == model.config.num_layers else real].detach().double()
+            moments[what, depth, band][0] += found.T @ found
+            moments[what, depth, band][1] += len(found)
 
     generator = torch_seeded(0, 0)
     for at in torch.arange(len(rows)).split(8):
@@ -100,13 +91,13 @@ def main() -> None:
         for band in range(NUM_BANDS):
             t = BAND_EDGES[band + 1] + torch.rand(len(at), generator=generator) / NUM_BANDS
             is_masked, share = mask_counted(t, text, generator)
-            noised = noised_at(batch.x0, is_masked, share, seen, prompt, tokenizer.mask_id)
+            noised = noised_at(batch.x0, is_masked, share, seen, prompt, mask_id)
             told = noised.xt, noised.t, noised.attention_mask, noised.prompt_mask
-            nll = plain.nll(plain.states(*told)[is_masked], noised.x0[is_masked])
+            nll = model.nll(model.states(*told, push=probe)[is_masked], noised.x0[is_masked])
             (nll / noised.t[is_masked.nonzero()[:, 0]]).sum().backward()
-            add("gradient", band, {depth: added.grad for depth, added in plain.push.added.items()}, noised)
+            add("gradient", band, {depth: added.grad for depth, added in probe.added.items()}, noised)
             with torch.no_grad():
-                trained.states(*told)
+                model.states(*told)
             add("push", band, pushed, noised)
     lines = []
     for (what, depth, band), (total, count) in sorted(moments.items()):
