@@ -10,7 +10,7 @@ from conftest import padded
 from torch import Tensor
 
 from tinyld import sampler
-from tinyld.config import SAMPLERS, SampleConfig
+from tinyld.config import SAMPLERS, THRESHOLDS, SampleConfig
 from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
 from tinyld.sampler import decode, repeating
@@ -202,6 +202,22 @@ def test_a_pass_writes_what_is_sure_enough_and_the_least_asked_for(likely: Any, 
     recording = giving(logits)
     out, passes = decoded(recording, slot(len(likely)), **given)
     assert recording.passes == masked and passes == len(masked) and not (out == MASK).any()
+
+
+@pytest.mark.parametrize("name", ["low_confidence", *THRESHOLDS])
+def test_what_no_other_token_rivals_is_written_before_what_is_likelier(name: str) -> None:
+    """At the first position a token has 0.5 and another one nearly as much, so that less is open there than at the
+    second, where one has 0.4 and each other 0.2."""
+    first, seen = [0.5, 0.45, 0.03, 0.02], list[list[bool]]()
+
+    def logits(x: Tensor) -> Tensor:
+        seen.append((x[0, START : START + 2] == MASK).tolist())
+        found = torch.full((*x.shape, 9), -30.0)
+        found[:, START : START + 2, 5:] = torch.tensor([first, [0.4, 0.2, 0.2, 0.2]]).log()
+        return found
+
+    decoded(giving(logits), slot(2), sampler=name, threshold=1e-3 if name == "entropy" else 1.0)
+    assert seen[1] == ([True, False] if name in ("threshold", "klass") else [False, True])
 
 
 def test_klass_waits_until_a_distribution_has_settled() -> None:
