@@ -184,11 +184,11 @@ class Run:
         check("{answer}" not in after, f"a prompt holds {{answer}} once, got {prompt!r}")
         check(type(length) is int and length >= 1, f"length must be a whole number, at least 1, got {length!r}")
         after = after.strip() and tokenizer.blank + after.strip()
-        begun = tokenizer.encode(tokenizer.prompt(before.strip()))
+        begun = tokenizer.encode(before.strip())
         if not begun and not is_foreign(self.base.path):
             begun = [tokenizer.eos_id]  # in running text another text's end is before a beginning
         head = [*tokenizer.start, *begun, *tokenizer.turn]
-        tail = tokenizer.encode(tokenizer.prompt(after))
+        tail = tokenizer.encode(after)
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")

@@ -156,10 +156,6 @@ class Tokenizer:
         turn."""
         return "" if self.turn or template.startswith("{answer}") else self.blank
 
-    def prompt(self, text: str) -> str:
-        """A prompt as it is read: where capitals are lost, identifiers (runwayLength) become words (runway Length)."""
-        return IDENTIFIER.sub(lambda name: re.sub("(?<=[a-z])(?=[A-Z])", " ", name[0]), text) if self.lowers else text
-
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
         return self._ids(self._defuse(text))
@@ -196,6 +192,11 @@ class Tokenizer:
             else:
                 runs[-1].append(i)
         return "_".join(self.inner.decode(run) for run in runs).strip()
+
+
+def in_words(prompt: str) -> str:
+    """A prompt whose identifiers are words (runway Length): small letters alone do not tell where the next begins."""
+    return IDENTIFIER.sub(lambda name: re.sub("(?<=[a-z])(?=[A-Z])", " ", name[0]), prompt)
 
 
 def parse_tokenizer(content: bytes, path: Path) -> tuple[HFTokenizer, Any]:
