@@ -193,24 +193,6 @@ def test_rows_are_changed_by_what_their_place_in_the_text_draws_and_what_is_give
         assert not (part.is_masked & given.repeat(2, 1)).any() and part.prompt_mask[given.repeat(2, 1)].all()
 
 
-def test_an_identifier_in_a_prompt_is_read_as_its_words_where_capitals_are_lost(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    inner = byte_level(["a filmPlot b it was good ."] * 9, ["<end>", "<mask>"])
-    roles = {role: inner.token_to_id("<mask>" if role == "mask" else "<end>") for role in ("pad", "bos", "eos", "mask")}
-    cased = Tokenizer(inner, roles=roles)
-    task, end = task_of(tmp_path, WRITE), tokenizer.eos_id
-    answer = [*tokenizer.encode("filmPlot"), *[end] * 5][:5]
-    assert answer[:2] != tokenizer.encode("film plot")
-    read = {"filmPlot | veryGoodFoodHQ": "film plot | very good food hq", "iPhone McPlot Film1Plot": None, "fILM": None}
-    for text, words in read.items():
-        row = TaskRows([Example(f"{text} :", f". {text}", "filmPlot", None)], task, tokenizer, 64).ids[0].tolist()
-        before, after = map(tokenizer.encode, (f"{words or text} :", f". {words or text}"))
-        assert row == [tokenizer.bos_id, *before, *answer, *after, end], "the answer as it is"
-    (row,) = TaskRows([Example("filmPlot it was", ".", "good", None)], task, cased, 64).ids
-    assert inner.decode(row.tolist()[1:]).startswith("filmPlot it was")
-
-
 def test_words_of_a_byte_level_vocabulary_keep_their_blanks(tmp_path: Path) -> None:
     inner = byte_level(["a b it was good .", "a b it was bad ."] * 9, ["<end>", "<mask>"])
     end, mask = map(inner.token_to_id, ("<end>", "<mask>"))

@@ -14,7 +14,7 @@ from tinyld.config import check
 from tinyld.errors import TinyldError
 from tinyld.rows import Example
 from tinyld.tasks import Task
-from tinyld.tokenizer import Tokenizer, in_words
+from tinyld.tokenizer import Tokenizer
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray | None]
 
@@ -120,8 +120,6 @@ class TaskRows(Source):
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         blanks = {"before": "", "answer": tokenizer.blank_before(task.template), "after": tokenizer.blank}
         texts = [[getattr(e, part) and blank + getattr(e, part) for e in examples] for part, blank in blanks.items()]
-        if tokenizer.lowers:
-            texts[0], texts[2] = (list(map(in_words, texts[i])) for i in (0, 2))
         parts = map(tokenizer.encode_batch, texts)
         first, turn, end = tokenizer.start, tokenizer.turn, tokenizer.eos_id
         room = max_length - self.slot - len(first) - len(turn) - 1

@@ -45,7 +45,6 @@ REPLACEMENTS = (
     (rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)", ""),  # a look-around, as the library's Replace knows no group references
 )
 
-IDENTIFIER = re.compile(r"(?<!\w)[a-z]{2,}[A-Z]\w*")  # runwayLength; not iPhone or McDonald
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
@@ -192,11 +191,6 @@ class Tokenizer:
             else:
                 runs[-1].append(i)
         return "_".join(self.inner.decode(run) for run in runs).strip()
-
-
-def in_words(prompt: str) -> str:
-    """A prompt whose identifiers are words (runway Length): small letters alone do not tell where the next begins."""
-    return IDENTIFIER.sub(lambda name: re.sub("(?<=[a-z])(?=[A-Z])", " ", name[0]), prompt)
 
 
 def parse_tokenizer(content: bytes, path: Path) -> tuple[HFTokenizer, Any]:
