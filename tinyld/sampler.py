@@ -186,8 +186,9 @@ def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor
 
 
 def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """(the token chosen at each of N places, its log-probability, by how much it is likelier than any other, the
-    entropy there in nats if the sampler asks for it, else infinite), from log-probabilities (N, V) in parts."""
+    """(the token chosen at each of N places, its log-probability, by how much it is likelier than any other if the
+    sampler asks for that, the entropy there in nats likewise, else infinite), from log-probabilities (N, V) in parts.
+    """
     found = []
     for logp in parts:
         if config.temperature == 0:
@@ -195,7 +196,9 @@ def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Gener
         else:
             token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
             likely = logp.gather(1, token[:, None])[:, 0]
-        margin = likely.exp() - logp.scatter(1, token[:, None], -torch.inf).amax(1).exp()
+        margin = torch.full_like(likely, torch.inf)
+        if config.sampler in ("threshold", "klass"):
+            margin = likely.exp() - logp.scatter(1, token[:, None], -torch.inf).amax(1).exp()
         is_asked = config.sampler == "entropy"
         entropy = -divergence(logp, torch.zeros_like(logp)) if is_asked else torch.full_like(likely, torch.inf)
         found.append((token, all_finite(likely), margin, entropy))
