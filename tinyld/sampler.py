@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyld.config import DRAWN, SampleConfig
+from tinyld.config import DRAWN, THRESHOLDS, SampleConfig
 from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
@@ -132,21 +132,21 @@ def fill_in(
         parts: Iterable[Tensor] = in_parts(logits)
         if config.sampler == "klass":  # the next pass compares
             (logp,) = parts = [torch.cat(list(parts))]
-        token, likely, margin, doubt = choose(parts, config, generator)
+        token, likely, lead, doubt = choose(parts, config, generator)
         if config.sampler == "klass":
             if last is not None:
                 same = whole & last[0]
                 doubt[same[whole]] = divergence(logp[same[whole]], last[1][same[last[0]]])
             last = whole, logp
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
-        margins, doubts = spread(margin, masked), spread(doubt, masked, torch.inf)
+        leads, doubts = spread(lead, masked), spread(doubt, masked, torch.inf)
         if config.block is not None:
             nth = (inside[rows, :length].cumsum(1) - 1) // config.block
             later_block = masked & (nth > nth.masked_fill(~masked, length).amin(1, keepdim=True))
-            confidence, margins = (of.masked_fill(later_block, -2.0) for of in (confidence, margins))
+            confidence, leads = (of.masked_fill(later_block, -1e4) for of in (confidence, leads))
             doubts = doubts.masked_fill(later_block, torch.inf)
         steps = config.steps or lengths[rows]
-        tokens = accept(confidence, margins, doubts, masked, config, steps, step, generator, forced=first is None)
+        tokens = accept(confidence, leads, doubts, masked, config, steps, step, generator, forced=first is None)
         x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
         score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
@@ -186,9 +186,10 @@ def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor
 
 
 def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """(the token chosen at each of N places, its log-probability, by how much it is likelier than any other if the
-    sampler asks for that, the entropy there in nats likewise, else infinite), from log-probabilities (N, V) in parts.
-    """
+    """(the token chosen at each of N places, its log-probability, what places are put in order by, the entropy there in
+    nats if the sampler asks for it, else infinite), from log-probabilities (N, V) in parts. The order: entropy the
+    least of that first, threshold and klass the widest margin to any other token (arXiv 2502.06768; it writes better
+    than by confidence), all others the likeliest."""
     found = []
     for logp in parts:
         if config.temperature == 0:
@@ -196,12 +197,13 @@ def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Gener
         else:
             token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
             likely = logp.gather(1, token[:, None])[:, 0]
-        margin = torch.full_like(likely, torch.inf)
-        if config.sampler in ("threshold", "klass"):
-            margin = likely.exp() - logp.scatter(1, token[:, None], -torch.inf).amax(1).exp()
-        is_asked = config.sampler == "entropy"
-        entropy = -divergence(logp, torch.zeros_like(logp)) if is_asked else torch.full_like(likely, torch.inf)
-        found.append((token, all_finite(likely), margin, entropy))
+        lead, entropy = likely.exp(), torch.full_like(likely, torch.inf)
+        if config.sampler == "entropy":
+            lead = divergence(logp, torch.zeros_like(logp))
+            entropy = -lead
+        elif config.sampler in THRESHOLDS:
+            lead = lead - logp.scatter(1, token[:, None], -torch.inf).amax(1).exp()
+        found.append((token, all_finite(likely), lead, entropy))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -249,16 +251,15 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
 
 
 def accept(
-    confidence: Tensor, margin: Tensor, doubt: Tensor, masked: Tensor, config: SampleConfig, steps: Any, step: int,
+    confidence: Tensor, lead: Tensor, doubt: Tensor, masked: Tensor, config: SampleConfig, steps: Any, step: int,
     generator: torch.Generator, forced: bool,
 ) -> Tensor:  # fmt: skip
     """Which of the masked are written in this pass, by all but ancestral at least one in every row if `forced`; all
     (B, L).
 
-    confidence: the probability of the token chosen there. margin: by how much it is likelier than any other token.
-    doubt: the entropy there in nats, or for klass how many nats the distribution moved since the last pass. steps: of
-    all rows, or (B, 1). Those that look for what is sure write in any case the `least` tokens of the widest margins
-    (arXiv 2502.06768; entropy: of the least entropy), which writes better than by confidence.
+    confidence: the probability of the token chosen there. lead: what comes first, as `choose` says. doubt: the entropy
+    there in nats, or for klass how many nats the distribution moved since the last pass. steps: of all rows, or (B, 1).
+    Those that look for what is sure write in any case the `least` tokens that come first.
 
     - low_confidence (LLaDA, arXiv 2502.09992): the most confident, an equal number in each of `steps` passes.
     - threshold (Fast-dLLM, arXiv 2505.22618): all whose confidence is at least `threshold`.
@@ -288,6 +289,5 @@ def accept(
         sure = confidence >= config.enough
         if config.sampler == "klass":
             sure &= doubt <= config.kl
-    surest = {"low_confidence": confidence, "entropy": -doubt.clamp(max=1e4)}.get(config.sampler, margin)
-    rank = surest.masked_fill(~masked, -torch.inf).argsort(stable=True, dim=1, descending=True).argsort(1)
+    rank = lead.masked_fill(~masked, -torch.inf).argsort(stable=True, dim=1, descending=True).argsort(1)
     return masked & (sure | ((rank < least) & forced))
