@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import label_task, task_of
 from torch import Tensor
 
+from tinyld import sampler
 from tinyld.config import ModelConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, answer_ids
 from tinyld.device import shrink
@@ -212,6 +213,22 @@ def test_the_same_numbers_come_out_twice(sampler: str, model: Denoiser, tokenize
         once = evaluate(model, rows, tokenizer, SampleConfig(sampler, temperature=1.0))
         found.append((once.record() | {"rows_per_second": 0.0}, once.predictions))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("toml", "guided"), [
+    ('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n', 0.5),
+    ('template = "{title}"\nanswer_tokens = 8\n', 0.0),
+    ('template = "{title} {answer}"\n[verbalizer]\nbad = "not good"\ngood = "very very great"\n', 0.0),
+])  # fmt: skip
+def test_texts_that_answer_a_prompt_alone_are_guided(
+    toml: str, guided: float, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, decode, task = [], sampler.decode, task_of(tmp_path, toml)
+    monkeypatch.setattr("tinyld.evaluate.decode", lambda *a: seen.append(a[6].guidance) or decode(*a))
+    examples = [Example("the film", "", "was dull", 0 if task.labels else None) for _ in range(3)]
+    rows = TaskRows(examples, task, tokenizer, model.config.max_length)
+    evaluate(model, rows, tokenizer, SampleConfig(guidance=0.5))
+    assert seen == [guided]
 
 
 def test_a_real_denoiser_is_scored_the_same_in_any_batch(

@@ -275,10 +275,10 @@ def test_many_samples_are_those_of_few_written_at_once(place: Path, monkeypatch:
 
 def test_a_text_for_no_task_is_written_as_sample_does_or_greedily(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tinyld.load(place / "base")
-    own = base.fill("the", 8, 1, SampleConfig("revise", temperature=0.6))[0]
+    own = base.fill("the", 8, 1, SampleConfig("revise", temperature=0.6, guidance=0.0))[0]
     assert base.write("the", length=8) == own
     monkeypatch.setattr("tinyld.predict.is_foreign", lambda path: True)
-    assert base.write("the", length=8) == base.fill("the", 8, 1, SampleConfig())[0] != own
+    assert base.write("the", length=8) == base.fill("the", 8, 1, SampleConfig(guidance=0.0))[0] != own
 
 
 def test_a_text_without_a_prompt_begins_where_another_one_ends(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,6 +559,8 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/mood table.txt", "", 1, "table.txt: line 1 names columns, text among them"),
     ("{place}/mood --csv --out new.jsonl", "rain", 2, "--csv: --out new.jsonl is no name of a CSV"),
     ("{place}/mood --set lengths=3", "rain", 2, "--set lengths has no effect where answers are labels"),
+    ("{place}/mood --set guidance=0", "rain", 2, "--set guidance has no effect where answers are labels, or fill"),
+    ("{place}/mood --set guidance=1", "rain", 2, "guidance must be below 1, got 1"),
     ("{place}/fast-a {place}/fast-b --task a", "rain", 2, "--task is for one run"),
     ("nowhere", "rain", 1, "no run in nowhere"),
     ("{place}/mood.csv {place}/mood", "", 1, "mood.csv: expected config.json, found a file, no folder"),

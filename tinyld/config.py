@@ -302,13 +302,16 @@ class SampleConfig(Settings):
     """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
     sampler: str = setting("threshold", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    steps: int | None = setting(None, "Passes a text at most.", "Writing", least=1)
+    steps: int | None = setting(None, "Passes a text at most, each twice where it is guided.", "Writing", least=1)
     temperature: float = setting(0.0, "0 takes the most likely token.", "Writing", least=0)
     seed: int = setting(0, "Seed of what is drawn.", "Writing", least=0)
     threshold: float | None = setting(
         None, "threshold, klass: least probability (0.95, 0.6); entropy: most nats left open (0.5).", above=0
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
+    guidance: float = setting(
+        0.15, "Share of the log-probability with the prompt hidden that a token loses.", least=0, below=1
+    )
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
     block: int | None = setting(None, "Tokens that are written before the next ones (semi-autoregressive).", least=1)

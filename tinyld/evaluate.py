@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,7 @@ def answered(
     work = (1 + rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)  # a public model may have no [BOS]
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    sampling = sampling if rows.task.is_guided else replace(sampling, guidance=0.0)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
     for chosen, batch in in_batches(model, rows):

@@ -179,7 +179,7 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
-    def check_width(self, width: int, is_label: bool) -> None:
+    def check_width(self, width: int, is_label: bool, is_guided: bool = True) -> None:
         """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
         if width == 1:
             more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
@@ -187,6 +187,8 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
             refuse_idle(self, more, "where every answer is one token")
         if is_label or width == 1:
             refuse_idle(self, ["lengths"], "where answers are labels, or one token")
+        if not is_guided:
+            refuse_idle(self, ["guidance"], "where answers are labels, or fill a gap")
 
 
 class Training(OnDevice, Written, Printed, Loop):
@@ -285,6 +287,7 @@ class SampleOptions(Answering):
     num: int = option(3, "How many samples.", "Writing", least=1)
     sampler: str = option(config.FREELY[0], "How masked tokens are filled in.", "Writing", among=config.SAMPLERS)
     temperature: float = option(config.FREELY[1], "0 takes the most likely token.", "Writing")
+    guidance: float = option(0.0, "Share of the log-probability with the prompt hidden that a token loses.")
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 

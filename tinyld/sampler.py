@@ -10,6 +10,10 @@ any finished sentence looks like an end, whatever is left to say. But a text tha
 training teaches one id more, which no text has: `delete`, where a gap between words has more masks than are missing
 (after DreamOn, arXiv 2602.01326). Besides, a text may be written in several lengths, and the likeliest is taken (length
 parallel decoding: Mask-Predict, arXiv 1904.09324).
+
+Answers to a prompt are guided (unsupervised and without a classifier, arXiv 2410.18514): all passes but the first ask
+once more with the prompt hidden, and go by log p(token | prompt) - guidance * log p(token). So less is said that may be
+said of anything, and more that the prompt alone explains, such as its names and numbers.
 """
 
 import math
@@ -123,7 +127,10 @@ def fill_in(
         if logits is None:
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
             logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
-            passes[rows.cpu()] += 1
+            if config.guidance:
+                hidden = torch.where(prompt_mask[rows, :length], mask_id, x[rows, :length])
+                logits = logits.float().sub(denoiser(hidden, *told, where=masked), alpha=config.guidance)
+            passes[rows.cpu()] += 1 + (config.guidance > 0)
         logits[:, later if first is None else forbidden] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
