@@ -20,6 +20,7 @@ from tinyld.device import shrink
 from tinyld.diffusion import noise_answers, token_nll
 from tinyld.evaluate import (
     EVAL_BATCH,
+    GUIDANCE,
     UNREADABLE,
     Evaluation,
     all_masked,
@@ -216,19 +217,21 @@ def test_the_same_numbers_come_out_twice(sampler: str, model: Denoiser, tokenize
 
 
 @pytest.mark.parametrize(("toml", "guided"), [
-    ('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n', 0.5),
-    ('template = "{title}"\nanswer_tokens = 8\n', 0.0),
-    ('template = "{title} {answer}"\n[verbalizer]\nbad = "not good"\ngood = "very very great"\n', 0.0),
+    ('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n', GUIDANCE),
+    ('template = "{title}"\nanswer_tokens = 8\n', None),
+    ('template = "{title} {answer}"\n[verbalizer]\nbad = "not good"\ngood = "very very great"\n', None),
 ])  # fmt: skip
 def test_texts_that_answer_a_prompt_alone_are_guided(
-    toml: str, guided: float, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    toml: str, guided: float | None, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     seen, decode, task = [], sampler.decode, task_of(tmp_path, toml)
     monkeypatch.setattr("tinyld.evaluate.decode", lambda *a: seen.append(a[6].guidance) or decode(*a))
     examples = [Example("the film", "", "was dull", 0 if task.labels else None) for _ in range(3)]
     rows = TaskRows(examples, task, tokenizer, model.config.max_length)
+    evaluate(model, rows, tokenizer)
     evaluate(model, rows, tokenizer, SampleConfig(guidance=0.5))
-    assert seen == [guided]
+    assert seen == [guided, 0.5]
 
 
 def test_a_real_denoiser_is_scored_the_same_in_any_batch(

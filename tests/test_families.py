@@ -576,7 +576,7 @@ def test_a_public_model_writes_by_its_published_loop(kind: str, tmp_path: Path) 
     tokenizer = run.base.tokenizer
     for prompt in ("the film", "a dull", "was not", "very good", "plot"):
         for passes, block in ((12, 4), (6, 4), (12, 12), (3, 12)):
-            sampling = SampleConfig("low_confidence", steps=passes, guidance=0.0, block=block)
+            sampling = SampleConfig("low_confidence", steps=passes, block=block)
             ids = [*tokenizer.start, *tokenizer.encode(prompt)]
             with torch.no_grad():
                 theirs = published(reference, ids, 12, passes, block, tokenizer.mask_id)

@@ -275,10 +275,10 @@ def test_many_samples_are_those_of_few_written_at_once(place: Path, monkeypatch:
 
 def test_a_text_for_no_task_is_written_as_sample_does_or_greedily(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tinyld.load(place / "base")
-    own = base.fill("the", 8, 1, SampleConfig("revise", temperature=0.6, guidance=0.0))[0]
+    own = base.fill("the", 8, 1, SampleConfig("revise", temperature=0.6))[0]
     assert base.write("the", length=8) == own
     monkeypatch.setattr("tinyld.predict.is_foreign", lambda path: True)
-    assert base.write("the", length=8) == base.fill("the", 8, 1, SampleConfig(guidance=0.0))[0] != own
+    assert base.write("the", length=8) == base.fill("the", 8, 1, SampleConfig())[0] != own
 
 
 def test_a_text_without_a_prompt_begins_where_another_one_ends(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ FORBIDDEN = [0, 1, 2, 4]
 START = 3  # of a slot
 Rows = tuple[Tensor, ...]  # (x, answer_mask, attention_mask)
 rows = partial(padded, 50)
-unguided = partial(SampleConfig, guidance=0.0)
 
 
 class Recording:
@@ -56,7 +55,7 @@ def slot(width: int, count: int = 1) -> Rows:
 
 
 def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any) -> tuple[Tensor, Tensor]:
-    return decode(denoiser, *batch, MASK, FORBIDDEN, unguided(**given), eos_id=eos_id)
+    return decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(**given), eos_id=eos_id)
 
 
 @pytest.mark.parametrize(("guidance", "written"), [(0.0, 7), (0.5, 6)])
@@ -94,7 +93,7 @@ def test_blocks_are_written_one_after_another(lively: Denoiser, given: dict[str,
     x, answer_mask, attention_mask = rows(2, 9, 12, 1)
     masks = []
     decode(
-        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, unguided(**given, block=3), watch=lambda x, share:
+        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(**given, block=3), watch=lambda x, share:
         masks.append((x == MASK) & answer_mask)
     )  # fmt: skip
     nth = ((answer_mask.cumsum(1) - 1) // 3).masked_fill(~answer_mask, -1)
@@ -349,7 +348,7 @@ def test_a_text_becomes_as_short_as_it_has_to_be(sampler: str, length: int) -> N
         assert not seen or (attended.sum(1) == (text + 1).clamp(max=12)).all(), "its [EOS] is seen"
         return fitting(length)(x)[where]
 
-    given = MASK, FORBIDDEN, unguided(sampler=sampler), None, EOS, lambda x, share: seen.append(x.clone())
+    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS, lambda x, share: seen.append(x.clone())
     out, passes = decode(Recording(written), *batch, *given, delete=DELETE)
     assert out[answer_mask].view(2, 12).tolist() == [[*WANTED, *[EOS] * 4]] * 2
     assert torch.equal(out[~answer_mask], x[~answer_mask]) and (passes <= 14).all()
@@ -366,7 +365,7 @@ def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: s
         return found
 
     drawn, batch = torch.Generator().manual_seed(0), rows(9, 14, 5, 2, 11)
-    out, _ = decode(often, *batch, MASK, FORBIDDEN, unguided(sampler=sampler), None, EOS, delete=DELETE)
+    out, _ = decode(often, *batch, MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS, delete=DELETE)
     assert (
         torch.equal(out[~batch[1]], batch[0][~batch[1]])
         and not torch.isin(out[batch[1]], torch.tensor(FORBIDDEN)).any()
@@ -377,7 +376,7 @@ def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: s
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_text_becomes_shorter_in_as_many_passes_as_are_given(steps: int) -> None:
-    given = MASK, FORBIDDEN, unguided(steps=steps)
+    given = MASK, FORBIDDEN, SampleConfig(steps=steps)
     out, passes = decode(giving(fitting(11)), *(batch := slot(12)), *given, eos_id=EOS, delete=DELETE)
     assert not torch.isin(out[batch[1]], torch.tensor([0, 1, 2, MASK])).any() and int(passes) <= steps
 
@@ -397,7 +396,7 @@ def test_a_text_that_becomes_shorter_leaves_others_as_they_are(sampler: str) -> 
 
     x, *masks = slot(12, 2)
     x[1, 0] = 6
-    given = MASK, FORBIDDEN, unguided(sampler=sampler, threshold=0.9, kl=0.05), None, EOS, None, False, DELETE
+    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler, threshold=0.9, kl=0.05), None, EOS, None, False, DELETE
     together, passes = decode(giving(logits), x, *masks, *given)
     for row in range(2):
         alone, own = decode(giving(logits), *(part[row : row + 1] for part in (x, *masks)), *given)
@@ -431,7 +430,7 @@ def test_a_label_has_the_likeliest_length(table: dict[int, float], _: int) -> No
     for j in range(6):
         chance, comes = [*chance, comes * table.get(j, 0.0)], comes * (1 - table.get(j, 0.0))
     chance, batch = [*chance, comes], slot(6)
-    out, passes = decode(giving(hazards(table)), *batch, MASK, FORBIDDEN, unguided(), eos_id=EOS, is_label=True)
+    out, passes = decode(giving(hazards(table)), *batch, MASK, FORBIDDEN, SampleConfig(), eos_id=EOS, is_label=True)
     assert int((out[batch[1]] == 6).sum()) == chance.index(max(chance))
 
 
@@ -538,7 +537,7 @@ def test_lengths_are_drawn_as_often_as_the_hazards_say(table: dict[int, float]) 
 
 @pytest.mark.parametrize("given", [{}, {"sampler": "entropy"}, {"temperature": 0.7}])
 def test_what_is_chosen_is_the_same_in_parts_as_at_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, config = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), unguided(**given)
+    logits, config = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), SampleConfig(**given)
 
     def found() -> tuple[Tensor, ...]:
         chosen = sampler.choose(sampler.in_parts(logits), config, torch.Generator().manual_seed(2))

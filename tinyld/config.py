@@ -309,8 +309,8 @@ class SampleConfig(Settings):
         None, "threshold, klass: least probability (0.95, 0.6); entropy: most nats left open (0.5).", above=0
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
-    guidance: float = setting(
-        0.15, "Share of the log-probability with the prompt hidden that a token loses.", least=0, below=1
+    guidance: float | None = setting(
+        None, "Share of its log-probability without the prompt that a token loses: 0.15; 0 in gaps.", least=0, below=1
     )
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)

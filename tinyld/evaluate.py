@@ -22,6 +22,7 @@ from tinyld.tokenizer import Tokenizer
 from tinyld.writing import text_scores
 
 EVAL_BATCH = 64
+GUIDANCE = 0.15  # of answers to a prompt (data/results/README.md, "Can it write?")
 UNREADABLE = -1
 
 
@@ -74,7 +75,8 @@ def answered(
     work = (1 + rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)  # a public model may have no [BOS]
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    sampling = sampling if rows.task.is_guided else replace(sampling, guidance=0.0)
+    if sampling.guidance is None and rows.task.is_guided:
+        sampling = replace(sampling, guidance=GUIDANCE)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
     for chosen, batch in in_batches(model, rows):

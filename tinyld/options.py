@@ -287,7 +287,6 @@ class SampleOptions(Answering):
     num: int = option(3, "How many samples.", "Writing", least=1)
     sampler: str = option(config.FREELY[0], "How masked tokens are filled in.", "Writing", among=config.SAMPLERS)
     temperature: float = option(config.FREELY[1], "0 takes the most likely token.", "Writing")
-    guidance: float = option(0.0, "Share of the log-probability with the prompt hidden that a token loses.")
     show_steps: bool = option(False, "What stands there after every pass, with _ for a mask.", "Output")
 
 

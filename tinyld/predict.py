@@ -103,8 +103,7 @@ class Run:
         sampler, usual = FREELY
         if writer is not None or is_foreign(self.base.path):
             sampler, usual = SampleConfig.sampler, SampleConfig.temperature
-        guidance = 0.0 if writer is None else SampleConfig.guidance
-        sampling = SampleConfig(sampler, None, usual if temperature is None else temperature, seed, guidance=guidance)
+        sampling = SampleConfig(sampler, temperature=usual if temperature is None else temperature, seed=seed)
         with ONE_AT_A_TIME:
             if writer is None:
                 each = [replace(sampling, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]

@@ -129,8 +129,9 @@ def fill_in(
             logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
             if config.guidance:
                 hidden = torch.where(prompt_mask[rows, :length], mask_id, x[rows, :length])
-                logits = logits.float().sub(denoiser(hidden, *told, where=masked), alpha=config.guidance)
-            passes[rows.cpu()] += 1 + (config.guidance > 0)
+                without_prompt = denoiser(hidden, *told, where=masked).clamp(min=-1e4)  # where a token has none, too
+                logits = logits.float().sub(without_prompt, alpha=config.guidance)
+            passes[rows.cpu()] += 2 if config.guidance else 1
         logits[:, later if first is None else forbidden] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
