@@ -60,14 +60,15 @@ def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any)
 
 @pytest.mark.parametrize(("guidance", "written"), [(0.0, 7), (0.5, 6)])
 def test_what_is_likely_without_the_prompt_too_is_written_less(guidance: float, written: int) -> None:
-    """7 is always likely, 6 where the prompt can be seen: log p(7 | prompt) is more by 0.5, log p(7) by 4."""
+    """7 is always likely, 6 where the prompt can be seen: log p(7 | prompt) is more by 0.5, log p(7) by 4. All else is
+    impossible."""
     seen, batch = list[Tensor](), slot(3)
     prompt = batch[2] & ~batch[1]
 
     def logits(x: Tensor) -> Tensor:
         seen.append(x)
         is_seen = (x == 5)[prompt].any()
-        return torch.tensor([-9.0] * 6 + [1.5 if is_seen else -2.0, 2.0]).expand(*x.shape, 8)
+        return torch.tensor([-torch.inf] * 6 + [1.5 if is_seen else -2.0, 2.0]).expand(*x.shape, 8)
 
     config = SampleConfig(threshold=1.0, guidance=guidance)
     out, passes = decode(giving(logits), *batch, MASK, FORBIDDEN, config)
