@@ -36,7 +36,7 @@ def shown_tables() -> list[tuple[str, list[str], list[list[str]]]]:
 def test_every_table_of_figures_says_where_it_is_from() -> None:
     both = FRONT + README
     assert len(shown_tables()) == (both + CARD).count("\nfrom: ") >= 12
-    assert len(re.findall(r"^\|---", both, flags=re.M)) == both.count("\nfrom: ") + 2, "but the two lists of files"
+    assert len(re.findall(r"^\|---", both, flags=re.M)) == both.count("\nfrom: ") + 1, "but the list of folders"
     assert len(FRONT.splitlines()) <= 200
 
 
@@ -57,10 +57,10 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
     for file, figures in (
         ("tuned.csv", ("91.4", "91.2", "88.1")),
         ("five.csv", ("88.0", "94.6", "94.9", "83.7", "81.8", "88.6 ± 0.9", "85.8 ± 1.0")),
-        ("sst2.csv", ("89.0", "88.8", "85.0", "89.5", "88.0", "84.1", "86.9", "86.8", "84.6")),
+        ("sst2.csv", ("89.0", "88.8", "85.0")),
         ("encoder-sst2.csv", ("89.3", "98.7", "98.0", "98.1")),
         ("webnlg-before.csv", ("52.2", "41.7", "44.1", "40.6", "54.8", "42.3", "41.6")),
-        ("fast-forms.csv", ("88.3 ± 1.5", "89.4 ± 1.5")),
+        ("webnlg-unguided.csv", ("55.0", "42.8", "42.3", "42.7")),
         ("learning-curve.csv", ("5.518", "6.647")),
         (
             "spectrum.csv",
