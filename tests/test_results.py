@@ -84,6 +84,7 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
     ):
         made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
         sentence = README[README.index(f"({file})", README.index("\n## ")) :].partition("\n\n")[0]
+        sentence = " ".join(sentence.split())
         for figure in figures:
             assert figure in made and re.search(rf"\b{re.escape(figure)}\b", sentence), (file, figure)
 
