@@ -14,13 +14,12 @@ from conftest import label_task, task_of
 from torch import Tensor
 
 from tinyld import sampler
-from tinyld.config import ModelConfig, SampleConfig
+from tinyld.config import GUIDANCE, ModelConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, answer_ids
 from tinyld.device import shrink
 from tinyld.diffusion import noise_answers, token_nll
 from tinyld.evaluate import (
     EVAL_BATCH,
-    GUIDANCE,
     UNREADABLE,
     Evaluation,
     all_masked,

@@ -294,6 +294,7 @@ class TrainConfig(Loop):
 THRESHOLDS = {"threshold": 0.95, "klass": 0.6, "entropy": 0.5}
 DRAWN = ("ancestral", "revise")  # whose order is drawn, at any temperature
 SAMPLERS = ("low_confidence", *THRESHOLDS, *DRAWN)
+GUIDANCE = 0.15  # of answers to a prompt, where nothing is said (data/results/README.md, "Can it write?")
 FREELY = "revise", 0.6  # sampler and temperature of texts for no task
 
 
@@ -310,8 +311,9 @@ class SampleConfig(Settings):
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
     guidance: float | None = setting(
-        None, "Share of its log-probability without the prompt that a token loses: 0.15; 0 in gaps.", least=0, below=1
-    )
+        None, f"Share of its log-probability without the prompt that a token loses: {GUIDANCE}; 0 in gaps.",
+        least=0, below=1,
+    )  # fmt: skip
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
     block: int | None = setting(None, "Tokens that are written before the next ones (semi-autoregressive).", least=1)

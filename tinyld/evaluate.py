@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyld.config import SampleConfig
+from tinyld.config import GUIDANCE, SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
 from tinyld.model import Denoiser
@@ -22,7 +22,6 @@ from tinyld.tokenizer import Tokenizer
 from tinyld.writing import text_scores
 
 EVAL_BATCH = 64
-GUIDANCE = 0.15  # of answers to a prompt (data/results/README.md, "Can it write?")
 UNREADABLE = -1
 
 

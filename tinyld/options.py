@@ -8,7 +8,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -179,15 +179,16 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
         refuse_idle(self, unread, f"with --sampler {self.sampler} at --temperature {self.temperature:g}; {way_out}")
         return SampleConfig(**self.only(SampleConfig))
 
-    def check_width(self, width: int, is_label: bool, is_guided: bool = True) -> None:
-        """UsageError for an option that answers of at most `width` tokens, labels or texts, do not heed."""
+    def check_width(self, width: int, tasks: Sequence[Any] = ()) -> None:
+        """UsageError for an option that answers of at most `width` tokens, of `tasks` or of none, do not heed."""
+        is_label = bool(tasks) and not any(task.is_generation for task in tasks)
         if width == 1:
             more = ["sampler", "seed"] if is_label and self.temperature == 0 else []
             more += ["steps", "threshold", "least", "kl", "block", "draws"]
             refuse_idle(self, more, "where every answer is one token")
         if is_label or width == 1:
             refuse_idle(self, ["lengths"], "where answers are labels, or one token")
-        if not is_guided:
+        if tasks and not any(task.is_guided for task in tasks):
             refuse_idle(self, ["guidance"], "where answers are labels, or fill a gap")
 
 

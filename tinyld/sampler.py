@@ -125,10 +125,11 @@ def fill_in(
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
         masked, real, logits = whole[rows, :length], attended[rows, :length], first
         if logits is None:
-            told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
-            logits = denoiser(x[rows, :length], *told, where=masked)  # (N, V)
+            seen, prompt = x[rows, :length], prompt_mask[rows, :length]
+            told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt
+            logits = denoiser(seen, *told, where=masked)  # (N, V)
             if config.guidance:
-                hidden = torch.where(prompt_mask[rows, :length], mask_id, x[rows, :length])
+                hidden = torch.where(prompt, mask_id, seen)
                 without_prompt = denoiser(hidden, *told, where=masked).clamp(min=-1e4)  # where a token has none, too
                 logits = logits.float().sub(without_prompt, alpha=config.guidance)
             passes[rows.cpu()] += 2 if config.guidance else 1

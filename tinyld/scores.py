@@ -95,7 +95,7 @@ def eval(options: EvalOptions) -> list[Record]:
         check(one, f"{path} has tasks {', '.join(t.name for t in tasks)}; say by --task whose rows {source} holds")
         if len(options.runs) < 2:  # of several, another one may heed it
             width = max(slot_width(t, run.base.tokenizer) for t in tasks)
-            options.check_width(width, not any(t.is_generation for t in tasks), any(t.is_guided for t in tasks))
+            options.check_width(width, tasks)
         for task in tasks:
             read = files_of(task, data, os.environ.get("TINYLD_DATA"))
             check_writable(predictions, [*learned_files(run.config), *read])

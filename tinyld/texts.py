@@ -111,9 +111,7 @@ def predict(options: PredictOptions) -> None:
         shares = "; ".join(", ".join(names) for names in groups)
         why = "only runs by --recipe fast with one base, one prompt and answers of one token share one"
         say(f"{len(groups)} passes a text, as {why}: {shares}")
-    only_labels = not any(t.is_generation for t in tasks)
-    width, guided = max(map(slot_width, tasks, [b.tokenizer for b in bases])), any(t.is_guided for t in tasks)
-    options.check_width(width, only_labels, guided)
+    options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), tasks)
     learned = [file for r in runs for file in learned_files(r.config)] if out else []
     check_writable(out, [*options.runs, *learned, *(file for t in tasks for file in files_of(t))])
     labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []

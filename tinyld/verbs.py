@@ -87,7 +87,7 @@ def sample(options: SampleOptions) -> dict[str, Any]:
     from tinyld.predict import load
 
     sampling, steps = options.sampling(), []
-    options.check_width(options.length, False)
+    options.check_width(options.length)
     path, base = options.run or options.base or default_base(), options.base if options.run else None
     run = load(path, base, options.device, options.dtype, options.base_dtype, reading=options.reading())
     watch = steps.append if options.show_steps else None
