@@ -35,7 +35,7 @@ def shown_tables() -> list[tuple[str, list[str], list[list[str]]]]:
 
 def test_every_table_of_figures_says_where_it_is_from() -> None:
     both = FRONT + README
-    assert len(shown_tables()) == (both + CARD).count("\nfrom: ") >= 12
+    assert len(shown_tables()) == (both + CARD).count("\nfrom: ") >= 10
     assert len(re.findall(r"^\|---", both, flags=re.M)) == both.count("\nfrom: ") + 1, "but the list of folders"
     assert len(FRONT.splitlines()) <= 200
 
@@ -55,17 +55,13 @@ def test_its_figures_are_those_that_its_file_gives(file: str, columns: list[str]
 def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
     """The files that have no table in the README: their figures stand in a sentence."""
     for file, figures in (
+        ("sizes.csv", ("+0.0 ± 0.9", "+0.2 ± 1.0", "+0.3 ± 2.6")),
         ("tuned.csv", ("91.4", "91.2", "88.1")),
         ("five.csv", ("88.0", "94.6", "94.9", "83.7", "81.8", "88.6 ± 0.9", "85.8 ± 1.0")),
         ("sst2.csv", ("89.0", "88.8", "85.0")),
-        ("encoder-sst2.csv", ("89.3", "98.7", "98.0", "98.1")),
-        ("webnlg-before.csv", ("52.2", "41.7", "44.1", "40.6", "54.8", "42.3", "41.6")),
         ("webnlg-unguided.csv", ("55.0", "42.8", "42.3", "42.7")),
         ("learning-curve.csv", ("5.518", "6.647")),
-        (
-            "spectrum.csv",
-            ("164.8", "176.1", "166.5", "95.92", "94.39", "55.34", "39.77", "45.12", "45.31", "0.9033", "0.9192"),
-        ),
+        ("spectrum.csv", ("164.8", "176.1", "166.5", "39.77", "45.12", "45.31")),
         (
             "few-rows-rt-critics.csv",
             (
@@ -80,13 +76,15 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
                 "69.2 ± 3.9",
             ),
         ),
-        ("calibration.csv", ("0.0202", "0.0467", "0.2065", "0.3127", "0.0152", "0.0437", "0.144", "0.2825", "0.9996")),
+        ("calibration.csv", ("0.0202", "0.0467", "0.2065", "0.3127", "0.0152", "0.0437", "0.144", "0.2825")),
+        ("ablations.csv", ("80.2", "77.3 to 83.1", "71.4", "68.4 to 74.3", "75.6", "72.7 to 78.3")),
+        ("blocks.csv", ("89.5 ± 1.3", "90.0 ± 1.2", "90.2 ± 1.2")),
     ):
         made = {show(value) for _, _, rows in tables(RESULTS / file) for row in rows for value in row}
         sentence = README[README.index(f"({file})", README.index("\n## ")) :].partition("\n\n")[0]
         sentence = " ".join(sentence.split())
         for figure in figures:
-            assert figure in made and re.search(rf"\b{re.escape(figure)}\b", sentence), (file, figure)
+            assert figure in made and re.search(rf"(?<!\w){re.escape(figure)}\b", sentence), (file, figure)
 
 
 def test_the_means_of_the_regressions_are_those_of_their_file() -> None:
@@ -117,7 +115,8 @@ def test_what_info_says_of_memory_is_near_what_was_measured() -> None:
 def test_the_script_prints_a_table() -> None:
     done = python(str(RESULTS / "table.py"), str(RESULTS / "reviews.csv"), "--markdown")
     assert "| full, muon | 92.4 | 89.7 to 94.4 |" in done.stdout, done.stderr
-    assert len(README.splitlines()) <= 250
+    lines = [line for line in README.splitlines() if not line.startswith("|")]
+    assert len(README.splitlines()) <= 250 and max(map(len, lines)) <= 120
 
 
 COMMANDS = re.findall(r"(?:^|`|&& )(?:\.venv/bin/)?(tinyld [a-z].*?)(?:$|`|  #)", FRONT + README, flags=re.MULTILINE)
