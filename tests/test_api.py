@@ -75,7 +75,7 @@ def learning(*rows: Any) -> Any:
     (learning(("a", "b", "c")), "a row is"), (learning(1, 2), "a row is"),
     (learning(("rain", ""), ("sun", "happy")), "line 1: column 'label' is empty; fill it in or delete the row"),
     (learning(("a", "x"), (" ", "y"), ("", "x")), "line 2: column 'text' is empty, as it is in 1 more of 3 rows"),
-    (learning(("rain", None), ("sun", "happy")), "line 1: column 'label' must hold text"),
+    (learning(("rain", None), ("sun", "happy")), "line 1: column 'label' has no value; fill it in"),
     (learning(("rain", {1}), ("sun", "happy")), "a row holds texts and numbers"),
     (learning(*((str(i), f"l{i}") for i in range(9))), "9 different labels"),
     (learning(("a", "Good"), ("b", "good")), "'Good' and 'good' look like one label"),
@@ -92,7 +92,7 @@ def learning(*rows: Any) -> Any:
     (lambda run, base: run.predict(None), "texts are a list"),
     (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
     (lambda run, base: tinyld.load(base, task="nonsense"), "no task 'nonsense'"),
-    (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' must hold text"),
+    (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' has no value; fill it in"),
     (lambda run, base: run.write([5]), "a prompt is a text"),
     (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
     (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
@@ -131,7 +131,7 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     assert run.predict([{"text": "rain", "n": np.float32(3)}])[0]["n"] == 3.0
     assert len(run.write("rain \ud83d", length=2)) == 1
     assert learn([(t, np.int64(k == "sad")) for t, k in ROWS], out="n").tasks[0].labels == ("0", "1")
-    with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' must hold text or a number, got 'None'"):
+    with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' has no value; fill it in or delete the row"):
         learn([rows[0], rows[1] | {"text": float("nan")}], out="other")
     with pytest.raises(tinyld.TinyldError, match="text 1: column 'text' holds a number of thousands of digits"):
         run.predict([10**5000])
@@ -266,7 +266,7 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert "moved.csv: 36 of its rows were learned by run, and are left out" in moved.stderr
     Path("others.csv").write_text(before.replace("rain", "sun"))
     others = good("eval", "run", "--data", "others.csv", "--json")
-    assert others.json[0]["n"] == 40 and "others.csv: all its rows count, learned ones too" in others.stderr
+    assert others.json[0]["n"] == 40 and "others.csv: every row counts; of the file alone" in others.stderr
 
 
 def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) -> None:
@@ -298,12 +298,15 @@ def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
     Path("mine.csv").write_text("\n".join(["text,label", *lines, "a sea,hapy", ""]))
     ran = good("finetune", "--data", "mine.csv", *made_on(place))
     assert "one training row alone has label hapy; is that misspelt?" in ran.stderr
+    assert "no dev row has label hapy: whether that is learned is not measured" in ran.stderr
+    assert "more than one label" not in ran.stderr
     assert "are training rows" not in ran.stderr
     Path("both").mkdir()
-    Path("both/train.csv").write_text(Path("mine.csv").read_text())
+    Path("both/train.csv").write_text(Path("mine.csv").read_text() + "A sea,sad\n")
     Path("both/dev.csv").write_text("\n".join(["text,label", *(row.upper() for row in lines[:6]), "new,SAD"]).lower())
     ran = good("finetune", "--data", "both", *made_on(place), "--out", "both-run")
     assert "6 of 7 dev rows are training rows, too" in ran.stderr
+    assert "1 training texts stand there with more than one label" in ran.stderr
     lines = [f"who is {i},she lives in town number {i % 8}" for i in range(24)]
     Path("asked.csv").write_text("\n".join(["text,label", *lines, ""]))
     ran = good("finetune", "--data", "asked.csv", *made_on(place), "--out", "asked")
@@ -339,6 +342,10 @@ def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> N
     columns = ["--text-column", "ask", "--answer-column", "reply"]
     ran = good("finetune", "--data", "odd.csv", *columns, *made_on(place))
     assert "the answers of 18 of 18 training rows hold characters that the base has no token for" in ran.stderr
+    task = 'template = "{ask} : {answer}"\nanswer_column = "reply"\nanswer_tokens = 1\n[data]\n'
+    Path("short.toml").write_text(task + 'train = "odd.csv"\ndev = "odd.csv"\n')
+    ran = good("finetune", "--task", "short.toml", *made_on(place), "--out", "short")
+    assert "20 of 20 training rows have answers longer than answer_tokens, 1: the longest has " in ran.stderr
     with pytest.raises(tinyld.UsageError, match="--label-column or --answer-column, not both"):
         tinyld.finetune(rows, out="other", label_column="id", **made)
 

@@ -97,7 +97,8 @@ def test_answers_are_cut_or_filled(tokenizer: Tokenizer, tmp_path: Path, toml: s
     batch, expected = rows.take(np.array([0])), tokenizer.encode(answer)[:slot]
     assert batch.x0[batch.answer_mask].tolist() == expected + [tokenizer.eos_id] * (slot - len(expected))
     assert batch.tail_mask[batch.answer_mask].tolist() == [i >= len(expected) for i in range(slot)]
-    assert rows.labels.tolist() == [-1] and rows.truncated == (len(answer) > 9)
+    assert rows.labels.tolist() == [-1] and rows.truncated == 0
+    assert (rows.cut_answers, rows.longest) == (len(answer) > 9, len(tokenizer.encode(answer)))
 
 
 @pytest.mark.parametrize(("n", "size"), [(1, 4), (23, 5), (300, 2)])

@@ -131,7 +131,9 @@ def test_each_label_has_its_scores_and_its_row_of_the_confusion() -> None:
     summary = [found[name] for name in ("accuracy", "majority", "unreadable", "scored_accuracy")]
     assert summary == [1 / 2, 1 / 2, 1 / 6, 1]
     there = np.array([0, 1, 1])
-    assert label_scores(there, there, there, ["a", "b", "c"])["macro_f1"] == 1.0, "c is asked nowhere"
+    found = label_scores(there, there, there, ["a", "b", "c"])
+    assert found["macro_f1"] == 1.0, "c is asked nowhere"
+    assert found["classes"]["c"] == {"n": 0, "precision": None, "recall": None, "f1": None}
 
 
 @pytest.mark.parametrize(("verbalizer", "slot"), [(ONE, 1), (SEVERAL, 4)])

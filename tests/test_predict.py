@@ -27,6 +27,7 @@ from tinyld.answers import by_label
 from tinyld.compose import compose
 from tinyld.config import SampleConfig
 from tinyld.data import Batch
+from tinyld.errors import UsageError
 from tinyld.evaluate import label_logp
 from tinyld.finetuning import BATCH, EPOCHS, FEW, MANY, WRITING, usual_epochs
 from tinyld.model import Denoiser
@@ -102,6 +103,13 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
     assert record["rouge_l"] == pytest.approx(found["dev_rouge_l"])
     kept = RunFolder(place / "tell").read_json(RESULTS)["eval"]["tell/dev"]
     assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
+
+
+def test_what_eval_writes_of_its_rows_is_read_by_others_as_it_is(place: Path) -> None:
+    Path("odd.csv").write_text('text,label\n"""Rain",sad\n"""Sun",happy\n')
+    good("eval", place / "mood", "--data", "odd.csv", "--predictions", "odd.tsv", "--quiet")
+    found = list(csv.DictReader(Path("odd.tsv").read_text().splitlines(), delimiter="\t"))
+    assert [row["prompt"] for row in found] == ['"Rain it was ____ .', '"Sun it was ____ .']
 
 
 def test_few_rows_are_read_more_often_and_texts_by_fewer_at_once(place: Path) -> None:
@@ -356,7 +364,7 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     Path("alias.toml").write_text((place / "mood.toml").read_text().replace('"mood', f'"{place}/mood'))
     assert records("both", "--task", "alias.toml", text=text) == [found], "whose rows are asked as its own are"
     ran = ask("both", text="rain\n")
-    assert ran.code == 2 and "has tasks mood, same, which are asked differently; say which with" in ran.stderr
+    assert ran.code == 2 and "has tasks mood, same, which are asked differently, or have" in ran.stderr
 
 
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
@@ -426,7 +434,7 @@ def test_many_tasks_answer_as_alone_in_one_pass(fast: list[Path], place: Path, m
         runs.add(fast[1])
     with pytest.raises(tinyld.UsageError, match="was made for no task"):
         runs.add(place / "base")
-    for rows, part in (([{"said": "rain"}], "no column 'text'"), ([None], "must hold text or a number")):
+    for rows, part in (([{"said": "rain"}], "no column 'text'"), ([None], "'text' has no value")):
         with pytest.raises(tinyld.TinyldError, match=part):
             tinyld.load(fast[:2]).predict(rows)
     with pytest.raises(tinyld.UsageError, match="same reads a, b"):
@@ -503,12 +511,24 @@ def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path)
     ran = ask(*fast[:2], "new.csv")
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected and ran.stderr == ""
     ran = ask(*fast, text="rain\n")
-    assert "2 passes a text, as only runs by --recipe fast with one base" in ran.stderr
-    assert "share one: fast-a, fast-b, fast-c; fast-d" in ran.stderr
+    assert "2 passes a text: fast-a, fast-b, fast-c; fast-d (runs share one if they are of --recipe fast" in ran.stderr
     (row,) = csv.DictReader(io.StringIO(ask(*fast[:2], "--csv", text="rain\n").stdout))
     assert set(row) == {"text", "fast-a", "p(fast-a)", "fast-b", "p(fast-b)"}
     alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]
     assert {"text": "rain"} | records(*fast[:2], "--temperature", 0.5, text="rain\n")[0]["tasks"]["fast-a"] == alone
+    with pytest.raises(UsageError, match="temperature must be at least 0"):
+        tinyld.load(fast[:2]).predict("rain", temperature=-1)
+
+
+def test_a_named_column_is_what_every_run_reads(fast: list[Path], place: Path) -> None:
+    """Another column that has the name of a task's own is kept beside it."""
+    Path("both.csv").write_text("text,said,Said\nthe sun,rain,x\n")
+    first, *_ = records(*fast[:2], "both.csv", "--column", "said")
+    expected = tinyld.load(fast[:2]).predict("rain")[0]
+    assert first == {"given_text": "the sun", "text": "rain", "Said": "x", "tasks": expected["tasks"]}
+    shutil.copy("both.csv", "new.csv")
+    ran = ask(fast[0], "both.csv", "new.csv")
+    assert ran.code == 2 and "predict reads one file, got both.csv and new.csv" in ran.stderr
 
 
 def test_a_run_predicts_the_same_when_it_was_moved_and_its_task_file_is_gone(place: Path) -> None:

@@ -101,6 +101,9 @@ def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest
     folder.write_json(RESULTS, {"finetune": {}, "eval": {"mood/dev": {"accuracy": 7}}})
     with pytest.raises(TinyldError, match="results.json: eval: 'mood/dev': accuracy"):
         report(ReportOptions(runs=(folder.path,)))
+    capsys.readouterr()
+    assert len(report(ReportOptions(runs=(tmp_path,)))) == 2, "of a folder of runs the others are shown"
+    assert re.search("damaged/results.json: eval: 'mood/dev': accuracy .*; it is left out", capsys.readouterr().err)
 
 
 def test_whatever_sets_two_runs_apart_is_told_in_words(tmp_path: Path) -> None:

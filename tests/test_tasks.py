@@ -141,8 +141,8 @@ def test_a_task_that_writes_reads_its_answers_from_a_column(tmp_path: Path) -> N
         assert (found.before, found.answer, found.label, found.right) == ("hello :", right[0], None, right)
         assert [(e.before, e.answer) for e in to_learn(task, [found])] == [("hello :", text) for text in right]
     for reply in ("[]", '["a", ""]', '["a", ["b"]]', '"a ||| "', "null"):
-        message = "a.jsonl: line 1: column 'reply' (is empty|is an empty list|must hold text)"
-        with pytest.raises(TinyldError, match=message):
+        why = "is empty|is an empty list|must hold text|has no value|has no text beside a [|]+;"
+        with pytest.raises(TinyldError, match=f"a.jsonl: line 1: column 'reply' ({why})"):
             read(tmp_path, f'{{"label": "x", "reply": {reply}}}', task, "a.jsonl")
 
 
@@ -212,6 +212,7 @@ def test_a_task_that_has_changed_since_is_refused_with_what_differs(tmp_path: Pa
     record = to_record(user_task(tmp_path))
     for old, new, what in (
         ("i feel", "i am", r"template was '{text} i feel {answer} \.', is '{text} i am {answer} \.'"),
+        ('"very well"', '"good"', "verbalizer of happy was 'very well', is 'good';"),
         ('sad = "down"\nhappy = "very well"', 'happy = "very well"\nsad = "down"', "verbalizer was "),
     ):
         user_task(tmp_path, MOOD.replace(old, new))
@@ -246,11 +247,13 @@ FILE_ERRORS = [
     ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "allowed: sad, happy, or", "0 to 1"]),
     ("a.csv", f"text,label\nb,{'9' * 5000}\n", ["unknown label '999", "...'"]),
     ("a.csv", "text,label\na,\n", ["line 2", "'label' is empty"]),
+    ("a.csv", "text,Label\na,0\n", ["no column 'label', found 'text, Label'", "by the task file's label_column"]),
     ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3: not UTF-8; save it as UTF-8"]),
     ("a.csv", b"text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
     ("a.jsonl", '{"text": "a", "label": 0}\n{\n', ["line 2", "not JSON"]),
     ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
-    ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' must hold text or a number", "'None'"]),
+    ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' has no value; fill it in"]),
+    ("a.jsonl", '{"text": ["a"], "label": 0}\n', ["line 1", "'text' must hold text or a number", "['a']"]),
 ]
 
 

@@ -51,7 +51,7 @@ VERBS = {
                     "tinyld compose runs/reviews runs/topics --out runs/both", "compose:show"),
     "pretrain": Verb(options.PretrainOptions, "pretrain:pretrain", "Make a base from text (10 minutes if not told).",
                      "tinyld pretrain --data texts/ --minutes 20 --out runs/base"),
-    "sample": Verb(options.SampleOptions, "verbs:sample", "Write text, or fill in {answer}.",
+    "sample": Verb(options.SampleOptions, "verbs:sample", "Write free text; a task's answers are by predict.",
                    "tinyld sample --prompt 'the film was {answer} .' --length 3", "verbs:show_samples"),
     "compare": Verb(options.CompareOptions, "compare:compare", "Tune and run every method alike on your task.",
                     "tinyld compare --data mine.csv", "report:show"),

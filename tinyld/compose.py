@@ -155,6 +155,6 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
         names = ("task", *routing[0]["goes_to"])
         print_table("% of each task's rows that would go to each adapter by their text", names, rows)
         rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in routing]
-        columns = ("task", "own rows held for no task's", "foreign sentences held for its own")
-        print_table("% of texts wrongly held for no task's (`adapter` is then null), or for one's", columns, rows)
+        columns = ("task", "own rows refused", "foreign sentences accepted")
+        print_table("% of texts that are refused (`adapter` is then null) or accepted wrongly", columns, rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

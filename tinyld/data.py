@@ -127,14 +127,17 @@ class TaskRows(Source):
         check(room > 0, lacks, TinyldError)
         self.ids: list[np.ndarray] = []
         self.starts, self.ends = np.zeros((2, len(examples)), dtype=np.int64)  # of answers; of their [EOS] in the slot
-        self.cut = np.zeros(len(examples), dtype=bool)  # whether prompt or answer had no room
+        self.cut = np.zeros(len(examples), dtype=bool)  # whether the prompt had no room
+        self.cut_answers, self.longest = 0, 0  # how many had no room in the slot; tokens of the longest
         self.unwritable = 0  # answers to write that hold what the base has no piece for, which is left out
         for i, (head, answer, tail) in enumerate(zip(*parts, strict=True)):
             if task.is_generation and tokenizer.unk_id in answer:
                 self.unwritable += 1
                 answer = [token for token in answer if token != tokenizer.unk_id]
-            self.cut[i] = len(head) + len(tail) > room or len(answer) > self.slot
-            if len(head) + len(tail) > room:
+            self.cut_answers += len(answer) > self.slot
+            self.longest = max(self.longest, len(answer))
+            self.cut[i] = len(head) + len(tail) > room
+            if self.cut[i]:
                 tail = tail[: max(room - len(head), room // 2)]
                 kept = min(room - len(tail), len(head))
                 begin = 0 if task.is_infill else kept // 2
@@ -151,7 +154,7 @@ class TaskRows(Source):
 
     @property
     def truncated(self) -> int:
-        """How many rows are cut."""
+        """How many rows have a prompt that is cut."""
         return int(self.cut.sum())
 
     def digest(self) -> str:

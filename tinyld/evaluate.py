@@ -148,15 +148,18 @@ def label_scores(gold: np.ndarray, predicted: np.ndarray, scored: np.ndarray, la
     - accuracy, low, high: of decoded answers, with its 95% interval; scored_accuracy: of the best scored ones.
     - macro_f1: the mean F1 of the labels that a row has or was given.
     - unreadable: share of the rows; majority: the accuracy of always giving the most frequent label.
-    - classes: label -> n, precision, recall, f1. confusion: gold label -> decoded label or "unreadable" -> rows.
+    - classes: label -> n, precision, recall, f1; None of what no row says anything. confusion: gold label -> decoded
+      label or "unreadable" -> rows.
     """
     n, counts = len(gold), np.zeros((len(labels), len(labels) + 1), dtype=int)
     said = [*labels, "unreadable" if "unreadable" not in labels else "(unreadable)"]
     np.add.at(counts, (gold, predicted), 1)  # UNREADABLE is the last column
     hits, given, there = counts.diagonal(), counts.sum(0)[:-1], counts.sum(1)
     precision, recall, f1 = (a / np.maximum(b, 1) for a, b in ((hits, given), (hits, there), (2 * hits, given + there)))
-    columns = zip(*(column.tolist() for column in (there, precision, recall, f1)), strict=True)
-    classes = [dict(zip(("n", "precision", "recall", "f1"), of_label, strict=True)) for of_label in columns]
+    classes = [
+        {"n": n, "precision": p if n + g else None, "recall": r if n else None, "f1": f if n + g else None}
+        for n, g, p, r, f in zip(*(of.tolist() for of in (there, given, precision, recall, f1)), strict=True)
+    ]
     confusion = [dict(zip(said, row, strict=True)) for row in counts.tolist()]
     low, high = wilson(int(hits.sum()), n)
     scores = {"accuracy": int(hits.sum()) / n, "low": low, "high": high}

@@ -6,6 +6,7 @@ What a run is, from the options of a new one or as an old one recorded it, is it
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -182,6 +183,9 @@ def train_adapter(
         )
         for name, rows in (("training", train_rows), ("dev", dev_rows)):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
+            if rows.cut_answers:
+                long = f"have answers longer than answer_tokens, {rows.slot}: the longest has {rows.longest}"
+                say(f"{rows.cut_answers:,} of {len(rows):,} {name} rows {long}; what is beyond is not learned")
             if rows.unwritable:
                 lacks = "hold characters that the base has no token for, and are read without them"
                 say(f"the answers of {rows.unwritable:,} of {len(rows):,} {name} rows {lacks}")
@@ -192,6 +196,11 @@ def train_adapter(
             say(f"{told:,} of {len(dev):,} dev rows are training rows, too: new texts are answered less well")
         if unseen := [label for label, n in counted.items() if n == 0]:
             say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
+        if unmeasured := [label for i, label in enumerate(task.labels) if counted[label] and i not in dev_rows.labels]:
+            say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
+        of_text = Counter(asked for asked, _ in {(e.asked, e.label) for e in examples if task.labels})
+        if doubtful := sum(n > 1 for n in of_text.values()):
+            say(f"{doubtful:,} training texts stand there with more than one label")
         rare = [label for label, n in counted.items() if n == 1]
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")

@@ -213,7 +213,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     recipe: str | None = option(None, "Of trajectory-lora; if not given, best.", "Method", among=RECIPE_NAMES)
     budget: float | None = option(None, "Most to store, in % of the base; best, fast: 0.7%.", "Method", read=share)
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
-    epochs: float | None = option(None, "Passes: 3; more of few rows or to write, 1 of 30,000.", "Training", above=0)
+    epochs: float | None = option(None, "Passes: 3; more of few rows or texts; 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
     batch_size: int | None = option(None, "Rows an update reads: 32, or 8 to write.", "Training", least=1)
     optimizer: str | None = option(None, "The method's if not given.", among=config.OPTIMIZERS)
@@ -278,6 +278,8 @@ class PredictOptions(Answering):
     def runs_and_input(self) -> tuple[list[Path], str]:
         """The run folders, and what follows them: a file of texts, or - for stdin."""
         *paths, last = self.runs
+        files = [str(path) for path in self.runs if path.is_file()]
+        check(len(files) < 2, f"predict reads one file, got {' and '.join(files)}")
         return (paths, str(last)) if paths and not last.is_dir() else ([*paths, last], "-")
 
 

@@ -40,9 +40,9 @@ class Run:
 
     path: Path
     base: Base = field(repr=False)  # with the adapters on it, but for `push`
-    tasks: list[Task]  # that it was made for; none for a base, but for one with an adapter folded in
+    tasks: list[Task] = field(repr=False)  # that it was made for; none for a base, unless an adapter is folded in
     config: dict[str, Any] = field(repr=False)  # the run's config.json
-    dtype: str = "auto"
+    dtype: str = field(default="auto", repr=False)
     push: nn.Module | None = field(default=None, repr=False)  # on the base, which trajectory adapters share
     named: str | None = None  # the task that it was loaded for
 
@@ -64,18 +64,19 @@ class Run:
     def rows(self, examples: Sequence[Example], task: Task) -> TaskRows:
         return TaskRows(examples, task, self.base.tokenizer, self.base.model.config.max_length)
 
-    def predict(self, texts: Iterable[Any], task: str | None = None) -> list[Record]:
+    def predict(self, texts: Iterable[Any], task: str | None = None, **sampling: Any) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
         `truncated`; `answer` where the task writes, and `filled` where it fills gaps; of a composition `adapter`. A
         text is a string, or a dict by column where a task reads two, whose other columns are kept. A composition's
-        adapter answers the texts that are like its own prompts or, where its task is named, all. UsageError for a task
-        that the run has not, TinyldError for a row that lacks a text."""
+        adapter answers the texts that are like its own prompts or, where its task is named, all. `sampling`: how texts
+        are written, the fields of SampleConfig. UsageError for a task that the run has not, TinyldError for a row that
+        lacks a text."""
         task = self.named if task is None else task
         chosen = self.task_named(task)
         rows = as_rows(texts, chosen)  # which may be made while others ask
         with ONE_AT_A_TIME:
             self.let_answer(task and chosen)
-            return self.answer(rows, chosen, SampleConfig())
+            return self.answer(rows, chosen, SampleConfig(**sampling))
 
     def let_answer(self, task: Task | None) -> None:
         """Lets a composition's member of that task answer all rows, or the one that was taught to read and answer as it
@@ -118,7 +119,8 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name is None:
             check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
-            why = "cannot be told apart by their texts" if asked_alike(self.tasks) else "are asked differently"
+            why = "are asked differently, or have answers of other lengths"
+            why = "cannot be told apart by their texts" if asked_alike(self.tasks) else why
             one = len(self.tasks) == 1 or self.is_routed
             check(one, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
             return self.tasks[0]
@@ -247,11 +249,11 @@ class Runs:
             self.runs[name] = run
         return run
 
-    def predict(self, texts: Iterable[Any]) -> list[Record]:
+    def predict(self, texts: Iterable[Any], **sampling: Any) -> list[Record]:
         """A dict for each text: `text`, and under `tasks` what each run says of it, by the run's name."""
         rows = as_rows(texts, self.task)
         with ONE_AT_A_TIME:
-            return self.answer(rows, self.task, SampleConfig())
+            return self.answer(rows, self.task, SampleConfig(**sampling))
 
     @property
     def task(self) -> Task:

@@ -52,8 +52,15 @@ def report(options: ReportOptions) -> list[Row]:
         check(is_there, f"no run in {path}: name evaluated adapters, or a folder of such", TinyldError)
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
         inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
-        of_each = {folder: run_rows(RunFolder.open(folder)) for folder in inside}
-        read += inside
+        of_each = dict[Path, list[Row]]()
+        for folder in inside:
+            try:
+                of_each[folder] = run_rows(RunFolder.open(folder))
+            except TinyldError as error:
+                if is_run:
+                    raise
+                say(f"{error}; it is left out")
+        read += of_each
         found = [row for own in of_each.values() for row in own]
         rows += found
         none = [f.name for f, own in of_each.items() if not own and RunFolder(f).config["kind"] == "adapter"]

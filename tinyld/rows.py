@@ -119,7 +119,7 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
         there = [other for other in SPLITS if in_folder(Path(folder) / name, other)] if folder == own else []
         way_out = "rows from elsewhere may be among them: add the file, or keep this folder out of $TINYLD_DATA"
         check(not there or split not in task.splits, f"{none} in {own}/{name}, which has {', '.join(there)}; {way_out}")
-    way_out, problem = f"give the {split} rows by --data DIR", "it has no official download"
+    way_out, problem = f"give the {split} rows by --data DIR, or all by --data FILE", "it has no official download"
     if not task.builtin and task.path.suffix == ".toml" and task.path.exists():
         way_out = f"name their file in its [data] table, or {way_out}"
     if split not in task.splits:
@@ -196,6 +196,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
                 header = [clean(value) for value in values]
                 if len(set(header)) < len(header) or header[0].startswith("sep="):  # which spreadsheets put before it
                     wanted = "this line must name the columns, each by a name of its own"
+                    wanted += "; delete it" * header[0].startswith("sep=")
                     raise TinyldError(f"{where}: {wanted}, got {show(', '.join(header))}")
             elif header and values and (empty or not is_blank):
                 if len(values) != len(header):
@@ -206,13 +207,17 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
 
 
-def cell(row: dict[str, Any], column: str, where: str) -> str:
-    """The row's text in `column`, cleaned; refuses a missing, empty or structured value."""
+def cell(row: dict[str, Any], column: str, where: str, key: str = "[columns]") -> str:
+    """The row's text in `column`, cleaned; refuses a missing, empty or structured value. key: of a task file, which
+    says what the column is called."""
     if column not in row:
-        way_out = f"rename one to {column}, or say in a task file's [columns] which it is (for predict: by --column)"
+        way_out = f"rename one to {column}, or say which it is by the task file's {key}"
+        way_out += " or predict's --column" * (key == "[columns]")
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
-    if not isinstance(value, str | int | float) or value != value:  # not a number: what is missing, of pandas
+    if value is None or value != value:  # as pandas has what is missing
+        raise TinyldError(f"{where}: column {show(column)} has no value; fill it in or delete the row")
+    if not isinstance(value, str | int | float):
         raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")
     try:
         text = str(value).lower() if isinstance(value, bool) else clean(str(value))
@@ -226,8 +231,11 @@ def cell(row: dict[str, Any], column: str, where: str) -> str:
 def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """The texts in a row's answer column: a JSON list of them, or one cell with ` ||| ` between."""
     value = row.get(column)
-    parts = value if isinstance(value, list) else cell(row, column, where).split(PAIR.strip())
+    several = isinstance(value, list)
+    parts = value if several else cell(row, column, where, "answer_column").split(PAIR.strip())
     check(parts, f"{where}: column {show(column)} is an empty list; fill it in or delete the row", TinyldError)
+    blank = not several and not all(part.strip() for part in parts)
+    check(not blank, f"{where}: column {show(column)} has no text beside a {PAIR.strip()}; remove that", TinyldError)
     return tuple(cell({column: part}, column, where) for part in parts)
 
 
@@ -279,7 +287,7 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
             right = references(row, str(task.answer_column), where)
             examples.append(replace(example, answer=right[0], references=right if len(right) > 1 else ()))
             continue
-        name = cell(row, str(task.label_column), where)
+        name = cell(row, str(task.label_column), where, "label_column")
         if may_be_numbers and not examples and name not in labels:
             labels = {str(i): i for i in range(len(labels))}
         if name not in labels:

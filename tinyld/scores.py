@@ -1,5 +1,7 @@
 """`tinyld eval`: what a run's answers are worth, of tasks and of running text, kept in its results and shown."""
 
+import csv
+import io
 import os
 from itertools import islice
 from pathlib import Path
@@ -62,7 +64,7 @@ def rows_for(
         changed = f"{data} has changed since {run.path} was trained on it: which rows were held out is not known"
         check(held_out or not is_there, f"{changed}; train again, or give a file of other rows by --data", TinyldError)
         if say and not held_out:
-            say(f"{data}: all its rows count, learned ones too; of the file that {run.path} learned they are left out")
+            say(f"{data}: every row counts; of the file alone that {run.path} learned are learned rows left out")
         elif say and is_told:
             say(f"{data}: {len(learned):,} of its rows were learned by {run.path}, and are left out")
     return run.rows(load_split(task, split, data, limit, held_out), task)
@@ -84,7 +86,9 @@ def eval(options: EvalOptions) -> list[Record]:
     sampling, say = options.sampling(), say_to_stderr(options.quiet)
     data, predictions = options.data, options.predictions
     check_writable(predictions, [data])  # before anything is loaded; what a run reads is known once it is
-    records, lines = [], ["run\ttask\tprompt\tgold\tanswer"]
+    records, table = [], io.StringIO()
+    lines = csv.writer(table, "excel-tab", lineterminator="\n")  # which quotes texts that have quotes
+    lines.writerow(("run", "task", "prompt", "gold", "answer"))
     source = str(data) if data is not None and not data.is_dir() else options.split
     check(source == options.split or options.split == EvalOptions.split, f"--split has no effect on the file {data}")
     for path in options.runs or [newest_run()]:
@@ -106,14 +110,14 @@ def eval(options: EvalOptions) -> list[Record]:
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record(), "sha256": rows.digest()}
             records.append(record)
-            lines += ["\t".join([str(path), task.name, *map(clean, p)]) for p in found.predictions]
+            lines.writerows((path, task.name, *map(clean, p)) for p in found.predictions)
             key = f"{task.name}/{source}"
             if why := why_unusual(run, options):
                 say(f"{path}: {key} is not kept in {RESULTS}, as it is by {why}")
             else:
                 remember(path, "eval", key, record)
     if predictions is not None:
-        write_atomic(predictions, ("\n".join(lines) + "\n").encode(errors="surrogatepass"))
+        write_atomic(predictions, table.getvalue().encode(errors="surrogatepass"))
     return records
 
 

@@ -218,5 +218,12 @@ def learned_files(config: dict[str, Any]) -> list[Path]:
 
 def unlike(then: dict[str, Any], now: dict[str, Any], keys: Iterable[str] = KEPT) -> str:
     """How two records of a task differ, the order of labels too, in words."""
-    differing = [key for key in keys if str(then[key]) != str(now[key])]
-    return "; ".join(f"{key} was {show(then[key])}, is {show(now[key])}" for key in differing)
+    found = []
+    for key in keys:
+        was, own = then[key], now[key]
+        if isinstance(was, dict) and isinstance(own, dict) and was != own:
+            names = [name for name in was | own if was.get(name) != own.get(name)]
+            found += [f"{key} of {name} was {show(was.get(name))}, is {show(own.get(name))}" for name in names]
+        elif str(was) != str(own):
+            found.append(f"{key} was {show(was)}, is {show(own)}")
+    return "; ".join(found)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSO
 Rows = list[Row]
 
 
-def chunks(options: PredictOptions, source: str, task: Task, size: int, even: bool) -> tuple[int, Iterator[Rows]]:
-    """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). A text alone is enough
-    where the task reads one. A file is read whole first, so that a bad row is known at once; `even` gives each of its
-    rows all columns that any has."""
+def chunks(
+    options: PredictOptions, source: str, tasks: Sequence[Task], size: int, even: bool
+) -> tuple[int, Iterator[Rows]]:
+    """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). Rows are read by the
+    columns of the first task; a text alone is enough where that reads one. A file is read whole first, so that a bad
+    row is known at once; `even` gives each of its rows all columns that any has."""
+    task, taken = tasks[0], {name for own in tasks for name in own.inputs}
     path, column, columns, rows = Path(source), options.column, task.inputs, Rows()
     lines = source == "-" or path.suffix.lower() == ".txt"
     check(not options.text or source == "-", "give a file or --text, not both")
@@ -46,9 +49,9 @@ def chunks(options: PredictOptions, source: str, task: Task, size: int, even: bo
     column = "text" if lines else column
 
     def renamed(where: str, row: Record) -> Row:
-        """A row whose column of that name, if it is said, is called as the task's."""
+        """A row whose column of that name, if it is said, is called as the task's, and none as another task's."""
         check(column is None or column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-        return where, row if column is None else under({column: columns[0]}, row)
+        return where, row if column is None else under({column: columns[0]}, row, taken)
 
     if options.text:
         rows = [(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]
@@ -109,8 +112,8 @@ def predict(options: PredictOptions) -> None:
     tasks, bases = [r.tasks[0] for r in runs] if several else [task], [r.base for r in runs]
     if several and len(groups := run.groups()) > 1:
         shares = "; ".join(", ".join(names) for names in groups)
-        why = "only runs by --recipe fast with one base, one prompt and answers of one token share one"
-        say(f"{len(groups)} passes a text, as {why}: {shares}")
+        why = "runs share one if they are of --recipe fast, on one base, with one prompt and answers of one token"
+        say(f"{len(groups)} passes a text: {shares} ({why})")
     options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), tasks)
     learned = [file for r in runs for file in learned_files(r.config)] if out else []
     check_writable(out, [*options.runs, *learned, *(file for t in tasks for file in files_of(t))])
@@ -118,7 +121,7 @@ def predict(options: PredictOptions) -> None:
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header, whole, truncated, total, empty = list[str](), list[str](), 0, 0, 0
-    rows_in_all, parts = chunks(options, source, task, WRITTEN if task.is_generation else CHUNK, as_csv)
+    rows_in_all, parts = chunks(options, source, tasks, WRITTEN if task.is_generation else CHUNK, as_csv)
     bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
     bar.quiet |= bar.on_terminal and out is None and not os.path.isfile("/dev/stdout")  # answers may appear there, too
     with bar:

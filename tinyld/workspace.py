@@ -44,9 +44,9 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
 
 
 def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int, which: str = "rows") -> None:
-    long = f"are longer than the base's {max_length} tokens, or their answers than the task's"
     if truncated:
-        say(f"{truncated:,} of {rows:,} {which} {long}; their middle was left out, or what is far from a gap")
+        long = f"are longer than the {max_length} tokens that the base takes"
+        say(f"{truncated:,} of {rows:,} {which} {long}: their middle is not read, or what is far from a gap")
 
 
 def newest_run() -> Path:

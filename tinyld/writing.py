@@ -16,7 +16,8 @@ NO_SACREBLEU = "BLEU and chrF are missing: pip install sacrebleu"
 def text_scores(
     prompts: Sequence[str], answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float | str]:
-    """Scores of answers, each beside one or several references. Shares are in [0, 1], BLEU and chrF in [0, 100].
+    """Scores of answers, each beside one or several references, all without case and accents (`fold`). Shares are in
+    [0, 1], BLEU and chrF in [0, 100].
 
     - bleu, chrf: of the whole set, as sacrebleu has them; where that is not installed, `note` says so.
     - exact_match: share of answers that are a reference, word for word and mark for mark.
