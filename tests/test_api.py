@@ -328,6 +328,19 @@ def test_what_a_spreadsheet_writes_is_read_and_what_was_made_of_it_is_said(place
     assert ran.code == 2 and "its first line is read as a header, but" in ran.stderr
 
 
+def test_a_task_file_may_name_its_training_rows_alone(place: Path) -> None:
+    """A tenth of them is then held out, as of a file of rows; test rows are its own."""
+    rows = [f'"{text} {i}",{label}\n' for i, (text, label) in enumerate(ROWS)]
+    Path("some.csv").write_text("text,label\n" + "".join(rows))
+    Path("asked.csv").write_text("text,label\n" + "".join(rows[:3]))
+    task = 'template = "{text} it was {answer} ."\n[verbalizer]\nsad = "down"\nhappy = "well"\n'
+    Path("some.toml").write_text(task + '[data]\ntrain = "some.csv"\ntest = "asked.csv"\n')
+    ran = good("finetune", "--task", "some.toml", *made_on(place), "--out", "some", "--json")
+    assert (ran.json["rows"], ran.json["dev_rows"]) == (36, 4) and "one row in ten is held out" in ran.stderr
+    for split, n in (("train", 36), ("dev", 4), ("test", 3)):
+        assert good("eval", "some", "--split", split, "--json", "--quiet").json[0]["n"] == n
+
+
 def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> None:
     rows = [{"ask": f"name the {t}", "reply": ["the sun", f"{t} it is"], "id": i} for i, (t, _) in enumerate(ROWS)]
     made = {"base": place / "base", "text_column": "ask", "answer_column": "reply"} | QUICK

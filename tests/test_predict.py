@@ -317,6 +317,9 @@ def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monke
     assert table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
     line = table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None})
     assert line.startswith("like no task: sad")
+    shares = {"sad": 0.5, "rather happy": 0.5}
+    line = table_line({"text": "x", "label": "sad", "probability": 0.5, "probabilities": shares})
+    assert line == "sad           50.0%  x\n", "in columns, whatever the label"
 
 
 def test_a_task_of_two_texts_takes_both(place: Path) -> None:

@@ -29,12 +29,15 @@ MINE = ("text_column", "label_column", "answer_column", "template")  # options o
 def task_and_rows(
     options: RowOptions, name: str | None, tokenizer: Tokenizer, max_length: int
 ) -> tuple[Task, Path | None, bool]:
-    """(the task, where its rows are, whether dev rows are held out of them): the task of that name, or else that of
-    --data, a file or a folder with train and maybe dev rows, or `reviews`."""
+    """(the task, where its rows are, whether dev rows are held out of them): the task of that name, whose file may name
+    train rows alone, or else that of --data, a file or a folder with train and maybe dev rows, or `reviews`."""
     data = options.data
     if name is not None or data is None:
         refuse_idle(options, MINE, "but for --data without --task; a task has columns of its own")
-        return load_task("reviews" if name is None else name), data, data is not None and data.is_file()
+        task = load_task("reviews" if name is None else name)
+        if data is None and "train" in task.data and "dev" not in task.data:
+            data = Path(task.data["train"])
+        return task, data, data is not None and data.is_file()
     train, dev = (in_folder(data, "train"), in_folder(data, "dev")) if data.is_dir() else (data, None)
     if train is None:
         raise TinyldError(f"no train.csv, .tsv or .jsonl in {data}; for rows in {data}/NAME/ give --task NAME too")

@@ -80,9 +80,9 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     if method != TrajectoryLora.name:
         refuse_idle(options, ["cache_gb"], f"with --method {method}, which keeps no states")
     task, data, held_out = task_and_rows(options, options.task, tokenizer, shape.max_length)
-    if task.path.suffix != ".toml":
-        held = "; one row in ten is held out as dev rows" if held_out else ""
-        say_to_stderr(options.quiet)(described(task) + held)
+    told = [] if task.path.suffix == ".toml" else [described(task)]
+    if told := told + ["one row in ten is held out as dev rows"] * held_out:
+        say_to_stderr(options.quiet)("; ".join(told))
     training["batch_size"] = options.batch_size or (BATCH if task.is_generation else TrainConfig.batch_size)
     open_ended = all(training[budget] is None for budget in BUDGETS)
     train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))

@@ -172,13 +172,20 @@ def csv_lines(records: list[Record], header: list[str], labels: list[str], cell:
     return lines
 
 
+def wide(found: Record) -> int:
+    """Characters that a label has in the table: as the longest of its task, within reason."""
+    return min(24, max(map(len, found.get("probabilities", [""]))))
+
+
 def table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
     width = shutil.get_terminal_size().columns
     text = record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)"
     by = record.get("adapter", "")  # of a composition; None where the text is like no task's
     several = record.get("tasks", {"like no task:" if by is None else by: record}).items()
-    said = [f"{name} {f['label']:<12} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f]
+    said = [
+        f"{name} {f['label']:<{wide(f)}} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f
+    ]
     written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
     before, text, after = plain("  ".join([*said, ""])), plain(text), plain("  ".join(["", *written]))
     room = max(width - len(before) - len(after), 16)  # for the text: what was answered is never cut
