@@ -92,6 +92,7 @@ def learning(*rows: Any) -> Any:
     (lambda run, base: run.predict(None), "texts are a list"),
     (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
     (lambda run, base: tinyld.load(base, task="nonsense"), "no task 'nonsense'"),
+    (lambda run, base: run.predict([{"text": np.array([1, 2])}]), "text 1: column 'text' must hold text or a number"),
     (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' has no value; fill it in"),
     (lambda run, base: run.write([5]), "a prompt is a text"),
     (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
@@ -266,7 +267,7 @@ def test_a_csv_alone_is_enough(place: Path) -> None:
     assert "moved.csv: 36 of its rows were learned by run, and are left out" in moved.stderr
     Path("others.csv").write_text(before.replace("rain", "sun"))
     others = good("eval", "run", "--data", "others.csv", "--json")
-    assert others.json[0]["n"] == 40 and "others.csv: every row counts; of the file alone" in others.stderr
+    assert others.json[0]["n"] == 40 and "others.csv is not the file that run learned" in others.stderr
 
 
 def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) -> None:
@@ -306,7 +307,7 @@ def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
     Path("both/dev.csv").write_text("\n".join(["text,label", *(row.upper() for row in lines[:6]), "new,SAD"]).lower())
     ran = good("finetune", "--data", "both", *made_on(place), "--out", "both-run")
     assert "6 of 7 dev rows are training rows, too" in ran.stderr
-    assert "1 training texts stand there with more than one label" in ran.stderr
+    assert "1 training texts have more than one label" in ran.stderr
     lines = [f"who is {i},she lives in town number {i % 8}" for i in range(24)]
     Path("asked.csv").write_text("\n".join(["text,label", *lines, ""]))
     ran = good("finetune", "--data", "asked.csv", *made_on(place), "--out", "asked")

@@ -294,7 +294,7 @@ class TrainConfig(Loop):
 THRESHOLDS = {"threshold": 0.95, "klass": 0.6, "entropy": 0.5}
 DRAWN = ("ancestral", "revise")  # whose order is drawn, at any temperature
 SAMPLERS = ("low_confidence", *THRESHOLDS, *DRAWN)
-GUIDANCE = 0.15  # of answers to a prompt, where nothing is said (data/results/README.md, "Can it write?")
+GUIDANCE = 0.25  # of answers to a prompt, where nothing is said (data/results/README.md, "Can it write?")
 FREELY = "revise", 0.6  # sampler and temperature of texts for no task
 
 
@@ -303,7 +303,7 @@ class SampleConfig(Settings):
     """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
     sampler: str = setting("threshold", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    steps: int | None = setting(None, "Passes a text at most, each twice where it is guided.", "Writing", least=1)
+    steps: int | None = setting(None, "Passes a text at most; a quarter more where it is guided.", "Writing", least=1)
     temperature: float = setting(0.0, "0 takes the most likely token.", "Writing", least=0)
     seed: int = setting(0, "Seed of what is drawn.", "Writing", least=0)
     threshold: float | None = setting(

@@ -148,7 +148,7 @@ def label_scores(gold: np.ndarray, predicted: np.ndarray, scored: np.ndarray, la
     - accuracy, low, high: of decoded answers, with its 95% interval; scored_accuracy: of the best scored ones.
     - macro_f1: the mean F1 of the labels that a row has or was given.
     - unreadable: share of the rows; majority: the accuracy of always giving the most frequent label.
-    - classes: label -> n, precision, recall, f1; None of what no row says anything. confusion: gold label -> decoded
+    - classes: label -> n, precision, recall, f1; None where no row tells. confusion: gold label -> decoded
       label or "unreadable" -> rows.
     """
     n, counts = len(gold), np.zeros((len(labels), len(labels) + 1), dtype=int)

@@ -200,7 +200,7 @@ def train_adapter(
             say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
         of_text = Counter(asked for asked, _ in {(e.asked, e.label) for e in examples if task.labels})
         if doubtful := sum(n > 1 for n in of_text.values()):
-            say(f"{doubtful:,} training texts stand there with more than one label")
+            say(f"{doubtful:,} training texts have more than one label")
         rare = [label for label, n in counted.items() if n == 1]
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")

@@ -219,9 +219,9 @@ class Denoiser(nn.Module):
 
     def rows_at_once(self, length: int, most: int, asked: int = 0) -> int:
         """How many rows of `length` tokens, `most` of them, a pass without gradient takes: their states of all depths,
-        which a push may read, and three copies of the logits of `asked` tokens have half a gigabyte."""
+        which a push may read, and four copies of the logits of `asked` tokens have half a gigabyte."""
         row = 4 * length * self.config.d_model * (self.config.num_layers + 1)  # bytes
-        row += 12 * asked * self.config.vocab_size
+        row += 16 * asked * self.config.vocab_size
         return max(1, min(most, (1 << 29) // row))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import os
 import random
 import re
@@ -217,7 +218,7 @@ def cell(row: dict[str, Any], column: str, where: str, key: str = "[columns]") -
         way_out += " or predict's --column" * (key == "[columns]")
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
-    if value is None or value != value:  # as pandas has what is missing
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas has what is missing
         raise TinyldError(f"{where}: column {show(column)} has no value; fill it in or delete the row")
     if not isinstance(value, str | int | float):
         raise TinyldError(f"{where}: column {show(column)} must hold text or a number, got {show(value)}")

@@ -64,7 +64,7 @@ def rows_for(
         changed = f"{data} has changed since {run.path} was trained on it: which rows were held out is not known"
         check(held_out or not is_there, f"{changed}; train again, or give a file of other rows by --data", TinyldError)
         if say and not held_out:
-            say(f"{data}: every row counts; of the file alone that {run.path} learned are learned rows left out")
+            say(f"{data} is not the file that {run.path} learned: every row counts, learned ones too")
         elif say and is_told:
             say(f"{data}: {len(learned):,} of its rows were learned by {run.path}, and are left out")
     return run.rows(load_split(task, split, data, limit, held_out), task)
