@@ -198,7 +198,8 @@ def train_adapter(
             say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
         if unmeasured := [label for i, label in enumerate(task.labels) if counted[label] and i not in dev_rows.labels]:
             say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
-        of_text = Counter(asked for asked, _ in {(e.asked, e.label) for e in examples if task.labels})
+        labels_of = {(asked, label) for (asked, _), label in zip(learned, train_rows.labels.tolist(), strict=True)}
+        of_text = Counter(asked for asked, _ in labels_of)
         if doubtful := sum(n > 1 for n in of_text.values()):
             say(f"{doubtful:,} training texts have more than one label")
         rare = [label for label, n in counted.items() if n == 1]

@@ -233,12 +233,13 @@ def cell(row: dict[str, Any], column: str, where: str, key: str = "[columns]") -
 
 def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """The texts in a row's answer column: a JSON list of them, or one cell with ` ||| ` between."""
-    value = row.get(column)
-    several = isinstance(value, list)
-    parts = value if several else cell(row, column, where, "answer_column").split(PAIR.strip())
-    check(parts, f"{where}: column {show(column)} is an empty list; fill it in or delete the row", TinyldError)
-    blank = not several and not all(part.strip() for part in parts)
-    check(not blank, f"{where}: column {show(column)} has no text beside a {PAIR.strip()}; remove that", TinyldError)
+    parts = row.get(column)
+    if isinstance(parts, list):
+        check(parts, f"{where}: column {show(column)} is an empty list; fill it in or delete the row", TinyldError)
+    else:
+        parts = cell(row, column, where, "answer_column").split(PAIR.strip())
+        are_texts, lacks = all(part.strip() for part in parts), f"has no text beside a {PAIR.strip()}; remove that"
+        check(are_texts, f"{where}: column {show(column)} {lacks}", TinyldError)
     return tuple(cell({column: part}, column, where) for part in parts)
 
 
