@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyld import attention as module
-from tinyld.attention import ShortAttention, attention
+from tinyld.attention import ShortAttention, absorbed, attention
 
 
 def random_heads(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -66,6 +66,20 @@ def test_bf16_is_about_as_exact_as_torchs_own(offset: float, scale: float, under
     ]
     assert all(0 < mine <= 5 * theirs for mine, theirs in zip(*errors, strict=True))
     assert errors[0] != errors[1], "not torch's own"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_few_queries_read_states_as_they_would_their_keys_and_values(queries: int, bias: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    key, value = (nn.Linear(8, 8, bias=bias).double() for _ in range(2))
+    q, states, keys = random_heads(3, 2, queries, 4), random_heads(3, 7, 8, seed=1), some_keys(3, 7) if masked else None
+    heads = [linear(states).unflatten(-1, (2, 4)).transpose(1, 2) for linear in (key, value)]
+    found, expected = absorbed(q, states, key, value, keys), attention(q, *heads, keys)
+    torch.testing.assert_close(found, expected)
+    upstream = random_heads(3, 2, queries, 4, seed=3).detach()
+    torch.testing.assert_close(*(torch.autograd.grad(values, (q, states), upstream) for values in (found, expected)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyld.config import ModelConfig
+from tinyld.device import narrow
 
 MOST = 2**25  # scores of a batch: its backward pass reads as many weights, 64 MB
 AT_A_TIME = 2**21  # scores
@@ -45,6 +46,22 @@ def attention(
     # their means both are small, and lose less to bf16.
     k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
     return (ShortAttention.apply(q, k, v - offset, bias) + offset).unflatten(0, (batch, heads))
+
+
+def absorbed(q: Tensor, states: Tensor, key: nn.Linear, value: nn.Linear, key_mask: Tensor | None) -> Tensor:
+    """`attention` to the keys and values that two Linears make of states (B, L, D). Few queries cost less so: they are
+    taken through the keys' matrix, and what they read of the states through the values', so that neither is made at
+    every position. The keys' bias, and a state taken from all, shift a query's scores alike."""
+    heads, width = q.shape[1], q.shape[-1]
+    of_keys, of_values = (narrow(linear, q.dtype).unflatten(0, (heads, width)) for linear in (key, value))  # (H, W, D)
+    offset = states.mean(1, keepdim=True)
+    states = states - offset
+    scores = torch.einsum("bhmd,bld->bhml", torch.einsum("bhmw,hwd->bhmd", q * width**-0.5, of_keys), states)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], HIDDEN)
+    read = torch.einsum("bhml,bld->bhmd", scores.softmax(-1).to(q.dtype), states) + offset[:, None]
+    mixed = torch.einsum("bhmd,hwd->bhmw", read, of_values)
+    return mixed if value.bias is None else mixed + value.bias.to(q.dtype).unflatten(0, (heads, width))[:, None]
 
 
 class ShortAttention(torch.autograd.Function):

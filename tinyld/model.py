@@ -201,13 +201,9 @@ class Denoiser(nn.Module):
         each = [take(states[push.first_depth - first], positions) for push in pushes]
         started = [push.start(t, prompt_mask) for push in pushes]
         for depth in range(first, last):
-            block, on = self.blocks[depth], [i for i, push in enumerate(pushes) if push.first_depth <= depth]
-            with torch.no_grad():
-                others = states[depth - first]
-                others = block.attention_norm(others) if block.norm_first else others
-                pair = block.keys_values(others.to(product_dtype(others.device)), angles)
+            on = [i for i, push in enumerate(pushes) if push.first_depth <= depth]
             h = torch.cat([each[i] + started[i](depth, each[i]) for i in on], 1)
-            h = self.through(depth, h, angles, attention_mask, positions.repeat(1, len(on)), pair)
+            h = self.through(depth, h, angles, attention_mask, positions.repeat(1, len(on)), states[depth - first])
             for i, own in zip(on, h.chunk(len(on), 1), strict=True):
                 each[i] = own
         return [h + push_at(last, h) for h, push_at in zip(each, started, strict=True)]

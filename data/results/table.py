@@ -49,10 +49,11 @@ def tables(path: Path) -> list[Table]:
         return [(path.stem, list(rows[0]), [list(row.values()) for row in rows])]
     found = aggregate(dict.fromkeys(COLUMNS) | row for row in rows)
     several = len({row["task"] for row in found}) > 1 and all(row["accuracy"] is not None for row in found)
-    return [by_task(path.stem, found), *ahead(found)] if several else result_tables(found)
+    is_timed = len({row.get("fast_dtype") for row in rows}) == 1  # on like machines
+    return [by_task(path.stem, found, is_timed), *ahead(found)] if several else result_tables(found)
 
 
-def by_task(title: str, found: Sequence[Row]) -> Table:
+def by_task(title: str, found: Sequence[Row], is_timed: bool) -> Table:
     """A row a method. Of its rows on one task that with the most training rows counts, then the fewest nats on dev.
 
     The interval of the mean takes the tasks' errors as independent; "% of full" is of the means, against the best full
@@ -80,9 +81,9 @@ def by_task(title: str, found: Sequence[Row]) -> Table:
             f"{percent(mean)} ± {percent(half)}" if whole else None,
             percent(mean / fmean(full)) if whole and len(full) == len(whole) else None,
             f"{next(iter(mine.values()))['stored_percent']:.2f}",
-            round(sum(row["seconds"] for row in whole)) if whole else None,
+            *[round(sum(row["seconds"] for row in whole)) if whole else None] * is_timed,
         ])  # fmt: skip
-    return title, ["method", *tasks, "mean %", "% of full", "stored %", "seconds"], cells
+    return title, ["method", *tasks, "mean %", "% of full", "stored %", *["seconds"] * is_timed], cells
 
 
 def ahead(found: Sequence[Row]) -> list[Table]:

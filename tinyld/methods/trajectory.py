@@ -76,7 +76,7 @@ RATES = {"muon": 3e-3, "adamw": 5e-3}, {"muon": 2e-3, "adamw": 1e-3}
 FAST_RATES = {"muon": 6e-3, "adamw": 1e-2}, {"muon": 4e-3, "adamw": 2e-3}
 RECIPES = {
     "best": Recipe(TrajectoryLoraConfig(), 0.007, *RATES, {"blocks": 4}),
-    "fast": Recipe(TrajectoryLoraConfig("fast", blocks=4), 0.007, *FAST_RATES),
+    "fast": Recipe(TrajectoryLoraConfig("fast", blocks=4), 0.007, *FAST_RATES, {"blocks": 2}),
     "paper": Recipe(TrajectoryLoraConfig("paper", paper.RANKS, paper.SIGMA, blocks=0), None, *RATES),
 }
 
