@@ -188,6 +188,22 @@ def test_a_cached_pass_equals_the_uncached_one(config: ModelConfig, first_depth:
     assert torch.equal(model.states(other_ids, t, mask, prompt, torch.stack(depths[first_depth:last], 2)), uncached)
 
 
+@pytest.mark.parametrize(("rotary", "asked", "made"), [(False, 1, 0), (False, 9, 2), (True, 1, 2)])
+def test_keys_of_kept_states_are_made_where_many_positions_read_them_or_their_place_counts(
+    config: ModelConfig, rotary: bool, asked: int, made: int
+) -> None:
+    model = fresh_base(replace(config, rotary=rotary))
+    x, calls = random_ids(model, 3, 9), []
+    kept = torch.stack(model.frozen(x, None, 0, 1), 2)
+    for block in model.blocks:
+        block.key.register_forward_hook(lambda *_: calls.append(1))
+    model.push = RecordingPush(0, answer_only=True)
+    where = (torch.arange(9) < asked).expand(3, 9)
+    with torch.no_grad():
+        model.states(x, torch.ones(3), None, ~where, kept, where)
+    assert len(calls) == made
+
+
 @pytest.mark.parametrize("case", ["pre-norm", "post-norm", "rotary, grouped", "shifted"])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
 def test_a_pushed_answer_reads_all_else_as_the_base_has_it(config: ModelConfig, first_depth: int, case: str) -> None:
