@@ -192,15 +192,16 @@ def test_a_cached_pass_equals_the_uncached_one(config: ModelConfig, first_depth:
 def test_keys_of_kept_states_are_made_where_many_positions_read_them_or_their_place_counts(
     config: ModelConfig, rotary: bool, asked: int, made: int
 ) -> None:
+    """And once, though blocks run again in the backward pass."""
     model = fresh_base(replace(config, rotary=rotary))
+    model.recompute = True
     x, calls = random_ids(model, 3, 9), []
-    kept = torch.stack(model.frozen(x, None, 0, 1), 2)
+    kept = torch.stack(model.frozen(x, None, 0, 1), 2).requires_grad_(True)
     for block in model.blocks:
         block.key.register_forward_hook(lambda *_: calls.append(1))
     model.push = RecordingPush(0, answer_only=True)
     where = (torch.arange(9) < asked).expand(3, 9)
-    with torch.no_grad():
-        model.states(x, torch.ones(3), None, ~where, kept, where)
+    model.states(x, torch.ones(3), None, ~where, kept, where).sum().backward()
     assert len(calls) == made
 
 

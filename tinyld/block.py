@@ -6,6 +6,7 @@ and every Linear, which is *called* (so it can be wrapped), and every bias.
 
 import functools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from tinyld.device import product, product_dtype
 
 LINEARS = ("query", "key", "value", "out", "up", "down")  # the matrices of a block
 Angles = tuple[Tensor, Tensor]  # (cos, sin) of rotary positions, both (L, kinds of block, head width)
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -78,32 +80,37 @@ class Block(nn.Module):
         own = [angle[:, int(self.is_local)] for angle in angles]
         return rotate(x, *(own if positions is None else [angle[positions][:, None] for angle in own]))
 
-    def keys_values(self, h: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, h: Tensor, angles: Angles | None) -> Pair:
         """Both (B, H, L, head width), of normed states h (B, L, D)."""
         k, v = self.placed(self.key(h), self.key_norm, angles), self.heads(self.value(h))
         groups = self.config.num_heads // k.shape[1]
         return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
+    @torch.no_grad()
+    def readable(self, h: Tensor, asked: int, angles: Angles | None) -> Tensor | Pair:
+        """What `asked` queries a row read of frozen states h (B, L, D): their keys and values or, where these are but
+        products of them and `absorbed` multiplies less, the normed states."""
+        h = (self.attention_norm(h) if self.norm_first else h).to(product_dtype(h.device))
+        (length, width), config = h.shape[1:], self.config
+        is_plain = not (config.rotary or config.head_norms or self.is_local)
+        is_plain = is_plain and config.kv_heads in (0, config.num_heads)
+        if is_plain and asked * (width + config.num_heads * length) < length * width:
+            return h
+        return self.keys_values(h, angles)
+
     def attend(
-        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None, frozen: Tensor | None
-    ) -> Tensor:
+        self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None,
+        frozen: Tensor | Pair | None,
+    ) -> Tensor:  # fmt: skip
         h = h.to(product_dtype(h.device))  # once, not in each of the products
         asking = h if positions is None or frozen is not None else take(h, positions)
         q = self.placed(self.query(asking), self.query_norm, angles, positions)
-        if frozen is not None:
-            h = (self.attention_norm(frozen) if self.norm_first else frozen).to(h.dtype)
-        if frozen is not None and self.is_cheaper_absorbed(q, h):
-            mixed = absorbed(q, h, self.key, self.value, key_mask)
+        if isinstance(frozen, Tensor):
+            mixed = absorbed(q, frozen, self.key, self.value, key_mask)
         else:
-            k, v = self.keys_values(h, angles)
+            k, v = self.keys_values(h, angles) if frozen is None else frozen
             mixed = attention(q, k, v, key_mask, self.config.local_window if self.is_local else 0, positions)
         return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def is_cheaper_absorbed(self, q: Tensor, states: Tensor) -> bool:
-        """Whether keys and values are but products of the states, and `absorbed` multiplies less."""
-        (heads, asked), (length, width), config = q.shape[1:3], states.shape[1:], self.config
-        is_plain = not (config.rotary or config.head_norms or self.is_local) and config.kv_heads in (0, heads)
-        return is_plain and asked * (width + heads * length) < length * width
 
     def mlp(self, h: Tensor) -> Tensor:
         x, gate = self.up(h).chunk(2, dim=-1) if self.config.gated else (self.up(h), None)
@@ -113,10 +120,10 @@ class Block(nn.Module):
 
     def forward(
         self, h: Tensor, angles: Angles | None, key_mask: Tensor | None, positions: Tensor | None = None,
-        frozen: Tensor | None = None,
+        frozen: Tensor | Pair | None = None,
     ) -> Tensor:  # fmt: skip
         """With `positions` (B, M) only their states are computed, (B, M, D): the others give keys and values. Where
-        those of all positions, `frozen` (B, L, D), are given, to be read, h is (B, M, D) too."""
+        what is `readable` of all positions is given, `frozen`, h is (B, M, D) too."""
         here = h if positions is None or frozen is not None else take(h, positions)
         h = self.attention_norm(h) if self.norm_first else h
         h = here + self.after_attention(self.attend(h, angles, key_mask, positions, frozen))

@@ -201,9 +201,11 @@ class Denoiser(nn.Module):
         each = [take(states[push.first_depth - first], positions) for push in pushes]
         started = [push.start(t, prompt_mask) for push in pushes]
         for depth in range(first, last):
-            on = [i for i, push in enumerate(pushes) if push.first_depth <= depth]
+            block, on = self.blocks[depth], [i for i, push in enumerate(pushes) if push.first_depth <= depth]
+            asked = positions.repeat(1, len(on))
+            frozen = block.readable(states[depth - first], asked.shape[1], angles)  # outside of what runs again
             h = torch.cat([each[i] + started[i](depth, each[i]) for i in on], 1)
-            h = self.through(depth, h, angles, attention_mask, positions.repeat(1, len(on)), states[depth - first])
+            h = self.through(depth, h, angles, attention_mask, asked, frozen)
             for i, own in zip(on, h.chunk(len(on), 1), strict=True):
                 each[i] = own
         return [h + push_at(last, h) for h, push_at in zip(each, started, strict=True)]
