@@ -178,8 +178,7 @@ def rows_with_prompts(model: Denoiser) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_a_cached_pass_equals_the_uncached_one(config: ModelConfig, first_depth: int, how: str, shifted: bool) -> None:
     model = Denoiser(replace(config, shifted=shifted), torch.Generator().manual_seed(0)).eval()
     x, t, mask, prompt = rows_with_prompts(model)
-    depths: list[Tensor] = []
-    depths.append(model.run_blocks(model.embed(x), mask, 0, config.num_layers, history=depths))
+    depths, _ = model.frozen(x, mask, 0, config.num_layers)
     model.push = RecordingPush(first_depth, **({} if how == "plain" else {how: True}))
     uncached = model.states(x, t, mask, prompt)
     assert model.push.seen == list(range(first_depth, 3)), "at every depth from first_depth to the end"
@@ -196,13 +195,23 @@ def test_keys_of_kept_states_are_made_where_many_positions_read_them_or_their_pl
     model = fresh_base(replace(config, rotary=rotary))
     model.recompute = True
     x, calls = random_ids(model, 3, 9), []
-    kept = torch.stack(model.frozen(x, None, 0, 1), 2).requires_grad_(True)
+    kept = torch.stack(model.frozen(x, None, 0, 1)[0], 2).requires_grad_(True)
     for block in model.blocks:
         block.key.register_forward_hook(lambda *_: calls.append(1))
     model.push = RecordingPush(0, answer_only=True)
     where = (torch.arange(9) < asked).expand(3, 9)
     model.states(x, torch.ones(3), None, ~where, kept, where).sum().backward()
     assert len(calls) == made
+
+
+def test_keys_that_the_frozen_pass_made_are_read_by_the_push(config: ModelConfig) -> None:
+    model, calls = fresh_base(config), []
+    for block in model.blocks:
+        block.key.register_forward_hook(lambda *_: calls.append(1))
+    model.push = RecordingPush(0, answer_only=True)
+    where = (torch.arange(9) < 1).expand(3, 9)
+    model.states(random_ids(model, 3, 9), torch.ones(3), None, ~where, where=where)
+    assert len(calls) == config.num_layers, "once a block"
 
 
 @pytest.mark.parametrize("case", ["pre-norm", "post-norm", "rotary, grouped", "shifted"])

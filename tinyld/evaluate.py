@@ -257,9 +257,9 @@ def pushed_logits(
     tokens in its `ids`, (B, len(ids))."""
     xt, t, real, prompt_mask = all_masked(batch, mask_id)
     depths = [push.first_depth for push in pushes]
-    states = model.frozen(xt, real, min(depths), max(*depths, model.config.num_layers - 1))
+    frozen = model.frozen(xt, real, min(depths), max(*depths, model.config.num_layers - 1))
     position = (batch.answer_mask.nonzero()[:, 1:] - int(model.config.shifted)).clamp(min=0)  # (B, 1)
-    for h, only in zip(model.along(pushes, states, position, t, real, prompt_mask), ids, strict=True):
+    for h, only in zip(model.along(pushes, *frozen, position, t, real, prompt_mask), ids, strict=True):
         yield all_finite(model.head(h[:, 0], only))
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from tinyld.attention import rotary_tables
-from tinyld.block import Angles, Block, Embedding, Linear, make_norm, take
+from tinyld.block import Angles, Block, Embedding, Linear, Pair, make_norm, take
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, narrow, product, product_dtype
 
@@ -108,15 +108,13 @@ class Denoiser(nn.Module):
 
     def run_blocks(
         self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
-        positions: Tensor | None = None, history: list[Tensor] | None = None, since: int = 0,
+        positions: Tensor | None = None, since: int = 0,
     ) -> Tensor:  # fmt: skip
         """States before block `stop`, from states `h` (B, L, D) before block `start`. attention_mask: (B, L) bool, or
-        None when no position is padding. From block `since` on the states are pushed, and appended to `history`. With
-        `positions` (B, M) the model's last block computes those alone, (B, M, D)."""
+        None when no position is padding. From block `since` on the states are pushed. With `positions` (B, M) the
+        model's last block computes those alone, (B, M, D)."""
         angles = self.angles(h.shape[1])
         for depth in range(start, stop):
-            if history is not None and depth >= since:
-                history.append(h)
             if push_at is not None and depth >= since:
                 h = h + push_at(depth, h)
             asked = positions if depth == self.config.num_layers - 1 else None
@@ -178,23 +176,29 @@ class Denoiser(nn.Module):
         positions = (positions - int(self.config.shifted)).clamp(min=0)
         first, last = push.first_depth, self.config.num_layers
         stop = last if where is None else max(first, last - 1)
-        states = self.frozen(xt, attention_mask, first, stop) if cached is None else list(cached.unbind(2))
-        (h,) = self.along([push], states, positions, t, attention_mask, prompt_mask)
-        return h[is_asked] if where is not None else take(states[-1], positions).where(prompt_mask[..., None], h)
+        frozen = (cached.unbind(2), ()) if cached is not None else self.frozen(xt, attention_mask, first, stop)
+        (h,) = self.along([push], *frozen, positions, t, attention_mask, prompt_mask)
+        return h[is_asked] if where is not None else take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
 
     @torch.no_grad()
-    def frozen(self, xt: Tensor, attention_mask: Tensor | None, first: int, stop: int) -> list[Tensor]:
-        """What the base makes of rows, (B, L, D) at every depth from `first` to `stop`."""
-        states: list[Tensor] = []
-        h = self.run_blocks(self.embed(xt), attention_mask, 0, stop, history=states, since=first)
-        return [*states, h]
+    def frozen(
+        self, xt: Tensor, attention_mask: Tensor | None, first: int, stop: int
+    ) -> tuple[Sequence[Tensor], Sequence[Pair]]:
+        """What the base makes of rows: states (B, L, D) at every depth from `first` to `stop`, and the keys and values
+        that its blocks on that way made of them."""
+        states, pairs = [self.run_blocks(self.embed(xt), attention_mask, 0, first)], []
+        angles = self.angles(xt.shape[1])
+        for block in self.blocks[first:stop]:
+            pairs.append(block.readable(states[-1], xt.shape[1], angles))
+            states.append(block(states[-1], angles, attention_mask, None, pairs[-1]))
+        return states, pairs
 
     def along(
-        self, pushes: Sequence[Push], states: Sequence[Tensor], positions: Tensor, t: Tensor,
+        self, pushes: Sequence[Push], states: Sequence[Tensor], pairs: Sequence[Pair], positions: Tensor, t: Tensor,
         attention_mask: Tensor | None, prompt_mask: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """By each push the final states (B, M, D) at positions (B, M), which are pushed at every depth on their way and
-        read all, themselves too, as the base has them: `states` (B, L, D), from the lowest push's first depth on. The
+        read all, themselves too, as the base has them: what is `frozen`, from the lowest push's first depth on. The
         blocks compute those of all pushes side by side."""
         first, last = min(push.first_depth for push in pushes), self.config.num_layers
         angles = self.angles(states[0].shape[1])
@@ -203,7 +207,8 @@ class Denoiser(nn.Module):
         for depth in range(first, last):
             block, on = self.blocks[depth], [i for i, push in enumerate(pushes) if push.first_depth <= depth]
             asked = positions.repeat(1, len(on))
-            frozen = block.readable(states[depth - first], asked.shape[1], angles)  # outside of what runs again
+            made, kept = pairs[depth - first : depth - first + 1], states[depth - first]
+            frozen = made[0] if made else block.readable(kept, asked.shape[1], angles)  # outside of what runs again
             h = torch.cat([each[i] + started[i](depth, each[i]) for i in on], 1)
             h = self.through(depth, h, angles, attention_mask, asked, frozen)
             for i, own in zip(on, h.chunk(len(on), 1), strict=True):

@@ -83,7 +83,8 @@ def with_states(noise: Noise, model: Denoiser, rows: TaskRows, advance: Advance 
         batch = rows.take(chunk)
         (noised,) = noise(batch, generator=torch.Generator())
         noised, real = noised.to(model.device), batch.attention_mask.to(model.device)
-        packed = [pack(state[real]) for state in model.frozen(noised.xt, noised.attention_mask, first, last)]
+        states, _ = model.frozen(noised.xt, noised.attention_mask, first, last)
+        packed = [pack(state[real]) for state in states]
         for of_all, parts in zip(kept, zip(*packed, strict=True), strict=True):
             of_all[numbers(batch)[batch.attention_mask]] = torch.stack(parts, dim=1).cpu()
         done += len(chunk)

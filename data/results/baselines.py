@@ -44,9 +44,8 @@ def frozen_states(base: Base, rows: TaskRows) -> dict[str, np.ndarray]:
     for chunk in np.array_split(np.arange(len(rows)), -(-len(rows) // 64)):
         batch = rows.take(chunk)
         x = torch.where(batch.answer_mask, base.tokenizer.mask_id, batch.x0)
-        depths: list[torch.Tensor] = []
-        last = model.run_blocks(model.embed(x), batch.attention_mask, 0, model.config.num_layers, history=depths)
-        states = torch.stack([F.layer_norm(h, h.shape[-1:]) for h in [*depths, last]], dim=1)  # (B, depths, L, D)
+        depths, _ = model.frozen(x, batch.attention_mask, 0, model.config.num_layers)
+        states = torch.stack([F.layer_norm(h, h.shape[-1:]) for h in depths], dim=1)  # (B, depths, L, D)
         for name, chosen in (("mean", batch.attention_mask & ~batch.answer_mask), ("mask", batch.answer_mask)):
             share = chosen / chosen.sum(1, keepdim=True)
             found[name].append(torch.einsum("bklD,bl->bkD", states, share).float().numpy())

@@ -143,7 +143,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "fast":  # nothing of the base is in the gradient: its states are kept, as training does
         with torch.no_grad(), low:
             for xt, _, _ in data:
-                kept.append([pack(state) for state in model.frozen(xt, None, *depths)])
+                kept.append([pack(state) for state in model.frozen(xt, None, *depths)[0]])
         found["keep_seconds_a_row"] = (clock(args.device) - started) / (args.rows * args.steps)
         a_row = pack(torch.empty((depths[1] - depths[0] + 1) * args.length, config.d_model))
         found["keep_bytes_a_row"] = sum(part.nbytes for part in a_row)
