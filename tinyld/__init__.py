@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld.errors import TinyldError, UsageError
 
 if TYPE_CHECKING:
-    from tinyld.from_python import finetune_rows as finetune
-    from tinyld.predict import Run as Run
-    from tinyld.predict import load as load
+    from tinyld.from_python import Run, finetune, load
 
 __version__ = "0.1.0"
 __all__ = ["Run", "TinyldError", "UsageError", "finetune", "load"]
@@ -27,12 +25,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """`load`, `finetune` and `Run` bring torch with them, and come when they are first asked for."""
-    if name in ("load", "Run"):
-        from tinyld import predict
+    if name not in __all__:
+        raise AttributeError(f"module 'tinyld' has no attribute {name!r}")
+    from tinyld import from_python
 
-        return getattr(predict, name)
-    if name == "finetune":
-        from tinyld.from_python import finetune_rows
-
-        return finetune_rows
-    raise AttributeError(f"module 'tinyld' has no attribute {name!r}")
+    return getattr(from_python, name)

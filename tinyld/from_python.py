@@ -8,12 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tinyld import finetuning
 from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError, failing
-from tinyld.finetuning import finetune
 from tinyld.interrupt import Interrupted
 from tinyld.options import FinetuneOptions, several
-from tinyld.predict import Run, load
+from tinyld.predict import Run, load  # which tinyld has from here, too
 from tinyld.read import read_bytes
 from tinyld.rows import SUFFIXES
 from tinyld.runs import CONFIG, ROWS_SUFFIX, RunFolder
@@ -22,9 +22,7 @@ from tinyld.workspace import RUNS, keep_freed_memory
 from tinyld.write import make_folder, write_atomic
 
 
-def finetune_rows(
-    rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path | None = None, **options: Any
-) -> Run:
+def finetune(rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path | None = None, **options: Any) -> Run:
     """Trains an adapter and loads it. Rows are (text, label) pairs or dicts with a text and a label column; a task is a
     built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, a folder has
     train.csv and perhaps dev.csv and test.csv, a .txt has texts in which gaps are to be filled.
@@ -71,9 +69,9 @@ def finetune_rows(
 
 
 def _within(options: FinetuneOptions) -> dict[str, Any]:
-    """`finetune` in a process that does other things too: it gets its memory back, and a signal as Ctrl-C is told."""
+    """The verb in a process that does other things too: it gets its memory back, and a signal as Ctrl-C is told."""
     try:
-        return finetune(options)
+        return finetuning.finetune(options)
     except Interrupted as error:
         raise KeyboardInterrupt(str(error)) from None
     finally:
