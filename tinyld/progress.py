@@ -5,7 +5,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import Self
 
 Advance = Callable[[float], None]  # is told how much is done
 
@@ -26,7 +25,7 @@ def further(advance: Advance, before: float, share: float = 1.0) -> Advance:
     return lambda done: advance(before + share * done)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """On a terminal one line that is written anew, elsewhere a line every `every` seconds; nothing when `quiet`.
 
     `total` is in what `advance_to` gets: rows, bytes, or the share of a budget; where that has a `unit`, it is told how
@@ -36,15 +35,11 @@ class Progress:
     def __init__(self, label: str, total: float, quiet: bool = False, every: float = 15.0, unit: str = ""):
         self.label, self.total, self.quiet, self.every, self.unit = label, total, quiet, every, unit
         self.now = self.rate = self.note = ""
-        self.done = 0.0
+        self.done, self.last = 0.0, time.monotonic()
         # Where the work stood at the first report: a resumed run begins late, and what comes before it takes time too.
         self.begun: tuple[float, float] | None = None
         self.ends: float | None = None  # when it will be done, by the mean rate so far
         self.on_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-
-    def __enter__(self) -> Self:
-        self.last = time.monotonic()
-        return self
 
     def doing(self, what: str = "") -> None:
         """Says what is being done besides the work that is counted; without `what`, that this goes on."""
