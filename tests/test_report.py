@@ -16,7 +16,7 @@ from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
 from tinyld.report import COLUMNS, aggregate, interval, labels, report, result_tables, run_rows, show, student, unlike
 from tinyld.runs import ADAPTER, CONFIG, RESULTS, RunFolder
-from tinyld.tables import markdown, print_table
+from tinyld.tables import print_table
 
 
 def row(method: str, seed: int, accuracy: float | None, **changes: Any) -> dict[str, Any]:
@@ -251,8 +251,3 @@ def test_text_from_outside_is_shown_without_control_characters_or_markup(capsys:
     words = {word.strip() for word in re.split("  +|\n", capsys.readouterr().out)}
     assert {":smile:", ":heart:", "a :smile:", "b\\"} <= words
     assert "[red]x?]0;y?" in out and "\x1b" not in out and "\x07" not in out and "\u202e" not in out
-
-
-def test_a_table_is_valid_markdown() -> None:
-    lines = markdown(("a", "b"), [(1, "x|y"), (None, 2.5)]).splitlines()
-    assert lines == ["| a | b |", "|---|---|", "| 1 | x\\|y |", "| - | 2.5 |"]

@@ -18,7 +18,7 @@ README = (RESULTS / "README.md").read_text(encoding="utf-8")
 FRONT = (TOP / "README.md").read_text(encoding="utf-8")
 CARD = (TOP / "data" / "base" / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(RESULTS))
-from table import read, tables  # noqa: E402
+from table import markdown, read, tables  # noqa: E402
 
 NAMES = {"our seconds": "our_seconds", "peer seconds": "peer_seconds"}
 
@@ -115,6 +115,11 @@ def test_what_info_says_of_memory_is_near_what_was_measured() -> None:
     rows = [row for row in read(RESULTS / "foreign.csv") if row["run"] != "peft-lora"]
     ratios = [estimated(row) / row["peak"] for row in rows]
     assert len(rows) >= 10 and 0.8 <= min(ratios) and max(ratios) <= 1.2
+
+
+def test_a_table_is_valid_markdown() -> None:
+    lines = markdown(("a", "b"), [(1, "x|y"), (None, 2.5)]).splitlines()
+    assert lines == ["| a | b |", "|---|---|", "| 1 | x\\|y |", "| - | 2.5 |"]
 
 
 def test_the_script_prints_a_table() -> None:

@@ -1,4 +1,4 @@
-"""Tables: on a terminal or in a pipe by rich, in a file as Markdown. The only way a table is made."""
+"""Tables, on a terminal or in a pipe, by rich. The only way a table is shown."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -62,9 +62,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def print_record(title: str, record: Mapping[str, Any]) -> None:
     """One record, a line a field."""
     print_table(title, ("", ""), [(name.replace("_", " "), show(value)) for name, value in record.items()])
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The table as Markdown."""
-    lines = ["| " + " | ".join(plain(show(v)).replace("|", "\\|") for v in row) + " |" for row in (columns, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table import markdown  # of this folder
 from torch import Tensor
 
 from tinyld import evaluate as evaluation
@@ -29,7 +30,6 @@ from tinyld.data import TaskRows
 from tinyld.predict import load
 from tinyld.sampler import LENGTHS, choose_ends, decode, spread
 from tinyld.scores import measure, rows_for
-from tinyld.tables import markdown
 
 SCORES = {"BLEU": "bleu", "chrF": "chrf", "exact": "exact_match", "names": "names_held", "loops": "repeated_sentence"}
 COLUMNS = ("sampler", *SCORES, "passes a text", "texts/s", "fewer passes", "BLEU gained")

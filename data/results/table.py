@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tinyld.errors import plain
 from tinyld.report import COLUMNS, TEXTS, Row, aggregate, labels, over_seeds, result_tables, student
-from tinyld.tables import markdown, percent, print_table
+from tinyld.tables import percent, print_table, show
 
 Table = tuple[str, Sequence[str], list[list[Any]]]  # title, columns, rows
 
@@ -136,6 +137,12 @@ def by_rows(title: str, rows: Sequence[Row]) -> Table:
             line.append(text)
         cells.append(line)
     return title, ["method", *(f"{size} a label" for size in sizes)], cells
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The table as Markdown."""
+    lines = ["| " + " | ".join(plain(show(v)).replace("|", "\\|") for v in row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 if __name__ == "__main__":
