@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,13 +23,12 @@ def keep_freed_memory(large: bool = True) -> None:
     nothing. The peak of memory counts from here, with what an earlier run of this process left and glibc does not give
     back."""
     block = 1 << 30 if large else 1 << 25  # bytes; the second is what glibc comes to by itself
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.malloc_trim(0)
-            libc.mallopt(-3, block)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2 * block - 1)  # M_TRIM_THRESHOLD
-            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")  # of glibc alone
+        libc.malloc_trim(0)
+        libc.mallopt(-3, block)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 * block - 1)  # M_TRIM_THRESHOLD
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def default_base() -> Path:
