@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def _line(row: Any) -> bytes:
 
 def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
     """The verb's options; UsageError for one that it does not have, or that the first argument says already."""
-    known = {field.name for field in fields(FinetuneOptions)}
+    known = FinetuneOptions.__dataclass_fields__
     for name in given:
         check(name in known, f"no option {name}; `tinyld finetune --help` and `--set help` list them")
         check(name not in ours, f"no option {name} here; the first argument says what is learned")

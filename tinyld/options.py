@@ -115,8 +115,7 @@ class Options(Settings):
 
     def only(self, part: type) -> dict[str, Any]:
         """The values of the fields that `part`, a config, has too."""
-        names = {f.name for f in dataclasses.fields(part)}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(part) if hasattr(self, f.name)}
 
     def reading(self) -> Reading | None:
         """How a public model's folder is to be read, if anything is said of it."""
