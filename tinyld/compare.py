@@ -29,8 +29,7 @@ from tinyld.workspace import check_writable, default_base, say_to_stderr
 from tinyld.write import make_folder, sha256
 
 RATES = (1.0, 0.5, 2.0, 4.0, 0.25)  # multiples of a method's usual learning rate, in the order they are tried
-SET_HERE = ("task", "data", "base", "limit", "method", "seed", "epochs", "steps", "tokens", "minutes", "batch_size")
-SET_HERE += ("device", "out", "force", "resume", "json", "quiet", "mask_token", "max_length", "chat")
+SET_HERE = ("method", "seed", "tokens", "minutes", "force", "resume", *CompareOptions.__dataclass_fields__)
 
 
 class Line(NamedTuple):

@@ -94,8 +94,8 @@ def run_rows(folder: RunFolder, trials: int | None = None) -> list[Row]:
     method = {k: v for k, v in method.items() if k in usual and k != "recipe"}  # older runs had more
     trained = {f.name: f.default for f in fields(TrainConfig) if f.name not in TOLD}
     known = config["environment"] | config["parameters"] | train
-    known |= {"run": folder.path.name, "base": Path(base.path).name, "fingerprint": base.fingerprint}
-    known |= {"method": name, "recipe": recipe, "rows": config["data"]["rows"], "trials": trials}
+    known |= {"base": Path(base.path).name, "fingerprint": base.fingerprint, "method": name, "recipe": recipe}
+    known |= {"rows": config["data"]["rows"], "trials": trials}
     known["data"] = config["data"].get("sha256", "")[:8]  # of rows as they were asked, templates and answers included
     known["settings"] = unlike({"base": f"in {base.dtype}"} | method, usual)
     known["training"] = unlike({k: v for k, v in train.items() if k in trained}, trained)
@@ -104,8 +104,8 @@ def run_rows(folder: RunFolder, trials: int | None = None) -> list[Row]:
         task, _, split = key.partition("/")
         if not (split == "dev" and f"{task}/test" in found):
             tested = evaluation.get("sha256", "")[:8]  # the rows that it was measured on, as they were asked
-            row = results["finetune"] | known | evaluation | {"task": task, "split": split, "tested": tested}
-            row |= {"run": folder.path.name}
+            about = {"run": folder.path.name, "task": task, "split": split, "tested": tested}
+            row = results["finetune"] | known | evaluation | about
             rows.append(check_type({c: row.get(c) for c in COLUMNS}, ROW, f"{folder.path}: config or results"))
     return rows
 
