@@ -39,8 +39,7 @@ TEXTS = ("run", "task", "split", "base", "fingerprint", "method", "recipe", "set
 TEXTS += ("training", "tested", "tinyld", "torch", "machine", "fast_dtype", "command")
 ROW: Any = dict.fromkeys(COLUMNS, int | float | None) | dict.fromkeys(TEXTS, str | None)  # types of a row
 ROW |= {c: int | float for c in ("n", "seed", "rows", "nll_bound", "seconds", *SIZES)} | {"task": str, "base": str}
-TOLD = {"epochs", "steps", "batch_size", "lr", "optimizer", "seed"}  # of training, by columns of their own
-TOLD |= {"eval_every", "save_minutes", "keep", "recompute", "device"}  # and what changes no result
+TOLD = {*COLUMNS, "eval_every", "save_minutes", "keep", "recompute", "device"}  # and what changes no result
 
 
 def report(options: ReportOptions) -> list[Row]:
