@@ -140,7 +140,7 @@ def test_variants_carry_their_options(trainer: Trainer, tmp_path: Path) -> None:
     ({"methods": "lora"}, "--methods takes full, .* or all, .* got 'lora'"),
     ({"methods": "full:epochs=2"}, "epochs is the same for all methods; give it as --epochs"),
     ({"methods": "full:lr=x"}, "--methods full:lr=x: .*'x' is not a number"),
-    ({"methods": "full:lr=2"}, "--methods full:lr=2: lr must be below 1, got 2"),
+    ({"methods": "full:lr=2"}, "--methods full:lr=2: lr 2 is tried up to 4, which must be below 1"),
     ({"methods": "full:lr=0.6"}, "lr 0.6 is tried up to 1.2, which must be below 1"),
     ({"methods": "full:lr=-2"}, "--methods full:lr=-2: --lr must be above 0"),
     ({"methods": "full:rank=2"}, "--methods full:rank=2: --set rank is not an option of full"),
