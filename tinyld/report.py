@@ -44,7 +44,6 @@ TOLD = {*COLUMNS, "eval_every", "save_minutes", "keep", "recompute", "device"}  
 
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
-    check_writable(options.csv)
     rows, read, say = [], list[Path](), say_to_stderr(options.quiet)
     for path in options.runs or (RUNS,):
         is_there = path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))
@@ -66,9 +65,7 @@ def report(options: ReportOptions) -> list[Row]:
         if found and none:
             say(f"{path}: left out, as not evaluated (tinyld eval): {', '.join(none)}")
         if not found and path.is_dir():
-            is_composition = is_run and RunFolder(path).config["kind"] == "composition"
-            why = "a composition has no row" if is_composition else "no adapter that was evaluated (tinyld eval RUN)"
-            say(f"{path} is left out: {why}")
+            say(f"{path} is left out: adapters alone have a row, once they are evaluated (tinyld eval RUN)")
     check(rows, "none of these is an adapter that was evaluated; tinyld eval RUN does that", TinyldError)
     if options.csv is not None:
         check_writable(options.csv, [file for run in read for file in learned_files(RunFolder(run).config)])
