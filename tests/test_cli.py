@@ -295,8 +295,9 @@ def test_the_demo_is_commands_with_options_that_there_are(monkeypatch: pytest.Mo
     assert all(options.quiet for options in seen) and [getattr(options, "limit", 8) for options in seen[:2]] == [8, 8]
     written, last = [options.out for options in seen[:2]], seen[-1]
     assert last.runs == seen[2].runs == tuple(written) and last.out == Path("my demo/composed")
-    Path("my demo").mkdir()
-    assert_refused(cli("demo", "--out", "my demo"), 1, "--force to replace it")
+    Path("my demo/reviews/mine").mkdir(parents=True)
+    for more in ([], ["--force"]):
+        assert_refused(cli("demo", "--out", "my demo", "--quiet", *more), 1, "my demo/reviews exists and is not empty")
 
 
 # ------------------------------------------------------------------------------------------------ resume, force

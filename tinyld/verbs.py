@@ -137,7 +137,6 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     from tinyld.checkpoint import save_base
 
     run, out = options.run, options.out
-    RunFolder.check_free(out, options.force)
     base, method = weight_lora(run, options.base)
     refuse_inside(out, [run, base.path])
     if base.dtype != "fp32":
@@ -168,8 +167,6 @@ def demo(options: DemoOptions) -> None:
     from tinyld.cli import app
 
     out, say = options.out, say_to_stderr(options.quiet)
-    if out.exists() and not options.force:
-        raise TinyldError(f"{out} exists: choose another --out, or --force to replace it")
     force = " --force" * options.force
     more = f" --dtype {options.dtype}" * (options.dtype != "auto") + " --quiet" * options.quiet
     train = force + more + (f" --limit {options.limit}" if options.limit else "")
