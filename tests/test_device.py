@@ -48,7 +48,8 @@ def test_a_shrunk_base_answers_nearly_alike(config: ModelConfig, dtype: str, mos
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_a_product_is_that_of_widened_weights_of_which_the_backward_pass_keeps_no_copy(dtype: str, low: bool) -> None:
-    layer, kept = nn.Linear(24, 5000), []
+    layer, kept = Linear(24, 5000), []
+    nn.Linear.reset_parameters(layer)
     shrink(layer, dtype)
     layer = copy.deepcopy(layer)  # whose products are of its own weights
     x = torch.randn(2, 3, 24, requires_grad=True)

@@ -84,7 +84,7 @@ def step_loss(model: Denoiser, method: Method, noised: Noised) -> Tensor:
 def train(model: Denoiser, method: Method, updates: int = 3) -> None:
     optimizer = Optimizer(method.own, TrainConfig(steps=updates, lr=0.03))
     for step in range(updates):
-        optimizer.zero_grad()
+        model.zero_grad()
         step_loss(model, method, noised_batch(model.config, step)).backward()
         optimizer.step()
 

@@ -300,7 +300,7 @@ def test_an_adapter_is_no_base_and_a_base_no_adapter(adapter: Path, base: Path) 
 def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(base: Path, tmp_path: Path) -> None:
     small, whole = RunFolder.create(tmp_path / "small"), load_base(base)
     small.write_json(CONFIG, RunFolder(base).config)
-    save_base(small, dict(whole.model.named_parameters()), whole.tokenizer, torch.int8)
+    save_base(small, dict(whole.model.named_parameters()), whole.tokenizer, "int8")
     loaded = load_base(small.path)
     for name, parameter in whole.model.named_parameters():
         found = loaded.model.get_parameter(name)

@@ -57,17 +57,17 @@ def fingerprint(folder: RunFolder, reading: Reading | None = None) -> str:
     return sha256(" ".join(parts).encode())[:16]
 
 
-def save_base(folder: RunFolder, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+def save_base(folder: RunFolder, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
     """Writes a base's tokenizer and weights. Where `dtype` is int8, each matrix X (rows, columns) is, with X.scale
     (rows,) = absmax of a row / 127, and all else bf16."""
     folder.write(TOKENIZER, tokenizer.to_json().encode())
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if dtype == torch.int8 and tensor.dim() == 2:
+        if dtype == "int8" and tensor.dim() == 2:
             stored[name], scale = to_int8(tensor.detach())
             stored[f"{name}.scale"] = scale[:, 0]
         else:
-            stored[name] = tensor.detach().to(torch.bfloat16 if dtype == torch.int8 else dtype)
+            stored[name] = tensor.detach().to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     folder.write_tensors(MODEL, stored)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,8 +165,6 @@ def shrink(model: nn.Module, dtype: str) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.requires_grad_(False)
             parametrize.register_parametrization(module, "weight", Fewer(dtype), unsafe=True)
-            if isinstance(module, nn.Linear):
-                module.forward = types.MethodType(product, module)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -46,11 +46,6 @@ class Optimizer:
         for group in self.param_groups:
             group["lr"] = self.peak * factor * (body if group["body"] else 1.0)
 
-    def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tinyld.checkpoint import Base, load_base, load_exactly, save_base
 from tinyld.config import BUDGETS, PRESETS, ModelConfig, Reading, TrainConfig, check, from_dict, to_dict
@@ -34,7 +33,6 @@ from tinyld.workspace import RUNS, keep_freed_memory, refuse_inside, say_to_stde
 
 LR, LR_ON = 3e-3, 7e-4  # of Muon, where none is given; the second goes on with a base of ours
 FEW_BYTES = 10_000_000  # of text, which is looked through for a document to hold out
-SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HELD_OUT_ROWS = 64  # rows of held-out text scored while training; `tinyld eval BASE --text` reads all
 
 
@@ -158,7 +156,7 @@ def train_base(
             model, parameters, rows, noise, training, folder, evaluate, "pretrain", body=frozenset(body),
             processes=processes, quiet=quiet,
         ).train(begun is not None)  # fmt: skip
-        save_base(folder, parameters, tokenizer, SAVED[config["save_dtype"]])
+        save_base(folder, parameters, tokenizer, config["save_dtype"])
         results |= {"parameters": shape.num_parameters(), "steps": run.step, "tokens": run.tokens}
         results |= {"seconds": run.seconds, "tokens_per_second": run.tokens / max(run.seconds, 1e-9)}
         results |= {"peak_memory_mb": run.peak_memory_mb, "unigram_nll": unigram, **run.metrics}

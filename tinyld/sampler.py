@@ -1,20 +1,17 @@
 """The reverse process: from masked answer slots to tokens, and to a length. Takes any denoiser that gives logits.
 
-A slot is as wide as the longest answer allowed, and a text ends in it at one [EOS]. What comes after that is no part of
-the text: training never scores it, so the chance of [EOS] at a position is a hazard, that the text ends there *given
-that it comes so far*. Before anything is written, the product of the hazards is a distribution over lengths. The first
-pass takes its median, or draws from it where there is a temperature, and what is behind the end leaves the row: every
-token is then written in the knowledge of where its text ends. (Labels have few lengths, and the one between two that
-are likely may be a third that is not: they get the likeliest.) Asked again while it writes, a denoiser ends too soon:
-any finished sentence looks like an end, whatever is left to say. But a text that is given too long a length limps. So
-training teaches one id more, which no text has: `delete`, where a gap between words has more masks than are missing
-(after DreamOn, arXiv 2602.01326). Besides, a text may be written in several lengths, and the likeliest is taken (length
-parallel decoding: Mask-Predict, arXiv 1904.09324).
+A slot is as wide as the longest answer allowed, and a text ends in it at one [EOS]. Training never scores what is
+behind it, so the chance of [EOS] at a position is a hazard, that the text ends there *given that it comes so far*, and
+the product of the hazards is a distribution over lengths. The first pass takes its median, or draws from it where there
+is a temperature; labels get the likeliest, as a length between two that are likely may be no label's. Asked again while
+it writes, a denoiser ends too soon: any finished sentence looks like an end, whatever is left to say. But a text that
+is given too long a length limps, so training teaches one id more, which no text has: `delete`, where a gap between
+words has more masks than are missing (after DreamOn, arXiv 2602.01326). Besides, a text may be written in several
+lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv 1904.09324).
 
-Answers to a prompt are guided (unsupervised and without a classifier, arXiv 2410.18514): all passes but the first go by
-log p(token | prompt) - guidance * log p(token), of which the second is asked with the prompt hidden. So less is said
-that may be said of anything, and more that the prompt alone explains, such as its names and numbers. The second changes
-slowly: what one pass found serves the next ones, REUSED in all, so that it takes a third more time, not twice as much.
+Answers to a prompt are guided (without a classifier, arXiv 2410.18514): all passes but the first go by log p(token |
+prompt) - guidance * log p(token), so that less is said that may be said of anything. The second is asked with the
+prompt hidden; it changes slowly, so one such pass serves REUSED, which takes a third more time, not twice as much.
 """
 
 import math
@@ -90,9 +87,9 @@ def fill_and_revise(
     denoiser: Any, x: Tensor, inside: Tensor, attended: Tensor, prompt_mask: Tensor, mask_id: int,
     forbidden: list[int], config: SampleConfig, generator: torch.Generator, watch: Any = None, *first: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `fill_in`. The sampler `revise` fills in by the first quarter of its passes; each of the others masks every
-    eighth token of the text again, and writes these anew with all others in sight, but none that makes a RUN of
-    tokens which the text has already."""
+    """As `fill_in`. The sampler `revise` (Gibbs sampling, arXiv 1902.04094) fills in by the first quarter of its
+    passes; each of the others masks every eighth token of the text again, and writes these anew with all others in
+    sight, but none that makes a RUN of tokens which the text has already."""
     masks = inside, attended, prompt_mask, mask_id, forbidden
     if config.sampler != "revise":
         return fill_in(denoiser, x, *masks, config, generator, watch, *first)
@@ -284,8 +281,7 @@ def accept(
     - entropy (EB-sampler, arXiv 2505.24857): from the least entropy up, while what the others leave open together is
       at most `entropy` nats.
     - ancestral (MDLM, arXiv 2406.07524): each position with the same chance, in no order.
-    - revise: begins so, and then writes each part anew (`fill_and_revise`; Gibbs sampling, arXiv 1902.04094), for texts
-      of no task: what a task asks for it writes worse than the others.
+    - revise: begins so; see `fill_and_revise`. What a task asks for it writes worse than the others.
     """
     if config.sampler in DRAWN:
         last = torch.as_tensor(steps, device=masked.device)

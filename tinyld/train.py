@@ -214,7 +214,7 @@ class TrainingRun:
         batch = self.source.batch(self.step, config.batch_size, config.seed)
         noised = self.noise(batch, generator=torch_seeded(config.seed, 2, self.step))
         torch.manual_seed(seed_of(config.seed, 7, self.step, self.processes.rank))  # of dropout
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss = float(self.backward(noised))
         self.scaler.unscale_(self.optimizer)
         self.norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))

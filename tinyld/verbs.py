@@ -132,8 +132,6 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
 def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter into its base, and writes a base that answers for its task."""
-    import torch
-
     from tinyld.checkpoint import save_base
 
     run, out = options.run, options.out
@@ -147,7 +145,7 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     made = {"kind": "base", "model": to_dict(base.model.config), "data": {"files": [str(base.path)], "tokens": 0}}
     made = made if is_foreign(base.path) else RunFolder(base.path).config
     made["merged"] = {"run": str(run), "base": base.fingerprint, "task": config["task"], "data": config["data"]}
-    save_base(target, tensors, base.tokenizer, torch.float32)
+    save_base(target, tensors, base.tokenizer, "fp32")
     target.write_json(CONFIG, made | {"environment": environment()})  # last: without it there is no run
     return {"run": str(out), "parameters": base.model.config.num_parameters()}
 

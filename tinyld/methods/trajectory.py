@@ -4,10 +4,9 @@
 
 Up-projections A start at zero, so a fresh adapter changes nothing. A band of noise levels uses the first r(t) rank
 units of one A and B, so that the largest rank alone is stored. The sites, before each of the last blocks and on the
-final state, share A and B too, of a rank that none could afford alone, and weigh the units each for itself. `best`
-pushes every position, and frozen attention carries on what is pushed. `fast` pushes the answer's positions alone: what
-they ask changes, the states, keys and values that they read, their own too, are the frozen base's, so that all adapters
-that answer a text share these and, where it is one token, training computes them once and keeps them.
+final state, share A and B too, and weigh the units each for itself. `best` pushes every position, and attention carries
+on what is pushed. `fast` pushes the answer's alone, which read the frozen base's states, keys and values, their own
+too: all adapters that answer a text share these and, where it is one token, training keeps them.
 """
 
 import math
