@@ -481,7 +481,7 @@ ERRORS = [
     ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),
     (ON + "--method bitfit --set cache_gb=1", 2, "--set cache_gb has no effect with --method bitfit"),
     (NOT_ON + "--data {place}/text.txt --label-column x", 2, "--label-column has no effect on the lines of"),
-    (TEXT + "--steps 1 --set body_lr=0", 2, "--body-lr needs --init"),
+    (TEXT + "--steps 1 --set body_lr=0", 2, "--set body_lr has no effect without --init"),
     (TEXT + "--steps 1 --data {place}/text.txt", 1, "text.txt is named twice"),
     (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
     ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),
