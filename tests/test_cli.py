@@ -339,7 +339,7 @@ def test_a_run_goes_on_with_a_lower_rate(place: Path) -> None:
     interrupt(5, *begun(place, "bitfit"), "--out", "cut")
     assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 2, "--lr must be above 0")
     other = cli("finetune", "--resume", "cut", "--steps", 9)
-    assert_refused(other, 2, "--resume goes on as it began: leave --steps out")
+    assert_refused(other, 2, "--steps has no effect with --resume, which goes on as it began: leave it out")
     good("finetune", "--resume", "cut", "--lr", 1e-5, "--quiet")
     assert 0 < RunFolder(Path("cut")).metrics()[-1]["lr"] < RunFolder(Path("cut")).config["train"]["lr"] == 1e-5
 
