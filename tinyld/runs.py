@@ -173,10 +173,8 @@ class RunFolder:
             raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
         content, entry = read_bytes(path, TENSORS_BYTES), self.files().get(name)
         if entry is None:
-            foreign = "a public model has model.safetensors or its index beside this file"
-            gone = f"which is not there: copy a run's whole folder ({foreign})"
-            why = "it was not written by tinyld" if os.path.lexists(self.path / MANIFEST) else gone
-            raise TinyldError(f"{path}: not listed in {MANIFEST}; {why}")
+            whole = "copy a run's whole folder (a public model has model.safetensors or its index beside this file)"
+            raise TinyldError(f"{path}: not listed in {MANIFEST}; {whole}")
         if sha256(content) not in (entry["sha256"], entry.get("before")):
             raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
         return content
