@@ -120,9 +120,7 @@ class RunFolder:
         return any((self.path / name).exists() for name in known) or bool(known and not self.checkpoints())
 
     def check_unchanged(self, config: Mapping[str, Any], data: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs."""
-        if config["kind"] == "base":  # an adapter's tokenizer is a part of its base's fingerprint
-            self.read(TOKENIZER)
+        """TinyldError unless it goes on with the data that it began with; says what of the machine differs."""
         for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
             if config["data"].get(key, data[key]) != data[key]:
                 raise TinyldError(f"{self.path} began with other {what}: put it back as it was, or begin a new run")
