@@ -91,11 +91,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
             "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
-    members = []
-    for run in alone.values():
-        data = {name: run.config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
-        own = {name: run.config[name] for name in ("task", "method")}
-        members.append({"run": os.path.abspath(run.path), "data": data, **own})
+    of_each = [(os.path.abspath(run.path), run.config) for run in alone.values()]
+    members = [{"run": path} | {name: own[name] for name in ("task", "method", "data")} for path, own in of_each]
     save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
     result["parameters"] = sum(t.numel() for t in folder.read_tensors(ADAPTER).values())
