@@ -245,7 +245,7 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(place: Path,
         assert merged == pytest.approx(expected, rel=1e-3)
     assert good("predict", "merged", "--text", "rain", "--json").json["label"] in ("sad", "happy")
     assert good("eval", place / "base", "--task", mood, "--json").json[0]["nll_bound"] != pytest.approx(expected)
-    assert_refused(cli("pretrain", "--resume", "merged"), 2, "made by tinyld merge")
+    assert_refused(cli("pretrain", "--resume", "merged"), 2, "made by tinyld compose or merge")
 
 
 def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Path, Path]) -> None:

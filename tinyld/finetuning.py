@@ -266,9 +266,8 @@ def resume(options: Training) -> dict[str, Any]:
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
         out, config = folder.path, folder.config
-        check(config["kind"] in VERBS, f"{out} is a composition; there is nothing in it to train")
-        made = f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}"
-        check("merged" not in config, made)
+        made = f"{out} was made by tinyld compose or merge: nothing is left to train; of a base, pretrain --init {out}"
+        check(config["kind"] in VERBS and "merged" not in config, made)
         verb = VERBS[config["kind"]]
         moved = getattr(options, "base", None)
         check(moved is None or verb == "finetune", f"--base has no effect on {out}, which is a base itself")

@@ -24,7 +24,7 @@ from tinyld.progress import Advance, further, unheard
 from tinyld.rows import GAP, Example, Row
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, load_task, to_record, trained, unlike
+from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, trained, unlike
 
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 # Threads may ask at once, and runs that share a base hang their pushes on it by turns.
@@ -119,10 +119,8 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name is None:
             check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
-            why = "are asked differently, or have answers of other lengths"
-            why = "cannot be told apart by their texts" if asked_alike(self.tasks) else why
-            one = len(self.tasks) == 1 or self.is_routed
-            check(one, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
+            several = f"{self.path} has tasks {', '.join(known)}, which cannot be told apart by their texts"
+            check(len(self.tasks) == 1 or self.is_routed, f"{several}; say which with --task")
             return self.tasks[0]
         if name in known:
             return known[name]
