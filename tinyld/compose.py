@@ -1,6 +1,7 @@
 """`tinyld compose`: one run of several adapters, measured task by task on held-out rows before it is written."""
 
 import os
+from dataclasses import replace
 from itertools import islice
 from shlex import quote
 from typing import Any
@@ -12,7 +13,6 @@ from tinyld.composition import NONE, RoutedPush, Router, save_composition, task_
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows, seeded, slot_width
 from tinyld.errors import TinyldError
-from tinyld.evaluate import Evaluation
 from tinyld.methods import TrajectoryLora
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run, load
@@ -75,15 +75,12 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     if by_name:
         say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {task})")
     routed = RoutedPush([run.push for run in alone.values()], router)
-
-    def measured(name: str, push: Any) -> Evaluation:
-        base.model.push = push
-        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet)
-
     drops = []
     for name, run in alone.items():
-        own = measured(name, run.push)
-        both = own if by_name else measured(name, routed)  # the member that is named answers as it does alone
+        routes = replace(run, push=routed)
+        own = measure(run, rows[name], SampleConfig(), quiet=options.quiet)
+        # the member that is named answers as it does alone
+        both = own if by_name else measure(routes, rows[name], SampleConfig(), quiet=options.quiet)
         alone_right, right = (found.scores.get("accuracy") for found in (own, both))
         drops.append({
             "task": name, "split": options.split, "n": own.n, "own": alone_right, "composed": right,
