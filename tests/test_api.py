@@ -168,7 +168,7 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
     run = tinyld.finetune(resume="mine", base=place / "base")
     assert run.predict(["rain"]) == before.predict(["rain"])
     assert folder.read_json("results.json")["eval"] == scores and "finetune" in folder.read_json("results.json")
-    with pytest.raises(tinyld.UsageError, match="leave --data out"):
+    with pytest.raises(tinyld.UsageError, match="--data has no effect with --resume"):
         tinyld.finetune("x.csv", resume="mine")
 
 
@@ -359,7 +359,7 @@ def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> N
     task = 'template = "{ask} : {answer}"\nanswer_column = "reply"\nanswer_tokens = 1\n[data]\n'
     Path("short.toml").write_text(task + 'train = "odd.csv"\ndev = "odd.csv"\n')
     ran = good("finetune", "--task", "short.toml", *made_on(place), "--out", "short")
-    assert "20 of 20 training rows have answers longer than answer_tokens, 1: the longest has " in ran.stderr
+    assert "the answers of 20 of 20 training rows are longer than answer_tokens, 1 (the longest has " in ran.stderr
     with pytest.raises(tinyld.UsageError, match="--label-column or --answer-column, not both"):
         tinyld.finetune(rows, out="other", label_column="id", **made)
 

@@ -245,7 +245,7 @@ def test_a_merged_weight_lora_is_a_base_that_answers_as_the_adapter(place: Path,
         assert merged == pytest.approx(expected, rel=1e-3)
     assert good("predict", "merged", "--text", "rain", "--json").json["label"] in ("sad", "happy")
     assert good("eval", place / "base", "--task", mood, "--json").json[0]["nll_bound"] != pytest.approx(expected)
-    assert_refused(cli("pretrain", "--resume", "merged"), 2, "made by tinyld merge")
+    assert_refused(cli("pretrain", "--resume", "merged"), 2, "made by tinyld compose or merge")
 
 
 def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Path, Path]) -> None:
@@ -257,7 +257,7 @@ def test_an_adapter_on_a_base_in_int8_is_used_on_one(place: Path, pair: tuple[Pa
     (fp32,) = good("eval", place / "base", "--text", place / "text.txt", "--json").json
     assert on["base_nll_bound"] != fp32["nll_bound"], "its base alone is measured in int8, too"
     refused = cli("compose", pair[1], "small", "--out", "new")
-    assert refused.code == 1 and "was trained on the base in int8, the others on it in fp32" in refused.stderr
+    assert refused.code == 1 and re.search(r"was trained on base \w+ in int8, the others .* in fp32", refused.stderr)
 
 
 @pytest.mark.parametrize("sampler", ["threshold", "revise"])
@@ -340,7 +340,7 @@ def test_a_run_goes_on_with_a_lower_rate(place: Path) -> None:
     interrupt(5, *begun(place, "bitfit"), "--out", "cut")
     assert_refused(cli("finetune", "--resume", "cut", "--lr", -1), 2, "--lr must be above 0")
     other = cli("finetune", "--resume", "cut", "--steps", 9)
-    assert_refused(other, 2, "--resume goes on as it began: leave --steps out")
+    assert_refused(other, 2, "--steps has no effect with --resume, which goes on as it began: leave it out")
     good("finetune", "--resume", "cut", "--lr", 1e-5, "--quiet")
     assert 0 < RunFolder(Path("cut")).metrics()[-1]["lr"] < RunFolder(Path("cut")).config["train"]["lr"] == 1e-5
 
@@ -482,7 +482,7 @@ ERRORS = [
     ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),
     (ON + "--method bitfit --set cache_gb=1", 2, "--set cache_gb has no effect with --method bitfit"),
     (NOT_ON + "--data {place}/text.txt --label-column x", 2, "--label-column has no effect on the lines of"),
-    (TEXT + "--steps 1 --set body_lr=0", 2, "--body-lr needs --init"),
+    (TEXT + "--steps 1 --set body_lr=0", 2, "--set body_lr has no effect without --init"),
     (TEXT + "--steps 1 --data {place}/text.txt", 1, "text.txt is named twice"),
     (INIT + "--preset nano --steps 1", 2, "--preset has no effect with --init"),
     ("pretrain --steps 1 --out {place}/new --data {place}", 1, "would be read as text; choose another"),

@@ -1,26 +1,26 @@
 """`tinyld compose`: one run of several adapters, measured task by task on held-out rows before it is written."""
 
 import os
+from dataclasses import replace
 from itertools import islice
 from shlex import quote
 from typing import Any
 
 from torch import Tensor
 
-from tinyld.checkpoint import Base, check_base, load_base_of, load_exactly
-from tinyld.composition import NONE, RoutedPush, Router, load_push, save_composition, task_features
+from tinyld.checkpoint import Base, load_exactly
+from tinyld.composition import NONE, RoutedPush, Router, save_composition, task_features
 from tinyld.config import SampleConfig, check
 from tinyld.data import TaskRows, seeded, slot_width
-from tinyld.device import resolve_device
 from tinyld.errors import TinyldError
-from tinyld.evaluate import Evaluation
+from tinyld.methods import TrajectoryLora
 from tinyld.options import ComposeOptions
-from tinyld.predict import Run
+from tinyld.predict import Run, load
 from tinyld.rows import bundled_data_dir, file_in, prompt_of
-from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, PROTOTYPE, RESULTS, RunFolder
 from tinyld.scores import measure, rows_for
 from tinyld.tables import percent, print_record, print_table
-from tinyld.tasks import Task, asked_alike, from_record
+from tinyld.tasks import Task, asked_alike
 from tinyld.tokenizer import read_lines
 from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
 
@@ -33,26 +33,23 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     """Writes a composition, and says what each task gains or loses by it on held-out rows."""
     runs, say = options.runs, say_to_stderr(options.quiet)
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
-    folders = [RunFolder.open(run) for run in runs]
-    for folder in folders:
-        kind = folder.config["kind"]
-        check(kind == "adapter", f"{folder.path} holds a {kind}; compose takes adapters", TinyldError)
-    base = load_base_of(folders[0].config, runs[0], options.base, resolve_device(options.device))
-    router = Router(len(runs), base.model.config.d_model).to(base.model.device)
     alone: dict[str, Run] = {}
-    for i, folder in enumerate(folders):
-        config, path = folder.config, folder.path
-        check_base(config, base, path)
-        if (dtype := config["base"].get("dtype", "fp32")) != base.dtype:
-            raise TinyldError(f"{path} was trained on the base in {dtype}, the others on it in {base.dtype}")
-        push = load_push(config["method"], folder.read_tensors(ADAPTER), base, folder)
-        task = from_record(config["task"], str(path / CONFIG))
-        if task.name in alone:
-            way_out = "compose takes one a task; where they are two, train one on a file of another name"
-            raise TinyldError(f"{alone[task.name].path} and {path} are both of a task {task.name}: {way_out}")
-        alone[task.name] = Run(path, base, [task], config, options.dtype, push)
+    for path in runs:
+        run = load(path, options.base, options.device, options.dtype, bases=[own.base for own in alone.values()])
+        kind = run.config["kind"]
+        holds = run.config["method"]["name"] if kind == "adapter" else f"a {kind}"
+        wanted = f"{path} holds {holds}; compose takes trajectory-lora adapters"
+        check(holds == TrajectoryLora.name, wanted, TinyldError)
+        way_out = "compose takes one a task; where they are two, train one on a file of another name"
+        other = alone.setdefault(name := run.tasks[0].name, run)
+        check(other is run, f"{other.path} and {path} are both of a task {name}: {way_out}", TinyldError)
+        base = next(iter(alone.values())).base
+        own, theirs = (f"on base {of.fingerprint} in {of.dtype}" for of in (run.base, base))
+        check(run.base is base, f"{path} was trained {own}, the others {theirs}; all need the same", TinyldError)
+    router = Router(len(runs), base.model.config.d_model).to(base.model.device)
+    for i, path in enumerate(runs):
         of_member = {name: tensor[i] for name, tensor in router.state_dict().items() if name != "limits"}
-        load_exactly(of_member, folder.read_tensors(PROTOTYPE), path / PROTOTYPE)
+        load_exactly(of_member, RunFolder(path).read_tensors(PROTOTYPE), path / PROTOTYPE)
     out = options.out or RUNS / f"compose-{'-'.join(alone)}"
     RunFolder.check_free(out, options.force)
     refuse_inside(out, [base.path, *runs])
@@ -78,15 +75,12 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     if by_name:
         say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {task})")
     routed = RoutedPush([run.push for run in alone.values()], router)
-
-    def measured(name: str, push: Any) -> Evaluation:
-        base.model.push = push
-        return measure(alone[name], rows[name], SampleConfig(), quiet=options.quiet)
-
     drops = []
     for name, run in alone.items():
-        own = measured(name, run.push)
-        both = own if by_name else measured(name, routed)  # the member that is named answers as it does alone
+        routes = replace(run, push=routed)
+        own = measure(run, rows[name], SampleConfig(), quiet=options.quiet)
+        # the member that is named answers as it does alone
+        both = own if by_name else measure(routes, rows[name], SampleConfig(), quiet=options.quiet)
         alone_right, right = (found.scores.get("accuracy") for found in (own, both))
         drops.append({
             "task": name, "split": options.split, "n": own.n, "own": alone_right, "composed": right,
@@ -94,11 +88,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
             "own_nats": own.nll_bound, "composed_nats": both.nll_bound,
         })  # fmt: skip
     folder = RunFolder.create(out, options.force)  # last, so that nothing is removed before there is something better
-    members = []
-    for run in alone.values():
-        data = {name: run.config["data"].get(name) for name in ("folder", "held_out", "limit", "sha256")}
-        own = {name: run.config[name] for name in ("task", "method")}
-        members.append({"run": os.path.abspath(run.path), "data": data, **own})
+    of_each = [(os.path.abspath(run.path), run.config) for run in alone.values()]
+    members = [{"run": path} | {name: own[name] for name in ("task", "method", "data")} for path, own in of_each]
     save_composition(folder, base, members, routed, by_name)
     result = {"run": str(out), "by_name": by_name, "routing": routing, "drops": drops}
     result["parameters"] = sum(t.numel() for t in folder.read_tensors(ADAPTER).values())
@@ -151,10 +142,8 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
         rows.append((d["task"], d["n"], own, both, None if d["drop"] is None else f"{100 * d['drop']:.2f}"))
     print_table(result["run"], ("task", "rows", "own %", "composed %", "points lost"), rows)
     if routing := result["routing"]:
-        rows = [(r["task"], *map(percent, r["goes_to"].values())) for r in routing]
-        names = ("task", *routing[0]["goes_to"])
-        print_table("% of each task's rows that would go to each adapter by their text", names, rows)
-        rows = [(r["task"], percent(r["wrongly_refused"]), percent(r["wrongly_accepted"])) for r in routing]
-        columns = ("task", "own rows refused", "foreign sentences accepted")
-        print_table("% of texts that are refused (`adapter` is then null) or accepted wrongly", columns, rows)
+        shares = ((*r["goes_to"].values(), r["wrongly_refused"], r["wrongly_accepted"]) for r in routing)
+        rows = [(r["task"], *map(percent, own)) for r, own in zip(routing, shares, strict=True)]
+        names = ("task", *routing[0]["goes_to"], "refused (`adapter` is null)", "foreign sentences accepted")
+        print_table("% of each task's rows, by their text: which adapter they would go to", names, rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

@@ -91,9 +91,7 @@ class Router(nn.Module):
 
     def choose(self, features: Tensor) -> Tensor:
         """(B,) the member that each row belongs to, or NONE where the row is unlike all of that member's own."""
-        distances = self.distances(features)
-        chosen = distances.argmin(1) if self.only is None else self.nearest(features)
-        distance = distances.gather(1, chosen[:, None])[:, 0]
+        distance, chosen = self.distances(features).min(1)
         return torch.where(distance > self.limits[chosen], NONE, chosen)
 
     def set_limits(self, features: Sequence[Tensor]) -> None:

@@ -27,7 +27,7 @@ from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
-from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, flag, refuse_idle
+from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import Example, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
@@ -183,26 +183,25 @@ def train_adapter(
         )
         for name, rows in (("training", train_rows), ("dev", dev_rows)):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
-            if rows.cut_answers:
-                long = f"have answers longer than answer_tokens, {rows.slot}: the longest has {rows.longest}"
-                say(f"{rows.cut_answers:,} of {len(rows):,} {name} rows {long}; what is beyond is not learned")
-            if rows.unwritable:
-                lacks = "hold characters that the base has no token for, and are read without them"
-                say(f"the answers of {rows.unwritable:,} of {len(rows):,} {name} rows {lacks}")
-        counted = {label: int((train_rows.labels == i).sum()) for i, label in enumerate(task.labels)}
-        learned, measured = ([(e.asked, task.is_generation and e.answer) for e in of] for of in (examples, dev))
-        known = set(learned)
-        if told := sum(row in known for row in measured):
+            long = f"are longer than answer_tokens, {rows.slot} (the longest has {rows.longest}), and not learned whole"
+            odd = "hold characters that the base has no token for, and are read without them"
+            for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):
+                if n > 0:
+                    say(f"the answers of {n:,} of {len(rows):,} {name} rows {why}")
+        asked, measured = ([(e.asked, task.is_generation and e.answer) for e in of] for of in (examples, dev))
+        learned = set(asked)
+        if told := sum(row in learned for row in measured):
             say(f"{told:,} of {len(dev):,} dev rows are training rows, too: new texts are answered less well")
-        if unseen := [label for label, n in counted.items() if n == 0]:
-            say(f"no training row has {'label' if len(unseen) == 1 else 'any of the labels'} {', '.join(unseen)}")
-        if unmeasured := [label for i, label in enumerate(task.labels) if counted[label] and i not in dev_rows.labels]:
-            say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
-        labels_of = {(asked, label) for (asked, _), label in zip(learned, train_rows.labels.tolist(), strict=True)}
-        of_text = Counter(asked for asked, _ in labels_of)
+        of_text = Counter(text for text, _ in {(e.asked, e.label) for e in examples})
         if doubtful := sum(n > 1 for n in of_text.values()):
             say(f"{doubtful:,} training texts have more than one label")
-        rare = [label for label, n in counted.items() if n == 1]
+        counted, in_dev = (Counter(e.label for e in of) for of in (examples, dev))
+        labels = [(label, counted[i], in_dev[i]) for i, label in enumerate(task.labels)]
+        if unseen := [label for label, n, _ in labels if n == 0]:
+            say(f"no training row has label {' or '.join(unseen)}")
+        if unmeasured := [label for label, n, of_dev in labels if n > 0 and of_dev == 0]:
+            say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
+        rare = [label for label, n, _ in labels if n == 1]
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
         started = time.perf_counter()
@@ -262,16 +261,13 @@ def resume(options: Training) -> dict[str, Any]:
     from tinyld import pretrain  # which resumes by this module, as either verb takes a run of either kind
 
     assert options.resume is not None
-    for field in fields(options):
-        kept = field.name in ("resume", "lr", "base", "json", "quiet")
-        asked = f"--resume goes on as it began: leave {flag(field.name)} out"
-        check(kept or getattr(options, field.name) == field.default, asked)
+    others = {field.name for field in fields(options)} - {"resume", "lr", "base", "json", "quiet"}
+    refuse_idle(options, others, "with --resume, which goes on as it began: leave it out")
     folder = RunFolder.open(options.resume)
     with folder.locked() if is_writer() else nullcontext():  # before it is asked whether the run is finished
         out, config = folder.path, folder.config
-        check(config["kind"] in VERBS, f"{out} is a composition; there is nothing in it to train")
-        made = f"{out} was made by tinyld merge: there is nothing left to train; pretrain --init {out}"
-        check("merged" not in config, made)
+        made = f"{out} was made by tinyld compose or merge: nothing is left to train; of a base, pretrain --init {out}"
+        check(config["kind"] in VERBS and "merged" not in config, made)
         verb = VERBS[config["kind"]]
         moved = getattr(options, "base", None)
         check(moved is None or verb == "finetune", f"--base has no effect on {out}, which is a base itself")

@@ -24,7 +24,7 @@ from tinyld.progress import Advance, further, unheard
 from tinyld.rows import GAP, Example, Row
 from tinyld.runs import CONFIG, RunFolder, is_foreign
 from tinyld.sampler import decode
-from tinyld.tasks import KEPT, Task, asked_alike, builtin_names, from_record, load_task, to_record, trained, unlike
+from tinyld.tasks import KEPT, Task, builtin_names, from_record, load_task, to_record, trained, unlike
 
 MOST_AT_ONCE = 1 << 20  # tokens of texts that are written together
 # Threads may ask at once, and runs that share a base hang their pushes on it by turns.
@@ -119,10 +119,8 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name is None:
             check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
-            why = "are asked differently, or have answers of other lengths"
-            why = "cannot be told apart by their texts" if asked_alike(self.tasks) else why
-            one = len(self.tasks) == 1 or self.is_routed
-            check(one, f"{self.path} has tasks {', '.join(known)}, which {why}; say which with --task")
+            several = f"{self.path} has tasks {', '.join(known)}, which cannot be told apart by their texts"
+            check(len(self.tasks) == 1 or self.is_routed, f"{several}; say which with --task")
             return self.tasks[0]
         if name in known:
             return known[name]
@@ -238,8 +236,7 @@ class Runs:
         """Loads one more run; on a base that is loaded already that takes milliseconds."""
         path = Path(path)
         with ONE_AT_A_TIME:
-            whole = path.resolve()
-            short = whole.name if path.name in ("", "..") else path.name
+            whole, short = path.resolve(), os.path.basename(os.path.abspath(path))
             name = next((n for n in (short, str(path)) if n not in self.runs), str(whole))
             check(whole not in [run.path.resolve() for run in self.runs.values()], f"{path} is given twice")
             bases = [run.base for run in self.runs.values() if run.push is not None]
@@ -325,18 +322,17 @@ def load(
     path, base_path, on = base_folder(path, "run"), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
-    folder, kind = RunFolder(path), config["kind"]
-    if kind == "base":
+    if config["kind"] != "base":
+        check_ours(reading)
+    if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         loaded = load_base(path, on, kept_in or "fp32", reading)
-    else:
-        check_ours(reading)
-    if kind == "composition":
+    elif config["kind"] == "composition":
         loaded = load_base_of(config, path, base_path, on, kept_in)
-        load_composition(folder, loaded)
-    if kind == "adapter":
+        load_composition(RunFolder(path), loaded)
+    else:
         pushes = config["method"].get("name") == TrajectoryLora.name  # and so leaves its base to others
-        loaded, _ = load_adapter(folder, base_path, on, kept_in, bases if pushes else ())
+        loaded, _ = load_adapter(RunFolder(path), base_path, on, kept_in, bases if pushes else ())
     tasks = [from_record(made["task"], where) for made in trained(config)]
     run = Run(path, loaded, tasks, config, dtype, loaded.model.push, task)
     if task is not None:

@@ -23,7 +23,7 @@ from tinyld.finetuning import resume, run_folder
 from tinyld.foreign import load_foreign, read_foreign
 from tinyld.hf import find_encoder
 from tinyld.model import Denoiser
-from tinyld.options import PretrainOptions, Training, flag, refuse_idle
+from tinyld.options import PretrainOptions, Training, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import bundled_data_dir
 from tinyld.runs import CONFIG, TOKENIZER, RunFolder, is_writer
@@ -51,18 +51,16 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     files, valid = find_text_files(options.data), find_text_files(options.valid)
     if both := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in valid}:
         say_to_stderr(options.quiet)(f"{min(both)} is in --data and in --valid: what is measured on it is not held out")
-    refuse_inside(out, [], [*options.data, *options.valid])
     path = None if options.init is None else find_encoder(options.init)
+    refuse_inside(out, [path] if path else [], [*options.data, *options.valid])
     own = path is not None and RunFolder(path).is_run()
     preset = PRESETS[options.preset]
     given = {name: size for name in preset if (size := getattr(options, name)) is not None}
     if path is None:
-        for name in ("body_lr", "body_start"):
-            check(getattr(options, name) is None, f"{flag(name)} needs --init")
+        refuse_idle(options, ["body_lr", "body_start"], "without --init")
     else:
-        check(given.keys() <= {"max_length"}, "--init brings its own sizes; only --max-length may change them")
-        refuse_idle(options, ["preset"], "with --init, which brings its own sizes")
-        check(not (own and options.max_length), "--max-length cannot change what a tinyld base was trained at")
+        sizes = [name for name in preset if own or name != "max_length"]  # of a public encoder that may be less
+        refuse_idle(options, ["preset", *sizes], "with --init, which brings its own sizes")
     share = 0.1 if path is not None and not own else None  # of an encoder that had no head of ours
     usual = {"lr": LR_ON if own else LR, "body_lr": share or (0.6 if own else 1.0), "body_start": share or 0.0}
     training = options.only(TrainConfig)
@@ -76,14 +74,12 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     config |= {"data": {"files": [str(p) for p in options.data or (bundled_data_dir() / "corpus.txt.gz",)]}}
     if is_writer():
         RunFolder.check_free(out, options.force)
-    if path is None:
-        return train_base(config, out, options)
+    encoder = None
     if own:
         encoder = load_base(path)
-    else:
+    elif path is not None:
         length = options.max_length or min(config["model"]["max_length"], read_foreign(path).longest)
         encoder = load_foreign(path, reading=Reading(max_length=length), headless=True)
-    refuse_inside(out, [path])
     return train_base(config, out, options, None, encoder)
 
 

@@ -120,9 +120,7 @@ class RunFolder:
         return any((self.path / name).exists() for name in known) or bool(known and not self.checkpoints())
 
     def check_unchanged(self, config: Mapping[str, Any], data: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """TinyldError unless it goes on with the data and tokenizer it began with; says what of the machine differs."""
-        if config["kind"] == "base":  # an adapter's tokenizer is a part of its base's fingerprint
-            self.read(TOKENIZER)
+        """TinyldError unless it goes on with the data that it began with; says what of the machine differs."""
         for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
             if config["data"].get(key, data[key]) != data[key]:
                 raise TinyldError(f"{self.path} began with other {what}: put it back as it was, or begin a new run")
@@ -173,10 +171,8 @@ class RunFolder:
             raise TinyldError(f"no {name} in {self.path}: {_found(self.path)}")
         content, entry = read_bytes(path, TENSORS_BYTES), self.files().get(name)
         if entry is None:
-            foreign = "a public model has model.safetensors or its index beside this file"
-            gone = f"which is not there: copy a run's whole folder ({foreign})"
-            why = "it was not written by tinyld" if os.path.lexists(self.path / MANIFEST) else gone
-            raise TinyldError(f"{path}: not listed in {MANIFEST}; {why}")
+            whole = "copy a run's whole folder (a public model has model.safetensors or its index beside this file)"
+            raise TinyldError(f"{path}: not listed in {MANIFEST}; {whole}")
         if sha256(content) not in (entry["sha256"], entry.get("before")):
             raise TinyldError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
         return content

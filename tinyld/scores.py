@@ -72,7 +72,7 @@ def rows_for(
 
 def measure(run: Run, rows: TaskRows, sampling: SampleConfig, draws: int = 4, quiet: bool = True) -> Evaluation:
     """What `run` makes of rows, with a bar of progress."""
-    model = run.base.model
+    model = run.model
     arithmetic = autocast(model.device, resolve_dtype(run.dtype, model.device))
     with Progress(f"eval {rows.task.name}", len(rows), quiet=quiet, unit="rows") as bar, arithmetic:
         return evaluate(model, rows, run.base.tokenizer, sampling, draws, advance=bar.advance_to)
