@@ -367,7 +367,7 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     Path("alias.toml").write_text((place / "mood.toml").read_text().replace('"mood', f'"{place}/mood'))
     assert records("both", "--task", "alias.toml", text=text) == [found], "whose rows are asked as its own are"
     ran = ask("both", text="rain\n")
-    assert ran.code == 2 and "has tasks mood, same, which cannot be told apart by their texts" in ran.stderr
+    assert ran.code == 2 and "has tasks mood, same; say which with --task" in ran.stderr
 
 
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:

@@ -119,8 +119,8 @@ class Run:
         known = {task.name: task for task in self.tasks}
         if name is None:
             check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
-            several = f"{self.path} has tasks {', '.join(known)}, which cannot be told apart by their texts"
-            check(len(self.tasks) == 1 or self.is_routed, f"{several}; say which with --task")
+            several = f"{self.path} has tasks {', '.join(known)}; say which with --task"
+            check(len(self.tasks) == 1 or self.is_routed, several)
             return self.tasks[0]
         if name in known:
             return known[name]
