@@ -36,7 +36,7 @@ BAD: list[tuple[Read, bytes, str]] = [
     (read_object, b"[" + b"9" * 5_000 + b"]", "damaged, not JSON"),
     (read_object, b"[" * 100_000, "damaged, not JSON .*recursion"),
     (read_object, b'{"a": 1}}', "damaged, not JSON .*Extra data"),
-    (read_object, b"[1]", r"expected an object, got '\[1\]'"),
+    (read_object, b"[1]", r"'\[1\]' is not of type dict"),
     (read_toml, b"a = 1\na = 2", "not valid TOML.*overwrite"),
     (read_toml, b"a = " + b"[" * 100_000, "not valid TOML.*recursion"),
     (read_text, b"one\ntwo \xff\n", "line 2: not UTF-8"),

@@ -251,7 +251,7 @@ FILE_ERRORS = [
     ("a.csv", b"text,label\na,0\ncaf\xe9,0\n", ["line 3: not UTF-8; save it as UTF-8"]),
     ("a.csv", b"text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
     ("a.jsonl", '{"text": "a", "label": 0}\n{\n', ["line 2", "not JSON"]),
-    ("a.jsonl", "[1]\n", ["line 1", "expected an object"]),
+    ("a.jsonl", "[1]\n", ["line 1", "not of type dict"]),
     ("a.jsonl", '{"text": null, "label": 0}\n', ["line 1", "'text' has no value; fill it in"]),
     ("a.jsonl", '{"text": ["a"], "label": 0}\n', ["line 1", "'text' must hold text or a number", "['a']"]),
 ]

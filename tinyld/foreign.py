@@ -23,7 +23,7 @@ from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
 from tinyld.model import Denoiser
-from tinyld.read import TENSORS_BYTES, as_object, opened, read_bytes, read_object, read_text, refuse_pickled
+from tinyld.read import TENSORS_BYTES, opened, read_bytes, read_object, read_text, refuse_pickled
 from tinyld.tokenizer import ROLES, Tokenizer, parse_tokenizer
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if "model.safetensors" in whole:  # beside which transformers may leave an older index
         files = {"model.safetensors"}
     elif INDEX in names:
-        files = set(map(str, as_object(read_object(folder / INDEX)["weight_map"], folder / INDEX).values()))
+        files = set(map(str, read_object(folder / INDEX, {"weight_map": dict})["weight_map"].values()))
         if not files <= whole:
             raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
     elif len(whole) != 1:

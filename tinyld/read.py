@@ -116,15 +116,8 @@ def parse_json(text: str | bytes, path: object, hint: Any = Any) -> Any:
     return value
 
 
-def read_object(path: Path) -> Record:
-    return as_object(parse_json(read_text(path), path), path)
-
-
-def as_object(value: Any, path: object) -> Record:
-    """What `parse_json` gave, which must be an object."""
-    if not isinstance(value, dict):
-        raise TinyldError(f"{path}: expected an object, got {show(value)}")
-    return value
+def read_object(path: Path, hint: Any = dict) -> Record:
+    return parse_json(read_text(path), path, hint)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
-from tinyld.read import PAIR, ROWS_BYTES, as_object, clean, parse_json, read_text, refuse_long
+from tinyld.read import PAIR, ROWS_BYTES, clean, parse_json, read_text, refuse_long
 from tinyld.writing import fold
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
         if suffix == ".txt":
             refuse_long(line, where)
         if line.strip() or (empty and suffix == ".txt"):
-            row = {"text": line.rstrip("\n")} if suffix == ".txt" else as_object(parse_json(line, where), where)
+            row = {"text": line.rstrip("\n")} if suffix == ".txt" else parse_json(line, where, dict)
             yield where, row
 
 
