@@ -421,7 +421,7 @@ ERRORS = [
     (ON.replace("new", "{place}/colours") + "--method bitfit", 1, "--force"),
     (PAIR.replace("new", "{place}/colours"), 1, "--force"),
     # rows, and files of rows without a task
-    (NOT_ON + "--task missing.toml", 1, "missing.toml: no such file"),
+    (NOT_ON + "--task missing.toml", 1, "missing.toml: cannot be read (No such file or directory)"),
     (ON + "--text-column words", 2, "--text-column has no effect but for --data without --task"),
     (NOT_ON + "--data {place}/loop.csv", 1, "loop.csv: cannot be read"),
     (NOT_ON + "--data {place}/base", 1, "no train.csv, .tsv or .jsonl in"),

@@ -565,7 +565,7 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/same", "rain", 2, "reads a and b: give a .csv"),
     ("{place}/mood {place}/header.csv", "", 1, "header.csv: there are no rows in it"),
     ("{place}/mood new.md", "", 2, "the name must end in .txt, .tsv, .csv, .jsonl"),
-    ("{place}/mood new.txt", "", 1, "new.txt: no such file"),
+    ("{place}/mood new.txt", "", 1, "new.txt: cannot be read (No such file or directory)"),
     ("{place}/mood new.txt --text rain", "", 2, "give a file or --text, not both"),
     ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
     ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),

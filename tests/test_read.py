@@ -59,7 +59,7 @@ def test_a_file_that_is_off_is_refused_by_its_name(read: Read, content: bytes, m
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    said = {"pipe": "not a file but a device", ".": "not a file but a folder", "none": "no such file", "a\0b": "null"}
+    said = {"pipe": "not a file but a device", ".": "not a file but a folder", "none": "No such file", "a\0b": "null"}
     for name, message in said.items():
         with pytest.raises(TinyldError, match=message):
             read_text(tmp_path / name)

@@ -332,7 +332,7 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
         ("sst2", "dev", tmp_path / "nowhere", "no such file or folder"),
         ("sst2", "test", None, "task sst2 has no test split; it has train, dev"),
         ("mood.toml", "test", None, "task mood has no test split; it has train, dev"),
-        ("mood.toml", "train", None, "mood.csv: no such file"),
+        ("mood.toml", "train", None, "mood.csv: cannot be read .No such file"),
     ):
         with pytest.raises(TinyldError, match=message):
             load_split(load_task(task), split, data)

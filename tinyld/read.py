@@ -36,10 +36,7 @@ def opened(path: Path, limit: int = TEXT_BYTES) -> Iterator[BinaryIO]:
     """A regular file (or what a link to one names) of at most `limit` bytes, open for reading; no pipe, device or
     folder is opened at all."""
     with failing(path, "read"):
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            raise TinyldError(f"{path}: no such file") from None
+        found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise TinyldError(f"{path}: not a file but a {'folder' if stat.S_ISDIR(found.st_mode) else 'device'}")
         if found.st_size > limit:
