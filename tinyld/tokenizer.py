@@ -102,7 +102,7 @@ class Tokenizer:
         with library(where):
             # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a
             # part of the word behind it (byte-level BPE).
-            first, alone, blank = map(self._ids, ("a b", "b", " b"))
+            first, alone, blank = self.encode_batch(["a b", "b", " b"])
             self.blank = " " if not self.is_wordpiece and len(blank) == 1 and first[1:] != alone else ""
             self.decode(self.encode("it's a \u6f22 n't -- try [MASK]"))
             plain = inner.normalizer and inner.normalizer.normalize_str("A Wörd")
@@ -157,11 +157,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
-        return self._ids(self._defuse(text))
-
-    def _ids(self, text: str) -> list[int]:
-        with library(self.where):
-            return self.inner.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
@@ -196,10 +192,9 @@ class Tokenizer:
 def parse_tokenizer(content: bytes, path: Path) -> tuple[HFTokenizer, Any]:
     """(what a `tokenizer.json` holds, the roles that one of ours says)."""
     raw = parse_json(content, path, dict)
-    has_roles, roles = "roles" in raw, raw.pop("roles", None)
+    roles = raw.pop("roles", None)
     with library(path):
-        text = json.dumps(raw) if has_roles else decode(content, path)
-        return HFTokenizer.from_str(text), check_type(roles, dict | None, f"{path}: roles")
+        return HFTokenizer.from_str(json.dumps(raw)), check_type(roles, dict | None, f"{path}: roles")
 
 
 @contextmanager
