@@ -25,10 +25,6 @@ TIMEOUT = 30.0  # seconds without a byte
 Row = tuple[str, str]  # sentence, label name
 
 
-class NetworkError(TinyldError):
-    """The file could not be had: no network, no such host, an HTTP error, a broken transfer."""
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a task's official data is, and in what form. What its files hold needs no check beside their digests."""
@@ -67,7 +63,7 @@ def download_task(name: str, source: Source) -> Path:
 
 
 def fetch(url: str, digest: str, description: str) -> bytes:
-    """What the URL gives, with a bar on stderr. NetworkError, or TinyldError for another digest (SHA-256 or MD5).
+    """What the URL gives, with a bar on stderr. TinyldError where that fails or has another digest (SHA-256 or MD5).
     `$TINYLD_MIRROR` replaces the scheme and host of every URL."""
     import http.client
     from urllib.request import Request, urlopen
@@ -86,7 +82,7 @@ def fetch(url: str, digest: str, description: str) -> bytes:
             if len(content) < size:
                 raise OSError(f"it ended after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NetworkError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
+        raise TinyldError(f"could not download {url}: {getattr(error, 'reason', None) or error}") from None
     kind = "md5" if len(digest) == 32 else "sha256"
     found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
     if found != digest:

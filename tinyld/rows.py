@@ -132,7 +132,7 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
     if task.download is not None:
         try:
             return download.download_task(name, task.download) / f"{split}.tsv"
-        except download.NetworkError as error:
+        except TinyldError as error:
             problem = str(error)
     columns = dict.fromkeys(filter(None, (*task.inputs, task.answer_column, task.label_column)))
     raise TinyldError(
