@@ -148,14 +148,10 @@ class TaskRows(Source):
             row += [end] if tail or not task.is_generation else []
             self.ids.append(np.array(row, dtype=np.int32))
         self.lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
+        self.truncated = int(self.cut.sum())  # rows
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def truncated(self) -> int:
-        """How many rows have a prompt that is cut."""
-        return int(self.cut.sum())
 
     def digest(self) -> str:
         """SHA-256 of all rows as the denoiser sees them, and of all that is right where that is more than one text."""
