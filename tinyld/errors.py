@@ -1,6 +1,7 @@
 """The one exception a user can fix: it becomes one line on stderr and exit code 1 (2 for wrong usage)."""
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 
 
@@ -38,5 +39,5 @@ def failing(path: object, done: str) -> Iterator[None]:
     """What the system refuses within becomes the line "`path`: cannot be `done`"."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # a zero byte in the name; a damaged .gz
         raise TinyldError(f"{path}: cannot be {done} ({getattr(error, 'strerror', None) or error})") from None

@@ -5,6 +5,7 @@ What is off is one TinyldError that names the file and what is wrong in it. torc
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from tinyld.config import check_type
 from tinyld.errors import TinyldError, failing, show
@@ -32,7 +34,7 @@ PAIR = " ||| "  # between texts in one cell
 
 
 @contextmanager
-def opened(path: Path, limit: int = TEXT_BYTES) -> Iterator[BinaryIO]:
+def opened(path: Path, limit: int = TEXT_BYTES) -> Iterator[IO[bytes]]:
     """A regular file (or what a link to one names) of at most `limit` bytes, open for reading; no pipe, device or
     folder is opened at all."""
     with failing(path, "read"):
@@ -67,9 +69,25 @@ def decode(content: bytes, path: object, first: int = 1) -> str:
     return text
 
 
-def refuse_long(line: str | bytes, where: str) -> None:
-    if len(line) > LONGEST:
-        raise TinyldError(f"{where} is longer than {LONGEST >> 20} MB; is it text?")
+def lines_of(file: IO[bytes], path: object, first: int = 1) -> Iterator[tuple[str, str]]:
+    """(where, line) of each line of UTF-8 text that ends in LF, CRLF or CR; `first` is the number of the first one."""
+    number = first
+    for content in iter(partial(file.readline, LONGEST + 1), b""):
+        if len(content) > LONGEST:
+            raise TinyldError(f"{path}: line {number} is longer than {LONGEST >> 20} MB; is it text?")
+        for line in decode(content, path, number).removesuffix("\n").removesuffix("\r").split("\r"):
+            yield f"{path}: line {number}", line
+            number += 1
+
+
+def line_rows(path: Path, limit: int, empty: bool = False, hint: Any = dict) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of each line of a .txt, .txt.gz or .jsonl file: an object of types as in `hint`, or the line as its
+    `text`; of text blank lines too, if `empty`."""
+    suffix = path.suffix.lower()
+    with opened(path, limit) as file:
+        for where, line in lines_of(gzip.GzipFile(fileobj=file) if suffix == ".gz" else file, path):
+            if line.strip() or (empty and suffix != ".jsonl"):
+                yield where, parse_json(line, where, hint) if suffix == ".jsonl" else {"text": line}
 
 
 def clean(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
-from tinyld.read import PAIR, ROWS_BYTES, clean, parse_json, read_text, refuse_long
+from tinyld.read import PAIR, ROWS_BYTES, clean, line_rows, read_text
 from tinyld.writing import fold
 
 if TYPE_CHECKING:
@@ -155,20 +155,10 @@ def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
     if suffix not in (*SUFFIXES, ".txt"):
         raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
     found = empty and suffix == ".txt"  # in which there may be nothing, as in an empty pipe
-    for row in _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else _line_rows(path, suffix, empty):
+    for row in _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else line_rows(path, ROWS_BYTES, empty):
         found = True
         yield row
     check(found, f"{path}: there are no rows in it", TinyldError)
-
-
-def _line_rows(path: Path, suffix: str, empty: bool) -> Iterator[Row]:
-    for number, line in enumerate(io.StringIO(read_text(path, ROWS_BYTES), newline=None), 1):
-        where = f"{path}: line {number}"
-        if suffix == ".txt":
-            refuse_long(line, where)
-        if line.strip() or (empty and suffix == ".txt"):
-            row = {"text": line.rstrip("\n")} if suffix == ".txt" else parse_json(line, where, dict)
-            yield where, row
 
 
 def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:

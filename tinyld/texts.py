@@ -20,7 +20,7 @@ from tinyld.errors import plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further
-from tinyld.read import decode, refuse_long
+from tinyld.read import LONGEST, lines_of
 from tinyld.rows import SUFFIXES, Row, files_of, read_rows
 from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
@@ -80,17 +80,15 @@ def piped_lines(column: str) -> Iterator[Rows]:
     first, rest, part = 1, b"", b"-"
     while part:
         part = sys.stdin.buffer.read1(READ)
-        *lines, rest = (rest + part).split(b"\n")
-        if rest and not part:  # the last line may have no end
-            lines = [rest]
-        decoded = [decode(line, "stdin", i).removesuffix("\r") for i, line in enumerate(lines, first)]
-        texts = [text for line in decoded for text in line.split("\r")]  # which ends a line of a file, too
-        if first == 1 and texts:
-            refuse_table(texts[0], "stdin: line 1", column)
-        if lines:
-            yield [(f"stdin: line {i}", {"text": text}) for i, text in enumerate(texts, first)]
-        first += len(lines)
-        refuse_long(rest, f"stdin: line {first}")
+        whole, end, rest = (rest + part).rpartition(b"\n")
+        if not part or len(rest) > LONGEST:  # the last line may have no end
+            end, rest = end + rest, b""
+        rows = [(where, {"text": line}) for where, line in lines_of(io.BytesIO(whole + end), "stdin", first)]
+        if first == 1 and rows:
+            refuse_table(rows[0][1]["text"], rows[0][0], column)
+        if rows:
+            yield rows
+        first += len(rows)
 
 
 def predict(options: PredictOptions) -> None:

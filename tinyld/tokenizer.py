@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinyld.config import check, check_type
 from tinyld.errors import TinyldError, show
-from tinyld.read import LONGEST, decode, opened, parse_json, refuse_long
+from tinyld.read import TEXT_BYTES, line_rows, parse_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
 # The same five roles in tokenizers of other families: BERT, DistilBERT, ELECTRA; RoBERTa.
@@ -238,21 +235,9 @@ def join_quotes(parts: list[str]) -> str:
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
     """Documents, one a line, of `.txt`, `.txt.gz` and `.jsonl` (field `text`) files; blank lines are skipped."""
-    for path in paths:
-        suffix = path.suffix.lower()
-        try:
-            with opened(path) as file:
-                unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
-                for number, content in enumerate(iter(partial(unpacked.readline, LONGEST + 1), b""), 1):
-                    refuse_long(content, f"{path}: line {number}")
-                    for line in decode(content, path, number).split("\r"):
-                        if suffix == ".jsonl" and line.strip():
-                            text = parse_json(line, f"{path}, line {number}", {"text": str})["text"]
-                            line = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
-                        if line := " ".join(line.split()):
-                            yield line
-        except (EOFError, zlib.error) as error:
-            raise TinyldError(f"{path}: cannot be read ({error})") from None
+    for _, row in chain.from_iterable(line_rows(path, TEXT_BYTES, hint={"text": str}) for path in paths):
+        if line := " ".join(row["text"].encode(errors="replace").decode().split()):  # without halves of surrogate pairs
+            yield line
 
 
 def find_text_files(paths: Iterable[Path]) -> list[Path]:
