@@ -157,7 +157,7 @@ def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
     assert examples == load_split(task, "train"), "the gaps of a text are always the same"
     learnt = to_learn(task, examples)
     assert len(learnt) == GAPS * 3 and len({(e.before, e.after) for e in learnt[:GAPS]}) > 1
-    many = examples[0].cut(200, 3)
+    many = examples[0].cut(200, 6)
     assert {len(e.answer.split()) for e in many} == {1, 2, 3}
     assert {e.before == "" for e in many} == {e.after == "" for e in many} == {True, False}
     assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)

@@ -54,13 +54,14 @@ class Example:
         """Every answer that is right."""
         return self.references or (self.answer,)
 
-    def cut(self, n: int, longest: int) -> list[Example]:
-        """n examples of the same text, each with a gap of 1 to `longest` words where the text itself decides."""
+    def cut(self, n: int, tokens: int) -> list[Example]:
+        """n examples of the same text, each with a gap where the text itself decides, of so many words that they fit
+        the answer's `tokens` nearly always."""
         words = f"{self.before} {self.answer} {self.after}".split()
         rng = random.Random(" ".join(words))
         found = []
         for _ in range(n):
-            length = rng.randint(1, max(1, min(longest, len(words) - 1)))
+            length = rng.randint(1, max(1, min(tokens // 2, len(words) - 1)))
             start = rng.randrange(len(words) - length + 1)
             parts = words[:start], words[start + length :], words[start : start + length]
             found.append(Example(*map(" ".join, parts), None))
@@ -274,7 +275,7 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
             text, found = GAP.subn(" ", cell(row, column, where))
             gaps += found > 0
             check(text.strip(), f"{where}: no word to make a gap of; delete the line", TinyldError)
-            examples += Example(text, "", "", None).cut(1, _longest(task))
+            examples += Example(text, "", "", None).cut(1, task.answer_tokens)
             continue
         example = prompt_of(task, row, where)
         if task.is_generation:
@@ -314,13 +315,8 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     return Example(parts[0].strip(), parts[1].strip(), "", None)
 
 
-def _longest(task: Task) -> int:
-    """Words of a gap, at most: so many fit the answer's tokens nearly always."""
-    return max(1, (task.answer_tokens or 0) // 2)
-
-
 def to_learn(task: Task, examples: Sequence[Example]) -> list[Example]:
     """What training reads: every right answer; of a text that is filled, several gaps."""
     if task.is_infill:
-        return [own for example in examples for own in example.cut(GAPS, _longest(task))]
+        return [own for example in examples for own in example.cut(GAPS, task.answer_tokens)]
     return [replace(example, answer=text) for example in examples for text in example.right]
