@@ -170,21 +170,18 @@ def csv_lines(records: list[Record], header: list[str], labels: list[str], cell:
     return lines
 
 
-def wide(found: Record) -> int:
-    """Characters that a label has in the table: as the longest of its task, within reason."""
-    return min(24, max(map(len, found.get("probabilities", [""]))))
-
-
 def table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
     width = shutil.get_terminal_size().columns
     text = record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)"
     by = record.get("adapter", "")  # of a composition; None where the text is like no task's
-    several = record.get("tasks", {"like no task:" if by is None else by: record}).items()
-    said = [
-        f"{name} {f['label']:<{wide(f)}} {100 * f['probability']:5.1f}%".strip() for name, f in several if "label" in f
-    ]
-    written = [f"{name} -> {f['answer']}".strip() for name, f in several if "answer" in f]
+    said, written = [], []
+    for name, found in record.get("tasks", {"like no task:" if by is None else by: record}).items():
+        if "label" in found:
+            wide = min(24, max(map(len, found.get("probabilities", [""]))))  # as the longest of its task, within reason
+            said.append(f"{name} {found['label']:<{wide}} {100 * found['probability']:5.1f}%".strip())
+        if "answer" in found:
+            written.append(f"{name} -> {found['answer']}".strip())
     before, text, after = plain("  ".join([*said, ""])), plain(text), plain("  ".join(["", *written]))
     room = max(width - len(before) - len(after), 16)  # for the text: what was answered is never cut
     return before + (text if len(text) <= room else text[: room - 3] + "...") + after + "\n"
