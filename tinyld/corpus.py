@@ -30,8 +30,7 @@ class Corpus:
 
 
 def tokenize(lines: Iterable[str], tokenizer: Tokenizer, advance: Advance = unheard) -> Corpus:
-    """Tokenises documents into a temporary file (in $TMPDIR) that vanishes with the process; `advance` gets characters.
-    Raises TinyldError when that file cannot be written."""
+    """Documents as ids, in a temporary file (in $TMPDIR) that vanishes with the process; `advance` gets characters."""
     dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
     counts, digest = np.zeros(tokenizer.vocab_size, np.int64), hashlib.sha256()
     documents = characters = 0
