@@ -1,7 +1,6 @@
 """A task made from a file of rows that nothing else is known of. No torch."""
 
 import contextlib
-import math
 import os
 import re
 import unicodedata
@@ -80,7 +79,7 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))
-    if all(isinstance(folded(name), int | float) for name in labels):
+    if all(isinstance(folded(name), Decimal) for name in labels):
         labels.sort(key=folded)
     words = answer_words(labels, tokenizer, tokenizer.blank_before(template))
     verbalizer = dict(zip(labels, words, strict=True))
@@ -131,9 +130,9 @@ def described(task: Task) -> str:
 def folded(label: str) -> Any:
     """What labels that are meant to be one have in common: without case, odd spellings of characters, or 1 for 1.0."""
     label = re.sub(r"[\xad\u200b-\u200f\u2060\ufeff]", "", label)  # which have no width
-    with contextlib.suppress(ValueError):
-        if "_" not in label and math.isfinite(number := float(label)):
-            return int(Decimal(label)) if number.is_integer() else number  # of large ones a float holds but 15 digits
+    with contextlib.suppress(ArithmeticError):  # of large ones a float holds but 15 digits
+        if "_" not in label and (number := Decimal(label)).is_finite():
+            return number
     return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", label)).strip().casefold()
 
 
