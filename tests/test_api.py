@@ -308,6 +308,11 @@ def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
     ran = good("finetune", "--data", "both", *made_on(place), "--out", "both-run")
     assert "6 of 7 dev rows are training rows, too" in ran.stderr
     assert "1 training texts have more than one label" in ran.stderr
+    assert "6 of 7 dev rows are training rows, too" in good("eval", "both-run", "--split", "dev").stderr
+    Path("both/test.csv").write_text("text,label\nall new,sad\n")
+    assert "training rows" not in good("eval", "both-run", "--split", "test").stderr
+    Path("both/test.csv").write_text(f"text,label\nall new,sad\n{lines[0]}\n")
+    assert "1 of 2 test rows are training rows, too" in good("eval", "both-run", "--split", "test").stderr
     lines = [f"who is {i},she lives in town number {i % 8}" for i in range(24)]
     Path("asked.csv").write_text("\n".join(["text,label", *lines, ""]))
     ran = good("finetune", "--data", "asked.csv", *made_on(place), "--out", "asked")

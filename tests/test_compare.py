@@ -157,6 +157,17 @@ def test_what_cannot_be_made_is_refused_at_once(changes: Any, message: str, trai
     assert trainer.ran == []
 
 
+def test_rates_that_are_chosen_by_the_rows_of_the_table_are_said(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rates, told in (("mine", 2, True), ("mine", 1, False), ("mine/test", 2, False)):
+        file = tmp_path / "mine" / f"{'test' if name.endswith('test') else 'train'}.csv"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS))
+        trainer.grid(tmp_path / f"{name}{rates}", task=(), data=tmp_path / "mine", trials=rates, seeds=1, quiet=False)
+        assert ("chosen by the dev rows that are scored" in capsys.readouterr().err) == told, (name, rates)
+
+
 def test_a_failed_run_says_how_to_go_on(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "evaluate", Mock(side_effect=TinyldError("no rows")))
     with pytest.raises(TinyldError, match="^no rows; finished runs are kept, the same command goes on$"):

@@ -71,6 +71,9 @@ def lines_of(options: CompareOptions) -> list[Line]:
         inputs += files_of(task, data, options.data)
         has_tests = "test" in task.splits if data is None else file_in(data, task, "test", held_out)
         split = "test" if has_tests else "dev"
+        if not has_tests and options.trials > 1:
+            chosen = "learning rates are chosen by the dev rows that are scored, so that figures are a little too good"
+            say_to_stderr(options.quiet)(f"{task.name} has no test rows: {chosen}; a folder with test.csv has others")
         tested = TaskRows(load_split(task, split, data, None, held_out), task, tokenizer, shape.max_length).digest()
         rows = len(load_split(task, "train", data, None, held_out))
         for limit in options.limit or (None,):

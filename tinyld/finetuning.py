@@ -29,13 +29,21 @@ from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress
-from tinyld.rows import Example, load_split, to_learn
+from tinyld.rows import Example, learned_too, load_split, to_learn
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_states
-from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr, say_truncated
+from tinyld.workspace import (
+    RUNS,
+    default_base,
+    keep_freed_memory,
+    refuse_inside,
+    say_learned,
+    say_to_stderr,
+    say_truncated,
+)
 
 DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads all
 # Where nothing is said, three epochs; of few rows twenty, between 90 and 220 updates, as three epochs of 100 rows are
@@ -188,10 +196,7 @@ def train_adapter(
             for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):
                 if n > 0:
                     say(f"the answers of {n:,} of {len(rows):,} {name} rows {why}")
-        asked, measured = ([(e.asked, task.is_generation and e.answer) for e in of] for of in (examples, dev))
-        learned = set(asked)
-        if told := sum(row in learned for row in measured):
-            say(f"{told:,} of {len(dev):,} dev rows are training rows, too: new texts are answered less well")
+        say_learned(say, learned_too(task, examples, dev), len(dev), "dev rows")
         of_text = Counter(text for text, _ in {(e.asked, e.label) for e in examples})
         if doubtful := sum(n > 1 for n in of_text.values()):
             say(f"{doubtful:,} training texts have more than one label")

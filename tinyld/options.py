@@ -197,7 +197,7 @@ class Training(OnDevice, Written, Printed, Loop):
 
 
 class RowOptions(Options):
-    data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train and dev; .txt: fill gaps.", "Task")
+    data: Path | None = option(None, "CSV, TSV, JSONL, or a folder of train, dev, test; .txt: fill gaps.", "Task")
     base: Path | None = option(None, "Folder, or small; if not given, the default base.", "Task", read=base_folder)
     text_column: str | None = option(None, "With --data and no --task: the column of texts.", "Task")
     label_column: str | None = option(None, "With --data and no --task: the column of labels.", "Task")

@@ -315,6 +315,12 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     return Example(parts[0].strip(), parts[1].strip(), "", None)
 
 
+def learned_too(task: Task, learned: Iterable[Example], measured: Iterable[Example]) -> int:
+    """How many of the measured examples were learned: what they ask and, where texts are written, their answer."""
+    asked, known = ([(e.asked, task.is_generation and e.answer) for e in of] for of in (measured, learned))
+    return sum(map(set(known).__contains__, asked))
+
+
 def to_learn(task: Task, examples: Sequence[Example]) -> list[Example]:
     """What training reads: every right answer; of a text that is filled, several gaps."""
     if task.is_infill:

@@ -1,8 +1,10 @@
 """`tinyld eval`: what a run's answers are worth, of tasks and of running text, kept in its results and shown."""
 
+import contextlib
 import csv
 import io
 import os
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,20 @@ from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import clean
-from tinyld.rows import bundled_data_dir, file_in, files_of, load_split, read_rows, to_learn
+from tinyld.rows import Example, bundled_data_dir, file_in, files_of, learned_too, load_split, read_rows, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, learned_files, trained
 from tinyld.tokenizer import find_text_files, read_lines
-from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr, say_truncated
+from tinyld.workspace import (
+    check_writable,
+    default_base,
+    keep_freed_memory,
+    newest_run,
+    say_learned,
+    say_to_stderr,
+    say_truncated,
+)
 from tinyld.write import write_atomic
 
 Record = dict[str, Any]
@@ -70,6 +80,16 @@ def rows_for(
     return run.rows(load_split(task, split, data, limit, held_out), task)
 
 
+def learned_of(run: Run, task: Task, measured: Sequence[Example]) -> int:
+    """How many of the examples the run learned, as far as the rows of its training are still there."""
+    own = next((made["data"] for made in trained(run.config) if made["task"]["name"] == task.name), {})
+    with contextlib.suppress(TinyldError, KeyError):  # of a task that it was not made for nothing is known
+        folder = own["folder"] and Path(own["folder"])
+        examples = load_split(task, "train", folder, own["limit"], own["held_out"])
+        return learned_too(task, to_learn(task, examples), measured)
+    return 0
+
+
 def measure(run: Run, rows: TaskRows, sampling: SampleConfig, draws: int = 4, quiet: bool = True) -> Evaluation:
     """What `run` makes of rows, with a bar of progress."""
     model = run.model
@@ -106,6 +126,8 @@ def eval(options: EvalOptions) -> list[Record]:
             rows = rows_for(run, task, options.split, data, options.limit, say)
             if run.config.get("by_name"):
                 run.let_answer(task)
+            if options.split != "train":
+                say_learned(say, learned_of(run, task, rows.examples), len(rows), f"{source} rows")
             found = measure(run, rows, sampling, options.draws, options.quiet)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record(), "sha256": rows.digest()}

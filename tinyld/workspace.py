@@ -47,6 +47,11 @@ def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_len
         say(f"{truncated:,} of {rows:,} {which} {long}: their middle is not read, or what is far from a gap")
 
 
+def say_learned(say: Callable[[str], None], learned: int, rows: int, which: str) -> None:
+    if learned:
+        say(f"{learned:,} of {rows:,} {which} are training rows, too: new texts are answered less well")
+
+
 def newest_run() -> Path:
     """The adapter or composition in `runs/` that was finished last."""
     found = [path for path in RUNS.glob(f"*/{ADAPTER}") if RunFolder(path.parent).is_run()]
