@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,30 @@ def test_rows_become_a_task_and_a_loaded_run(as_dicts: bool, place: Path, capfd:
 def test_options_of_another_type_are_refused_by_name(options: dict, part: str, place: Path) -> None:
     with pytest.raises(tinyld.UsageError, match=part):
         tinyld.finetune(ROWS, **{"base": place / "base", "out": "mine"} | options)
+
+
+class Frame:
+    """As a DataFrame of pandas: an iteration gives the names of its columns."""
+
+    columns = ("message", "kind")
+
+    def __init__(self, *rows: tuple[Any, Any]):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def to_dict(self, orient: str) -> list[dict[str, Any]]:
+        assert orient == "records"
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+def test_a_table_of_pandas_is_its_rows(place: Path) -> None:
+    run = tinyld.finetune(
+        Frame(*ROWS), text_column="message", label_column="kind", base=place / "base", out="mine", **QUICK
+    )
+    (found,) = run.predict(Frame(("rain", "n/a")))
+    assert (found["text"], found["kind"]) == ("rain", "n/a") and found["label"] in run.tasks[0].labels
 
 
 def learning(*rows: Any) -> Any:

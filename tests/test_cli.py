@@ -444,6 +444,7 @@ ERRORS = [
     (ON + "--set blocks=1 --budget 0.01%", 2, "too small for trajectory-lora"),
     (NOT_ON + "--data {place}/quoted.tsv", 2, 'label "x" is in quotes, which are letters to a .tsv; save it as .csv'),
     (ON + "--method weight-lora --budget 0.7", 2, "would be 70% of the base: write 0.7% or 0.007, or else"),
+    (ON + "--budget 0.05", 2, "--budget 0.05 would be 5% of the base: write 0.05% or 0.0005, or else 5%"),
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),

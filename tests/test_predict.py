@@ -183,6 +183,9 @@ def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
     said = ask(place / "mood", text="\n".join(texts)).stderr
     assert "1 of 6 rows are longer" in said and "2 of 6 texts are empty; their answers say nothing" in said
     assert "longer" not in ask(place / "mood", "--quiet", text="\n".join(texts)).stderr
+    assert "no token for" not in said
+    odd = ask(place / "mood", text="\u90e8\u5c4b\nrain\n\U0001f92c\U0001f92c\n").stderr
+    assert "2 of 3 texts are mostly words that the base has no token for; their answers say nothing" in odd
     assert ask(place / "mood", text="").stdout == ""
     for asked in (["new.txt"], []):
         Path("new.txt").write_bytes(windows := b"\xef\xbb\xbfrain\r\nsun\r\n")
@@ -315,8 +318,8 @@ def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monke
     line = table_line({"text": "what " * 20, "answer": "a long answer"})
     assert line.startswith("what what") and line.endswith("...  -> a long answer\n") and len(line) == 41
     assert table_line({"text": "", "label": "sad", "probability": 0.5}).endswith("  (empty)\n")
-    line = table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": None})
-    assert line.startswith("like no task: sad")
+    line = table_line({"text": "x", "label": "sad", "probability": 0.5, "adapter": "mood", "foreign": True})
+    assert line.startswith("like no task (mood): sad")
     shares = {"sad": 0.5, "rather happy": 0.5}
     line = table_line({"text": "x", "label": "sad", "probability": 0.5, "probabilities": shares})
     assert line == "sad           50.0%  x\n", "in columns, whatever the label"
@@ -380,9 +383,10 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     Path("new.csv").write_text("weather,label\n" + "rain weather,sad\nsun weather,happy\n")
     run, new, of_both = tinyld.load("both"), Path("new.csv"), partial(EvalOptions, runs=(Path("both"),), quiet=True)
     found = run.predict(texts)
-    assert [r["text"] for r in found] == texts and found[1]["adapter"] is None
+    assert [(r["text"], r["foreign"]) for r in found] == list(zip(texts, [False, True, False], strict=True))
+    assert found[1]["adapter"] in ("weather", "food"), "who answered is said all the same"
     compose(ComposeOptions(runs=("weather", "food"), out="few", limit=4, quiet=True))
-    assert None not in [r["adapter"] for r in tinyld.load("few").predict(texts)], "of four rows no limit is known"
+    assert not any(r["foreign"] for r in tinyld.load("few").predict(texts)), "of four rows no limit is known"
     assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
     alone = run.fill("rain", 3, 2, SampleConfig())
     (named,) = run.predict(texts[:1], task="food-rows")
@@ -525,6 +529,9 @@ def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path)
 
 def test_a_named_column_is_what_every_run_reads(fast: list[Path], place: Path) -> None:
     """Another column that has the name of a task's own is kept beside it."""
+    Path("its.csv").write_text("said,n\nrain,1\n")
+    (found,) = records(*fast[:2], "its.csv")
+    assert found["text"] == "rain" and set(found["tasks"]) == {"fast-a", "fast-b"}, "the second one's column is there"
     Path("both.csv").write_text("text,said,Said\nthe sun,rain,x\n")
     first, *_ = records(*fast[:2], "both.csv", "--column", "said")
     expected = tinyld.load(fast[:2]).predict("rain")[0]

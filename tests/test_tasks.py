@@ -280,6 +280,7 @@ TOML_ERRORS = [
     (f'{ASK}{LABELS}[data]\nvalid = "x.tsv"\n', ["a split must be one of train, dev, test, got 'valid'"]),
     (f'{ASK}{LABELS}[columns]\nu = "x"\n', ["[columns] maps 'u'"]),
     (f'path = "x"\n{ASK}{LABELS}', ["unknown key 'path'; allowed: template", "answer_tokens, data"]),
+    (f'text_column = "x"\n{ASK}{LABELS}', ['are in a table [columns], such as text = "message"']),
     ('template = "{answer}"\nanswer_column = "t"', ["must hold a column, e.g. {text}"]),
 ]
 

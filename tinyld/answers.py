@@ -20,6 +20,7 @@ from tinyld.rows import GAP_MARK, Example, Row, prompt_of
 from tinyld.tasks import Task
 
 OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
+OURS += ("foreign",)
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
 LEAST = 0.01  # of what the model gives a label, where less than all labels' share of smoothing is none: keeps the order
 Record = dict[str, Any]
@@ -37,7 +38,7 @@ def answers(
             columns = {} if part.scores is None else by_label(part.scores, task)
             columns |= {"decoded" if columns else "answer": part.written, "truncated": rows.cut[part.chosen].tolist()}
             if run.is_composition:
-                columns["adapter"] = run.owners(part.batch)
+                columns |= run.owners(part.batch)
             put(found, part.chosen, columns)
     return found
 

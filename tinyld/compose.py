@@ -26,6 +26,7 @@ from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
 
 LEAST_RIGHT = 0.95  # share of a task's rows that go to its adapter by their text; below it tasks are to be named
 FEW = 20  # rows, with fewer of which no limit is set to what is a task's
+REFUSED = 0.1  # share of a task's own rows, above which it is said that they look foreign
 STRANGERS = 500  # texts that belong to no task, to count wrong acceptances on
 
 
@@ -45,7 +46,11 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         check(other is run, f"{other.path} and {path} are both of a task {name}: {way_out}", TinyldError)
         base = next(iter(alone.values())).base
         own, theirs = (f"on base {of.fingerprint} in {of.dtype}" for of in (run.base, base))
-        check(run.base is base, f"{path} was trained {own}, the others {theirs}; all need the same", TinyldError)
+        check(
+            run.base is base,
+            f"{path} was trained {own}, the others {theirs}; all need the same. tinyld predict RUN RUN asks both",
+            TinyldError,
+        )
     router = Router(len(runs), base.model.config.d_model).to(base.model.device)
     for i, path in enumerate(runs):
         of_member = {name: tensor[i] for name, tensor in router.state_dict().items() if name != "limits"}
@@ -71,6 +76,9 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         by_name, task = worst["right"] < LEAST_RIGHT, worst["task"]
         for few in (r for r in routing if r["n"] < FEW):
             say(f"{few['task']} has {few['n']} rows to tell by what is like no task: too few, so that it refuses none")
+        for odd in (r for r in routing if r["wrongly_refused"] > REFUSED):
+            unlike = "like no task's, by what it was trained on: it has seen few or other texts"
+            say(f"{100 * odd['wrongly_refused']:.0f}% of {odd['task']}'s own rows are told as `foreign`, {unlike}")
         why = f"by their texts only {100 * worst['right']:.0f}% of {task}'s rows would go to its adapter"
     if by_name:
         say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {task})")
@@ -144,6 +152,6 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
     if routing := result["routing"]:
         shares = ((*r["goes_to"].values(), r["wrongly_refused"], r["wrongly_accepted"]) for r in routing)
         rows = [(r["task"], *map(percent, own)) for r, own in zip(routing, shares, strict=True)]
-        names = ("task", *routing[0]["goes_to"], "refused (`adapter` is null)", "foreign sentences accepted")
+        names = ("task", *routing[0]["goes_to"], "refused (`foreign`)", "foreign sentences accepted")
         print_table("% of each task's rows, by their text: which adapter they would go to", names, rows)
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

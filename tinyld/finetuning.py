@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
@@ -191,6 +192,9 @@ def train_adapter(
         )
         for name, rows in (("training", train_rows), ("dev", dev_rows)):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
+            unread = sum(2 * np.count_nonzero(ids == tokenizer.unk_id) >= len(ids) for ids in rows.ids)
+            if unread > 0:
+                say(f"{unread:,} of {len(rows):,} {name} rows are mostly words that the base has no token for")
             long = f"are longer than answer_tokens, {rows.slot} (the longest has {rows.longest}), and not learned whole"
             odd = "hold characters that the base has no token for, and are read without them"
             for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):

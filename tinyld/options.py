@@ -36,10 +36,14 @@ def refuse_idle(options: Any, names: Iterable[str], where: str) -> None:
 
 
 def several(value: Any, what: str) -> list[Any]:
-    """What Python gave in place of a list: one text, path or dict is a list of one; UsageError for what is no list."""
+    """What Python gave in place of a list: one text, path or dict is a list of one, a table of polars or pandas one of
+    its rows as dicts; UsageError for what is no list."""
     if isinstance(value, str | Path | Mapping):
         return [value]
-    found = None if isinstance(value, bytes | bytearray) or hasattr(value, "columns") else value
+    is_table = hasattr(value, "columns")
+    if is_table and hasattr(value, "to_dict"):
+        return value.to_dicts() if hasattr(value, "to_dicts") else value.to_dict("records")
+    found = None if is_table or isinstance(value, bytes | bytearray) else value
     try:
         members = iter(found)  # type: ignore[arg-type]
     except TypeError:  # of NumPy's single values, too
@@ -84,7 +88,7 @@ def share(text: str, option: str) -> float:
     except ValueError:
         raise UsageError(f"{option} takes a share such as 0.7% or 0.007, got {text!r}") from None
     way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
-    check(text.endswith("%") or not value > 0.1, f"{option} {text} would be {value:.0%} of the base: {way_out}")
+    check(text.endswith("%") or not value >= 0.01, f"{option} {text} would be {value:.0%} of the base: {way_out}")
     check(0 < value <= 1, f"{option} must be above 0 and at most 100%, such as 0.7% or 0.007, got {text!r}")
     return value
 

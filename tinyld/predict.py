@@ -66,11 +66,11 @@ class Run:
 
     def predict(self, texts: Iterable[Any], task: str | None = None, **sampling: Any) -> list[Record]:
         """A dict for each text, in their order: `text`, `label`, `probability`, `probabilities`, `decoded`,
-        `truncated`; `answer` where the task writes, and `filled` where it fills gaps; of a composition `adapter`. A
-        text is a string, or a dict by column where a task reads two, whose other columns are kept. A composition's
-        adapter answers the texts that are like its own prompts or, where its task is named, all. `sampling`: how texts
-        are written, the fields of SampleConfig. UsageError for a task that the run has not, TinyldError for a row that
-        lacks a text."""
+        `truncated`; `answer` where the task writes, and `filled` where it fills gaps; of a composition `adapter`, and
+        `foreign` where the text is like no task's. A text is a string, or a dict by column where a task reads two,
+        whose other columns are kept. A composition's adapter answers the texts that are like its own prompts or, where
+        its task is named, all. `sampling`: how texts are written, the fields of SampleConfig. UsageError for a task
+        that the run has not, TinyldError for a row that lacks a text."""
         task = self.named if task is None else task
         chosen = self.task_named(task)
         rows = as_rows(texts, chosen)  # which may be made while others ask
@@ -160,14 +160,16 @@ class Run:
             fill_gap(record, str(record["text"]))
         return records
 
-    def owners(self, batch: Batch) -> list[str | None]:
-        """Of a composition, the member that each row belongs to, or None if it is like no task's rows."""
+    def owners(self, batch: Batch) -> dict[str, list[Any]]:
+        """Of a composition, the member that answers each row, and whether the row is unlike all of its task's own."""
         paths = [Path(m["run"]) for m in self.config["members"]]
         members = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
         router = self.base.model.push.router
         if router.only is not None:
-            return [members[router.only]] * len(batch.x0)
-        return [None if i == NONE else members[i] for i in router.choose(batch_features(self.base, batch)).tolist()]
+            return {"adapter": [members[router.only]] * len(batch.x0), "foreign": [False] * len(batch.x0)}
+        features = batch_features(self.base, batch)
+        named = [members[i] for i in router.nearest(features).tolist()]
+        return {"adapter": named, "foreign": (router.choose(features) == NONE).tolist()}
 
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None

@@ -174,7 +174,8 @@ def load_task(name_or_path: str) -> Task:
     said = {"name": path.stem} | read_toml(path)
     allowed = [key for key in types_of(Task) if spec in names or key not in OURS]
     unknown = ", ".join(map(show, said.keys() - allowed))
-    check(not unknown, f"{path}: unknown key {unknown}; allowed: {', '.join(allowed)}", TinyldError)
+    renaming = 'columns of other names are in a table [columns], such as text = "message"'
+    check(not unknown, f"{path}: unknown key {unknown}; allowed: {', '.join(allowed)}; {renaming}", TinyldError)
     return from_dict(Task, said | {"path": path}, str(path))
 
 

@@ -63,6 +63,8 @@ def chunks(
         for where, row in read_rows(path, empty=True):
             if lines and not rows:
                 refuse_table(row["text"], where, columns[0])
+            if column is None and columns[0] not in row and len(columns) == 1:  # the text of another of the tasks
+                column = next((own.inputs[0] for own in tasks if len(own.inputs) == 1 and own.inputs[0] in row), None)
             examples_of([renamed(where, row)], task)
             rows.append((where, row))
         tabbed = lines and len(rows) > 1 and all("\t" in row["text"] for _, row in rows)
@@ -118,8 +120,9 @@ def predict(options: PredictOptions) -> None:
     labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
-    header, whole, truncated, total, empty = list[str](), list[str](), 0, 0, 0
-    rows_in_all, parts = chunks(options, source, tasks, WRITTEN if task.is_generation else CHUNK, as_csv)
+    header, whole, truncated, total, empty, unread = list[str](), list[str](), 0, 0, 0, 0
+    asked = run.tasks if labels else tasks
+    rows_in_all, parts = chunks(options, source, asked, WRITTEN if task.is_generation else CHUNK, as_csv)
     bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
     bar.quiet |= bar.on_terminal and out is None and not os.path.isfile("/dev/stdout")  # answers may appear there, too
     with bar:
@@ -135,11 +138,14 @@ def predict(options: PredictOptions) -> None:
             whole += lines if out else []
             total += len(records)
             empty += sum(not str(record.get("text", "x")).strip() for record in records)
+            unread += bases[0].tokenizer.unread(" ".join(str(row.get(c)) for c in task.inputs) for _, row in rows)
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
     if empty:
         say(f"{empty:,} of {total:,} texts are empty; their answers say nothing")
+    if unread:
+        say(f"{unread:,} of {total:,} texts are mostly words that the base has no token for; their answers say nothing")
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
@@ -174,9 +180,8 @@ def table_line(record: dict[str, Any]) -> str:
     """What was answered, and the text, in the width of the terminal."""
     width = shutil.get_terminal_size().columns
     text = record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)"
-    by = record.get("adapter", "")  # of a composition; None where the text is like no task's
-    said, written = [], []
-    for name, found in record.get("tasks", {"like no task:" if by is None else by: record}).items():
+    by, said, written = record.get("adapter", ""), [], []  # of a composition
+    for name, found in record.get("tasks", {f"like no task ({by}):" if record.get("foreign") else by: record}).items():
         if "label" in found:
             wide = min(24, max(map(len, found.get("probabilities", [""]))))  # as the longest of its task, within reason
             said.append(f"{name} {found['label']:<{wide}} {100 * found['probability']:5.1f}%".strip())
