@@ -87,7 +87,7 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
         if not isinstance(text, Mapping):
             values = list(text) if isinstance(text, list | tuple) else [text]
             if len(values) != len(columns):  # what else a text may be, a number of many digits, has no repr
-                raise UsageError(f"task {task.name} reads {', '.join(columns)}; got {text!r}")
+                raise UsageError(f"task {task.name} reads {', '.join(columns)}, a text each; got {text!r}")
             text = dict(zip(columns, values, strict=True))
         rows.append((f"text {i}", {k: v.item() if isinstance(v, np.generic) else v for k, v in text.items()}))
     return rows

@@ -288,7 +288,7 @@ def resume(options: Training) -> dict[str, Any]:
             if (lr := options.lr) is not None:  # it may have diverged at its own
                 config["train"] |= to_dict(from_dict(TrainConfig, config["train"] | {"lr": lr}, str(out / CONFIG)))
             return (pretrain.train_base if verb == "pretrain" else train_adapter)(config, out, options, folder)
-        say_to_stderr(options.quiet)(f"{out} is finished already")
+        say_to_stderr(options.quiet)(f"{out} is finished already; to train longer or on more rows, begin a new run")
         if is_writer():  # it may have been killed while it tidied up
             folder.remove_checkpoints()
         return {"run": str(out), **results[verb]}

@@ -123,7 +123,8 @@ class RunFolder:
         """TinyldError unless it goes on with the data that it began with; says what of the machine differs."""
         for what, key in (("data", "sha256"), ("held-out data", "dev_sha256")):
             if config["data"].get(key, data[key]) != data[key]:
-                raise TinyldError(f"{self.path} began with other {what}: put it back as it was, or begin a new run")
+                way_out = f"put {config['data'].get('folder') or 'it'} back as it was, or begin a new run"
+                raise TinyldError(f"{self.path} began with other {what}: {way_out}")
         then, now = config["environment"], environment(config["train"]["device"])
         depends = ("torch", "threads", "processes", "device", "fast_dtype", "instructions")
         if changed := [f"{name} was {then[name]}, is {now[name]}" for name in depends if then[name] != now[name]]:
