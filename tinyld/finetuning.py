@@ -220,8 +220,8 @@ def train_adapter(
         steps, epochs = training.steps, training.epochs
         in_updates = steps is not None and steps * training.batch_size <= len(train_rows)
         if in_updates or (epochs is not None and epochs <= 1):
-            reason = reason or "no row is read twice"
-        if reason is None:
+            pass  # no row is read twice
+        elif reason is None:
             with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:
                 noise = with_states(noise, model, train_rows, bar.advance_to)
         elif kept_depths(model) is not None:
