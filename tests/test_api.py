@@ -318,6 +318,13 @@ def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) 
     assert good("eval", "merged", "--json").json[0]["n"] == 4, "nor is one measured on what it learned"
 
 
+@pytest.mark.parametrize(("method", "copies", "told"), [(OURS, 3, True), (OURS, 4, False), ("bitfit", 1, False)])
+def test_few_rows_are_said_to_teach_a_whole_base_more(place: Path, method: str, copies: int, told: bool) -> None:
+    Path("mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS * copies))
+    made = ["--base", place / "base", "--steps", 1, "--method", method]
+    assert ("--method full learns" in good("finetune", "--data", "mine.csv", *made).stderr) == told
+
+
 def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
     """One that a single row has, and texts that may be meant to be written; neither is refused."""
     lines = [f'"{text} {i}",{label}' for i, (text, label) in enumerate(ROWS)]

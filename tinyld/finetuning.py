@@ -56,6 +56,7 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 FEW, WRITING, EPOCHS, MANY, BATCH = (20, 90, 220), (8, 1_600, 4_800), 100, 30_000, 8
 SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
+SCARCE = 64  # rows a label, up to which full fine-tuning learned more (data/results/few-rows.csv)
 RARE = 20  # rows, from which on a label that one of them has is said
 WRITTEN = 100  # dev rows of a generation task that are written at its end: it takes several passes a text
 
@@ -213,6 +214,8 @@ def train_adapter(
         rare = [label for label, n, _ in labels if n == 1]
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
+        if method.name == TrajectoryLora.name and len(train_rows) <= SCARCE * len(task.labels):
+            say("few rows: --method full learns one to three points more, and stores all of the base")
         started = time.perf_counter()
         delete = tokenizer.delete_id if task.deletes else None
         noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id, delete=delete)
