@@ -221,6 +221,8 @@ def show(records: list[Record], options: EvalOptions) -> None:
             print_table("evaluation", list(shown), cells, options.wide)
     for note in dict.fromkeys(r["note"] for r in records if "note" in r):
         print(note)
+    if misread:
+        print("accuracy is of the words that are written, scored % of the likeliest labels, which predict gives")
     for record in records:
         if "classes" in record:
             show_classes(record)
