@@ -19,8 +19,7 @@ from tinyld.read import PAIR, clean
 from tinyld.rows import GAP_MARK, Example, Row, prompt_of
 from tinyld.tasks import Task
 
-OURS = ("text", "label", "probability", "probabilities", "decoded", "answer", "filled", "truncated", "adapter", "tasks")
-OURS += ("foreign",)
+OURS = "text label probability probabilities decoded answer filled truncated adapter foreign tasks".split()
 EMPTY = "."  # what is asked for an empty text, so that every line in has a line out
 LEAST = 0.01  # of what the model gives a label, where less than all labels' share of smoothing is none: keeps the order
 Record = dict[str, Any]
