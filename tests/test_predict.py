@@ -389,6 +389,12 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     assert not any(r["foreign"] for r in tinyld.load("few").predict(texts)), "of four rows no limit is known"
     assert list(found[0]["probabilities"]) == ["sad", "happy"] and set(found[2]["probabilities"]) == {"good", "bad"}
     alone = run.fill("rain", 3, 2, SampleConfig())
+    Path("food.csv").write_text("food,n\n" + "rain food food,1\n")
+    for more, labels in (([], {"good", "bad"}), (["--task", "weather-rows"], {"sad", "happy"})):
+        (other,) = records("both", "food.csv", *more)
+        assert other["text"] == "rain food food" and set(other["probabilities"]) == labels, (
+            "any member's column is read"
+        )
     (named,) = run.predict(texts[:1], task="food-rows")
     assert set(named["probabilities"]) == {"good", "bad"}
     assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push.router.only is None

@@ -46,11 +46,8 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         check(other is run, f"{other.path} and {path} are both of a task {name}: {way_out}", TinyldError)
         base = next(iter(alone.values())).base
         own, theirs = (f"on base {of.fingerprint} in {of.dtype}" for of in (run.base, base))
-        check(
-            run.base is base,
-            f"{path} was trained {own}, the others {theirs}; all need the same. tinyld predict RUN RUN asks both",
-            TinyldError,
-        )
+        differ = f"{path} was trained {own}, the others {theirs}; all need the same. tinyld predict RUN RUN asks both"
+        check(run.base is base, differ, TinyldError)
     router = Router(len(runs), base.model.config.d_model).to(base.model.device)
     for i, path in enumerate(runs):
         of_member = {name: tensor[i] for name, tensor in router.state_dict().items() if name != "limits"}

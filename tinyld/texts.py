@@ -63,7 +63,7 @@ def chunks(
         for where, row in read_rows(path, empty=True):
             if lines and not rows:
                 refuse_table(row["text"], where, columns[0])
-            if column is None and columns[0] not in row and len(columns) == 1:  # the text of another of the tasks
+            if not rows and column is None and columns[0] not in row and len(columns) == 1:  # another task's text
                 column = next((own.inputs[0] for own in tasks if len(own.inputs) == 1 and own.inputs[0] in row), None)
             examples_of([renamed(where, row)], task)
             rows.append((where, row))
@@ -121,7 +121,7 @@ def predict(options: PredictOptions) -> None:
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header, whole, truncated, total, empty, unread = list[str](), list[str](), 0, 0, 0, 0
-    asked = run.tasks if labels else tasks
+    asked = [task, *run.tasks] if labels else tasks
     rows_in_all, parts = chunks(options, source, asked, WRITTEN if task.is_generation else CHUNK, as_csv)
     bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
     bar.quiet |= bar.on_terminal and out is None and not os.path.isfile("/dev/stdout")  # answers may appear there, too
