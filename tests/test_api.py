@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import date
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def test_options_of_another_type_are_refused_by_name(options: dict, part: str, p
 class Frame:
     """As a DataFrame of pandas: an iteration gives the names of its columns."""
 
-    columns = ("message", "kind")
+    columns = ("message", "kind", "day", "number")
 
     def __init__(self, *rows: tuple[Any, Any]):
         self.rows = rows
@@ -81,7 +82,8 @@ class Frame:
 
     def to_dict(self, orient: str) -> list[dict[str, Any]]:
         assert orient == "records"
-        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        more = (date(2020, 1, 1), np.float32(0.5))
+        return [dict(zip(self.columns, (*row, *more), strict=True)) for row in self.rows]
 
 
 def test_a_table_of_pandas_is_its_rows(place: Path) -> None:
@@ -89,7 +91,9 @@ def test_a_table_of_pandas_is_its_rows(place: Path) -> None:
         Frame(*ROWS), text_column="message", label_column="kind", base=place / "base", out="mine", **QUICK
     )
     (found,) = run.predict(Frame(("rain", "n/a")))
-    assert (found["text"], found["kind"]) == ("rain", "n/a") and found["label"] in run.tasks[0].labels
+    assert (found["text"], found["kind"], found["day"]) == ("rain", "n/a", date(2020, 1, 1)) and found[
+        "label"
+    ] in run.tasks[0].labels
 
 
 def learning(*rows: Any) -> Any:

@@ -84,10 +84,15 @@ def _line(row: Any) -> bytes:
         row = dict(zip(("text", "label"), row, strict=True))
     try:
         row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
-        line = json.dumps(row, ensure_ascii=False, default=lambda value: value.item())  # of numpy's
+        line = json.dumps(row, ensure_ascii=False, default=_plain)
     except (AttributeError, TypeError, ValueError):
         raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
     return f"{line}\n".encode(errors="backslashreplace")  # half of an emoji
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, or a date as text."""
+    return value.item() if hasattr(value, "item") else value.isoformat()
 
 
 def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
