@@ -196,7 +196,8 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
     rows.rename("mine-rows.jsonl")
     run = tinyld.finetune(resume="mine", base=place / "base")
     assert run.predict(["rain"]) == before.predict(["rain"])
-    assert folder.read_json("results.json")["eval"] == scores and "finetune" in folder.read_json("results.json")
+    assert run.results["eval"] == scores and 0 <= run.results["finetune"]["dev_accuracy"] <= 1
+    assert tinyld.load(place / "base").results["pretrain"]
     with pytest.raises(tinyld.UsageError, match="--data has no effect with --resume"):
         tinyld.finetune("x.csv", resume="mine")
 

@@ -23,7 +23,7 @@ from tinyld.methods import METHODS
 from tinyld.options import CompareOptions, EvalOptions, FinetuneOptions
 from tinyld.report import Row, aggregate, run_rows, write_csv
 from tinyld.rows import file_in, files_of, load_split
-from tinyld.runs import ADAPTER, RESULTS, RunFolder
+from tinyld.runs import ADAPTER, RunFolder
 from tinyld.scores import eval as evaluate
 from tinyld.workspace import check_writable, default_base, say_to_stderr
 from tinyld.write import make_folder, sha256
@@ -130,13 +130,12 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
     def trained(lr: float, seed: int) -> tuple[float, float, RunFolder]:
         """(accuracy on dev, 0 of a task that writes; less its NLL bound; the run, which is made unless finished)."""
         folder, number = RunFolder(options.out / line.name.format(lr, seed)), next(numbers)
-        is_there = all((folder.path / name).is_file() for name in (ADAPTER, RESULTS))
-        is_made = not (is_there and "finetune" in folder.read_json(RESULTS))
+        is_made = not ((folder.path / ADAPTER).is_file() and "finetune" in folder.results)
         if is_made:
             say(f"-- run {number} of {total}: {folder.path.name}")
             again = FinetuneOptions(resume=folder.path, **about)
             finetune(again if folder.checkpoints() else replace(line.options, lr=lr, seed=seed, out=folder.path))
-        found = folder.read_json(RESULTS)["finetune"]
+        found = folder.results["finetune"]
         right, nats = found.get("dev_accuracy"), found["dev_nll_bound"]
         if is_made:
             say(f"   dev {f'{100 * right:.1f}%, ' if right is not None else ''}NLL bound {nats:.4f}")
@@ -146,7 +145,7 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
     best = max(tried, key=lambda lr: tried[lr][:2])
     rows = []
     for *_, run in [tried[best], *(trained(best, seed) for seed in range(1, options.seeds))]:
-        found = run.read_json(RESULTS).get("eval", {}).get(f"{line.task}/{line.split}", {})
+        found = run.results.get("eval", {}).get(f"{line.task}/{line.split}", {})
         if found.get("sha256") != line.tested:
             how = about | {"device": options.device, "dtype": run.config["train"]["dtype"]}
             evaluate(EvalOptions(runs=(run.path,), split=line.split, **how))

@@ -143,8 +143,7 @@ def run_folder(
         results: dict[str, Any] = {}
         yield folder, results
         folder.close_log()
-        known = folder.read_json(RESULTS) if os.path.lexists(out / RESULTS) else {}  # it may be evaluated already
-        folder.write_json(RESULTS, {VERBS[config["kind"]]: results} | known)
+        folder.write_json(RESULTS, {VERBS[config["kind"]]: results} | folder.results)  # it may be evaluated already
         folder.remove_checkpoints()
 
 
@@ -283,7 +282,7 @@ def resume(options: Training) -> dict[str, Any]:
         verb = VERBS[config["kind"]]
         moved = getattr(options, "base", None)
         check(moved is None or verb == "finetune", f"--base has no effect on {out}, which is a base itself")
-        results = folder.read_json(RESULTS) if (out / RESULTS).exists() else {}
+        results = folder.results
         if verb not in results:
             rows = config["data"].get("folder")
             gone = rows is not None and not os.path.lexists(rows)

@@ -47,6 +47,11 @@ class Run:
     named: str | None = None  # the task that it was loaded for
 
     @property
+    def results(self) -> dict[str, Any]:
+        """What training ("finetune") and `tinyld eval` ("eval") found of it."""
+        return RunFolder(self.path).results
+
+    @property
     def is_composition(self) -> bool:
         return self.config.get("kind") == "composition"
 

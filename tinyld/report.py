@@ -5,7 +5,6 @@
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -77,7 +76,7 @@ def run_rows(folder: RunFolder, trials: int | None = None) -> list[Row]:
     """A row for every evaluation of an adapter, none for other runs; of dev only where the task has no such on test.
     trials: how many learning rates were tried for it, where that is known."""
     config = folder.config
-    results = folder.read_json(RESULTS) if os.path.lexists(folder.path / RESULTS) else {}
+    results = folder.results
     if config["kind"] != "adapter" or "finetune" not in results:  # or it was killed before its end
         return []
     method, train, base = config.get("started_as", config["method"]), config["train"], base_record(config, folder.path)

@@ -185,6 +185,11 @@ class RunFolder:
     def config(self) -> Record:
         return self.read_json(CONFIG)
 
+    @property
+    def results(self) -> Record:
+        """What its training and evaluations found, so far."""
+        return self.read_json(RESULTS) if os.path.lexists(self.path / RESULTS) else Record()
+
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         return parse_tensors(self.read(name), self.path / name)
 

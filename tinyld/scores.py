@@ -197,7 +197,7 @@ def remember(run: Path, kind: str, key: str, record: Record) -> None:
         return
     try:
         with folder.locked():
-            results = folder.read_json(RESULTS) if (run / RESULTS).exists() else {}
+            results = folder.results
             results.setdefault(kind, {})[key] = record | {"environment": environment()}
             folder.write_json(RESULTS, results)
     except TinyldError as error:

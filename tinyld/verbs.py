@@ -9,7 +9,7 @@ from tinyld.errors import TinyldError, plain
 from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions, refuse_idle
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
-from tinyld.runs import CONFIG, RESULTS, RunFolder, environment, is_foreign
+from tinyld.runs import CONFIG, RunFolder, environment, is_foreign
 from tinyld.tables import print_record, print_table
 from tinyld.tasks import builtin_names, load_task
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
@@ -28,7 +28,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
     config, whole = folder.config, folder.has_weights()
     there = [name for name in folder.files() if whole or (folder.path / name).exists()]
     files = {name: {"bytes": len(content := folder.read(name)), "sha256": sha256(content)} for name in there}
-    results = folder.read_json(RESULTS) if RESULTS in files else {}
+    results = folder.results
     record: dict[str, Any] = {"run": str(options.run), "kind": config["kind"]}
     if not whole:
         verb = "pretrain" if config["kind"] == "base" else "finetune"
