@@ -327,7 +327,7 @@ def test_a_table_of_runs_replaces_no_file_that_one_of_them_learned(place: Path) 
 def test_few_rows_are_said_to_teach_a_whole_base_more(place: Path, method: str, copies: int, told: bool) -> None:
     Path("mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS * copies))
     made = ["--base", place / "base", "--steps", 1, "--method", method]
-    assert ("--method full learns" in good("finetune", "--data", "mine.csv", *made).stderr) == told
+    assert ("--method full is one to three" in good("finetune", "--data", "mine.csv", *made).stderr) == told
 
 
 def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:

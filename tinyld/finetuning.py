@@ -214,7 +214,7 @@ def train_adapter(
         if rare and len(train_rows) >= RARE:
             say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
         if method.name == TrajectoryLora.name and len(train_rows) <= SCARCE * len(task.labels):
-            say("few rows: --method full learns one to three points more, and stores all of the base")
+            say("few rows: --method full is one to three points more accurate, and stores all of the base")
         started = time.perf_counter()
         delete = tokenizer.delete_id if task.deletes else None
         noise: Noise = partial(noise_answers, mask_id=tokenizer.mask_id, delete=delete)
