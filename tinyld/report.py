@@ -43,6 +43,7 @@ TOLD = {*COLUMNS, "eval_every", "save_minutes", "keep", "recompute", "device"}  
 
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
+    check_writable(options.csv)
     rows, read, say = [], list[Path](), say_to_stderr(options.quiet)
     for path in options.runs or (RUNS,):
         is_there = path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))
