@@ -8,12 +8,14 @@ run.predict(["what a film"])[0]["label"]
 tinyld.load("base").write("the film was {answer} .")  # base and small come with tinyld
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tinyld.errors import TinyldError, UsageError
 
 if TYPE_CHECKING:
-    from tinyld.from_python import Run, finetune, load
+    from tinyld.from_python import finetune
+    from tinyld.predict import Run, load
 
 __version__ = "0.1.0"
 __all__ = ["Run", "TinyldError", "UsageError", "finetune", "load"]
@@ -25,8 +27,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """`load`, `finetune` and `Run` bring torch with them, and come when they are first asked for."""
-    if name not in __all__:
+    home = {"load": "predict", "Run": "predict", "finetune": "from_python"}
+    if name not in home:
         raise AttributeError(f"module 'tinyld' has no attribute {name!r}")
-    from tinyld import from_python
-
-    return getattr(from_python, name)
+    return getattr(importlib.import_module(f"tinyld.{home[name]}"), name)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
@@ -30,7 +29,7 @@ from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress
-from tinyld.rows import Example, learned_too, load_split, to_learn
+from tinyld.rows import Example, learned_rows, learned_too, load_split
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
@@ -42,6 +41,7 @@ from tinyld.workspace import (
     keep_freed_memory,
     refuse_inside,
     say_learned,
+    say_some,
     say_to_stderr,
     say_truncated,
 )
@@ -115,10 +115,8 @@ def usual_epochs(task: Task, rows: int, batch_size: int) -> float:
 
 def rows_to_learn(task: Task, data: dict[str, Any]) -> tuple[list[Example], list[Example]]:
     """What a run learns and the dev rows that it is measured on; data: of its config."""
-    folder = data["folder"] and Path(data["folder"])
-    examples = to_learn(task, load_split(task, "train", folder, data["limit"], data["held_out"]))
-    dev = load_split(task, "dev", folder, None, data["held_out"])
-    return examples, [dev[i] for i in some_of(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
+    dev = load_split(task, "dev", data["folder"] and Path(data["folder"]), None, data["held_out"])
+    return learned_rows(task, data), [dev[i] for i in some_of(len(dev), WRITTEN if task.is_generation else DEV_ROWS)]
 
 
 @contextmanager
@@ -192,9 +190,8 @@ def train_adapter(
         )
         for name, rows in (("training", train_rows), ("dev", dev_rows)):
             say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
-            unread = sum(2 * np.count_nonzero(ids == tokenizer.unk_id) >= len(ids) for ids in rows.ids)
-            if unread > 0:
-                say(f"{unread:,} of {len(rows):,} {name} rows are mostly words that the base has no token for")
+            unread = f"{name} rows are mostly words that the base has no token for"
+            say_some(say, tokenizer.unread(ids.tolist() for ids in rows.ids), len(rows), unread)
             long = f"are longer than answer_tokens, {rows.slot} (the longest has {rows.longest}), and not learned whole"
             odd = "hold characters that the base has no token for, and are read without them"
             for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):
@@ -221,12 +218,11 @@ def train_adapter(
         reason = why_not_cached(model, train_rows, config["cache_gb"])
         steps, epochs = training.steps, training.epochs
         in_updates = steps is not None and steps * training.batch_size <= len(train_rows)
-        if in_updates or (epochs is not None and epochs <= 1):
-            pass  # no row is read twice
-        elif reason is None:
+        again = not in_updates and (epochs is None or epochs > 1)  # rows are read more than once
+        if again and reason is None:
             with low(), Progress("cache", len(train_rows), quiet=quiet, unit="rows") as bar:
                 noise = with_states(noise, model, train_rows, bar.advance_to)
-        elif kept_depths(model) is not None:
+        elif again and kept_depths(model) is not None:
             say(f"frozen states are not cached: {reason}")
         cache_seconds = time.perf_counter() - started
 

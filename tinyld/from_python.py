@@ -12,7 +12,7 @@ from tinyld.config import check
 from tinyld.errors import TinyldError, UsageError, failing
 from tinyld.interrupt import Interrupted
 from tinyld.options import FinetuneOptions, several
-from tinyld.predict import Run, load  # which tinyld has from here, too
+from tinyld.predict import Run, load
 from tinyld.read import read_bytes
 from tinyld.rows import SUFFIXES
 from tinyld.runs import CONFIG, ROWS_SUFFIX, RunFolder

@@ -315,6 +315,12 @@ def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     return Example(parts[0].strip(), parts[1].strip(), "", None)
 
 
+def learned_rows(task: Task, data: dict[str, Any]) -> list[Example]:
+    """What a run learns; data: of its config."""
+    folder = data["folder"] and Path(data["folder"])
+    return to_learn(task, load_split(task, "train", folder, data["limit"], data["held_out"]))
+
+
 def learned_too(task: Task, learned: Iterable[Example], measured: Iterable[Example]) -> int:
     """How many of the measured examples were learned: what they ask and, where texts are written, their answer."""
     asked, known = ([(e.asked, task.is_generation and e.answer) for e in of] for of in (measured, learned))

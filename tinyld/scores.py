@@ -21,7 +21,17 @@ from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress
 from tinyld.read import clean
-from tinyld.rows import Example, bundled_data_dir, file_in, files_of, learned_too, load_split, read_rows, to_learn
+from tinyld.rows import (
+    Example,
+    bundled_data_dir,
+    file_in,
+    files_of,
+    learned_rows,
+    learned_too,
+    load_split,
+    read_rows,
+    to_learn,
+)
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, learned_files, trained
@@ -48,11 +58,16 @@ WIDE |= {"length ratio": "length_ratio", "repeated 4-grams %": "repeated_4grams"
 WIDE |= {"repeated sentence %": "repeated_sentence", "rows/s": "rows_per_second", "passes a row": "passes_per_row"}
 
 
+def data_of(run: Run, task: Task) -> dict[str, Any]:
+    """What the run's config says of the data that it was trained on for the task; nothing where it was not."""
+    return next((made.get("data", {}) for made in trained(run.config) if made["task"]["name"] == task.name), {})
+
+
 def rows_for(
     run: Run, task: Task, split: str, data: Path | None = None, limit: int | None = None, say: Any = None
 ) -> TaskRows:
     """A split's rows, the first `limit` of them: of `data`, a folder or one file, or where the task has its own."""
-    own = next((r.get("data", {}) for r in trained(run.config) if r["task"]["name"] == task.name), {})
+    own = data_of(run, task)
     trained_on, is_told = own.get("folder") and Path(own["folder"]), data is not None
     if data is None and trained_on:
         elsewhere = task.builtin or split in task.data
@@ -82,11 +97,8 @@ def rows_for(
 
 def learned_of(run: Run, task: Task, measured: Sequence[Example]) -> int:
     """How many of the examples the run learned, as far as the rows of its training are still there."""
-    own = next((made["data"] for made in trained(run.config) if made["task"]["name"] == task.name), {})
     with contextlib.suppress(TinyldError, KeyError):  # of a task that it was not made for nothing is known
-        folder = own["folder"] and Path(own["folder"])
-        examples = load_split(task, "train", folder, own["limit"], own["held_out"])
-        return learned_too(task, to_learn(task, examples), measured)
+        return learned_too(task, learned_rows(task, data_of(run, task)), measured)
     return 0
 
 

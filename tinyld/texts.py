@@ -23,7 +23,7 @@ from tinyld.progress import Progress, further
 from tinyld.read import LONGEST, lines_of
 from tinyld.rows import SUFFIXES, Row, files_of, read_rows
 from tinyld.tasks import Task, learned_files
-from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr, say_truncated
+from tinyld.workspace import check_writable, keep_freed_memory, say_some, say_to_stderr, say_truncated
 from tinyld.write import write_atomic
 
 CHUNK, WRITTEN = 1024, 256  # rows of a file that are read, sorted by length, and answered together; of written ones
@@ -138,14 +138,14 @@ def predict(options: PredictOptions) -> None:
             whole += lines if out else []
             total += len(records)
             empty += sum(not str(record.get("text", "x")).strip() for record in records)
-            unread += bases[0].tokenizer.unread(" ".join(str(row.get(c)) for c in task.inputs) for _, row in rows)
+            texts = (" ".join(str(row.get(c)) for c in task.inputs) for _, row in rows)
+            unread += bases[0].tokenizer.unread(bases[0].tokenizer.encode_batch(texts))
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
-    if empty:
-        say(f"{empty:,} of {total:,} texts are empty; their answers say nothing")
-    if unread:
-        say(f"{unread:,} of {total:,} texts are mostly words that the base has no token for; their answers say nothing")
+    say_some(say, empty, total, "texts are empty; their answers say nothing")
+    odd = "texts are mostly words that the base has no token for; their answers say nothing"
+    say_some(say, unread, total, odd)
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 

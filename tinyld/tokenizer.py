@@ -156,9 +156,9 @@ class Tokenizer:
         """Ids of `text`, without [BOS] or [EOS]. A special token's name inside text is plain text to us."""
         return self.encode_batch([text])[0]
 
-    def unread(self, texts: Iterable[str]) -> int:
-        """How many of the texts hold words, but no pieces for at least half of them."""
-        return sum(2 * ids.count(self.unk_id) >= len(ids) > 0 for ids in self.encode_batch(texts))
+    def unread(self, rows: Iterable[list[int]]) -> int:
+        """How many of the texts with these ids hold words, but no pieces for at least half of them."""
+        return sum(2 * ids.count(self.unk_id) >= len(ids) > 0 for ids in rows)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
