@@ -202,15 +202,18 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
         tinyld.finetune("x.csv", resume="mine")
 
 
-def test_another_default_dtype_is_refused(place: Path) -> None:
+@pytest.mark.parametrize(("change", "other", "usual"), [
+    (torch.set_default_dtype, torch.float64, torch.float32), (torch.set_default_device, "meta", None),
+])  # fmt: skip
+def test_other_defaults_of_torch_are_refused(change: Any, other: Any, usual: Any, place: Path) -> None:
     run = tinyld.load(place / "mood")
-    torch.set_default_dtype(torch.float64)
+    change(other)
     try:
         for call in (lambda: tinyld.load(place / "mood"), lambda: run.predict(["rain"])):
-            with pytest.raises(tinyld.UsageError, match="default dtype is torch.float64; call torch.set_default"):
+            with pytest.raises(tinyld.UsageError, match=f"default d.* is {other}; call torch.{change.__name__}"):
                 call()
     finally:
-        torch.set_default_dtype(torch.float32)
+        change(usual)
 
 
 def test_labels_are_not_learned_with_certainty(place: Path) -> None:

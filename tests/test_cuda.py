@@ -126,9 +126,11 @@ HOW |= {"paper": "--recipe paper --set ranks=4,2,2", "lora": "--method weight-lo
 HOW |= {name: f"--method {name}" for name in ("adapters", "bitfit", "full")}
 
 
-@pytest.mark.parametrize("task", ["mood", "tell"])
+@pytest.mark.parametrize("task", ["mood", "tell", "a"])  # a: labels of one token, whose states are kept
 @pytest.mark.parametrize("how", HOW)
-def test_a_task_is_learned_as_on_the_processor(task: str, how: str, gpu: None, place: Path, tmp_path: Path) -> None:
+def test_a_task_is_learned_as_on_the_processor(
+    task: str, how: str, fast: list[Path], gpu: None, place: Path, tmp_path: Path
+) -> None:
     learn = f"finetune --task {place}/{task}.toml --base {place}/base {HOW[how]} --steps 3 --out {{out}} --json"
     same_on_both(tmp_path, learn, "eval {out} --json", "predict {out} --text rain --json")
 

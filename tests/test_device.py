@@ -12,7 +12,8 @@ from torch import nn
 
 from tinyld.block import Linear
 from tinyld.config import ModelConfig
-from tinyld.device import DTYPES, autocast, fast_dtype, resolve_dtype, shrink, stored_bytes
+from tinyld.device import DTYPES, autocast, fast_dtype, resolve_device, resolve_dtype, shrink, stored_bytes
+from tinyld.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -30,6 +31,13 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, p
     for asked in ("bf16", "fp32"):
         with autocast(CPU, resolve_dtype(asked, CPU)):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == DTYPES[asked], "what is asked for is what is taken"
+
+
+def test_a_gpu_that_torch_cannot_start_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as the driver says, which may be too old
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="torch sees 0 CUDA devices"):
+        resolve_device("cuda")
 
 
 @pytest.mark.parametrize(("dtype", "most", "tolerance"), [("bf16", 0.6, 0.05), ("int8", 0.4, 0.1)])

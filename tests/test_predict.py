@@ -309,7 +309,7 @@ def test_a_released_base_is_left_as_it_is(place: Path, monkeypatch: pytest.Monke
     before = (base / RESULTS).read_bytes()
     for released in ("data", "elsewhere"):
         monkeypatch.setattr("tinyld.scores.bundled_data_dir", lambda released=released: Path(released))
-        remember(base, "eval", "reviews/dev", {"accuracy": 0.5})
+        remember(base, "eval", "reviews/dev", {"accuracy": 0.5}, "cpu")
         assert ((base / RESULTS).read_bytes() == before) == (released == "data")
 
 

@@ -577,8 +577,9 @@ def test_what_is_chosen_is_the_same_in_parts_as_at_once(given: dict[str, Any], m
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers_are_an_error(name: str, value: float) -> None:
+def test_logits_that_are_no_numbers_are_an_error(name: str, temperature: float, value: float) -> None:
     """In a later pass, too: here once a token is written."""
 
     def logits(x: Tensor) -> Tensor:
@@ -587,4 +588,4 @@ def test_logits_that_are_no_numbers_are_an_error(name: str, value: float) -> Non
         return found
 
     with pytest.raises(TinyldError, match="not finite"):
-        decoded(giving(logits), slot(4), sampler=name, steps=4, threshold=1.0)
+        decoded(giving(logits), slot(4), sampler=name, temperature=temperature, steps=4, threshold=1.0)

@@ -130,10 +130,11 @@ def save_composition(
     """Writes one self-contained run: what is hung on the base, and what rows are routed by, unless tasks are to be
     named. members: of each its run, task, data and method."""
     config = {"kind": "composition", "members": members, "by_name": by_name, "base": base.record()}
+    config["environment"] = environment(str(base.model.device))
     tensors = {f"{i}.{n}": p for i, push in enumerate(routed.pushes) for n, p in push.named_parameters()}
     tensors |= {f"router.{n}": p for n, p in routed.router.state_dict().items()}
     folder.write_tensors(ADAPTER, tensors)
-    folder.write_json(CONFIG, config | {"environment": environment()})  # last: without it there is no run
+    folder.write_json(CONFIG, config)  # last: without it there is no run
 
 
 def load_composition(folder: RunFolder, base: Base) -> None:

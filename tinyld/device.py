@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
     known = kind in ("cpu", "cuda") and (not colon or index.isdecimal())
     check(known, f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if kind == "cuda":
-        there = torch.cuda.device_count()
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for torch
         missing = f"device {name!r} asked for, but torch sees {there} CUDA devices; use --device cpu"
         check(int(index or 0) < there, missing)
     device = torch.device(name)
@@ -47,11 +47,13 @@ def fast_dtype(device: torch.device) -> str:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype: `auto` is the device's fast one; UsageError where it has none such, or where torch makes
-    numbers of another type than float32 by default."""
+    numbers of another type than float32, or elsewhere than on the processor, by default."""
     check(name != "fp16" or device.type != "cpu", "dtype fp16 needs a GPU; use bf16 or fp32 on a processor")
     check_choice("dtype", name, ("auto", *DTYPES))
     usual = torch.get_default_dtype()
     check(usual == torch.float32, f"torch's default dtype is {usual}; call torch.set_default_dtype(torch.float32)")
+    on = torch.get_default_device()
+    check(on.type == "cpu", f"torch's default device is {on}; call torch.set_default_device('cpu'), and name one here")
     return DTYPES[fast_dtype(device) if name == "auto" else name]
 
 

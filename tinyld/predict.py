@@ -152,7 +152,9 @@ class Run:
         examples, records = examples_of(rows, task), kept_columns(rows, task)
         parts = [(task, list(range(len(rows))))]
         if self.is_routed and task is self.tasks[0] and self.base.model.push.router.only is None:
-            nearest = self.base.model.push.router.nearest(task_features(self.base, self.rows(examples, task)))
+            router, device = self.base.model.push.router, self.base.model.device
+            with autocast(device, resolve_dtype(self.dtype, device)):  # as the pass that pushes them reads them
+                nearest = router.nearest(task_features(self.base, self.rows(examples, task)))
             parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
         done = 0
         for own, which in parts:

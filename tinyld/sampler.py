@@ -208,6 +208,7 @@ def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Gener
         if config.temperature == 0:
             likely, token = logp.max(-1)
         else:
+            all_finite(logp.amax(-1))  # a GPU does not survive a draw from what is no number
             token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
             likely = logp.gather(1, token[:, None])[:, 0]
         lead, entropy = likely.exp(), torch.full_like(likely, torch.inf)

@@ -149,7 +149,7 @@ def eval(options: EvalOptions) -> list[Record]:
             if why := why_unusual(run, options):
                 say(f"{path}: {key} is not kept in {RESULTS}, as it is by {why}")
             else:
-                remember(path, "eval", key, record)
+                remember(path, "eval", key, record, options.device)
     if predictions is not None:
         write_atomic(predictions, table.getvalue().encode(errors="surrogatepass"))
     return records
@@ -197,12 +197,12 @@ def eval_text(options: EvalOptions) -> list[Record]:
             base, forgotten = of_bases[key], bound.minus(of_bases[key])
             record |= {"base_nll_bound": base.mean, "base_nll_stderr": base.stderr}
             record |= {"forgotten": forgotten.mean, "forgotten_stderr": forgotten.stderr}
-            remember(path, "text", ", ".join(text.resolve().name for text in options.text), record)
+            remember(path, "text", ", ".join(text.resolve().name for text in options.text), record, options.device)
         records.append(record)
     return records
 
 
-def remember(run: Path, kind: str, key: str, record: Record) -> None:
+def remember(run: Path, kind: str, key: str, record: Record, device: str) -> None:
     """Keeps an evaluation in the run's results.json, or says in it why not; the released bases are left alone."""
     folder = RunFolder(run)
     if not folder.is_run() or run.resolve().parent == bundled_data_dir().resolve():
@@ -210,7 +210,7 @@ def remember(run: Path, kind: str, key: str, record: Record) -> None:
     try:
         with folder.locked():
             results = folder.results
-            results.setdefault(kind, {})[key] = record | {"environment": environment()}
+            results.setdefault(kind, {})[key] = record | {"environment": environment(device)}
             folder.write_json(RESULTS, results)
     except TinyldError as error:
         record["problem"] = f"{run} was measured, and keeps nothing of it: {error}"

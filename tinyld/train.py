@@ -218,7 +218,7 @@ class TrainingRun:
         loss = float(self.backward(noised))
         self.scaler.unscale_(self.optimizer)
         self.norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf))
-        if not math.isfinite(loss) or not (math.isfinite(self.norm) or self.scaler.is_enabled()):
+        if not math.isfinite(loss) or not (math.isfinite(self.norm) or self.scaler.get_scale() > 1.0):
             raise self.diverged(f"the loss ({loss:.4g}) or gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
