@@ -8,9 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -29,11 +28,11 @@ from tinyld.pretrain import pretrain
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
+torch.set_num_threads(1)  # tiny models gain nothing from threads, and their bits are then the same on every machine
 WORDS = "the a film plot was is not great terrible good bad dull bright it and but very music food and of to in".split()
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
     """What a command said, and its exit code."""
 
     code: int
@@ -149,12 +148,6 @@ def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
     return model
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny models gain nothing from threads, and their bits are then the same on every machine."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture()
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test in an empty folder, with no data of the user's and no network."""
@@ -186,8 +179,6 @@ def lively(config: ModelConfig) -> Denoiser:
     """Confident in different degrees."""
     return fresh_base(config)
 
-
-# ------------------------------------------------------------------------------------------------ tiny runs
 
 WEATHER = "the a rain sun sea sky is was it very sad happy down well good bad and of . ,".split()
 SHAPE = {"preset": "nano", "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "max_length": 24}

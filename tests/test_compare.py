@@ -140,15 +140,12 @@ def test_variants_carry_their_options(trainer: Trainer, tmp_path: Path) -> None:
     ({"methods": "lora"}, "--methods takes full, .* or all, .* got 'lora'"),
     ({"methods": "full:epochs=2"}, "epochs is the same for all methods; give it as --epochs"),
     ({"methods": "full:lr=x"}, "--methods full:lr=x: .*'x' is not a number"),
-    ({"methods": "full:lr=2"}, "--methods full:lr=2: lr 2 is tried up to 4, which must be below 1"),
-    ({"methods": "full:lr=0.6"}, "lr 0.6 is tried up to 1.2, which must be below 1"),
+    ({"methods": "full:lr=0.6"}, "--methods full:lr=0.6: lr 0.6 is tried up to 1.2, which must be below 1"),
     ({"methods": "full:lr=-2"}, "--methods full:lr=-2: --lr must be above 0"),
     ({"methods": "full:rank=2"}, "--methods full:rank=2: --set rank is not an option of full"),
     ({"methods": "full:depth=2"}, "--methods full:depth=2: --set depth=2: there is no option"),
     ({"methods": "full,bitfit:optimizer=muon"}, "--optimizer muon has no effect with --method bitfit"),
     ({"methods": "full,full:lr=0.002"}, "--task, --limit or --methods names one twice: reviews_full"),
-    ({"task": ("reviews", "reviews")}, "names one twice"),
-    ({"limit": (5, 5)}, "names one twice"),
     ({"limit": 10**6}, "--limit 1000000: reviews has .* training rows"),
 ])  # fmt: skip
 def test_what_cannot_be_made_is_refused_at_once(changes: Any, message: str, trainer: Trainer, tmp_path: Path) -> None:

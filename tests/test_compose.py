@@ -55,9 +55,6 @@ def test_a_composition_that_is_off_is_refused(config: ModelConfig, tmp_path: Pat
         composition.load_composition(folder, base_of(fresh_base(config)))
 
 
-# ---------------------------------------------------------------------------------------------- routers
-
-
 def prompts(config: ModelConfig, rows: int = 6) -> tuple[Tensor, Tensor]:
     """(x, prompt_mask): rows of 12 tokens, the answer at 6, row 1 padded behind 9."""
     x = torch.randint(5, config.vocab_size, (rows, 12), generator=torch.Generator().manual_seed(3))
@@ -167,9 +164,6 @@ def test_what_is_refused_does_not_depend_on_the_order_of_rows(monkeypatch: pytes
 
     (found,) = measure_routing(None, Router(1, 2), {"a": Rows([0.1, 3.0] * 50)})  # type: ignore[arg-type, dict-item]
     assert found["wrongly_refused"] < 0.1
-
-
-# ---------------------------------------------------------------------------------------------- the verb
 
 
 def test_tasks_that_can_be_told_apart_are_routed_and_measured(

@@ -8,16 +8,13 @@ from tinyld.copying import GIVEN, LEFT_OUT, LISTED, MARKS, RENAMED, TWICE, Copyi
 NAMES = [f"name{chr(97 + i)}" for i in range(20)]
 TOKENS = ["[EOS]", ".", ":", *MARKS, "the", "was", "7", "42", *NAMES, "##el", "##ix"]
 COUNTS = np.array([50_000] * 8 + [40_000] * 2 + [5] * 22)
+rng = np.random.default_rng
 EOS, STOP, COLON, THE, SEVEN, NAME, PIECE = 0, 1, 2, 6, 8, 10, 30
 
 
 @pytest.fixture
 def copying() -> Copying:
     return Copying(TOKENS, COUNTS, EOS)
-
-
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def test_words_are_told_from_names_pieces_and_numbers(copying: Copying) -> None:

@@ -33,9 +33,6 @@ def make_rows(folder: Path, tokenizer: Tokenizer, n: int) -> TaskRows:
     return TaskRows([Example(text, ".", "bad", 0) for text in texts], task_of(folder, LABELS), tokenizer, 48)
 
 
-# ---------------------------------------------------------------------------------------------- tasks
-
-
 def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = task_of(tmp_path, LABELS)
     texts = ("the film it was", ". and", "bad", 0), ("a very bright plot it was", ". and", "very great", 1)
@@ -126,9 +123,6 @@ def test_a_batch_is_a_function_of_seed_and_step_and_not_of_earlier_calls(tokeniz
         assert two.batch(step, 5, seed=1).rows.tolist() == in_order[step]
     assert in_order[:8] != in_order[8:16], "epochs differ"
     assert in_order[:8] != [one.batch(s, 5, seed=2).rows.tolist() for s in range(8)], "seeds differ"
-
-
-# ---------------------------------------------------------------------------------------------- text
 
 
 @pytest.mark.parametrize("length", [2, 5, 9])

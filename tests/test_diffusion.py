@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +40,8 @@ class Fake:
 
     device = torch.device("cpu")
 
-    def states(
-        self, xt: Tensor, t: Tensor, attention: Tensor | None, prompt: Tensor, cached: Tensor | None, where: Tensor
-    ) -> Tensor:
-        return self.cost(xt == MASK)[where][..., None]
+    def states(self, xt: Tensor, *told: Any) -> Tensor:
+        return self.cost(xt == MASK)[told[-1]][..., None]  # where it is asked
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         return h[:, 0]
@@ -147,17 +146,15 @@ def test_a_gap_that_is_too_long_says_so(
             attended = torch.ones_like(part.is_masked) if part.attention_mask is None else part.attention_mask
             for row, t in enumerate(part.t.tolist()):
                 x0, masked = part.x0[row].tolist(), part.is_masked[row].tolist()
-                assert (
-                    x0[:2] == [7, 7] and not any(masked[:2]) and torch.equal(part.xt[row] == MASK, part.is_masked[row])
-                )
+                assert x0[:2] == [7, 7] and not any(masked[:2])
+                assert torch.equal(part.xt[row] == MASK, part.is_masked[row])
                 assert len(x0) <= 2 + room or (x0[-1] == 9 and attended[row, -1] and not masked[-1])
                 shown = [i for i in range(2, min(len(x0), 2 + room)) if attended[row, i]]
                 text = [x0[i] for i in shown if x0[i] != EOS]
                 assert shown == list(range(2, 2 + len(shown))) and len(shown) - len(text) == (len(text) < room)
                 assert t == pytest.approx(sum(masked) / max(1, len(text)))
-                assert [token for token in text if token != DELETE] == list(
-                    range(20, 20 + len(text) - text.count(DELETE))
-                )
+                kept = [token for token in text if token != DELETE]
+                assert kept == list(range(20, 20 + len(kept)))
                 places.append([i - len(text) for i, token in enumerate(text) if token == DELETE and masked[2 + i]])
                 assert len(places[-1]) == text.count(DELETE) <= 3
     some = [own for own in places if own]

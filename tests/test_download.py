@@ -52,14 +52,13 @@ def zip_of(members: dict[str, bytes | str]) -> bytes:
     return out.getvalue()
 
 
-def tar_of(members: dict[str, bytes | str]) -> bytes:
+def tar_of(members: dict[str, str]) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as pack:
         for name, content in members.items():
-            content = content.encode() if isinstance(content, str) else content
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            pack.addfile(info, io.BytesIO(content))
+            pack.addfile(info, io.BytesIO(content.encode()))
     return out.getvalue()
 
 

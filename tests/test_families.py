@@ -118,9 +118,6 @@ def make_by_transformers(kind: str, folder: Path, seed: int, head: bool) -> Refe
     return logits
 
 
-# ------------------------------------------------------------------ references from the published formulas
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, theta: float) -> Tensor:
     """q, k, v: (B, L, H, W), rotated by complex numbers, the halves of a head being real and imaginary parts."""
     length, width = q.shape[1], q.shape[-1]
@@ -240,9 +237,6 @@ def batch(vocab: int, length: int = 24) -> tuple[Tensor, Tensor]:
     return x, mask
 
 
-# ------------------------------------------------------------------ the same numbers
-
-
 def test_a_head_that_is_stored_though_it_is_the_embedding_must_be_the_same(tmp_path: Path) -> None:
     make("a2d-qwen3", tmp_path, 0, True)
     tensors = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -301,18 +295,6 @@ def test_what_mdlm_never_writes_has_a_finite_gradient_in_fp16_too(tmp_path: Path
     assert bool(nll.isfinite().all()) and bool(h.grad.isfinite().all())
 
 
-# ------------------------------------------------------------------ everything works on them
-
-
-def answer_batch(base: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, answer mask of three tokens a row, mask of real tokens) of three rows, the last one shorter."""
-    x = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(3))
-    answer, real = torch.zeros_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
-    answer[:, 5:8], real[2, 9:] = True, False
-    x[:, 0], x[:, 7] = base.tokenizer.bos_id, base.tokenizer.eos_id
-    return x, answer, real
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str, tmp_path: Path) -> None:
@@ -323,7 +305,10 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
         with pytest.raises(UsageError, match="this base has none"):
             METHODS[method](make_config(method, {}, config), base.model)
         return
-    x, answer, real = answer_batch(base)
+    x = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(3))
+    answer, real = torch.zeros_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
+    answer[:, 5:8], real[2, 9:] = True, False  # three tokens a row, the last one shorter
+    x[:, 0], x[:, 7] = base.tokenizer.bos_id, base.tokenizer.eos_id
     told = (torch.where(answer, base.tokenizer.mask_id, x), torch.ones(len(x)), real, real & ~answer)
     before = base.model(*told, where=answer).detach()
     settings = make_config(method, {}, config)
@@ -429,9 +414,6 @@ def test_what_adapting_takes_is_said_without_reading_weights(tmp_path: Path, mon
     assert methods["full"]["stored_parameters"] == said["parameters"]
     assert methods["full"]["memory_fp32"] > methods["adapters"]["memory_bf16"] > said["bf16_bytes"]
     assert methods["trajectory-lora fast"]["memory_int8"] < methods["trajectory-lora fast"]["memory_bf16"]
-
-
-# ------------------------------------------------------------------ what is not understood
 
 
 def shaped(ending: str, *shape: int) -> Callable[[Path], None]:

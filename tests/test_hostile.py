@@ -137,29 +137,14 @@ def test_what_is_no_file_of_its_kind_is_refused_by_its_name(command: str, path: 
     refused(COMMANDS[command], Path(path).name)
 
 
-OUT = [
+@pytest.mark.parametrize("out", [
     *("foreign", "foreign --force", "link --force", "text.txt", "text.txt/out", "mood/config.json", "/dev/zero"),
     *("x" * 256, "a\0b", UGLY + "/" + "x" * 256, "\udcff" + "x" * 300),
-]
-
-
-@pytest.mark.parametrize("out", OUT)
+])  # fmt: skip
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])
 def test_nothing_is_written_where_it_cannot_or_must_not_be(command: str, out: str) -> None:
     Path("link").symlink_to("foreign")
     refused(COMMANDS[command].replace("--out out", f"--out {out}"), "")
-
-
-def test_a_table_as_other_programs_write_it_is_the_same_table() -> None:
-    rows = Path(ROWS).read_bytes()
-    quoted = b'"text","label"\n' + rows.split(b"\n", 1)[1]
-    ends = rows.replace(b"\n", b"\r\n"), rows.replace(b"\n", b"\n\n"), rows.rstrip()
-    found = []
-    for content in (rows, quoted, b"\xef\xbb\xbf" + rows, *ends):
-        Path(ROWS).write_bytes(content)
-        good(*f"{COMMANDS['finetune']} --force".split())
-        found.append(Path("out/adapter.safetensors").read_bytes())
-    assert len(found) == 6 and len(set(found)) == 1
 
 
 def test_long_and_ugly_text_is_answered_and_shown_plainly() -> None:

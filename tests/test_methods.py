@@ -52,8 +52,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("trajectory-lora", {"recipe": "paper", "ranks": (4, 2, 1)}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-TRAJECTORY = [k for k, (name, _) in CASES.items() if name == "trajectory-lora"]
-of_trajectory = pytest.mark.parametrize("case", TRAJECTORY)
 
 
 def attach(model: Denoiser, case: str, seed: int = 0, **options: Any) -> Method:
@@ -75,21 +73,13 @@ def logits(model: Denoiser, noised: Noised) -> Tensor:
     return model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
 
 
-def step_loss(model: Denoiser, method: Method, noised: Noised) -> Tensor:
-    penalty = method.penalty()
-    loss = token_nll(model, noised)[0].mean()
-    return loss if penalty is None else loss + penalty
-
-
 def train(model: Denoiser, method: Method, updates: int = 3) -> None:
     optimizer = Optimizer(method.own, TrainConfig(steps=updates, lr=0.03))
     for step in range(updates):
         model.zero_grad()
-        step_loss(model, method, noised_batch(model.config, step)).backward()
+        loss, penalty = token_nll(model, noised_batch(model.config, step))[0].mean(), method.penalty()
+        (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
-
-
-# ---------------------------------------------------------------------------------------------- every method
 
 
 assert {name for name, _ in CASES.values()} == set(METHODS)
@@ -247,7 +237,7 @@ def used_units(config: TrajectoryLoraConfig, site: int, band: int) -> list[int]:
     return [module * sum(ranks) + first + unit for module in range(paper.MODULES) for unit in range(ranks[band])]
 
 
-@of_trajectory
+@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name == "trajectory-lora"])
 def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) -> None:
     """sigma(t) A ReLU(B [x; Emb(t)]) with x = norm(h), a loop over rows, tokens and units; tied sites share A and B and
     have a gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c."""
@@ -346,9 +336,6 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
     fresh = attach(fresh_base(config), "paper")
     (zero := fresh.penalty()).backward()
     assert zero.item() == 0.0 and all(p.grad is None or (p.grad == 0).all() for p in fresh.own.values()), "and no NaN"
-
-
-# ---------------------------------------------------------------------------------------------- state cache
 
 
 def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_each: int = 0) -> TaskRows:

@@ -119,18 +119,14 @@ def test_nll_and_its_gradients_are_those_of_the_cross_entropy(lively: Denoiser, 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_the_nll_of_a_frozen_vocabulary_is_of_its_logits_even_once_it_changed(lively: Denoiser, dtype: str) -> None:
+def test_the_nll_of_a_frozen_vocabulary_is_of_its_logits(lively: Denoiser, dtype: str) -> None:
     lively.requires_grad_(False)
     shrink(lively, dtype)
     h, target = torch.randn(6, lively.config.d_model, requires_grad=True), torch.arange(6)
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            nll, logits = lively.nll(h, target), lively.head(h).float()
-        torch.testing.assert_close(nll, F.cross_entropy(logits, target, reduction="none"), rtol=0.02, atol=0.02)
-        assert float(torch.autograd.grad(nll.sum(), h)[0].abs().sum()) > 0
-        for parameter in lively.vocabulary.parameters():
-            with torch.no_grad():
-                parameter.copy_(-parameter)  # every logit is another one then
+    with torch.autocast("cpu", torch.bfloat16):
+        nll, logits = lively.nll(h, target), lively.head(h).float()
+    torch.testing.assert_close(nll, F.cross_entropy(logits, target, reduction="none"), rtol=0.02, atol=0.02)
+    assert float(torch.autograd.grad(nll.sum(), h)[0].abs().sum()) > 0
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -43,15 +43,12 @@ from tinyld.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-
+TINY_LORA = {"steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
 ask = partial(cli, "predict")
 
 
 def records(*args: object, text: str | bytes = "") -> list[dict[str, Any]]:
     return [json.loads(line) for line in good("predict", *args, text=text).stdout.splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------ scores
 
 
 def test_labels_are_scored_by_the_chain_rule(model: Denoiser, tokenizer: Tokenizer) -> None:
@@ -165,9 +162,6 @@ def test_what_predict_says_is_what_eval_finds(name: str, place: Path) -> None:
     right = sum(r["label"] == r["given_label"] for r in found) / 9
     assert name == "mood" or right == pytest.approx(scores["scored_accuracy"])
     assert scores["truncated"] == sum(r["truncated"] for r in found) > 0
-
-
-# ------------------------------------------------------------------------------------------------ in and out
 
 
 def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
@@ -354,13 +348,9 @@ def test_rows_of_another_part_of_the_input_draw_otherwise(place: Path, monkeypat
     assert found[:4] != found[4:]
 
 
-def tiny_lora(place: Path) -> dict[str, Any]:
-    return {"base": place / "base", "steps": 2, "ranks": "2,2,2", "blocks": 1, "quiet": True}
-
-
 def test_a_composition_says_who_answered(place: Path) -> None:
     for name in ("mood", "same"):
-        tinyld.finetune(place / f"{name}.toml", out=f"lora-{name}", **tiny_lora(place))
+        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=f"lora-{name}", **TINY_LORA)
     compose(ComposeOptions(runs=("lora-mood", "lora-same"), out="both", quiet=True))
     text = ROWS[0][0] + "\n"
     (found,) = records("both", "--task", "mood", text=text)
@@ -376,7 +366,8 @@ def test_a_composition_says_who_answered(place: Path) -> None:
 def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
     for name, labels in (("weather", ("sad", "happy")), ("food", ("good", "bad"))):
         rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS * 5)]
-        tinyld.finetune(rows, out=name, text_column=name, label_column="label", **tiny_lora(place))
+        made = {"base": place / "base", "text_column": name, "label_column": "label"} | TINY_LORA
+        tinyld.finetune(rows, out=name, **made)
     compose(ComposeOptions(runs=("weather", "food"), out="both", quiet=True))
     texts = [f"{ROWS[0][0]} weather weather", "qq zz qq xx qq zz ww", f"{ROWS[0][0]} food food"]
     Path("asked.txt").write_text("\n".join(texts))
@@ -392,9 +383,7 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     Path("food.csv").write_text("food,n\n" + "rain food food,1\n")
     for more, labels in (([], {"good", "bad"}), (["--task", "weather-rows"], {"sad", "happy"})):
         (other,) = records("both", "food.csv", *more)
-        assert other["text"] == "rain food food" and set(other["probabilities"]) == labels, (
-            "any member's column is read"
-        )
+        assert (other["text"], set(other["probabilities"])) == ("rain food food", labels), "any member's column is read"
     (named,) = run.predict(texts[:1], task="food-rows")
     assert set(named["probabilities"]) == {"good", "bad"}
     assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push.router.only is None
@@ -582,13 +571,11 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/mood new.txt --text rain", "", 2, "give a file or --text, not both"),
     ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
     ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),
-    ("{place}/mood {place}/same.csv", "", 1, "no column 'text'"),
     *((f"{{place}}/mood bad.csv --out {out}", "", 1, "cannot be written") for out in ("link.csv", "/proc/x.csv")),
     ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
     ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
     ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
     ("{place}/mood", 'label,text\n2,"rain, sun"\n', 1, "stdin: line 1 names columns, text among them: a table is"),
-    ("{place}/mood", '{"id": 1, "text": "rain"}\n', 1, "stdin: line 1 is JSON: a table is given as a file"),
     ("{place}/mood", '{"words": "rain"}\n', 1, "stdin: line 1 is JSON: a table is given as a file"),
     ("{place}/mood tabs.txt", "", 2, "tabs.txt: all lines have a tab: name it .tsv"),
     ("{place}/mood", "text\nrain\n", 1, "stdin: line 1 is 'text', the name of a column: a table is"),

@@ -46,9 +46,6 @@ def run_folder(path: Path, **changes: Any) -> RunFolder:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ a row a run
-
-
 def test_ranks_that_were_found_are_called_auto_as_each_seed_finds_others(tmp_path: Path) -> None:
     settings = {"name": "trajectory-lora", **to_dict(METHODS["trajectory-lora"].Config())}
     now, then = settings | {"ranks": [3, 2, 1, 4, 4, 4]}, settings | {"ranks": [8, 8, 8], "prune": 0.5}
@@ -148,9 +145,6 @@ def test_what_is_odd_but_harmless_in_a_config_changes_no_figure(tmp_path: Path) 
     assert found["accuracy"] == 0.75 and "rank 3" in found["settings"]
 
 
-# ------------------------------------------------------------------------------------------------ over seeds
-
-
 def test_seeds_are_averaged_and_compared_with_the_best_full() -> None:
     rows = [row("full", 0, 0.9), row("full", 1, 0.8), row("full", 0, 0.7, lr=2e-3), row("bitfit", 0, 0.68)]
     found = {(r["method"], r["lr"]): r for r in aggregate([*rows, *rows])}
@@ -185,26 +179,16 @@ def test_an_interval_holds_both_the_rows_chance_and_the_seeds() -> None:
     assert (student(1), student(16), student(99)) == (12.706, 2.120, 2.042)
 
 
-# ------------------------------------------------------------------------------------------------ what is shown
-
-
 def test_a_method_is_told_from_the_others_by_as_few_words_as_do() -> None:
     rows = [
-        row("full", 0, 0.9, optimizer="muon", settings="x"),
-        row("full", 0, 0.9, settings="x"),
-        row("bitfit", 0, 0.8, settings="y"),
-        row("lora", 0, 0.8, settings="rank 1"),
-        row("lora", 0, 0.8, settings="rank 8"),
-        row("lora", 0, 0.8, settings="rank 8", lr=2e-3),
-        row("adapters", 0, 0.8, batch_size=8),
-        row("adapters", 0, 0.8, batch_size=16),
-        row("tuned", 0, 0.8, data="a1"),
-        row("tuned", 0, 0.8, data="b2"),
-        row("short", 0, 0.8, epochs=None, steps=5),
-        row("short", 0, 0.8, epochs=10.0),
-        row("other", 0, 0.8, tested="a1"),
-        row("other", 1, 0.8, tested="b2"),
-    ]
+        row("full", 0, 0.9, optimizer="muon", settings="x"), row("full", 0, 0.9, settings="x"),
+        row("bitfit", 0, 0.8, settings="y"), row("lora", 0, 0.8, settings="rank 1"),
+        row("lora", 0, 0.8, settings="rank 8"), row("lora", 0, 0.8, settings="rank 8", lr=2e-3),
+        row("adapters", 0, 0.8, batch_size=8), row("adapters", 0, 0.8, batch_size=16),
+        row("tuned", 0, 0.8, data="a1"), row("tuned", 0, 0.8, data="b2"),
+        row("short", 0, 0.8, epochs=None, steps=5), row("short", 0, 0.8, epochs=10.0),
+        row("other", 0, 0.8, tested="a1"), row("other", 1, 0.8, tested="b2"),
+    ]  # fmt: skip
     assert len(aggregate(rows[-2:])) == 2, "they were measured on other rows"
     assert labels(rows) == [
         *("full, muon", "full, adamw", "bitfit"),

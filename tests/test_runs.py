@@ -21,7 +21,6 @@ from tinyld.verbs import info
 from tinyld.write import sha256, write_atomic
 
 HALF = ".tinyld-0123456789abcdef.tmp"  # what a writer that is killed leaves
-PACKAGE = Path(__file__).parents[1] / "tinyld"
 
 
 @pytest.fixture()
@@ -70,9 +69,6 @@ def dying(at: int) -> Any:
     return mock.patch.object(os, "replace", wraps=os.replace, side_effect=effects)
 
 
-# ------------------------------------------------------------------------------------------------ single files
-
-
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
@@ -117,14 +113,11 @@ def test_what_is_no_regular_file_is_written_to_or_refused_and_never_replaced(tmp
 
 
 def test_no_source_file_unpickles() -> None:
-    sources = sorted(PACKAGE.rglob("*.py"))
+    sources = sorted((Path(__file__).parents[1] / "tinyld").rglob("*.py"))
     assert len(sources) > 20
     for source in sources:
         found = re.search(r"\bpickle\b|torch\.load|torch\.save|shelve|marshal|joblib", source.read_text("utf-8"))
         assert not found, f"{source} has {found}"
-
-
-# ------------------------------------------------------------------------------------------------ the manifest
 
 
 def test_a_base_and_an_adapter_come_back_with_their_bits(base: Path, adapter: Path) -> None:
@@ -186,9 +179,6 @@ def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
         folder.rewind(step=1)
         folder.close_log()
     assert tree(base) == before
-
-
-# ------------------------------------------------------------------------------------------------ damage
 
 
 @pytest.mark.parametrize(("run", "name"), [
@@ -342,13 +332,12 @@ def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(keep: 
             run.save_checkpoint(2000, {"model.w": torch.zeros(2)}, {}, keep)
     tensors, state = run.load_checkpoint()
     assert state == {"step": 1000, "tokens": 7000} and torch.equal(tensors["model.w"], torch.full((2,), 1000.0))
+    run.checkpoints()[-1].unlink()  # as one is told to, where it is damaged
+    assert keep == 1 or run.load_checkpoint()[1]["step"] == 100
     run.remove_checkpoints(after=100)
     assert [int(p.name) for p in run.checkpoints()] == [10, 100, 1000][-keep:-1]
     run.remove_checkpoints()
     assert run.load_checkpoint() is None and not (run.path / "checkpoints").exists()
-
-
-# ------------------------------------------------------------------------------------------------ nothing of others
 
 
 def test_a_new_run_takes_a_new_or_an_empty_folder_or_what_a_killed_writer_left(tmp_path: Path) -> None:

@@ -89,9 +89,8 @@ def test_a_run_keeps_how_its_texts_are_spelled_and_predict_and_eval_spell_so(pla
     assert ours == made.tasks[0].spelling.restore(ours.lower(), "Sun 1 :", "", False) != ours.lower()
     good("eval", "mine", "--predictions", "said", "--quiet")
     assert all(line.split("\t")[2][:1].isupper() for line in Path("said").read_text().splitlines()[1:])
-    Path("other.toml").write_text(
-        'template = "{text} : {answer}"\nanswer_column = "answer"\nanswer_tokens = 9\n[data]\ndev = "mine-rows.jsonl"\n'
-    )
+    toml = 'template = "{text} : {answer}"\nanswer_column = "answer"\nanswer_tokens = 9\n'
+    Path("other.toml").write_text(f'{toml}[data]\ndev = "mine-rows.jsonl"\n')
     assert made.predict(["Sun 1"], task="other.toml")[0]["answer"] == ours, "another task that asks alike"
     assert "SUN" not in good("info", "mine").stdout
     good("compose", "mine", "tell", "--out", "both", "--quiet")

@@ -30,13 +30,7 @@ from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import TrainingRun
 
-LEARNING = {  # how long a case takes to learn
-    "full": {"lr": 3e-3, "steps": 60},
-    "weight-lora": {"lr": 1e-2, "steps": 80},
-    "adapters": {"lr": 1e-2, "steps": 80},
-    "bitfit": {"lr": 3e-2, "steps": 150},
-    "best-2": {"lr": 1e-2, "steps": 80},
-}
+LEARN = {"full": (3e-3, 60), "bitfit": (3e-2, 150)} | dict.fromkeys(("weight-lora", "adapters", "best-2"), (1e-2, 80))
 MASK = 4
 FILLER = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
 
@@ -180,9 +174,6 @@ def test_the_log_has_steps_losses_rates_and_held_out_numbers(trial: Trial) -> No
     assert log[-1]["tokens"] == result.tokens and result.metrics == {"dev_accuracy": 0.03}
 
 
-# ------------------------------------------------------------------------------------------------ budgets
-
-
 def test_a_budget_that_is_none_is_a_usage_error() -> None:
     for given, part in (({"minutes": math.nan}, "minutes must be above 0"), ({"flat": 0.95, "steps": 1}, "warm-up")):
         with pytest.raises(UsageError, match=part):
@@ -210,19 +201,17 @@ def test_evaluation_does_not_count_towards_minutes(trial: Trial, monkeypatch: py
     assert trial.run("bitfit", held_out=held_out, penalty=update, minutes=1.0, eval_every=2).step == 10
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name", LEARN)
 def test_every_method_overfits_a_tiny_set(name: str, trial: Trial, tokenizer: Tokenizer) -> None:
     method = attach(trial.base, name)
 
     def held_out() -> dict[str, float]:
         return {"accuracy": float(evaluate(trial.base, trial.rows, tokenizer).scores["accuracy"])}
 
-    result = trial.run(method, held_out=held_out, batch_size=10, eval_every=1000, **LEARNING[name])
+    lr, steps = LEARN[name]
+    result = trial.run(method, held_out=held_out, batch_size=10, eval_every=1000, lr=lr, steps=steps)
     assert trial.folder().metrics()[0]["accuracy"] < 0.9, "untrained, it does not know"
     assert result.metrics["accuracy"] > 0.95
-
-
-# ------------------------------------------------------------------------------------------------ signals, processes
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])

@@ -55,15 +55,9 @@ def test_overlap_is_the_f1_of_the_longest_common_subsequence(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("answer", "grams", "sentence"), [
-    ("a b c d e f g h", 0, 0),
-    ("a b c d a b c d", 1 / 5, 0),
-    ("it is it is it is it is", 3 / 5, 0),
-    ("It is good. It is bad.", 0, 0),
-    ("It is good. It  is GOOD!", 0, 1),
-    ("Good. Good.", 0, 1),
-    ("J. R. R. Tolkien", 0, 0),
-    ("at 30.5 and 30.5 m", 0, 0),
-    ("", 0, 0),
+    ("a b c d e f g h", 0, 0), ("a b c d a b c d", 1 / 5, 0), ("it is it is it is it is", 3 / 5, 0),
+    ("It is good. It is bad.", 0, 0), ("It is good. It  is GOOD!", 0, 1), ("Good. Good.", 0, 1),
+    ("J. R. R. Tolkien", 0, 0), ("at 30.5 and 30.5 m", 0, 0), ("", 0, 0),
 ])  # fmt: skip
 def test_loops_are_seen(answer: str, grams: float, sentence: float) -> None:
     found = scores_of([answer], [["x"]])
