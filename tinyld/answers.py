@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinyld.config import SampleConfig
 from tinyld.data import answer_ids
-from tinyld.device import autocast, resolve_dtype
+from tinyld.device import autocast
 from tinyld.errors import UsageError
 from tinyld.evaluate import answered, in_batches, pushed_logits
 from tinyld.options import several
@@ -32,7 +32,7 @@ def answers(
     """What a `predict.Run` finds of each example for a task; `advance` gets how many are done."""
     found: list[Record] = [{}] * len(examples)
     rows = run.rows(examples, task)
-    with autocast(run.model.device, resolve_dtype(run.dtype, run.model.device)):
+    with autocast(run.model.device, run.dtype):
         for part in answered(run.model, rows, run.base.tokenizer, sampling, advance=advance):
             columns = {} if part.scores is None else by_label(part.scores, task)
             columns |= {"decoded" if columns else "answer": part.written, "truncated": rows.cut[part.chosen].tolist()}
@@ -51,7 +51,7 @@ def answers_in_one_pass(runs: Sequence[Any], examples: Sequence[Example]) -> lis
     model, tokenizer, rows = runs[0].model, runs[0].base.tokenizer, runs[0].rows(examples, tasks[0])
     words = [torch.tensor(answer_ids(task, tokenizer), device=model.device)[:, 0] for task in tasks]
     found: list[list[Record]] = [[{}] * len(examples) for _ in runs]
-    with autocast(model.device, resolve_dtype(runs[0].dtype, model.device)):
+    with autocast(model.device, runs[0].dtype):
         for chosen, batch in in_batches(model, rows):
             each = pushed_logits(model, batch, tokenizer.mask_id, pushes, words)
             for own, task, logits in zip(found, tasks, each, strict=True):

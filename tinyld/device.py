@@ -57,7 +57,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[fast_dtype(device) if name == "auto" else name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype | str) -> torch.autocast:
+    """Within it products are of that type, torch's or one by name, as `resolve_dtype` reads it."""
+    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 

@@ -152,8 +152,8 @@ class Run:
         examples, records = examples_of(rows, task), kept_columns(rows, task)
         parts = [(task, list(range(len(rows))))]
         if self.is_routed and task is self.tasks[0] and self.base.model.push.router.only is None:
-            router, device = self.base.model.push.router, self.base.model.device
-            with autocast(device, resolve_dtype(self.dtype, device)):  # as the pass that pushes them reads them
+            router = self.base.model.push.router
+            with autocast(self.base.model.device, self.dtype):  # as the pass that pushes them reads them
                 nearest = router.nearest(task_features(self.base, self.rows(examples, task)))
             parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
         done = 0
@@ -214,7 +214,7 @@ class Run:
         as_published = is_foreign(self.base.path) and not any(task.is_generation for task in self.tasks)
         never, end = ([tokenizer.mask_id], None) if as_published else (tokenizer.never_written, tokenizer.eos_id)
         texts, used, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
-        with autocast(model.device, resolve_dtype(self.dtype, model.device)):
+        with autocast(model.device, self.dtype):
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
                 answer_mask = torch.zeros_like(some, dtype=torch.bool)
                 answer_mask[:, slot] = True

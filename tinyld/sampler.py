@@ -205,10 +205,9 @@ def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Gener
     than by confidence), all others the likeliest."""
     found = []
     for logp in parts:
-        if config.temperature == 0:
-            likely, token = logp.max(-1)
-        else:
-            all_finite(logp.amax(-1))  # a GPU does not survive a draw from what is no number
+        likely, token = logp.max(-1)
+        all_finite(likely)  # a GPU does not survive a draw from what is no number
+        if config.temperature > 0:
             token = torch.multinomial((logp / config.temperature).softmax(-1), 1, generator=generator)[:, 0]
             likely = logp.gather(1, token[:, None])[:, 0]
         lead, entropy = likely.exp(), torch.full_like(likely, torch.inf)
@@ -217,7 +216,7 @@ def choose(parts: Iterable[Tensor], config: SampleConfig, generator: torch.Gener
             entropy = -lead
         elif config.sampler in THRESHOLDS:
             lead = lead - logp.scatter(1, token[:, None], -torch.inf).amax(1).exp()
-        found.append((token, all_finite(likely), lead, entropy))
+        found.append((token, likely, lead, entropy))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 

@@ -13,7 +13,7 @@ from tinyld.checkpoint import Base, load_base
 from tinyld.config import SampleConfig, check, types_of
 from tinyld.corpus import tokenize
 from tinyld.data import TaskRows, TextRows, slot_width
-from tinyld.device import autocast, resolve_dtype
+from tinyld.device import autocast
 from tinyld.diffusion import Estimate
 from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation, evaluate, text_nll
@@ -105,7 +105,7 @@ def learned_of(run: Run, task: Task, measured: Sequence[Example]) -> int:
 def measure(run: Run, rows: TaskRows, sampling: SampleConfig, draws: int = 4, quiet: bool = True) -> Evaluation:
     """What `run` makes of rows, with a bar of progress."""
     model = run.model
-    arithmetic = autocast(model.device, resolve_dtype(run.dtype, model.device))
+    arithmetic = autocast(model.device, run.dtype)
     with Progress(f"eval {rows.task.name}", len(rows), quiet=quiet, unit="rows") as bar, arithmetic:
         return evaluate(model, rows, run.base.tokenizer, sampling, draws, advance=bar.advance_to)
 
@@ -177,7 +177,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
     def bound_of(base: Base) -> Estimate:
         device, stream = base.model.device, tokenize(read_lines(files), base.tokenizer).stream
         rows = TextRows(stream, base.model.config.max_length, base.tokenizer.bos_id)
-        arithmetic = autocast(device, resolve_dtype(options.dtype, device))
+        arithmetic = autocast(device, options.dtype)
         with Progress("eval text", len(rows), quiet=options.quiet, unit="rows") as bar, arithmetic:
             return text_nll(base.model, rows, base.tokenizer.mask_id, options.draws, advance=bar.advance_to)
 

@@ -31,7 +31,7 @@ from tinyld.checkpoint import Base, load_base
 from tinyld.config import FREELY, SampleConfig
 from tinyld.corpus import tokenize
 from tinyld.data import TextRows
-from tinyld.device import autocast, resolve_dtype
+from tinyld.device import autocast
 from tinyld.evaluate import text_nll
 from tinyld.options import EvalOptions
 from tinyld.sampler import decode
@@ -77,7 +77,7 @@ def fill(base: Base, rows: list[list[int]], sampling: SampleConfig, fixed: bool)
         width = max(map(len, some))
         x = torch.tensor([r + [tokenizer.pad_id] * (width - len(r)) for r in some])
         real = torch.tensor([[i < len(r) for i in range(width)] for r in some])
-        with autocast(torch.device("cpu"), resolve_dtype("auto", torch.device("cpu"))):
+        with autocast(torch.device("cpu"), "auto"):
             forbidden = [*tokenizer.never_written, *([tokenizer.eos_id] if fixed else [])]
             out, _ = decode(
                 base.model,

@@ -26,7 +26,7 @@ from transformers import BertConfig, BertForMaskedLM
 from tinyld.config import PRESETS
 from tinyld.corpus import tokenize
 from tinyld.data import TextRows
-from tinyld.device import autocast, resolve_dtype
+from tinyld.device import autocast
 from tinyld.evaluate import text_nll
 from tinyld.pretrain import HELD_OUT_ROWS
 from tinyld.tokenizer import Tokenizer, find_text_files, read_lines
@@ -63,7 +63,7 @@ def train_peer(
     rows: TextRows, held_out: TextRows, tokenizer: Tokenizer, lr: float, batch: int, minutes: float
 ) -> list[dict]:  # fmt: skip
     """Its curve: a record at each of the points, of seconds of training."""
-    peer, cast = Peer(tokenizer.vocab_size), autocast(CPU, resolve_dtype("auto", CPU))
+    peer, cast = Peer(tokenizer.vocab_size), autocast(CPU, "auto")
     optimizer = torch.optim.AdamW(peer.model.parameters(), lr, (0.9, 0.98), weight_decay=0.01, fused=True)
     generator, curve, seconds, step = torch.Generator().manual_seed(0), list[dict](), 0.0, 0
     while True:

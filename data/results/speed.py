@@ -93,11 +93,11 @@ def theirs(name: str, task: str) -> None:
     from tinyld.checkpoint import load_base
     from tinyld.config import PRESETS
     from tinyld.data import TaskRows
-    from tinyld.device import autocast, resolve_dtype
+    from tinyld.device import autocast
     from tinyld.rows import bundled_data_dir, load_split
     from tinyld.tasks import load_task
 
-    cast = autocast(torch.device("cpu"), resolve_dtype("auto", torch.device("cpu")))
+    cast = autocast(torch.device("cpu"), "auto")
     base = load_base(bundled_data_dir() / "small")
     rows = TaskRows(load_split(load_task(task), "train", limit=ROWS), load_task(task), base.tokenizer, LENGTH)
     if name == "plain-eval":  # a step a token, the vocabulary at every position, rows as they come

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 import tinyld
 from tinyld.checkpoint import load_base
 from tinyld.data import TaskRows
-from tinyld.device import autocast, resolve_dtype
+from tinyld.device import autocast
 from tinyld.options import base_folder
 from tinyld.read import read_text
 from tinyld.rows import bundled_data_dir, prompt_of
@@ -77,7 +77,7 @@ def regressions(args: Any, texts: list[str]) -> Iterator[tuple[int, float]]:
 
     def states() -> Any:
         encoded = TaskRows(rows, task, base.tokenizer, base.model.config.max_length)
-        with autocast(base.model.device, resolve_dtype(args.dtype, base.model.device)):
+        with autocast(base.model.device, args.dtype):
             return frozen_states(base, encoded)["all depths, mean and mask"]
 
     model = LogisticRegression(C=1e-3, max_iter=1000).fit(states()[:64], [i % 2 for i in range(len(texts))][:64])
