@@ -52,6 +52,9 @@ class Oracle:
 
     __call__ = states
 
+    def one_pass(self, *given: Any) -> tuple[Tensor, None]:
+        return self.states(*given), None
+
     def head(self, logits: Tensor, only: Tensor | None = None) -> Tensor:
         return logits if only is None else logits[:, only]
 

@@ -161,8 +161,11 @@ def token_nll(denoiser: Any, noised: Noised, words: Tensor | None = None) -> tup
     SMOOTHED of all words alike (label smoothing, arXiv 1512.00567), so that labels are not learned with a certainty
     that held-out rows do not bear out."""
     where = noised.is_masked
-    h = denoiser.states(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, noised.cached, where)
+    told = noised.t, noised.attention_mask, noised.prompt_mask, noised.cached
+    h, copies = denoiser.one_pass(noised.xt, *told, where)
     nll, x0 = denoiser.nll(h, noised.x0[where]), noised.x0[where]
+    if copies is not None:
+        nll = copies.nll(nll, x0)
     if words is not None:  # whose normaliser is the same for all words, and so cancels
         logits = denoiser.head(h, words)
         right = logits.gather(1, (x0[:, None] == words).int().argmax(1, keepdim=True))[:, 0]

@@ -54,6 +54,7 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # teach than a label: after 9,600 of WebNLG `best` had 1.65 nats for 1.71 by 32 at once, `full` 1.19 for 1.25
 # (data/results/writing-variants.csv); labels are learned as well by 32.
 FEW, WRITING, EPOCHS, MANY, BATCH = (20, 90, 220), (8, 1_600, 4_800), 100, 30_000, 8
+POINTER = 32  # width of what copies from the prompt, of trajectory LoRA that writes
 SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
 SCARCE = 64  # rows a label, up to which full fine-tuning learned more (data/results/few-rows.csv)
@@ -96,7 +97,11 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     training["batch_size"] = options.batch_size or (BATCH if task.is_generation else TrainConfig.batch_size)
     open_ended = all(training[budget] is None for budget in BUDGETS)
     train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))
-    settings = make_config(method, {name: getattr(options, name) for name in METHOD_OPTIONS}, shape)
+    given = {name: getattr(options, name) for name in METHOD_OPTIONS}
+    check(task.is_generation or not options.pointer, "--set pointer copies into texts: it has no effect on labels")
+    if method == TrajectoryLora.name and task.is_generation and options.recipe != "paper" and options.blocks != 0:
+        given["pointer"] = POINTER if options.pointer is None else options.pointer
+    settings = make_config(method, given, shape)
     kept = {"path": str(base.resolve()), "dtype": options.base_dtype}
     kept |= {} if reading == Reading() else {"reading": to_dict(reading)}
     train |= {"epochs": None} if open_ended else {}  # for `usual_epochs` to tell

@@ -19,6 +19,7 @@ from tinyld.attention import rotary_tables
 from tinyld.block import Angles, Block, Embedding, Linear, Pair, make_norm, take
 from tinyld.config import ModelConfig
 from tinyld.device import look_up, narrow, product, product_dtype
+from tinyld.pointer import Copies, Pointer
 
 # push_at(depth, h, positions=None): what is added to the states h before block `depth` (num_layers: the final ones).
 # h is (B, L, D), or (B, M, D) where the pass has computed M positions of a row alone; so is the result. With
@@ -34,6 +35,7 @@ class Push(Protocol):
     answer_only: bool  # it pushes the states that tell the answer; all others stay the frozen base's own
     reads_others: bool  # on the final state it reads other positions than the one it pushes, so all are computed
     is_routed: bool  # it is made of others, of which each row has its own: `by_member`
+    pointer: Pointer | None  # what may be copied from the prompt
 
     # (t, prompt_mask) -> what one pass calls at every depth from `first_depth` to num_layers, in order
     start: Callable[[Tensor, Tensor], PushAt]
@@ -126,14 +128,18 @@ class Denoiser(nn.Module):
             return checkpoint(self.blocks[depth], *given, use_reentrant=False)
         return self.blocks[depth](*given)
 
-    def states(
+    def states(self, *given: Any, **told: Any) -> Tensor:
+        """The final states of `one_pass`."""
+        return self.one_pass(*given, **told)[0]
+
+    def one_pass(
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
         prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
         push: Push | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Copies | None]:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
-        position i has the state at i - 1, and position 0 its own.
+        position i has the state at i - 1, and position 0 its own. Where the push has a pointer, what may be copied there.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
@@ -141,14 +147,18 @@ class Denoiser(nn.Module):
         """
         push = self.push if push is None else push
         if push is not None and push.is_routed:
-            h = self.embed(xt)
+            h, odds = self.embed(xt), None
             found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
             for rows, member in push.by_member(h, prompt_mask):
                 own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
                 asked = None if where is None else where[rows]
                 at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
-                found[at] = self.states(*own, None, asked, member).to(h.dtype)
-            return found
+                own_states, copies = self.one_pass(*own, None, asked, member)
+                found[at] = own_states.to(h.dtype)
+                if copies is not None:
+                    odds = found.new_zeros(*found.shape[:-1], xt.shape[1]) if odds is None else odds
+                    odds[at] = copies.odds
+            return found, Copies.of(odds, xt, where)
         if push is not None and push.answer_only:
             return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted
@@ -158,27 +168,37 @@ class Denoiser(nn.Module):
             positions = (few[0] - int(shifted)).clamp(min=0)
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
         h, start = (self.embed(xt), 0) if cached is None else (cached[:, :, 0], first)
+        read = h = self.run_blocks(h, attention_mask, start, last - 1, push_at, since=first)
+        start = max(start, last - 1)
         h = self.run_blocks(h, attention_mask, start, last, push_at, None if whole else positions, since=first)
         if push_at is not None:
             at = positions if whole else None
             h = (h if at is None else take(h, at)) + push_at(last, h, at)
-        if positions is not None:
-            return h[few[1]]
-        h = torch.cat([h[:, :1], h[:, :-1]], 1) if shifted else h
-        return h if where is None else h[where]
+        if positions is None and shifted:
+            h = torch.cat([h[:, :1], h[:, :-1]], 1)
+        odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, xt)
+        asked = where if positions is None else few[1]
+        h, odds = (of if of is None or asked is None else of[asked] for of in (h, odds))
+        return h, Copies.of(odds, xt, where)
 
     def answer_states(
         self, push: Push, xt: Tensor, t: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor,
         cached: Tensor | None, where: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """`states` with a push on the answer only, of which alone `where` may ask."""
+    ) -> tuple[Tensor, Copies | None]:  # fmt: skip
+        """`one_pass` with a push on the answer only, of which alone `where` may ask."""
         positions, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
         positions = (positions - int(self.config.shifted)).clamp(min=0)
         first, last = push.first_depth, self.config.num_layers
         stop = last if where is None else max(first, last - 1)
         frozen = (cached.unbind(2), ()) if cached is not None else self.frozen(xt, attention_mask, first, stop)
         (h,) = self.along([push], *frozen, positions, t, attention_mask, prompt_mask)
-        return h[is_asked] if where is not None else take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
+        odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, xt)
+        if where is None:
+            h = take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
+            odds = odds if odds is None else odds * ~prompt_mask[..., None]
+        else:
+            h, odds = h[is_asked], odds if odds is None else odds[is_asked]
+        return h, Copies.of(odds, xt, where)
 
     @torch.no_grad()
     def frozen(
@@ -255,7 +275,9 @@ class Denoiser(nn.Module):
 
     def forward(self, *given: Any, **told: Any) -> Tensor:
         """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `states` is given."""
-        return self.head(self.states(*given, **told))
+        h, copies = self.one_pass(*given, **told)
+        logits = self.head(h)
+        return logits if copies is None else copies.logits(logits)
 
 
 def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:

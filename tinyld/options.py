@@ -20,7 +20,7 @@ from tinyld.rows import SPLITS, bundled_data_dir
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
 METHOD_NAMES = ("trajectory-lora", "weight-lora", "adapters", "bitfit", "full")
-METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "dropout", "targets", "rslora")
+METHOD_OPTIONS = ("recipe", "budget", "rank", "ranks", "sigma", "blocks", "pointer", "dropout", "targets", "rslora")
 RECIPE_NAMES = ("best", "fast", "paper")
 
 
@@ -225,6 +225,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     )
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.")
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
+    pointer: int | None = option(None, "trajectory-lora, to write: width of what copies from prompts; 32.")
     dropout: float | None = option(None, "Share of the numbers read that an update does without.")
     targets: tuple[str, ...] | None = option(
         None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))

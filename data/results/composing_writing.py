@@ -65,6 +65,7 @@ class Weighted(nn.Module):
         self.pushes, self.weights = nn.ModuleList(pushes), weights
         self.first_depth, self.reads_others = pushes[0].first_depth, False
         self.is_routed = self.answer_only = False
+        self.pointer = None
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> Callable[..., Tensor]:
         started = [push.start(t, prompt_mask) for push in self.pushes]
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    made = {"text_column": "ask", "answer_column": "answer", "seed": args.seed}
+    made = {"text_column": "ask", "answer_column": "answer", "pointer": 0, "seed": args.seed}
     answered = pairs(question, args.rows + args.tested, args.seed)
     sets = {"content": answered[: args.rows], "style": pairs(statement, 250, args.seed)}
     with tempfile.TemporaryDirectory() as folder:

@@ -49,8 +49,8 @@ class Peer:
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ))  # fmt: skip
 
-    def states(self, xt: Tensor, t: Any, attention_mask: Any, prompt_mask: Any, cached: Any, where: Tensor) -> Tensor:
-        return self.model.bert(input_ids=xt).last_hidden_state[where]
+    def one_pass(self, xt: Tensor, *told: Any) -> tuple[Tensor, None]:
+        return self.model.bert(input_ids=xt).last_hidden_state[told[-1]], None
 
     def nll(self, h: Tensor, x0: Tensor) -> Tensor:
         return F.cross_entropy(self.model.cls(h).float(), x0, reduction="none")
@@ -86,7 +86,7 @@ def train_peer(
         masked[:, 0], masked[:, 1] = False, masked[:, 1] | ~masked[:, 1:].any(1)
         optimizer.zero_grad(set_to_none=True)
         with cast:
-            h = peer.states(torch.where(masked, tokenizer.mask_id, x0), None, None, None, None, masked)
+            h, _ = peer.one_pass(torch.where(masked, tokenizer.mask_id, x0), masked)
             loss = peer.nll(h, x0[masked]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)

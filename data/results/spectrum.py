@@ -35,6 +35,7 @@ class Probe:
     """Hangs on `Denoiser.push` and adds zeros, whose gradients are those of the states."""
 
     answer_only = reads_others = is_routed = False
+    pointer = None
 
     def __init__(self, first_depth: int):
         self.first_depth, self.added = first_depth, dict[int, Tensor]()

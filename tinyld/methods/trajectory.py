@@ -23,6 +23,7 @@ from tinyld.methods import paper
 from tinyld.methods.contract import Method
 from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, band_of, normal, time_embedding
 from tinyld.model import Denoiser, PushAt
+from tinyld.pointer import Pointer
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
@@ -37,6 +38,7 @@ class TrajectoryLoraConfig(Settings):
     blocks: int = setting(6, least=0)  # sites before each of the last `blocks` blocks, and on the final state
     dropout: float = setting(0.0, least=0, below=1)  # share of the numbers read that an update does without
     prune: float = setting(0.0, least=0, below=1)  # share of the rank units that training drops, the weakest first
+    pointer: int = setting(0, least=0)  # width of what copies from the prompt, 0 for none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +46,7 @@ class TrajectoryLoraConfig(Settings):
         check(self.recipe != "paper" or self.blocks == 0, "recipe paper pushes the final state only: blocks 0")
         many = f"ranks needs {NUM_BANDS} values, high noise first, or as many a site, got {self.ranks}"
         check(len(self.ranks) in (NUM_BANDS, NUM_BANDS * self.num_sites), many)
+        check(self.pointer == 0 or self.blocks > 0, "a pointer reads before the last block: blocks must be 1 or more")
         fixed = self.prune == 0 and self.dropout == 0
         check(self.recipe != "paper" or fixed, "recipe paper is the paper's own: neither ranks auto nor dropout")
 
@@ -128,6 +131,7 @@ class TrajectoryPush(nn.Module):
         for site in sites if config.is_tied else ():
             site.down, site.up = sites[0].down, sites[0].up
         self.sites = nn.ModuleList(sites)
+        self.pointer = Pointer(config.pointer, width, generator) if config.pointer else None
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         told = band_of(t), time_embedding(t), prompt_mask
@@ -160,10 +164,10 @@ class TrajectoryLora(Method):
         d, sites = model_config.d_model, min(config.num_sites, model_config.num_layers + 1)  # more are refused
         if config.recipe == "paper":
             return paper.MODULES * sum(config.ranks) * (3 * d + TIME_WIDTH)
-        unit = 2 * d + TIME_WIDTH
+        unit, pointer = 2 * d + TIME_WIDTH, Pointer.num_parameters(config.pointer, d)
         if config.is_tied:
-            return max(config.ranks) * (unit + sites)  # and a gain at every site
-        return unit * sum(max(config.site_ranks(site)) for site in range(sites))
+            return max(config.ranks) * (unit + sites) + pointer  # with a gain at every site
+        return unit * sum(max(config.site_ranks(site)) for site in range(sites)) + pointer
 
     @classmethod
     def with_rank(cls, config: TrajectoryLoraConfig, rank: int) -> TrajectoryLoraConfig:
