@@ -1,0 +1,71 @@
+"""A pointer: at a masked position, each token of the prompt may be the one that is missing (pointer-generator networks,
+arXiv 1704.04368).
+
+    p(v) = (p_base(v) + sum_j odds_j [x_j = v]) / (1 + sum_j odds_j),    odds_j = (e^u - 1) softmax_j(q . k_j / sqrt(r))
+
+q = Q norm(h), of the position's final state; k_j = K norm(h_j), of the prompt's states before the last block; and
+u = max(0, w . norm(h) + b), so that 1 - e^-u is the chance to copy. w and b start at zero: a fresh one changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TINY = 1e-15  # odds of what cannot be copied, so that their logarithm has a gradient
+
+MOST = 30.0  # nats, of u
+
+
+class Copies(NamedTuple):
+    """What may be copied to each of some positions, beside what the vocabulary's logits say there."""
+
+    odds: Tensor  # (..., L), of each position of the row; those of a token are at the first place that it has there
+    ids: Tensor  # (..., L) int64, the row's tokens
+
+    @classmethod
+    def of(cls, odds: Tensor | None, xt: Tensor, where: Tensor | None) -> Copies | None:
+        """Of odds at all positions of the rows xt (B, L), (B, L, L), or at those of `where` (B, L) alone, (N, L)."""
+        if odds is None:
+            return None
+        return cls(odds, xt[:, None].expand_as(odds) if where is None else xt[where.nonzero()[:, 0]])
+
+    def nll(self, nll: Tensor, target: Tensor) -> Tensor:
+        """-log p(target) in nats, (...), where by the logits alone it is `nll`."""
+        right = (self.odds * (self.ids == target[..., None])).sum(-1)
+        return nll - F.softplus(nll + (right + TINY).log()) + self.odds.sum(-1).log1p()
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) with what may be copied in them; as they are, where that is nothing."""
+        own = logits.gather(-1, self.ids).float()
+        more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.log()) - own
+        return logits.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0).to(logits.dtype))
+
+
+class Pointer(nn.Module):
+    def __init__(self, rank: int, width: int, generator: torch.Generator | None):
+        super().__init__()
+        self.query, self.key = (
+            nn.Parameter(torch.randn(rank, width, generator=generator) / math.sqrt(width)) for _ in range(2)
+        )
+        self.gate, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(1))
+
+    @staticmethod
+    def num_parameters(rank: int, width: int) -> int:
+        return (2 * rank + 1) * width + 1 if rank else 0
+
+    def forward(self, h: Tensor, read: Tensor, prompt_mask: Tensor, ids: Tensor) -> Tensor:
+        """Odds (B, M, L) at M positions with final states h (B, M, D), of a prompt whose states before the last block
+        are among `read` (B, L, D), and its tokens among ids (B, L)."""
+        with torch.autocast(h.device.type, enabled=False):
+            h, read = (F.layer_norm(of.float(), of.shape[-1:]) for of in (h, read))
+            scores = (h @ self.query.T) @ (read @ self.key.T).transpose(1, 2) / math.sqrt(len(self.query))
+            share = scores.masked_fill(~prompt_mask[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+            u = (h @ self.gate + self.bias).clamp(0, MOST)  # which at 0 has a gradient, where ReLU has none
+            u = u * prompt_mask.any(1, keepdim=True)
+            first = (ids[:, :, None] == ids[:, None, :]).int().argmax(-1)
+            return torch.zeros_like(share).scatter_add(2, first[:, None].expand_as(share), share * u.expm1()[..., None])
