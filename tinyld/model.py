@@ -139,7 +139,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Copies | None]:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
-        position i has the state at i - 1, and position 0 its own. Where the push has a pointer, what may be copied there.
+        position i has the state at i - 1, and position 0 its own. And what may be copied there, by the push's pointer.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.

@@ -1,10 +1,10 @@
 """A pointer: at a masked position, each token of the prompt may be the one that is missing (pointer-generator networks,
 arXiv 1704.04368).
 
-    p(v) = (p_base(v) + sum_j odds_j [x_j = v]) / (1 + sum_j odds_j),    odds_j = (e^u - 1) softmax_j(q . k_j / sqrt(r))
+    p(v) = (p_base(v) + sum_j odds_j [x_j = v]) / (1 + sum_j odds_j),    odds_j = e^u softmax_j(q . k_j / sqrt(r))
 
 q = Q norm(h), of the position's final state; k_j = K norm(h_j), of the prompt's states before the last block; and
-u = max(0, w . norm(h) + b), so that 1 - e^-u is the chance to copy. w and b start at zero: a fresh one changes nothing.
+u = w . norm(h) + b, the log odds of copying. w starts at zero and b so that 5% is copied, without preference.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TINY = 1e-15  # odds of what cannot be copied, so that their logarithm has a gradient
-
-MOST = 30.0  # nats, of u
+FRESH, MOST = -3.0, 30.0  # log odds of copying: at the start, and at most
 
 
 class Copies(NamedTuple):
@@ -52,7 +51,7 @@ class Pointer(nn.Module):
         self.query, self.key = (
             nn.Parameter(torch.randn(rank, width, generator=generator) / math.sqrt(width)) for _ in range(2)
         )
-        self.gate, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(1))
+        self.gate, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.full((1,), FRESH))
 
     @staticmethod
     def num_parameters(rank: int, width: int) -> int:
@@ -65,7 +64,6 @@ class Pointer(nn.Module):
             h, read = (F.layer_norm(of.float(), of.shape[-1:]) for of in (h, read))
             scores = (h @ self.query.T) @ (read @ self.key.T).transpose(1, 2) / math.sqrt(len(self.query))
             share = scores.masked_fill(~prompt_mask[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-            u = (h @ self.gate + self.bias).clamp(0, MOST)  # which at 0 has a gradient, where ReLU has none
-            u = u * prompt_mask.any(1, keepdim=True)
+            odds = (h @ self.gate + self.bias).clamp(max=MOST).exp() * prompt_mask.any(1, keepdim=True)
             first = (ids[:, :, None] == ids[:, None, :]).int().argmax(-1)
-            return torch.zeros_like(share).scatter_add(2, first[:, None].expand_as(share), share * u.expm1()[..., None])
+            return torch.zeros_like(share).scatter_add(2, first[:, None].expand_as(share), share * odds[..., None])
