@@ -109,7 +109,7 @@ def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path, m
     (x, prompt_mask), owner, t = prompts(config), [0, 1, 0, 0, 1, 1], torch.ones(6)
     for row in range(2, 6):  # rows 2, 3 are nearly row 0; rows 4, 5 nearly row 1
         x[row, 1:], prompt_mask[row] = x[owner[row], 1:], prompt_mask[owner[row]]
-    records, pushes = zip(*(trained_member(config, case, i) for i, case in enumerate(("best-2", "fast"))), strict=True)
+    records, pushes = zip(*(trained_member(config, case, i) for i, case in enumerate(("pointer", "fast"))), strict=True)
     base, answer = base_of(fresh_base(config)), torch.arange(12)[None] == torch.full((6, 1), 6)
     features = prompt_features(base.model.embed(x), prompt_mask).detach()
     router = Router(2, config.d_model)

@@ -169,6 +169,7 @@ def test_a_smoothed_loss_is_the_cross_entropy_with_a_share_of_all_labels_words(c
     *(("weight-lora", given) for given in ({"budget": 0.2}, {"budget": 0.05, "targets": ("key",)})),
     ("adapters", {"budget": 0.013}),
     *(("trajectory-lora", given) for given in ({}, {"budget": 0.001}, {"blocks": 0, "budget": 0.3}, {"ranks": "auto"})),
+    *(("trajectory-lora", {"pointer": "auto", **given}) for given in ({}, {"budget": 0.002}, {"ranks": "auto"})),
     ("trajectory-lora", {"recipe": "paper", "ranks": (8, 8, 8), "budget": 0.1}),
     *(("trajectory-lora", {"recipe": "fast", **given}) for given in ({}, {"ranks": "auto"})),
 ])  # fmt: skip

@@ -27,6 +27,7 @@ from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
+from tinyld.methods.trajectory import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import Example, learned_rows, learned_too, load_split
@@ -54,7 +55,6 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # teach than a label: after 9,600 of WebNLG `best` had 1.65 nats for 1.71 by 32 at once, `full` 1.19 for 1.25
 # (data/results/writing-variants.csv); labels are learned as well by 32.
 FEW, WRITING, EPOCHS, MANY, BATCH = (20, 90, 220), (8, 1_600, 4_800), 100, 30_000, 8
-POINTER = 32  # width of what copies from the prompt, of trajectory LoRA that writes
 SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
 SCARCE = 64  # rows a label, up to which full fine-tuning learned more (data/results/few-rows.csv)
@@ -99,8 +99,8 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))
     given = {name: getattr(options, name) for name in METHOD_OPTIONS}
     check(task.is_generation or not options.pointer, "--set pointer copies into texts: it has no effect on labels")
-    if method == TrajectoryLora.name and task.is_generation and options.recipe != "paper" and options.blocks != 0:
-        given["pointer"] = POINTER if options.pointer is None else options.pointer
+    if method == TrajectoryLora.name and task.is_generation and options.pointer is None:
+        given["pointer"] = AUTO
     settings = make_config(method, given, shape)
     kept = {"path": str(base.resolve()), "dtype": options.base_dtype}
     kept |= {} if reading == Reading() else {"reading": to_dict(reading)}

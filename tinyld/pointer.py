@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TINY = 1e-15  # odds of what cannot be copied, so that their logarithm has a gradient
+TINY = 1e-30  # the least odds that count
 FRESH, MOST = -3.0, 30.0  # log odds of copying: at the start, and at most
 
 
@@ -36,7 +36,8 @@ class Copies(NamedTuple):
     def nll(self, nll: Tensor, target: Tensor) -> Tensor:
         """-log p(target) in nats, (...), where by the logits alone it is `nll`."""
         right = (self.odds * (self.ids == target[..., None])).sum(-1)
-        return nll - F.softplus(nll + (right + TINY).log()) + self.odds.sum(-1).log1p()
+        more = F.softplus(nll + right.clamp(min=TINY).log()).where(right > TINY, 0.0)
+        return nll - more + self.odds.sum(-1).log1p()
 
     def logits(self, logits: Tensor) -> Tensor:
         """Logits (..., V) with what may be copied in them; as they are, where that is nothing."""

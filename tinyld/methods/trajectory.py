@@ -27,6 +27,7 @@ from tinyld.pointer import Pointer
 
 AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
+POINTER = 32  # width of what copies from the prompt of a text to write, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,12 @@ class TrajectoryLora(Method):
             del given["ranks"]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
         config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
+        pointer = given.pop("pointer", 0)
         config = replace(replace(config, blocks=min(config.blocks, model_config.num_layers)), **given)
+        if pointer == AUTO:  # at most a third of the budget
+            fits = POINTER if budget is None else int(budget * model_config.num_parameters() / 6 / model_config.d_model)
+            pointer = min(POINTER, fits) if config.blocks > 0 else 0
+        config = replace(config, pointer=pointer)
         config = cls.fit_budget(config, model_config, budget)
         if budget is not None:  # once units are pruned, no more are left than fit
             config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))

@@ -1,0 +1,116 @@
+"""What copies from a prompt: chances that add up, the token that is pointed at, names that were never learned."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import QUICK, assert_refused, cli, fresh_base
+from test_methods import attach
+
+import tinyld
+from tinyld.config import ModelConfig, TrainConfig
+from tinyld.data import Batch
+from tinyld.diffusion import noise_counted, token_nll
+from tinyld.optim import Optimizer
+from tinyld.pointer import Copies, Pointer
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+MASK, COLON = 4, 5
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_chances_add_up_and_are_the_same_by_logits_and_by_nats() -> None:
+    """Of a token that stands in the row twice, of unlikely ones, and where nothing may be copied."""
+    logits = 8 * torch.randn(3, 50, generator=seeded())
+    ids = torch.tensor([[7, 9, 7, 11]]).expand(3, 4)
+    odds = torch.tensor([[0.2, 0.1, 0.0, 0.0], [1e6, 0.0, 0.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
+    copies, targets = Copies(odds, ids), torch.arange(50)
+    nll = torch.stack([-logits.log_softmax(1)[:, v] for v in targets])
+    found = torch.stack([copies.nll(nll[v], targets[v].expand(3)) for v in targets], 1)
+    torch.testing.assert_close(found.neg().exp().sum(1), torch.ones(3))
+    torch.testing.assert_close(copies.logits(logits).log_softmax(1), -found, rtol=1e-4, atol=1e-4)
+    expected = logits.softmax(1)
+    for token, its in ((7, 0), (9, 1), (11, 3)):
+        expected[:, token] += odds[:, its]
+    torch.testing.assert_close(found.neg().exp(), expected / expected.sum(1, keepdim=True), rtol=1e-3, atol=1e-7)
+
+
+def test_a_token_without_logits_is_not_copied_and_spoils_nothing() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    found = Copies(torch.tensor([[3.0, 2.0]]), torch.tensor([[2, 0]])).logits(logits)
+    assert found[0, 2] == -torch.inf and found[0, 1] == 1.0 and found[0, 0] > 1.0
+
+
+def test_what_is_pointed_at_is_in_the_prompt_and_counts_where_its_token_stands_first() -> None:
+    pointer = Pointer(16, 16, None)
+    states, h = torch.randn(2, 6, 16, generator=seeded()), torch.zeros(2, 1, 16)
+    ids = torch.tensor([[7, 8, 9, 8, 6, 6], [7, 8, 9, 10, 6, 6]])
+    prompt = torch.tensor([[True] * 4 + [False] * 2, [False] * 6])
+    h[:, 0] = states[:, 3]  # asks for what stands there
+    with torch.no_grad():
+        for matrix in (pointer.query, pointer.key):
+            matrix.copy_(3 * torch.eye(16))
+        pointer.bias.fill_(2.0)
+        odds = pointer(h, states, prompt, ids)
+    assert odds.shape == (2, 1, 6) and odds[0, 0].argmax() == 1, "the first place of the token at 3"
+    torch.testing.assert_close(odds[0].sum(), torch.tensor(2.0).exp())
+    assert odds[0, 0, 3:].eq(0).all() and odds[1].eq(0).all(), "nothing of what is no prompt, nor where there is none"
+
+
+@pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
+def test_names_that_were_never_learned_are_copied(config: ModelConfig, case: str) -> None:
+    """Rows `name :` -> the name. Half of the names are learned; without a pointer the others have next to no chance."""
+    names = torch.arange(20, config.vocab_size)
+    learned, new = names[::2], names[1::2]
+
+    def rows(of: torch.Tensor) -> Batch:
+        x = torch.stack([of, torch.full_like(of, COLON), of], 1)
+        return Batch(
+            x, torch.tensor([False, False, True]).expand_as(x), torch.ones_like(x).bool(), torch.arange(len(x))
+        )
+
+    def chance(of: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(token_nll(model, noise_counted(rows(of), MASK, seeded()))[0].neg().exp().mean())
+
+    found = {}
+    for width in (0, 4):
+        model = fresh_base(config)
+        method = attach(model, case, pointer=width)
+        optimizer = Optimizer(method.own, TrainConfig(steps=60, lr=0.03))
+        for _ in range(60):
+            model.zero_grad()
+            token_nll(model, noise_counted(rows(learned), MASK, seeded()))[0].mean().backward()
+            optimizer.step()
+        found[width] = chance(new)
+    assert found[4] > 0.5 > 0.1 > found[0]
+
+
+def test_only_what_writes_has_a_pointer_of_at_most_a_third_of_what_is_stored(place: Path) -> None:
+    made = {**QUICK, "method": "trajectory-lora", "base": place / "base"}
+    for options, width in (({"ranks": "2,2,2"}, 32), ({"pointer": 3, "ranks": "2,2,2"}, 3), ({"budget": "9%"}, None)):
+        run = tinyld.finetune(place / "tell.toml", out="run", force=True, **made, **options)
+        own, limit = run.config["method"]["pointer"], 0.09 * run.config["parameters"]["base_parameters"]
+        stored = run.config["parameters"]["stored_parameters"]
+        assert own == width or (0 < own < 32 and Pointer.num_parameters(own, 32) < 0.4 * limit and stored <= limit)
+        assert tinyld.load("run").write(["rain"]) == run.write(["rain"])
+    for options in ({"blocks": 0}, {"recipe": "paper", "blocks": 0}, {"pointer": 0}):
+        run = tinyld.finetune(place / "tell.toml", out="run", force=True, **{"ranks": "2,2,2"} | made | options)
+        assert run.config["method"]["pointer"] == 0
+    assert tinyld.finetune(place / "mood.toml", out="labels", **made, budget="9%").config["method"]["pointer"] == 0
+    asked = ["--set", "pointer=4", "--base", place / "base", "--out", "no"]
+    assert_refused(cli("finetune", "--task", place / "mood.toml", *asked), 2, "it has no effect on labels")
+    assert_refused(cli("finetune", "--task", place / "tell.toml", *asked, "--set", "blocks=0"), 2, "blocks must be 1")
+
+
+def test_gradients_are_finite_however_unlikely_a_token_is() -> None:
+    logits = torch.tensor([[0.0, -200.0, -90.0]], requires_grad=True)
+    odds = torch.tensor([[0.05, 0.0]], requires_grad=True)
+    for target in (1, 2):
+        nll = F.cross_entropy(logits, torch.tensor([target]), reduction="none")
+        Copies(odds, torch.tensor([[1, 0]])).nll(nll, torch.tensor([target])).sum().backward()
+    assert logits.grad.isfinite().all() and odds.grad.isfinite().all()  # type: ignore[union-attr]
