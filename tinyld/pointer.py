@@ -66,5 +66,7 @@ class Pointer(nn.Module):
             scores = (h @ self.query.T) @ (read @ self.key.T).transpose(1, 2) / math.sqrt(len(self.query))
             share = scores.masked_fill(~prompt_mask[:, None], torch.finfo(scores.dtype).min).softmax(-1)
             odds = (h @ self.gate + self.bias).clamp(max=MOST).exp() * prompt_mask.any(1, keepdim=True)
-            first = (ids[:, :, None] == ids[:, None, :]).int().argmax(-1)
+            place, none = torch.arange(ids.shape[1], device=ids.device).expand_as(ids), ids.shape[1]
+            first = ids.new_full((len(ids), int(ids.max()) + 1), none).scatter_reduce(1, ids, place, "amin")
+            first = first.gather(1, ids)
             return torch.zeros_like(share).scatter_add(2, first[:, None].expand_as(share), share * odds[..., None])

@@ -31,8 +31,7 @@ class Method:
     recipes: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: Any, model: Denoiser, generator: torch.Generator | None = None):
-        """Freezes the base, adds the method and fills `own`. A fresh method changes no logit, but for a
-        pointer, which begins at 5%."""
+        """Freezes the base, adds the method and fills `own`. A fresh one changes no logit (a pointer begins at 5%)."""
         self.config = config
         model.requires_grad_(False)
         self.own = self.install(model, generator)

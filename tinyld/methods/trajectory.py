@@ -6,7 +6,8 @@ Up-projections A start at zero, so a fresh adapter changes nothing. A band of no
 units of one A and B, so that the largest rank alone is stored. The sites, before each of the last blocks and on the
 final state, share A and B too, and weigh the units each for itself. `best` pushes every position, and attention carries
 on what is pushed. `fast` pushes the answer's alone, which read the frozen base's states, keys and values, their own
-too: all adapters that answer a text share these and, where it is one token, training keeps them.
+too: all adapters that answer a text share these and, where it is one token, training keeps them. What writes texts has
+a pointer besides, which may copy from the prompt (pointer.py): few units cannot carry which of all tokens that is.
 """
 
 import math
