@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import QUICK, assert_refused, cli, fresh_base
-from test_methods import attach
+from test_methods import attach, logits, noised_batch, train
 
 import tinyld
 from tinyld.config import ModelConfig, TrainConfig
@@ -114,3 +114,18 @@ def test_gradients_are_finite_however_unlikely_a_token_is() -> None:
         nll = F.cross_entropy(logits, torch.tensor([target]), reduction="none")
         Copies(odds, torch.tensor([[1, 0]])).nll(nll, torch.tensor([target])).sum().backward()
     assert logits.grad.isfinite().all() and odds.grad.isfinite().all()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
+@torch.no_grad()
+def test_logits_and_nats_of_a_pass_are_those_of_one_distribution(config: ModelConfig, case: str) -> None:
+    """And a push of the answer alone leaves the logits of the prompt to the base."""
+    model, noised = fresh_base(config), noised_batch(config)
+    plain = logits(model, noised)
+    with torch.enable_grad():
+        train(model, attach(model, case))
+    found = logits(model, noised)
+    nll = -found.log_softmax(-1).gather(-1, noised.x0[..., None])[..., 0][noised.is_masked]
+    torch.testing.assert_close(token_nll(model, noised)[0], nll, rtol=1e-4, atol=1e-4)
+    same = torch.isclose(found, plain, atol=1e-4).all(-1)
+    assert same[noised.prompt_mask].all() == (case == "fast-pointer") and not same[noised.is_masked].any()
