@@ -33,7 +33,7 @@ TEXTS = ["the film was", "a very dull plot and", "it is", "food of the", "but mu
 class Oracle:
     """A denoiser with answers known in advance: prompt ids -> ids of its slot, each with a logit of `sure`."""
 
-    device = torch.device("cpu")
+    device, push = torch.device("cpu"), None
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, sure: float):
         self.answers, self.vocab_size, self.sure = answers, vocab_size, sure
@@ -215,6 +215,10 @@ def test_texts_that_answer_a_prompt_alone_are_guided(
     evaluate(model, rows, tokenizer)
     evaluate(model, rows, tokenizer, SampleConfig(guidance=0.5))
     assert seen == [guided, 0.5]
+    options = {"ranks": (2, 2, 2), "blocks": 1, "pointer": 2}
+    METHODS["trajectory-lora"](make_config("trajectory-lora", options, model.config), model)
+    evaluate(model, rows, tokenizer)
+    assert seen[2:] == [None], "what may copy needs no guidance"
 
 
 def test_a_real_denoiser_is_scored_the_same_in_any_batch(

@@ -311,7 +311,7 @@ class SampleConfig(Settings):
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
     guidance: float | None = setting(
-        None, f"Share of its log-probability without the prompt that a token loses: {GUIDANCE}; 0 in gaps.",
+        None, f"Share of its log-probability without the prompt a token loses: {GUIDANCE}; 0 in gaps or by a pointer.",
         least=0, below=1,
     )  # fmt: skip
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)

@@ -74,7 +74,7 @@ def answered(
     work = (1 + rows.lengths - rows.slot) ** (1.5 if rows.open_ended else 1.0)  # a public model may have no [BOS]
     done, work = 0.0, work / work.mean()
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    if sampling.guidance is None and rows.task.is_guided:
+    if sampling.guidance is None and rows.task.is_guided and (model.push is None or model.push.pointer is None):
         sampling = replace(sampling, guidance=GUIDANCE)
     answers = answer_ids(rows.task, tokenizer)
     words = torch.tensor([answer[0] for answer in answers], device=model.device)
