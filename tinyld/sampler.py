@@ -9,9 +9,10 @@ is given too long a length limps, so training teaches one id more, which no text
 words has more masks than are missing (after DreamOn, arXiv 2602.01326). Besides, a text may be written in several
 lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv 1904.09324).
 
-Answers to a prompt are guided (without a classifier, arXiv 2410.18514): all passes but the first go by log p(token |
-prompt) - guidance * log p(token), so that less is said that may be said of anything. The second is asked with the
-prompt hidden; it changes slowly, so one such pass serves REUSED, which takes a third more time, not twice as much.
+Answers to a prompt that no pointer copies from are guided (without a classifier, arXiv 2410.18514): all passes but the
+first go by log p(token | prompt) - guidance * log p(token), so that less is said that may be said of anything. The
+second is asked with the prompt hidden; it changes slowly, so one such pass serves REUSED, which takes a third more
+time, not twice as much.
 """
 
 import math
