@@ -178,8 +178,7 @@ class Denoiser(nn.Module):
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
         odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, xt)
         asked = where if positions is None else few[1]
-        h, odds = (of if of is None or asked is None else of[asked] for of in (h, odds))
-        return h, Copies.of(odds, xt, where)
+        return h if asked is None else h[asked], Copies.of(odds, xt, where, asked)
 
     def answer_states(
         self, push: Push, xt: Tensor, t: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor,
@@ -193,12 +192,10 @@ class Denoiser(nn.Module):
         frozen = (cached.unbind(2), ()) if cached is not None else self.frozen(xt, attention_mask, first, stop)
         (h,) = self.along([push], *frozen, positions, t, attention_mask, prompt_mask)
         odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, xt)
-        if where is None:
-            h = take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
-            odds = odds if odds is None else odds * ~prompt_mask[..., None]
-        else:
-            h, odds = h[is_asked], odds if odds is None else odds[is_asked]
-        return h, Copies.of(odds, xt, where)
+        if where is not None:
+            return h[is_asked], Copies.of(odds, xt, where, is_asked)
+        h = take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
+        return h, Copies.of(None if odds is None else odds * ~prompt_mask[..., None], xt)
 
     @torch.no_grad()
     def frozen(
@@ -274,7 +271,7 @@ class Denoiser(nn.Module):
             return head_nll(h, weight, None if bias is None else bias.to(dtype), target)
 
     def forward(self, *given: Any, **told: Any) -> Tensor:
-        """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `states` is given."""
+        """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `one_pass` is given."""
         h, copies = self.one_pass(*given, **told)
         logits = self.head(h)
         return logits if copies is None else copies.logits(logits)

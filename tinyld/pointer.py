@@ -27,10 +27,14 @@ class Copies(NamedTuple):
     ids: Tensor  # (..., L) int64, the row's tokens
 
     @classmethod
-    def of(cls, odds: Tensor | None, xt: Tensor, where: Tensor | None) -> Copies | None:
-        """Of odds at all positions of the rows xt (B, L), (B, L, L), or at those of `where` (B, L) alone, (N, L)."""
+    def of(
+        cls, odds: Tensor | None, xt: Tensor, where: Tensor | None = None, asked: Tensor | None = None
+    ) -> Copies | None:
+        """Of odds at all positions of the rows xt (B, L), (B, L, L), or at those of `where` (B, L) alone, (N, L); with
+        `asked` (B, M) of those among odds (B, M, L)."""
         if odds is None:
             return None
+        odds = odds if asked is None else odds[asked]
         return cls(odds, xt[:, None].expand_as(odds) if where is None else xt[where.nonzero()[:, 0]])
 
     def nll(self, nll: Tensor, target: Tensor) -> Tensor:
