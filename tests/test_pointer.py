@@ -1,5 +1,6 @@
 """What copies from a prompt: chances that add up, the token that is pointed at, names that were never learned."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,31 @@ def test_what_is_pointed_at_is_in_the_prompt_and_counts_where_its_token_stands_f
         for matrix in (pointer.query, pointer.key):
             matrix.copy_(3 * torch.eye(16))
         pointer.bias.fill_(2.0)
-        odds = pointer(h, states, prompt, ids)
+        odds = pointer(h, states, prompt, ids, torch.tensor([[4], [4]]))
     assert odds.shape == (2, 1, 6) and odds[0, 0].argmax() == 1, "the first place of the token at 3"
     torch.testing.assert_close(odds[0].sum(), torch.tensor(2.0).exp())
     assert odds[0, 0, 3:].eq(0).all() and odds[1].eq(0).all(), "nothing of what is no prompt, nor where there is none"
+
+
+@torch.no_grad()
+def test_what_is_written_beside_a_mask_and_before_says_what_is_copied_next() -> None:
+    """f, position by position, of a prompt on both sides of the answer."""
+    pointer, x = Pointer(2, 8, seeded()), [7, 8, 9, 7, MASK, 8, MASK, 9, 8, 6]
+    pointer.written.copy_(torch.rand(26, generator=seeded()))
+    weights = 10 * pointer.written[:25].view(5, 5)
+    prompt, positions = torch.tensor([[True] * 4 + [False] * 3 + [True] * 3]), torch.tensor([[6, 4]])
+    found = pointer.by_written(torch.tensor([x]), prompt, positions)
+    for nth, i in enumerate(positions[0].tolist()):
+        for j in range(len(x)):
+            beside = [(a, b) for a in range(-2, 3) for b in range(-2, 3) if max(i + a, j + b) < len(x) and j + b >= 0]
+            expected = sum(float(weights[a + 2, b + 2]) for a, b in beside if x[i + a] == x[j + b])
+            expected += 10 * float(pointer.written[25]) * (x[j] in x[4:7])
+            assert float(found[0, nth, j]) == pytest.approx(expected, rel=1e-5), (i, j)
+    h, read = torch.randn(1, 2, 8, generator=seeded()), torch.randn(1, 10, 8, generator=seeded())
+    told = prompt, torch.arange(10)[None], positions
+    odds, factor = pointer(h, read, *told), pointer.by_written(told[1], prompt, positions).exp()
+    pointer.written.zero_()
+    torch.testing.assert_close(odds, factor * pointer(h, read, *told))
 
 
 @pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
@@ -116,16 +138,34 @@ def test_gradients_are_finite_however_unlikely_a_token_is() -> None:
     assert logits.grad.isfinite().all() and odds.grad.isfinite().all()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
 @torch.no_grad()
-def test_logits_and_nats_of_a_pass_are_those_of_one_distribution(config: ModelConfig, case: str) -> None:
-    """And a push of the answer alone leaves the logits of the prompt to the base."""
-    model, noised = fresh_base(config), noised_batch(config)
+def test_logits_and_nats_of_a_pass_are_those_of_one_distribution(config: ModelConfig, case: str, shifted: bool) -> None:
+    """Of all positions or few. And a push of the answer alone leaves the logits of the prompt to the base."""
+    model, noised = fresh_base(replace(config, shifted=shifted)), noised_batch(config)
     plain = logits(model, noised)
     with torch.enable_grad():
         train(model, attach(model, case))
     found = logits(model, noised)
     nll = -found.log_softmax(-1).gather(-1, noised.x0[..., None])[..., 0][noised.is_masked]
     torch.testing.assert_close(token_nll(model, noised)[0], nll, rtol=1e-4, atol=1e-4)
+    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
+    few = model(noised.xt, noised.t, noised.attention_mask, noised.prompt_mask, where=first)
+    torch.testing.assert_close(few, found[first], rtol=1e-4, atol=1e-4)
     same = torch.isclose(found, plain, atol=1e-4).all(-1)
     assert same[noised.prompt_mask].all() == (case == "fast-pointer") and not same[noised.is_masked].any()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@torch.no_grad()
+def test_fresh_pushes_of_all_positions_and_of_the_answer_alone_copy_the_same(
+    config: ModelConfig, shifted: bool
+) -> None:
+    found, noised = [], noised_batch(config)
+    for case in ("pointer", "fast-pointer"):
+        model = fresh_base(replace(config, shifted=shifted))
+        method = attach(model, case)
+        method.push.pointer.written.copy_(torch.rand(26, generator=seeded()))
+        found.append(logits(model, noised)[noised.is_masked])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

@@ -176,8 +176,8 @@ class Denoiser(nn.Module):
             h = (h if at is None else take(h, at)) + push_at(last, h, at)
         if positions is None and shifted:
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
-        odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, xt)
-        asked = where if positions is None else few[1]
+        told, asked = (None, where) if positions is None else few
+        odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, xt, told)
         return h if asked is None else h[asked], Copies.of(odds, xt, where, asked)
 
     def answer_states(
@@ -185,13 +185,13 @@ class Denoiser(nn.Module):
         cached: Tensor | None, where: Tensor | None,
     ) -> tuple[Tensor, Copies | None]:  # fmt: skip
         """`one_pass` with a push on the answer only, of which alone `where` may ask."""
-        positions, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
-        positions = (positions - int(self.config.shifted)).clamp(min=0)
+        told, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
+        positions = (told - int(self.config.shifted)).clamp(min=0)
         first, last = push.first_depth, self.config.num_layers
         stop = last if where is None else max(first, last - 1)
         frozen = (cached.unbind(2), ()) if cached is not None else self.frozen(xt, attention_mask, first, stop)
         (h,) = self.along([push], *frozen, positions, t, attention_mask, prompt_mask)
-        odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, xt)
+        odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, xt, told)
         if where is not None:
             return h[is_asked], Copies.of(odds, xt, where, is_asked)
         h = take(frozen[0][-1], positions).where(prompt_mask[..., None], h)

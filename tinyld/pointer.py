@@ -1,10 +1,13 @@
 """A pointer: at a masked position, each token of the prompt may be the one that is missing (pointer-generator networks,
 arXiv 1704.04368).
 
-    p(v) = (p_base(v) + sum_j odds_j [x_j = v]) / (1 + sum_j odds_j),    odds_j = e^u softmax_j(q . k_j / sqrt(r))
+    p(v) = (p_base(v) + sum_j odds_j [x_j = v]) / (1 + sum_j odds_j),  odds_j = e^(u + f_j) softmax_j(q . k_j / sqrt(r))
+    f_j = sum_ab w_ab [x_(i+a) = x_(j+b)] + c [x_j is in the answer],  -2 <= a, b <= 2
 
-q = Q norm(h), of the position's final state; k_j = K norm(h_j), of the prompt's states before the last block; and
-u = w . norm(h) + b, the log odds of copying. w starts at zero and b so that 5% is copied, without preference.
+at position i, with q = Q norm(h), of its final state; k_j = K norm(h_j), of the prompt's states before the last block;
+and u = w . norm(h) + b, the log odds of copying. f looks at what is written: whether a copy beside i goes on with x_j,
+and whether x_j was copied before (coverage, same paper). All start at zero, but for Q and K at random and b so that 5%
+is copied, without preference.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyld.block import take
+
+NEAR = 2  # positions on either side of a mask, and of what it may copy, that are compared
+STEP = 10.0  # as many times as far as other parameters do w_ab and c go in an update, as they are large in the end
 TINY = 1e-30  # the least odds that count
 FRESH, MOST = -3.0, 30.0  # log odds of copying: at the start, and at most
 
@@ -57,20 +64,30 @@ class Pointer(nn.Module):
             nn.Parameter(torch.randn(rank, width, generator=generator) / math.sqrt(width)) for _ in range(2)
         )
         self.gate, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.full((1,), FRESH))
+        self.written = nn.Parameter(torch.zeros((2 * NEAR + 1) ** 2 + 1))  # w_ab, row by row, and c; in STEPs
 
     @staticmethod
     def num_parameters(rank: int, width: int) -> int:
-        return (2 * rank + 1) * width + 1 if rank else 0
+        return (2 * rank + 1) * width + (2 * NEAR + 1) ** 2 + 2 if rank else 0
 
-    def forward(self, h: Tensor, read: Tensor, prompt_mask: Tensor, ids: Tensor) -> Tensor:
-        """Odds (B, M, L) at M positions with final states h (B, M, D), of a prompt whose states before the last block
-        are among `read` (B, L, D), and its tokens among ids (B, L)."""
+    def forward(self, h: Tensor, read: Tensor, prompt_mask: Tensor, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Odds (B, M, L) at `positions` (B, M), None for all L, with final states h (B, M, D), of a prompt whose
+        states before the last block are among `read` (B, L, D), and its tokens among ids (B, L)."""
         with torch.autocast(h.device.type, enabled=False):
             h, read = (F.layer_norm(of.float(), of.shape[-1:]) for of in (h, read))
             scores = (h @ self.query.T) @ (read @ self.key.T).transpose(1, 2) / math.sqrt(len(self.query))
             share = scores.masked_fill(~prompt_mask[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-            odds = (h @ self.gate + self.bias).clamp(max=MOST).exp() * prompt_mask.any(1, keepdim=True)
+            gate = (h @ self.gate + self.bias)[..., None] + self.by_written(ids, prompt_mask, positions)
+            odds = share * gate.clamp(max=MOST).exp() * prompt_mask.any(1)[:, None, None]
             place, none = torch.arange(ids.shape[1], device=ids.device).expand_as(ids), ids.shape[1]
             first = ids.new_full((len(ids), int(ids.max()) + 1), none).scatter_reduce(1, ids, place, "amin")
             first = first.gather(1, ids)
-            return torch.zeros_like(share).scatter_add(2, first[:, None].expand_as(share), share * odds[..., None])
+            return torch.zeros_like(odds).scatter_add(2, first[:, None].expand_as(odds), odds)
+
+    def by_written(self, ids: Tensor, prompt_mask: Tensor, positions: Tensor | None) -> Tensor:
+        """f (B, M, L), as `forward`."""
+        alike, side = ids[:, :, None] == ids[:, None], 2 * NEAR + 1
+        near, again = (STEP * self.written).split([side * side, 1])
+        near = F.conv2d(alike.float()[:, None], near.view(1, 1, side, side), padding=NEAR)[:, 0]
+        near = near if positions is None else take(near, positions)
+        return near + again * (alike & ~prompt_mask[:, :, None]).any(1)[:, None]
