@@ -56,7 +56,7 @@ def test_what_is_pointed_at_is_in_the_prompt_and_counts_where_its_token_stands_f
         for matrix in (pointer.query, pointer.key):
             matrix.copy_(3 * torch.eye(16))
         pointer.bias.fill_(2.0)
-        odds = pointer(h, states, prompt, ids, torch.tensor([[4], [4]]))
+        odds = pointer(h, states, prompt, torch.tensor([[4], [4]]))(ids)
     assert odds.shape == (2, 1, 6) and odds[0, 0].argmax() == 1, "the first place of the token at 3"
     torch.testing.assert_close(odds[0].sum(), torch.tensor(2.0).exp())
     assert odds[0, 0, 3:].eq(0).all() and odds[1].eq(0).all(), "nothing of what is no prompt, nor where there is none"
@@ -77,10 +77,10 @@ def test_what_is_written_beside_a_mask_and_before_says_what_is_copied_next() -> 
             expected += 10 * float(pointer.written[25]) * (x[j] in x[4:7])
             assert float(found[0, nth, j]) == pytest.approx(expected, rel=1e-5), (i, j)
     h, read = torch.randn(1, 2, 8, generator=seeded()), torch.randn(1, 10, 8, generator=seeded())
-    told = prompt, torch.arange(10)[None], positions
-    odds, factor = pointer(h, read, *told), pointer.by_written(told[1], prompt, positions).exp()
+    odds_of, ids = pointer(h, read, prompt, positions), torch.arange(10)[None]
+    odds, factor = odds_of(ids), pointer.by_written(ids, prompt, positions).exp()
     pointer.written.zero_()
-    torch.testing.assert_close(odds, factor * pointer(h, read, *told))
+    torch.testing.assert_close(odds, factor * odds_of(ids))
 
 
 @pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
@@ -162,10 +162,17 @@ def test_logits_and_nats_of_a_pass_are_those_of_one_distribution(config: ModelCo
 def test_fresh_pushes_of_all_positions_and_of_the_answer_alone_copy_the_same(
     config: ModelConfig, shifted: bool
 ) -> None:
-    found, noised = [], noised_batch(config)
+    """And when they look again, at what is written by now."""
+    found, by_now, noised, close = {}, {}, noised_batch(config), {"rtol": 1e-4, "atol": 1e-4}
     for case in ("pointer", "fast-pointer"):
         model = fresh_base(replace(config, shifted=shifted))
         method = attach(model, case)
         method.push.pointer.written.copy_(torch.rand(26, generator=seeded()))
-        found.append(logits(model, noised)[noised.is_masked])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        told = noised.xt, noised.t, noised.attention_mask, noised.prompt_mask
+        found[case], again = model.look(*told, where=noised.is_masked)
+        assert torch.equal(again(noised.xt), found[case])
+        by_now[case] = again(noised.x0)
+        torch.testing.assert_close(by_now[case], model.look(*told)[1](noised.x0)[noised.is_masked], **close)
+    torch.testing.assert_close(*found.values(), **close)
+    torch.testing.assert_close(*by_now.values(), **close)
+    assert not torch.allclose(found["pointer"], by_now["pointer"], **close)

@@ -58,6 +58,39 @@ def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any)
     return decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(**given), eos_id=eos_id)
 
 
+class Pointing(Recording):
+    """It is sure of the first position alone; a pointer that looks again, of the one behind what is written. With the
+    prompt hidden 7 is likelier still."""
+
+    def look(self, x: Tensor, *told: Any, where: Tensor) -> tuple[Tensor, Any]:
+        def again(x: Tensor) -> Tensor:
+            likely, rest = (torch.tensor(p).log() for p in (self.inner, (1 - self.inner) / 3))
+            follows = torch.cat([x[:, :1] == MASK, x[:, :-1] != MASK], 1)[..., None] & (torch.arange(8) == 7)
+            return torch.where(follows, likely, rest)[where]
+
+        self(x, *told, where=where)
+        return again(x), again
+
+    def __call__(self, x: Tensor, *told: Any, where: Tensor) -> Tensor:
+        self.masked.append(where.sum(1).tolist())
+        return torch.eye(8)[7].mul(8).expand(int(where.sum()), 8)
+
+
+@pytest.mark.parametrize(
+    ("sure", "given", "passes"),
+    [
+        (0.99, {}, 1), (0.85, {}, 1), (0.75, {}, 6), (0.75, {"threshold": 0.7}, 1), (0.99, {"block": 3}, 6),
+        (0.99, {"sampler": "low_confidence"}, 6), (0.85, {"temperature": 0.001}, 1), (0.99, {"guidance": 0.5}, 8),
+    ],
+)  # fmt: skip
+def test_a_pointer_looks_again_after_a_pass_and_what_it_is_sure_of_is_written(
+    sure: float, given: Any, passes: int
+) -> None:
+    denoiser = Pointing(sure)
+    out, used = decoded(denoiser, batch := slot(6, 2), **given)
+    assert (out[batch[1]] == 7).all() and used.tolist() == [passes] * 2 and len(denoiser.masked) == passes
+
+
 @pytest.mark.parametrize(("guidance", "written"), [(0.0, 7), (0.5, 6)])
 def test_what_is_likely_without_the_prompt_too_is_written_less(guidance: float, written: int) -> None:
     """7 is always likely, 6 where the prompt can be seen: log p(7 | prompt) is more by 0.5, log p(7) by 4. All else is

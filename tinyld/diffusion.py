@@ -165,7 +165,7 @@ def token_nll(denoiser: Any, noised: Noised, words: Tensor | None = None) -> tup
     h, copies = denoiser.one_pass(noised.xt, *told, where)
     nll, x0 = denoiser.nll(h, noised.x0[where]), noised.x0[where]
     if copies is not None:
-        nll = copies.nll(nll, x0)
+        nll = copies(noised.xt).nll(nll, x0)
     if words is not None:  # whose normaliser is the same for all words, and so cancels
         logits = denoiser.head(h, words)
         right = logits.gather(1, (x0[:, None] == words).int().argmax(1, keepdim=True))[:, 0]

@@ -25,6 +25,8 @@ from tinyld.pointer import Copies, Pointer
 # h is (B, L, D), or (B, M, D) where the pass has computed M positions of a row alone; so is the result. With
 # `positions` (B, M) h has all L, and only what is added at those is returned, (B, M, D).
 PushAt = Callable[..., Tensor]
+# rows xt (B, L) -> what may be copied to the positions of a pass if that, of it, is what is written
+Copying = Callable[[Tensor], Copies]
 
 
 class Push(Protocol):
@@ -136,7 +138,7 @@ class Denoiser(nn.Module):
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
         prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
         push: Push | None = None,
-    ) -> tuple[Tensor, Copies | None]:  # fmt: skip
+    ) -> tuple[Tensor, Copying | None]:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
         position i has the state at i - 1, and position 0 its own. And what may be copied there, by the push's pointer.
@@ -147,7 +149,7 @@ class Denoiser(nn.Module):
         """
         push = self.push if push is None else push
         if push is not None and push.is_routed:
-            h, odds = self.embed(xt), None
+            h, each = self.embed(xt), []
             found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
             for rows, member in push.by_member(h, prompt_mask):
                 own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
@@ -156,9 +158,15 @@ class Denoiser(nn.Module):
                 own_states, copies = self.one_pass(*own, None, asked, member)
                 found[at] = own_states.to(h.dtype)
                 if copies is not None:
-                    odds = found.new_zeros(*found.shape[:-1], xt.shape[1]) if odds is None else odds
-                    odds[at] = copies.odds
-            return found, Copies.of(odds, xt, where)
+                    each.append((rows, at, copies))
+
+            def copies_of_all(xt: Tensor) -> Copies:
+                odds = found.new_zeros(*found.shape[:-1], xt.shape[1])
+                for rows, at, copies in each:
+                    odds[at] = copies(xt[rows]).odds
+                return Copies.of(odds, xt, where)
+
+            return found, copies_of_all if each else None
         if push is not None and push.answer_only:
             return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted
@@ -177,13 +185,14 @@ class Denoiser(nn.Module):
         if positions is None and shifted:
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
         told, asked = (None, where) if positions is None else few
-        odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, xt, told)
-        return h if asked is None else h[asked], Copies.of(odds, xt, where, asked)
+        odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, told)
+        copies = None if odds is None else lambda xt: Copies.of(odds(xt), xt, where, asked)
+        return h if asked is None else h[asked], copies
 
     def answer_states(
         self, push: Push, xt: Tensor, t: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor,
         cached: Tensor | None, where: Tensor | None,
-    ) -> tuple[Tensor, Copies | None]:  # fmt: skip
+    ) -> tuple[Tensor, Copying | None]:  # fmt: skip
         """`one_pass` with a push on the answer only, of which alone `where` may ask."""
         told, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
         positions = (told - int(self.config.shifted)).clamp(min=0)
@@ -191,11 +200,11 @@ class Denoiser(nn.Module):
         stop = last if where is None else max(first, last - 1)
         frozen = (cached.unbind(2), ()) if cached is not None else self.frozen(xt, attention_mask, first, stop)
         (h,) = self.along([push], *frozen, positions, t, attention_mask, prompt_mask)
-        odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, xt, told)
+        odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, told)
         if where is not None:
-            return h[is_asked], Copies.of(odds, xt, where, is_asked)
+            return h[is_asked], None if odds is None else lambda xt: Copies.of(odds(xt), xt, where, is_asked)
         h = take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
-        return h, Copies.of(None if odds is None else odds * ~prompt_mask[..., None], xt)
+        return h, None if odds is None else lambda xt: Copies.of(odds(xt) * ~prompt_mask[..., None], xt)
 
     @torch.no_grad()
     def frozen(
@@ -272,9 +281,16 @@ class Denoiser(nn.Module):
 
     def forward(self, *given: Any, **told: Any) -> Tensor:
         """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `one_pass` is given."""
-        h, copies = self.one_pass(*given, **told)
+        return self.look(*given, **told)[0]
+
+    def look(self, xt: Tensor, *given: Any, **told: Any) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """`forward`'s logits, and what gives them again, without a pass, where more of xt is written by now; None
+        without a pointer, which alone looks at that."""
+        h, copies = self.one_pass(xt, *given, **told)
         logits = self.head(h)
-        return logits if copies is None else copies.logits(logits)
+        if copies is None:
+            return logits, None
+        return copies(xt).logits(logits), lambda xt: copies(xt).logits(logits)
 
 
 def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:

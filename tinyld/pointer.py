@@ -13,6 +13,7 @@ is copied, without preference.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,13 +35,9 @@ class Copies(NamedTuple):
     ids: Tensor  # (..., L) int64, the row's tokens
 
     @classmethod
-    def of(
-        cls, odds: Tensor | None, xt: Tensor, where: Tensor | None = None, asked: Tensor | None = None
-    ) -> Copies | None:
+    def of(cls, odds: Tensor, xt: Tensor, where: Tensor | None = None, asked: Tensor | None = None) -> Copies:
         """Of odds at all positions of the rows xt (B, L), (B, L, L), or at those of `where` (B, L) alone, (N, L); with
         `asked` (B, M) of those among odds (B, M, L)."""
-        if odds is None:
-            return None
         odds = odds if asked is None else odds[asked]
         return cls(odds, xt[:, None].expand_as(odds) if where is None else xt[where.nonzero()[:, 0]])
 
@@ -70,22 +67,29 @@ class Pointer(nn.Module):
     def num_parameters(rank: int, width: int) -> int:
         return (2 * rank + 1) * width + (2 * NEAR + 1) ** 2 + 2 if rank else 0
 
-    def forward(self, h: Tensor, read: Tensor, prompt_mask: Tensor, ids: Tensor, positions: Tensor | None) -> Tensor:
-        """Odds (B, M, L) at `positions` (B, M), None for all L, with final states h (B, M, D), of a prompt whose
-        states before the last block are among `read` (B, L, D), and its tokens among ids (B, L)."""
+    def forward(
+        self, h: Tensor, read: Tensor, prompt_mask: Tensor, positions: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        """What gives, for the tokens ids (B, L) of rows, the odds (B, M, L) at `positions` (B, M), None for all L, with
+        final states h (B, M, D), of a prompt whose states before the last block are among `read` (B, L, D)."""
         with torch.autocast(h.device.type, enabled=False):
             h, read = (F.layer_norm(of.float(), of.shape[-1:]) for of in (h, read))
             scores = (h @ self.query.T) @ (read @ self.key.T).transpose(1, 2) / math.sqrt(len(self.query))
             share = scores.masked_fill(~prompt_mask[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-            gate = (h @ self.gate + self.bias)[..., None] + self.by_written(ids, prompt_mask, positions)
-            odds = share * gate.clamp(max=MOST).exp() * prompt_mask.any(1)[:, None, None]
+            share, gate = share * prompt_mask.any(1)[:, None, None], (h @ self.gate + self.bias)[..., None]
+
+        def odds(ids: Tensor) -> Tensor:
+            with torch.autocast(h.device.type, enabled=False):
+                found = share * (gate + self.by_written(ids, prompt_mask, positions)).clamp(max=MOST).exp()
             place, none = torch.arange(ids.shape[1], device=ids.device).expand_as(ids), ids.shape[1]
             first = ids.new_full((len(ids), int(ids.max()) + 1), none).scatter_reduce(1, ids, place, "amin")
             first = first.gather(1, ids)
-            return torch.zeros_like(odds).scatter_add(2, first[:, None].expand_as(odds), odds)
+            return torch.zeros_like(found).scatter_add(2, first[:, None].expand_as(found), found)
+
+        return odds
 
     def by_written(self, ids: Tensor, prompt_mask: Tensor, positions: Tensor | None) -> Tensor:
-        """f (B, M, L), as `forward`."""
+        """f (B, M, L), of what `forward` is given."""
         alike, side = ids[:, :, None] == ids[:, None], 2 * NEAR + 1
         near, again = (STEP * self.written).split([side * side, 1])
         near = F.conv2d(alike.float()[:, None], near.view(1, 1, side, side), padding=NEAR)[:, 0]

@@ -13,6 +13,9 @@ Answers to a prompt that no pointer copies from are guided (without a classifier
 first go by log p(token | prompt) - guidance * log p(token), so that less is said that may be said of anything. The
 second is asked with the prompt hidden; it changes slowly, so one such pass serves REUSED, which takes a third more
 time, not twice as much.
+
+A pointer looks at what is written, too, and may look again without a pass: once the first word of a name is written it
+knows the second. So after a pass what it is sure of by now is written, until there is nothing more.
 """
 
 import math
@@ -29,6 +32,7 @@ from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
 REUSED = 4  # passes that go by one without the prompt
+COPIED_ON = 0.8  # probability by which a pointer that looks again is sure
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
@@ -125,11 +129,11 @@ def fill_in(
     number, of_hidden = torch.zeros_like(x), x  # of each mask, among those of a pass that hid the prompt; its logits
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
-        masked, real, logits = whole[rows, :length], attended[rows, :length], first
+        masked, real, logits, less, again = whole[rows, :length], attended[rows, :length], first, None, None
         if logits is None:
             seen, prompt = x[rows, :length], prompt_mask[rows, :length]
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt
-            logits = denoiser(seen, *told, where=masked)  # (N, V)
+            logits, again = look(denoiser, seen, *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
             if config.guidance:
                 if (step - made) % REUSED == 0:
@@ -137,8 +141,8 @@ def fill_in(
                     of_hidden = of_hidden.clamp(min=-1e4)  # where a token has none
                     number = number.masked_scatter(whole, torch.arange(len(of_hidden), device=x.device))
                     passes[rows.cpu()] += 1
-                logits = logits.float().sub(of_hidden[number[whole]], alpha=config.guidance)
-        logits[:, later if first is None else forbidden] = -torch.inf
+                less = config.guidance * of_hidden[number[whole]]
+        logits = allowed(logits, less, later if first is None else forbidden)
         if config.sampler == "revise":
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
@@ -161,14 +165,32 @@ def fill_in(
             doubts = doubts.masked_fill(later_block, torch.inf)
         steps = config.steps or lengths[rows]
         tokens = accept(confidence, leads, doubts, masked, config, steps, step, generator, forced=first is None)
-        x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
-        score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
+        while True:
+            x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
+            score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
+            if again is None or config.sampler != "threshold" or config.block is not None or not bool(tokens.any()):
+                break
+            token, likely, _, _ = choose(in_parts(allowed(again(x[rows, :length]), less, later)), config, generator)
+            left = masked & (x[rows, :length] == mask_id)
+            tokens = left & (spread(likely.exp(), masked) >= min(COPIED_ON, config.enough))
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
             x, inside, attended, number = without(x, inside, attended, number, *shrinking)
         step, first = step + 1, None
         if watch is not None:
             watch(x)
     return x, passes, score / inside.sum(1).clamp(min=1)
+
+
+def look(denoiser: Any, *given: Any, **told: Any) -> tuple[Tensor, Any]:
+    """Its logits and, where it has a pointer, what gives them again without a pass: `Denoiser.look`."""
+    return denoiser.look(*given, **told) if hasattr(denoiser, "look") else (denoiser(*given, **told), None)
+
+
+def allowed(logits: Tensor, less: Tensor | None, forbidden: list[int]) -> Tensor:
+    """Logits (N, V) less those of a hidden prompt, and none of what is forbidden."""
+    logits = logits if less is None else logits.float() - less
+    logits[:, forbidden] = -torch.inf
+    return logits
 
 
 def without(
