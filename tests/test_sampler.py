@@ -79,8 +79,8 @@ class Pointing(Recording):
 @pytest.mark.parametrize(
     ("sure", "given", "passes"),
     [
-        (0.99, {}, 1), (0.85, {}, 1), (0.75, {}, 6), (0.75, {"threshold": 0.7}, 1), (0.99, {"block": 3}, 6),
-        (0.99, {"sampler": "low_confidence"}, 6), (0.85, {"temperature": 0.001}, 1), (0.99, {"guidance": 0.5}, 8),
+        (0.99, {}, 1), (0.92, {}, 1), (0.85, {}, 6), (0.85, {"threshold": 0.8}, 1), (0.99, {"block": 3}, 6),
+        (0.99, {"sampler": "low_confidence"}, 6), (0.92, {"temperature": 0.001}, 1), (0.99, {"guidance": 0.5}, 8),
     ],
 )  # fmt: skip
 def test_a_pointer_looks_again_after_a_pass_and_what_it_is_sure_of_is_written(

@@ -32,7 +32,7 @@ from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
 REUSED = 4  # passes that go by one without the prompt
-COPIED_ON = 0.8  # probability by which a pointer that looks again is sure
+COPIED_ON = 0.9  # probability by which a pointer that looks again is sure
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
