@@ -125,9 +125,11 @@ def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path, m
     with torch.no_grad():
         found = base.model(x, t, real, prompt_mask)
         some, look_again = base.model.look(x, t, real, prompt_mask, where=answer)
-        first = look_again(x.where(~answer, x[:, :1]))  # is written by now
+        token, chance = look_again(x)
+        later = look_again(x.where(~answer, x[:, :1]))[1]  # is written by now
     assert ran == [3, 3] * 2, "each adapter runs on its own rows only"
-    assert torch.equal(look_again(x), some) and not torch.equal(first, some)
+    assert torch.equal(token, some.argmax(1)) and not torch.allclose(later, chance)
+    torch.testing.assert_close(chance, some.softmax(1).amax(1))
     torch.testing.assert_close(some, found[answer], atol=1e-4, rtol=1e-4)
     folder = RunFolder.create(tmp_path / "both")
     composition.save_composition(folder, base, [record | {"data": {}} for record in records], routed, False)

@@ -170,9 +170,28 @@ def test_fresh_pushes_of_all_positions_and_of_the_answer_alone_copy_the_same(
         method.push.pointer.written.copy_(torch.rand(26, generator=seeded()))
         told = noised.xt, noised.t, noised.attention_mask, noised.prompt_mask
         found[case], again = model.look(*told, where=noised.is_masked)
-        assert torch.equal(again(noised.xt), found[case])
-        by_now[case] = again(noised.x0)
-        torch.testing.assert_close(by_now[case], model.look(*told)[1](noised.x0)[noised.is_masked], **close)
+        by_now[case] = again(noised.x0)[1]
+        torch.testing.assert_close(by_now[case], model.look(*told)[1](noised.x0)[1][noised.is_masked], **close)
+        assert not torch.allclose(again(noised.xt)[1], by_now[case], **close)
     torch.testing.assert_close(*found.values(), **close)
     torch.testing.assert_close(*by_now.values(), **close)
-    assert not torch.allclose(found["pointer"], by_now["pointer"], **close)
+
+
+@torch.no_grad()
+def test_the_likeliest_token_by_now_is_that_of_the_logits_but_for_what_is_forbidden(config: ModelConfig) -> None:
+    """Where odds are low, the base's own; where they are high, what is copied."""
+    noised, model, copied = noised_batch(config), fresh_base(config), set()
+    pointer, told = attach(model, "pointer").push.pointer, (noised.xt, noised.t, noised.attention_mask)
+    told = *told, noised.prompt_mask
+    seen = noised.xt[noised.prompt_mask].unique()
+    for bias in (-9.0, -1.0, 1.0, 9.0):
+        pointer.bias.fill_(bias)
+        for forbidden in ([], [MASK, int(seen[0]), int(seen[-1])]):
+            logits, again = model.look(*told, where=noised.is_masked)
+            logits[:, forbidden] = -torch.inf
+            token, chance = again(noised.xt, forbidden)
+            expected, best = logits.softmax(1).max(1)
+            assert torch.equal(token, best)
+            torch.testing.assert_close(chance, expected)
+            copied.add(round(float(torch.isin(token, seen).float().mean()), 3))
+    assert len(copied) > 1

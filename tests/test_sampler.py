@@ -59,21 +59,19 @@ def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any)
 
 
 class Pointing(Recording):
-    """It is sure of the first position alone; a pointer that looks again, of the one behind what is written. With the
-    prompt hidden 7 is likelier still."""
+    """It is sure of nothing; a pointer that looks again, of the position behind what is written."""
 
     def look(self, x: Tensor, *told: Any, where: Tensor) -> tuple[Tensor, Any]:
-        def again(x: Tensor) -> Tensor:
-            likely, rest = (torch.tensor(p).log() for p in (self.inner, (1 - self.inner) / 3))
-            follows = torch.cat([x[:, :1] == MASK, x[:, :-1] != MASK], 1)[..., None] & (torch.arange(8) == 7)
-            return torch.where(follows, likely, rest)[where]
+        def again(x: Tensor, forbidden: list[int]) -> tuple[Tensor, Tensor]:
+            assert forbidden == FORBIDDEN
+            chance = torch.cat([x[:, :1] == MASK, x[:, :-1] != MASK], 1)[where] * self.inner
+            return torch.full(chance.shape, 7), chance
 
-        self(x, *told, where=where)
-        return again(x), again
+        return self(x, *told, where=where), again
 
     def __call__(self, x: Tensor, *told: Any, where: Tensor) -> Tensor:
         self.masked.append(where.sum(1).tolist())
-        return torch.eye(8)[7].mul(8).expand(int(where.sum()), 8)
+        return torch.eye(8)[7].expand(int(where.sum()), 8) - 0.1 * where.nonzero()[:, 1:]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,18 @@ class Copies(NamedTuple):
         more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.log()) - own
         return logits.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0).to(logits.dtype))
 
+    def likeliest(
+        self, logits: Tensor, total: Tensor, left: Tensor, top: Tensor, token: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(token, probability), both (N,), of what is likeliest with what may be copied in (N, V) logits, of which few
+        are read: known are their logsumexp, then, with -inf for what is forbidden, the share of probability that is
+        left, the highest and its token. (Where none has half of the probability, another may be likelier.)"""
+        own = (logits.gather(-1, self.ids).float() - total[..., None]).exp()
+        odds = self.odds.where(own > 0, 0.0)  # 0 where it is forbidden
+        (copied, place), all_odds = (own + odds).max(-1), left + odds.sum(-1)
+        by_base, its = (top - total).exp(), self.ids.gather(-1, place[..., None])[..., 0]
+        return torch.where(copied >= by_base, its, token), torch.maximum(copied, by_base) / all_odds
+
 
 class Pointer(nn.Module):
     def __init__(self, rank: int, width: int, generator: torch.Generator | None):

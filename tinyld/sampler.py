@@ -122,6 +122,7 @@ def fill_in(
     delete, [EOS]) a text becomes shorter by each delete. Where there are blocks (LLaDA, arXiv 2502.09992), what is in a
     later one than a row's first mask is less sure than all in that."""
     x, step, passes, score = x.clone(), 0, torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
+    looks_again = config.sampler == "threshold" and config.block is None and not config.guidance
     made = int(first is not None)  # passes, before those made here
     lengths = inside.sum(1, keepdim=True) + made  # as many passes as tokens, where nothing is said
     later = [token for token in forbidden if not shrinking or token != shrinking[1]]  # forbidden after `first`
@@ -129,7 +130,7 @@ def fill_in(
     number, of_hidden = torch.zeros_like(x), x  # of each mask, among those of a pass that hid the prompt; its logits
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
-        masked, real, logits, less, again = whole[rows, :length], attended[rows, :length], first, None, None
+        masked, real, logits, again = whole[rows, :length], attended[rows, :length], first, None
         if logits is None:
             seen, prompt = x[rows, :length], prompt_mask[rows, :length]
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt
@@ -141,8 +142,8 @@ def fill_in(
                     of_hidden = of_hidden.clamp(min=-1e4)  # where a token has none
                     number = number.masked_scatter(whole, torch.arange(len(of_hidden), device=x.device))
                     passes[rows.cpu()] += 1
-                less = config.guidance * of_hidden[number[whole]]
-        logits = allowed(logits, less, later if first is None else forbidden)
+                logits = logits.float().sub(of_hidden[number[whole]], alpha=config.guidance)
+        logits[:, later if first is None else forbidden] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
             fresh[repeating(x[rows, :length], inside[rows, :length], masked)] = -torch.inf
@@ -168,11 +169,11 @@ def fill_in(
         while True:
             x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
             score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
-            if again is None or config.sampler != "threshold" or config.block is not None or not bool(tokens.any()):
+            if again is None or not looks_again or not bool(tokens.any()):
                 break
-            token, likely, _, _ = choose(in_parts(allowed(again(x[rows, :length]), less, later)), config, generator)
-            left = masked & (x[rows, :length] == mask_id)
-            tokens = left & (spread(likely.exp(), masked) >= min(COPIED_ON, config.enough))
+            token, chance = again(x[rows, :length], later)
+            left, likely = masked & (x[rows, :length] == mask_id), chance.log()
+            tokens = left & (spread(chance, masked) >= min(COPIED_ON, config.enough))
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
             x, inside, attended, number = without(x, inside, attended, number, *shrinking)
         step, first = step + 1, None
@@ -182,15 +183,8 @@ def fill_in(
 
 
 def look(denoiser: Any, *given: Any, **told: Any) -> tuple[Tensor, Any]:
-    """Its logits and, where it has a pointer, what gives them again without a pass: `Denoiser.look`."""
+    """Its logits and, where it has a pointer, what looks again: `Denoiser.look`."""
     return denoiser.look(*given, **told) if hasattr(denoiser, "look") else (denoiser(*given, **told), None)
-
-
-def allowed(logits: Tensor, less: Tensor | None, forbidden: list[int]) -> Tensor:
-    """Logits (N, V) less those of a hidden prompt, and none of what is forbidden."""
-    logits = logits if less is None else logits.float() - less
-    logits[:, forbidden] = -torch.inf
-    return logits
 
 
 def without(
