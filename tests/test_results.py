@@ -62,7 +62,7 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
         ("webnlg-unguided.csv", "55.0, 42.8, 42.3, 42.7"),
         ("guidance.csv", "47, 67.2, 93.7, 46.5, 68.7, 94.6"),
         ("guidance.csv", "47.7, 68.9, 95.6, 43.8, 67.5, 97.4"),
-        ("decoding-best.csv", "50.29, 30.41, 51.72, 19.78"),
+        ("decoding-best.csv", "50.29, 30.41, 51.72, 19.78, 0.62, 0.83"),
         ("learning-curve.csv", "5.518, 6.647"),
         ("spectrum.csv", "164.8, 176.1, 166.5, 39.77, 45.12, 45.31"),
         ("few-rows-rt-critics.csv", "65.6, 60.0 ± 16.1, 64.2 ± 8.7, 64.0 ± 7.7, 69.1 ± 7.3, 67.5 ± 8.0, 67.5 ± 1.9"),
