@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from conftest import label_task, task_of
 from torch import Tensor
 
-from tinyld import sampler
-from tinyld.config import GUIDANCE, ModelConfig, SampleConfig
+from tinyld.config import ModelConfig, SampleConfig
 from tinyld.data import Batch, TaskRows, answer_ids
 from tinyld.device import shrink
 from tinyld.diffusion import noise_answers, token_nll
@@ -197,28 +196,6 @@ def test_the_same_numbers_come_out_twice(sampler: str, model: Denoiser, tokenize
         once = evaluate(model, rows, tokenizer, SampleConfig(sampler, temperature=1.0))
         found.append((once.record() | {"rows_per_second": 0.0}, once.predictions))
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize(("toml", "guided"), [
-    ('template = "{title} : {answer}"\nanswer_column = "story"\nanswer_tokens = 8\n', GUIDANCE),
-    ('template = "{title}"\nanswer_tokens = 8\n', None),
-    ('template = "{title} {answer}"\n[verbalizer]\nbad = "not good"\ngood = "very very great"\n', None),
-])  # fmt: skip
-def test_texts_that_answer_a_prompt_alone_are_guided(
-    toml: str, guided: float | None, model: Denoiser, tokenizer: Tokenizer, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    seen, decode, task = [], sampler.decode, task_of(tmp_path, toml)
-    monkeypatch.setattr("tinyld.evaluate.decode", lambda *a: seen.append(a[6].guidance) or decode(*a))
-    examples = [Example("the film", "", "was dull", 0 if task.labels else None) for _ in range(3)]
-    rows = TaskRows(examples, task, tokenizer, model.config.max_length)
-    evaluate(model, rows, tokenizer)
-    evaluate(model, rows, tokenizer, SampleConfig(guidance=0.5))
-    assert seen == [guided, 0.5]
-    options = {"ranks": (2, 2, 2), "blocks": 1, "pointer": 2}
-    METHODS["trajectory-lora"](make_config("trajectory-lora", options, model.config), model)
-    evaluate(model, rows, tokenizer)
-    assert seen[2:] == [None], "what may copy needs no guidance"
 
 
 def test_a_real_denoiser_is_scored_the_same_in_any_batch(

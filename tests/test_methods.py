@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fast": ("trajectory-lora", {"recipe": "fast", "budget": 0.3}),
     "fast-banded": ("trajectory-lora", {"recipe": "fast", "blocks": 1, **BANDED}),
     "pointer": ("trajectory-lora", {"blocks": 1, "pointer": 3, **BANDED}),
+    **{f"{name}-pointer": (name, {"pointer": 3}) for name in ("weight-lora", "full")},
     "fast-pointer": ("trajectory-lora", {"recipe": "fast", "blocks": 1, "pointer": 3, **BANDED}),
     "paper": ("trajectory-lora", {"recipe": "paper", "ranks": (4, 2, 1)}),
 }
@@ -167,6 +168,7 @@ def test_a_smoothed_loss_is_the_cross_entropy_with_a_share_of_all_labels_words(c
 
 @pytest.mark.parametrize(("name", "options"), [
     *(("weight-lora", given) for given in ({"budget": 0.2}, {"budget": 0.05, "targets": ("key",)})),
+    ("weight-lora", {"pointer": "auto", "budget": 0.007, "targets": ("key",)}),
     ("adapters", {"budget": 0.013}),
     *(("trajectory-lora", given) for given in ({}, {"budget": 0.001}, {"blocks": 0, "budget": 0.3}, {"ranks": "auto"})),
     *(("trajectory-lora", {"pointer": "auto", **given}) for given in ({}, {"budget": 0.002}, {"ranks": "auto"})),
@@ -200,7 +202,7 @@ OURS = "trajectory-lora"
     ("weight-lora", {"targets": ("query", "query")}, "targets names one twice: query, query"),
     ("weight-lora", {"budget": 70.0}, "budget is a share of the base, at most 1, got 70"),
     ("weight-lora", {"rank": 4, "budget": 0.1}, "--budget sets the rank; leave --rank or --budget out"),
-    ("weight-lora", {"blocks": 2}, "--set blocks is not an option of weight-lora, which has --set dropout, --set rank"),
+    ("weight-lora", {"blocks": 2}, "--set blocks is not an option of weight-lora.* --set pointer, --set rank"),
     (OURS, {"rank": 4}, "--set rank is not an option of trajectory-lora, which has --set blocks, --set dropout"),
     (OURS, {"blocks": 1, "ranks": (4, 2, 1, 4, 2, 1, 4, 2, 1)}, "ranks needs 3 values"),
     (OURS, {"sigma": (1.0,)}, "sigma needs 3 values"),

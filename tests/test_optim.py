@@ -7,7 +7,7 @@ from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
 from tinyld.errors import TinyldError
-from tinyld.optim import BETAS, Optimizer, lr_factor
+from tinyld.optim import BETAS, POINTER_LR, Optimizer, lr_factor
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
@@ -106,8 +106,8 @@ def test_weight_decay_shrinks_matrices_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_encoders_own_tensors_stay_frozen_and_then_train_at_their_share(name: str) -> None:
-    params = parameters(0)
+def test_an_encoders_own_tensors_and_a_pointers_have_rates_of_their_own(name: str) -> None:
+    params = parameters(0) | {"pointer.key": nn.Parameter(torch.ones(2, 4))}
     body = frozenset(list(params)[:2])
     config = TrainConfig(steps=1, lr=0.1, optimizer=name, body_lr=0.5, body_start=0.2)
     optimizer = Optimizer(params, config, body)
@@ -117,6 +117,6 @@ def test_an_encoders_own_tensors_stay_frozen_and_then_train_at_their_share(name:
     assert {n for n, p in params.items() if torch.equal(p, before[n])} == body
     optimizer.set_lr(1.0, 0.2)
     rates = {g["lr"] for g in optimizer.param_groups}
-    assert rates == {0.1, 0.05}
+    assert rates == {0.1, 0.05, POINTER_LR}
     update(optimizer, params, 1)
     assert not any(torch.equal(p, before[n]) for n, p in params.items())

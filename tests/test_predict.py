@@ -582,8 +582,6 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/mood table.txt", "", 1, "table.txt: line 1 names columns, text among them"),
     ("{place}/mood --csv --out new.jsonl", "rain", 2, "--csv: --out new.jsonl is no name of a CSV"),
     ("{place}/mood --set lengths=3", "rain", 2, "--set lengths has no effect where answers are labels"),
-    ("{place}/mood --set guidance=0", "rain", 2, "--set guidance has no effect where answers are labels, or fill"),
-    ("{place}/mood --set guidance=1", "rain", 2, "guidance must be below 1, got 1"),
     ("{place}/fast-a {place}/fast-b --task a", "rain", 2, "--task is for one run"),
     ("nowhere", "rain", 1, "no run in nowhere"),
     ("{place}/mood.csv {place}/mood", "", 1, "mood.csv: expected config.json, found a file, no folder"),

@@ -78,7 +78,7 @@ class Pointing(Recording):
     ("sure", "given", "passes"),
     [
         (0.99, {}, 1), (0.92, {}, 1), (0.85, {}, 6), (0.85, {"threshold": 0.8}, 1), (0.99, {"block": 3}, 6),
-        (0.99, {"sampler": "low_confidence"}, 6), (0.92, {"temperature": 0.001}, 1), (0.99, {"guidance": 0.5}, 8),
+        (0.99, {"sampler": "low_confidence"}, 6), (0.92, {"temperature": 0.001}, 1),
     ],
 )  # fmt: skip
 def test_a_pointer_looks_again_after_a_pass_and_what_it_is_sure_of_is_written(
@@ -87,49 +87,6 @@ def test_a_pointer_looks_again_after_a_pass_and_what_it_is_sure_of_is_written(
     denoiser = Pointing(sure)
     out, used = decoded(denoiser, batch := slot(6, 2), **given)
     assert (out[batch[1]] == 7).all() and used.tolist() == [passes] * 2 and len(denoiser.masked) == passes
-
-
-@pytest.mark.parametrize(("guidance", "written"), [(0.0, 7), (0.5, 6)])
-def test_what_is_likely_without_the_prompt_too_is_written_less(guidance: float, written: int) -> None:
-    """7 is always likely, 6 where the prompt can be seen: log p(7 | prompt) is more by 0.5, log p(7) by 4. All else is
-    impossible. Every fourth pass asks without the prompt too."""
-    seen, batch = list[Tensor](), slot(6)
-    prompt = batch[2] & ~batch[1]
-
-    def logits(x: Tensor) -> Tensor:
-        seen.append(x)
-        is_seen = (x == 5)[prompt].any()
-        return torch.tensor([-torch.inf] * 6 + [1.5 if is_seen else -2.0, 2.0]).expand(*x.shape, 8)
-
-    config = SampleConfig(threshold=1.0, guidance=guidance)
-    out, passes = decode(giving(logits), *batch, MASK, FORBIDDEN, config)
-    assert (out[batch[1]] == written).all() and (out[prompt] == 5).all()
-    hidden = [x for x in seen if (x[prompt] == MASK).all()]
-    assert passes.tolist() == [len(seen)] == [8 if written == 6 else 6] and len(hidden) == len(seen) - 6
-    written_so_far = [int((x[batch[1]] != MASK).sum()) for x in seen]
-    assert written_so_far == sorted([*range(6), *([0, 4] if hidden else [])]), "what is written is hidden from no pass"
-
-
-def test_what_was_found_without_the_prompt_moves_up_with_its_mask() -> None:
-    """A delete leaves the text. Without the prompt each place behind it expects a token of its own, which it gets not,
-    wherever it has moved to."""
-    batch = slot(6)
-    prompt = batch[2] & ~batch[1]
-
-    def logits(x: Tensor) -> Tensor:
-        found = torch.full((*x.shape, 13), -30.0)
-        found[..., 5:9], found[:, START + 5, EOS] = 1.0, 30.0
-        if not (x == 5)[prompt].any():
-            for i, token in enumerate([5, 5, 6, 7, 8, 5]):
-                found[:, START + i, token] += 9.0
-        elif int((x[batch[1]] == EOS).sum()) < 2:  # the delete is still there
-            found[:, START, DELETE] = 20.0
-        return found
-
-    config = SampleConfig("low_confidence", guidance=0.5)
-    out, _ = decode(giving(logits), *batch, MASK, FORBIDDEN, config, None, EOS, delete=DELETE)
-    text = out[batch[1]].tolist()
-    assert text[4:] == [EOS, EOS] and all(t != e for t, e in zip(text, [5, 6, 7, 8], strict=False)), text
 
 
 CONFIGS: list[dict[str, Any]] = [
@@ -320,9 +277,7 @@ def test_ancestral_leaves_as_much_masked_as_t_says() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    "given", [{"guidance": 0.6}, *[given for given in CONFIGS if not {"temperature", "kl"} & {*given}][:4]], ids=str
-)
+@pytest.mark.parametrize("given", [of for of in CONFIGS if not {"temperature", "kl"} & {*of}][:4], ids=str)
 def test_rows_decoded_together_equal_rows_decoded_alone(lively: Denoiser, given: dict[str, Any], seed: int) -> None:
     """Rows that finish early leave the batch; padding and neighbours change nothing."""
     batch = rows(2, 7, 1, 4, seed=seed)
@@ -430,9 +385,8 @@ def test_a_text_becomes_shorter_in_as_many_passes_as_are_given(steps: int) -> No
     assert not torch.isin(out[batch[1]], torch.tensor([0, 1, 2, MASK])).any() and int(passes) <= steps
 
 
-@pytest.mark.parametrize("guidance", [0.0, 0.3])
 @pytest.mark.parametrize("sampler", ["threshold", "klass", "entropy"])
-def test_a_text_that_becomes_shorter_leaves_others_as_they_are(sampler: str, guidance: float) -> None:
+def test_a_text_that_becomes_shorter_leaves_others_as_they_are(sampler: str) -> None:
     def logits(x: Tensor) -> Tensor:
         found = fitting(11)(x)
         return torch.where((x[:, 0] == 6)[:, None, None], drifting(x), found)
@@ -446,7 +400,7 @@ def test_a_text_that_becomes_shorter_leaves_others_as_they_are(sampler: str, gui
 
     x, *masks = slot(12, 2)
     x[1, 0] = 6
-    config = SampleConfig(sampler=sampler, threshold=0.9, kl=0.05, guidance=guidance)
+    config = SampleConfig(sampler=sampler, threshold=0.9, kl=0.05)
     given = MASK, FORBIDDEN, config, None, EOS, None, False, DELETE
     together, passes = decode(giving(logits), x, *masks, *given)
     for row in range(2):

@@ -17,7 +17,6 @@ from tinyld.data import Batch, TaskRows, some_of
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
-from tinyld.pointer import Pointer
 from tinyld.runs import ADAPTER, CONFIG, RunFolder, environment
 
 PROTOTYPE_ROWS = 1_000
@@ -106,10 +105,6 @@ class RoutedPush(nn.Module):
     """Hangs on `Denoiser.push`: a row gets the push that the router names for its prompt; each runs on its own rows."""
 
     is_routed = True
-
-    @property
-    def pointer(self) -> Pointer | None:
-        return next((push.pointer for push in self.pushes if push.pointer is not None), None)
 
     def __init__(self, pushes: Sequence[TrajectoryPush], router: Router):
         super().__init__()

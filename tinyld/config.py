@@ -294,7 +294,6 @@ class TrainConfig(Loop):
 THRESHOLDS = {"threshold": 0.95, "klass": 0.6, "entropy": 0.5}
 DRAWN = ("ancestral", "revise")  # whose order is drawn, at any temperature
 SAMPLERS = ("low_confidence", *THRESHOLDS, *DRAWN)
-GUIDANCE = 0.25  # of answers to a prompt, where nothing is said (data/results/README.md, "Can it write?")
 FREELY = "revise", 0.6  # sampler and temperature of texts for no task
 
 
@@ -303,17 +302,13 @@ class SampleConfig(Settings):
     """How masked positions are filled; `sampler.accept` says what each sampler does."""
 
     sampler: str = setting("threshold", "How masked tokens are filled in.", "Writing", among=SAMPLERS)
-    steps: int | None = setting(None, "Passes a text at most; a quarter more where it is guided.", "Writing", least=1)
+    steps: int | None = setting(None, "Passes a text at most.", "Writing", least=1)
     temperature: float = setting(0.0, "0 takes the most likely token.", "Writing", least=0)
     seed: int = setting(0, "Seed of what is drawn.", "Writing", least=0)
     threshold: float | None = setting(
         None, "threshold, klass: least probability (0.95, 0.6); entropy: most nats left open (0.5).", above=0
     )
     least: int = setting(1, "Tokens that a pass writes at least, sure or not.", least=1)
-    guidance: float | None = setting(
-        None, f"Share of its log-probability without the prompt a token loses: {GUIDANCE}; 0 in gaps or by a pointer.",
-        least=0, below=1,
-    )  # fmt: skip
     lengths: int = setting(1, "Lengths that each text is written in, of which the likeliest is taken.", least=1, most=5)
     kl: float = setting(0.01, "klass: most nats that a distribution moved since the last pass.", above=0)
     block: int | None = setting(None, "Tokens that are written before the next ones (semi-autoregressive).", least=1)

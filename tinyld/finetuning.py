@@ -27,7 +27,7 @@ from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
-from tinyld.methods.trajectory import AUTO
+from tinyld.methods.contract import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress
 from tinyld.rows import Example, learned_rows, learned_too, load_split
@@ -99,7 +99,7 @@ def config_of(options: FinetuneOptions) -> dict[str, Any]:
     train = to_dict(TrainConfig(**training | ({"epochs": 1.0} if open_ended else {})))
     given = {name: getattr(options, name) for name in METHOD_OPTIONS}
     check(task.is_generation or not options.pointer, "--set pointer copies into texts: it has no effect on labels")
-    if method == TrajectoryLora.name and task.is_generation and options.pointer is None:
+    if task.is_generation and options.pointer is None:
         given["pointer"] = AUTO
     settings = make_config(method, given, shape)
     kept = {"path": str(base.resolve()), "dtype": options.base_dtype}

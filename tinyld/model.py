@@ -1,7 +1,7 @@
 """The denoiser: a bidirectional transformer from noised ids to token logits; pre-norm and rotary by default.
 
-It knows nothing of schedules, tasks or methods. Methods meet it at the seams of its blocks, and at `Denoiser.push`,
-which may change the residual stream before any block and after the last one.
+It knows nothing of schedules, tasks or methods. Methods meet it at the seams of its blocks, at `Denoiser.push`,
+which may change the residual stream before any block and after the last one, and at `pointer`, which copies.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Denoiser(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.push: Push | None = None
+        self.pointer: Pointer | None = None  # what may be copied from the prompt, where no push has its own
         self.recompute = False  # blocks keep no activations for the backward pass, and run again in it
         if generator is not None:  # else they are to be loaded
             self.reset_parameters(generator)
@@ -143,7 +144,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Copying | None]:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
-        position i has the state at i - 1, and position 0 its own. And what may be copied there, by the push's pointer.
+        position i has the state at i - 1, and position 0 its own. And what may be copied there, by the pointer, if any.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
@@ -187,7 +188,8 @@ class Denoiser(nn.Module):
         if positions is None and shifted:
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
         told, asked = (None, where) if positions is None else few
-        odds = None if push is None or push.pointer is None else push.pointer(h, read, prompt_mask, told)
+        pointer = self.pointer if push is None else push.pointer
+        odds = None if pointer is None else pointer(h, read, prompt_mask, told)
         copies = None if odds is None else lambda xt: Copies.of(odds(xt), xt, where, asked)
         return h if asked is None else h[asked], copies
 

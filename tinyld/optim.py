@@ -13,6 +13,7 @@ from tinyld.device import fast_dtype
 from tinyld.errors import TinyldError
 
 BETAS, MOMENTS = (0.9, 0.98), ("exp_avg", "exp_avg_sq")  # of AdamW
+POINTER_LR = 2e-3  # peak of a pointer's, which begins as nothing in any method
 MOMENTUM, COEFFICIENTS = 0.95, (3.4445, -4.7750, 2.0315)  # of Muon, as in torch.optim.Muon
 
 
@@ -20,20 +21,22 @@ class Optimizer:
     """AdamW on everything or, with `muon`, Muon on the matrices inside blocks and of pushes, and AdamW on the rest.
     Muon (with Nesterov momentum and Kimi's RMS matching, arXiv 2502.16982) takes AdamW's learning rates. torch's own
     multiplies in bf16, which takes seventy times as long on a processor that has none. Biases, norms and
-    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder. AdamW is torch's
-    function, as the first of its optimizers that is made imports its compiler, for a second or two."""
+    one-dimensional parameters get no weight decay. `body` names the tensors of a warm-started encoder; they and a
+    pointer have rates of their own. AdamW is torch's function, as the first of its optimizers that is made imports its
+    compiler, for a second or two."""
 
     _step_supports_amp_scaling = False  # an update that is not finite in fp16 is left out as a whole
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
         self.peak, self.body_lr, self.body_start = config.lr, config.body_lr, config.body_start
-        groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[bool, float, str], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in parameters.items():
             is_inside = parameter.dim() == 2 and name.startswith(("blocks.", "sites."))  # neither embedding nor head
             decay = config.weight_decay * (parameter.dim() >= 2)
-            groups[is_inside and config.optimizer == "muon", decay, name in body].append(parameter)
-        names = ("muon", "weight_decay", "body")
+            part = "body" if name in body else "pointer" if name.startswith("pointer.") else "rest"
+            groups[is_inside and config.optimizer == "muon", decay, part].append(parameter)
+        names = ("muon", "weight_decay", "part")
         settings = [dict(zip(names, key, strict=True)) | {"params": some} for key, some in groups.items()]
         self.param_groups: list[dict[str, Any]] = [group | {"lr": config.lr} for group in settings]
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
@@ -43,8 +46,9 @@ class Optimizer:
     def set_lr(self, factor: float, progress: float) -> None:
         """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""
         body = self.body_lr if progress >= self.body_start else 0.0
+        peaks = {"rest": self.peak, "body": self.peak * body, "pointer": POINTER_LR}
         for group in self.param_groups:
-            group["lr"] = self.peak * factor * (body if group["body"] else 1.0)
+            group["lr"] = factor * peaks[group["part"]]
 
     @torch.no_grad()
     def step(self) -> None:

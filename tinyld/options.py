@@ -191,8 +191,6 @@ class Answering(Moved, OnDevice, Printed, Reading, SampleConfig):
             refuse_idle(self, more, "where every answer is one token")
         if is_label or width == 1:
             refuse_idle(self, ["lengths"], "where answers are labels, or one token")
-        if tasks and not any(task.is_guided for task in tasks):
-            refuse_idle(self, ["guidance"], "where answers are labels, or fill a gap")
 
 
 class Training(OnDevice, Written, Printed, Loop):
@@ -225,7 +223,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     )
     sigma: tuple[float, ...] | None = option(None, "Scale by noise band, high first: 1,0.5,0.25.")
     blocks: int | None = option(None, "trajectory-lora: last blocks pushed; 0 is the final state alone.")
-    pointer: int | None = option(None, "trajectory-lora, to write: width of what copies from prompts; 32.")
+    pointer: int | None = option(None, "To write: width of what copies from prompts; 32.")
     dropout: float | None = option(None, "Share of the numbers read that an update does without.")
     targets: tuple[str, ...] | None = option(
         None, "weight-lora: query,key,value,out,up,down or some.", read=lambda text, _: tuple(text.split(","))

@@ -9,11 +9,6 @@ is given too long a length limps, so training teaches one id more, which no text
 words has more masks than are missing (after DreamOn, arXiv 2602.01326). Besides, a text may be written in several
 lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv 1904.09324).
 
-Answers to a prompt that no pointer copies from are guided (without a classifier, arXiv 2410.18514): all passes but the
-first go by log p(token | prompt) - guidance * log p(token), so that less is said that may be said of anything. The
-second is asked with the prompt hidden; it changes slowly, so one such pass serves REUSED, which takes a third more
-time, not twice as much.
-
 A pointer looks at what is written, too, and may look again without a pass: once the first word of a name is written it
 knows the second. So after a pass what it is sure of by now is written, until there is nothing more.
 """
@@ -31,7 +26,6 @@ from tinyld.config import DRAWN, THRESHOLDS, SampleConfig
 from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
-REUSED = 4  # passes that go by one without the prompt
 COPIED_ON = 0.9  # probability by which a pointer that looks again is sure
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
@@ -122,27 +116,18 @@ def fill_in(
     delete, [EOS]) a text becomes shorter by each delete. Where there are blocks (LLaDA, arXiv 2502.09992), what is in a
     later one than a row's first mask is less sure than all in that."""
     x, step, passes, score = x.clone(), 0, torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
-    looks_again = config.sampler == "threshold" and config.block is None and not config.guidance
+    looks_again = config.sampler == "threshold" and config.block is None
     made = int(first is not None)  # passes, before those made here
     lengths = inside.sum(1, keepdim=True) + made  # as many passes as tokens, where nothing is said
     later = [token for token in forbidden if not shrinking or token != shrinking[1]]  # forbidden after `first`
     last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
-    number, of_hidden = torch.zeros_like(x), x  # of each mask, among those of a pass that hid the prompt; its logits
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
         masked, real, logits, again = whole[rows, :length], attended[rows, :length], first, None
         if logits is None:
-            seen, prompt = x[rows, :length], prompt_mask[rows, :length]
-            told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt
-            logits, again = look(denoiser, seen, *told, where=masked)  # (N, V)
+            told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
+            logits, again = look(denoiser, x[rows, :length], *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
-            if config.guidance:
-                if (step - made) % REUSED == 0:
-                    of_hidden = denoiser(torch.where(prompt, mask_id, seen), *told, where=masked)
-                    of_hidden = of_hidden.clamp(min=-1e4)  # where a token has none
-                    number = number.masked_scatter(whole, torch.arange(len(of_hidden), device=x.device))
-                    passes[rows.cpu()] += 1
-                logits = logits.float().sub(of_hidden[number[whole]], alpha=config.guidance)
         logits[:, later if first is None else forbidden] = -torch.inf
         if config.sampler == "revise":
             fresh = logits.clone()
@@ -169,13 +154,13 @@ def fill_in(
         while True:
             x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
             score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
-            if again is None or not looks_again or not bool(tokens.any()):
+            left = masked & (x[rows, :length] == mask_id)
+            if again is None or not looks_again or not bool(tokens.any()) or not bool(left.any()):
                 break
             token, chance = again(x[rows, :length], later)
-            left, likely = masked & (x[rows, :length] == mask_id), chance.log()
-            tokens = left & (spread(chance, masked) >= min(COPIED_ON, config.enough))
+            likely, tokens = chance.log(), left & (spread(chance, masked) >= min(COPIED_ON, config.enough))
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
-            x, inside, attended, number = without(x, inside, attended, number, *shrinking)
+            x, inside, attended = without(x, inside, attended, *shrinking)
         step, first = step + 1, None
         if watch is not None:
             watch(x)
@@ -188,16 +173,16 @@ def look(denoiser: Any, *given: Any, **told: Any) -> tuple[Tensor, Any]:
 
 
 def without(
-    x: Tensor, inside: Tensor, attended: Tensor, number: Tensor, slot: Tensor, delete: int, eos_id: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, what of it is the text, what is attended to, a number of each place), all (B, L), once each `delete` in a
-    text is gone and what follows in its slot has moved up."""
+    x: Tensor, inside: Tensor, attended: Tensor, slot: Tensor, delete: int, eos_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, what of it is the text, what is attended to), all (B, L), once each `delete` in a text is gone and what
+    follows in its slot has moved up."""
     kept, place = ~(inside & (x == delete)), torch.arange(x.shape[1], device=x.device)
     source = torch.searchsorted(kept.cumsum(1), place.expand_as(x).contiguous(), right=True).clamp(max=x.shape[1] - 1)
     length, nth = (inside & kept).sum(1, keepdim=True), slot.cumsum(1) - 1
     inside = slot & (nth < length)
     x = torch.where(inside, x.gather(1, source), torch.where(slot, eos_id, x))
-    return x, inside, torch.where(slot, nth <= length, attended), number.gather(1, source)
+    return x, inside, torch.where(slot, nth <= length, attended)
 
 
 def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,11 +118,6 @@ class Task:
         return self.is_generation and self.answer_column is None
 
     @property
-    def is_guided(self) -> bool:
-        """Whether what is written answers a prompt, which `guidance` hides; a gap would take up what is around it."""
-        return self.is_generation and not self.is_infill
-
-    @property
     def builtin(self) -> bool:
         return self.path.parent == BUILTIN_DIR
 

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from tinyld.config import ModelConfig, check_ours, from_dict, to_dict
+from tinyld.config import ModelConfig, check, check_ours, from_dict, to_dict
 from tinyld.errors import TinyldError, plain
 from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions, refuse_idle
 from tinyld.read import finite
@@ -110,7 +110,10 @@ def weight_lora(run: Path, base_path: Path | None) -> tuple[Any, Any]:
 
     if RunFolder.open(run).config.get("method", {}).get("name") != "weight-lora":
         raise TinyldError(f"{run} is no weight-lora adapter, which alone this takes: finetune --method weight-lora")
-    return load_adapter(RunFolder(run), base_path)
+    base, method = load_adapter(RunFolder(run), base_path)
+    pointed = f"{run} copies from its prompts by a pointer, which neither a base nor peft has: finetune --set pointer=0"
+    check(method.config.pointer == 0, pointed, TinyldError)
+    return base, method
 
 
 def export(options: ExportOptions) -> dict[str, Any]:

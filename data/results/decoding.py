@@ -9,9 +9,8 @@ A sampler is its name and settings of `SampleConfig`, or one of these, which are
   length / tokens passes (arXiv 1904.09324);
 - `kept,every=8`: `threshold` on states of the prompt that are computed anew in every eighth pass alone (0: in the
   first), which is what keeping its keys and values comes to.
-These three are not guided, all others are, but for `guidance=0.0` in their settings. Writes a table, in which `fewer
-passes` and `BLEU gained` are beside the first sampler, and prints it. Times are of this process on its processors,
-whatever else they do.
+Writes a table, in which `fewer passes` and `BLEU gained` are beside the first sampler, and prints it. Times are of this
+process on its processors, whatever else they do.
 """
 
 import csv
@@ -124,7 +123,6 @@ def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
         name, *settings = text.split(",")
         given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
         rows.open_ended, evaluation.decode = name != "llada", decode
-        given |= {"guidance": 0.0} if name in ("llada", "kept") else {}
         if name == "llada" and not given.pop("masked", 0):
             evaluation.decode = llada
         if name == "mask_predict":

@@ -27,7 +27,7 @@ def make_config(name: str, options: Mapping[str, Any], model_config: ModelConfig
     for an option that the method does not have."""
     method, given = METHODS[name], {option: value for option, value in options.items() if value is not None}
     known = {field.name for field in fields(method.Config)}
-    own = ", ".join(map(FinetuneOptions.called, sorted(known - {"prune"}))) or "no option"
+    own = ", ".join(map(FinetuneOptions.called, sorted(known - {"prune"})))
     for option in (option for option in given if option not in known and option != "budget"):
         raise UsageError(f"{FinetuneOptions.called(option)} is not an option of {name}, which has {own}")
     return method.make_config(given, model_config)

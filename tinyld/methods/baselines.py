@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.block import LINEARS
-from tinyld.config import ModelConfig, Settings, check, setting
-from tinyld.methods.contract import Method, NoOptions
+from tinyld.config import ModelConfig, check, setting
+from tinyld.methods.contract import Method, MethodConfig
 from tinyld.model import Denoiser
 
 ALPHA = 16.0
@@ -26,8 +26,8 @@ class Full(Method):
         return dict(model.named_parameters())
 
     @classmethod
-    def expected_parameters(cls, config: NoOptions, model_config: ModelConfig) -> int:
-        return model_config.num_parameters()
+    def expected_parameters(cls, config: MethodConfig, model_config: ModelConfig) -> int:
+        return super().expected_parameters(config, model_config) + model_config.num_parameters()
 
 
 class BitFit(Method):
@@ -39,12 +39,12 @@ class BitFit(Method):
         return own
 
     @classmethod
-    def expected_parameters(cls, config: NoOptions, model_config: ModelConfig) -> int:
-        return model_config.num_biases()
+    def expected_parameters(cls, config: MethodConfig, model_config: ModelConfig) -> int:
+        return super().expected_parameters(config, model_config) + model_config.num_biases()
 
 
 @dataclass(frozen=True)
-class BottleneckConfig(Settings):
+class BottleneckConfig(MethodConfig):
     rank: int = setting(16, least=1)  # width of the bottleneck
 
 
@@ -77,11 +77,11 @@ class Bottleneck(Method):
     @classmethod
     def expected_parameters(cls, config: BottleneckConfig, model_config: ModelConfig) -> int:
         d, r = model_config.d_model, config.rank
-        return 2 * model_config.num_layers * (2 * d * r + r + d)
+        return super().expected_parameters(config, model_config) + 2 * model_config.num_layers * (2 * d * r + r + d)
 
 
 @dataclass(frozen=True)
-class WeightLoraConfig(Settings):
+class WeightLoraConfig(MethodConfig):
     rank: int = setting(8, least=1)
     targets: tuple[str, ...] = setting(LINEARS, among=LINEARS)
     rslora: bool = False  # scale ALPHA / sqrt(r) (arXiv 2312.03732)
@@ -127,7 +127,8 @@ class WeightLora(Method):
 
     @classmethod
     def expected_parameters(cls, config: WeightLoraConfig, model_config: ModelConfig) -> int:
-        return model_config.num_layers * config.rank * sum(sum(model_config.matrices()[t]) for t in config.targets)
+        of_rank = model_config.num_layers * sum(sum(model_config.matrices()[t]) for t in config.targets)
+        return super().expected_parameters(config, model_config) + config.rank * of_rank
 
     @torch.no_grad()
     def merge(self, model: Denoiser) -> None:

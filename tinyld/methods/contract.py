@@ -8,24 +8,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tinyld.config import ModelConfig, check
+from tinyld.config import ModelConfig, Settings, check, setting
 from tinyld.model import Denoiser
+from tinyld.pointer import Pointer
+
+AUTO = "auto"
+POINTER = 32  # width of what copies from the prompt of a text to write, where nothing is said
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """The config of a method that has none."""
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Settings):
+    """What the configs of all methods have."""
+
+    pointer: int = setting(0, least=0)  # width of what copies from the prompt (pointer.py), 0 for none
 
 
 class Method:
     """An adaptation method, made of its config on a base's denoiser. A subclass is one row of METHODS. It declares
-    `name`, a frozen dataclass `Config` whose fields are the method's options, and in `rates` the learning rate that the
-    tuning grid is centred on by optimizer, its usual one first. `post_norm` takes their place on an encoder that
-    normalises after each sublayer, where the states are small and the same rate is too much; where there are `recipes`,
-    each has both for itself."""
+    `name`, a frozen dataclass `Config` (a MethodConfig) whose fields are the method's options, and in `rates` the
+    learning rate that the tuning grid is centred on by optimizer, its usual one first. `post_norm` takes their place on
+    an encoder that normalises after each sublayer, where the states are small and the same rate is too much; where
+    there are `recipes`, each has both for itself."""
 
     name: ClassVar[str]
-    Config: ClassVar[type] = NoOptions
+    Config: ClassVar[type] = MethodConfig
     rates: ClassVar[dict[str, float]]
     post_norm: ClassVar[dict[str, float]] = {}
     recipes: ClassVar[Mapping[str, Any]] = {}
@@ -35,6 +41,10 @@ class Method:
         self.config = config
         model.requires_grad_(False)
         self.own = self.install(model, generator)
+        if config.pointer:
+            pointer = Pointer(config.pointer, model.config.d_model, generator).to(model.device)
+            (model if model.push is None else model.push).pointer = pointer
+            self.own |= {f"pointer.{n}": p for n, p in pointer.named_parameters()}
         model.train(model.training)  # what was added, too
         for parameter in self.own.values():
             parameter.requires_grad_(True)
@@ -54,16 +64,23 @@ class Method:
         """The config from the options that a user gave, with the rank that a budget allows."""
         budget = given.pop("budget", None)
         check(budget is None or "rank" not in given, "--budget sets the rank; leave --rank or --budget out")
+        given["pointer"] = cls.pointer_width(given.get("pointer", 0), budget, model_config)
         return cls.fit_budget(replace(cls.Config(), **given), model_config, budget)
 
     def install(self, model: Denoiser, generator: torch.Generator | None) -> dict[str, nn.Parameter]:
         """Adds the method to the model; returns its own parameters by name."""
         raise NotImplementedError
 
+    @staticmethod
+    def pointer_width(asked: int | str, budget: float | None, model_config: ModelConfig) -> int:
+        """As asked or, for AUTO, as usual, but at most a third of the budget."""
+        fits = POINTER if budget is None else int(budget * model_config.num_parameters() / 6 / model_config.d_model)
+        return min(POINTER, fits) if asked == AUTO else int(asked)
+
     @classmethod
     def expected_parameters(cls, config: Any, model_config: ModelConfig) -> int:
-        """Closed-form count of what the method trains and stores."""
-        raise NotImplementedError
+        """Closed-form count of what the method trains and stores; here, of its pointer."""
+        return Pointer.num_parameters(config.pointer, model_config.d_model)
 
     @classmethod
     def with_rank(cls, config: Any, rank: int) -> Any:

@@ -6,8 +6,7 @@ Up-projections A start at zero, so a fresh adapter changes nothing. A band of no
 units of one A and B, so that the largest rank alone is stored. The sites, before each of the last blocks and on the
 final state, share A and B too, and weigh the units each for itself. `best` pushes every position, and attention carries
 on what is pushed. `fast` pushes the answer's alone, which read the frozen base's states, keys and values, their own
-too: all adapters that answer a text share these and, where it is one token, training keeps them. What writes texts has
-a pointer besides, which may copy from the prompt (pointer.py): few units cannot carry which of all tokens that is.
+too: all adapters that answer a text share these and, where it is one token, training keeps them.
 """
 
 import math
@@ -19,20 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.block import take
-from tinyld.config import ModelConfig, Settings, check, setting
+from tinyld.config import ModelConfig, check, setting
 from tinyld.methods import paper
-from tinyld.methods.contract import Method
+from tinyld.methods.contract import AUTO, Method, MethodConfig
 from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, band_of, normal, time_embedding
 from tinyld.model import Denoiser, PushAt
 from tinyld.pointer import Pointer
 
-AUTO, PRUNED = "auto", 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
+PRUNED = 0.5  # --set ranks=auto: half of the units that a run begins with are dropped,
 PRUNED_FROM, PRUNED_TO = 0.2, 0.6  # in this part of the run
-POINTER = 32  # width of what copies from the prompt of a text to write, where nothing is said
 
 
 @dataclass(frozen=True)
-class TrajectoryLoraConfig(Settings):
+class TrajectoryLoraConfig(MethodConfig):
     recipe: str = setting("best", among=("best", "fast", "paper"))
     # by band, high noise first; once units are pruned, site by site
     ranks: tuple[int, ...] = setting((64, 64, 64), least=1)
@@ -40,7 +38,6 @@ class TrajectoryLoraConfig(Settings):
     blocks: int = setting(6, least=0)  # sites before each of the last `blocks` blocks, and on the final state
     dropout: float = setting(0.0, least=0, below=1)  # share of the numbers read that an update does without
     prune: float = setting(0.0, least=0, below=1)  # share of the rank units that training drops, the weakest first
-    pointer: int = setting(0, least=0)  # width of what copies from the prompt, 0 for none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,7 +130,7 @@ class TrajectoryPush(nn.Module):
         for site in sites if config.is_tied else ():
             site.down, site.up = sites[0].down, sites[0].up
         self.sites = nn.ModuleList(sites)
-        self.pointer = Pointer(config.pointer, width, generator) if config.pointer else None
+        self.pointer: Pointer | None = None
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> PushAt:
         told = band_of(t), time_embedding(t), prompt_mask
@@ -151,12 +148,10 @@ class TrajectoryLora(Method):
             del given["ranks"]
         budget = given.pop("budget", None if "ranks" in given else recipe.budget)
         config = replace(recipe.config, **({} if model_config.norm_first else recipe.post_norm_options))
+        blocks = given.setdefault("blocks", min(config.blocks, model_config.num_layers))
         pointer = given.pop("pointer", 0)
-        config = replace(replace(config, blocks=min(config.blocks, model_config.num_layers)), **given)
-        if pointer == AUTO:  # at most a third of the budget
-            fits = POINTER if budget is None else int(budget * model_config.num_parameters() / 6 / model_config.d_model)
-            pointer = min(POINTER, fits) if config.blocks > 0 else 0
-        config = replace(config, pointer=pointer)
+        given["pointer"] = 0 if pointer == AUTO and blocks == 0 else cls.pointer_width(pointer, budget, model_config)
+        config = replace(config, **given)
         config = cls.fit_budget(config, model_config, budget)
         if budget is not None:  # once units are pruned, no more are left than fit
             config = replace(config, ranks=tuple(int(rank / (1.0 - config.prune)) for rank in config.ranks))
@@ -171,7 +166,7 @@ class TrajectoryLora(Method):
         d, sites = model_config.d_model, min(config.num_sites, model_config.num_layers + 1)  # more are refused
         if config.recipe == "paper":
             return paper.MODULES * sum(config.ranks) * (3 * d + TIME_WIDTH)
-        unit, pointer = 2 * d + TIME_WIDTH, Pointer.num_parameters(config.pointer, d)
+        unit, pointer = 2 * d + TIME_WIDTH, super().expected_parameters(config, model_config)
         if config.is_tied:
             return max(config.ranks) * (unit + sites) + pointer  # with a gain at every site
         return unit * sum(max(config.site_ranks(site)) for site in range(sites)) + pointer
