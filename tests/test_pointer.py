@@ -83,7 +83,7 @@ def test_what_is_written_beside_a_mask_and_before_says_what_is_copied_next() -> 
     torch.testing.assert_close(odds, factor * odds_of(ids))
 
 
-@pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
+@pytest.mark.parametrize("case", ["pointer", "fast-pointer", "weight-lora-pointer"])
 def test_names_that_were_never_learned_are_copied(config: ModelConfig, case: str) -> None:
     """Rows `name :` -> the name. Half of the names are learned; without a pointer the others have next to no chance."""
     names = torch.arange(20, config.vocab_size)
