@@ -108,12 +108,12 @@ def weight_lora(run: Path, base_path: Path | None) -> tuple[Any, Any]:
     """(base, method) of a weight LoRA, the only kind of run that can be exported for peft or merged."""
     from tinyld.checkpoint import load_adapter
 
-    if RunFolder.open(run).config.get("method", {}).get("name") != "weight-lora":
+    made = RunFolder.open(run).config.get("method", {})
+    if made.get("name") != "weight-lora":
         raise TinyldError(f"{run} is no weight-lora adapter, which alone this takes: finetune --method weight-lora")
-    base, method = load_adapter(RunFolder(run), base_path)
     pointed = f"{run} copies from its prompts by a pointer, which neither a base nor peft has: finetune --set pointer=0"
-    check(method.config.pointer == 0, pointed, TinyldError)
-    return base, method
+    check(not made.get("pointer"), pointed, TinyldError)
+    return load_adapter(RunFolder(run), base_path)
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
