@@ -185,6 +185,8 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
     assert tinyld.load(place / "base").results["pretrain"]
     with pytest.raises(tinyld.UsageError, match="--data has no effect with --resume"):
         tinyld.finetune("x.csv", resume="mine")
+    with pytest.raises(tinyld.UsageError, match="with --resume"):
+        tinyld.finetune(np.array(ROWS), resume="mine")
 
 
 @pytest.mark.parametrize(("change", "other", "usual"), [

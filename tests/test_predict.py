@@ -302,7 +302,7 @@ def test_a_released_base_is_left_as_it_is(place: Path, monkeypatch: pytest.Monke
     base = Path(shutil.copytree(place / "base", "data/small"))
     before = (base / RESULTS).read_bytes()
     for released in ("data", "elsewhere"):
-        monkeypatch.setattr("tinyld.scores.bundled_data_dir", lambda released=released: Path(released))
+        monkeypatch.setattr("tinyld.scores.default_base", lambda released=released: Path(released) / "base")
         remember(base, "eval", "reviews/dev", {"accuracy": 0.5}, "cpu")
         assert ((base / RESULTS).read_bytes() == before) == (released == "data")
 

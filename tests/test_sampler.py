@@ -385,6 +385,21 @@ def test_a_text_becomes_shorter_in_as_many_passes_as_are_given(steps: int) -> No
     assert not torch.isin(out[batch[1]], torch.tensor([0, 1, 2, MASK])).any() and int(passes) <= steps
 
 
+def test_klass_compares_a_token_with_itself_when_the_text_has_become_shorter() -> None:
+    """Behind a delete nothing moves but the places: once they are up, all that is left has settled."""
+
+    def logits(x: Tensor) -> Tensor:
+        found, ends = torch.zeros(*x.shape, 13), int((x[0] == EOS).sum())
+        for i, token in enumerate([DELETE, 6, 7, 8, 9][max(0, ends - 1) :]):
+            found[:, START + i, token] = 9.0 if token == DELETE else 5.0
+        found[:, START + 5, EOS] = 9.0
+        return found
+
+    given = MASK, FORBIDDEN, SampleConfig("klass", threshold=0.5), None, EOS
+    out, passes = decode(giving(logits), *(batch := slot(6)), *given, delete=DELETE)
+    assert out[batch[1]].tolist() == [6, 7, 8, 9, EOS, EOS] and passes.tolist() == [3]
+
+
 @pytest.mark.parametrize("sampler", ["threshold", "klass", "entropy"])
 def test_a_text_that_becomes_shorter_leaves_others_as_they_are(sampler: str) -> None:
     def logits(x: Tensor) -> Tensor:

@@ -168,15 +168,9 @@ def load_base_of(
     if shared := [base for base in bases if (base.fingerprint, base.dtype) == (record.fingerprint, dtype)]:
         return shared[0]
     base = load_base(find_base(config, run, override), device, dtype, record.reading)
-    check_base(config, base, run)
+    found = f"{run} was trained on base {record.fingerprint}, but {base.path} is base {base.fingerprint}"
+    check(base.fingerprint == record.fingerprint, f"{found}; give its own with --base", TinyldError)
     return base
-
-
-def check_base(config: Mapping[str, Any], base: Base, run: Path) -> None:
-    """TinyldError when a run was trained on a base other than this one."""
-    if (trained_on := base_record(config, run).fingerprint) != base.fingerprint:
-        found = f"{base.path} is base {base.fingerprint}"
-        raise TinyldError(f"{run} was trained on base {trained_on}, but {found}; give its own with --base")
 
 
 def load_adapter(

@@ -16,13 +16,14 @@ from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.options import ComposeOptions
 from tinyld.predict import Run, load
+from tinyld.progress import say_truncated
 from tinyld.rows import bundled_data_dir, file_in, prompt_of
 from tinyld.runs import ADAPTER, PROTOTYPE, RESULTS, RunFolder
 from tinyld.scores import measure, rows_for
 from tinyld.tables import percent, print_record, print_table
 from tinyld.tasks import Task, asked_alike
 from tinyld.tokenizer import read_lines
-from tinyld.workspace import RUNS, refuse_inside, say_to_stderr, say_truncated
+from tinyld.workspace import RUNS, refuse_inside, say_to_stderr
 
 LEAST_RIGHT = 0.95  # share of a task's rows that go to its adapter by their text; below it tasks are to be named
 FEW = 20  # rows, with fewer of which no limit is set to what is a task's

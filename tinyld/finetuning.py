@@ -29,23 +29,14 @@ from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.methods.contract import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
-from tinyld.progress import Progress
+from tinyld.progress import Progress, say_learned, say_some, say_truncated
 from tinyld.rows import Example, learned_rows, learned_too, load_split
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_states
-from tinyld.workspace import (
-    RUNS,
-    default_base,
-    keep_freed_memory,
-    refuse_inside,
-    say_learned,
-    say_some,
-    say_to_stderr,
-    say_truncated,
-)
+from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr
 
 DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads all
 # Where nothing is said, three epochs; of few rows twenty, between 90 and 220 updates, as three epochs of 100 rows are

@@ -23,13 +23,14 @@ from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
 from tinyld.model import Denoiser
-from tinyld.read import TENSORS_BYTES, opened, read_bytes, read_object, read_text, refuse_pickled
+from tinyld.read import TENSORS_BYTES, opened, read_bytes, read_object, read_text
 from tinyld.tokenizer import ROLES, Tokenizer, parse_tokenizer
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
 TYPES = types_of(ModelConfig)
 FLOATS = ("F64", "F32", "F16", "BF16")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Chat templates that we know by their first token: what stands before a prompt, and between it and its answer, which
 # ends as the prompt does. They are programs (Jinja), which are never run: one of another form is refused.
 CHATS = (
@@ -74,7 +75,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if not files <= whole:
             raise TinyldError(f"{folder / INDEX}: weight_map must name a file of this folder for every tensor")
     elif len(whole) != 1:
-        refuse_pickled(folder, () if whole else names)
+        pickled = next((name for name in names if not whole and name.endswith(PICKLED)), None)
+        way_out = "AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
+        risk = "pickled weights can run code when read, so tinyld does not; convert them where you trust them"
+        check(not pickled, f"{folder / str(pickled)}: {risk}: {way_out}", TinyldError)
         found = ", ".join(names[:8]) or "nothing"
         raise TinyldError(f"no model in {folder}: expected model.safetensors or {INDEX}, found {found}")
     tensors: dict[str, Stored] = {}

@@ -31,9 +31,10 @@ def finetune(rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path |
     with a run that was interrupted, give its folder as `resume` and nothing to learn.
     """
     if options.get("resume") is not None or isinstance(rows_or_task, str | Path):
+        is_nothing = isinstance(rows_or_task, tuple) and not rows_or_task
         suffix, name = os.path.splitext(str(rows_or_task))[1].lower(), str(rows_or_task)
         is_rows = suffix in (*SUFFIXES, ".txt") or (name not in ("", *builtin_names()) and os.path.isdir(name))
-        made = _options(options, out=out, **({} if rows_or_task == () else {"data" if is_rows else "task": name}))
+        made = _options(options, out=out, **({} if is_nothing else {"data" if is_rows else "task": name}))
         return load(_within(made)["run"], made.base, made.device, made.dtype)
     check(isinstance(out, str | Path | None), f"out is the path of a folder, got {out!r}")
     out = RUNS / "mine" if out is None else Path(out)

@@ -50,7 +50,7 @@ class Copies(NamedTuple):
     def logits(self, logits: Tensor) -> Tensor:
         """Logits (..., V) with what may be copied in them; as they are, where that is nothing."""
         own = logits.gather(-1, self.ids).float()
-        more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.log()) - own
+        more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.clamp(min=TINY).log()) - own
         return logits.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0).to(logits.dtype))
 
     def likeliest(
@@ -93,9 +93,7 @@ class Pointer(nn.Module):
         def odds(ids: Tensor) -> Tensor:
             with torch.autocast(h.device.type, enabled=False):
                 found = share * (gate + self.by_written(ids, prompt_mask, positions)).clamp(max=MOST).exp()
-            place, none = torch.arange(ids.shape[1], device=ids.device).expand_as(ids), ids.shape[1]
-            first = ids.new_full((len(ids), int(ids.max()) + 1), none).scatter_reduce(1, ids, place, "amin")
-            first = first.gather(1, ids)
+            first = (ids[:, :, None] == ids[:, None]).byte().argmax(1)  # place of each token: of equal ones the first
             return torch.zeros_like(found).scatter_add(2, first[:, None].expand_as(found), found)
 
         return odds

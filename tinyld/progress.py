@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 Advance = Callable[[float], None]  # is told how much is done
+Say = Callable[[str], None]  # says a line, or nothing where that is wanted
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -14,6 +15,20 @@ def say(line: str, end: str = "\n") -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(line, end=end, file=sys.stderr, flush=True)
+
+
+def say_some(say: Say, some: int, rows: int, what: str) -> None:
+    if some:
+        say(f"{some:,} of {rows:,} {what}")
+
+
+def say_truncated(say: Say, truncated: int, rows: int, max_length: int, which: str = "rows") -> None:
+    long = f"{which} are longer than the {max_length} tokens that the base takes"
+    say_some(say, truncated, rows, f"{long}: their middle is not read, or what is far from a gap")
+
+
+def say_learned(say: Say, learned: int, rows: int, which: str) -> None:
+    say_some(say, learned, rows, f"{which} are training rows, too: new texts are answered less well")
 
 
 def unheard(done: float) -> None:

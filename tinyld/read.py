@@ -12,7 +12,7 @@ import re
 import stat
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -172,16 +172,6 @@ class Said:
         for key, value in self.raw.items():
             if key not in self.seen and value not in (None, False, "", [], {}):
                 self.refuse(key, "left out: tinyld does not know what it changes")
-
-
-def refuse_pickled(folder: Path, names: Iterable[str]) -> None:
-    """TinyldError with the way out where a folder without safetensors holds pickled weights."""
-    pickled = next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
-    if pickled:
-        raise TinyldError(
-            f"{folder / pickled}: pickled weights can run code when read, so tinyld does not; convert them "
-            "where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
-        )
 
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:

@@ -120,7 +120,8 @@ def fill_in(
     made = int(first is not None)  # passes, before those made here
     lengths = inside.sum(1, keepdim=True) + made  # as many passes as tokens, where nothing is said
     later = [token for token in forbidden if not shrinking or token != shrinking[1]]  # forbidden after `first`
-    last: tuple[Tensor, Tensor] | None = None  # where was masked in the last pass, and what was predicted there
+    total = inside.sum(1).clamp(min=1)
+    before: tuple[Tensor, Tensor] | None = None  # (which of what the last pass predicted was of each place, or -1; it)
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
         masked, real, logits, again = whole[rows, :length], attended[rows, :length], first, None
@@ -138,10 +139,10 @@ def fill_in(
             (logp,) = parts = [torch.cat(list(parts))]
         token, likely, lead, doubt = choose(parts, config, generator)
         if config.sampler == "klass":
-            if last is not None:
-                same = whole & last[0]
-                doubt[same[whole]] = divergence(logp[same[whole]], last[1][same[last[0]]])
-            last = whole, logp
+            if before is not None:
+                same = whole & (before[0] >= 0)
+                doubt[same[whole]] = divergence(logp[same[whole]], before[1][before[0][same]])
+            before = spread(torch.arange(len(logp), device=x.device), whole, -1), logp
         confidence = spread(likely.exp(), masked) * (1.0 if first is None else share[rows])
         leads, doubts = spread(lead, masked), spread(doubt, masked, torch.inf)
         if config.block is not None:
@@ -160,11 +161,12 @@ def fill_in(
             token, chance = again(x[rows, :length], later)
             likely, tokens = chance.log(), left & (spread(chance, masked) >= min(COPIED_ON, config.enough))
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
-            x, inside, attended = without(x, inside, attended, *shrinking)
+            x, inside, attended, source = without(x, inside, attended, *shrinking)
+            before = before and (before[0].gather(1, source), before[1])
         step, first = step + 1, None
         if watch is not None:
             watch(x)
-    return x, passes, score / inside.sum(1).clamp(min=1)
+    return x, passes, score / total
 
 
 def look(denoiser: Any, *given: Any, **told: Any) -> tuple[Tensor, Any]:
@@ -172,17 +174,15 @@ def look(denoiser: Any, *given: Any, **told: Any) -> tuple[Tensor, Any]:
     return denoiser.look(*given, **told) if hasattr(denoiser, "look") else (denoiser(*given, **told), None)
 
 
-def without(
-    x: Tensor, inside: Tensor, attended: Tensor, slot: Tensor, delete: int, eos_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, what of it is the text, what is attended to), all (B, L), once each `delete` in a text is gone and what
-    follows in its slot has moved up."""
+def without(x: Tensor, inside: Tensor, attended: Tensor, slot: Tensor, delete: int, eos_id: int) -> tuple[Tensor, ...]:
+    """(x, what of it is the text, what is attended to, where each token stood), all (B, L), once each `delete` in a
+    text is gone and what follows in its slot has moved up."""
     kept, place = ~(inside & (x == delete)), torch.arange(x.shape[1], device=x.device)
     source = torch.searchsorted(kept.cumsum(1), place.expand_as(x).contiguous(), right=True).clamp(max=x.shape[1] - 1)
     length, nth = (inside & kept).sum(1, keepdim=True), slot.cumsum(1) - 1
     inside = slot & (nth < length)
     x = torch.where(inside, x.gather(1, source), torch.where(slot, eos_id, x))
-    return x, inside, torch.where(slot, nth <= length, attended)
+    return x, inside, torch.where(slot, nth <= length, attended), source
 
 
 def repeating(x: Tensor, inside: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,32 +19,14 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
-from tinyld.progress import Progress
+from tinyld.progress import Progress, say_learned, say_truncated
 from tinyld.read import clean
-from tinyld.rows import (
-    Example,
-    bundled_data_dir,
-    file_in,
-    files_of,
-    learned_rows,
-    learned_too,
-    load_split,
-    read_rows,
-    to_learn,
-)
+from tinyld.rows import Example, file_in, files_of, learned_rows, learned_too, load_split, read_rows, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, learned_files, trained
 from tinyld.tokenizer import find_text_files, read_lines
-from tinyld.workspace import (
-    check_writable,
-    default_base,
-    keep_freed_memory,
-    newest_run,
-    say_learned,
-    say_to_stderr,
-    say_truncated,
-)
+from tinyld.workspace import check_writable, default_base, keep_freed_memory, newest_run, say_to_stderr
 from tinyld.write import write_atomic
 
 Record = dict[str, Any]
@@ -205,7 +187,7 @@ def eval_text(options: EvalOptions) -> list[Record]:
 def remember(run: Path, kind: str, key: str, record: Record, device: str) -> None:
     """Keeps an evaluation in the run's results.json, or says in it why not; the released bases are left alone."""
     folder = RunFolder(run)
-    if not folder.is_run() or run.resolve().parent == bundled_data_dir().resolve():
+    if not folder.is_run() or run.resolve().parent == default_base().parent.resolve():
         return
     try:
         with folder.locked():

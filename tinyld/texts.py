@@ -19,11 +19,11 @@ from tinyld.datafile import TABBED, refuse_table
 from tinyld.errors import plain
 from tinyld.options import PredictOptions
 from tinyld.predict import load
-from tinyld.progress import Progress, further
+from tinyld.progress import Progress, further, say_some, say_truncated
 from tinyld.read import LONGEST, lines_of
 from tinyld.rows import SUFFIXES, Row, files_of, read_rows
 from tinyld.tasks import Task, learned_files
-from tinyld.workspace import check_writable, keep_freed_memory, say_some, say_to_stderr, say_truncated
+from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr
 from tinyld.write import write_atomic
 
 CHUNK, WRITTEN = 1024, 256  # rows of a file that are read, sorted by length, and answered together; of written ones

@@ -69,7 +69,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
     records = []
     for task in map(load_task, builtin_names()):
         record = {"task": task.name, "labels": list(task.labels), "answers": list(task.verbalizer.values())}
-        record |= {"answer_tokens": task.answer_tokens, "template": task.template}
+        record |= {"answer_tokens": task.answer_tokens, "template": task.template, "description": task.description}
         record["rows"] = dict(task.download.rows) if task.download else {}
         where = "$TINYLD_DATA" + " or network" * bool(task.download)
         records.append(record | {"needs": "nothing" if task.rows_from in BUNDLED_TASKS else where})
@@ -79,7 +79,7 @@ def tasks(options: Printed) -> list[dict[str, Any]]:
 def show_tasks(records: list[dict[str, Any]], options: Printed) -> None:
     counts = [", ".join(f"{split} {n:,}" for split, n in r["rows"].items()) or "-" for r in records]
     rows = [(r["task"], r["labels"] or "(text)", n, r["needs"]) for r, n in zip(records, counts, strict=True)]
-    print_table("built-in tasks (--json has templates and answers)", ("task", "labels", "rows", "needs"), rows)
+    print_table("built-in tasks (--json describes them)", ("task", "labels", "rows", "needs"), rows)
 
 
 def sample(options: SampleOptions) -> dict[str, Any]:

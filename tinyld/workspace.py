@@ -41,20 +41,6 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
     return lambda text: None if quiet or not is_writer() else say(plain(text))
 
 
-def say_some(say: Callable[[str], None], some: int, rows: int, what: str) -> None:
-    if some:
-        say(f"{some:,} of {rows:,} {what}")
-
-
-def say_truncated(say: Callable[[str], None], truncated: int, rows: int, max_length: int, which: str = "rows") -> None:
-    long = f"{which} are longer than the {max_length} tokens that the base takes"
-    say_some(say, truncated, rows, f"{long}: their middle is not read, or what is far from a gap")
-
-
-def say_learned(say: Callable[[str], None], learned: int, rows: int, which: str) -> None:
-    say_some(say, learned, rows, f"{which} are training rows, too: new texts are answered less well")
-
-
 def newest_run() -> Path:
     """The adapter or composition in `runs/` that was finished last."""
     found = [path for path in RUNS.glob(f"*/{ADAPTER}") if RunFolder(path.parent).is_run()]
