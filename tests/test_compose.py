@@ -15,8 +15,9 @@ import tinyld
 from tinyld import composition
 from tinyld.checkpoint import Base, method_record
 from tinyld.compose import LEAST_RIGHT, compose, measure_routing, share, show
-from tinyld.composition import NONE, RoutedPush, Router, prompt_features, prompt_prototype
+from tinyld.composition import NONE, RoutedPush, Router, members, prompt_features, prompt_prototype
 from tinyld.config import ModelConfig
+from tinyld.data import Batch
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import Denoiser
@@ -104,48 +105,35 @@ def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
     assert router.nearest(strange).tolist() == [0, 0]
 
 
-def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that mixes two tasks' rows equals each row under the one adapter whose prompts it is like."""
-    (x, prompt_mask), owner, t = prompts(config), [0, 1, 0, 0, 1, 1], torch.ones(6)
+def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path) -> None:
+    """Of a batch that mixes two tasks' rows, each member is asked for the rows whose prompts are like its own."""
+    (x, prompt_mask), owner = prompts(config), [0, 1, 0, 0, 1, 1]
     for row in range(2, 6):  # rows 2, 3 are nearly row 0; rows 4, 5 nearly row 1
         x[row, 1:], prompt_mask[row] = x[owner[row], 1:], prompt_mask[owner[row]]
     records, pushes = zip(*(trained_member(config, case, i) for i, case in enumerate(("pointer", "fast"))), strict=True)
     base, answer = base_of(fresh_base(config)), torch.arange(12)[None] == torch.full((6, 1), 6)
+    batch = Batch(x, answer, prompt_mask | answer, torch.arange(6) + 10)
     features = prompt_features(base.model.embed(x), prompt_mask).detach()
     router = Router(2, config.d_model)
     for i in (0, 1):
-        own = features[torch.tensor(owner) == i]
-        router.prototype[i] = own.mean(0)
-    base.model.push = routed = RoutedPush(pushes, router)
-    ran: list[int] = []
-    for push in pushes:
-        start = push.start
-        monkeypatch.setattr(push, "start", lambda t, *args, start=start: ran.append(len(t)) or start(t, *args))
-    real = prompt_mask | answer
-    with torch.no_grad():
-        found = base.model(x, t, real, prompt_mask)
-        some, look_again = base.model.look(x, t, real, prompt_mask, where=answer)
-        token, chance = look_again(x)
-        later = look_again(x.where(~answer, x[:, :1]))[1]  # is written by now
-    assert ran == [3, 3] * 2, "each adapter runs on its own rows only"
-    assert torch.equal(token, some.argmax(1)) and not torch.allclose(later, chance)
-    torch.testing.assert_close(chance, some.softmax(1).amax(1))
-    torch.testing.assert_close(some, found[answer], atol=1e-4, rtol=1e-4)
+        router.prototype[i] = features[torch.tensor(owner) == i].mean(0)
     folder = RunFolder.create(tmp_path / "both")
-    composition.save_composition(folder, base, [record | {"data": {}} for record in records], routed, False)
-    again, one = base_of(fresh_base(config)), fresh_base(config)
-    composition.load_composition(folder, again)
-    for only, answered_by in ((None, owner), (1, [1] * 6)):
-        again.model.push.router.only = only
-        with torch.no_grad():
-            repeated = again.model(x, t, real, prompt_mask)
-            assert again.model.push.router.nearest(features).tolist() == answered_by
-        assert only == 1 or torch.equal(repeated, found)
-        for row, member in enumerate(answered_by):
-            one.push, length = pushes[member], int(real[row].sum())
-            with torch.no_grad():
-                alone = one(x[row : row + 1, :length], t[:1], None, prompt_mask[row : row + 1, :length])[0]
-            torch.testing.assert_close(repeated[row, :length], alone, atol=1e-4, rtol=1e-4)
+    routed, recorded = RoutedPush(pushes, router), [record | {"data": {}} for record in records]
+    composition.save_composition(folder, base, recorded, routed, False)
+    composition.load_composition(folder, base)
+    hung = base.model.push
+    for only, expected in ((None, [[0, 2, 3], [1, 4, 5]]), (1, [list(range(6))])):
+        hung.router.only, asked = only, list[list[int]]()
+        for rows, own in members(base.model, batch):
+            asked.append(rows.tolist())
+            member = owner[asked[-1][0]] if only is None else only
+            assert base.model.push is hung.pushes[member] and torch.equal(own.x0, x[rows]), "it hangs there meanwhile"
+            assert own.rows.tolist() == [10 + row for row in asked[-1]]
+            stored, trained = (dict(push.named_parameters()) for push in (base.model.push, pushes[member]))
+            assert all(torch.equal(stored[name], tensor) for name, tensor in trained.items())
+        assert asked == expected and base.model.push is hung
+    base.model.push = pushes[0]
+    assert [rows.tolist() for rows, _ in members(base.model, batch)] == [list(range(6))], "no composition"
 
 
 def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.MonkeyPatch) -> None:

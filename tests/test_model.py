@@ -145,7 +145,7 @@ def test_a_vocabulary_in_fewer_bits_keeps_its_bias(config: ModelConfig, dtype: s
 class RecordingPush:
     """A push that adds its own depth, scaled by t, and what it reads; it writes down where it was asked."""
 
-    is_routed, pointer = False, None
+    pointer = None
 
     def __init__(self, first_depth: int, reads_others: bool = False, answer_only: bool = False):
         self.first_depth, self.reads_others, self.answer_only = first_depth, reads_others, answer_only

@@ -1,10 +1,9 @@
-"""A composition: several trajectory adapters on one base, which runs once; a row gets the push of the one whose prompts
-it is like.
+"""A composition: several trajectory adapters on one base; a row gets the push of the one whose prompts it is like.
 
 Prompts are read by the base's token embeddings alone, normalised and averaged. Nothing is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from tinyld.data import Batch, TaskRows, some_of
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
 from tinyld.methods.trajectory import TrajectoryPush
+from tinyld.model import Denoiser
 from tinyld.runs import ADAPTER, CONFIG, RunFolder, environment
 
 PROTOTYPE_ROWS = 1_000
@@ -32,10 +32,10 @@ def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
     return (F.layer_norm(embedded, embedded.shape[-1:]) * share[..., None]).sum(1).float()
 
 
-def batch_features(base: Base, batch: Batch) -> Tensor:
+def batch_features(model: Denoiser, batch: Batch) -> Tensor:
     """(B, D) prompt features of a batch."""
     prompt_mask = batch.attention_mask & ~batch.answer_mask
-    return prompt_features(base.model.embed(batch.x0.to(base.model.device)), prompt_mask.to(base.model.device))
+    return prompt_features(model.embed(batch.x0.to(model.device)), prompt_mask.to(model.device))
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def task_features(base: Base, rows: TaskRows, chosen: np.ndarray | None = None) 
     chosen = np.arange(len(rows)) if chosen is None else chosen
     at_once = base.model.rows_at_once(int(rows.lengths[chosen].max()), 100)
     chunks = np.array_split(chosen, -(-len(chosen) // at_once))
-    return torch.cat([batch_features(base, rows.take(chunk)) for chunk in chunks])
+    return torch.cat([batch_features(base.model, rows.take(chunk)) for chunk in chunks])
 
 
 def prototype_shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -102,19 +102,29 @@ class Router(nn.Module):
 
 
 class RoutedPush(nn.Module):
-    """Hangs on `Denoiser.push`: a row gets the push that the router names for its prompt; each runs on its own rows."""
-
-    is_routed = True
+    """Several pushes, of which each row gets the one that the router names for its prompt: `members` hangs it there."""
 
     def __init__(self, pushes: Sequence[TrajectoryPush], router: Router):
         super().__init__()
         self.pushes, self.router = nn.ModuleList(pushes), router
         self.eval().requires_grad_(False)
 
-    def by_member(self, embedded: Tensor, prompt_mask: Tensor) -> list[tuple[Tensor, TrajectoryPush]]:
-        owners = self.router.nearest(prompt_features(embedded, prompt_mask))
-        rows = ((owners == member).nonzero()[:, 0] for member in range(len(self.pushes)))
-        return [(of_member, push) for of_member, push in zip(rows, self.pushes, strict=True) if len(of_member)]
+
+def members(model: Denoiser, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+    """(which rows, they) of a batch on the model's device, by the push that they get, which hangs on the model
+    meanwhile: all rows, or those of one member of a composition after the other."""
+    hung, every = model.push, torch.arange(len(batch.x0))
+    if not isinstance(hung, RoutedPush):
+        yield every, batch
+        return
+    owners = hung.router.nearest(batch_features(model, batch)).cpu()
+    try:
+        for member, model.push in enumerate(hung.pushes):
+            if len(rows := every[owners == member]):
+                parts = (part[rows.to(part.device)] for part in (batch.x0, batch.answer_mask, batch.attention_mask))
+                yield rows, Batch(*parts, batch.rows[rows])
+    finally:
+        model.push = hung
 
 
 def load_push(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryPush:

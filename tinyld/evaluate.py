@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyld.composition import members
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
@@ -57,11 +58,12 @@ class Answered(NamedTuple):
 
 
 def in_batches(model: Denoiser, rows: TaskRows) -> Iterator[tuple[np.ndarray, Batch]]:
-    """(which rows, the rows on the model's device): every row once, in batches of like length."""
+    """(which rows, the rows on the model's device): every row once, in batches of like length and of one push."""
     for chosen in rows.in_length_order(model.rows_at_once(int(rows.lengths.max()), EVAL_BATCH, rows.slot)):
         batch = rows.take(chosen)
         parts = (part.to(model.device) for part in (batch.x0, batch.answer_mask, batch.attention_mask))
-        yield chosen, Batch(*parts, batch.rows)
+        for which, own in members(model, Batch(*parts, batch.rows)):
+            yield chosen[which.numpy()], own
 
 
 def answered(

@@ -38,13 +38,10 @@ class Push(Protocol):
     first_depth: int  # of the lowest site
     answer_only: bool  # it pushes the states that tell the answer; all others stay the frozen base's own
     reads_others: bool  # on the final state it reads other positions than the one it pushes, so all are computed
-    is_routed: bool  # it is made of others, of which each row has its own: `by_member`
     pointer: Pointer | None  # what may be copied from the prompt
 
     # (t, prompt_mask) -> what one pass calls at every depth from `first_depth` to num_layers, in order
     start: Callable[[Tensor, Tensor], PushAt]
-    # (embeddings (B, L, D) of tokens, prompt_mask) -> (numbers of rows, their push)
-    by_member: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Push]]]
 
 
 def positions_of(where: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +137,6 @@ class Denoiser(nn.Module):
     def one_pass(
         self, xt: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None,
         prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
-        push: Push | None = None,
     ) -> tuple[Tensor, Copying | None]:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
         its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
@@ -148,28 +144,9 @@ class Denoiser(nn.Module):
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
-        t: (B,) and prompt_mask: (B, L) bool are what `push` is told, by default the model's; the base ignores both.
+        t: (B,) and prompt_mask: (B, L) bool are what `push` is told; the base ignores both.
         """
-        push = self.push if push is None else push
-        if push is not None and push.is_routed:
-            h, each = self.embed(xt), []
-            found = torch.empty_like(h) if where is None else h.new_empty(int(where.sum()), h.shape[-1])
-            for rows, member in push.by_member(h, prompt_mask):
-                own = (None if of_all is None else of_all[rows] for of_all in (xt, t, attention_mask, prompt_mask))
-                asked = None if where is None else where[rows]
-                at = rows if where is None else torch.isin(where.nonzero()[:, 0], rows)
-                own_states, copies = self.one_pass(*own, None, asked, member)
-                found[at] = own_states.to(h.dtype)
-                if copies is not None:
-                    each.append((rows, at, copies))
-
-            def copies_of_all(xt: Tensor) -> Copies:
-                odds = found.new_zeros(*found.shape[:-1], xt.shape[1])
-                for rows, at, copies in each:
-                    odds[at] = copies(xt[rows]).odds
-                return Copies.of(odds, xt, where)
-
-            return found, copies_of_all if each else None
+        push = self.push
         if push is not None and push.answer_only:
             return self.answer_states(push, xt, t, attention_mask, prompt_mask, cached, where)
         last, shifted = self.config.num_layers, self.config.shifted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinyld.answers import Record, answers, answers_in_one_pass, as_rows, examples_of, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
-from tinyld.composition import NONE, batch_features, load_composition, task_features
+from tinyld.composition import NONE, batch_features, load_composition, members, task_features
 from tinyld.config import FREELY, Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, seed_of, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -91,7 +91,7 @@ class Run:
             found = [i for i in alike if task and self.tasks[i].name == task.name] or alike
             several = " and ".join(self.tasks[i].name for i in found)
             check(len(found) < 2, f"{self.path}: {several} are asked as {task and task.name} is; say which by its name")
-            self.base.model.push.router.only = found[0] if found else None
+            self.push.router.only = found[0] if found else None
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float | None = None,
@@ -151,8 +151,8 @@ class Run:
             return []
         examples, records = examples_of(rows, task), kept_columns(rows, task)
         parts = [(task, list(range(len(rows))))]
-        if self.is_routed and task is self.tasks[0] and self.base.model.push.router.only is None:
-            router = self.base.model.push.router
+        if self.is_routed and task is self.tasks[0] and self.push.router.only is None:
+            router = self.push.router
             with autocast(self.base.model.device, self.dtype):  # as the pass that pushes them reads them
                 nearest = router.nearest(task_features(self.base, self.rows(examples, task)))
             parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
@@ -170,12 +170,12 @@ class Run:
     def owners(self, batch: Batch) -> dict[str, list[Any]]:
         """Of a composition, the member that answers each row, and whether the row is unlike all of its task's own."""
         paths = [Path(m["run"]) for m in self.config["members"]]
-        members = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
-        router = self.base.model.push.router
+        names = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
+        router = self.push.router
         if router.only is not None:
-            return {"adapter": [members[router.only]] * len(batch.x0), "foreign": [False] * len(batch.x0)}
-        features = batch_features(self.base, batch)
-        named = [members[i] for i in router.nearest(features).tolist()]
+            return {"adapter": [names[router.only]] * len(batch.x0), "foreign": [False] * len(batch.x0)}
+        features = batch_features(self.base.model, batch)
+        named = [names[i] for i in router.nearest(features).tolist()]
         return {"adapter": named, "foreign": (router.choose(features) == NONE).tolist()}
 
     def fill(
@@ -218,12 +218,14 @@ class Run:
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
                 answer_mask = torch.zeros_like(some, dtype=torch.bool)
                 answer_mask[:, slot] = True
-                out, passes = decode(
-                    model, some, answer_mask, torch.ones_like(answer_mask), tokenizer.mask_id, never, sampling,
-                    generator, end, watch and steps,
-                )  # fmt: skip
-                texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
-                used = max(used, int(passes.max()))
+                same = Batch(some, answer_mask, torch.ones_like(answer_mask), torch.arange(len(some)))
+                for _, part in members(model, same):  # one, as all have the same prompt
+                    out, passes = decode(
+                        model, part.x0, part.answer_mask, part.attention_mask, tokenizer.mask_id, never, sampling,
+                        generator, end, watch and steps,
+                    )  # fmt: skip
+                    texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
+                    used = max(used, int(passes.max()))
         return texts, used
 
 

@@ -64,7 +64,7 @@ class Weighted(nn.Module):
         super().__init__()
         self.pushes, self.weights = nn.ModuleList(pushes), weights
         self.first_depth, self.reads_others = pushes[0].first_depth, False
-        self.is_routed = self.answer_only = False
+        self.answer_only = False
         self.pointer = None
 
     def start(self, t: Tensor, prompt_mask: Tensor) -> Callable[..., Tensor]:

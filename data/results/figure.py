@@ -30,7 +30,7 @@ class Sized(torch.nn.Module):
         super().__init__()
         self.inner, self.sizes = push, []
         self.first_depth, self.reads_others = push.first_depth, push.reads_others
-        self.is_routed, self.answer_only, self.pointer = False, push.answer_only, push.pointer
+        self.answer_only, self.pointer = push.answer_only, push.pointer
 
     def start(self, *args: Any) -> Any:
         push_at = self.inner.start(*args)

@@ -34,7 +34,7 @@ KEPT = 64
 class Probe:
     """Hangs on `Denoiser.push` and adds zeros, whose gradients are those of the states."""
 
-    answer_only = reads_others = is_routed = False
+    answer_only = reads_others = False
     pointer = None
 
     def __init__(self, first_depth: int):

@@ -115,8 +115,6 @@ class RankUnits(nn.Module):
 class TrajectoryPush(nn.Module):
     """Hangs on `Denoiser.push`: a site at every depth from `first_depth` to num_layers, the final state."""
 
-    is_routed = False
-
     def __init__(self, config: TrajectoryLoraConfig, model_config: ModelConfig, generator: torch.Generator | None):
         super().__init__()
         width, last = model_config.d_model, model_config.num_layers
