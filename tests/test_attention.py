@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld import attention as module
-from tinyld.attention import ShortAttention, absorbed, attention
+from tinyld.attention import absorbed, attention
 
 
 def random_heads(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -19,23 +19,6 @@ def random_heads(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64)
 def some_keys(rows: int, length: int) -> Tensor:
     """Row i cannot read its last i keys."""
     return torch.arange(length)[None, :] < (length - torch.arange(rows))[:, None]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("queries", "at_a_time"), [(7, 2**21), (7, 1), (3, 60), (1, 2**21), (0, 2**21)])
-def test_values_and_gradients_are_those_of_torchs_own_in_float64(
-    queries: int, at_a_time: int, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "AT_A_TIME", at_a_time)
-    q, k, v = random_heads(3, 2, queries, 4), random_heads(3, 2, 7, 4, seed=1), random_heads(3, 2, 7, 4, seed=2)
-    keys = some_keys(3, 7) if masked else None
-    bias = torch.where(keys, 0.0, module.HIDDEN).double().repeat_interleave(2, 0)[:, None] if masked else None
-    heads = (q / 2.0).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias
-    found = ShortAttention.apply(*heads).unflatten(0, (3, 2))
-    expected = F.scaled_dot_product_attention(q, k, v, None if keys is None else keys[:, None, None, :])
-    torch.testing.assert_close(found, expected)
-    upstream = random_heads(3, 2, queries, 4, seed=3).detach()
-    torch.testing.assert_close(*(torch.autograd.grad(values, (q, k, v), upstream) for values in (found, expected)))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -88,10 +71,3 @@ def test_many_scores_and_other_types_are_left_to_torch(dtype: torch.dtype, monke
     q, k, v = (random_heads(1, 2, 9, 2, seed=seed, dtype=dtype) for seed in range(3))
     keys = some_keys(1, 9)
     assert torch.equal(attention(q, k, v, keys), F.scaled_dot_product_attention(q, k, v, keys[:, None, None, :]))
-
-
-def test_compiled_it_is_torchs_own() -> None:
-    compiled = torch.compile(attention, backend="eager", dynamic=True, fullgraph=True)
-    for rows, length in ((2, 5), (3, 7)):
-        heads = [random_heads(rows, 2, length, 4, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
-        assert torch.equal(compiled(*heads), F.scaled_dot_product_attention(*heads))

@@ -1,11 +1,8 @@
 """Attention, softmax(q k^T / sqrt(head width)) v, its windows, and rotary positions.
 
-Short sequences in bf16 on a processor, where torch's fused one takes two to four times as long, its backward pass above
-all, are plain batched products, a few heads at a time so that their scores stay in the cache. torch does all else.
+Short sequences in bf16 on a processor, where torch's fused one takes two to five times as long, its backward pass above
+all, are plain products. torch does all else.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +12,6 @@ from tinyld.config import ModelConfig
 from tinyld.device import narrow
 
 MOST = 2**25  # scores of a batch: its backward pass reads as many weights, 64 MB
-AT_A_TIME = 2**21  # scores
 HIDDEN = -1e4  # added to the score of a key that must not be read: its weight is then 0
 
 
@@ -34,18 +30,15 @@ def attention(
             near = near & key_mask[:, None, :] | (distance == 0)
         return F.scaled_dot_product_attention(q, k, v, near[:, None])
     batch, heads, queries, width = q.shape
-    is_short = batch * heads * queries * k.shape[2] <= MOST and not torch.compiler.is_compiling()
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not is_short:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or batch * heads * queries * k.shape[2] > MOST:
         return F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None, :])
-    bias = None
-    if key_mask is not None:
-        bias = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill(~key_mask, HIDDEN)
-        bias = bias.repeat_interleave(heads, dim=0)[:, None, :]  # (B H, 1, L)
-    q, k, v = (q * width**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     # One vector taken from all keys shifts a query's scores alike, one taken from all values is given back: without
     # their means both are small, and lose less to bf16.
-    k, offset = k - k.detach().mean(1, keepdim=True), v.detach().mean(1, keepdim=True)
-    return (ShortAttention.apply(q, k, v - offset, bias) + offset).unflatten(0, (batch, heads))
+    k, offset = k - k.detach().mean(2, keepdim=True), v.detach().mean(2, keepdim=True)
+    scores = (q * width**-0.5) @ k.mT
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], HIDDEN)
+    return scores.softmax(-1) @ (v - offset) + offset
 
 
 def absorbed(q: Tensor, states: Tensor, key: nn.Linear, value: nn.Linear, key_mask: Tensor | None) -> Tensor:
@@ -62,43 +55,6 @@ def absorbed(q: Tensor, states: Tensor, key: nn.Linear, value: nn.Linear, key_ma
     read = torch.einsum("bhml,bld->bhmd", scores.softmax(-1).to(q.dtype), states) + offset[:, None]
     mixed = torch.einsum("bhmd,hwd->bhmw", read, of_values)
     return mixed if value.bias is None else mixed + value.bias.to(q.dtype).unflatten(0, (heads, width))[:, None]
-
-
-class ShortAttention(torch.autograd.Function):
-    """softmax(q k^T + bias) v for N heads. q: (N, M, W), k and v: (N, L, W), bias: (N, 1, L) -> (N, M, W)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
-        weights = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
-        for some in parts(q, k):
-            torch.bmm(q[some], k[some].mT, out=weights[some])
-            if bias is not None:
-                weights[some] += bias[some]
-            torch.softmax(weights[some], -1, out=weights[some])
-            torch.bmm(weights[some], v[some], out=mixed[some])
-        ctx.save_for_backward(q, k, v, mixed, weights)
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mixed, weights = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        frozen = not any(ctx.needs_input_grad[1:3])
-        along = (grad * mixed).sum(-1, keepdim=True)  # sum over keys of weight * its gradient: (N, M, 1)
-        for some in parts(q, k):
-            grad_scores = torch.bmm(grad[some], v[some].mT).sub_(along[some]).mul_(weights[some])
-            torch.bmm(grad_scores, k[some], out=grad_q[some])
-            if not frozen:
-                torch.bmm(weights[some].mT, grad[some], out=grad_v[some])
-                torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
-        return (grad_q, None, None, None) if frozen else (grad_q, grad_k, grad_v, None)
-
-
-def parts(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """The heads, as many at a time as the cache holds the scores of."""
-    step = max(1, AT_A_TIME // max(1, q.shape[1] * k.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(q), step))
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
