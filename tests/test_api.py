@@ -114,6 +114,7 @@ def learning(*rows: Any, **more: Any) -> Any:
     (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
     (lambda run, base: run.predict([{"text": np.array([1, 2])}]), "text 1: column 'text' must hold text or a number"),
     (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' has no value; fill it in"),
+    (lambda run, base: run.predict("rain", column="x"), "there is no option column; these are: sampler, steps"),
     (lambda run, base: run.write([5]), "a prompt is a text"),
     (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
     (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
@@ -334,7 +335,7 @@ def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:
     Path("both/dev.csv").write_text("\n".join(["text,label", *(row.upper() for row in lines[:6]), "new,SAD"]).lower())
     ran = good("finetune", "--data", "both", *made_on(place), "--out", "both-run")
     assert "6 of 7 dev rows are training rows, too" in ran.stderr
-    assert "1 training texts have more than one label" in ran.stderr
+    assert "1 training texts have more than one label, such as 'A sea it was'" in ran.stderr
     assert "6 of 7 dev rows are training rows, too" in good("eval", "both-run", "--split", "dev").stderr
     Path("both/test.csv").write_text("text,label\nall new,sad\n")
     assert "training rows" not in good("eval", "both-run", "--split", "test").stderr

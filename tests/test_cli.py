@@ -156,12 +156,13 @@ def test_a_table_says_what_the_json_says_and_quiet_ends_all_notes(place: Path, a
 @pytest.mark.parametrize(("letters", "fits"), [(5, True), (15, False)])
 def test_mistakes_are_listed_where_no_matrix_fits(letters: int, fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
     labels, gold = [letter * letters for letter in "abcde"], np.repeat(np.arange(5), 4)
-    show_classes({"task": "t", "split": "dev"} | label_scores(gold, np.where(np.arange(20) < 3, 4, gold), gold, labels))
+    scores = label_scores(gold, np.where(np.arange(20) < 3, 4, gold), gold, labels)
+    show_classes({"task": "t", "split": "dev"} | scores, "x: ")
     out = capsys.readouterr().out
     assert ("by what was answered" in out) == fits != ("most frequent mistakes" in out)
     assert fits or out.splitlines()[-1].split() == [labels[0], labels[4], "3"]
     assert max(map(len, out.splitlines())) <= 80
-    show_classes({"task": "t", "split": "dev"} | label_scores(gold, gold, gold, labels))
+    show_classes({"task": "t", "split": "dev"} | label_scores(gold, gold, gold, labels), "")
     assert "mistakes" not in capsys.readouterr().out, "there are none"
 
 
@@ -410,13 +411,15 @@ ERRORS = [
     (ON + "--set blocks=1 --budget 0.01%", 2, "too small for trajectory-lora"),
     (NOT_ON + "--data {place}/quoted.tsv", 2, 'label "x" is in quotes, which are letters to a .tsv; save it as .csv'),
     (ON + "--budget 0.05", 2, "--budget 0.05 would be 5% of the base: write 0.05% or 0.0005, or else 5%"),
+    (ON + "--budget 500", 2, "--budget must be above 0 and at most 100%, such as 0.7% or 0.007, got '500'"),
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
     (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
     ("predict {place}/colours --text a --base_dtype bf16", 2, "--base-dtype goes by --set base_dtype=value"),
     (ON + "--set seed=0 --set seed=1", 2, "seed is given twice"),
     (ON + "--budget abc", 2, "--budget takes a share such as 0.7% or 0.007, got 'abc'"),
-    (ON + "--set depth=3", 2, "--set depth=3: there is no option 'depth', or no =VALUE after it; --set help"),
+    (ON + "--set depth=3", 2, "--set depth=3: there is no option 'depth'; --set help"),
+    (ON + "--set pointer", 2, "--set pointer: no =VALUE after it"),
     (ON + "--set lr=2 --lr 4", 2, "lr is given twice"),
     (ON + "--method bitfit --epochs 2", 2, "give one budget of steps, tokens, minutes, epochs; got"),
     (ON + "--method bitfit --dtype fp16 --device cpu", 2, "fp16 needs a GPU"),
@@ -435,6 +438,7 @@ ERRORS = [
     (EVAL + "--predictions .", 1, "cannot be written"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
+    ("export {place}/mood-full --out new", 1, "mood-full is no base; --to peft takes a weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "holds a base; compose takes"),
     (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--set threshold has no effect with --sampler ancestral"),
     (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),

@@ -135,6 +135,10 @@ def test_a_text_file_teaches_to_fill_gaps(place: Path) -> None:
     assert empty["filled"] == empty["answer"] == "" and "label" not in one
     Path("none.txt").write_text("")
     assert ask("fill", "none.txt").code == 0, "as with an empty pipe"
+    for bad, problem in ((b"\xff", "not UTF-8; send"), (b"no gap", "no gaps in the text")):
+        ran = ask("fill", text=b"the ____ is\nit ____ rain\n" + bad + b"\nthe ____ is\n")
+        assert ran.code == 1 and f"stdin: line 3: {problem}" in ran.stderr
+        assert len(ran.stdout.splitlines()) == 2, "those before it are answered"
     refused = "number 1: no gaps in the text, which must hold one ____\n"
     assert ask("fill", "--text", "the rain").stderr.endswith(refused)
     (record,) = eval(EvalOptions(runs=(Path("fill"),), quiet=True))
@@ -317,6 +321,9 @@ def test_a_terminal_shows_the_answer_whole_and_as_much_of_the_text_as_fits(monke
     shares = {"sad": 0.5, "rather happy": 0.5}
     line = table_line({"text": "x", "label": "sad", "probability": 0.5, "probabilities": shares})
     assert line == "sad           50.0%  x\n", "in columns, whatever the label"
+    both = {"text": "what " * 20, "tasks": {"mood": {"label": "sad", "probability": 0.5}, "write": {"answer": "a sea"}}}
+    first, *lines = table_line(both).splitlines()
+    assert len(first) == 40 and lines == ["  mood: sad  50.0%", "  write: a sea"], "of several runs a line each"
 
 
 def test_a_task_of_two_texts_takes_both(place: Path) -> None:
@@ -570,10 +577,12 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/mood new.txt", "", 1, "new.txt: cannot be read (No such file or directory)"),
     ("{place}/mood new.txt --text rain", "", 2, "give a file or --text, not both"),
     ("{place}/mood --column text", "rain", 2, "--column is for a file with columns"),
+    ("{place}/mood other.csv", "", 1, "line 2: no column 'text', found 'a, b'; say by --column which it is"),
+    ("{place}/mood {place}/same", "rain", 2, "reads a, b, task mood text: no row suits both, so ask each by itself"),
     ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),
     *((f"{{place}}/mood bad.csv --out {out}", "", 1, "cannot be written") for out in ("link.csv", "/proc/x.csv")),
     ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
-    ("{place}/mood", b"rain\n\xff\n", 1, "stdin: line 2: not UTF-8"),
+    ("{place}/mood", b"\xff\n", 1, "stdin: line 1: not UTF-8; send it as UTF-8"),
     ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
     ("{place}/mood", 'label,text\n2,"rain, sun"\n', 1, "stdin: line 1 names columns, text among them: a table is"),
     ("{place}/mood", '{"words": "rain"}\n', 1, "stdin: line 1 is JSON: a table is given as a file"),
@@ -590,6 +599,7 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
 def test_what_cannot_be_answered_is_refused_in_a_line(args: str, text: Any, code: int, part: str, place: Path) -> None:
     Path("table.txt").write_text("label,text\nsad,rain\n")
     Path("tabs.txt").write_text("Id\tWords\n1\train\n")
+    Path("other.csv").write_text("a,b\nx,y\n")
     Path("bad.csv").write_text("text\nrain\nsun,sea\n")  # nor is it read where --out is no place to write to
     Path("real.csv").touch()
     Path("link.csv").symlink_to("real.csv")

@@ -227,7 +227,7 @@ FILE_ERRORS = [
     ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "stray ','"]),
     ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", r"stray '\t'"]),
     ("a.csv", 'text,label\na,0\n"b,1\nc,1\n', ["line 3", "quotes"]),
-    ("a.tsv", 'text\tlabel\na\t0\n"b\nc"\t1\n', ["line 3", "several lines here", "save it as .csv"]),
+    ("a.tsv", 'text\tlabel\na\t0\n"b\nc"\t1\n', ["line 3", "several lines here", "save it with commas"]),
     ("a.tsv", 'label\ttext\n0\t"b\nc" d "\t1\n', ["line 3", "several lines here"]),
     ("a.csv", "text,label\na,0\nb,angry\x1b[2J\n", ["line 3", "'angry [2J'", "allowed: sad, happy, or", "0 to 1"]),
     ("a.csv", f"text,label\nb,{'9' * 5000}\n", ["unknown label '999", "...'"]),

@@ -73,7 +73,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         worst = min(routing, key=lambda r: r["right"])
         by_name, task = worst["right"] < LEAST_RIGHT, worst["task"]
         for few in (r for r in routing if r["n"] < FEW):
-            say(f"{few['task']} has {few['n']} rows to tell by what is like no task: too few, so that it refuses none")
+            say(f"{few['n']} rows of {few['task']} are too few to tell what is unlike them: no text is `foreign` to it")
         for odd in (r for r in routing if r["wrongly_refused"] > REFUSED):
             unlike = "like no task's, by what it was trained on: it has seen few or other texts"
             say(f"{100 * odd['wrongly_refused']:.0f}% of {odd['task']}'s own rows are told as `foreign`, {unlike}")

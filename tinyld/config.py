@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from tinyld.errors import TinyldError, UsageError, show
 
@@ -319,6 +319,14 @@ class SampleConfig(Settings):
         check(warm, f"temperature must be 0, or at least 0.001, got {self.temperature:g}")
         is_share = self.threshold is None or self.threshold <= 1 or self.sampler == "entropy"
         check(is_share, f"threshold must be at most 1, got {self.threshold}")
+
+    @classmethod
+    def named(cls, given: dict[str, Any]) -> Self:
+        """What Python gave by name; UsageError for a name that is none."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in given if name not in known]
+        check(not unknown, f"there is no option {', '.join(unknown)}; these are: {', '.join(known)}")
+        return cls(**given)
 
     @property
     def enough(self) -> float:

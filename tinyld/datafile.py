@@ -36,6 +36,7 @@ def task_and_rows(
         task = load_task("reviews" if name is None else name)
         if data is None and "train" in task.data and "dev" not in task.data:
             data = Path(task.data["train"])
+            check(data.is_file(), f"{task.path}: [data]: {data} is no file: correct `train`", TinyldError)
         return task, data, data is not None and data.is_file()
     train, dev = (in_folder(data, "train"), in_folder(data, "dev")) if data.is_dir() else (data, None)
     if train is None:
@@ -117,7 +118,7 @@ def described(task: Task) -> str:
     """What was made of a file, in a line: so that a column that was guessed wrongly is seen at once."""
     (text,) = task.columns.values()
     if task.is_generation:
-        answers = "to have gaps" if task.is_infill else f"answers in {task.answer_column!r}"
+        answers = "to have gaps" if task.is_infill else f"answers in {task.answer_column!r}, each learned as one line"
         return f"texts are in column {text!r}, {answers}"
     labels = task.verbalizer.items()
     shown = [k + f" (written {words!r})" * (words != k) for i, (k, words) in enumerate(labels) if i < 6 or words != k]

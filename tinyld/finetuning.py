@@ -189,14 +189,16 @@ def train_adapter(
             unread = f"{name} rows are mostly words that the base has no token for"
             say_some(say, tokenizer.unread(ids.tolist() for ids in rows.ids), len(rows), unread)
             long = f"are longer than answer_tokens, {rows.slot} (the longest has {rows.longest}), and not learned whole"
+            long += "" if task.is_users else ": a task file may allow more"
             odd = "hold characters that the base has no token for, and are read without them"
             for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):
                 if n > 0:
                     say(f"the answers of {n:,} of {len(rows):,} {name} rows {why}")
         say_learned(say, learned_too(task, examples, dev), len(dev), "dev rows")
         of_text = Counter(text for text, _ in {(e.asked, e.label) for e in examples})
-        if doubtful := sum(n > 1 for n in of_text.values()):
-            say(f"{doubtful:,} training texts have more than one label")
+        if doubtful := {e.asked: e.before or e.after for e in examples if of_text[e.asked] > 1}:
+            one = next(iter(doubtful.values()))[:60]
+            say(f"{len(doubtful):,} training texts have more than one label, such as {one!r}")
         counted, in_dev = (Counter(e.label for e in of) for of in (examples, dev))
         labels = [(label, counted[i], in_dev[i]) for i, label in enumerate(task.labels)]
         if unseen := [label for label, n, _ in labels if n == 0]:

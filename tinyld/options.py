@@ -88,7 +88,8 @@ def share(text: str, option: str) -> float:
     except ValueError:
         raise UsageError(f"{option} takes a share such as 0.7% or 0.007, got {text!r}") from None
     way_out = f"write {text}% or {value / 100:g}" + (f", or else {value:.0%}" if value <= 1 else "")
-    check(text.endswith("%") or not value >= 0.01, f"{option} {text} would be {value:.0%} of the base: {way_out}")
+    meant = text.endswith("%") or not 0.01 <= value <= 100
+    check(meant, f"{option} {text} would be {value:.0%} of the base: {way_out}")
     check(0 < value <= 1, f"{option} must be above 0 and at most 100%, such as 0.7% or 0.007, got {text!r}")
     return value
 
@@ -134,8 +135,8 @@ class Options(Settings):
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
-            unknown = f"there is no option {name!r}, or no =VALUE after it; --set help lists the names"
-            check(bool(equals) and name in defaults, f"--set {text}: {unknown}")
+            lacks = "no =VALUE after it" if name in defaults else f"there is no option {name!r}; --set help lists all"
+            check(bool(equals) and name in defaults, f"--set {text}: {lacks}")
             once = name not in seen and str(given.get(name, defaults[name])) == str(defaults[name])
             check(once, f"{name} is given twice, by --set {text} as well")
             seen.add(name)
@@ -212,7 +213,7 @@ class FinetuneOptions(Training, Reading, RowOptions):
     limit: int | None = option(None, "Train on the first so many rows.", "Task", least=1)
     method: str = option("trajectory-lora", "What is trained.", "Method", among=METHOD_NAMES)
     recipe: str | None = option(None, "Of trajectory-lora; if not given, best.", "Method", among=RECIPE_NAMES)
-    budget: float | None = option(None, "Most to store, in % of the base; best, fast: 0.7%.", "Method", read=share)
+    budget: float | None = option(None, "Most to store, such as 0.7% of the base.", "Method", read=share)
     rank: int | None = option(None, "weight-lora, adapters: the rank.")
     epochs: float | None = option(None, "Passes: 3; more of few rows or texts; 1 of 30,000.", "Training", above=0)
     minutes: float | None = option(None, "Train for so many minutes on the clock.")
@@ -299,7 +300,9 @@ class ComposeOptions(Moved, OnDevice, Written, Printed):
     runs: tuple[Path, ...] = option((), "Two or more trajectory-lora adapters of one base.", ARGUMENT)
     split: str = option("dev", "Rows to measure it on.", "Data", among=SPLITS)
     data: Path | None = option(None, "Folder with <task>/dev.tsv and so on.", "Data")
-    limit: int | None = option(None, "Read the first so many rows of a task.", "Data", least=1)
+    limit: int | None = option(
+        None, "Read the first so many rows of a task; 20 or more tell what is foreign.", "Data", least=1
+    )
 
 
 class CompareOptions(Table, Reading, RowOptions):

@@ -81,7 +81,7 @@ class Run:
         rows = as_rows(texts, chosen)  # which may be made while others ask
         with ONE_AT_A_TIME:
             self.let_answer(task and chosen)
-            return self.answer(rows, chosen, SampleConfig(**sampling))
+            return self.answer(rows, chosen, SampleConfig.named(sampling))
 
     def let_answer(self, task: Task | None) -> None:
         """Lets a composition's member of that task answer all rows, or the one that was taught to read and answer as it
@@ -261,7 +261,7 @@ class Runs:
         """A dict for each text: `text`, and under `tasks` what each run says of it, by the run's name."""
         rows = as_rows(texts, self.task)
         with ONE_AT_A_TIME:
-            return self.answer(rows, self.task, SampleConfig(**sampling))
+            return self.answer(rows, self.task, SampleConfig.named(sampling))
 
     @property
     def task(self) -> Task:

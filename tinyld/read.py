@@ -65,7 +65,7 @@ def decode(content: bytes, path: object, first: int = 1) -> str:
         content, wrong, problem = error.object, error.start, "not UTF-8"
     if wrong >= 0:
         line = first + content.count(b"\n", 0, wrong)
-        raise TinyldError(f"{path}: line {line}: {problem}; save it as UTF-8")
+        raise TinyldError(f"{path}: line {line}: {problem}; {'send' if path == 'stdin' else 'save'} it as UTF-8")
     return text
 
 

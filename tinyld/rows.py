@@ -104,8 +104,9 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
     if data is not None:
         found = file_in(data, task, split, held_out)
         check(found or not held_out, f"task {task.name} has no {split} rows: give a file of them with --data")
-        lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it" if data.is_dir() else "no such file or folder"
-        check(found, f"{none} in {data}: {lacks} (.csv and .jsonl are read too)", TinyldError)
+        check(data.exists(), f"{data}: no such file or folder", TinyldError)
+        lacks = f"neither {name}/{split}.tsv nor {split}.tsv in it (.csv and .jsonl are read too)"
+        check(found, f"{none} in {data}: {lacks}", TinyldError)
         return found
     if split in task.data:
         return Path(task.data[split])
@@ -124,7 +125,7 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
         way_out = "rows from elsewhere may be among them: add the file, or keep this folder out of $TINYLD_DATA"
         check(not there or split not in task.splits, f"{none} in {own}/{name}, which has {', '.join(there)}; {way_out}")
     way_out, problem = f"give the {split} rows by --data DIR, or all by --data FILE", "it has no official download"
-    if not task.builtin and task.path.suffix == ".toml" and task.path.exists():
+    if task.is_users and task.path.exists():
         way_out = f"name their file in its [data] table, or {way_out}"
     if split not in task.splits:
         raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}")
@@ -178,9 +179,8 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
             values = values or [""] * (len(header) == 1)  # a spreadsheet's empty cell of a lone column
             was_open, is_open = is_open, is_plain and bool(values) and OPENED.match(values[-1]) is not None
             if (was_open and values and CLOSED.fullmatch(values[0])) or (is_open and len(values) < len(header)):
-                raise TinyldError(
-                    f"{where}: a cell in quotes has several lines here, which no .tsv has; save it as .csv"
-                )
+                lines = "a cell in quotes has several lines here, which no table with tabs has"
+                raise TinyldError(f"{where}: {lines}; save it with commas")
             if is_plain:  # but for what pandas or Python's csv wrote
                 values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
             while len(values) > max(1, len(header)) and not values[-1].strip():  # as spreadsheets fill up rows
@@ -201,12 +201,11 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
         raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
 
 
-def cell(row: dict[str, Any], column: str, where: str, key: str = "[columns]") -> str:
-    """The row's text in `column`, cleaned; refuses a missing, empty or structured value. key: of a task file, which
-    says what the column is called."""
+def cell(row: dict[str, Any], column: str, where: str, key: str = "") -> str:
+    """The row's text in `column`, cleaned; refuses a missing, empty or structured value. key: of the task file, if
+    there is one, which says what the column is called."""
     if column not in row:
-        way_out = f"rename one to {column}, or say which it is by the task file's {key}"
-        way_out += " or predict's --column" * (key == "[columns]")
+        way_out = f"rename one to {column}" + (f", or say which it is by the task file's {key}" if key else "")
         raise TinyldError(f"{where}: no column {show(column)}, found {show(', '.join(map(str, row)))}; {way_out}")
     value = row[column]
     if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas has what is missing
@@ -282,7 +281,7 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
             right = references(row, str(task.answer_column), where)
             examples.append(replace(example, answer=right[0], references=right if len(right) > 1 else ()))
             continue
-        name = cell(row, str(task.label_column), where, "label_column")
+        name = cell(row, str(task.label_column), where, "label_column" * task.is_users)
         if may_be_numbers and not examples and name not in labels:
             labels = {str(i): i for i in range(len(labels))}
         if name not in labels:
@@ -296,10 +295,10 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
 
 def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
     """An example without an answer, of a row that needs no label: what `predict` asks."""
-    fields: dict[str, str] = {}
+    fields, key = dict[str, str](), "[columns]" * task.is_users
     for column in task.inputs:
         names = [name for name, own in task.columns.items() if own == column]
-        text = cell(row, column, where)
+        text = cell(row, column, where, key)
         parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
         if len(parts) != len(names) or not all(parts):
             wanted = f"{len(names)} texts with {PAIR!r} between"

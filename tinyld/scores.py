@@ -219,24 +219,24 @@ def show(records: list[Record], options: EvalOptions) -> None:
         print("accuracy is of the words that are written, scored % of the likeliest labels, which predict gives")
     for record in records:
         if "classes" in record:
-            show_classes(record)
+            show_classes(record, f"{record['run']}: " * (len(records) > 1))
 
 
-def show_classes(record: Record) -> None:
+def show_classes(record: Record, whose: str) -> None:
     """Precision, recall and F1 of each label, and what its rows were answered, or the most frequent mistakes."""
     columns = ("label", "rows", "precision %", "recall %", "F1 %")
     rows = [(k, c["n"], *(percent(c[p]) for p in ("precision", "recall", "f1"))) for k, c in record["classes"].items()]
     always = f"always the most frequent label: {percent(record['majority'])}% right"
     print()
-    print_table(f"{record['task']} {record['split']}, label by label ({always})", columns, rows)
+    print_table(f"{whose}{record['task']} {record['split']}, label by label ({always})", columns, rows)
     print()
     *said, unreadable = next(iter(record["confusion"].values()))
     said += [unreadable] if record["unreadable"] else []
     if max(map(len, said)) + sum(len(s) + 3 for s in said) <= WIDTH:
         counts = [(label, *(row[s] for s in said)) for label, row in record["confusion"].items()]
-        print_table("rows of each label, by what was answered", ("", *said), counts)
+        print_table(f"{whose}rows of each label, by what was answered", ("", *said), counts)
     else:
         answered = [(label, s, n) for label, row in record["confusion"].items() for s, n in row.items()]
         wrong = sorted(((*pair, n) for *pair, n in answered if n and pair[0] != pair[1]), key=lambda w: -w[2])
         if wrong:
-            print_table("most frequent mistakes", ("label", "answered", "rows"), wrong[:MOST_CONFUSED])
+            print_table(f"{whose}most frequent mistakes", ("label", "answered", "rows"), wrong[:MOST_CONFUSED])

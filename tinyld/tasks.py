@@ -134,6 +134,11 @@ class Task:
         return self.template.format_map(numbers), *map(columns.index, columns)
 
     @property
+    def is_users(self) -> bool:
+        """Whether a user wrote its file."""
+        return not self.builtin and self.path.suffix == ".toml"
+
+    @property
     def asks(self) -> tuple[Any, ...]:
         """What a run learns: what it is asked, and the answers."""
         return *self.reads, self.answer_tokens, *sorted(self.verbalizer.values())
@@ -142,7 +147,8 @@ class Task:
         """Of each column that this task reads, the one in rows of the `first` task: of the same name where both read
         the same columns, else the one that stands in its place."""
         own, theirs = self.inputs, first.inputs
-        check(len(own) == len(theirs), f"task {self.name} reads {', '.join(own)}, {first.name} {', '.join(theirs)}")
+        differ = f"task {self.name} reads {', '.join(own)}, task {first.name} {', '.join(theirs)}"
+        check(len(own) == len(theirs), f"{differ}: no row suits both, so ask each by itself")
         return dict(zip(own, own if {*own} == {*theirs} else theirs, strict=True))
 
     def asked_of(self, first: Task) -> tuple[Any, ...]:

@@ -16,10 +16,10 @@ from tinyld.answers import OURS, Record, examples_of, own_name, under
 from tinyld.config import check
 from tinyld.data import seed_of, slot_width
 from tinyld.datafile import TABBED, refuse_table
-from tinyld.errors import plain
+from tinyld.errors import TinyldError, plain, show
 from tinyld.options import PredictOptions
 from tinyld.predict import load
-from tinyld.progress import Progress, further, say_some, say_truncated
+from tinyld.progress import Progress, further, say, say_some, say_truncated
 from tinyld.read import LONGEST, lines_of
 from tinyld.rows import SUFFIXES, Row, files_of, read_rows
 from tinyld.tasks import Task, learned_files
@@ -56,7 +56,7 @@ def chunks(
     if options.text:
         rows = [(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]
     elif source == "-":
-        return 0, ([renamed(*row) for row in part] for part in piped_lines(columns[0]))
+        return 0, ([renamed(*row) for row in part] for part in piped_lines(tasks))
     else:
         known = lines or path.suffix.lower() in SUFFIXES
         check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
@@ -65,6 +65,8 @@ def chunks(
                 refuse_table(row["text"], where, columns[0])
             if not rows and column is None and columns[0] not in row and len(columns) == 1:  # another task's text
                 column = next((own.inputs[0] for own in tasks if len(own.inputs) == 1 and own.inputs[0] in row), None)
+                lacks = f"{where}: no column {show(columns[0])}, found {show(', '.join(map(str, row)))}"
+                check(column is not None, f"{lacks}; say by --column which it is", TinyldError)
             examples_of([renamed(where, row)], task)
             rows.append((where, row))
         tabbed = lines and len(rows) > 1 and all("\t" in row["text"] for _, row in rows)
@@ -74,23 +76,38 @@ def chunks(
     return len(rows), (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def piped_lines(column: str) -> Iterator[Rows]:
-    """The lines of stdin, those written so far, with no waiting for more; no table that has the task's `column`."""
+def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
+    """The lines of stdin, those written so far, with no waiting for more; no table that has the first task's column.
+    Of a line that one of the tasks cannot read, TinyldError once those before it were answered; where lines are typed
+    it is told, and they go on."""
     check(sys.stdin is not None, "stdin is closed: give a file, or --text")
-    if sys.stdin.isatty():
+    column, typed = tasks[0].inputs[0], sys.stdin.isatty()
+    if typed:
         print("a text a line; Ctrl-D ends", file=sys.stderr)
-    first, rest, part = 1, b"", b"-"
+    first, rest, part, problem = 1, b"", b"-", None
     while part:
         part = sys.stdin.buffer.read1(READ)
         whole, end, rest = (rest + part).rpartition(b"\n")
         if not part or len(rest) > LONGEST:  # the last line may have no end
             end, rest = end + rest, b""
-        rows = [(where, {"text": line}) for where, line in lines_of(io.BytesIO(whole + end), "stdin", first)]
-        if first == 1 and rows:
-            refuse_table(rows[0][1]["text"], rows[0][0], column)
+        rows, read = Rows(), first
+        try:
+            for where, line in lines_of(io.BytesIO(whole + end), "stdin", read):
+                if first == 1:
+                    refuse_table(line, where, column)
+                first += 1
+                for own in tasks:
+                    examples_of([(where, dict.fromkeys(own.inputs, line))], own)
+                rows.append((where, {"text": line}))
+        except TinyldError as error:
+            problem = error
         if rows:
             yield rows
-        first += len(rows)
+        if problem and not typed:
+            raise problem
+        if problem:
+            say(f"tinyld: {problem}")
+            problem = None
 
 
 def predict(options: PredictOptions) -> None:
@@ -110,6 +127,8 @@ def predict(options: PredictOptions) -> None:
     runs = list(run.runs.values()) if several else [run]
     task = run.task if several else run.task_named(options.task)
     tasks, bases = [r.tasks[0] for r in runs] if several else [task], [r.base for r in runs]
+    for own in tasks:
+        own.columns_in(task)  # refuses what no row suits
     if several and len(groups := run.groups()) > 1:
         shares = "; ".join(", ".join(names) for names in groups)
         why = "runs share one if they are of --recipe fast, on one base, with one prompt and answers of one token"
@@ -177,16 +196,25 @@ def csv_lines(records: list[Record], header: list[str], labels: list[str], cell:
 
 
 def table_line(record: dict[str, Any]) -> str:
-    """What was answered, and the text, in the width of the terminal."""
+    """What was answered, and the text, in the width of the terminal; of several runs a line each, below the text."""
     width = shutil.get_terminal_size().columns
-    text = record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)"
-    by, said, written = record.get("adapter", ""), [], []  # of a composition
-    for name, found in record.get("tasks", {f"like no task ({by}):" if record.get("foreign") else by: record}).items():
-        if "label" in found:
-            wide = min(24, max(map(len, found.get("probabilities", [""]))))  # as the longest of its task, within reason
-            said.append(f"{name} {found['label']:<{wide}} {100 * found['probability']:5.1f}%".strip())
-        if "answer" in found:
-            written.append(f"{name} -> {found['answer']}".strip())
-    before, text, after = plain("  ".join([*said, ""])), plain(text), plain("  ".join(["", *written]))
-    room = max(width - len(before) - len(after), 16)  # for the text: what was answered is never cut
-    return before + (text if len(text) <= room else text[: room - 3] + "...") + after + "\n"
+    text = plain(record.get("text", " | ".join(str(v) for k, v in record.items() if k not in OURS)) or "(empty)")
+
+    def beside(before: str, after: str) -> str:
+        """Between them as much of the text as there is room for: what was answered is never cut."""
+        room = max(width - len(before) - len(after), 16)
+        return before + (text if len(text) <= room else text[: room - 3] + "...") + after + "\n"
+
+    def said(found: dict[str, Any]) -> str:
+        if "label" not in found:
+            return ""
+        wide = min(24, max(map(len, found.get("probabilities", [""]))))  # as the longest of its task, within reason
+        return plain(f"{found['label']:<{wide}} {100 * found['probability']:5.1f}%")
+
+    if "tasks" in record:
+        each = [plain(f"  {k}: {said(v).strip() or v.get('answer')}") + "\n" for k, v in record["tasks"].items()]
+        return beside("", "") + "".join(each)
+    by = record.get("adapter", "")  # of a composition
+    by = plain(f"like no task ({by}): " if record.get("foreign") else by and f"{by} ")
+    label = said(record)
+    return beside(by + label + "  " * bool(label), "" if label else plain(f"  -> {record.get('answer')}"))

@@ -125,12 +125,17 @@ def export(options: ExportOptions) -> dict[str, Any]:
     if is_foreign(run):
         raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
     if options.to == "hf":
+        way_out = "--to peft takes a weight-lora adapter, of which tinyld merge makes a base, too"
+        check(RunFolder.open(run).config["kind"] == "base", f"{run} is no base; {way_out}", TinyldError)
         refuse_idle(options, ["base"], "with --to hf, for a base itself")
         export_bert(load_base(run), out)
         return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
     base, method = weight_lora(run, options.base)
     export_peft(method.config, method.own, base.fingerprint, out)
-    return {"out": str(out), "load": f"peft.PeftModel.from_pretrained(denoiser, {str(out)!r})"}
+    return {
+        "out": str(out),
+        "load": f"peft.PeftModel.from_pretrained(tinyld.load({str(base.path)!r}).model, {str(out)!r})",
+    }
 
 
 def merge(options: MergeOptions) -> dict[str, Any]:

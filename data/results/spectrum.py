@@ -94,9 +94,11 @@ def main() -> None:
             is_masked, share = mask_counted(t, text, generator)
             noised = noised_at(batch.x0, is_masked, share, seen, prompt, mask_id)
             told = noised.xt, noised.t, noised.attention_mask, noised.prompt_mask
-            nll = model.nll(model.states(*told, push=probe)[is_masked], noised.x0[is_masked])
+            model.push = probe
+            nll = model.nll(model.states(*told)[is_masked], noised.x0[is_masked])
             (nll / noised.t[is_masked.nonzero()[:, 0]]).sum().backward()
             add("gradient", band, {depth: added.grad for depth, added in probe.added.items()}, noised)
+            model.push = run.push
             with torch.no_grad():
                 model.states(*told)
             add("push", band, pushed, noised)
