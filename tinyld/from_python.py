@@ -37,7 +37,7 @@ def finetune(rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path |
         made = _options(options, out=out, **({} if is_nothing else {"data" if is_rows else "task": name}))
         return load(_within(made)["run"], made.base, made.device, made.dtype)
     check(isinstance(out, str | Path | None), f"out is the path of a folder, got {out!r}")
-    out = RUNS / "rows" if out is None else Path(out)
+    out = RUNS / "from-python" if out is None else Path(out)
     file = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out
     made = _options(options, out=out, data=file)
     content = b"".join(map(_line, several(rows_or_task, "rows")))
