@@ -73,7 +73,7 @@ class Command(TyperCommand):
     """A verb: its help in the groups of its options, in 80 columns."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        group_of = {f.name: f.metadata["group"] for f in dataclasses.fields(VERBS[self.name or ""].options)}
+        group_of = VERBS[self.name or ""].options.groups
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
@@ -116,7 +116,7 @@ class Group(TyperGroup):
             fail(str(error), error.exit_code)
         except Exception as error:
             verb = ctx.invoked_subcommand
-            group_of = {f.name: f.metadata["group"] for f in dataclasses.fields(VERBS[verb].options)} if verb else {}
+            group_of = VERBS[verb].options.groups if verb else {}
             if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's
                 sizes = ("batch_size", "max_length", "rank", "length", "num", "limit")
                 lower = " or ".join(flag(name) for name in sizes if group_of.get(name))

@@ -99,16 +99,18 @@ class Options(Settings):
     """Every subclass is a frozen dataclass. Its values may be given as a user writes them: as text."""
 
     kinds: ClassVar[dict[str, Any]]  # option -> the type of its value, the first where there are several
+    groups: ClassVar[dict[str, str | None]]  # option -> the group of the help it stands in
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        cls.groups = {field.name: field.metadata["group"] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         hints = types_of(cls).items()
         cls.kinds = {k: typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint for k, hint in hints}
 
     @classmethod
     def called(cls, name: str) -> str:
         """How a user gives the option."""
-        return flag(name) if cls.__dataclass_fields__[name].metadata["group"] else f"--set {name}"
+        return flag(name) if cls.groups[name] else f"--set {name}"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
