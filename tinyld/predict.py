@@ -192,12 +192,11 @@ class Run:
         check(mark or not GAP.search(prompt), f"a place in a prompt is marked by {{answer}}, got {prompt!r}")
         check("{answer}" not in after, f"a prompt holds {{answer}} once, got {prompt!r}")
         check(type(length) is int and length >= 1, f"length must be a whole number, at least 1, got {length!r}")
-        after = after.strip() and tokenizer.blank + after.strip()
         begun = tokenizer.encode(before.strip())
         if not begun and not is_foreign(self.base.path):
             begun = [tokenizer.eos_id]  # in running text another text's end is before a beginning
         head = [*tokenizer.start, *begun, *tokenizer.turn]
-        tail = tokenizer.encode(after)
+        tail = tokenizer.encode(after.strip() and tokenizer.blank + after.strip())
         total, most = len(head) + length + len(tail) + 1, model.config.max_length
         check(total <= most, f"prompt and answer have {total} tokens, the base takes {most}")
         check(num * total <= MOST_AT_ONCE, f"{num:,} texts of {total} tokens are over {MOST_AT_ONCE:,}; lower --num")
@@ -216,8 +215,7 @@ class Run:
         texts, used, generator = [], 0, torch.Generator(model.device).manual_seed(sampling.seed)
         with autocast(model.device, self.dtype):
             for some in torch.tensor([row] * num, device=model.device).split(at_once):
-                answer_mask = torch.zeros_like(some, dtype=torch.bool)
-                answer_mask[:, slot] = True
+                answer_mask = some == tokenizer.mask_id
                 same = Batch(some, answer_mask, torch.ones_like(answer_mask), torch.arange(len(some)))
                 for _, part in members(model, same):  # one, as all have the same prompt
                     out, passes = decode(
