@@ -84,15 +84,15 @@ def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
     column, typed = tasks[0].inputs[0], sys.stdin.isatty()
     if typed:
         print("a text a line; Ctrl-D ends", file=sys.stderr)
-    first, rest, part, problem = 1, b"", b"-", None
+    first, rest, part = 1, b"", b"-"
     while part:
         part = sys.stdin.buffer.read1(READ)
         whole, end, rest = (rest + part).rpartition(b"\n")
         if not part or len(rest) > LONGEST:  # the last line may have no end
             end, rest = end + rest, b""
-        rows, read = Rows(), first
+        rows, problem = Rows(), None
         try:
-            for where, line in lines_of(io.BytesIO(whole + end), "stdin", read):
+            for where, line in lines_of(io.BytesIO(whole + end), "stdin", first):
                 if first == 1:
                     refuse_table(line, where, column)
                 first += 1
@@ -107,7 +107,6 @@ def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
             raise problem
         if problem:
             say(f"tinyld: {problem}")
-            problem = None
 
 
 def predict(options: PredictOptions) -> None:
