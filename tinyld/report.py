@@ -43,32 +43,30 @@ TOLD = {*COLUMNS, "eval_every", "save_minutes", "keep", "recompute", "device"}  
 
 def report(options: ReportOptions) -> list[Row]:
     """A row a method (`aggregate`) of all adapters; a row a run goes to `options.csv`."""
-    check_writable(options.csv)
-    rows, read, say = [], list[Path](), say_to_stderr(options.quiet)
+    rows, inputs, without, say = [], list[Path](), list[str](), say_to_stderr(options.quiet)
     for path in options.runs or (RUNS,):
-        is_there = path.is_dir() or (path.is_file() and path.name.endswith(ROWS_SUFFIX))
-        check(is_there, f"no run in {path}: name evaluated adapters, or a folder of such", TinyldError)
+        if path.is_file() and path.name.endswith(ROWS_SUFFIX):  # as runs/* has them
+            continue
+        check(path.is_dir(), f"no run in {path}: name evaluated adapters, or a folder of such", TinyldError)
         is_run = (path / CONFIG).exists() or (path / MANIFEST).exists()  # or a damaged one
-        inside = [path] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
-        of_each = dict[Path, list[Row]]()
-        for folder in inside:
+        inside = [] if is_run else sorted(p.parent for p in path.glob(f"*/{RESULTS}"))
+        for folder in inside or [path]:
             try:
-                of_each[folder] = run_rows(RunFolder.open(folder))
+                run = RunFolder.open(folder)
+                found = run_rows(run)
             except TinyldError as error:
                 if is_run:
                     raise
                 say(f"{error}; it is left out")
-        read += of_each
-        found = [row for own in of_each.values() for row in own]
-        rows += found
-        none = [f.name for f, own in of_each.items() if not own and RunFolder(f).config["kind"] == "adapter"]
-        if found and none:
-            say(f"{path}: left out, as not evaluated (tinyld eval): {', '.join(none)}")
-        if not found and path.is_dir():
-            say(f"{path} is left out: adapters alone have a row, once they are evaluated (tinyld eval RUN)")
+                continue
+            rows += found
+            inputs += learned_files(run.config)
+            without += [] if found else [str(folder)]
+    if without:
+        say(f"left out: {', '.join(without)}: adapters alone have a row, once they are evaluated (tinyld eval RUN)")
     check(rows, "none of these is an adapter that was evaluated; tinyld eval RUN does that", TinyldError)
+    check_writable(options.csv, inputs)
     if options.csv is not None:
-        check_writable(options.csv, [file for run in read for file in learned_files(RunFolder(run).config)])
         write_csv(options.csv, rows)
     return aggregate(rows)
 
