@@ -114,7 +114,7 @@ def learning(*rows: Any, **more: Any) -> Any:
     (lambda run, base: run.predict(np.array("rain")), "texts are a list"),
     (lambda run, base: run.predict([{"text": np.array([1, 2])}]), "text 1: column 'text' must hold text or a number"),
     (lambda run, base: run.predict(["rain", float("nan")]), "text 2: column 'text' has no value; fill it in"),
-    (lambda run, base: run.predict("rain", column="x"), "there is no option column; these are: sampler, steps"),
+    (lambda run, base: run.predict("rain", column="x"), "there is no option 'column'; allowed: sampler, steps"),
     (lambda run, base: run.write([5]), "a prompt is a text"),
     (lambda run, base: run.write("a {answer} {answer}"), "holds {answer} once"),
     (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
@@ -123,7 +123,7 @@ def learning(*rows: Any, **more: Any) -> Any:
     (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "one column of a table"),
     (lambda run, base: tinyld.finetune(""), "no task ''"),
     (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
-    (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "no option rang; `tinyld finetune --help`"),
+    (lambda run, base: tinyld.finetune(ROWS, out="o", rang=4), "there is no option 'rang'; allowed: "),
     (lambda run, base: tinyld.finetune(ROWS, out="o", data="x.csv"), "no option data here"),
 ])  # fmt: skip
 def test_what_makes_no_task_or_is_of_another_kind_is_refused(call: Any, part: str, place: Path) -> None:

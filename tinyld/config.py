@@ -9,26 +9,22 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar
 
 from tinyld.errors import TinyldError, UsageError, show
 
 C = TypeVar("C")
-
-
 to_dict = dataclasses.asdict
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     """`cls` from JSON values, refusing unknown or missing keys and wrong types, nested too; `where` is for errors."""
     fields = {f.name: f.default is f.default_factory for f in dataclasses.fields(cls)}  # is it one that must be given?
-    unknown = sorted(set(check_type(values, dict, where)) - set(fields))
+    check_names(check_type(values, dict, where), fields, f"{where}: unknown key", TinyldError)
     missing = [name for name, needed in fields.items() if needed and name not in values]
-    for word, names in (("unknown", unknown), ("missing", missing)):
-        what = f"{word} key {', '.join(map(repr, names))}; allowed: {', '.join(fields)}"
-        check(not names, f"{where}: {what}", TinyldError)
+    check(not missing, f"{where}: missing key {', '.join(map(repr, missing))}", TinyldError)
     kwargs = {name: check_type(v, types_of(cls)[name], f"{where}: {name}") for name, v in values.items()}
     try:
         return cls(**kwargs)
@@ -90,6 +86,14 @@ def check(condition: bool, message: str, error: type[TinyldError] = UsageError) 
         raise error(message)
 
 
+def check_names(
+    given: Iterable[str], allowed: Iterable[str], unknown: str, error: type[TinyldError] = UsageError
+) -> None:
+    """The error, which begins with `unknown`, for names among the given that are not allowed."""
+    found = [repr(name) for name in given if name not in allowed]
+    check(not found, f"{unknown} {', '.join(found)}; allowed: {', '.join(allowed)}", error)
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -107,6 +111,12 @@ class Settings:
     """A config whose fields say their types and rules."""
 
     called = staticmethod(str)  # how a field is named in errors
+
+    @classmethod
+    def named(cls, given: dict[str, Any]) -> Self:
+        """What Python gave by name; UsageError for a name that is none."""
+        check_names(given, cls.__dataclass_fields__, "there is no option")  # type: ignore[attr-defined]
+        return cls(**given)
 
     def __post_init__(self) -> None:
         """UsageError naming the first field of another type, or that breaks a rule of its own."""
@@ -319,14 +329,6 @@ class SampleConfig(Settings):
         check(warm, f"temperature must be 0, or at least 0.001, got {self.temperature:g}")
         is_share = self.threshold is None or self.threshold <= 1 or self.sampler == "entropy"
         check(is_share, f"threshold must be at most 1, got {self.threshold}")
-
-    @classmethod
-    def named(cls, given: dict[str, Any]) -> Self:
-        """What Python gave by name; UsageError for a name that is none."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in given if name not in known]
-        check(not unknown, f"there is no option {', '.join(unknown)}; these are: {', '.join(known)}")
-        return cls(**given)
 
     @property
     def enough(self) -> float:

@@ -98,10 +98,8 @@ def _plain(value: Any) -> Any:
 
 def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:
     """The verb's options; UsageError for one that it does not have, or that the first argument says already."""
-    known = FinetuneOptions.__dataclass_fields__
-    for name in given:
-        check(name in known, f"no option {name}; `tinyld finetune --help` and `--set help` list them")
-        check(name not in ours, f"no option {name} here; the first argument says what is learned")
+    twice = ", ".join(given.keys() & ours)
+    check(not twice, f"no option {twice} here; the first argument says what is learned")
     if isinstance(given.get("budget"), int | float):  # read as the verb reads it
         given = given | {"budget": str(given["budget"])}
-    return FinetuneOptions(**{"quiet": True, **ours, **given})
+    return FinetuneOptions.named({"quiet": True} | ours | given)
