@@ -206,7 +206,7 @@ def test_answering_a_file_says_how_far_it_is(
     asked = [*(place / name for name in names), "new.txt", "--out", "out.jsonl"]
     said = ask(*asked).stderr
     shares = [int(n) for n in re.findall(r"predict (\d+)%", said)]
-    assert shares == sorted(shares) and shares[-1] == 100 and among <= set(shares) and "rows/s eta" in said
+    assert shares == sorted(shares) and shares[-1] == 100 and among <= set(shares) and " rows/s\n" in said
     assert "predict" not in ask(*asked, "--quiet").stderr
     assert "predict" not in ask(*asked[:-3], text="rain\n").stderr
 

@@ -16,12 +16,12 @@ def test_time_left_is_of_work_done_here(capsys: pytest.CaptureFixture[str], monk
     with Progress("train", 10.0, every=5.0) as bar:
         for done in (4.0, 4.0, 5.0, 6.0):  # a resumed run: 4 of 10 were done before
             clock[0] += 5.0
-            bar.advance_to(done, "9 rows/s", "loss 1")
+            bar.advance_to(done, "loss 1")
         clock[0] += 10.0
         bar.doing("dev evaluation")
     said = capsys.readouterr().err.splitlines()
     assert [re.findall(r"eta (\S+)", line) for line in said] == [["-"], ["-"], ["50s"], ["30s"], ["20s"]]
-    assert said[-2:] == ["train 60% 9 rows/s eta 30s loss 1", "train: dev evaluation 60% 9 rows/s eta 20s loss 1"]
+    assert said[-2:] == ["train 60% eta 30s loss 1", "train: dev evaluation 60% eta 20s loss 1"]
 
 
 def test_a_terminal_has_one_line_that_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_a_terminal_has_one_line_that_is_written_anew(monkeypatch: pytest.Monkey
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("train [x]", 10.0) as bar:
-        bar.advance_to(5.0, "9 rows/s", "loss 1")
+        bar.advance_to(5.0, "loss 1")
         bar.doing("saving")
     *_, last, end = terminal.getvalue().split("\r")
-    assert last == "train [x]: saving 50% 9 rows/s eta - loss 1\x1b[K" and end == "\x1b[K"
+    assert last == "train [x]: saving 50% eta - loss 1\x1b[K" and end == "\x1b[K"

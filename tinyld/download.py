@@ -78,7 +78,7 @@ def fetch(url: str, digest: str, description: str) -> bytes:
             with Progress(description, total=max(size, 1), quiet=size == 0) as bar:
                 while block := response.read1(1 << 18):
                     content += block
-                    bar.advance_to(len(content), rate=f"{len(content) / 1e6:.1f} MB")
+                    bar.advance_to(len(content), f"{len(content) / 1e6:.1f} MB")
             if len(content) < size:
                 raise OSError(f"it ended after {len(content):,} of {size:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -49,7 +49,7 @@ class Progress(contextlib.AbstractContextManager):
 
     def __init__(self, label: str, total: float, quiet: bool = False, every: float = 15.0, unit: str = ""):
         self.label, self.total, self.quiet, self.every, self.unit = label, total, quiet, every, unit
-        self.now = self.rate = self.note = ""
+        self.now = self.note = ""
         self.done, self.last = 0.0, time.monotonic()
         # Where the work stood at the first report: a resumed run begins late, and what comes before it takes time too.
         self.begun: tuple[float, float] | None = None
@@ -61,13 +61,13 @@ class Progress(contextlib.AbstractContextManager):
         self.now = what and f": {what}"
         self._report()
 
-    def advance_to(self, done: float, rate: str = "", note: str = "") -> None:
-        self.done, self.rate, self.note, now = done, rate, note or self.note, time.monotonic()
+    def advance_to(self, done: float, note: str = "") -> None:
+        self.done, self.note, now = done, note, time.monotonic()
         begun, started = self.begun = self.begun or (done, now)
         if done > begun:
             self.ends = now + (now - started) * (self.total - done) / (done - begun)
             if self.unit:
-                self.rate = f"{(done - begun) / max(now - started, 1e-9):,.1f} {self.unit}/s"
+                self.note = f"{(done - begun) / max(now - started, 1e-9):,.1f} {self.unit}/s"
         self._report()
 
     def _report(self) -> None:
@@ -77,7 +77,7 @@ class Progress(contextlib.AbstractContextManager):
         self.last, share = now, 100 * min(self.done / max(self.total, 1e-9), 1.0)
         left = None if self.ends is None else max(0, round(self.ends - now))
         eta = "-" if left is None else f"{left}s" if left < 100 else f"{left // 60}:{left % 60:02d}"
-        line = f"{self.label}{self.now} {share:.0f}% {self.rate} eta {eta} {self.note}".rstrip()
+        line = f"{self.label}{self.now} {share:.0f}% eta {eta} {self.note}".rstrip()
         if self.on_terminal:
             say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")
         else:

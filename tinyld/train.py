@@ -229,8 +229,8 @@ class TrainingRun:
         loss, self.seconds, told = self.processes.sum([loss, *mine])  # the clock and the signals are process 0's, too
         self.told, self.log_sum, self.log_count = int(told), self.log_sum + loss, self.log_count + 1
         self.after_update(self.progress)
-        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        self.bar.advance_to(self.progress, speed, f"loss {loss:.3f}")
+        speed = self.tokens / max(self.seconds, 1e-9)
+        self.bar.advance_to(self.progress, f"{speed:,.0f} tokens/s loss {loss:.3f}")
 
     def backward(self, noised: list[Noised]) -> Tensor:
         """The mean loss of all masked tokens, as far as this process's rows go; its gradient, of all processes' and of
