@@ -48,9 +48,6 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     if options.resume is not None:
         return resume(options)
     out = options.out or RUNS / f"base-{options.preset}-s{options.seed}"
-    files, valid = find_text_files(options.data), find_text_files(options.valid)
-    if both := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in valid}:
-        say_to_stderr(options.quiet)(f"{min(both)} is in --data and in --valid: what is measured on it is not held out")
     path = None if options.init is None else find_encoder(options.init)
     refuse_inside(out, [path] if path else [], [*options.data, *options.valid])
     own = path is not None and RunFolder(path).is_run()
@@ -96,7 +93,8 @@ def train_base(
     if begun and config["warm_start"] and not begun.checkpoints():
         raise TinyldError(f"{out} was stopped before its first checkpoint; start it again with --force")
     files, valid = (find_text_files(list(map(Path, paths))) for paths in (config["data"]["files"], config["valid"]))
-
+    if both := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in valid}:
+        say(f"{min(both)} is in --data and in --valid: what is measured on it is not held out")
     share = HELD_OUT
     if not valid and text_bytes(files) < FEW_BYTES:  # chance may leave none of a few documents
         share = max(share, min(map(draw, read_lines(files)), default=0.0) + 2**-32)
