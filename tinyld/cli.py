@@ -185,7 +185,7 @@ def add(name: str, verb: Verb) -> None:
 
     def call(**given: Any) -> None:
         sets = given.pop("set", None) or []
-        chosen = verb.options.of({k: v for k, v in given.items() if v is not None}, sets)
+        chosen = verb.options.of(given, sets)
         result = load(verb.run)(chosen)
         if result is None or not is_writer():
             return

@@ -132,17 +132,16 @@ class Options(Settings):
     @classmethod
     def of(cls, given: dict[str, Any], sets: Iterable[str] = ()) -> Self:
         """The options of a command line: `given` by name, and every `name=value` of `--set`."""
-        defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.metadata["group"] != ARGUMENT}
-        seen: set[str] = set()
+        usual = {f.name: f.default for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in given.items() if v is not None and str(v) != str(usual[k])}
         for text in sets:
             name, equals, value = text.partition("=")
             name = name.strip().removeprefix("--").replace("-", "_")
-            lacks = "no =VALUE after it" if name in defaults else f"there is no option {name!r}; --set help lists all"
-            check(bool(equals) and name in defaults, f"--set {text}: {lacks}")
-            once = name not in seen and str(given.get(name, defaults[name])) == str(defaults[name])
-            check(once, f"{name} is given twice, by --set {text} as well")
-            seen.add(name)
-            given = given | {name: value}
+            is_option = cls.groups.get(name, ARGUMENT) != ARGUMENT
+            lacks = "no =VALUE after it" if is_option else f"there is no option {name!r}; --set help lists all"
+            check(bool(equals) and is_option, f"--set {text}: {lacks}")
+            check(name not in given, f"{name} is given twice, by --set {text} as well")
+            given[name] = value
         return cls(**given)
 
 
