@@ -332,27 +332,27 @@ def test_a_run_goes_on_with_a_lower_rate(place: Path) -> None:
     assert 0 < RunFolder(Path("cut")).metrics()[-1]["lr"] < RunFolder(Path("cut")).config["train"]["lr"] == 1e-5
 
 
-def test_a_run_goes_on_with_its_own_data_and_says_what_differs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, rows = place / "again.toml", (place / "mood.csv").read_text()
-    task.write_text((place / "mood.toml").read_text().replace("mood.csv", "again.csv"))
-    (place / "again.csv").write_text(rows)
-    interrupt(5, *begun(place, "bitfit"), "--task", task, "--out", "cut")
-    (place / "again.csv").write_text(rows.replace("rain", "sky"))
+def test_a_run_goes_on_on_its_own_base_and_data_and_says_what_differs(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (place / "mood.csv").read_text()
+    Path("again.toml").write_text((place / "mood.toml").read_text().replace("mood.csv", "again.csv"))
+    Path("again.csv").write_text(rows)
+    shutil.copytree(place / "base", "base")
+    interrupt(5, *begun(place, "bitfit"), "--base", "./base", "--task", "again.toml", "--out", "cut")
+    Path("again.csv").write_text(rows.replace("rain", "sky"))
     assert_refused(cli("finetune", "--resume", "cut"), 1, "cut began with other data: put ")
-    (place / "again.csv").write_text(rows)
+    Path("again.csv").write_text(rows)
+    Path("base").rename("mine")
+    shutil.copytree(place / "other", "base")
+    assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
+    shutil.rmtree("base")
+    Path("mine").rename("base")
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     ran = good("finetune", "--resume", "cut", "--json")
     assert f"its last digits may differ: threads was {threads}, is {threads + 1}" in ran.stderr
     assert ran.json["steps"] == 7
-
-
-def test_a_run_is_not_resumed_on_another_base(place: Path) -> None:
-    shutil.copytree(place / "base", "base")
-    interrupt(5, *begun(place, "bitfit"), "--base", "./base", "--out", "cut")
-    shutil.rmtree("base")
-    shutil.copytree(place / "other", "base")
-    assert_refused(cli("finetune", "--resume", "cut"), 1, "was trained on base")
 
 
 @pytest.mark.parametrize("args", [
@@ -383,13 +383,10 @@ INIT = TEXT.replace("{tiny}", "") + "--init {place}/base "
 ERRORS = [
     # no such option, value or verb: how to get help
     ("finetune --method prefix", 2, "(tinyld finetune --help)"),
-    ("pretrain --lr", 2, "(tinyld pretrain --help)"),
     ("predict", 2, "(tinyld predict --help)"),
     ("train", 2, "(tinyld --help)"),
-    ("tasks --nonsense", 2, "(tinyld tasks --help)"),
     # a run that is there
     (TEXT.replace("new", "{place}/colours") + "--steps 1", 1, "--force"),
-    (ON.replace("new", "{place}/colours") + "--method bitfit", 1, "--force"),
     (PAIR.replace("new", "{place}/colours"), 1, "--force"),
     # rows, and files of rows without a task
     (ON + "--text-column words", 2, "--text-column has no effect but for --data without --task"),
@@ -403,7 +400,6 @@ ERRORS = [
     (NOT_ON + "--data {place}/tabs.txt", 2, "tabs.txt: all lines have a tab: name it .tsv"),
     (NOT_ON + "--data {place}/colours.txt", 1, "colours.txt: line 1 names columns, text among them: a table is"),
     ("finetune mine.csv", 2, "(mine.csv); a file is given by --data (tinyld finetune"),
-    (ON + "--method bitfit --set optimizer=muon", 2, "no effect with --method bitfit, which trains no matrix"),
     # options
     ("compare --limit 9 --limit 0", 2, "--limit must be at least 1, got 0"),
     (ON + "--set ranks=4,two,1", 2, "--set ranks: 'two' is not a whole number"),
@@ -414,7 +410,6 @@ ERRORS = [
     (ON + "--budget 500", 2, "--budget must be above 0 and at most 100%, such as 0.7% or 0.007, got '500'"),
     (ON + "--method bitfit --budget 1%", 2, "bitfit has no rank"),
     (ON + "--method full --set base_dtype=int8", 2, "is for frozen weights; full trains them all"),
-    (ON + "--blocks 1", 2, "--blocks goes by --set blocks=value"),
     ("predict {place}/colours --text a --base_dtype bf16", 2, "--base-dtype goes by --set base_dtype=value"),
     (ON + "--set seed=0 --set seed=1", 2, "seed is given twice"),
     (ON + "--budget abc", 2, "--budget takes a share such as 0.7% or 0.007, got 'abc'"),
@@ -435,18 +430,15 @@ ERRORS = [
     ("predict {place}/mood-full --task mine --text rain", 2, "mood-full has no task 'mine'; it has mood"),
     # runs, bases and what is written
     ("eval --quiet", 1, "no finished run in runs/: name one, or make one"),
-    (EVAL + "--predictions .", 1, "cannot be written"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
     ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
     ("export {place}/mood-full --out new", 1, "mood-full is no base; --to peft takes a weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "holds a base; compose takes"),
-    (EVAL + "--sampler ancestral --set threshold=0.5", 2, "--set threshold has no effect with --sampler ancestral"),
     (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),
     (ONE + "--set draws=2 --set least=2", 2, "has no effect where every answer is one token"),
     ("predict {place}/colours --text a --set threshold=0.5", 2, "--set threshold has no effect where every answer is"),
     ("sample {place}/base --length 1 --steps 4", 2, "--steps has no effect where every answer is one token"),
-    (EVAL + "--seed 3", 2, "--seed has no effect with --sampler threshold"),
-    (EVAL + "--set kl=1", 2, "--set kl has no effect with --sampler threshold"),
+    (EVAL + "--seed 3 --set kl=1", 2, "--seed, --set kl has no effect with --sampler threshold"),
     ("sample {place}/base --set chat=true", 2, "for the folder of a public model"),
     (ON + "--method bitfit --set cache_gb=1", 2, "--set cache_gb has no effect with --method bitfit"),
     (NOT_ON + "--data {place}/text.txt --label-column x", 2, "--label-column has no effect on the lines of"),
@@ -466,9 +458,8 @@ def test_an_error_is_one_line_and_writes_nothing(args: str, code: int, part: str
     assert list(Path().iterdir()) == [] and (place / "colours" / MANIFEST).read_bytes() == before
 
 
-@pytest.mark.parametrize("steps", [1, 9])
-def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(steps: int, place: Path) -> None:
-    args = ON.replace("--steps 1", f"--steps {steps}") + "--method full --lr 1e18 --set clip=0 --set save_minutes=0"
+def test_a_run_that_diverges_ends_in_one_line_and_no_adapter(place: Path) -> None:
+    args = ON.replace("--steps 1", "--steps 9") + "--method full --lr 1e18 --set clip=0 --set save_minutes=0"
     ran = cli(*fill(args, place))
     assert_refused(ran, 1, "is not finite")
     assert "there is no good checkpoint; lower --lr" in ran.stderr and not RunFolder(Path("new")).checkpoints()
