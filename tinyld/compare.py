@@ -45,7 +45,6 @@ class Line(NamedTuple):
 
 def compare(options: CompareOptions) -> list[Row]:
     """Runs what is missing of the grid; one row a method (`report.aggregate`), and a row a run in `options.csv`."""
-    check(options.steps is None or options.epochs is None, "give --steps or --epochs, not both")
     lines = lines_of(options)
     make_folder(options.out)
     with RunFolder(options.out).locked():
