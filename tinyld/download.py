@@ -4,15 +4,14 @@ A set without a dev split gets one from its train split, and a set published as 
 SHA-1 of the sentence's letters and digits, a tenth each, so repeats stay together and the cut never moves.
 """
 
-import csv
 import hashlib
 import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,14 +30,11 @@ class Source:
 
     files: dict[str, str]  # URL -> SHA-256, or MD5 where no other digest is published
     rows: dict[str, int]  # of each official split, before dev (and test) are cut from a set that has none
-    # Files with rows: a pattern of their names in the archive, or of train, test, dev for the URLs in their order. The
-    # groups `split` and `label` are those of all rows of a file.
+    # Patterns of the names of files with rows, in the archive or train, test, dev for the URLs in their order, and of a
+    # row (a header is none). They have between them the groups label, text and maybe split, second (text) and id.
     member: str
-    row: str = "line"  # or "csv", or the whole "file"
-    header: int = 0  # lines of it
-    between: str = ""  # a pattern of what stands between the cells of a line
-    sentence: tuple[int, ...] = (0,)  # cells, of one text or two
-    label: int | None = None  # cell, else the group
+    row: str = "(?P<text>.+)"
+    quoted: bool = False  # whether quotes in a text are doubled, as in a CSV
     names: dict[str, str] = field(default_factory=dict)  # published label -> ours, where they differ
 
 
@@ -109,28 +105,28 @@ def members(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def as_text(content: bytes) -> str:
-    """UTF-8, or what Windows makes of Latin-1."""
+    """UTF-8, or what Windows makes of Latin-1; without tags of line ends."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-    return text.replace("\r\n", "\n")
+    return re.sub(r"<br\s*/?>", " ", text.replace("\r\n", "\n"))
 
 
 def convert(source: Source, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
     """Rows of the train, dev and test splits of a data set, whichever of them are published, of its files by URL."""
     contents = members(files)
-    dev_ids = set(as_text(contents.pop("dev", b"")).split("\n")) - {""}  # MRPC: of train's rows, two cells of each
+    dev_ids = as_text(contents.pop("dev", b"")).split("\n")  # MRPC: of train's rows
     splits: dict[str, list[Row]] = defaultdict(list)
     for name, content in sorted(contents.items()):
-        own = found.groupdict() if (found := re.fullmatch(source.member, name)) else {}
-        for cells in cells_of(source, as_text(content)) if own else ():
-            split = own.get("split", "all")
-            if split == "train" and "\t".join(cells[1:3]) in dev_ids:
-                split = "dev"
-            label = own["label"] if source.label is None else cells[source.label]
-            splits[split].append((PAIR.join(cells[i] for i in source.sentence), source.names.get(label, label)))
-    if source.label is None:  # published label by label: any first few rows are to hold all labels
+        file = re.fullmatch(source.member, name)
+        for row in re.finditer(source.row, as_text(content), re.M) if file else ():
+            said = file.groupdict() | row.groupdict()
+            split = "dev" if said.get("id") in dev_ids else said.get("split", "all")
+            text = PAIR.join(said[part] for part in ("text", "second") if part in said)
+            text = text.replace('""', '"') if source.quoted else text
+            splits[split].append((text, source.names.get(said["label"], said["label"])))
+    if "(?P<label>" in source.member:  # published label by label: any first few rows are to hold all labels
         splits = {split: sorted(rows, key=lambda row: number_of(row[0])) for split, rows in splits.items()}
     if "dev" in splits:
         return splits
@@ -139,15 +135,6 @@ def convert(source: Source, files: Mapping[str, bytes]) -> dict[str, list[Row]]:
     for row in splits["all" if "all" in splits else "train"]:
         parts[places.get(number_of(row[0]) % 10, "train")].append(row)
     return parts
-
-
-def cells_of(source: Source, text: str) -> Iterable[list[str]]:
-    if source.row == "csv":
-        return csv.reader(StringIO(text, newline=""))
-    if source.row == "file":  # a review, with tags
-        return [[re.sub(r"<br\s*/?>", " ", text)]]
-    lines = filter(None, text.split("\n")[source.header :])
-    return [re.split(source.between, line) if source.between else [line] for line in lines]
 
 
 def number_of(sentence: str) -> int:
