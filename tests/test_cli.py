@@ -382,7 +382,7 @@ PAIR = "compose {place}/colours {place}/mood-trajectory-lora --out new "
 INIT = TEXT.replace("{tiny}", "") + "--init {place}/base "
 ERRORS = [
     # no such option, value or verb: how to get help
-    ("finetune --method prefix", 2, "(tinyld finetune --help)"),
+    ("finetune --method prefix", 2, "--method must be one of trajectory-lora, weight-lora, adapters,"),
     ("predict", 2, "(tinyld predict --help)"),
     ("train", 2, "(tinyld --help)"),
     # a run that is there

@@ -13,7 +13,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")  # typer's pydantic looks for some at every start: 10 ms
 
@@ -124,7 +124,7 @@ class Group(TyperGroup):
             if not hasattr(error, "format_message"):  # click's own, whichever click typer has
                 raise
             asked = (getattr(error, "option_name", None) or "").replace("_", "-")
-            said = error.format_message().replace("Value error, ", "")
+            said = error.format_message()
             for name, group in group_of.items():
                 if group is None and asked == flag(name):
                     fail(f"{asked} goes by --set {name}=value; --set help lists all such", 2)
@@ -160,8 +160,8 @@ def of_field(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     member = typing.get_args(kind)[0] if several else kind
     about = {"help": rules["help"], "metavar": METAVARS.get(member)}
     if "among" in rules:
-        kind, about["metavar"] = Literal[tuple(rules["among"])], None
-    elif kind is not bool:
+        about |= {"metavar": f"<{'|'.join(rules['among'])}>", "autocompletion": lambda: list(rules["among"])}
+    if kind is not bool:
         kind = Path if member is Path and rules["read"] is None else str
         kind = list[kind] if several else kind  # type: ignore[valid-type]
     if rules["group"] == ARGUMENT:
