@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import cli
+from conftest import assert_refused, cli
 
 from tinyld.config import TrainConfig, to_dict
 from tinyld.errors import TinyldError
@@ -132,8 +132,7 @@ def test_a_crafted_run_is_refused_in_a_line(name: str, keys: tuple[str, ...], va
     record.pop(keys[-1], None)
     record |= {} if value is None else {keys[-1]: value}
     folder.write_json(name, whole)
-    ran = cli("report", folder.path)
-    assert ran.code == 1 and ran.stderr.startswith(f"tinyld: {folder.path}") and ran.stderr.count("\n") == 1
+    assert_refused(cli("report", folder.path), 1, f"tinyld: {folder.path}")
 
 
 def test_what_is_odd_but_harmless_in_a_config_changes_no_figure(tmp_path: Path) -> None:
