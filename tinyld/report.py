@@ -54,13 +54,13 @@ def report(options: ReportOptions) -> list[Row]:
             try:
                 run = RunFolder.open(folder)
                 found = run_rows(run)
+                inputs += learned_files(run.config)
             except TinyldError as error:
                 if is_run:
                     raise
                 say(f"{error}; it is left out")
                 continue
             rows += found
-            inputs += learned_files(run.config)
             without += [] if found else [str(folder)]
     if without:
         say(f"left out: {', '.join(without)}: adapters alone have a row, once they are evaluated (tinyld eval RUN)")
