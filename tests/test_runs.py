@@ -430,8 +430,7 @@ def test_checkpoints_behind_a_link_are_not_ours(run: RunFolder, tmp_path: Path) 
     RunFolder.create(tmp_path / "photos").save_checkpoint(3, {"w": torch.ones(1)}, {}, 2)
     (run.path / "checkpoints").symlink_to(tmp_path / "photos" / "checkpoints")
     before = tree(tmp_path)
-    for act in (run.load_checkpoint, lambda: run.save_checkpoint(1, {}, {}, keep=1)):
+    for act in (run.load_checkpoint, run.remove_checkpoints, lambda: run.save_checkpoint(1, {}, {}, keep=1)):
         with pytest.raises(TinyldError, match="checkpoints: is a link"):
             act()
-    run.remove_checkpoints()
     assert tree(tmp_path) == before

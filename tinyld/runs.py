@@ -232,17 +232,12 @@ class RunFolder:
         self.remove_checkpoints(after=step)
         write_atomic(self.path / METRICS, kept)
 
-    @property
-    def _saved(self) -> RunFolder:
-        folder = RunFolder(self.path / CHECKPOINTS)
-        if folder.path.is_symlink():
-            raise TinyldError(f"{folder.path}: is a link; put the folder itself in its place, or remove the link")
-        return folder
-
     def checkpoints(self) -> list[Path]:
-        """Checkpoint files, oldest first."""
+        """Checkpoint files, oldest first; TinyldError where their folder is a link."""
         folder = self.path / CHECKPOINTS
-        found = () if folder.is_symlink() or not folder.is_dir() else folder.iterdir()
+        if folder.is_symlink():
+            raise TinyldError(f"{folder}: is a link; put the folder itself in its place, or remove the link")
+        found = folder.iterdir() if folder.is_dir() else ()
         return sorted(path for path in found if path.name.isdecimal() and path.is_file())
 
     def last_good(self) -> str:
@@ -255,7 +250,8 @@ class RunFolder:
         import torch
 
         about = torch.frombuffer(bytearray(to_json({"step": step, **state})), dtype=torch.uint8)
-        folder = self._saved
+        self.checkpoints()  # refuses a link
+        folder = RunFolder(self.path / CHECKPOINTS)
         try:
             with failing(self.path, "written"):
                 folder.path.mkdir(exist_ok=True)
@@ -266,7 +262,7 @@ class RunFolder:
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Record] | None:
         """(tensors, state) of the newest checkpoint; None when there is none to go on from."""
-        folder, found = self._saved, self.checkpoints()
+        folder, found = RunFolder(self.path / CHECKPOINTS), self.checkpoints()
         if not found:
             return None
         try:
