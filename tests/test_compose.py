@@ -15,7 +15,7 @@ import tinyld
 from tinyld import composition
 from tinyld.checkpoint import Base, method_record
 from tinyld.compose import LEAST_RIGHT, compose, measure_routing, share, show
-from tinyld.composition import NONE, RoutedPush, Router, members, prompt_features, prompt_prototype
+from tinyld.composition import NONE, RoutedPush, Router, batch_features, members, prompt_prototype
 from tinyld.config import ModelConfig
 from tinyld.data import Batch
 from tinyld.errors import TinyldError, UsageError
@@ -66,14 +66,17 @@ def prompts(config: ModelConfig, rows: int = 6) -> tuple[Tensor, Tensor]:
 
 def test_features_are_the_prompts_own_whatever_the_padding(config: ModelConfig) -> None:
     model, (x, prompt_mask) = fresh_base(config), prompts(config)
-    features = prompt_features(model.embed(x), prompt_mask)
-    short = prompt_features(model.embed(x[1:2, :9]), prompt_mask[1:2, :9])
-    torch.testing.assert_close(features[1:2], short)
+
+    def features(x: Tensor, prompt_mask: Tensor = prompt_mask) -> Tensor:
+        return batch_features(model, Batch(x, ~prompt_mask, torch.ones_like(prompt_mask), torch.arange(len(x))))
+
+    before = features(x)
+    torch.testing.assert_close(before[1:2], features(x[1:2, :9], prompt_mask[1:2, :9]))
     changed = x.clone()
     changed[0, 6], changed[1, 10] = 4, 5  # neither the answer is read, nor padding
-    torch.testing.assert_close(prompt_features(model.embed(changed), prompt_mask), features)
+    torch.testing.assert_close(features(changed), before)
     changed[0, 3] = x[0, 3] % 90 + 10
-    moved = (prompt_features(model.embed(changed), prompt_mask) - features).abs().amax(1)
+    moved = (features(changed) - before).abs().amax(1)
     assert (moved > 1e-3).tolist() == [True, *[False] * 5]
 
 
@@ -113,7 +116,7 @@ def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path) -
     records, pushes = zip(*(trained_member(config, case, i) for i, case in enumerate(("pointer", "fast"))), strict=True)
     base, answer = base_of(fresh_base(config)), torch.arange(12)[None] == torch.full((6, 1), 6)
     batch = Batch(x, answer, prompt_mask | answer, torch.arange(6) + 10)
-    features = prompt_features(base.model.embed(x), prompt_mask).detach()
+    features = batch_features(base.model, batch).detach()
     router = Router(2, config.d_model)
     for i in (0, 1):
         router.prototype[i] = features[torch.tensor(owner) == i].mean(0)

@@ -26,16 +26,12 @@ KNOWN = 0.99  # share of a task's own prompts that its limit takes in
 NONE = -1
 
 
-def prompt_features(embedded: Tensor, prompt_mask: Tensor) -> Tensor:
-    """(B, D): the mean over the prompt of token embeddings (B, L, D)."""
+def batch_features(model: Denoiser, batch: Batch) -> Tensor:
+    """(B, D) prompt features of a batch: the mean over each row's prompt of its token embeddings, normalised."""
+    prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(model.device)
+    embedded = model.embed(batch.x0.to(model.device))
     share = prompt_mask / prompt_mask.sum(1, keepdim=True).clamp(min=1)
     return (F.layer_norm(embedded, embedded.shape[-1:]) * share[..., None]).sum(1).float()
-
-
-def batch_features(model: Denoiser, batch: Batch) -> Tensor:
-    """(B, D) prompt features of a batch."""
-    prompt_mask = batch.attention_mask & ~batch.answer_mask
-    return prompt_features(model.embed(batch.x0.to(model.device)), prompt_mask.to(model.device))
 
 
 @torch.no_grad()
@@ -78,7 +74,6 @@ class Router(nn.Module):
 
     def distances(self, features: Tensor) -> Tensor:
         """(B, k) squared, of features (B, D) from each member's mean, less what its own prompts vary by."""
-
         with torch.autocast(features.device.type, enabled=False):  # a difference of two sums
             members = [(features - mean, own) for mean, own in zip(self.prototype, self.directions, strict=True)]
             return torch.stack([off.square().sum(1) - (off @ own.T).square().sum(1) for off, own in members], 1)
@@ -127,13 +122,6 @@ def members(model: Denoiser, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
         model.push = hung
 
 
-def load_push(record: dict[str, Any], tensors: dict[str, Tensor], base: Base, folder: RunFolder) -> TrajectoryPush:
-    """The push that a run recorded and stored, on its base; TinyldError where its method is not one that pushes."""
-    if record.get("name") != TrajectoryLora.name:
-        raise TinyldError(f"{folder.path} holds {record.get('name')}; only trajectory-lora adapters are composed")
-    return load_method(record, tensors, base, folder).push  # type: ignore[attr-defined]
-
-
 def save_composition(
     folder: RunFolder, base: Base, members: Sequence[dict[str, Any]], routed: RoutedPush, by_name: bool
 ) -> None:
@@ -156,7 +144,11 @@ def load_composition(folder: RunFolder, base: Base) -> None:
 
     if not members:
         raise TinyldError(f"{folder.path / CONFIG}: a composition needs at least one adapter")
-    pushes = [load_push(member["method"], under(f"{i}."), base, folder) for i, member in enumerate(members)]
+    pushes = []
+    for i, method in enumerate(member["method"] for member in members):
+        if (name := method.get("name")) != TrajectoryLora.name:
+            raise TinyldError(f"{folder.path} holds {name}; only trajectory-lora adapters are composed")
+        pushes.append(load_method(method, under(f"{i}."), base, folder).push)  # type: ignore[attr-defined]
     router = Router(len(pushes), base.model.config.d_model).to(base.model.device)
     load_exactly(router.state_dict(), under("router."), folder.path / ADAPTER)
     base.model.push = RoutedPush(pushes, router)
