@@ -177,15 +177,14 @@ def test_revising_forbids_what_would_repeat_unless_nothing_is_left() -> None:
     assert torch.equal(decoded(alone, batch, sampler="revise")[0][batch[1]], once), "it cannot write anything else"
 
 
-def reference(model: Denoiser, x: Tensor, places: list[int], steps: int) -> Tensor:
+def one_by_one(model: Callable[[Tensor], Tensor], x: Tensor, places: list[int], steps: int, mask_id: int) -> Tensor:
     """Low-confidence decoding of one row without padding, written as a loop over tokens, as many a step as LLaDA's
     get_num_transfer_tokens: M // steps, and one more in the first M % steps."""
     x = x.clone()
-    x[places] = MASK
+    x[places] = mask_id
     masked, size = list(places), len(places)
     for step in range(min(steps, size)):
         logits = model(x[None])[0]
-        logits[:, FORBIDDEN] = -torch.inf
         best = {p: logits[p].softmax(-1).max(-1) for p in masked}
         keep = size // steps + (step < size % steps)
         for p in sorted(masked, key=lambda p: -float(best[p].values))[:keep]:
@@ -201,7 +200,11 @@ def test_low_confidence_equals_a_plain_loop_over_tokens(lively: Denoiser, steps:
     x, answer_mask, _ = batch = rows(7, seed=seed)
     recording = Recording(lively)
     found, passes = decoded(recording, batch, sampler="low_confidence", steps=steps)
-    assert torch.equal(found[0], reference(lively, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps))
+
+    def allowed(x: Tensor) -> Tensor:
+        return lively(x).index_fill(-1, torch.tensor(FORBIDDEN), -torch.inf)
+
+    assert torch.equal(found[0], one_by_one(allowed, x[0], answer_mask[0].nonzero()[:, 0].tolist(), steps, MASK))
     assert passes == len(recording.passes) == min(steps, 7)
     assert [t[0] for t in recording.t] == pytest.approx([n / 7 for n in recording.passes])
 
