@@ -80,31 +80,20 @@ def more(text: str) -> Change:
     return lambda content: content + text.encode()
 
 
-def other(old: str, new: str) -> Change:
-    return lambda content: content.replace(old.encode(), new.encode("utf-8", "surrogateescape"), 1)
-
-
 def half(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-ROWS, BASE, ADAPTER = "mood.csv", "tiny/config.json", "mood/adapter.safetensors"
-CONTENT: list[tuple[str, str, Change, str]] = [  # command, file, what becomes of it, what is said
-    ("finetune", ROWS, lambda content: content.decode().encode("utf-16"), "mood.csv: line 1: not UTF-8; save it as"),
-    ("predict", ROWS, other("rain", "ra\0in"), "mood.csv: line 2: a zero byte"),
-    ("finetune data", ROWS, lambda content: b" \n\n", "mood.csv"),
+ROWS, ADAPTER = "mood.csv", "mood/adapter.safetensors"
+# Of each kind of file one that is off, as a whole command meets it: command, file, what becomes of it, what is said.
+# What else may be wrong in it is in the tests of what reads it.
+CONTENT: list[tuple[str, str, Change, str]] = [
     ("finetune", ROWS, more(f"rain,{UGLY}\n"), "mood.csv: line 42: unknown label"),
     ("finetune data", ROWS, more("rain,Sad\n"), "Sad"),
-    ("finetune", "mood.toml", half, "mood.toml"),
     ("predict jsonl", "asked.jsonl", lambda content: content[:-4], "damaged, not JSON"),
     ("predict", ADAPTER, half, "adapter.safetensors: damaged safetensors file"),
-    ("predict", "mood/config.json", other('"adapter"', '["adapter"]'), "mood/config.json"),
-    ("report", "mood/results.json", other(": ", ": -1e999, \"x\": "), "results.json: damaged, not JSON"),
-    ("sample", BASE, other('"max_length": 24', f'"max_length": {"9" * 5_000}'), "tiny/config.json"),
-    ("sample", "tiny/tokenizer.json", half, "tokenizer.json: damaged, not JSON"),
-    ("pretrain", "text.txt", other("rain", "caf\udce9"), "text.txt: line 3: not UTF-8"),
+    ("report", "mood/results.json", half, "results.json: damaged, not JSON"),
     ("pretrain gz", "text.txt.gz", half, "text.txt.gz: cannot be read"),
-    ("pretrain gz", "text.txt.gz", gzip.decompress, "text.txt.gz: cannot be read"),
 ]  # fmt: skip
 
 
@@ -116,7 +105,10 @@ def test_a_damaged_file_is_refused_in_one_line(command: str, path: str, change: 
     refused(COMMANDS[command], part)
 
 
-PLACES = ["a loop", "a link to nothing", "nothing", "a device", "a pipe", "a folder", "a vast file"]
+PLACES = [  # what is there instead, as a shell makes it
+    "true", "ln -s {name} {path}", "ln -s nowhere {path}", "ln -s /dev/zero {path}", "mkfifo {path}", "mkdir {path}",
+    "truncate -s 4T {path}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("there", PLACES)
@@ -125,15 +117,7 @@ PLACES = ["a loop", "a link to nothing", "nothing", "a device", "a pipe", "a fol
 ])  # fmt: skip
 def test_what_is_no_file_of_its_kind_is_refused_by_its_name(command: str, path: str, there: str) -> None:
     Path(path).unlink()
-    if there in ("a loop", "a link to nothing", "a device"):
-        Path(path).symlink_to({"a loop": Path(path).name, "a device": "/dev/zero"}.get(there, "nowhere"))
-    elif there == "a pipe":
-        os.mkfifo(path)
-    elif there == "a folder":
-        Path(path).mkdir()
-    elif there == "a vast file":
-        with open(path, "wb") as file:
-            file.truncate(1 << 42)
+    subprocess.run(there.format(path=path, name=Path(path).name), shell=True, check=True)
     refused(COMMANDS[command], Path(path).name)
 
 
