@@ -142,11 +142,8 @@ def base_record(config: Mapping[str, Any], run: Path) -> BaseRecord:
     return from_dict(BaseRecord, config["base"], f"{run / CONFIG}: base")
 
 
-def find_base(config: Mapping[str, Any], run: Path, override: Path | None) -> Path:
-    """The folder of a run's base: `override`, else the released one that has its fingerprint, else as recorded."""
-    if override is not None:
-        return override
-    record = base_record(config, run)
+def find_base(record: BaseRecord, run: Path) -> Path:
+    """The folder of a run's base: the released one that has its fingerprint, else as recorded."""
     released, recorded = [bundled_data_dir() / name for name in ("base", "small")], Path(record.path)
     for path in released:
         if RunFolder(path).is_run() and fingerprint(RunFolder(path)) == record.fingerprint:
@@ -161,13 +158,13 @@ def load_base_of(
     config: Mapping[str, Any], run: Path, override: Path | None, device: torch.device | str, dtype: str | None = None,
     bases: Sequence[Base] = (),
 ) -> Base:  # fmt: skip
-    """The base of a run as it was read then, kept in `dtype` or else as in training: one of `bases`, or as find_base
-    finds it."""
+    """The base of a run as it was read then, kept in `dtype` or else as in training: one of `bases`, or of the folder
+    `override`, or of the one that find_base finds."""
     record = base_record(config, run)
     dtype = dtype or record.dtype
     if shared := [base for base in bases if (base.fingerprint, base.dtype) == (record.fingerprint, dtype)]:
         return shared[0]
-    base = load_base(find_base(config, run, override), device, dtype, record.reading)
+    base = load_base(override or find_base(record, run), device, dtype, record.reading)
     found = f"{run} was trained on base {record.fingerprint}, but {base.path} is base {base.fingerprint}"
     check(base.fingerprint == record.fingerprint, f"{found}; give its own with --base", TinyldError)
     return base
