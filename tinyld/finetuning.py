@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tinyld.checkpoint import check_frozen, load_base, load_base_of, method_record, read_shape, sizes
+from tinyld.checkpoint import Base, check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
 from tinyld.data import TaskRows, answer_ids, some_of, torch_seeded
@@ -29,7 +29,7 @@ from tinyld.evaluate import evaluate
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.methods.contract import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
-from tinyld.progress import Progress, say_learned, say_some, say_truncated
+from tinyld.progress import Progress, Say, say_learned, say_some, say_truncated
 from tinyld.rows import Example, learned_rows, learned_too, load_split
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
@@ -141,6 +141,35 @@ def run_folder(
         folder.remove_checkpoints()
 
 
+def say_what_is_odd(say: Say, train: TaskRows, dev: TaskRows, base: Base) -> None:
+    """What of a run's rows is not read or learned as it stands, or looks like a mistake."""
+    task, examples = train.task, train.examples
+    for name, rows in (("training", train), ("dev", dev)):
+        say_truncated(say, rows.truncated, len(rows), base.model.config.max_length, f"{name} rows")
+        unread = f"{name} rows are mostly words that the base has no token for"
+        say_some(say, base.tokenizer.unread(ids.tolist() for ids in rows.ids), len(rows), unread)
+        long = f"are longer than answer_tokens, {rows.slot} (the longest has {rows.longest}), and not learned whole"
+        long += "" if task.is_users else ": a task file may allow more"
+        odd = "hold characters that the base has no token for, and are read without them"
+        for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):
+            if n > 0:
+                say(f"the answers of {n:,} of {len(rows):,} {name} rows {why}")
+    say_learned(say, learned_too(task, examples, dev.examples), len(dev), "dev rows")
+    labels_of = Counter(asked for asked, _ in {(e.asked, e.label) for e in examples})
+    if doubtful := {e.asked: e.before or e.after for e in examples if labels_of[e.asked] > 1}:
+        one = next(iter(doubtful.values()))[:60]
+        say(f"{len(doubtful):,} training texts have more than one label, such as {one!r}")
+    counted, in_dev = (Counter(e.label for e in rows.examples) for rows in (train, dev))
+    labels = [(label, counted[i], in_dev[i]) for i, label in enumerate(task.labels)]
+    if unseen := [label for label, n, _ in labels if n == 0]:
+        say(f"no training row has label {' or '.join(unseen)}")
+    if unmeasured := [label for label, n, of_dev in labels if n > 0 and of_dev == 0]:
+        say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
+    rare = [label for label, n, _ in labels if n == 1]
+    if rare and len(train) >= RARE:
+        say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
+
+
 @torch.inference_mode(False)  # whatever the caller is in
 @torch.enable_grad()
 def train_adapter(
@@ -184,30 +213,7 @@ def train_adapter(
             f"({counts['stored_percent']:.2f}% of the base, {counts['stored_bytes']:,} bytes), "
             f"base {counts['base_parameters']:,} ({base.bytes / 2**20:.1f} MiB as {base.dtype})"
         )
-        for name, rows in (("training", train_rows), ("dev", dev_rows)):
-            say_truncated(say, rows.truncated, len(rows), model.config.max_length, f"{name} rows")
-            unread = f"{name} rows are mostly words that the base has no token for"
-            say_some(say, tokenizer.unread(ids.tolist() for ids in rows.ids), len(rows), unread)
-            long = f"are longer than answer_tokens, {rows.slot} (the longest has {rows.longest}), and not learned whole"
-            long += "" if task.is_users else ": a task file may allow more"
-            odd = "hold characters that the base has no token for, and are read without them"
-            for n, why in ((rows.cut_answers, long), (rows.unwritable, odd)):
-                if n > 0:
-                    say(f"the answers of {n:,} of {len(rows):,} {name} rows {why}")
-        say_learned(say, learned_too(task, examples, dev), len(dev), "dev rows")
-        of_text = Counter(text for text, _ in {(e.asked, e.label) for e in examples})
-        if doubtful := {e.asked: e.before or e.after for e in examples if of_text[e.asked] > 1}:
-            one = next(iter(doubtful.values()))[:60]
-            say(f"{len(doubtful):,} training texts have more than one label, such as {one!r}")
-        counted, in_dev = (Counter(e.label for e in of) for of in (examples, dev))
-        labels = [(label, counted[i], in_dev[i]) for i, label in enumerate(task.labels)]
-        if unseen := [label for label, n, _ in labels if n == 0]:
-            say(f"no training row has label {' or '.join(unseen)}")
-        if unmeasured := [label for label, n, of_dev in labels if n > 0 and of_dev == 0]:
-            say(f"no dev row has label {' or '.join(unmeasured)}: whether that is learned is not measured")
-        rare = [label for label, n, _ in labels if n == 1]
-        if rare and len(train_rows) >= RARE:
-            say(f"one training row alone has label {' or '.join(rare)}; is that misspelt?")
+        say_what_is_odd(say, train_rows, dev_rows, base)
         if method.name == TrajectoryLora.name and len(train_rows) <= SCARCE * len(task.labels):
             say("few rows: --method full is one to three points more accurate, and stores all of the base")
         started = time.perf_counter()
