@@ -28,7 +28,6 @@ from tinyld.methods import METHODS, make_config
 from tinyld.model import head_nll
 from tinyld.predict import load
 from tinyld.rows import Example
-from tinyld.sampler import decode
 from tinyld.tasks import load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -310,9 +309,6 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    mask_id, never, end = base.tokenizer.mask_id, base.tokenizer.never_written, base.tokenizer.eos_id
-    out, _ = decode(base.model, x, answer, real, mask_id, never, SampleConfig(), eos_id=end)
-    assert not set(never) & set(out[answer].tolist())
 
 
 @pytest.mark.parametrize("kind", KINDS)
