@@ -55,8 +55,6 @@ def counts_are_kept() -> Iterator[None]:
     print("\n" + table)
 
 
-# ------------------------------------------------------------------------------------------------ children
-
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["tinyld.finetuning", "tinyld.pretrain", "tinyld.cli", "torch._dynamo"])
 
@@ -150,9 +148,6 @@ def world(place: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"), place)
 
 
-# ------------------------------------------------------------------------------------------------ kills, signals
-
-
 STOPS = {"SIGKILL anywhere": 60, "SIGKILL in a save": 42, "SIGTERM": 25, "SIGINT": 25, "SIGHUP": 25}
 
 
@@ -197,9 +192,6 @@ def test_a_run_that_is_stopped_time_and_again_ends_with_the_bits_of_one_that_was
     assert saved or stops < 10 or signum == signal.SIGKILL
     told = f"exit code {128 + signum}; {saved} came while training, saved at their step; " * (signum != signal.SIGKILL)
     COUNTS.append((how, stops, f"{told}{runs} runs went on; weights and log of all as without it"))
-
-
-# ------------------------------------------------------------------------------------------------ damaged files, disks
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
@@ -306,9 +298,6 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(fault: str, world:
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     COUNTS.append((f"disk {fault}", 1, "one line, exit code 1; the last checkpoint loads"))
-
-
-# ------------------------------------------------------------------------------------------------ processes
 
 
 def torchrun(arguments: list[str]) -> subprocess.Popen[str]:

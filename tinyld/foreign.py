@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyld.attention import rotary_tables
 from tinyld.checkpoint import Base, check_amount
-from tinyld.config import BASE_DTYPES, ModelConfig, Reading, check, check_choice, check_type, to_dict, types_of
+from tinyld.config import ModelConfig, Reading, check, check_type, to_dict, types_of
 from tinyld.device import shrink, stored_bytes
 from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
@@ -254,7 +254,6 @@ def load_foreign(
 ) -> Base:  # fmt: skip
     """A public model as a base, kept in `dtype` (see device.shrink); memory peaks at the base and one tensor. An
     encoder that has no head to write with is refused unless `headless`, and then gets the identity for one."""
-    check_choice("base dtype", dtype, BASE_DTYPES)
     foreign = read_foreign(folder, reading)
     model, tokenizer, config = foreign.model, foreign.tokenizer, foreign.model.config
     if not (headless or len(foreign.plan) == len(list(model.parameters()))):
