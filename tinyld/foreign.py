@@ -24,9 +24,9 @@ from tinyld.errors import TinyldError, UsageError, show
 from tinyld.families import FAMILIES, IGNORED, Family, Make, Said, same
 from tinyld.model import Denoiser
 from tinyld.read import TENSORS_BYTES, opened, read_bytes, read_object, read_text
+from tinyld.runs import CONFIG, INDEX, MODEL, TOKENIZER
 from tinyld.tokenizer import ROLES, Tokenizer, parse_tokenizer
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_ROW = 2_048  # tokens of a row, where the caller names no number
 TYPES = types_of(ModelConfig)
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -68,8 +68,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's one safetensors file, or of those that its index names."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
     files = whole = {n for n in names if n.endswith(".safetensors")}
-    if "model.safetensors" in whole:  # beside which transformers may leave an older index
-        files = {"model.safetensors"}
+    if MODEL in whole:  # beside which transformers may leave an older index
+        files = {MODEL}
     elif INDEX in names:
         files = set(map(str, read_object(folder / INDEX, {"weight_map": dict})["weight_map"].values()))
         if not files <= whole:
@@ -80,7 +80,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         risk = "pickled weights can run code when read, so tinyld does not; convert them where you trust them"
         check(not pickled, f"{folder / str(pickled)}: {risk}: {way_out}", TinyldError)
         found = ", ".join(names[:8]) or "nothing"
-        raise TinyldError(f"no model in {folder}: expected model.safetensors or {INDEX}, found {found}")
+        raise TinyldError(f"no model in {folder}: expected {MODEL} or {INDEX}, found {found}")
     tensors: dict[str, Stored] = {}
     for path in sorted(folder / name for name in files):
         with safetensors(path) as file:
@@ -191,11 +191,11 @@ def check_fit(name: str, make: Make, stored: list[Stored], config: ModelConfig, 
 def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: int, reading: Reading) -> Tokenizer:
     """That of a tokenizer.json, with the special tokens that tokenizer_config.json names, config.json has the ids of
     (`said`), or the family has; an encoder's are known by their names."""
-    path, extra = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    path, extra = folder / TOKENIZER, folder / "tokenizer_config.json"
     raw = read_object(extra) if extra.is_file() else {}
     named = {k: v.get("content") if isinstance(v, dict) else v for k, v in raw.items()}
     how = "made of a vocab.txt by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-    check(path.is_file(), f"no tokenizer in {folder}: expected tokenizer.json ({how})", TinyldError)
+    check(path.is_file(), f"no tokenizer in {folder}: expected {TOKENIZER} ({how})", TinyldError)
     inner, _ = parse_tokenizer(read_bytes(path), path)
     if family.prefix and reading.mask_token is None and not reading.chat:
         return Tokenizer(inner, path)
@@ -207,7 +207,7 @@ def find_tokenizer(folder: Path, said: Mapping[str, Any], family: Family, rows: 
             check_type(stated, int | None, f"{folder / CONFIG}: {role}_token_id")
             found = inner.token_to_id(name) if isinstance(name, str) else None
             if name is not None and found is None:
-                raise TinyldError(f"{extra}: {role}_token {show(name)} is not in tokenizer.json")
+                raise TinyldError(f"{extra}: {role}_token {show(name)} is not in {TOKENIZER}")
             if role == "mask" and None not in (found, stated) and found != stated:
                 doubt = f"mask is {stated} in {CONFIG}, {found} in {extra.name}"
                 raise TinyldError(f"{folder}: {doubt}; say --set mask_token=TOKEN")

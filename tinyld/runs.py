@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, MANIFEST, RESULTS = "config.json", "metrics.jsonl", "manifest.json", "results.json"
 MODEL, ADAPTER, TOKENIZER = "model.safetensors", "adapter.safetensors", "tokenizer.json"
+INDEX = "model.safetensors.index.json"  # of a public model in several files
 PROTOTYPE = "prototype.safetensors"  # of an adapter's task, for compose to route by; not needed to use the adapter
 CHECKPOINTS = "checkpoints"
 ROWS_SUFFIX = "-rows.jsonl"  # of the file beside a run that keeps the rows it was given in Python
@@ -60,8 +61,7 @@ TYPES: dict[str, Any] = {  # of what is read out of these files, where it is the
 
 def is_foreign(path: Path) -> bool:
     """Whether this is the folder of a public model, as its authors saved it, and no run of ours."""
-    names = (MODEL, "model.safetensors.index.json")
-    return not os.path.lexists(path / MANIFEST) and any(os.path.isfile(path / name) for name in names)
+    return not os.path.lexists(path / MANIFEST) and any(os.path.isfile(path / name) for name in (MODEL, INDEX))
 
 
 class RunFolder:
