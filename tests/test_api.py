@@ -101,7 +101,7 @@ def learning(*rows: Any, **more: Any) -> Any:
     (learning(("a", "sad"), ("b", "sad\u200b")), "look like one label"),
     (lambda run, base: tinyld.load(None), "runs are a list, one column of a table, or one of them, got 'None'"),
     (lambda run, base: tinyld.load([run.path], task="mine"), "task and reading are for one run"),
-    (lambda run, base: tinyld.load(run.path, base=base, device=torch.device("cpu")), "device is text: auto, cpu"),
+    (lambda run, base: tinyld.load(run.path, base=base, device=torch.device("cpu")), "device must be auto, cpu"),
     (lambda run, base: tinyld.finetune("x" * 5000), "no task 'xxx"),
     (lambda run, base: tinyld.load(run.path, base="x" * 5000), "no run in xxx"),
     (lambda run, base: tinyld.load(run.path, base=5), "a base is the path of its folder, got 5"),

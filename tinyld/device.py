@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,19 +19,17 @@ AT_ONCE = 4096  # rows of a matrix that are widened together: those of a vocabul
 
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; UsageError when there is none such."""
-    check(isinstance(name, str), f"device is text: auto, cpu, cuda or cuda:N, got {name!r}")
+    known = isinstance(name, str) and re.fullmatch(r"auto|(cpu|cuda)(:[0-9]{1,2})?", name)
+    check(bool(known), f"device must be auto, cpu, cuda or cuda:N, as text, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, colon, index = name.partition(":")
-    known = kind in ("cpu", "cuda") and (not colon or index.isdecimal())
-    check(known, f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda":
+    device = torch.device(name)
+    if device.type == "cuda":
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for torch
         missing = f"device {name!r} asked for, but torch sees {there} CUDA devices; use --device cpu"
-        check(int(index or 0) < there, missing)
-    device = torch.device(name)
-    if kind == "cuda" and index:
-        torch.cuda.set_device(device)  # whose name and memory are then asked for
+        check((device.index or 0) < there, missing)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # whose name and memory are then asked for
     return device
 
 
