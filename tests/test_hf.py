@@ -50,10 +50,9 @@ def test_the_installed_minilm_has_our_states_and_ids() -> None:
     folder = find_encoder("minilm")
     encoder = load(folder)
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = ["A film that is not great, but very good!", "it 's a dull plot", "Don't look up", "naïve café ünder 1999"]
-    rows = [encoder.tokenizer.encode(text) for text in texts]
-    assert rows == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    text = "A naïve film that's not great, but very good!"
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    assert encoder.tokenizer.encode(text) == ids
     x, mask = batch(encoder.model.config.vocab_size, 40)
     with torch.no_grad():
         expected = theirs(input_ids=x, attention_mask=mask.long()).last_hidden_state

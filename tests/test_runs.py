@@ -153,7 +153,6 @@ def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
         folder.log({"step": 1})
         folder.save_checkpoint(1, {}, {}, keep=1)
         folder.rewind(step=1)
-        folder.close_log()
     assert tree(base) == before
 
 
