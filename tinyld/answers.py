@@ -36,8 +36,6 @@ def answers(
         for part in answered(run.model, rows, run.base.tokenizer, sampling, advance=advance):
             columns = {} if part.scores is None else by_label(part.scores, task)
             columns |= {"decoded" if columns else "answer": part.written, "truncated": rows.cut[part.chosen].tolist()}
-            if run.is_composition:
-                columns |= run.owners(part.batch)
             put(found, part.chosen, columns)
     return found
 

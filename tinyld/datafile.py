@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from tinyld.tokenizer import Tokenizer
 MAX_LABELS = 200
 WORDY = 3  # words of a label, beyond which it may be meant to be written
 GAP_TOKENS = 16  # of the answer, where a .txt file teaches to fill gaps
-TABBED = "all lines have a tab: name it .tsv, with a first line that names the columns"
 WRITING = "{text} : {answer}"  # the prompt of a file with answers to write, where none is given
 MINE = ("text_column", "label_column", "answer_column", "template")  # options of a file of rows alone
 
@@ -52,9 +52,7 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     name = re.sub(r"[^\w.-]+", "-", path.stem if path.stem != "train" else path.parent.name).strip("-.") or "mine"
     if file.suffix.lower() == ".txt":
         refuse_idle(options, MINE, f"on the lines of {file}: a gap is filled")
-        lines = [(where, row["text"]) for where, row in read_rows(file)]
-        refuse_table(lines[0][1], lines[0][0])
-        check(not all("\t" in line for _, line in lines), f"{file}: {TABBED}")
+        refuse_table([(where, row["text"]) for where, row in read_rows(file)])
         return Task("{text}", name, path=path, answer_tokens=GAP_TOKENS)
     fields = re.findall(r"(?<!{){(\w+)}", template)
     way_out = "each once, and no other; a task file says which columns others are"
@@ -87,15 +85,20 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
     return Task(template, name, verbalizer=verbalizer, columns={"text": text}, label_column=label, path=path)
 
 
-def refuse_table(line: str, where: str, column: str = "text") -> None:
-    """TinyldError where the first line of texts is that of a table that has the column, or of JSON Lines."""
-    names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
-    said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
-    with contextlib.suppress(TinyldError):
-        if line.startswith("{") and parse_json(line, where, dict):
-            said, column = "is JSON", names[0]
-    if column in names:
-        raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
+def refuse_table(lines: Sequence[tuple[str, str]], column: str = "text") -> None:
+    """TinyldError where texts, (where, line), are a table: the first line is that of one that has the column, or JSON
+    Lines, or all have a tab."""
+    for where, line in lines[:1]:
+        names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
+        said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
+        with contextlib.suppress(TinyldError):
+            if line.startswith("{") and parse_json(line, where, dict):
+                said, column = "is JSON", names[0]
+        if column in names:
+            raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
+        tabbed = len(lines) > 1 and all("\t" in line for _, line in lines)
+        file = where.partition(": line")[0]
+        check(not tabbed, f"{file}: all lines have a tab: name it .tsv, with a first line that names the columns")
 
 
 def _check_labels(labels: list[str], where: str, rows: int) -> None:

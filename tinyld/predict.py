@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinyld.answers import Record, answers, answers_in_one_pass, as_rows, examples_of, kept_columns
 from tinyld.checkpoint import Base, load_adapter, load_base, load_base_of
-from tinyld.composition import NONE, batch_features, load_composition, members, task_features
+from tinyld.composition import NONE, load_composition, members, task_features
 from tinyld.config import FREELY, Reading, SampleConfig, check, check_ours
 from tinyld.data import Batch, TaskRows, seed_of, slot_width
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -149,34 +149,40 @@ class Run:
         how many rows are done. Rows of a composition that is routed go each to the adapter whose prompts it is like."""
         if not rows:
             return []
-        examples, records = examples_of(rows, task), kept_columns(rows, task)
-        parts = [(task, list(range(len(rows))))]
-        if self.is_routed and task is self.tasks[0] and self.push.router.only is None:
-            router = self.push.router
-            with autocast(self.base.model.device, self.dtype):  # as the pass that pushes them reads them
-                nearest = router.nearest(task_features(self.base, self.rows(examples, task)))
-            parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
-        done = 0
+        found = self.found(rows, task, sampling, advance)
+        return [kept | own for kept, own in zip(kept_columns(rows, task), found, strict=True)]
+
+    def found(self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance) -> list[Record]:
+        """`answer` without the rows' other columns."""
+        examples, parts = examples_of(rows, task), [(task, list(range(len(rows))))]
+        if self.is_composition:
+            nearest, owners = self.owners(examples, task)
+            if self.is_routed and task is self.tasks[0]:
+                parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
+        records, done = [Record()] * len(rows), 0
         for own, which in parts:
             asked = [examples[i] for i in which]
             found = answers(self, own, asked, sampling, further(advance, done)) if asked else []
             done += len(which)
             for i, record in zip(which, found, strict=True):
-                records[i] |= record
-        for record in records if task.is_infill else ():
-            fill_gap(record, str(record["text"]))
+                records[i] = record | owners[i] if self.is_composition else record
+        for (_, row), record in zip(rows, records, strict=True) if task.is_infill else ():
+            text = str(row[task.inputs[0]])
+            record["answer"] = record["answer"] if GAP.search(text) else ""  # nothing in a blank line
+            record["filled"] = GAP.sub(lambda _, answer=record["answer"]: answer, text)
         return records
 
-    def owners(self, batch: Batch) -> dict[str, list[Any]]:
-        """Of a composition, the member that answers each row, and whether the row is unlike all of its task's own."""
+    def owners(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, list[Record]]:
+        """Of a composition: (the member that answers each row; its name, and whether the row is unlike all of its
+        task's own, which is not asked where one member answers all)."""
         paths = [Path(m["run"]) for m in self.config["members"]]
         names = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
         router = self.push.router
-        if router.only is not None:
-            return {"adapter": [names[router.only]] * len(batch.x0), "foreign": [False] * len(batch.x0)}
-        features = batch_features(self.base.model, batch)
-        named = [names[i] for i in router.nearest(features).tolist()]
-        return {"adapter": named, "foreign": (router.choose(features) == NONE).tolist()}
+        with autocast(self.base.model.device, self.dtype):  # as the pass that pushes them reads them
+            features = task_features(self.base, self.rows(examples, task))
+        nearest, foreign = router.nearest(features), (router.choose(features) == NONE) & (router.only is None)
+        pairs = zip(nearest.tolist(), foreign.tolist(), strict=True)
+        return nearest, [{"adapter": names[i], "foreign": is_foreign} for i, is_foreign in pairs]
 
     def fill(
         self, prompt: str, length: int, num: int, sampling: SampleConfig, watch: Any = None
@@ -225,12 +231,6 @@ class Run:
                     texts += [tokenizer.decode(row) for row in out[:, slot].tolist()]
                     used = max(used, int(passes.max()))
         return texts, used
-
-
-def fill_gap(record: Record, text: str) -> None:
-    """Puts the text with its gap filled into the record of its answer, and none for a blank line."""
-    record["answer"] = record["answer"] if GAP.search(text) else ""
-    record["filled"] = GAP.sub(lambda _: record["answer"], text)
 
 
 @dataclass
@@ -294,14 +294,12 @@ class Runs:
             runs = [self.runs[name] for name in names]
             own = runs[0].tasks[0]
             columns = own.columns_in(task).items()
-            examples = examples_of([(where, row | {k: row[v] for k, v in columns}) for where, row in rows], own)
+            asked = [(where, row | {k: row[v] for k, v in columns}) for where, row in rows]
             if len(runs) == 1:
                 report = further(advance, len(found) * len(rows) * share, share)
-                each = [answers(runs[0], own, examples, sampling, report)]
-                for record, (_, row) in zip(each[0], rows, strict=True) if own.is_infill else ():
-                    fill_gap(record, str(row[next(iter(columns))[1]]))
+                each = [runs[0].found(asked, own, sampling, report)]
             else:
-                each = answers_in_one_pass(runs, examples)
+                each = answers_in_one_pass(runs, examples_of(asked, own))
             found |= zip(names, each, strict=True)
             advance(len(found) * len(rows) * share)
         return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]

@@ -15,7 +15,7 @@ from typing import Any
 from tinyld.answers import OURS, Record, examples_of, own_name, under
 from tinyld.config import check
 from tinyld.data import seed_of, slot_width
-from tinyld.datafile import TABBED, refuse_table
+from tinyld.datafile import refuse_table
 from tinyld.errors import TinyldError, plain, show
 from tinyld.options import PredictOptions
 from tinyld.predict import load
@@ -32,48 +32,37 @@ HIDDEN = r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # control characters that JSO
 Rows = list[Row]
 
 
-def chunks(
-    options: PredictOptions, source: str, tasks: Sequence[Task], size: int, even: bool
-) -> tuple[int, Iterator[Rows]]:
-    """(how many rows there are to answer, 0 where that is not known; they, in parts of a size). Rows are read by the
-    columns of the first task; a text alone is enough where that reads one. A file is read whole first, so that a bad
-    row is known at once; `even` gives each of its rows all columns that any has."""
-    task, taken = tasks[0], {name for own in tasks for name in own.inputs}
-    path, column, columns, rows = Path(source), options.column, task.inputs, Rows()
-    lines = source == "-" or path.suffix.lower() == ".txt"
+def input_rows(options: PredictOptions, source: str, tasks: Sequence[Task]) -> Rows | Iterator[Rows]:
+    """The rows to answer, by the columns of the first task: all of them, or those of stdin in parts as they come. A
+    text alone is enough where the task reads one. A file is read whole, so that a bad row is known at once."""
+    column, columns, suffix = options.column, tasks[0].inputs, Path(source).suffix.lower()
+    lines = source == "-" or suffix == ".txt"
     check(not options.text or source == "-", "give a file or --text, not both")
     check(column is None or not lines, "--column is for a file with columns; a line is one text")
-    check(len(columns) == 1 or column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
-    two = f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both"
-    check(len(columns) == 1 or not lines, two)
-    column = "text" if lines else column
-
-    def renamed(where: str, row: Record) -> Row:
-        """A row whose column of that name, if it is said, is called as the task's, and none as another task's."""
-        check(column is None or column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
-        return where, row if column is None else under({column: columns[0]}, row, taken)
-
+    if len(columns) > 1:
+        check(column is None, f"--column is for tasks of one text, not {', '.join(columns)}")
+        check(not lines, f"the task reads {' and '.join(columns)}: give a .csv, .tsv or .jsonl that has both")
     if options.text:
-        rows = [(f"--text, number {i}", {"text": text}) for i, text in enumerate(options.text, 1)]
-    elif source == "-":
-        return 0, ([renamed(*row) for row in part] for part in piped_lines(tasks))
-    else:
-        known = lines or path.suffix.lower() in SUFFIXES
-        check(known, f"{path}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
-        for where, row in read_rows(path, empty=True):
-            if lines and not rows:
-                refuse_table(row["text"], where, columns[0])
-            if not rows and column is None and columns[0] not in row and len(columns) == 1:  # another task's text
-                column = next((own.inputs[0] for own in tasks if len(own.inputs) == 1 and own.inputs[0] in row), None)
-                lacks = f"{where}: no column {show(columns[0])}, found {show(', '.join(map(str, row)))}"
-                check(column is not None, f"{lacks}; say by --column which it is", TinyldError)
-            examples_of([renamed(where, row)], task)
-            rows.append((where, row))
-        tabbed = lines and len(rows) > 1 and all("\t" in row["text"] for _, row in rows)
-        check(not tabbed, f"{path}: {TABBED}")
-    every = dict.fromkeys((name for _, row in rows for name in row) if even else (), "")
-    rows = [renamed(where, every | row) for where, row in rows]
-    return len(rows), (rows[i : i + size] for i in range(0, len(rows), size))
+        return [(f"--text, number {i}", {columns[0]: text}) for i, text in enumerate(options.text, 1)]
+    if source == "-":
+        return piped_lines(tasks)
+    known = lines or suffix in SUFFIXES
+    check(known, f"{source}: the name must end in .txt, {', '.join(SUFFIXES)}; for a text itself --text")
+    rows = list(read_rows(Path(source), empty=True))
+    if lines:
+        refuse_table([(where, row["text"]) for where, row in rows], columns[0])
+        column = "text"
+    elif len(columns) == 1 and column is None and columns[0] not in rows[0][1]:  # another task's text, if any
+        column = next((name for own in tasks if (name := own.inputs[0]) in rows[0][1]), None)
+        lacks = f"{rows[0][0]}: no column {show(columns[0])}, found {show(', '.join(map(str, rows[0][1])))}"
+        check(column is not None, f"{lacks}; say by --column which it is", TinyldError)
+    if column is not None:  # it is called as the first task's, and no other one as any task's
+        taken = {name for own in tasks for name in own.inputs}
+        for where, row in rows:
+            check(column in row, f"{where}: no column {column!r}, found {', '.join(row)}")
+        rows = [(where, under({column: columns[0]}, row, taken)) for where, row in rows]
+    examples_of(rows, tasks[0])  # refuses what cannot be asked
+    return rows
 
 
 def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
@@ -94,11 +83,11 @@ def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
         try:
             for where, line in lines_of(io.BytesIO(whole + end), "stdin", first):
                 if first == 1:
-                    refuse_table(line, where, column)
+                    refuse_table([(where, line)], column)
                 first += 1
                 for own in tasks:
                     examples_of([(where, dict.fromkeys(own.inputs, line))], own)
-                rows.append((where, {"text": line}))
+                rows.append((where, {column: line}))
         except TinyldError as error:
             problem = error
         if rows:
@@ -114,8 +103,7 @@ def predict(options: PredictOptions) -> None:
     keep_freed_memory()
     sampling, say, out = options.sampling(), say_to_stderr(options.quiet), options.out
     paths, source = options.runs_and_input()
-    several = len(paths) > 1
-    ending = out.suffix.lower() if out else ""
+    several, ending = len(paths) > 1, out.suffix.lower() if out else ""
     as_csv = options.csv or ending == ".csv"
     check(not (as_csv and options.json), "give --csv or --json, not both; a name that ends in .csv is for --csv")
     check(as_csv or ending in ("", ".jsonl"), f"--out {out}: the name must end in .csv or .jsonl, or give --csv")
@@ -125,7 +113,8 @@ def predict(options: PredictOptions) -> None:
     run: Any = load(paths if several else paths[0], options.base, *how)
     runs = list(run.runs.values()) if several else [run]
     task = run.task if several else run.task_named(options.task)
-    tasks, bases = [r.tasks[0] for r in runs] if several else [task], [r.base for r in runs]
+    routed = run.tasks if not several and run.is_routed else []
+    tasks, bases = [r.tasks[0] for r in runs] if several else [task, *routed], [r.base for r in runs]
     for own in tasks:
         own.columns_in(task)  # refuses what no row suits
     if several and len(groups := run.groups()) > 1:
@@ -135,16 +124,19 @@ def predict(options: PredictOptions) -> None:
     options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), tasks)
     learned = [file for r in runs for file in learned_files(r.config)] if out else []
     check_writable(out, [*options.runs, *learned, *(file for t in tasks for file in files_of(t))])
-    labels = [label for t in run.tasks for label in t.labels] if not several and run.is_routed else []
+    labels = [label for t in routed for label in t.labels]
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header, whole, truncated, total, empty, unread = list[str](), list[str](), 0, 0, 0, 0
-    asked = [task, *run.tasks] if labels else tasks
-    rows_in_all, parts = chunks(options, source, asked, WRITTEN if task.is_generation else CHUNK, as_csv)
-    bar = Progress("predict", rows_in_all, quiet=options.quiet or not rows_in_all, unit="rows")
+    given, known = input_rows(options, source, tasks), 0
+    if isinstance(given, list):
+        known, size = len(given), WRITTEN if task.is_generation else CHUNK
+        every = dict.fromkeys((name for _, row in given for name in row) if as_csv else (), "")  # a header of them all
+        parts = ([(where, every | row) for where, row in given[i : i + size]] for i in range(0, known, size))
+    bar = Progress("predict", known, quiet=options.quiet or not known, unit="rows")
     bar.quiet |= bar.on_terminal and out is None and not os.path.isfile("/dev/stdout")  # answers may appear there, too
     with bar:
-        for rows in parts:
+        for rows in parts if known else given:
             drawn = replace(sampling, seed=seed_of(sampling.seed, total)) if total else sampling
             records = run.answer(rows, task, drawn, further(bar.advance_to, total))
             if as_csv:
