@@ -188,10 +188,10 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
             is_blank = not any(value.strip() for value in values)
             if not header and not is_blank:
                 header = [clean(value) for value in values]
-                if len(set(header)) < len(header) or header[0].startswith("sep="):  # which spreadsheets put before it
-                    wanted = "this line must name the columns, each by a name of its own"
-                    wanted += "; delete it" * header[0].startswith("sep=")
-                    raise TinyldError(f"{where}: {wanted}, got {show(', '.join(header))}")
+                way_out = "; delete it" * header[0].startswith("sep=")  # which spreadsheets put before it
+                wanted = f"{where}: this line must name the columns, each by a name of its own{way_out}"
+                is_header = len(set(header)) == len(header) and not way_out
+                check(is_header, f"{wanted}, got {show(', '.join(header))}", TinyldError)
             elif header and values and (empty or not is_blank):
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,17 @@ def predict(options: PredictOptions) -> None:
             drawn = replace(sampling, seed=seed_of(sampling.seed, total)) if total else sampling
             records = run.answer(rows, task, drawn, further(bar.advance_to, total))
             if as_csv:
-                lines = csv_lines(records, header, labels, str if out or not sys.stdout.isatty() else plain)
+                lines = csv_lines(records, header, labels)
+                if out is None and sys.stdout.isatty():
+                    lines = [plain(line[:-1]) + "\n" for line in lines]
             else:
                 lines = [table_line(r) if as_table else json_line(r, ascii_only) for r in records]
             if out is None:
                 print("".join(lines), end="", flush=True)
             whole += lines if out else []
             total += len(records)
-            empty += sum(not str(record.get("text", "x")).strip() for record in records)
-            texts = (" ".join(str(row.get(c)) for c in task.inputs) for _, row in rows)
+            texts = [" ".join(str(row[c]) for c in task.inputs) for _, row in rows]
+            empty += sum(not text.strip() for text in texts)
             unread += bases[0].tokenizer.unread(bases[0].tokenizer.encode_batch(texts))
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
@@ -164,22 +166,22 @@ def json_line(record: Record, ascii_only: bool) -> str:
     return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def csv_lines(records: list[Record], header: list[str], labels: list[str], cell: Callable[[str], str]) -> list[str]:
-    """Every label's probability is a column, and of several runs each one's answer and its probability. `cell` is
-    called on every text. `header` is filled by the first record, and by the probabilities of `labels`."""
-    flat, lines, more = [], [], [f"p({label})" for label in labels]
+def csv_lines(records: list[Record], header: list[str], labels: list[str]) -> list[str]:
+    """Every label's probability is a column, and of several runs each one's answer and its probability. `header` is
+    filled by the first record, and by the probabilities of `labels`."""
+    table, lines, more = list[Record](), [], [f"p({label})" for label in labels]
     for record in records:
         ours = {f"p({label})": p for label, p in record.get("probabilities", {}).items()}
         for name, found in record.get("tasks", {}).items():
             ours |= {name: found.get("label", found.get("answer")), f"p({name})": found.get("probability")}
         kept = {k: v for k, v in record.items() if k not in ("probabilities", "tasks")}
         row = {own_name(k, record) if k in ours or k in more else k: v for k, v in kept.items()} | ours
-        row = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict | bool) else v for k, v in row.items()}
-        flat.append({cell(k): cell(v) if isinstance(v, str) else v for k, v in row.items()})
-    if flat and not header:
-        header += dict.fromkeys([*flat[0], *map(cell, more)])
-        flat.insert(0, dict(zip(header, header, strict=True)))
-    for row in flat:
+        odd = {k: json.dumps(v, ensure_ascii=False) for k, v in row.items() if isinstance(v, list | dict | bool)}
+        table.append(row | odd)
+    if table and not header:
+        header += dict.fromkeys([*table[0], *more])
+        table.insert(0, dict(zip(header, header, strict=True)))
+    for row in table:
         file = io.StringIO()
         csv.writer(file).writerow([row.get(name, "") for name in header])  # quotes what holds a part of its line end
         lines.append(file.getvalue().removesuffix("\r\n") + "\n")
