@@ -151,8 +151,6 @@ def test_an_epoch_of_text_reads_rows_without_repeats_at_one_shift(batch_size: in
         assert len(torch.unique(read[:, 0] % 7)) == 1, "one cut for the whole epoch"
         shifts.append(int(read[0, 0]) % 7)
     assert shifts[0] == 0 and len(set(shifts)) > 2
-    for step in reversed(range(6 * steps)):
-        assert torch.equal(rows.batch(step, batch_size, seed=4).x0[:, 1:], in_order[step]), "of seed and step alone"
     assert not torch.equal(rows.batch(0, batch_size, seed=1).x0[:, 1:], in_order[0])
 
 

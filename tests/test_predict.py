@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAST, QUICK, ROWS, assert_refused, cli, good
+from conftest import FAST, QUICK, ROWS, assert_refused, cli, good, tree
 from torch import Tensor
 
 import tinyld
@@ -102,13 +102,6 @@ def test_a_task_that_writes_learns_every_reference_and_is_scored_as_it_writes(pl
     assert kept["rouge_l"] == record["rouge_l"] and kept["rows_per_second"] > 0
 
 
-def test_what_eval_writes_of_its_rows_is_read_by_others_as_it_is(place: Path) -> None:
-    Path("odd.csv").write_text('text,label\n"""Rain",sad\n"""Sun",happy\n')
-    good("eval", place / "mood", "--data", "odd.csv", "--predictions", "odd.tsv", "--quiet")
-    found = list(csv.DictReader(Path("odd.tsv").read_text().splitlines(), delimiter="\t"))
-    assert [row["prompt"] for row in found] == ['"Rain it was ____ .', '"Sun it was ____ .']
-
-
 def test_few_rows_are_read_more_often_and_texts_by_fewer_at_once(place: Path) -> None:
     mood, tell = (load_task(str(place / f"{name}.toml")) for name in ("mood", "tell"))
     epochs, least, most = FEW
@@ -119,9 +112,8 @@ def test_few_rows_are_read_more_often_and_texts_by_fewer_at_once(place: Path) ->
     assert usual_epochs(tell, 400, 1) == 8 and usual_epochs(tell, 1_200, 1) == most / 1_200
     assert usual_epochs(tell, 18_102, 8) == usual_epochs(tell, 67_349, 8) == usual_epochs(mood, MANY - 1, 32) == 3
     assert usual_epochs(mood, MANY, 32) == 1
-    for name, batch_size in (("mood", 32), ("tell", BATCH)):
-        options = {"base": place / "base", "method": "bitfit", "quiet": True}
-        tinyld.finetune(place / f"{name}.toml", out=name, **options | ({} if name == "mood" else {"steps": 1}))
+    for name, batch_size, more in (("mood", 32, {}), ("tell", BATCH, {"steps": 1})):
+        tinyld.finetune(place / f"{name}.toml", base=place / "base", out=name, method="bitfit", **more)
         assert RunFolder(Path(name)).config["train"]["batch_size"] == batch_size
     assert RunFolder(Path("mood")).config["train"]["epochs"] == FEW[1] / 2
 
@@ -155,12 +147,12 @@ def test_what_predict_says_is_what_eval_finds(name: str, place: Path) -> None:
     run = tinyld.load(place / "mood")
     if name == "reviewed":
         run = tinyld.finetune(ROWS, base=place / "base", out="one", **QUICK)
-    rows = "".join(f'"{t} {"very " * 3 * i}",{label}\n' for i, (t, label) in enumerate(ROWS[:9]))
+    rows = "".join(f'"""Oh {t} {"very " * 3 * i}",{label}\n' for i, (t, label) in enumerate(ROWS[:9]))
     Path("rows.csv").write_text(f"text,label\n{rows}")
     (scores,) = good("eval", run.path, "--data", "rows.csv", "--predictions", "p.tsv", "--json").json
-    header, *lines = [line.split("\t") for line in Path("p.tsv").read_text().splitlines()]
+    header, *lines = csv.reader(Path("p.tsv").read_text().splitlines(), "excel-tab")
     assert header == ["run", "task", "prompt", "gold", "answer"] and lines[0][0] == str(run.path)
-    assert lines[1][1:4] == [run.tasks[0].name, "sun and sea very very very it was ____ .", "happy"]
+    assert lines[1][1:4] == [run.tasks[0].name, '"Oh sun and sea very very very it was ____ .', "happy"]
     found = records(run.path, "rows.csv")
     assert [r["decoded"] for r in found] == [line[4] for line in lines] and scores["n"] == 9
     right = sum(r["label"] == r["given_label"] for r in found) / 9
@@ -185,11 +177,9 @@ def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
     odd = ask(place / "mood", text="\u90e8\u5c4b\nrain\n\U0001f92c\U0001f92c\n").stderr
     assert "2 of 3 texts are mostly words that the base has no token for; their answers say nothing" in odd
     assert ask(place / "mood", text="").stdout == ""
+    Path("new.txt").write_bytes(content := b"\xef\xbb\xbfrain\r\nsun\rsea")  # of Windows, and of an old Mac
     for asked in (["new.txt"], []):
-        Path("new.txt").write_bytes(windows := b"\xef\xbb\xbfrain\r\nsun\r\n")
-        assert [r["text"] for r in records(place / "mood", *asked, text=windows)] == ["rain", "sun"]
-        Path("new.txt").write_bytes(old := b"rain\rsun\nsea")
-        assert [r["text"] for r in records(place / "mood", *asked, text=old)] == ["rain", "sun", "sea"]
+        assert [r["text"] for r in records(place / "mood", *asked, text=content)] == ["rain", "sun", "sea"]
 
 
 @pytest.mark.parametrize(("names", "among"), [
@@ -209,21 +199,6 @@ def test_answering_a_file_says_how_far_it_is(
     assert shares == sorted(shares) and shares[-1] == 100 and among <= set(shares) and " rows/s\n" in said
     assert "predict" not in ask(*asked, "--quiet").stderr
     assert "predict" not in ask(*asked[:-3], text="rain\n").stderr
-
-
-def test_a_bad_row_of_a_file_is_known_before_the_first_is_answered_and_nothing_is_written(place: Path) -> None:
-    Path("new.csv").write_text("id,text\n" + "1,rain\n" * 3000 + "1,rain,sun\n")
-    Path("new.jsonl").write_text('{"text": "rain"}\n' * 3000 + '{"said": "rain"}\n')
-    for name, said in (("new.csv", "line 3002: 3 columns"), ("new.jsonl", "line 3001: no column 'text'")):
-        for out in ([], ["--out", "out.csv"]):
-            ran = ask(place / "mood", name, *out)
-            assert ran.code == 1 and said in ran.stderr and ran.stdout == ""
-    assert {path.name for path in Path().iterdir()} == {"new.csv", "new.jsonl"}
-
-
-def test_of_runs_that_label_and_write_one_may_have_several_lengths(place: Path) -> None:
-    for runs in (("mood", "tell"), ("tell", "mood")):
-        good("predict", *(place / name for name in runs), "--text", "rain", "--set", "lengths=3")
 
 
 @pytest.mark.parametrize(("suffix", "header", "line"), [
@@ -247,7 +222,6 @@ def test_files_are_read_by_column_and_the_others_are_kept(suffix: str, header: s
 def test_what_stands_in_a_file_comes_back_row_by_row(place: Path) -> None:
     for name, content, found in (
         ("holes.csv", 'text,id\nrain,1\n,\n"","  "\n\nsun,4\n', [("rain", "1"), ("", ""), ("", "  "), ("sun", "4")]),
-        ("old.txt", "rain\rsun\r", [("rain", None), ("sun", None)]),  # as an old Mac ends lines
         ("quoted.tsv", 'text\nrain\n""\n"""sun"""\n', [("rain", None), ("", None), ('"sun"', None)]),
         ("lone.csv", "text\nrain\n\nsun\n", [("rain", None), ("", None), ("sun", None)]),  # as a spreadsheet saves it
     ):
@@ -523,6 +497,8 @@ def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path)
     assert "2 passes a text: fast-a, fast-b, fast-c; fast-d (runs share one if they are of --recipe fast" in ran.stderr
     (row,) = csv.DictReader(io.StringIO(ask(*fast[:2], "--csv", text="rain\n").stdout))
     assert set(row) == {"text", "fast-a", "p(fast-a)", "fast-b", "p(fast-b)"}
+    for runs in (("mood", "tell"), ("tell", "mood")):
+        good("predict", *(place / name for name in runs), "--text", "rain", "--set", "lengths=3")
     alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]
     assert {"text": "rain"} | records(*fast[:2], "--temperature", 0.5, text="rain\n")[0]["tasks"]["fast-a"] == alone
     with pytest.raises(UsageError, match="temperature must be at least 0"):
@@ -581,6 +557,8 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/mood {place}/same", "rain", 2, "reads a, b, task mood text: no row suits both, so ask each by itself"),
     ("{place}/mood {place}/mood.csv --column words", "", 2, "mood.csv: line 2: no column 'words'"),
     *((f"{{place}}/mood bad.csv --out {out}", "", 1, "cannot be written") for out in ("link.csv", "/proc/x.csv")),
+    ("{place}/mood bad.csv --out new.csv", "", 1, "line 2002: 2 columns"),  # before the first is answered
+    ("{place}/mood bad.jsonl", "", 1, "line 2001: no column 'text'"),
     ("{place}/mood --out nowhere/x.csv", "rain", 1, "cannot be written"),
     ("{place}/mood", b"\xff\n", 1, "stdin: line 1: not UTF-8; send it as UTF-8"),
     ("{place}/mood --sampler ancestral --set threshold=0.4", "rain", 2, "go with threshold, klass, entropy"),
@@ -600,10 +578,13 @@ def test_what_cannot_be_answered_is_refused_in_a_line(args: str, text: Any, code
     Path("table.txt").write_text("label,text\nsad,rain\n")
     Path("tabs.txt").write_text("Id\tWords\n1\train\n")
     Path("other.csv").write_text("a,b\nx,y\n")
-    Path("bad.csv").write_text("text\nrain\nsun,sea\n")  # nor is it read where --out is no place to write to
+    Path("bad.csv").write_text("text\n" + "rain\n" * 2000 + "sun,sea\n")
+    Path("bad.jsonl").write_text('{"text": "rain"}\n' * 2000 + '{"said": "rain"}\n')
     Path("real.csv").touch()
     Path("link.csv").symlink_to("real.csv")
+    before = tree(Path())
     assert_refused(ask(*args.format(place=place).split(), text=text), code, part)
+    assert tree(Path()) == before
 
 
 def start(*args: object, verb: str = "predict", **more: Any) -> subprocess.Popen[bytes]:
