@@ -1,6 +1,5 @@
 """Rows in, answers out: what loaded runs find of rows for their tasks, with the rows' other columns."""
 
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from tinyld.errors import UsageError
 from tinyld.evaluate import answered, in_batches, pushed_logits
 from tinyld.options import several
 from tinyld.progress import Advance, unheard
-from tinyld.read import PAIR, clean
 from tinyld.rows import GAP_MARK, Example, Row, prompt_of
 from tinyld.tasks import Task
 
@@ -91,11 +89,7 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
 
 
 def examples_of(rows: Sequence[Row], task: Task) -> list[Example]:
-    nothing, found = {k: PAIR.join([EMPTY] * n) for k, n in Counter(task.columns.values()).items()}, []
-    for where, row in rows:
-        empty = {k: v for k, v in nothing.items() if isinstance(row.get(k), str) and not clean(row[k])}
-        found.append(prompt_of(task, row | (dict.fromkeys(empty, GAP_MARK) if task.is_infill else empty), where))
-    return found
+    return [prompt_of(task, row, where, GAP_MARK if task.is_infill else EMPTY) for where, row in rows]
 
 
 def kept_columns(rows: Sequence[Row], task: Task) -> list[Record]:
@@ -104,9 +98,8 @@ def kept_columns(rows: Sequence[Row], task: Task) -> list[Record]:
     return [under(names, row, OURS) for _, row in rows]
 
 
-def under(names: Mapping[str, str], row: Record, taken: Container[str] | None = None) -> Record:
-    """The row with columns called otherwise; another one with a name that is `taken`, by those, becomes given_NAME."""
-    taken = names.values() if taken is None else taken
+def under(names: Mapping[str, str], row: Record, taken: Container[str]) -> Record:
+    """The row with columns called otherwise; another one with a name that is `taken` becomes given_NAME."""
     return {names.get(k) or (own_name(k, row) if k in taken else str(k)): v for k, v in row.items()}
 
 

@@ -147,15 +147,13 @@ class Run:
     ) -> list[Record]:
         """What is found of each row, (where it stands, column -> value), with the row's other columns. `advance` gets
         how many rows are done. Rows of a composition that is routed go each to the adapter whose prompts it is like."""
-        if not rows:
-            return []
         found = self.found(rows, task, sampling, advance)
         return [kept | own for kept, own in zip(kept_columns(rows, task), found, strict=True)]
 
     def found(self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance) -> list[Record]:
         """`answer` without the rows' other columns."""
         examples, parts = examples_of(rows, task), [(task, list(range(len(rows))))]
-        if self.is_composition:
+        if self.is_composition and rows:
             nearest, owners = self.owners(examples, task)
             if self.is_routed and task is self.tasks[0]:
                 parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
@@ -329,8 +327,7 @@ def load(
     path, base_path, on = base_folder(path, "run"), None if base is None else base_folder(base), resolve_device(device)
     resolve_dtype(dtype, on)
     config, where = {"kind": "base"} if is_foreign(path) else RunFolder.open(path).config, str(path / CONFIG)
-    if config["kind"] != "base":
-        check_ours(reading)
+    check_ours(None if config["kind"] == "base" else reading)
     if config["kind"] == "base":
         check(base_path is None, f"{path} is a base itself: --base has no effect on it")
         loaded = load_base(path, on, kept_in or "fp32", reading)

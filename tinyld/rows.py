@@ -293,12 +293,14 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     return examples
 
 
-def prompt_of(task: Task, row: dict[str, Any], where: str) -> Example:
-    """An example without an answer, of a row that needs no label: what `predict` asks."""
+def prompt_of(task: Task, row: dict[str, Any], where: str, empty: str = "") -> Example:
+    """An example without an answer, of a row that needs no label: what `predict` asks. `empty` is asked for a blank
+    text, which is refused without it."""
     fields, key = dict[str, str](), "[columns]" * task.is_users
     for column in task.inputs:
         names = [name for name, own in task.columns.items() if own == column]
-        text = cell(row, column, where, key)
+        is_blank = bool(empty) and isinstance(row.get(column), str) and not clean(row[column])
+        text = PAIR.join([empty] * len(names)) if is_blank else cell(row, column, where, key)
         parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
         if len(parts) != len(names) or not all(parts):
             wanted = f"{len(names)} texts with {PAIR!r} between"

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyld.config import check
 from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
 
@@ -28,9 +27,6 @@ class Spelling:
     starts: bool  # a sentence begins with a capital
     names_first: bool  # the capital of a prompt's first words is the words' own, as of names
     words: dict[str, str]  # word, folded -> as it is spelled inside a sentence
-
-    def __post_init__(self) -> None:
-        check(all(self.words.values()), "words has an empty one")
 
     def restore(self, text: str, before: str, after: str, inside: bool) -> str:
         """A text that was written between `before` and `after`; `inside` a text of theirs, or else by itself."""
