@@ -295,8 +295,8 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
     for task, split, data, message in (
         ("sst2", "dev", tmp_path, "no dev rows of sst2 in .*: neither sst2/dev.tsv nor dev.tsv in it"),
         ("sst2", "dev", tmp_path / "nowhere", "no such file or folder"),
-        ("sst2", "test", None, "task sst2 has no test split; it has train, dev"),
-        ("mood.toml", "test", None, "task mood has no test split; it has train, dev"),
+        ("sst2", "test", None, "no test rows of sst2: it has train, dev; give the test rows by --data DIR"),
+        ("mood.toml", "test", None, "no test rows of mood: .*mood.toml names none; name their file in its .data. tab"),
         ("mood.toml", "train", None, "mood.csv: cannot be read .No such file"),
     ):
         with pytest.raises(TinyldError, match=message):

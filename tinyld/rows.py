@@ -125,12 +125,10 @@ def find_file(task: Task, split: str, data: Path | None, held_out: bool) -> Path
         way_out = "rows from elsewhere may be among them: add the file, or keep this folder out of $TINYLD_DATA"
         check(not there or split not in task.splits, f"{none} in {own}/{name}, which has {', '.join(there)}; {way_out}")
     way_out, problem = f"give the {split} rows by --data DIR, or all by --data FILE", "it has no official download"
-    if task.is_users and task.path.exists():
-        way_out = f"name their file in its [data] table, or {way_out}"
-    if split not in task.splits:
-        raise TinyldError(f"task {task.name} has no {split} split; it has {', '.join(task.splits)}; {way_out}")
     if not task.builtin:
+        way_out = "name their file in its [data] table, or " * (task.is_users and task.path.exists()) + way_out
         raise TinyldError(f"{none}: {task.path} {'names none' if task.path.exists() else 'is gone'}; {way_out}")
+    check(split in task.splits, f"{none}: it has {', '.join(task.splits)}; {way_out}", TinyldError)
     if task.download is not None:
         try:
             return download.download_task(name, task.download) / f"{split}.tsv"

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +74,6 @@ def rows_for(
     return run.rows(load_split(task, split, data, limit, held_out), task)
 
 
-def learned_of(run: Run, task: Task, measured: Sequence[Example]) -> int:
-    """How many of the examples the run learned, as far as the rows of its training are still there."""
-    with contextlib.suppress(TinyldError, KeyError):  # of a task that it was not made for nothing is known
-        return learned_too(task, learned_rows(task, data_of(run, task)), measured)
-    return 0
-
-
 def measure(run: Run, rows: TaskRows, sampling: SampleConfig, draws: int = 4, quiet: bool = True) -> Evaluation:
     """What `run` makes of rows, with a bar of progress."""
     model = run.model
@@ -119,7 +111,9 @@ def eval(options: EvalOptions) -> list[Record]:
             if run.config.get("by_name"):
                 run.let_answer(task)
             if options.split != "train":
-                say_learned(say, learned_of(run, task, rows.examples), len(rows), f"{source} rows")
+                with contextlib.suppress(TinyldError, KeyError):  # its training rows are gone, or it has none
+                    learned = learned_too(task, learned_rows(task, data_of(run, task)), rows.examples)
+                    say_learned(say, learned, len(rows), f"{source} rows")
             found = measure(run, rows, sampling, options.draws, options.quiet)
             say_truncated(say, found.truncated, found.n, run.base.model.config.max_length)
             record = {"run": str(path), "split": source, **found.record(), "sha256": rows.digest()}
