@@ -137,6 +137,10 @@ def test_text_rows_are_bos_and_the_stream_in_order(length: int) -> None:
     assert 100 - len(read) < length - 1, "but for a rest that makes no row"
     last = rows.take(np.array([rows.num_rows - 1]), offset=length - 2)
     assert int(last.x0[0, -1]) < 200, "the furthest cut stays inside the stream"
+    least = 2 * (length - 1)
+    assert len(TextRows(stream[:least], length, bos_id=2)) == 2
+    with pytest.raises(TinyldError, match=f"{least - 1} tokens; rows of {length} tokens need at least {least}"):
+        TextRows(stream[: least - 1], length, bos_id=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
@@ -159,13 +163,6 @@ def test_some_of_a_tasks_rows_are_of_all_labels_in_whatever_order_those_stand() 
         counts = np.bincount(some_of(2000, 1000) % turns)
         assert len(counts) == turns and counts.min() > 0.7 * counts.mean()  # 4 deviations or more of a fair draw
     assert some_of(3, 1000).tolist() == [0, 1, 2]
-
-
-def test_text_of_less_than_two_rows_is_refused() -> None:
-    assert len(TextRows(np.zeros(14, dtype=np.uint16), 8, bos_id=2)) == 2
-    for tokens in (13, 0):
-        with pytest.raises(TinyldError, match=f"too little text: {tokens} tokens; rows of 8 tokens need at least 14"):
-            TextRows(np.zeros(tokens, dtype=np.uint16), 8, bos_id=2)
 
 
 def test_rows_are_changed_by_what_their_place_in_the_text_draws_and_what_is_given_is_never_masked() -> None:

@@ -152,23 +152,23 @@ class Run:
 
     def found(self, rows: Sequence[Row], task: Task, sampling: SampleConfig, advance: Advance) -> list[Record]:
         """`answer` without the rows' other columns."""
-        examples, parts = examples_of(rows, task), [(task, list(range(len(rows))))]
+        examples, parts, found = examples_of(rows, task), [(task, list(range(len(rows))))], [Record()] * len(rows)
         if self.is_composition and rows:
-            nearest, owners = self.owners(examples, task)
+            nearest, found = self.owners(examples, task)
             if self.is_routed and task is self.tasks[0]:
                 parts = [(own, (nearest == i).nonzero()[:, 0].tolist()) for i, own in enumerate(self.tasks)]
-        records, done = [Record()] * len(rows), 0
+        done = 0
         for own, which in parts:
             asked = [examples[i] for i in which]
-            found = answers(self, own, asked, sampling, further(advance, done)) if asked else []
+            answered = answers(self, own, asked, sampling, further(advance, done)) if asked else []
             done += len(which)
-            for i, record in zip(which, found, strict=True):
-                records[i] = record | owners[i] if self.is_composition else record
-        for (_, row), record in zip(rows, records, strict=True) if task.is_infill else ():
+            for i, record in zip(which, answered, strict=True):
+                found[i] = record | found[i]
+        for (_, row), record in zip(rows, found, strict=True) if task.is_infill else ():
             text = str(row[task.inputs[0]])
             record["answer"] = record["answer"] if GAP.search(text) else ""  # nothing in a blank line
-            record["filled"] = GAP.sub(lambda _, answer=record["answer"]: answer, text)
-        return records
+            record["filled"] = record["answer"].join(GAP.split(text))
+        return found
 
     def owners(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, list[Record]]:
         """Of a composition: (the member that answers each row; its name, and whether the row is unlike all of its
