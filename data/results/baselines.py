@@ -26,6 +26,7 @@ from table import write
 
 from tinyld.checkpoint import Base, load_base
 from tinyld.data import TaskRows
+from tinyld.device import autocast, fast_dtype
 from tinyld.evaluate import wilson
 from tinyld.hf import find_encoder
 from tinyld.rows import bundled_data_dir, load_split
@@ -60,8 +61,8 @@ def setfit(texts: Sequence[str], labels: np.ndarray, asked: Sequence[str], seed:
     """Labels of the texts asked, by SetFit's published protocol (arXiv 2209.11055) on the encoder of the default base.
 
     Of every text 20 pairs with one of its label and 20 with one of another, whose cosine is drawn to 1 or 0 in one
-    epoch (batches of 16 pairs, AdamW at 2e-5, a tenth of the steps to warm up); a logistic regression on the mean
-    states. Needs the extras `minilm` and `interop`.
+    epoch (batches of 16 pairs, AdamW at 2e-5, a tenth of the steps to warm up; in bf16 where the processor has it); a
+    logistic regression on the mean states. Needs the extras `minilm` and `interop`.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -71,8 +72,10 @@ def setfit(texts: Sequence[str], labels: np.ndarray, asked: Sequence[str], seed:
 
     def embed(some: Sequence[str]) -> torch.Tensor:
         batch = tokenizer(list(some), padding=True, truncation=True, max_length=256, return_tensors="pt")
-        real = batch.attention_mask[..., None]
-        return F.normalize((model(**batch).last_hidden_state * real).sum(1) / real.sum(1))
+        real, device = batch.attention_mask[..., None], torch.device("cpu")
+        with autocast(device, fast_dtype(device)):
+            states = model(**batch).last_hidden_state.float()
+        return F.normalize((states * real).sum(1) / real.sum(1))
 
     pairs = []
     for i in np.tile(np.arange(len(texts)), 20):
