@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyld.checkpoint import Base, load_exactly, load_method
 from tinyld.data import Batch, TaskRows, some_of
 from tinyld.errors import TinyldError
 from tinyld.methods import TrajectoryLora
+from tinyld.methods.paper import prompt_features
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import Denoiser
 from tinyld.runs import ADAPTER, CONFIG, RunFolder, environment
@@ -27,11 +27,9 @@ NONE = -1
 
 
 def batch_features(model: Denoiser, batch: Batch) -> Tensor:
-    """(B, D) prompt features of a batch: the mean over each row's prompt of its token embeddings, normalised."""
-    prompt_mask = (batch.attention_mask & ~batch.answer_mask).to(model.device)
-    embedded = model.embed(batch.x0.to(model.device))
-    share = prompt_mask / prompt_mask.sum(1, keepdim=True).clamp(min=1)
-    return (F.layer_norm(embedded, embedded.shape[-1:]) * share[..., None]).sum(1).float()
+    """(B, D): of a batch, the prompt features of its token embeddings."""
+    prompt_mask = batch.attention_mask & ~batch.answer_mask
+    return prompt_features(model.embed(batch.x0.to(model.device)), prompt_mask.to(model.device))
 
 
 @torch.no_grad()

@@ -15,9 +15,7 @@ from itertools import permutations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tinyld.block import take
+from torch import Tensor
 
 # Timestep bands (t_lo, t_hi], from high noise to low as the paper lists them ("early" is high noise). Stated here only.
 BAND_EDGES = (1.0, 2 / 3, 1 / 3, 0.0)
@@ -38,52 +36,29 @@ def time_embedding(t: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def normal(*shape: int, fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator))
-
-
 MODULES = 2  # k
 RANKS, SIGMA = (64, 32, 8), (1.0, 0.5, 0.25)  # by band, high noise first
 LAMBDA_RANK, LAMBDA_ORTH = 0.01, 0.001
 
 
-class PaperUnits(nn.Module):
-    """The rank units of all k modules side by side; in each module those of one band after those of another."""
+def units_of_bands(ranks: Sequence[int]) -> Tensor:
+    """(NUM_BANDS, units) bool, which units a band uses. Those of all modules stand side by side, and in each module
+    those of one band after those of another."""
+    band = torch.arange(NUM_BANDS).repeat_interleave(torch.tensor(ranks)).repeat(MODULES)  # of each unit
+    return band == torch.arange(NUM_BANDS)[:, None]
 
-    def __init__(
-        self, ranks: Sequence[int], sigma: Sequence[float], width: int, generator: torch.Generator | None = None
-    ):
-        super().__init__()
-        units = MODULES * sum(ranks)
-        self.down = normal(units, width + TIME_WIDTH, fan_in=width, generator=generator)
-        self.up = nn.Parameter(torch.zeros(width, units))
-        self.gate = nn.Parameter(torch.zeros(units, width))
-        band = torch.repeat_interleave(torch.arange(NUM_BANDS), torch.tensor(ranks)).repeat(MODULES)  # of each unit
-        sigmas = torch.tensor(sigma)[:, None] * F.one_hot(band, NUM_BANDS).T
-        self.register_buffer("sigmas", sigmas, persistent=False)  # (NUM_BANDS, units): 0 where it is another band's
 
-    def forward(self, h: Tensor, positions: Tensor | None, band: Tensor, time: Tensor, prompt_mask: Tensor) -> Tensor:
-        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D). Of the rows: band (B,), time
-        (B, TIME_WIDTH), prompt_mask (B, L) bool."""
-        width, down, up, gate = h.shape[-1], self.down, self.up, self.gate
-        share = prompt_mask.to(h.dtype)
-        share = share / share.sum(1, keepdim=True).clamp(min=1.0)
-        c = (F.layer_norm(h, (width,)) * share[..., None]).sum(1)  # (B, D), the mean over the prompt's tokens
-        scale = self.sigmas[band]  # (B, units)
-        if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
-            used = scale[0].nonzero()[:, 0]
-            down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]
-        if positions is not None:
-            h = take(h, positions)
-        hidden = F.layer_norm(h, (width,)) @ down[:, :width].T + (time @ down[:, width:].T)[:, None, :]
-        scale = scale * (1.0 + c @ gate.T)
-        return (F.relu(hidden) * scale[:, None, :]) @ up.T
+def prompt_features(h: Tensor, prompt_mask: Tensor) -> Tensor:
+    """(B, D): the mean over the prompt's tokens of normalised states h (B, L, D)."""
+    share = prompt_mask / prompt_mask.sum(1, keepdim=True).clamp(min=1)
+    return (F.layer_norm(h, h.shape[-1:]) * share[..., None]).sum(1)
 
-    def penalty(self) -> Tensor:
-        """LAMBDA_RANK * sum_i ||A_i B_i||_* + LAMBDA_ORTH * sum_{i != j} ||A_i^T A_j||_F^2, over the modules."""
-        ups, downs = self.up.chunk(MODULES, dim=1), self.down.chunk(MODULES, dim=0)
-        rank = sum(nuclear_norm(up, down) for up, down in zip(ups, downs, strict=True))
-        return LAMBDA_RANK * rank + LAMBDA_ORTH * sum((a.T @ b).square().sum() for a, b in permutations(ups, 2))
+
+def penalty(up: Tensor, down: Tensor) -> Tensor:
+    """LAMBDA_RANK * sum_i ||A_i B_i||_* + LAMBDA_ORTH * sum_{i != j} ||A_i^T A_j||_F^2, over the modules."""
+    ups, downs = up.chunk(MODULES, dim=1), down.chunk(MODULES, dim=0)
+    rank = sum(nuclear_norm(*of_module) for of_module in zip(ups, downs, strict=True))
+    return LAMBDA_RANK * rank + LAMBDA_ORTH * sum((a.T @ b).square().sum() for a, b in permutations(ups, 2))
 
 
 def nuclear_norm(up: Tensor, down: Tensor) -> Tensor:

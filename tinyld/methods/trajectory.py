@@ -21,7 +21,7 @@ from tinyld.block import take
 from tinyld.config import ModelConfig, check, setting
 from tinyld.methods import paper
 from tinyld.methods.contract import AUTO, Method, MethodConfig
-from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, band_of, normal, time_embedding
+from tinyld.methods.paper import NUM_BANDS, TIME_WIDTH, band_of, time_embedding
 from tinyld.model import Denoiser, PushAt
 from tinyld.pointer import Pointer
 
@@ -84,31 +84,40 @@ RECIPES = {
 
 
 class RankUnits(nn.Module):
-    """The rank units of one site."""
+    """The rank units of one site. A band uses the first of them or, in the paper's design, others than other bands."""
 
     def __init__(self, config: TrajectoryLoraConfig, site: int, width: int, generator: torch.Generator | None):
         super().__init__()
-        ranks, self.dropout = config.site_ranks(site), config.dropout
-        self.down = normal(max(ranks), width + TIME_WIDTH, fan_in=width, generator=generator)
-        self.up = nn.Parameter(torch.zeros(width, max(ranks)))
-        self.gain = nn.Parameter(torch.ones(max(ranks))) if config.is_tied else None
+        ranks, is_papers, self.dropout = config.site_ranks(site), config.recipe == "paper", config.dropout
+        first = torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]
+        is_used = paper.units_of_bands(ranks) if is_papers else first  # (NUM_BANDS, units)
+        down = torch.empty(is_used.shape[1], width + TIME_WIDTH).normal_(0.0, width**-0.5, generator=generator)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(width, len(down)))
+        self.gain = nn.Parameter(torch.ones(len(down))) if config.is_tied else None
+        self.gate = nn.Parameter(torch.zeros(len(down), width)) if is_papers else None
+        self.register_buffer("is_used", is_used, persistent=False)
         self.register_buffer("sigma", torch.tensor(config.sigma), persistent=False)  # by band
-        self.register_buffer("ranks", torch.tensor(ranks), persistent=False)
 
-    def forward(self, h: Tensor, positions: Tensor | None, band: Tensor, time: Tensor, _: Tensor) -> Tensor:
-        """As PaperUnits.forward."""
+    def forward(self, h: Tensor, positions: Tensor | None, band: Tensor, time: Tensor, prompt_mask: Tensor) -> Tensor:
+        """What is added to h (B, L, D), or to it at `positions` (B, M) alone, (B, M, D). Of the rows: band (B,), time
+        (B, TIME_WIDTH), prompt_mask (B, L) bool."""
+        width, down, scale = h.shape[-1], self.down, self.sigma[band][:, None] * self.is_used[band]  # (B, units)
+        up = self.up if self.gain is None else self.up * self.gain
+        if (gate := self.gate) is not None:
+            c = paper.prompt_features(h, prompt_mask)
+            if bool((scale == scale[:1]).all()):  # one band: the others' units need not run
+                used = scale[0].nonzero()[:, 0]
+                down, up, gate, scale = down[used], up[:, used], gate[used], scale[:, used]
+            scale = scale * (1.0 + c @ gate.T)
         h = h if positions is None else take(h, positions)
-        x = F.dropout(F.layer_norm(h, h.shape[-1:]), self.dropout, self.training)
-        width, up = x.shape[-1], self.up if self.gain is None else self.up * self.gain
-        hidden = x @ self.down[:, :width].T + (time @ self.down[:, width:].T)[:, None, :]
-        is_used = torch.arange(len(self.down), device=x.device) < self.ranks[band][:, None]  # (B, units)
-        scale = self.sigma[band][:, None] * is_used
+        x = F.dropout(F.layer_norm(h, (width,)), self.dropout, self.training)
+        hidden = x @ down[:, :width].T + (time @ down[:, width:].T)[:, None, :]
         return (F.relu(hidden) * scale[:, None, :]) @ up.T
 
     def strength(self) -> Tensor:
         """(units,) ||a_u|| ||b_u||; infinite for the strongest of the units that all bands use: every site keeps it."""
         found = (self.up.norm(dim=0) * self.down.norm(dim=1)).detach()
-        found[found[: self.ranks.min()].argmax()] = math.inf
+        found[found.masked_fill(~self.is_used.all(0), -1.0).argmax()] = math.inf
         return found
 
 
@@ -121,10 +130,7 @@ class TrajectoryPush(nn.Module):
         check(config.blocks <= last, f"blocks must be at most the base's {last}, got {config.blocks}")
         self.first_depth = last - config.blocks
         self.answer_only, self.reads_others = config.recipe == "fast", config.recipe == "paper"
-        if config.recipe == "paper":
-            sites: list[nn.Module] = [paper.PaperUnits(config.ranks, config.sigma, width, generator)]
-        else:
-            sites = [RankUnits(config, site, width, generator) for site in range(config.num_sites)]
+        sites = [RankUnits(config, site, width, generator) for site in range(config.num_sites)]
         for site in sites if config.is_tied else ():
             site.down, site.up = sites[0].down, sites[0].up
         self.sites = nn.ModuleList(sites)
@@ -196,10 +202,11 @@ class TrajectoryLora(Method):
             return
         for site in self.push.sites:
             is_kept = site.strength() > 0
-            site.ranks = is_kept.cumsum(0)[site.ranks - 1]
+            site.is_used = site.is_used[:, is_kept]
             site.up.data, site.down.data = site.up.data[:, is_kept].contiguous(), site.down.data[is_kept]
-        ranks = torch.cat([site.ranks for site in self.push.sites]).tolist()
+        ranks = torch.cat([site.is_used.sum(1) for site in self.push.sites]).tolist()
         self.config = replace(self.config, ranks=tuple(ranks), prune=0.0)
 
     def penalty(self) -> Tensor | None:
-        return self.push.sites[0].penalty() if self.config.recipe == "paper" else None
+        site = self.push.sites[0]
+        return paper.penalty(site.up, site.down) if self.config.recipe == "paper" else None
