@@ -110,21 +110,6 @@ class Denoiser(nn.Module):
         dtype = product_dtype(self.cos.device)
         return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
 
-    def run_blocks(
-        self, h: Tensor, attention_mask: Tensor | None, start: int, stop: int, push_at: PushAt | None = None,
-        positions: Tensor | None = None, since: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """States before block `stop`, from states `h` (B, L, D) before block `start`. attention_mask: (B, L) bool, or
-        None when no position is padding. From block `since` on the states are pushed. With `positions` (B, M) the
-        model's last block computes those alone, (B, M, D)."""
-        angles = self.angles(h.shape[1])
-        for depth in range(start, stop):
-            if push_at is not None and depth >= since:
-                h = h + push_at(depth, h)
-            asked = positions if depth == self.config.num_layers - 1 else None
-            h = self.through(depth, h, angles, attention_mask, asked)
-        return h
-
     def through(self, depth: int, *given: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.blocks[depth], *given, use_reentrant=False)
@@ -139,8 +124,9 @@ class Denoiser(nn.Module):
         prompt_mask: Tensor | None = None, cached: Tensor | None = None, where: Tensor | None = None,
     ) -> tuple[Tensor, Copying | None]:  # fmt: skip
         """Final states (B, L, D), before the final norm and the head's transform; with `where` (B, L) bool those of
-        its N positions, (N, D), row by row: where they are few, the last block computes no others. In a shifted model
-        position i has the state at i - 1, and position 0 its own. And what may be copied there, by the pointer, if any.
+        its N positions, (N, D), row by row: where they are few, the last block computes no others. A push on the answer
+        alone needs `where`, within that. In a shifted model position i has the state at i - 1, and position 0 its own.
+        And what may be copied there, if there is a pointer. attention_mask: (B, L) bool, None if nothing is padding.
 
         `cached` (B, L, K, D) are states computed earlier on the same xt, so that nothing of the frozen base runs again
         that the push leaves as it is: those at `Push.first_depth` or, where it pushes the answer only, from there on.
@@ -156,9 +142,12 @@ class Denoiser(nn.Module):
             positions = (few[0] - int(shifted)).clamp(min=0)
         whole = push is not None and (push.reads_others or first == last)  # the last block is then computed whole
         h, start = (self.embed(xt), 0) if cached is None else (cached[:, :, 0], first)
-        read = h = self.run_blocks(h, attention_mask, start, last - 1, push_at, since=first)
-        start = max(start, last - 1)
-        h = self.run_blocks(h, attention_mask, start, last, push_at, None if whole else positions, since=first)
+        read, angles = h, self.angles(xt.shape[1])
+        for depth in range(start, last):
+            read = h
+            if push_at is not None and depth >= first:
+                h = h + push_at(depth, h)
+            h = self.through(depth, h, angles, attention_mask, None if whole or depth < last - 1 else positions)
         if push_at is not None:
             at = positions if whole else None
             h = (h if at is None else take(h, at)) + push_at(last, h, at)
@@ -166,26 +155,23 @@ class Denoiser(nn.Module):
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
         told, asked = (None, where) if positions is None else few
         pointer = self.pointer if push is None else push.pointer
-        odds = None if pointer is None else pointer(h, read, prompt_mask, told)
-        copies = None if odds is None else lambda xt: Copies.of(odds(xt), xt, where, asked)
+        copies = None if pointer is None else pointer(h, read, prompt_mask, told, asked)
         return h if asked is None else h[asked], copies
 
     def answer_states(
         self, push: Push, xt: Tensor, t: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor,
-        cached: Tensor | None, where: Tensor | None,
+        cached: Tensor | None, where: Tensor,
     ) -> tuple[Tensor, Copying | None]:  # fmt: skip
-        """`one_pass` with a push on the answer only, of which alone `where` may ask."""
-        told, is_asked = positions_of(torch.ones_like(prompt_mask) if where is None else where)
+        """`one_pass` with a push on the answer only."""
+        told, asked = positions_of(where)
         positions = (told - int(self.config.shifted)).clamp(min=0)
         first, last = push.first_depth, self.config.num_layers
-        stop = last if where is None else max(first, last - 1)
+        stop = max(first, last - 1)
         frozen = (cached.unbind(2), ()) if cached is not None else self.frozen(xt, attention_mask, first, stop)
         (h,) = self.along([push], *frozen, positions, t, attention_mask, prompt_mask)
-        odds = None if push.pointer is None else push.pointer(h, frozen[0][last - 1 - first], prompt_mask, told)
-        if where is not None:
-            return h[is_asked], None if odds is None else lambda xt: Copies.of(odds(xt), xt, where, is_asked)
-        h = take(frozen[0][-1], positions).where(prompt_mask[..., None], h)
-        return h, None if odds is None else lambda xt: Copies.of(odds(xt) * ~prompt_mask[..., None], xt)
+        pointer = push.pointer
+        copies = None if pointer is None else pointer(h, frozen[0][last - 1 - first], prompt_mask, told, asked)
+        return h[asked], copies
 
     @torch.no_grad()
     def frozen(
@@ -193,12 +179,13 @@ class Denoiser(nn.Module):
     ) -> tuple[Sequence[Tensor], Sequence[Pair]]:
         """What the base makes of rows: states (B, L, D) at every depth from `first` to `stop`, and the keys and values
         that its blocks on that way made of them."""
-        states, pairs = [self.run_blocks(self.embed(xt), attention_mask, 0, first)], []
-        angles = self.angles(xt.shape[1])
-        for block in self.blocks[first:stop]:
-            pairs.append(block.readable(states[-1], xt.shape[1], angles))
-            states.append(block(states[-1], angles, attention_mask, None, pairs[-1]))
-        return states, pairs
+        h, angles, states, pairs = self.embed(xt), self.angles(xt.shape[1]), list[Tensor](), list[Pair]()
+        for depth, block in enumerate(self.blocks[:stop]):
+            pair = block.readable(h, xt.shape[1], angles)
+            if depth >= first:
+                states, pairs = [*states, h], [*pairs, pair]
+            h = block(h, angles, attention_mask, None, pair)
+        return [*states, h], pairs
 
     def along(
         self, pushes: Sequence[Push], states: Sequence[Tensor], pairs: Sequence[Pair], positions: Tensor, t: Tensor,

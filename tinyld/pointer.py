@@ -34,13 +34,6 @@ class Copies(NamedTuple):
     odds: Tensor  # (..., L), of each position of the row; those of a token are at the first place that it has there
     ids: Tensor  # (..., L) int64, the row's tokens
 
-    @classmethod
-    def of(cls, odds: Tensor, xt: Tensor, where: Tensor | None = None, asked: Tensor | None = None) -> Copies:
-        """Of odds at all positions of the rows xt (B, L), (B, L, L), or at those of `where` (B, L) alone, (N, L); with
-        `asked` (B, M) of those among odds (B, M, L)."""
-        odds = odds if asked is None else odds[asked]
-        return cls(odds, xt[:, None].expand_as(odds) if where is None else xt[where.nonzero()[:, 0]])
-
     def nll(self, nll: Tensor, target: Tensor) -> Tensor:
         """-log p(target) in nats, (...), where by the logits alone it is `nll`."""
         right = (self.odds * (self.ids == target[..., None])).sum(-1)
@@ -80,23 +73,27 @@ class Pointer(nn.Module):
         return (2 * rank + 1) * width + (2 * NEAR + 1) ** 2 + 2 if rank else 0
 
     def forward(
-        self, h: Tensor, read: Tensor, prompt_mask: Tensor, positions: Tensor | None
-    ) -> Callable[[Tensor], Tensor]:
-        """What gives, for the tokens ids (B, L) of rows, the odds (B, M, L) at `positions` (B, M), None for all L, with
-        final states h (B, M, D), of a prompt whose states before the last block are among `read` (B, L, D)."""
+        self, h: Tensor, read: Tensor, prompt_mask: Tensor, positions: Tensor | None, asked: Tensor | None = None
+    ) -> Callable[[Tensor], Copies]:
+        """What gives, for the tokens ids (B, L) of rows, what may be copied to `positions` (B, M), None for all L, of
+        which N are `asked` for, (B, M) bool, None for all: from final states h (B, M, D), of a prompt whose states
+        before the last block are among `read` (B, L, D)."""
         with torch.autocast(h.device.type, enabled=False):
             h, read = (F.layer_norm(of.float(), of.shape[-1:]) for of in (h, read))
             scores = (h @ self.query.T) @ (read @ self.key.T).transpose(1, 2) / math.sqrt(len(self.query))
             share = scores.masked_fill(~prompt_mask[:, None], torch.finfo(scores.dtype).min).softmax(-1)
             share, gate = share * prompt_mask.any(1)[:, None, None], (h @ self.gate + self.bias)[..., None]
 
-        def odds(ids: Tensor) -> Tensor:
+        def copies(ids: Tensor) -> Copies:
             with torch.autocast(h.device.type, enabled=False):
                 found = share * (gate + self.by_written(ids, prompt_mask, positions)).clamp(max=MOST).exp()
             first = (ids[:, :, None] == ids[:, None]).byte().argmax(1)  # place of each token: of equal ones the first
-            return torch.zeros_like(found).scatter_add(2, first[:, None].expand_as(found), found)
+            odds = torch.zeros_like(found).scatter_add(2, first[:, None].expand_as(found), found)
+            if asked is None:
+                return Copies(odds, ids[:, None].expand_as(odds))
+            return Copies(odds[asked], ids[asked.nonzero()[:, 0]])
 
-        return odds
+        return copies
 
     def by_written(self, ids: Tensor, prompt_mask: Tensor, positions: Tensor | None) -> Tensor:
         """f (B, M, L), of what `forward` is given."""
