@@ -29,24 +29,25 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, body: frozenset[str] = frozenset()):
         self.names = {id(p): n for n, p in parameters.items()}
-        self.peak, self.body_lr, self.body_start = config.lr, config.body_lr, config.body_start
+        self.config = config
         groups: dict[tuple[bool, float, str], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in parameters.items():
             is_inside = parameter.dim() == 2 and name.startswith(("blocks.", "sites."))  # neither embedding nor head
             decay = config.weight_decay * (parameter.dim() >= 2)
             part = "body" if name in body else "pointer" if name.startswith("pointer.") else "rest"
             groups[is_inside and config.optimizer == "muon", decay, part].append(parameter)
-        names = ("muon", "weight_decay", "part")
-        settings = [dict(zip(names, key, strict=True)) | {"params": some} for key, some in groups.items()]
-        self.param_groups: list[dict[str, Any]] = [group | {"lr": config.lr} for group in settings]
+        self.param_groups: list[dict[str, Any]] = [
+            {"muon": muon, "weight_decay": decay, "part": part, "params": some, "lr": config.lr}
+            for (muon, decay, part), some in groups.items()
+        ]
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
         has_bf16 = fast_dtype(next(iter(parameters.values())).device) == "bf16"
         self.dtype = torch.bfloat16 if has_bf16 else torch.float32  # of Muon's products
 
     def set_lr(self, factor: float, progress: float) -> None:
         """Sets every group's rate; `body` tensors wait until `body_start` and then train at `body_lr` of it."""
-        body = self.body_lr if progress >= self.body_start else 0.0
-        peaks = {"rest": self.peak, "body": self.peak * body, "pointer": POINTER_LR}
+        body = self.config.body_lr if progress >= self.config.body_start else 0.0
+        peaks = {"rest": self.config.lr, "body": self.config.lr * body, "pointer": POINTER_LR}
         for group in self.param_groups:
             group["lr"] = factor * peaks[group["part"]]
 
