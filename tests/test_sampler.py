@@ -18,6 +18,7 @@ from tinyld.sampler import decode, repeating
 MASK = 4
 EOS = 3
 FORBIDDEN = [0, 1, 2, 4]
+DELETE = FORBIDDEN[0]
 START = 3  # of a slot
 Rows = tuple[Tensor, ...]  # (x, answer_mask, attention_mask)
 rows = partial(padded, 50)
@@ -218,6 +219,9 @@ SURE, OPEN = (0.8, 0.55, 0.9, 0.6), (0.5,) * 6  # 0.69 nats are open at each pos
     (SURE, {"threshold": 1.0, "least": 3}, [4, 1]),
     *((SURE, {"threshold": 1.0, "steps": steps}, [4, 3, 2][:steps]) for steps in (1, 3)),
     (SURE, {"sampler": "ancestral", "steps": 1}, [4]),
+    *((likely, {"sampler": "low_confidence", "steps": 4}, masked) for likely, masked in (
+        (SURE, [4, 3, 2, 1]), (OPEN, [6, 4, 2, 1]), ((0.9,) * 9, [9, 6, 4, 2]),
+    )),
     (OPEN, {"sampler": "entropy", "threshold": 0.5}, [6, 5, 4, 3, 2, 1]),
     (OPEN, {"sampler": "entropy", "threshold": 1.0}, [6, 4, 2]),  # one of those that are written does not count
     (OPEN, {"sampler": "entropy", "threshold": 1.5}, [6, 3]),
@@ -234,6 +238,7 @@ def test_a_pass_writes_what_is_sure_enough_and_the_least_asked_for(likely: Any, 
     recording = giving(logits)
     out, passes = decoded(recording, slot(len(likely)), **given)
     assert recording.passes == masked and passes == len(masked) and not (out == MASK).any()
+    assert [t[0] for t in recording.t] == pytest.approx([n / len(likely) for n in masked]), "the share that is masked"
 
 
 @pytest.mark.parametrize("name", ["low_confidence", *THRESHOLDS])
@@ -279,18 +284,6 @@ def test_ancestral_leaves_as_much_masked_as_t_says() -> None:
         assert sum(counts) / (n * width) == pytest.approx(1 - step / steps, abs=4 * (0.25 / (n * width)) ** 0.5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("given", [of for of in CONFIGS if not {"temperature", "kl"} & {*of}][:4], ids=str)
-def test_rows_decoded_together_equal_rows_decoded_alone(lively: Denoiser, given: dict[str, Any], seed: int) -> None:
-    """Rows that finish early leave the batch; padding and neighbours change nothing."""
-    batch = rows(2, 7, 1, 4, seed=seed)
-    together, _ = decoded(lively, batch, **given)
-    for row in range(4):
-        part = slice(row, row + 1), slice(0, int(batch[2][row].sum()))
-        alone, _ = decoded(lively, tuple(tensor[part] for tensor in batch), **given)
-        assert torch.equal(together[part], alone)
-
-
 def test_rows_that_are_done_leave_the_batch(lively: Denoiser) -> None:
     recording, batch = Recording(lively), rows(1, 3, 2)
     _, passes = decoded(recording, batch, sampler="low_confidence")
@@ -316,9 +309,6 @@ def hazards(table: dict[int, float]) -> Callable[[Tensor], Tensor]:
 
 
 WANTED = [5, 6, 7, 8, 9, 10, 11, 12]
-
-
-DELETE = FORBIDDEN[0]
 
 
 def fitting(likely: int) -> Callable[[Tensor], Tensor]:
@@ -366,6 +356,24 @@ def test_a_text_becomes_as_short_as_it_has_to_be(sampler: str, length: int) -> N
     assert int((out[0] == EOS).sum()) == 12 - length, "who was not taught it keeps to its length"
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("given", [
+    {"sampler": "low_confidence"}, {"sampler": "low_confidence", "steps": 3}, {"steps": 2}, {"threshold": 0.3},
+    {"sampler": "klass", "threshold": 0.05, "kl": 0.5}, {"sampler": "entropy", "threshold": 4.0},
+], ids=str)  # fmt: skip
+def test_rows_decoded_together_equal_rows_decoded_alone(lively: Denoiser, given: Any, ends: bool, seed: int) -> None:
+    """Rows that finish early leave the batch, or become shorter; padding and neighbours change nothing."""
+    batch, more = rows(2, 7, 1, 9, seed=seed), {"eos_id": EOS, "delete": DELETE} if ends else {}
+    with torch.no_grad():
+        lively.output_bias[[DELETE, EOS]] += torch.tensor([5.0, 2.0])
+    together, passes = decode(lively, *batch, MASK, FORBIDDEN, SampleConfig(**given), **more)
+    for row in range(4):
+        part = slice(row, row + 1), slice(0, int(batch[2][row].sum()))
+        alone, own = decode(lively, *(of[part] for of in batch), MASK, FORBIDDEN, SampleConfig(**given), **more)
+        assert torch.equal(together[part], alone) and passes[row] == own[0]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: str) -> None:
     def often(x: Tensor, *told: Any, where: Tensor) -> Tensor:
@@ -403,29 +411,6 @@ def test_klass_compares_a_token_with_itself_when_the_text_has_become_shorter() -
     assert out[batch[1]].tolist() == [6, 7, 8, 9, EOS, EOS] and passes.tolist() == [3]
 
 
-@pytest.mark.parametrize("sampler", ["threshold", "klass", "entropy"])
-def test_a_text_that_becomes_shorter_leaves_others_as_they_are(sampler: str) -> None:
-    def logits(x: Tensor) -> Tensor:
-        found = fitting(11)(x)
-        return torch.where((x[:, 0] == 6)[:, None, None], drifting(x), found)
-
-    def drifting(x: Tensor) -> Tensor:
-        """Of a text that gets surer with every token."""
-        known = (x[:, START:-2] == 6).sum(1)[:, None, None]
-        tokens = torch.arange(13).expand(*x.shape, 13)
-        found = torch.where(tokens == 6, 1.5 + 0.5 * known, torch.where(tokens == 7, 0.0, -30.0))
-        return torch.where((tokens == EOS) & (torch.arange(x.shape[1])[:, None] == START + 8), 4.0, found)
-
-    x, *masks = slot(12, 2)
-    x[1, 0] = 6
-    config = SampleConfig(sampler=sampler, threshold=0.9, kl=0.05)
-    given = MASK, FORBIDDEN, config, None, EOS, None, False, DELETE
-    together, passes = decode(giving(logits), x, *masks, *given)
-    for row in range(2):
-        alone, own = decode(giving(logits), *(part[row : row + 1] for part in (x, *masks)), *given)
-        assert torch.equal(together[row], alone[0]) and passes[row] == own[0]
-
-
 LENGTHS = [  # hazards, the median length, the likeliest
     ({1: 0.92, 3: 0.99}, 1, 1),  # [EOS] is likelier at 3 than at 1, but a text seldom comes to 3
     ({0: 0.3, 1: 0.2, 2: 0.2, 3: 0.9}, 2, 3),  # the likeliest length is 3, at 0.40; the median, passed at 0.55, is 2
@@ -435,8 +420,10 @@ LENGTHS = [  # hazards, the median length, the likeliest
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(("table", "length", "_"), LENGTHS)
-def test_the_first_pass_takes_the_median_length(sampler: str, table: Any, length: int, _: int) -> None:
+@pytest.mark.parametrize(("table", "length", "likeliest"), LENGTHS)
+def test_the_first_pass_takes_the_median_length_and_of_a_label_the_likeliest(
+    sampler: str, table: Any, length: int, likeliest: int
+) -> None:
     """The chance of a length is the hazard there times that of coming so far."""
     batch = slot(6)
     recording = giving(hazards(table))
@@ -445,13 +432,9 @@ def test_the_first_pass_takes_the_median_length(sampler: str, table: Any, length
     assert (text == EOS).tolist() == [False] * length + [True] * (6 - length)
     assert sampler == "revise" or (text[:length] == 6).all()
     assert all(count <= length for count in recording.passes[1:])
-
-
-@pytest.mark.parametrize(("table", "_", "length"), LENGTHS)
-def test_a_label_has_the_likeliest_length(table: dict[int, float], _: int, length: int) -> None:
-    batch = slot(6)
-    out, _ = decode(giving(hazards(table)), *batch, MASK, FORBIDDEN, SampleConfig(), eos_id=EOS, is_label=True)
-    assert int((out[batch[1]] == 6).sum()) == length
+    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler)
+    out, _ = decode(giving(hazards(table)), *batch, *given, eos_id=EOS, is_label=True)
+    assert int((out[batch[1]] != EOS).sum()) == likeliest
 
 
 def sure_of(lengths: dict[int, float]) -> Callable[[Tensor], Tensor]:
@@ -514,30 +497,20 @@ def test_a_sure_length_and_an_empty_text_take_one_pass(table: Any, given: Any, w
     assert (int((out[batch[1]] == 6).sum()), int(found)) == (written, passes)
 
 
-def test_a_text_never_ends_before_its_end() -> None:
+def test_a_text_never_ends_before_its_end_and_the_place_behind_that_leaves_the_row() -> None:
     """A denoiser that wants to stop after every word, once a word is written."""
-    batch = slot(5)
-
-    def logits(x: Tensor) -> Tensor:
-        found = hazards({4: 0.9})(x)
-        found[(x == 6).any(1)] = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.0])
-        return found
-
-    out, _ = decoded(giving(logits), batch, EOS, threshold=1.0)
-    assert out[batch[1]].tolist() == [6, 6, 6, 6, EOS]
-
-
-def test_the_place_behind_an_end_leaves_the_row() -> None:
     batch = slot(8)
 
     def logits(x: Tensor) -> Tensor:
-        found = hazards({2: 0.95})(x)
-        found[..., 7] = 0.0  # two tokens to choose from: neither is sure
+        found = hazards({4: 0.9})(x)
+        found[..., 7] = -2.0  # so that a pass is sure of one word alone, the one it has to write
+        found[(x == 6).any(1)] = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.0])
         return found
 
     recording = giving(logits)
-    decoded(recording, batch, EOS)
-    assert recording.lengths[0] - recording.lengths[1] == 5
+    out, _ = decoded(recording, batch, EOS, threshold=1.0)
+    assert out[batch[1]].tolist() == [6, 6, 6, 6, *[EOS] * 4]
+    assert recording.lengths[0] - recording.lengths[1] == 3
 
 
 @pytest.mark.parametrize("table", [{0: 0.3, 2: 0.5}, {1: 0.2, 3: 0.9}])
