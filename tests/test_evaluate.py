@@ -29,30 +29,21 @@ SEVERAL = {"bad": "not good", "good": "very very great", "flat": "dull"}
 TEXTS = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
 
 
-class Oracle:
-    """A denoiser with answers known in advance: prompt ids -> ids of its slot, each with a logit of `sure`."""
-
-    device, push = torch.device("cpu"), None
+class Oracle(Denoiser):
+    """It knows its answers: prompt ids -> ids of a slot, each with a logit of `sure`. Its states are its logits."""
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, sure: float):
-        self.answers, self.vocab_size, self.sure = answers, vocab_size, sure
+        super().__init__(ModelConfig(vocab_size, d_model=8, num_layers=1))
+        self.answers, self.sure = answers, sure
 
-    def rows_at_once(self, length: int, most: int, asked: int) -> int:
-        return most
-
-    def states(self, xt: Tensor, t: Any, mask: Any, prompt: Tensor, cached: Any = None, where: Any = None) -> Tensor:
-        logits = torch.zeros(*xt.shape, self.vocab_size)
+    def one_pass(self, xt: Tensor, t: Any, mask: Any, prompt: Tensor, cached: Any = None, where: Any = None) -> Any:
+        logits = torch.zeros(*xt.shape, self.config.vocab_size)
         for row in range(len(xt)):
             answer = self.answers[tuple(xt[row][prompt[row]].tolist())]
             real = torch.ones_like(prompt[row]) if mask is None else mask[row]
             slot = (real & ~prompt[row]).nonzero()[:, 0]
             logits[row, slot, torch.tensor(answer[: len(slot)])] = self.sure
-        return logits[where]
-
-    __call__ = states
-
-    def one_pass(self, *given: Any) -> tuple[Tensor, None]:
-        return self.states(*given), None
+        return logits[where], None
 
     def head(self, logits: Tensor, only: Tensor | None = None) -> Tensor:
         return logits if only is None else logits[:, only]
@@ -81,8 +72,7 @@ def scored(rows: TaskRows, tokenizer: Tokenizer, says: Says, sure: float = 30.0,
         prompt = tuple(np.concatenate([ids[:start], ids[stop:]]).tolist())
         assert prompt not in answers
         answers[prompt] = says(i, ids[start:stop].tolist())
-    model: Any = Oracle(answers, tokenizer.vocab_size, sure)
-    return evaluate(model, rows, tokenizer, **options)
+    return evaluate(Oracle(answers, tokenizer.vocab_size, sure), rows, tokenizer, **options)
 
 
 @pytest.fixture()
