@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from table import tables, write
-from torch import Tensor
+from torch import Tensor, nn
 
 import tinyld
 from tinyld.data import some_of, torch_seeded
@@ -31,13 +31,14 @@ BANDS = "high", "middle", "low"
 KEPT = 64
 
 
-class Probe:
+class Probe(nn.Module):
     """Hangs on `Denoiser.push` and adds zeros, whose gradients are those of the states."""
 
     answer_only = reads_others = False
     pointer = None
 
     def __init__(self, first_depth: int):
+        super().__init__()
         self.first_depth, self.added = first_depth, dict[int, Tensor]()
 
     def start(self, *_: Any) -> Any:
