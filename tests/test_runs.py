@@ -150,9 +150,12 @@ def test_one_who_looks_on_reads_and_writes_nothing(base: Path) -> None:
     assert folder.config["kind"] == "base"
     with folder.locked():
         folder.write_json("a.json", {})
+        folder.write_tensors(MODEL, {})
         folder.log({"step": 1})
         folder.save_checkpoint(1, {}, {}, keep=1)
+        folder.remove_checkpoints(after=1)
         folder.rewind(step=1)
+        folder.close_log()
     assert tree(base) == before
 
 

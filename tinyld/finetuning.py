@@ -30,9 +30,8 @@ from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.methods.contract import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress, Say, say_learned, say_some, say_truncated
-from tinyld.read import read_bytes
 from tinyld.rows import Example, learned_rows, learned_too, load_split
-from tinyld.runs import ADAPTER, CONFIG, METRICS, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
+from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import percent, print_record
 from tinyld.tasks import Task, from_record, to_record
@@ -137,7 +136,7 @@ def run_folder(
         folder.write_json(CONFIG, config)  # of one that was begun it may have a new rate
         results: dict[str, Any] = {}
         yield folder, results
-        folder.write(METRICS, read_bytes(folder.path / METRICS))  # so that the manifest knows it
+        folder.close_log()
         folder.write_json(RESULTS, {VERBS[config["kind"]]: results} | folder.results)  # it may be evaluated already
         folder.remove_checkpoints()
 

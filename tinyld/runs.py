@@ -223,6 +223,10 @@ class RunFolder:
         *lines, _ = decode(content[: content.rfind(b"\n") + 1], path).split("\n")
         return [parse_json(line, path, {"step": int}) for line in lines]
 
+    def close_log(self) -> None:
+        """Writes it into the manifest."""
+        self.write(METRICS, read_bytes(self.path / METRICS))
+
     def rewind(self, step: int) -> None:
         """Drops the checkpoints and the log's lines after `step`, which a resumed run writes again."""
         kept = b"".join(to_json(r, None) for r in self.metrics() if r["step"] <= step)
@@ -299,7 +303,7 @@ class Spectator(RunFolder):
     """A run folder that another process of the same run writes: reading works, writing does nothing."""
 
     locked = contextlib.nullcontext  # type: ignore[assignment]
-    write = write_tensors = log = rewind = save_checkpoint = remove_checkpoints = lambda *_, **__: None
+    write = write_tensors = log = close_log = rewind = save_checkpoint = remove_checkpoints = lambda *_, **__: None
 
 
 def under_torchrun() -> bool:
