@@ -176,9 +176,11 @@ class Run:
         paths = [Path(m["run"]) for m in self.config["members"]]
         names = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
         router = self.push.router
+        if (only := router.only) is not None:
+            return torch.full((len(examples),), only), [{"adapter": names[only], "foreign": False}] * len(examples)
         with autocast(self.base.model.device, self.dtype):  # as the pass that pushes them reads them
             features = task_features(self.base, self.rows(examples, task))
-        nearest, foreign = router.nearest(features), (router.choose(features) == NONE) & (router.only is None)
+        nearest, foreign = router.nearest(features), router.choose(features) == NONE
         pairs = zip(nearest.tolist(), foreign.tolist(), strict=True)
         return nearest, [{"adapter": names[i], "foreign": is_foreign} for i, is_foreign in pairs]
 
