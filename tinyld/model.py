@@ -183,7 +183,8 @@ class Denoiser(nn.Module):
         for depth, block in enumerate(self.blocks[:stop]):
             pair = block.readable(h, xt.shape[1], angles)
             if depth >= first:
-                states, pairs = [*states, h], [*pairs, pair]
+                states.append(h)
+                pairs.append(pair)
             h = block(h, angles, attention_mask, None, pair)
         return [*states, h], pairs
 
