@@ -186,6 +186,15 @@ def test_a_budget_gives_the_largest_rank_that_fits_once_units_are_pruned(name: s
     assert stored[0] <= limit < stored[1]
 
 
+def test_bands_are_alike_but_in_the_paper_or_where_ranks_are_given() -> None:
+    literal, best, given = (
+        make_config("trajectory-lora", options, ModelConfig(8192))
+        for options in ({"recipe": "paper"}, {}, {"ranks": (5, 4, 3)})
+    )
+    assert literal.ranks == (64, 32, 8) and literal.sigma == (1.0, 0.5, 0.25) and given.ranks == (5, 4, 3)
+    assert len(set(best.ranks)) == 1 and best.sigma == (1.0, 1.0, 1.0), "which writes better"
+
+
 OURS = "trajectory-lora"
 
 

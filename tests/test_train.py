@@ -117,10 +117,14 @@ def test_clipping_bounds_the_gradient_and_zero_turns_it_off(trial: Trial) -> Non
     assert norms[0.01] == (pytest.approx(norms[0.0][0], rel=1e-5), pytest.approx(0.01, rel=1e-3))
 
 
-def test_the_bf16_loss_is_near_the_fp32_loss(trial: Trial) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_bf16_loss_is_near_the_fp32_loss(device: str, trial: Trial) -> None:
+    if device == "cuda" and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        pytest.skip("no GPU with bf16")
+    trial.base.to(device)
     losses = {}
     for dtype in ("fp32", "bf16"):
-        own = trial.run("full", dtype, dtype=dtype, steps=20, eval_every=20).parameters
+        own = trial.run("full", dtype, dtype=dtype, device=device, steps=20, eval_every=20).parameters
         losses[dtype] = trial.folder(dtype).metrics()[-1]["loss"]
         assert all(p.dtype == torch.float32 for p in own.values())
     assert losses["fp32"] != losses["bf16"]  # else bf16 was not used
