@@ -13,7 +13,7 @@ from tinyld import compare
 from tinyld.compare import variants
 from tinyld.config import PRESETS, ModelConfig
 from tinyld.data import TaskRows
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import Diverged, TinyldError, UsageError
 from tinyld.finetuning import config_of
 from tinyld.options import CompareOptions, EvalOptions, FinetuneOptions
 from tinyld.runs import ADAPTER, RESULTS, RunFolder
@@ -163,6 +163,24 @@ def test_rates_that_are_chosen_by_the_rows_of_the_table_are_said(
         file.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS))
         trainer.grid(tmp_path / f"{name}{rates}", task=(), data=tmp_path / "mine", trials=rates, seeds=1, quiet=False)
         assert ("chosen by the dev rows that are scored" in capsys.readouterr().err) == told, (name, rates)
+
+
+def test_a_rate_at_which_training_diverges_is_left_out(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(options: FinetuneOptions) -> None:
+        if options.lr in bad:
+            raise Diverged("the loss (nan)")
+        trainer.finetune(options)
+
+    monkeypatch.setattr(compare, "finetune", diverge)
+    bad = {1e-3, 2e-3}
+    (row,) = trainer.grid(tmp_path, methods="full:lr=0.001", quiet=False)
+    assert (row["lr"], row["seeds"], row["trials"]) == (5e-4, 3, 3), "it was tried, too"
+    assert "training diverged: lr 0.002 is left out" in capsys.readouterr().err
+    bad.add(5e-4)
+    with pytest.raises(TinyldError, match="nan.*the same command goes on"):
+        trainer.grid(tmp_path / "all", methods="full:lr=0.001")
 
 
 def test_a_failed_run_says_how_to_go_on(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 A run of the grid is a folder, `OUT/<task>_<method>_lr<rate>_s<seed>_<digest of all else that was asked>`. What is
 finished is read, what was interrupted goes on, so that the same command again does only what is missing, and another
 one makes runs of its own. Tuning: seed 0 at every rate, the best on dev by accuracy (then by NLL bound) goes on to the
-other seeds. Test rows are read once, by the chosen runs.
+other seeds; one at which training diverges is out. Test rows are read once, by the chosen runs.
 """
 
 import re
@@ -16,7 +16,7 @@ from tinyld.checkpoint import fingerprint, read_shape
 from tinyld.config import ModelConfig, check
 from tinyld.data import TaskRows
 from tinyld.datafile import task_and_rows
-from tinyld.errors import TinyldError, UsageError
+from tinyld.errors import Diverged, TinyldError, UsageError
 from tinyld.finetuning import config_of, finetune, rows_to_learn
 from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS
@@ -140,7 +140,14 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
             say(f"   dev {f'{100 * right:.1f}%, ' if right is not None else ''}NLL bound {nats:.4f}")
         return right or 0.0, -nats, folder
 
-    tried = {lr: trained(lr, 0) for lr in line.rates}
+    tried = {}
+    for lr in line.rates:
+        try:
+            tried[lr] = trained(lr, 0)
+        except Diverged:
+            if lr == line.rates[-1] and not tried:
+                raise
+            say(f"   training diverged: lr {lr:g} is left out")
     best = max(tried, key=lambda lr: tried[lr][:2])
     rows = []
     for *_, run in [tried[best], *(trained(best, seed) for seed in range(1, options.seeds))]:
@@ -148,5 +155,5 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
         if found.get("sha256") != line.tested:
             how = about | {"device": options.device, "dtype": run.config["train"]["dtype"]}
             evaluate(EvalOptions(runs=(run.path,), split=line.split, **how))
-        rows += [row for row in run_rows(run, len(tried)) if (row["task"], row["split"]) == (line.task, line.split)]
+        rows += [row for row in run_rows(run, options.trials) if (row["task"], row["split"]) == (line.task, line.split)]
     return rows

@@ -34,6 +34,10 @@ class UsageError(TinyldError):
     exit_code = 2
 
 
+class Diverged(TinyldError):
+    """A loss, gradient or weight of a training run is not finite: at another learning rate it may be."""
+
+
 @contextlib.contextmanager
 def failing(path: object, done: str) -> Iterator[None]:
     """What the system refuses within becomes the line "`path`: cannot be `done`"."""

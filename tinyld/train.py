@@ -25,7 +25,7 @@ from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
 from tinyld.device import autocast, from_int8, resolve_dtype, tf32, to_int8
 from tinyld.diffusion import Noised, token_nll
 from tinyld.distributed import Processes
-from tinyld.errors import TinyldError
+from tinyld.errors import Diverged, TinyldError
 from tinyld.interrupt import Interrupted, StopSignals
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer, lr_factor
@@ -277,8 +277,8 @@ class TrainingRun:
             if not bool(parameter.isfinite().all()):
                 raise self.diverged(name)
 
-    def diverged(self, what: str) -> TinyldError:
+    def diverged(self, what: str) -> Diverged:
         """For an error; removes a checkpoint of these very parameters, from which nothing can go on."""
         self.folder.remove_checkpoints(after=self.step - 1)
         also = f", also with {self.resume}" if self.folder.checkpoints() else ""
-        return TinyldError(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr{also}")
+        return Diverged(f"{what} at step {self.step} is not finite; {self.folder.last_good()}; lower --lr{also}")
