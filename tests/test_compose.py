@@ -104,8 +104,6 @@ def test_a_prompt_that_is_unlike_all_of_a_tasks_own_is_refused() -> None:
     strange = torch.zeros(2, 2)
     strange[0, 1], strange[1, 0] = 2.0, 23.0
     assert router.choose(strange).tolist() == [NONE, NONE] and router.nearest(strange).tolist() == [0, 1]
-    router.only = 0  # the task was named
-    assert router.nearest(strange).tolist() == [0, 0]
 
 
 def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path) -> None:
@@ -125,16 +123,15 @@ def test_a_row_gets_its_own_adapters_push(config: ModelConfig, tmp_path: Path) -
     composition.save_composition(folder, base, recorded, routed, False)
     composition.load_composition(folder, base)
     hung = base.model.push
-    for only, expected in ((None, [[0, 2, 3], [1, 4, 5]]), (1, [list(range(6))])):
-        hung.router.only, asked = only, list[list[int]]()
-        for rows, own in members(base.model, batch):
-            asked.append(rows.tolist())
-            member = owner[asked[-1][0]] if only is None else only
-            assert base.model.push is hung.pushes[member] and torch.equal(own.x0, x[rows]), "it hangs there meanwhile"
-            assert own.rows.tolist() == [10 + row for row in asked[-1]]
-            stored, trained = (dict(push.named_parameters()) for push in (base.model.push, pushes[member]))
-            assert all(torch.equal(stored[name], tensor) for name, tensor in trained.items())
-        assert asked == expected and base.model.push is hung
+    asked = list[list[int]]()
+    for rows, own in members(base.model, batch):
+        asked.append(rows.tolist())
+        member = owner[asked[-1][0]]
+        assert base.model.push is hung.pushes[member] and torch.equal(own.x0, x[rows]), "it hangs there meanwhile"
+        assert own.rows.tolist() == [10 + row for row in asked[-1]]
+        stored, trained = (dict(push.named_parameters()) for push in (base.model.push, pushes[member]))
+        assert all(torch.equal(stored[name], tensor) for name, tensor in trained.items())
+    assert asked == [[0, 2, 3], [1, 4, 5]] and base.model.push is hung
     base.model.push = pushes[0]
     assert [rows.tolist() for rows, _ in members(base.model, batch)] == [list(range(6))], "no composition"
 

@@ -344,7 +344,9 @@ def test_a_composition_says_who_answered(place: Path) -> None:
     assert ran.code == 2 and "has tasks mood, same; say which with --task" in ran.stderr
 
 
-def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) -> None:
+def test_tasks_that_are_asked_alike_are_routed_without_their_names(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, labels in (("weather", ("sad", "happy")), ("food", ("good", "bad"))):
         rows = [{name: f"{text} {name} {name}", "label": labels[i % 2]} for i, (text, _) in enumerate(ROWS * 5)]
         made = {"base": place / "base", "text_column": name, "label_column": "label"} | TINY_LORA
@@ -365,9 +367,11 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(place: Path) 
     for more, labels in (([], {"good", "bad"}), (["--task", "weather-rows"], {"sad", "happy"})):
         (other,) = records("both", "food.csv", *more)
         assert (other["text"], set(other["probabilities"])) == ("rain food food", labels), "any member's column is read"
-    (named,) = run.predict(texts[:1], task="food-rows")
-    assert set(named["probabilities"]) == {"good", "bad"}
-    assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push.router.only is None
+    with monkeypatch.context() as nothing_read:
+        nothing_read.setattr("tinyld.composition.batch_features", None)
+        (named,) = run.predict(texts[:1], task="food-rows")
+    assert set(named["probabilities"]) == {"good", "bad"} and run.base.model.push is run.push.pushes[1]
+    assert run.fill("rain", 3, 2, SampleConfig()) == alone and run.base.model.push is run.push
     assert tinyld.load("both", task="food-rows").predict(texts[:1]) == [named] and run.predict([]) == []
     measured = [(r["task"], r["n"]) for r in eval(of_both())]
     assert measured == [("weather-rows", 20), ("food-rows", 20)], "of each one's own rows"

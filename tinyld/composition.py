@@ -68,7 +68,6 @@ class Router(nn.Module):
         for name, shape in prototype_shapes(width).items():
             self.register_buffer(name, torch.zeros(members, *shape))
         self.register_buffer("limits", torch.full((members,), torch.finfo(torch.float32).max))
-        self.only: int | None = None  # the member that answers all rows, whatever their prompts
 
     def distances(self, features: Tensor) -> Tensor:
         """(B, k) squared, of features (B, D) from each member's mean, less what its own prompts vary by."""
@@ -78,8 +77,6 @@ class Router(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) the member to answer each row, whether or not it is near. features: (B, D)."""
-        if self.only is not None:
-            return torch.full((len(features),), self.only, device=features.device)
         return self.distances(features).argmin(1)
 
     def choose(self, features: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Run:
     dtype: str = field(default="auto", repr=False)
     push: nn.Module | None = field(default=None, repr=False)  # on the base, which trajectory adapters share
     named: str | None = None  # the task that it was loaded for
+    member: int | None = field(default=None, repr=False)  # of a composition, if one answers all rows
 
     @property
     def results(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Run:
     @property
     def model(self) -> Denoiser:
         """The base's denoiser, pushed as this run does."""
-        self.base.model.push = self.push
+        self.base.model.push = self.push if self.member is None else self.push.pushes[self.member]
         return self.base.model
 
     def rows(self, examples: Sequence[Example], task: Task) -> TaskRows:
@@ -91,7 +92,7 @@ class Run:
             found = [i for i in alike if task and self.tasks[i].name == task.name] or alike
             several = " and ".join(self.tasks[i].name for i in found)
             check(len(found) < 2, f"{self.path}: {several} are asked as {task and task.name} is; say which by its name")
-            self.push.router.only = found[0] if found else None
+            self.member = found[0] if found else None
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float | None = None,
@@ -176,8 +177,9 @@ class Run:
         paths = [Path(m["run"]) for m in self.config["members"]]
         names = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
         router = self.push.router
-        if (only := router.only) is not None:
-            return torch.full((len(examples),), only), [{"adapter": names[only], "foreign": False}] * len(examples)
+        if self.member is not None:
+            found = Record(adapter=names[self.member], foreign=False)
+            return torch.full((len(examples),), self.member), [found] * len(examples)
         with autocast(self.base.model.device, self.dtype):  # as the pass that pushes them reads them
             features = task_features(self.base, self.rows(examples, task))
         nearest, foreign = router.nearest(features), router.choose(features) == NONE
