@@ -175,31 +175,18 @@ def test_fresh_pushes_of_all_positions_and_of_the_answer_alone_copy_the_same(
         method = attach(model, case)
         method.push.pointer.written.copy_(torch.rand(26, generator=seeded()))
         told = noised.xt, noised.t, noised.attention_mask, noised.prompt_mask
-        found[case], again = model.look(*told, where=noised.is_masked)
-        by_now[case] = again(noised.x0)[1]
+        found[case], copies = model.look(*told, where=noised.is_masked)
+        by_now[case] = copies(noised.x0).odds
         _, everywhere = model.look(*told, where=torch.ones_like(noised.is_masked))
-        whole = everywhere(noised.x0)[1].view_as(noised.xt)[noised.is_masked]
+        whole = everywhere(noised.x0).odds.view(*noised.xt.shape, -1)[noised.is_masked]
         torch.testing.assert_close(by_now[case], whole, **close)
-        assert not torch.allclose(again(noised.xt)[1], by_now[case], **close)
+        assert not torch.allclose(copies(noised.xt).odds, by_now[case], **close)
     torch.testing.assert_close(*found.values(), **close)
     torch.testing.assert_close(*by_now.values(), **close)
 
 
-@torch.no_grad()
-def test_the_likeliest_token_by_now_is_that_of_the_logits_but_for_what_is_forbidden(config: ModelConfig) -> None:
-    """Where odds are low, the base's own; where they are high, what is copied."""
-    noised, model, copied = noised_batch(config), fresh_base(config), set()
-    pointer, told = attach(model, "pointer").push.pointer, (noised.xt, noised.t, noised.attention_mask)
-    told = *told, noised.prompt_mask
-    seen = noised.xt[noised.prompt_mask].unique()
-    for bias in (-9.0, -1.0, 1.0, 9.0):
-        pointer.bias.fill_(bias)
-        for forbidden in ([], [MASK, int(seen[0]), int(seen[-1])]):
-            logits, again = model.look(*told, where=noised.is_masked)
-            logits[:, forbidden] = -torch.inf
-            token, chance = again(noised.xt, forbidden)
-            expected, best = logits.softmax(1).max(1)
-            assert torch.equal(token, best)
-            torch.testing.assert_close(chance, expected)
-            copied.add(round(float(torch.isin(token, seen).float().mean()), 3))
-    assert len(copied) > 1
+def test_what_is_likeliest_to_be_copied_is_not_what_may_not_be_written_nor_what_the_base_alone_would_write() -> None:
+    copies = Copies(torch.tensor([[1.0, 3.0, 0.0, 5.0], [0.0] * 4]), torch.tensor([[7, 9, 7, 11]]).expand(2, 4))
+    for forbidden, first, chance in (([], 11, 0.5), ([11, 2], 9, 0.6), ([9, 11], 7, 0.5)):
+        token, likely = copies.likeliest(forbidden)
+        assert token[0] == first and likely.tolist() == pytest.approx([chance, 0.0])

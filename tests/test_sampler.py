@@ -13,6 +13,7 @@ from tinyld import sampler
 from tinyld.config import SAMPLERS, THRESHOLDS, SampleConfig
 from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
+from tinyld.pointer import Copies
 from tinyld.sampler import decode, repeating
 
 MASK = 4
@@ -63,12 +64,12 @@ class Pointing(Recording):
     """It is sure of nothing; a pointer that looks again, of the position behind what is written."""
 
     def look(self, x: Tensor, *told: Any, where: Tensor) -> tuple[Tensor, Any]:
-        def again(x: Tensor, forbidden: list[int]) -> tuple[Tensor, Tensor]:
-            assert forbidden == FORBIDDEN
-            chance = torch.cat([x[:, :1] == MASK, x[:, :-1] != MASK], 1)[where] * self.inner
-            return torch.full(chance.shape, 7), chance
+        def copies(x: Tensor) -> Copies:
+            """Of a token that may not be written, and of one that may."""
+            here = torch.cat([x[:, :1] == MASK, x[:, :-1] != MASK], 1)[where] * self.inner / (1 - self.inner)
+            return Copies(here[:, None] * torch.tensor([[2.0, 1.0]]), torch.tensor([[MASK, 7]]).expand(len(here), 2))
 
-        return self(x, *told, where=where), again
+        return self(x, *told, where=where), copies
 
     def __call__(self, x: Tensor, *told: Any, where: Tensor) -> Tensor:
         self.masked.append(where.sum(1).tolist())

@@ -27,8 +27,6 @@ from tinyld.pointer import Copies, Pointer
 PushAt = Callable[..., Tensor]
 # rows xt (B, L) -> what may be copied to the positions of a pass if that, of it, is what is written
 Copying = Callable[[Tensor], Copies]
-# (xt (B, L) as it is by now, forbidden tokens, the same in all calls) -> (the likeliest token, its probability)
-LookAgain = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Push(Protocol):
@@ -252,23 +250,11 @@ class Denoiser(nn.Module):
         """Logits (B, L, V), or (N, V) for the N positions of `where`, of what `one_pass` is given."""
         return self.look(*given, **told)[0]
 
-    def look(self, xt: Tensor, *given: Any, **told: Any) -> tuple[Tensor, LookAgain | None]:
-        """`forward`'s logits and, with a pointer, what looks again at the same positions without a pass."""
+    def look(self, xt: Tensor, *given: Any, **told: Any) -> tuple[Tensor, Copying | None]:
+        """`forward`'s logits and, with a pointer, what looks again at what is written, without a pass."""
         h, copies = self.one_pass(xt, *given, **told)
         logits = self.head(h)
-        if copies is None:
-            return logits, None
-        found: list[Tensor] = []  # of the logits alone
-
-        def again(xt: Tensor, forbidden: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-            if not found:
-                total = logits.float().logsumexp(-1)
-                left = 1.0 - (logits[..., forbidden].float() - total[..., None]).exp().sum(-1)
-                logits[..., forbidden] = -torch.inf
-                found.extend((total, left, *logits.max(-1)))
-            return copies(xt).likeliest(logits, *found)
-
-        return copies(xt).logits(logits), again
+        return (logits, None) if copies is None else (copies(xt).logits(logits), copies)
 
 
 def head_nll(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ is copied, without preference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,17 +46,12 @@ class Copies(NamedTuple):
         more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.clamp(min=TINY).log()) - own
         return logits.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0).to(logits.dtype))
 
-    def likeliest(
-        self, logits: Tensor, total: Tensor, left: Tensor, top: Tensor, token: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(token, probability), both (N,), of what is likeliest with what may be copied in (N, V) logits, of which few
-        are read: known are their logsumexp, then, with -inf for what is forbidden, the share of probability that is
-        left, the highest and its token. (Where none has half of the probability, another may be likelier.)"""
-        own = (logits.gather(-1, self.ids).float() - total[..., None]).exp()
-        odds = self.odds.where(own > 0, 0.0)  # 0 where it is forbidden
-        (copied, place), all_odds = (own + odds).max(-1), left + odds.sum(-1)
-        by_base, its = (top - total).exp(), self.ids.gather(-1, place[..., None])[..., 0]
-        return torch.where(copied >= by_base, its, token), torch.maximum(copied, by_base) / all_odds
+    def likeliest(self, forbidden: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """(token, probability that it is copied), both (...), of the likeliest that is not forbidden."""
+        never = torch.isin(self.ids, self.ids.new_tensor(forbidden))
+        odds = self.odds.masked_fill(never, 0.0)
+        most, place = odds.max(-1)
+        return self.ids.gather(-1, place[..., None])[..., 0], most / (1.0 + odds.sum(-1))
 
 
 class Pointer(nn.Module):

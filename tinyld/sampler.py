@@ -26,7 +26,7 @@ from tinyld.config import DRAWN, THRESHOLDS, SampleConfig
 from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
-COPIED_ON = 0.9  # probability by which a pointer that looks again is sure
+COPIED_ON = 0.9  # probability by which a pointer that looks again is sure of what is copied
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
@@ -124,10 +124,10 @@ def fill_in(
     before: tuple[Tensor, Tensor] | None = None  # (which of what the last pass predicted was of each place, or -1; it)
     while len(rows := (whole := (x == mask_id) & inside).any(1).nonzero()[:, 0]):
         length = int(attended[rows].any(0).nonzero()[-1]) + 1  # the ends of the longest texts may have left
-        masked, real, logits, again = whole[rows, :length], attended[rows, :length], first, None
+        masked, real, logits, copies = whole[rows, :length], attended[rows, :length], first, None
         if logits is None:
             told = masked.sum(1) / inside[rows].sum(1), None if bool(real.all()) else real, prompt_mask[rows, :length]
-            logits, again = look(denoiser, x[rows, :length], *told, where=masked)  # (N, V)
+            logits, copies = look(denoiser, x[rows, :length], *told, where=masked)  # (N, V)
             passes[rows.cpu()] += 1
         logits[:, later if first is None else forbidden] = -torch.inf
         if config.sampler == "revise":
@@ -156,9 +156,9 @@ def fill_in(
             x[rows, :length] = torch.where(tokens, spread(token, masked), x[rows, :length])
             score[rows] += torch.where(tokens, spread(likely, masked), 0.0).sum(1)
             left = masked & (x[rows, :length] == mask_id)
-            if again is None or not looks_again or not bool(tokens.any()) or not bool(left.any()):
+            if copies is None or not looks_again or not bool(tokens.any()) or not bool(left.any()):
                 break
-            token, chance = again(x[rows, :length], later)
+            token, chance = copies(x[rows, :length]).likeliest(later)
             likely, tokens = chance.log(), left & (spread(chance, masked) >= min(COPIED_ON, config.enough))
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
             x, inside, attended, source = without(x, inside, attended, *shrinking)
