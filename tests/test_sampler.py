@@ -390,6 +390,21 @@ def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: s
     assert (ended.cumsum(1)[batch[1]] == 0).logical_or(ended[batch[1]]).all()
 
 
+@pytest.mark.parametrize(("logit", "written"), [(3.0, [5, 7, EOS, EOS]), (6.0, [5, 7, 7, EOS])])
+def test_a_token_beside_its_like_is_one_too_many_unless_it_is_sure(logit: float, written: list[int]) -> None:
+    def logits(x: Tensor) -> Tensor:
+        found = torch.zeros(*x.shape, 13)
+        for i, (token, high) in enumerate([(5, 3.0), (7, 9.0), (7, logit), (EOS, 9.0)]):  # 5 stands before the text
+            found[:, START + i, token] = high
+        return found
+
+    given = MASK, FORBIDDEN, SampleConfig(threshold=1.0), None, EOS
+    out, _ = decode(giving(logits), *(batch := slot(4)), *given, delete=DELETE)
+    assert out[batch[1]].tolist() == written
+    out, _ = decode(giving(logits), *batch, *given)
+    assert out[batch[1]].tolist() == [5, 7, 7, EOS], "who was not taught it keeps to its length"
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_text_becomes_shorter_in_as_many_passes_as_are_given(steps: int) -> None:
     given = MASK, FORBIDDEN, SampleConfig(steps=steps)

@@ -6,8 +6,9 @@ the product of the hazards is a distribution over lengths. The first pass takes 
 is a temperature; labels get the likeliest, as a length between two that are likely may be no label's. Asked again while
 it writes, a denoiser ends too soon: any finished sentence looks like an end, whatever is left to say. But a text that
 is given too long a length limps, so training teaches one id more, which no text has: `delete`, where a gap between
-words has more masks than are missing (after DreamOn, arXiv 2602.01326). Besides, a text may be written in several
-lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv 1904.09324).
+words has more masks than are missing (after DreamOn, arXiv 2602.01326). So is a token, there, that would stand beside
+its like and is not sure ("the the"). Besides, a text may be written in several lengths, and the likeliest is taken
+(length parallel decoding: Mask-Predict, arXiv 1904.09324).
 
 A pointer looks at what is written, too, and may look again without a pass: once the first word of a name is written it
 knows the second. So after a pass what it is sure of by now is written, until there is nothing more.
@@ -26,7 +27,7 @@ from tinyld.config import DRAWN, THRESHOLDS, SampleConfig
 from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
-COPIED_ON = 0.9  # probability by which a pointer that looks again is sure of what is copied
+SURE = 0.9  # probability at which a copy is written without a pass, and a token beside its like is no delete
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
@@ -138,6 +139,11 @@ def fill_in(
         if config.sampler == "klass":  # the next pass compares
             (logp,) = parts = [torch.cat(list(parts))]
         token, likely, lead, doubt = choose(parts, config, generator)
+        if shrinking and first is None:
+            text = torch.where(inside[rows, :length], x[rows, :length], mask_id)
+            beside = F.pad(text, (1, 1), value=mask_id)
+            is_double = (token == beside[:, :-2][masked]) | (token == beside[:, 2:][masked])
+            token[is_double & (likely.exp() < SURE)] = shrinking[1]
         if config.sampler == "klass":
             if before is not None:
                 same = whole & (before[0] >= 0)
@@ -159,7 +165,7 @@ def fill_in(
             if copies is None or not looks_again or not bool(tokens.any()) or not bool(left.any()):
                 break
             token, chance = copies(x[rows, :length]).likeliest(later)
-            likely, tokens = chance.log(), left & (spread(chance, masked) >= min(COPIED_ON, config.enough))
+            likely, tokens = chance.log(), left & (spread(chance, masked) >= min(SURE, config.enough))
         if shrinking and bool(((x == shrinking[1]) & inside).any()):
             x, inside, attended, source = without(x, inside, attended, *shrinking)
             before = before and (before[0].gather(1, source), before[1])
