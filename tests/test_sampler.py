@@ -405,6 +405,21 @@ def test_a_token_beside_its_like_is_one_too_many_unless_it_is_sure(logit: float,
     assert out[batch[1]].tolist() == [5, 7, 7, EOS], "who was not taught it keeps to its length"
 
 
+@pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "klass", "entropy"])
+def test_a_token_beside_its_like_waits_until_all_others_are_written(sampler: str) -> None:
+    """It is likelier than the one behind it, and another token once that is there."""
+
+    def logits(x: Tensor) -> Tensor:
+        found, behind = torch.zeros(*x.shape, 13), int(x[0, START + 2])
+        for i, (token, high) in enumerate([(6, 9.0), (7 if behind == 8 else 6, 4.0), (8, 3.0), (EOS, 9.0)]):
+            found[:, START + i, token] = high
+        return found
+
+    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS
+    out, _ = decode(giving(logits), *(batch := slot(4)), *given, delete=DELETE)
+    assert out[batch[1]].tolist() == [6, 7, 8, EOS]
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_text_becomes_shorter_in_as_many_passes_as_are_given(steps: int) -> None:
     given = MASK, FORBIDDEN, SampleConfig(steps=steps)

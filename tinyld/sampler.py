@@ -6,9 +6,9 @@ the product of the hazards is a distribution over lengths. The first pass takes 
 is a temperature; labels get the likeliest, as a length between two that are likely may be no label's. Asked again while
 it writes, a denoiser ends too soon: any finished sentence looks like an end, whatever is left to say. But a text that
 is given too long a length limps, so training teaches one id more, which no text has: `delete`, where a gap between
-words has more masks than are missing (after DreamOn, arXiv 2602.01326). So is a token, there, that would stand beside
-its like and is not sure ("the the"). Besides, a text may be written in several lengths, and the likeliest is taken
-(length parallel decoding: Mask-Predict, arXiv 1904.09324).
+words has more masks than are missing (after DreamOn, arXiv 2602.01326). A token that would stand beside its like and
+is not sure ("the the") waits for all others, and is a delete if it is still so. Besides, a text may be written in
+several lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv 1904.09324).
 
 A pointer looks at what is written, too, and may look again without a pass: once the first word of a name is written it
 knows the second. So after a pass what it is sure of by now is written, until there is nothing more.
@@ -27,7 +27,7 @@ from tinyld.config import DRAWN, THRESHOLDS, SampleConfig
 from tinyld.diffusion import all_finite
 
 REVISED = 0.7  # of the temperature, where a token is written anew
-SURE = 0.9  # probability at which a copy is written without a pass, and a token beside its like is no delete
+SURE = 0.9  # probability at which a copy is written without a pass, and a token beside its like is meant
 RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
@@ -115,7 +115,7 @@ def fill_in(
     logits at the masks where a pass was made already, which did not know the rows' lengths, and `share` how likely
     these are: what is not sure is not written from them, unless that is the last pass. With `shrinking` (slot (B, L),
     delete, [EOS]) a text becomes shorter by each delete. Where there are blocks (LLaDA, arXiv 2502.09992), what is in a
-    later one than a row's first mask is less sure than all in that."""
+    later one than a row's first mask waits for all in that."""
     x, step, passes, score = x.clone(), 0, torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), device=x.device)
     looks_again = config.sampler == "threshold" and config.block is None
     made = int(first is not None)  # passes, before those made here
@@ -139,11 +139,13 @@ def fill_in(
         if config.sampler == "klass":  # the next pass compares
             (logp,) = parts = [torch.cat(list(parts))]
         token, likely, lead, doubt = choose(parts, config, generator)
+        waits = torch.zeros_like(masked)
         if shrinking and first is None:
             text = torch.where(inside[rows, :length], x[rows, :length], mask_id)
             beside = F.pad(text, (1, 1), value=mask_id)
             is_double = (token == beside[:, :-2][masked]) | (token == beside[:, 2:][masked])
-            token[is_double & (likely.exp() < SURE)] = shrinking[1]
+            waits[masked] = is_double & (likely.exp() < SURE)
+            token[waits[masked]] = shrinking[1]
         if config.sampler == "klass":
             if before is not None:
                 same = whole & (before[0] >= 0)
@@ -153,9 +155,9 @@ def fill_in(
         leads, doubts = spread(lead, masked), spread(doubt, masked, torch.inf)
         if config.block is not None:
             nth = (inside[rows, :length].cumsum(1) - 1) // config.block
-            later_block = masked & (nth > nth.masked_fill(~masked, length).amin(1, keepdim=True))
-            confidence, leads = (of.masked_fill(later_block, -1e4) for of in (confidence, leads))
-            doubts = doubts.masked_fill(later_block, torch.inf)
+            waits |= masked & (nth > nth.masked_fill(~masked, length).amin(1, keepdim=True))
+        confidence, leads = (of.masked_fill(waits, -1e4) for of in (confidence, leads))
+        doubts = doubts.masked_fill(waits, torch.inf)
         steps = config.steps or lengths[rows]
         tokens = accept(confidence, leads, doubts, masked, config, steps, step, generator, forced=first is None)
         while True:
