@@ -46,7 +46,7 @@ class Copies(NamedTuple):
         more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.clamp(min=TINY).log()) - own
         return logits.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0).to(logits.dtype))
 
-    def likeliest(self, forbidden: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def likeliest(self, forbidden: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(token, probability that it is copied), both (...), of the likeliest that is not forbidden."""
         never = torch.isin(self.ids, self.ids.new_tensor(forbidden))
         odds = self.odds.masked_fill(never, 0.0)
