@@ -43,8 +43,8 @@ def test_chances_add_up_and_are_the_same_by_logits_and_by_nats() -> None:
 def test_a_token_without_logits_is_not_copied_and_spoils_nothing() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf]])
     odds = torch.tensor([[3.0, 2.0, 0.0]], requires_grad=True)
-    found = Copies(odds, torch.tensor([[2, 0, 1]])).logits(logits)
-    assert found[0, 2] == -torch.inf and found[0, 1] == 1.0 and found[0, 0] > 1.0
+    found, before = Copies(odds, torch.tensor([[2, 0, 1]])).logits(logits), logits.log_softmax(1)
+    assert found[0, 2] == -torch.inf and found[0, 1] == before[0, 1] and found[0, 0] > before[0, 0]
     found[:, :2].sum().backward()
     assert odds.grad.isfinite().all(), "also of odds that are none"
 

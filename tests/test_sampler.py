@@ -496,6 +496,30 @@ def test_of_several_lengths_the_likeliest_text_is_taken() -> None:
     assert passes == 1 + 3 + 2 + 4, "the first pass is one for all lengths"
 
 
+@pytest.mark.parametrize(("wanted", "lengths", "written"), [
+    (1, 1, 1),  # the median lacks nothing
+    (3, 1, 3),  # the first that lacks nothing, of 2, 3 and 5
+    (9, 1, 5),  # else the one that lacks least
+    (2, 3, 2),  # of several lengths, one that lacks nothing before all others
+])  # fmt: skip
+def test_a_text_that_lacks_something_is_written_longer(wanted: int, lengths: int, written: int) -> None:
+    """More than 0.5, 0.3, 0.15 and 0.07 of the texts are longer than 0, 1, 2 and 4 tokens; a text lacks words that are
+    as many as tokens `wanted` of it."""
+    batch, recording = slot(6, 2), giving(hazards({1: 0.6, 2: 0.3, 3: 0.6, 5: 0.9}))
+
+    def lacking(x: Tensor) -> list[int]:
+        return [max(0, wanted - int((row == 6).sum())) if i == 0 else 0 for i, row in enumerate(x)]
+
+    config = SampleConfig(threshold=1.0, lengths=lengths)
+    out, passes = decode(recording, *batch, MASK, FORBIDDEN, config, eos_id=EOS, lacking=lacking)
+    assert int((out[0] == 6).sum()) == written
+    assert (passes[0] > passes[1]) == (lengths == 1 < written), "only what lacks something is written again"
+    drawn = SampleConfig(temperature=0.7)
+    _, once = decode(recording, *batch, MASK, FORBIDDEN, drawn, eos_id=EOS, lacking=lambda x: [9] * len(x))
+    _, as_often = decode(recording, *batch, MASK, FORBIDDEN, drawn, eos_id=EOS)
+    assert once.tolist() == as_often.tolist(), "what is drawn is drawn once"
+
+
 @pytest.mark.parametrize("sampler", ["threshold", "low_confidence", "klass", "entropy"])
 def test_a_token_is_written_in_the_knowledge_of_where_its_text_ends(sampler: str) -> None:
     """Two texts of one token, 6 and 7, are together likelier than [5, 6], which is likelier than either."""

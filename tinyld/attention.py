@@ -37,7 +37,7 @@ def attention(
     k, offset = k - k.detach().mean(2, keepdim=True), v.detach().mean(2, keepdim=True)
     scores = (q * width**-0.5) @ k.mT
     if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], HIDDEN)
+        scores.masked_fill_(~key_mask[:, None, None, :], HIDDEN)
     return scores.softmax(-1) @ (v - offset) + offset
 
 
@@ -51,7 +51,7 @@ def absorbed(q: Tensor, states: Tensor, key: nn.Linear, value: nn.Linear, key_ma
     states = states - offset
     scores = torch.einsum("bhmd,bld->bhml", torch.einsum("bhmw,hwd->bhmd", q * width**-0.5, of_keys), states)
     if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], HIDDEN)
+        scores.masked_fill_(~key_mask[:, None, None, :], HIDDEN)
     read = torch.einsum("bhml,bld->bhmd", scores.softmax(-1).to(q.dtype), states) + offset[:, None]
     mixed = torch.einsum("bhmd,hwd->bhmw", read, of_values)
     return mixed if value.bias is None else mixed + value.bias.to(q.dtype).unflatten(0, (heads, width))[:, None]

@@ -89,24 +89,40 @@ def answered(
             allowed[:, tokenizer.never_written] = -torch.inf
             written, passes = [tokenizer.decode([token]) for token in allowed.argmax(1).tolist()], len(chosen)
         elif write:
-            out, used = decode(
-                model, batch.x0, batch.answer_mask, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written,
-                sampling, generator, tokenizer.eos_id if rows.open_ended else None,
-                lambda x, share, told=told: told(len(x) * share),
-                not rows.task.is_generation, tokenizer.delete_id if rows.task.deletes else None,
-            )  # fmt: skip
-            written = [tokenizer.decode(row[slot].tolist()) for row, slot in zip(out, batch.answer_mask, strict=True)]
-            if (spelling := rows.task.spelling) is not None:
-                asked = [rows.examples[i] for i in chosen]
-                inside = rows.task.is_infill
-                written = [spelling.restore(w, e.before, e.after, inside) for w, e in zip(written, asked, strict=True)]
-            passes = int(used.sum())
+            written, passes = by_decoding(model, batch, rows, chosen, tokenizer, sampling, generator, told)
         seconds = time.perf_counter() - started
         if answers:
             scores = label_logp(model, batch, answers, tokenizer) if logits is None else logits[:, words]
         done += each * len(chosen)
         advance(done)
         yield Answered(chosen, batch, logits, written, scores, passes, seconds)
+
+
+def by_decoding(
+    model: Denoiser, batch: Batch, rows: TaskRows, chosen: np.ndarray, tokenizer: Tokenizer, sampling: SampleConfig,
+    generator: torch.Generator, advance: Advance,
+) -> tuple[list[str], int]:  # fmt: skip
+    """What the reverse process writes of a batch, which has the `chosen` rows, in how many passes of all rows."""
+    task, examples, slots = rows.task, [rows.examples[i] for i in chosen], batch.answer_mask
+    coverage, spelling = task.coverage, task.spelling
+
+    def texts(x: Tensor) -> list[str]:
+        return [tokenizer.decode(row[slot].tolist()) for row, slot in zip(x, slots, strict=True)]
+
+    def lacking(x: Tensor) -> list[int]:
+        pairs = zip(examples, texts(x), strict=True)
+        return [coverage.lacking(f"{e.before} {e.after}", text) if coverage else 0 for e, text in pairs]
+
+    out, passes = decode(
+        model, batch.x0, slots, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling, generator,
+        tokenizer.eos_id if rows.open_ended else None, lambda x, share: advance(len(x) * share),
+        not task.is_generation, tokenizer.delete_id if task.deletes else None, lacking if coverage else None,
+    )  # fmt: skip
+    written = texts(out)
+    if spelling is not None:
+        pairs = zip(written, examples, strict=True)
+        written = [spelling.restore(text, e.before, e.after, task.is_infill) for text, e in pairs]
+    return written, int(passes.sum())
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from tinyld.checkpoint import Base, check_frozen, load_base, load_base_of, method_record, read_shape, sizes
 from tinyld.composition import prompt_prototype
 from tinyld.config import BUDGETS, Reading, TrainConfig, check, from_dict, to_dict
+from tinyld.coverage import learn_coverage
 from tinyld.data import TaskRows, answer_ids, some_of, torch_seeded
 from tinyld.datafile import described, task_and_rows
 from tinyld.device import autocast, resolve_device, resolve_dtype
@@ -205,6 +206,8 @@ def train_adapter(
     learned = {"deletes": task.deletes} if words is None else {"smoothed": SMOOTHED}
     if task.is_generation and tokenizer.lowers:
         learned["spelling"] = to_dict(learn_spelling(examples, task.is_infill))
+    if task.is_generation and not task.is_infill and (coverage := learn_coverage(examples)):
+        learned["coverage"] = to_dict(coverage)
     facts["task"] = config["task"] | learned
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(

@@ -41,10 +41,11 @@ class Copies(NamedTuple):
         return nll - more + self.odds.sum(-1).log1p()
 
     def logits(self, logits: Tensor) -> Tensor:
-        """Logits (..., V) with what may be copied in them; as they are, where that is nothing."""
-        own = logits.gather(-1, self.ids).float()
-        more = torch.logaddexp(own, logits.float().logsumexp(-1, keepdim=True) + self.odds.clamp(min=TINY).log()) - own
-        return logits.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0).to(logits.dtype))
+        """Logits (..., V) in fp32 with what may be copied in them; where that is nothing, log-probabilities."""
+        logp = logits.log_softmax(-1, dtype=torch.float32)
+        own = logp.gather(-1, self.ids)
+        more = torch.logaddexp(own, self.odds.clamp(min=TINY).log()) - own
+        return logp.scatter_add(-1, self.ids, more.where((self.odds > 0) & own.isfinite(), 0.0))
 
     def likeliest(self, forbidden: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(token, probability that it is copied), both (...), of the likeliest that is not forbidden."""

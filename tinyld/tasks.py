@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyld.config import check, check_choice, from_dict, types_of
+from tinyld.coverage import Coverage
 from tinyld.download import Source
 from tinyld.errors import TinyldError, show
 from tinyld.read import clean, read_toml
@@ -21,7 +22,7 @@ from tinyld.rows import SPLITS, files_of
 from tinyld.spelling import Spelling
 
 BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
-LEARNED = ("spelling", "smoothed", "deletes")  # by a run
+LEARNED = ("spelling", "coverage", "smoothed", "deletes")  # by a run
 OURS = ("splits", "rows_from", "download", "path", *LEARNED)  # keys of a built-in task, or filled in; no user's
 # What a run keeps of its task; beside it `path`, of the file that describes one.
 KEPT = ("name", "template", "verbalizer", "columns", "label_column", "answer_column", "answer_tokens")
@@ -50,6 +51,7 @@ class Task:
     download: Source | None = None
     path: Path = Path()  # of its file, or of the file of rows that it was made from
     spelling: Spelling | None = None  # of its texts, as a run learned it, where its base writes small letters alone
+    coverage: Coverage | None = None  # of its prompts by its texts, where those say what these name
     smoothed: float = 0.0  # share of a label's probability that a run learned to give to all labels alike
     deletes: bool = False  # whether a run learned to say which masks are too many
 

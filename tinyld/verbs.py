@@ -15,6 +15,8 @@ from tinyld.tasks import builtin_names, load_task
 from tinyld.workspace import default_base, refuse_inside, say_to_stderr
 from tinyld.write import sha256
 
+LONG = ("spelling", "coverage")  # what a run learned, word by word
+
 
 def info(options: InfoOptions) -> dict[str, Any]:
     """What a run is, from its JSON files; every file is checked against the manifest."""
@@ -39,7 +41,7 @@ def info(options: InfoOptions) -> dict[str, Any]:
         record["members"] = {m["task"]["name"]: m["run"] for m in members}
     for part in ("task", "method", "model", "base", "data"):
         if part in config:
-            record[part] = {name: value for name, value in config[part].items() if name != "spelling"}  # long
+            record[part] = {name: value for name, value in config[part].items() if name not in LONG}
     record |= {k: v for k, v in config.get("parameters", {}).items() if k.endswith(("parameters", "bytes", "percent"))}
     training = results.get("pretrain", {}) | results.get("finetune", {})
     record["training"] = {name: value for name, value in training.items() if name not in record}

@@ -7,6 +7,8 @@ A sampler is its name and settings of `SampleConfig`, or one of these, which are
   slots together, a token a pass, and every pass has the logits of all positions; `llada,masked=1` has those at masks;
 - `mask_predict,tokens=5`: all tokens are written in every pass, and the least sure masked again, fewer each time, in
   length / tokens passes (arXiv 1904.09324);
+- `longer`: `threshold`, and what lacks a word of its prompt that texts say is written again in greater lengths, as it
+  is by `predict` and `eval`; all others write a text once;
 - `kept,every=8`: `threshold` on states of the prompt that are computed anew in every eighth pass alone (0: in the
   first), which is what keeping its keys and values comes to.
 Writes a table, in which `fewer passes` and `BLEU gained` are beside the first sampler, and prints it. Times are of this
@@ -16,6 +18,7 @@ process on its processors, whatever else they do.
 import csv
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,10 @@ from torch import Tensor
 
 from tinyld import evaluate as evaluation
 from tinyld.config import SampleConfig
-from tinyld.data import TaskRows
 from tinyld.predict import load
 from tinyld.sampler import LENGTHS, choose_ends, decode, spread
 from tinyld.scores import measure, rows_for
+from tinyld.workspace import keep_freed_memory
 
 SCORES = {"BLEU": "bleu", "chrF": "chrf", "exact": "exact_match", "names": "names_held", "loops": "repeated_sentence"}
 COLUMNS = ("sampler", *SCORES, "passes a text", "texts/s", "fewer passes", "BLEU gained")
@@ -113,15 +116,17 @@ def mask_predict(
 
 
 def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
+    keep_freed_memory()
     run = load(Path(path))
-    examples = rows_for(run, run.tasks[0], split).examples  # of which so many are taken, spread over all
+    once = replace(run.tasks[0], coverage=None)
+    examples = rows_for(run, once, split).examples  # of which so many are taken, spread over all
     examples = [examples[i * len(examples) // int(limit)] for i in range(int(limit))]
-    rows = TaskRows(examples, run.tasks[0], run.base.tokenizer, run.base.model.config.max_length)
     lines: list[tuple[str, ...]] = []
     first: tuple[float, float] | None = None
     for text in samplers:
         name, *settings = text.split(",")
         given = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in settings)}
+        rows = run.rows(examples, run.tasks[0] if name == "longer" else once)
         rows.open_ended, evaluation.decode = name != "llada", decode
         if name == "llada" and not given.pop("masked", 0):
             evaluation.decode = llada
@@ -131,7 +136,7 @@ def main(file: str, path: str, split: str, limit: str, *samplers: str) -> None:
         elif name == "kept":
             every = given.pop("every")
             evaluation.decode = lambda model, *args, every=every: decode(KeptPrompt(model, every), *args)
-        own = {"llada": "low_confidence", "mask_predict": "threshold", "kept": "threshold"}
+        own = {"llada": "low_confidence", "mask_predict": "threshold", "kept": "threshold", "longer": "threshold"}
         started = time.process_time()
         found = measure(run, rows, SampleConfig(own.get(name, name), **given), draws=1, quiet=True)
         rate = found.n / (time.process_time() - started)
