@@ -111,7 +111,7 @@ def by_decoding(
 
     def lacking(x: Tensor) -> list[int]:
         pairs = zip(examples, texts(x), strict=True)
-        return [coverage.lacking(f"{e.before} {e.after}", text) if coverage else 0 for e, text in pairs]
+        return [coverage.lacking(f"{e.before} {e.after}", text) for e, text in pairs]
 
     out, passes = decode(
         model, batch.x0, slots, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling, generator,

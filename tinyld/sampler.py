@@ -73,21 +73,22 @@ def decode(
     for nth, chance in enumerate((*chances, *longer)):
         ends, share = choose_ends(hazard, chance, generator)
         behind = answer_mask & (ends.cumsum(1) > 0)
-        lengths = (answer_mask & ~behind).sum(1)
-        wanted = likeliest < torch.inf if nth < len(chances) else lacks > 0
-        is_new = torch.stack([wanted, *(lengths != n for n in tried)]).all(0)
+        lengths, again = (answer_mask & ~behind).sum(1), nth >= len(chances)
+        is_new = torch.stack([lacks > 0 if again else likeliest < torch.inf, *(lengths != n for n in tried)]).all(0)
         tried.append(lengths)
+        if not bool(is_new.any()):
+            continue
         inside = answer_mask & ~behind & is_new[:, None]
         out, used, score = fill_and_revise(
             denoiser, torch.where(behind, eos_id, x), inside, attention_mask & (~behind | ends), prompt_mask, mask_id,
-            never, config, generator, shown(nth, len(chances)) if nth < len(chances) else None,
-            first[inside[answer_mask]], share, shrinking,
+            never, config, generator, None if again else shown(nth, len(chances)), first[inside[answer_mask]], share,
+            shrinking,
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure, passes = torch.where(lengths == 0, empty, score), passes + used
         found = lacks.new_tensor(lacking(out)) if lacking else torch.zeros_like(lacks)
-        as_good = (found == lacks) & (nth < len(chances))
-        is_best = is_new & ((found < lacks) | (as_good & (sure > likeliest)))
+        is_best = found < lacks if again else (found < lacks) | ((found == lacks) & (sure > likeliest))
+        is_best &= is_new
         best, lacks = torch.where(is_best[:, None], out, best), torch.where(is_best, found, lacks)
         likeliest = torch.where(is_best, sure, likeliest)
     return best, passes
