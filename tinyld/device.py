@@ -1,9 +1,7 @@
 """Where a run computes, in which type, and in how many bits frozen weights are kept."""
 
-import contextlib
 import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,18 +58,6 @@ def autocast(device: torch.device, dtype: torch.dtype | str) -> torch.autocast:
     """Within it products are of that type, torch's or one by name, as `resolve_dtype` reads it."""
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-@contextlib.contextmanager
-def tf32(device: torch.device) -> Iterator[None]:
-    """Within it a GPU may multiply in TF32 what autocast leaves in fp32."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tinyld.checkpoint import load_exactly
 from tinyld.config import TrainConfig
 from tinyld.data import Batch, Source, TaskRows, seed_of, torch_seeded
-from tinyld.device import autocast, from_int8, resolve_dtype, tf32, to_int8
+from tinyld.device import autocast, from_int8, resolve_dtype, to_int8
 from tinyld.diffusion import Noised, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import Diverged, TinyldError
@@ -151,7 +151,7 @@ class TrainingRun:
         if resume:
             self.go_on()
         forked = torch.random.fork_rng([self.device] if on_gpu else [])  # updates seed the global generator
-        with self.stop, self.bar, tf32(self.device), forked:
+        with self.stop, self.bar, forked:
             if self.saved_step < 0:
                 self.folder.log({"step": 0, "tokens": 0, "seconds": 0.0, **self.held_out()})
             self.model.train()
