@@ -430,8 +430,8 @@ ERRORS = [
     # runs, bases and what is written
     ("eval --quiet", 1, "no finished run in runs/: name one, or make one"),
     (EVAL + "--predictions {place}/mood-full/results.json", 1, "it is an input or a file of a run"),
-    ("export {place}/mood-full --to peft --out new", 1, "is no weight-lora adapter"),
-    ("export {place}/mood-full --out new", 1, "mood-full is no base; --to peft takes a weight-lora adapter"),
+    ("merge {place}/mood-full --out new", 1, "is no weight-lora adapter"),
+    ("export {place}/mood-full --out new", 1, "mood-full is no base; of a weight-lora adapter"),
     ("compose {place}/base {place}/colours --out new", 1, "holds a base; compose takes"),
     (ONE + "--sampler ancestral --seed 3", 2, "--sampler, --seed has no effect where every answer is one token"),
     (ONE + "--set draws=2 --set least=2", 2, "has no effect where every answer is one token"),

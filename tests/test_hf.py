@@ -1,22 +1,17 @@
-"""Encoders of the BERT family: to transformers and peft, and as its older and other folders have them."""
+"""Encoders of the BERT family: to transformers, and as its older and other folders have them."""
 
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import fresh_base
 from safetensors.torch import load_file, save_file
 from test_families import batch, edit, make
-from test_methods import attach, logits, noised_batch, train
 
 from tinyld.checkpoint import Base
-from tinyld.config import ModelConfig
-from tinyld.errors import TinyldError
 from tinyld.foreign import load_foreign
-from tinyld.hf import export_bert, export_peft, find_encoder
+from tinyld.hf import export_bert, find_encoder
 from tinyld.runs import RunFolder
 from tinyld.tokenizer import Tokenizer
 
@@ -101,21 +96,3 @@ def test_trimming_keeps_the_pieces_of_the_text_that_was_counted(tmp_path: Path) 
         full, small = encoder.model(torch.tensor([before])), trimmed.model(torch.tensor([after]))
     kept = [encoder.tokenizer.inner.token_to_id(names[1](i)) for i in range(size)]
     torch.testing.assert_close(full[..., kept], small)
-
-
-@pytest.mark.parametrize("case", ["weight-lora", "weight-lora-targets", "weight-lora-rslora"])
-def test_peft_loads_ours_with_our_logits_and_no_warning(config: ModelConfig, tmp_path: Path, case: str) -> None:
-    peft = pytest.importorskip("peft", reason="needs the extra `interop`")
-    model, base, noised = fresh_base(config), fresh_base(config), noised_batch(config)
-    method = attach(model, case)
-    train(model, method)
-    export_peft(method.config, method.own, "fingerprint", tmp_path / "lora")
-    expected = logits(model, noised)
-    assert not torch.allclose(logits(base, noised), expected, atol=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora"))
-    found = logits(wrapped.base_model.model.eval(), noised)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(TinyldError, match="is not empty"):
-        export_peft(method.config, method.own, "fingerprint", tmp_path / "lora")

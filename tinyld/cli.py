@@ -62,8 +62,8 @@ VERBS = {
     "tasks": Verb(options.Printed, "verbs:tasks", "List the built-in tasks.", "tinyld tasks", "verbs:show_tasks"),
     "merge": Verb(options.MergeOptions, "verbs:merge", "Fold a weight LoRA into its base.",
                   "tinyld merge runs/lora --out runs/merged"),
-    "export": Verb(options.ExportOptions, "verbs:export", "Write a base for transformers, or a LoRA for peft.",
-                   "tinyld export runs/lora --to peft --out lora"),
+    "export": Verb(options.ExportOptions, "verbs:export", "Write a base for transformers.",
+                   "tinyld export runs/merged --out bert"),
     "demo": Verb(options.DemoOptions, "verbs:demo", "See it all in two minutes, without a network.", "tinyld demo"),
 }  # fmt: skip
 GROUPS_LAST = "Writing Training Machine Output"  # in this order behind all others

@@ -1,19 +1,16 @@
-"""Where an encoder is found that a base begins with, and what is written for transformers and for peft."""
+"""Where an encoder is found that a base begins with, and what is written for transformers."""
 
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 
 from tinyld.checkpoint import Base
 from tinyld.errors import TinyldError
 from tinyld.families import FAMILIES
 from tinyld.foreign import theirs_of
-from tinyld.methods.baselines import ALPHA, WeightLoraConfig
 from tinyld.runs import CONFIG, MODEL, RunFolder, to_safetensors
 from tinyld.write import to_json, write_atomic
 
@@ -54,17 +51,3 @@ def export_bert(base: Base, out: Path) -> None:
     write_atomic(out / "tokenizer.json", inner.to_str().encode())
     write_atomic(out / "tokenizer_config.json", to_json(special))
     write_atomic(out / MODEL, to_safetensors(tensors))
-
-
-def export_peft(config: WeightLoraConfig, tensors: Mapping[str, Tensor], fingerprint: str, out: Path) -> None:
-    """Writes a LoRA as a folder that `PeftModel.from_pretrained(denoiser, out)` loads."""
-    RunFolder.create(out)
-    settings = {
-        "peft_type": "LORA", "task_type": None, "bias": "none", "base_model_name_or_path": f"tinyld base {fingerprint}",
-        "target_modules": list(config.targets), "r": config.rank, "lora_alpha": ALPHA, "lora_dropout": config.dropout,
-        "use_rslora": config.rslora, "inference_mode": True,
-    }  # fmt: skip
-    write_atomic(
-        out / "adapter_model.safetensors", to_safetensors({f"base_model.model.{n}": t for n, t in tensors.items()})
-    )
-    write_atomic(out / "adapter_config.json", to_json(settings))

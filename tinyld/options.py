@@ -332,9 +332,8 @@ class MergeOptions(Moved, Written, Printed):
     out: Path = option(Path("runs/merged"), "Base to write.", "Output")
 
 
-class ExportOptions(Moved, Printed):
-    run: Path = option(dataclasses.MISSING, "hf: a base begun from a BERT; peft: a weight-lora adapter.", ARGUMENT)
-    to: str = option("hf", "For transformers, or a LoRA for peft on our denoiser.", "Output", among=("hf", "peft"))
+class ExportOptions(Printed):
+    run: Path = option(dataclasses.MISSING, "A base begun from a BERT-like encoder.", ARGUMENT)
     out: Path = option(Path("exported"), "Folder to write.", "Output")
 
 

@@ -1,12 +1,11 @@
 """The short verbs: info and tasks, which need no torch, and sample, merge, export and demo."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 from tinyld.config import ModelConfig, check, check_ours, from_dict, to_dict
 from tinyld.errors import TinyldError, plain
-from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions, refuse_idle
+from tinyld.options import DemoOptions, ExportOptions, InfoOptions, MergeOptions, Printed, SampleOptions
 from tinyld.read import finite
 from tinyld.rows import BUNDLED_TASKS
 from tinyld.runs import CONFIG, RunFolder, environment, is_foreign
@@ -106,46 +105,31 @@ def show_samples(result: dict[str, Any], options: SampleOptions) -> None:
         print(plain(text))
 
 
-def weight_lora(run: Path, base_path: Path | None) -> tuple[Any, Any]:
-    """(base, method) of a weight LoRA, the only kind of run that can be exported for peft or merged."""
-    from tinyld.checkpoint import load_adapter
-
-    made = RunFolder.open(run).config.get("method", {})
-    if made.get("name") != "weight-lora":
-        raise TinyldError(f"{run} is no weight-lora adapter, which alone this takes: finetune --method weight-lora")
-    pointed = f"{run} copies from its prompts by a pointer, which neither a base nor peft has: finetune --set pointer=0"
-    check(not made.get("pointer"), pointed, TinyldError)
-    return load_adapter(RunFolder(run), base_path)
-
-
 def export(options: ExportOptions) -> dict[str, Any]:
-    """Writes a base as a transformers folder, or a weight-lora as a PEFT one."""
+    """Writes a base as a transformers folder."""
     from tinyld.checkpoint import load_base
-    from tinyld.hf import export_bert, export_peft
+    from tinyld.hf import export_bert
 
     run, out = options.run, options.out
     if is_foreign(run):
         raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
-    if options.to == "hf":
-        way_out = "--to peft takes a weight-lora adapter, of which tinyld merge makes a base, too"
-        check(RunFolder.open(run).config["kind"] == "base", f"{run} is no base; {way_out}", TinyldError)
-        refuse_idle(options, ["base"], "with --to hf, for a base itself")
-        export_bert(load_base(run), out)
-        return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
-    base, method = weight_lora(run, options.base)
-    export_peft(method.config, method.own, base.fingerprint, out)
-    return {
-        "out": str(out),
-        "load": f"peft.PeftModel.from_pretrained(tinyld.load({str(base.path)!r}).model, {str(out)!r})",
-    }
+    way_out = "of a weight-lora adapter tinyld merge makes one"
+    check(RunFolder.open(run).config["kind"] == "base", f"{run} is no base; {way_out}", TinyldError)
+    export_bert(load_base(run), out)
+    return {"out": str(out), "load": f"transformers.AutoModelForMaskedLM.from_pretrained({str(out)!r})"}
 
 
 def merge(options: MergeOptions) -> dict[str, Any]:
     """Folds a weight-lora adapter into its base, and writes a base that answers for its task."""
-    from tinyld.checkpoint import save_base
+    from tinyld.checkpoint import load_adapter, save_base
 
     run, out = options.run, options.out
-    base, method = weight_lora(run, options.base)
+    made = RunFolder.open(run).config.get("method", {})
+    if made.get("name") != "weight-lora":
+        raise TinyldError(f"{run} is no weight-lora adapter, which alone this takes: finetune --method weight-lora")
+    pointed = f"{run} copies from its prompts by a pointer, which no base has: finetune --set pointer=0"
+    check(not made.get("pointer"), pointed, TinyldError)
+    base, method = load_adapter(RunFolder(run), options.base)
     refuse_inside(out, [run, base.path])
     if base.dtype != "fp32":
         raise TinyldError(f"{run} was trained on a base in {base.dtype}; only one in fp32 can be merged")
