@@ -112,7 +112,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
     run, out = options.run, options.out
     if is_foreign(run):
-        raise TinyldError(f"{run} is a public model, which transformers reads as it is; export a run made on it")
+        raise TinyldError(f"{run} is a public model, which transformers reads as it is")
     way_out = "of a weight-lora adapter tinyld merge makes one"
     check(RunFolder.open(run).config["kind"] == "base", f"{run} is no base; {way_out}", TinyldError)
     export_bert(load_base(run), out)
