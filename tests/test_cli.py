@@ -139,6 +139,8 @@ def test_each_method_is_finetuned_and_evaluated(method: str, place: Path, adapte
     (found,) = good("eval", out, "--json").json
     assert found["n"] == 40 and found["run"] == str(out)
     assert found["accuracy"] == pytest.approx(summary["dev_accuracy"])
+    assert found["scored_accuracy"] == pytest.approx(summary["dev_scored_accuracy"])
+    assert ("are no label's word, and wrong; predict's" in ran.stderr) == (found["unreadable"] > 0.05)
     assert found["nll_bound"] == pytest.approx(summary["dev_nll_bound"], rel=0.05)
     assert RunFolder(out).read_json(RESULTS)["eval"]["mood/dev"]["accuracy"] == found["accuracy"]
 

@@ -226,7 +226,7 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     result = compose(options)
     assert min(r["right"] for r in result["routing"]) < 0.95 and result["by_name"]
     assert all(d["drop"] == 0 for d in result["drops"]), "each answers its own rows"
-    assert "name the task when you ask" in capsys.readouterr().err
+    assert "name the task of all texts when you ask" in capsys.readouterr().err
     of_ten = compose(replace(options, limit=10, out=tmp_path / "of-ten"))  # too few to refuse a text that is foreign
     assert sum(r["wrongly_accepted"] for r in of_ten["routing"]) == pytest.approx(1), "each is held for one task's own"
     with pytest.raises(UsageError, match="a.csv cannot be the rows of a, c all at once: give a folder with TASK/dev"):

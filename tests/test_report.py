@@ -75,6 +75,15 @@ def test_what_report_writes_as_csv_is_a_row_a_run(tmp_path: Path) -> None:
     assert all(isinstance(r["accuracy"], float) and isinstance(r["n"], int) for r in json.loads(json.dumps(found)))
 
 
+@pytest.mark.parametrize(("unreadable", "shown"), [(0.01, False), (0.6, True)])
+def test_methods_whose_answers_are_no_labels_words_are_not_ranked_in_silence(unreadable: float, shown: bool) -> None:
+    row = dict.fromkeys(COLUMNS) | {"task": "mood", "method": "full", "rows": 9, "n": 8, "seed": 0, "base": "small"}
+    row |= {"accuracy": 0.1, "low": 0.0, "high": 0.2, "nll_bound": 0.5, "nll_stderr": 0.1, "seconds": 1.0}
+    row |= {"stored_percent": 1.0, "stored_parameters": 3, "stored_bytes": 12, "unreadable": unreadable}
+    ((_, columns, ((*cells,),)),) = result_tables(aggregate([row]))
+    assert ("unreadable %" in columns) == ("60.0" in cells) == shown
+
+
 def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("{}")
     for name in ("nowhere", "file"):
@@ -93,6 +102,9 @@ def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.count(f"left out: {left_out}: adapters alone have a row, once they are") == 2
     assert len(report(ReportOptions(runs=(tmp_path,)))) == 2
     assert f"left out: {tmp_path}/base, {tmp_path}/composition, {tmp_path}/new: " in capsys.readouterr().err
+    run_folder(tmp_path / "other", kind="base")
+    report(ReportOptions(runs=(tmp_path,)))
+    assert f"{tmp_path}/new and 1 more: " in capsys.readouterr().err
     folder = run_folder(tmp_path / "damaged")
     folder.write_json(RESULTS, {"finetune": {}, "eval": {"mood/dev": {"accuracy": 7}}})
     with pytest.raises(TinyldError, match="results.json: eval: 'mood/dev': accuracy"):

@@ -56,7 +56,10 @@ def test_every_file_format_reads_the_same(tmp_path: Path) -> None:
         ("a.tsv", '\ufefftext\tlabel\nsaid\x01\x1b \u2028"no\tsad\n'),
         ("a.tsv", '"text"\t"label"\n"said ""no"\t"sad"\n'), ("a.csv", '\ufeff"text","label"\r\n"said ""no",sad'),
         ("a.csv", 'text\tlabel\nsaid "no\tsad\n'), ("a.tsv", 'text\tlabel\n"said ""no"\tsad\n'),
-        ("a.csv", 'id;text;label;;\r7,5;said "no;sad;;\r;;;;\r'),
+        ("a.csv", 'id;text;label;;\r7,5;said "no;sad;;\r;;;;\r'), ("a.tsv", 'text,label\nsaid "no,sad\n'),
+        ("a.csv", 'id;text;label;a note (long, brief)\n7,5;said "no;sad;\n'), ("a.tsv", 'text;label\nsaid "no;sad'),
+        ("a.csv", 'text,label,good; bad\nsaid "no,sad,\n'),
+        ("a.csv", 'text\tlabel\nsaid "no\tsad\n'.encode("utf-16")),
     ):  # fmt: skip
         assert read(tmp_path, content, name=name) == [Example('said "no i feel', ".", "down", 0)]
 
@@ -79,7 +82,8 @@ def test_labels_are_all_names_or_all_numbers_that_are_no_names(tmp_path: Path) -
     for names, labels, found in (
         ("sad happy", "1 0", [1, 0]), ("sad happy", "happy sad", [1, 0]), ("1 0", "1 0", [0, 1]),
         ("sad happy", "1 sad", None), ("sad happy", "sad 1", None), ("1 2 3", "0 1", None), ("sad happy", "01 0", None),
-        ("1.0 2.0", "1 0", None),
+        ("1.0 2.0", "1 0", None), ("0 1", "1.0 0", [1, 0]),
+        ("0.0 1.0", "1 0.0", [1, 0]), ("sad happy", "1.0 0", [1, 0]),
     ):  # fmt: skip
         words = "".join(f'"{name}" = "word{i}"\n' for i, name in enumerate(names.split()))
         task = user_task(tmp_path, f'template = "{{text}} {{answer}}"\n[verbalizer]\n{words}')
@@ -216,6 +220,8 @@ FILE_ERRORS = [
     ("a.csv", "text,text\na,b\n", ["line 1", "each by a name of its own, got 'text, text'"]),
     ("a.csv", "sep=;\ntext;label\na;0\n", ["line 1", "this line must name the columns"]),
     ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "stray ','"]),
+    ("a.csv", "text|label\na, b|0\n", ["line 2", "header has 1", "parted by , ; or tabs"]),
+    ("a.csv", "text,label\ncaf\xe9,0\n".encode("latin-1"), ["line 2: not UTF-8; save it as UTF-8 (Excel: CSV UTF-8)"]),
     ("a.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "1 columns", "header has 2", r"stray '\t'"]),
     ("a.csv", 'text,label\na,0\n"b,1\nc,1\n', ["line 3", "quotes"]),
     ("a.tsv", 'text\tlabel\na\t0\n"b\nc"\t1\n', ["line 3", "several lines here", "save it with commas"]),

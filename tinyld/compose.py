@@ -79,7 +79,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
             say(f"{100 * odd['wrongly_refused']:.0f}% of {odd['task']}'s own rows are told as `foreign`, {unlike}")
         why = f"by their texts only {100 * worst['right']:.0f}% of {task}'s rows would go to its adapter"
     if by_name:
-        say(f"{why}: name the task when you ask (tinyld predict {quote(str(out))} --task {task})")
+        say(f"{why}: name the task of all texts when you ask (tinyld predict {quote(str(out))} --task {task})")
     routed = RoutedPush([run.push for run in alone.values()], router)
     drops = []
     for name, run in alone.items():
@@ -152,4 +152,6 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
         rows = [(r["task"], *map(percent, own)) for r, own in zip(routing, shares, strict=True)]
         names = ("task", *routing[0]["goes_to"], "refused (`foreign`)", "foreign sentences accepted")
         print_table("% of each task's rows, by their text: which adapter they would go to", names, rows)
+        if None not in (passed := [r["wrongly_accepted"] for r in routing]):
+            print(f"{percent(sum(passed))}% of foreign sentences pass as some task's; of texts like a task's, more")
     print_record("cost", {name: result[name] for name in ("parameters", "bytes")})

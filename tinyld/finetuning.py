@@ -34,7 +34,7 @@ from tinyld.progress import Progress, Say, say_learned, say_some, say_truncated
 from tinyld.rows import Example, learned_rows, learned_too, load_split
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
-from tinyld.tables import percent, print_record
+from tinyld.tables import MISREAD, percent, print_record
 from tinyld.tasks import Task, from_record, to_record
 from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_states
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr
@@ -47,7 +47,8 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # teach than a label: after 9,600 of WebNLG `best` had 1.65 nats for 1.71 by 32 at once, `full` 1.19 for 1.25
 # (data/results/writing-variants.csv); labels are learned as well by 32.
 FEW, WRITING, EPOCHS, MANY, BATCH = (20, 90, 220), (8, 1_600, 4_800), 100, 30_000, 8
-SHARES = "accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
+HELD_OUT = ("accuracy", "scored_accuracy", "unreadable", "nll_bound")  # of dev rows, while training
+SHARES = "accuracy scored_accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
 SCARCE = 64  # rows a label, up to which full fine-tuning learned more (data/results/few-rows.csv)
 RARE = 20  # rows, from which on a label that one of them has is said
@@ -235,7 +236,7 @@ def train_adapter(
 
         def held_out() -> dict[str, float]:
             found = evaluate(model, dev_rows, tokenizer, answer=not task.is_generation).record()
-            return {f"dev_{k}": found[k] for k in ("accuracy", "unreadable", "nll_bound") if k in found}
+            return {f"dev_{k}": found[k] for k in HELD_OUT if k in found}
 
         run = TrainingRun(
             model, method.own, train_rows, noise, training, folder, held_out, f"{method.name} {task.name}",
@@ -253,6 +254,9 @@ def train_adapter(
             if task.is_generation:
                 written = evaluate(model, dev_rows, tokenizer, draws=1)
                 metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
+        if (misread := metrics.get("dev_unreadable", 0)) > MISREAD:
+            likely = f"predict's, the likeliest labels, are right for {percent(metrics['dev_scored_accuracy'])}%"
+            say(f"{percent(misread)}% of dev answers are no label's word, and wrong; {likely}; train longer (--epochs)")
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
             folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tomllib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,15 +58,19 @@ def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
 
 
 def decode(content: bytes, path: object, first: int = 1) -> str:
-    """UTF-8 text, with or without a byte-order mark; `first` is the number of its first line, for the error."""
+    """UTF-8 text, with or without a byte-order mark, or UTF-16 with one, as Excel's "Unicode Text"; `first` is the
+    number of its first line, for the error."""
     problem = "a zero byte, which no text has"  # as of UTF-16 without its mark
     try:
-        text, wrong = content.decode("utf-8-sig"), content.find(b"\0")
+        text = content.decode("utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
+        wrong, before = text.find("\0"), text.partition("\0")[0].encode()
     except UnicodeDecodeError as error:
-        content, wrong, problem = error.object, error.start, "not UTF-8"
+        wrong, before, problem = error.start, error.object[: error.start], "not UTF-8"
     if wrong >= 0:
-        line = first + content.count(b"\n", 0, wrong)
-        raise TinyldError(f"{path}: line {line}: {problem}; {'send' if path == 'stdin' else 'save'} it as UTF-8")
+        line = first + before.count(b"\n")
+        way_out = f"{'send' if path == 'stdin' else 'save'} it as UTF-8"
+        way_out += " (Excel: CSV UTF-8)" * str(path).lower().endswith((".csv", ".tsv"))
+        raise TinyldError(f"{path}: line {line}: {problem}; {way_out}")
     return text
 
 

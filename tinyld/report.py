@@ -19,7 +19,7 @@ from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
 from tinyld.runs import CONFIG, MANIFEST, RESULTS, ROWS_SUFFIX, RunFolder
-from tinyld.tables import percent, print_table
+from tinyld.tables import MISREAD, percent, print_table
 from tinyld.tasks import learned_files
 from tinyld.workspace import RUNS, check_writable, say_to_stderr
 from tinyld.write import write_atomic
@@ -63,7 +63,8 @@ def report(options: ReportOptions) -> list[Row]:
             rows += found
             without += [] if found else [str(folder)]
     if without:
-        say(f"left out: {', '.join(without)}: adapters alone have a row, once they are evaluated (tinyld eval RUN)")
+        which = ", ".join(without[:3]) + f" and {len(without) - 3} more" * (len(without) > 3)
+        say(f"left out: {which}: adapters alone have a row, once they are evaluated (tinyld eval RUN)")
     check(rows, "none of these is an adapter that was evaluated; tinyld eval RUN does that", TinyldError)
     check_writable(options.csv, inputs)
     if options.csv is not None:
@@ -196,7 +197,7 @@ def student(free: int) -> float:
 SHOWN = {"method": "method", "accuracy %": "accuracy", "95% interval": "interval", "BLEU": "bleu"}
 SHOWN |= {"ROUGE-L %": "rouge_l", "exact %": "exact_match", "% of full": "of_full", "nats": "nats"}
 SHOWN |= {"stored %": "stored", "seconds": "seconds"}
-WIDE = {"macro-F1": "macro_f1", "unreadable": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
+WIDE = {"macro-F1": "macro_f1", "unreadable %": "unreadable", "chrF": "chrf", "names held": "names_held", "lr": "lr"}
 WIDE |= {"epochs": "epochs", "steps": "steps", "seeds": "seeds", "stored bytes": "stored_bytes"}
 WIDE |= {"peak MB": "peak_memory_mb", "rows/s": "rows_per_second"}
 TELLS_APART = ("data", "recipe", "settings", "optimizer", "training", "epochs", "batch_size", "lr", "tested")
@@ -212,7 +213,8 @@ def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, S
     for rows in groups.values():
         cells = []
         for label, row in zip(labels(rows), rows, strict=True):
-            told = {name: percent(row[name]) for name in ("accuracy", "rouge_l", "exact_match", "of_full")}
+            shares = ("accuracy", "unreadable", "rouge_l", "exact_match", "of_full")
+            told = {name: percent(row[name]) for name in shares}
             told |= {"method": label, "stored": f"{row['stored_percent']:.2f}", "seconds": round(row["seconds"])}
             told["interval"] = None if row["low"] is None else f"{percent(row['low'])} to {percent(row['high'])}"
             told["bleu"] = None if row["bleu"] is None else f"{row['bleu']:.1f}"
@@ -220,6 +222,8 @@ def result_tables(found: Sequence[Row], wide: bool = False) -> list[tuple[str, S
             cells.append(row | told)
         scored = any(rows[0][score] is not None for score in ("accuracy", "rouge_l"))  # else nats are all there is
         shown = SHOWN | WIDE if wide else {c: k for c, k in SHOWN.items() if c != "nats" or not scored}
+        if any((row["unreadable"] or 0) > MISREAD for row in rows):
+            shown = {"method": "method", "unreadable %": "unreadable"} | shown
         shown = {c: k for c, k in shown.items() if any(row[k] is not None for row in cells)}
         seeds = "/".join(map(str, sorted({row["seeds"] for row in rows})))
         title = "{task} on {base}, {rows} training rows, {n} {split} rows, seeds: ".format(**rows[0]) + seeds

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tinyld.tasks import Task
 
 SPLITS = ("train", "dev", "test")
-TABLES = {".tsv": "\t", ".csv": ","}  # and what is between their cells
+TABLES = {".tsv": "\t", ".csv": ","}  # and what is usually between their cells
 SUFFIXES = (*TABLES, ".jsonl")
 Row = tuple[str, dict[str, Any]]  # file and line, column -> value
 QUOTED = re.compile('(?s)""|"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes or with nothing in it, as CSV has one
@@ -164,9 +164,19 @@ def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
 def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     text = read_text(path, ROWS_BYTES)
     head = re.match(r"\s*([^\r\n]*)", text)[1]
-    if separator == "," and "," not in head:  # as spreadsheets write in much of Europe, or a .tsv of another name
-        separator = next((other for other in ";\t" if other in head), ",")
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
+
+    def columns(separator: str) -> int:
+        """By it, where the first rows have as many as the header."""
+        first = islice(csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=separator), 20)
+        widths = {len(values) for values in first if any(values)}
+        return widths.pop() if len(widths) == 1 else 0
+
+    there = [own for own in (separator, *",;\t") if own in head]  # spreadsheets write ; in much of Europe
+    if len(set(there)) > 1:
+        separator = max(there, key=columns)
+    elif there:
+        (separator,) = set(there)
     is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
     quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL  # in most TSV a quote is an ordinary character
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
@@ -193,6 +203,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
             elif header and values and (empty or not is_blank):
                 if len(values) != len(header):
                     stray = f"the header has {len(header)}; look for a stray {separator!r}"
+                    stray += " (columns are parted by , ; or tabs)" * (len(header) == 1)
                     raise TinyldError(f"{where}: {len(values)} columns, {stray}")
                 yield where, dict(zip(header, values, strict=True))
     except csv.Error as error:
@@ -282,6 +293,8 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
         name = cell(row, str(task.label_column), where, "label_column" * task.is_users)
         if may_be_numbers and not examples and name not in labels:
             labels = {str(i): i for i in range(len(labels))}
+        forms = (name, name.removesuffix(".0"), f"{name}.0")  # pandas writes 1 as 1.0 in a column with a gap
+        name = next((form for form in forms if form in labels), name)
         if name not in labels:
             numbers = f", or for all rows the numbers from 0 to {len(labels) - 1}" if may_be_numbers else ""
             raise TinyldError(f"{where}: unknown label {show(name)}; allowed: {', '.join(task.labels)}{numbers}")

@@ -8,6 +8,7 @@ from tinyld.errors import plain
 
 WIDTH = 80  # where stdout is no terminal
 FOLDED = 12  # letters of a word, from which on it may be broken
+MISREAD = 0.05  # share of answers that are no label's word, above which it is said
 NUMBERS = re.compile(r"[-+\d.,%± ]|to")  # what a cell that must never be broken is made of
 
 

@@ -179,7 +179,7 @@ def csv_lines(records: list[Record], header: list[str], labels: list[str]) -> li
         odd = {k: json.dumps(v, ensure_ascii=False) for k, v in row.items() if isinstance(v, list | dict | bool)}
         table.append(row | odd)
     if table and not header:
-        header += dict.fromkeys([*table[0], *more])
+        header += dict.fromkeys([*(name for name in table[0] if name not in more), *more])  # whichever task is first
         table.insert(0, dict(zip(header, header, strict=True)))
     for row in table:
         file = io.StringIO()

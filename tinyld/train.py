@@ -50,7 +50,8 @@ def why_not_cached(model: Denoiser, rows: TaskRows, limit_gb: float) -> str | No
     if (kept := kept_depths(model)) is None:
         return "the method changes the first block"
     if rows.slot > 1 or rows.open_ended:
-        return f"the answer has {rows.slot} tokens, whose masks vary"
+        hint = "" if rows.task.is_generation else "; labels of one word are learned and answered faster"
+        return f"the answer has {rows.slot} tokens, whose masks vary{hint}"
     of_token = sum(part.nbytes for part in pack(torch.empty(kept[1] - kept[0] + 1, model.config.d_model)))
     size = int(rows.lengths.sum()) * of_token / 2**30
     return None if size <= limit_gb else f"{size:.1f} GB of states, --cache-gb allows {limit_gb:g}"
