@@ -8,8 +8,10 @@ import pytest
 from conftest import QUICK, good
 
 import tinyld
+from tinyld import finetuning
 from tinyld.rows import Example
 from tinyld.spelling import Spelling, learn_spelling
+from tinyld.tasks import Task
 from tinyld.writing import fold
 
 
@@ -53,10 +55,25 @@ def test_what_is_learned_of_texts_is_whether_capitals_begin_them_are_names_own_a
     (STARTS, "iPhone 12, eBay", "iPhone 12 costs 500. eBay sells it. Ebony"),
     (STARTS, "question : WAS ANN AT HOME? answer :", "I saw ann at home"),
     (STARTS, "BBC | HQ | London :", "A house is in London"),
+    (STARTS, "a dog", "Dogs vs. cats, etc. and a dog. So"),
     (STARTS, unicodedata.normalize("NFD", "Málaga | A4 | McDonald"), "Málaga is near A4 and McDonald"),
 ])  # fmt: skip
 def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spelling, prompt: str, wanted: str) -> None:
     assert spelling.restore(fold(wanted), prompt, "", False) == wanted
+
+
+@pytest.mark.parametrize(("prompt", "written", "wanted"), [
+    ("Villa21@Mail.com | see https://www.ritz.com/rooms?a=1.", "go to https: / / www. ritz. com/rooms? a = 1 now.",
+     "Go to https://www.ritz.com/rooms?a=1 now."),
+    ("Villa21@Mail.com of B&B, #77; C++", "villa21 @ mail. com has # 77 in c + +. it is b & b.",
+     "Villa21@Mail.com has #77 in C++. It is B&B."),
+    ("<Gina>, -39°C, US$5.00, Ph.D. of A_1", "set it to-39 ° c for < gina >, us $5.00 and the ph. d. of a _ 1",
+     "Set it to -39°C for <Gina>, US$5.00 and the Ph.D. of A_1"),
+    ("size:5,tea|cake.End", "size: 5, tea | cake. end", "Size: 5, tea | cake. End"),  # parts of a prompt
+    ("a1@b", "ca1 @ bc", "Ca1 @ bc"),
+])  # fmt: skip
+def test_what_has_marks_and_no_blank_is_written_as_in_the_prompt(prompt: str, written: str, wanted: str) -> None:
+    assert STARTS.restore(written, prompt, "", False) == wanted
 
 
 def test_a_long_prompt_takes_time_in_proportion_to_its_length() -> None:
@@ -78,10 +95,15 @@ def test_what_fills_a_gap_begins_a_sentence_only_behind_the_end_of_one() -> None
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_run_keeps_how_its_texts_are_spelled_and_predict_and_eval_spell_so(place: Path) -> None:
-    rows = [{"text": f"Sun {i}", "answer": f"The SUN and the Sky and RAIN {i}"} for i in range(20)]
-    options = QUICK | {"base": place / "base", "method": "trajectory-lora"}
+def test_a_run_keeps_how_its_texts_are_spelled_and_predict_and_eval_spell_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(f"Sun {i}", f"The SUN and the Sky and RAIN {i}") for i in range(20)]
+    options, tasks = QUICK | {"base": place / "base", "method": "trajectory-lora"}, list[Task]()
+    measured = finetuning.evaluate
+    monkeypatch.setattr(finetuning, "evaluate", lambda *a, **k: tasks.append(a[1].task) or measured(*a, **k))
     made = tinyld.finetune(rows, answer_column="answer", out="mine", **options)
+    assert tasks[-1].learned_as(made.tasks[0]) == tasks[-1], "training measures what is written so, too"
     tinyld.finetune(place / "tell.toml", out="tell", **options)
     assert made.tasks[0].spelling == Spelling(True, False, {"rain": "RAIN", "sky": "Sky", "sun": "SUN"})
     assert made.tasks[0].deletes, "it learned that, too"

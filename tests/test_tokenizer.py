@@ -33,11 +33,12 @@ SAME = [
     ("Isn't it?", "is n't it ?"), ("café", "cafe"), ("cafe\u0301", "café"), ("ＧＲＥＡＴ", "great"),
     ("he said…", "he said ..."), ("he said . . . no", "he said... no"),
     ("great–really", "great -- really"), ("great—really", "great - really"),
+    ("<B>great</B> <h1>", "great"),
     ("great<br />really", "great really"), ("great \t  really\u00a0", "great really"),
 ]  # fmt: skip
 DIFFERENT = [
     ("great", "grate"), ("they're", "there"), ("a no t", "a not"), ("said.", "said..."), ("(a)", "a"),
-    ("3 <5 a", "3 a"),
+    ("3 <5 a", "3 a"), ("ask <Gina> now", "ask now"), ("if 5 <50>", "if 5"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,13 @@ def train_adapter(
     facts = {"data": data | digests, "base": kept | {"fingerprint": base.fingerprint}, "parameters": counts}
     one_token = task.labels and train_rows.slot == 1  # others are learned token by token
     words = torch.tensor(answer_ids(task, tokenizer), device=device)[:, 0] if one_token else None
-    learned = {"deletes": task.deletes} if words is None else {"smoothed": SMOOTHED}
+    learned: dict[str, Any] = {"deletes": task.deletes} if words is None else {"smoothed": SMOOTHED}
     if task.is_generation and tokenizer.lowers:
-        learned["spelling"] = to_dict(learn_spelling(examples, task.is_infill))
+        learned["spelling"] = learn_spelling(examples, task.is_infill)
     if task.is_generation and not task.is_infill and (coverage := learn_coverage(examples)):
-        learned["coverage"] = to_dict(coverage)
-    facts["task"] = config["task"] | learned
+        learned["coverage"] = coverage
+    task = replace(task, **learned)
+    facts["task"] = config["task"] | {name: to_dict(of) if is_dataclass(of) else of for name, of in learned.items()}
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(
             f"{method.name} on {task.name}: {len(train_rows):,} {'answers' if task.is_generation else 'rows'}; "
@@ -252,7 +253,8 @@ def train_adapter(
                 config |= {"method": now, "started_as": started_as, "parameters": counts}
                 say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
             if task.is_generation:
-                written = evaluate(model, dev_rows, tokenizer, draws=1)
+                to_write = TaskRows(dev, task, tokenizer, model.config.max_length)  # as predict writes
+                written = evaluate(model, to_write, tokenizer, draws=1)
                 metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
         if (misread := metrics.get("dev_unreadable", 0)) > MISREAD:
             likely = f"predict's, the likeliest labels, are right for {percent(metrics['dev_scored_accuracy'])}%"

@@ -40,7 +40,8 @@ def finetune(rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path |
     out = RUNS / "from-python" if out is None else Path(out)
     file = out.with_name(f"{out.name}{ROWS_SUFFIX}") if out.name else out
     made = _options(options, out=out, data=file)
-    content = b"".join(map(_line, several(rows_or_task, "rows")))
+    second = made.answer_column or "label"
+    content = b"".join(_line(row, second) for row in several(rows_or_task, "rows"))
     RunFolder.check_free(out, made.force)
     make_folder(out.parent)
 
@@ -78,11 +79,11 @@ def _within(options: FinetuneOptions) -> dict[str, Any]:
         keep_freed_memory(large=False)
 
 
-def _line(row: Any) -> bytes:
-    """A row in memory as a line of JSON."""
+def _line(row: Any, second: str) -> bytes:
+    """A row in memory as a line of JSON; second: the name of what follows a text."""
     if not isinstance(row, Mapping):
-        check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, label) or a dict, got {row!r}")
-        row = dict(zip(("text", "label"), row, strict=True))
+        check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, {second}) or a dict, got {row!r}")
+        row = dict(zip(("text", second), row, strict=True))
     try:
         row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
         line = json.dumps(row, ensure_ascii=False, default=_plain)

@@ -10,9 +10,11 @@ from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
 
 WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contraction is none: it's, we'll
-END = r"(?<!\b[^\W\d_])(?<!\.\.)[.!?]['\"’”)]*"  # of a sentence; not of initials (p.m.), nor what is left open ...
+# The end of a sentence; not of p.m. or vs., nor what is left open ...
+END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?]['\"’”)]*"
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
+PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//)|[;|]|(?<=[a-z]{2})\.(?=[A-Z])")  # as size:5,tea|cake is
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
 
@@ -22,6 +24,7 @@ class Spelling:
     """How the texts of a task are spelled, where a prompt does not say.
 
     Several words in a row are spelled as they are in the prompt; else one word as in `words`, or else as in the prompt.
+    What has marks and no blank there (an address, C++) is written so.
     """
 
     starts: bool  # a sentence begins with a capital
@@ -40,7 +43,14 @@ class Spelling:
             begins = self.starts and word.start() in first and told.islower()  # not iPhone
             return told[0].title() + told[1:] if begins else told
 
-        return re.sub(WORD, spelled, text)
+        text = re.sub(WORD, spelled, text)
+        for whole in _wholes(f"{before} {after}"):  # a dash that begins it was written as one between words
+
+            def put(found: re.Match[str], whole: str = whole) -> str:
+                return " " * found.string[: found.start()][-1:].isalnum() + whole
+
+            text = re.sub(_written(whole), put, text)
+        return text
 
     def told(self, words: Sequence[str], prompt: str) -> list[tuple[str, bool]]:
         """Each word as the prompt spells it, or as it is; and whether it stands there in a row with a neighbour."""
@@ -74,6 +84,22 @@ def _asked(before: str, after: str, inside: bool) -> str:
     if 2 * sum(map(str.isupper, long)) <= len(long):
         return source
     return re.sub(WORD, lambda word: "~" if len(word[0]) > 1 and word[0].isupper() else word[0], source)
+
+
+def _wholes(prompt: str) -> list[str]:
+    """What has marks and no blank in a prompt: addresses, numbers, codes (villa21@mail.com, #78, C++, B&B)."""
+    parts = (re.sub(r"""^["'“‘(\[{]+|[.,!?;:'"”’)\]}]+$""", "", part) for part in prompt.split())
+    marked = r"(?=.*[^\W_]).*(?:[^\w'’/–—-]|_)"  # beside those that stand in words, too
+    return [part for part in dict.fromkeys(parts) if re.match(marked, part) and not PARTED.search(part)]
+
+
+def _written(whole: str) -> str:
+    """A pattern of it as a base writes it, maybe with blanks around marks, without capitals and accents."""
+    found = "" if not whole[0].isalnum() else r"(?<![^\W_])"
+    for before, char in zip(f" {whole}", whole, strict=False):
+        blank = " ?" * (before != " " and not (before.isalnum() and char.isalnum()))
+        found += f"{blank}(?:{re.escape(char)}|{re.escape(fold(char) or char)})"
+    return f"(?i:{found})" + r"(?![^\W_])" * whole[-1].isalnum()
 
 
 def _plain(text: str) -> str:

@@ -42,6 +42,9 @@ REPLACEMENTS = (
     (rf"(?i)(?<=\b(?:{_WORDS})) (?=n't\b)", ""),  # a look-around, as the library's Replace knows no group references
 )
 
+TAGS = "a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|s|small|span|strong|su[bp]|table|t[dhr]|u|ul"
+NAMES = rf"(?i)<(?=[^>\s]{{1,12}}\s*/?>)(?!/?(?:{TAGS})\s*/?>)"  # what the rule above would take for a tag
+
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 
@@ -99,8 +102,10 @@ class Tokenizer:
         with library(where):
             # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a
             # part of the word behind it (byte-level BPE).
+            self.drops_tags = False
             first, alone, blank = self.encode_batch(["a b", "b", " b"])
             self.blank = " " if not self.is_wordpiece and len(blank) == 1 and first[1:] != alone else ""
+            self.drops_tags = not inner.encode("<name>", add_special_tokens=False).ids
             self.decode(self.encode("it's a \u6f22 n't -- try [MASK]"))
             plain = inner.normalizer and inner.normalizer.normalize_str("A Wörd")
             self.lowers = plain == "a word"  # so that nothing tells what had a capital or an accent
@@ -169,8 +174,11 @@ class Tokenizer:
         return found
 
     def _defuse(self, text: str) -> str:
-        """Text in which no special token's literal name stands, so that data cannot inject one, and that is UTF-8."""
+        """Text in which no special token's literal name stands, so that data cannot inject one, and that is UTF-8; of
+        what stands in <> tags of HTML alone are dropped."""
         text = text.encode(errors="replace").decode()
+        if self.drops_tags:
+            text = re.sub(NAMES, "< ", text)
         for name in self.special:
             if name in text:
                 text = text.replace(name, f"{name[0]} {name[1:-1]} {name[-1]}")
