@@ -57,7 +57,17 @@ def slot(width: int, count: int = 1) -> Rows:
 
 
 def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any) -> tuple[Tensor, Tensor]:
-    return decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(**given), eos_id=eos_id)
+    """`given` are fields of SampleConfig and further arguments of decode."""
+    told = {name: given.pop(name) for name in ("watch", "is_label", "delete", "lacking") if name in given}
+    return decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(**given), eos_id=eos_id, **told)
+
+
+def wanting(x: Tensor, *tokens: tuple[int, float], vocabulary: int = 13) -> Tensor:
+    """Logits (B, L, V) of this token at each place from START on, and of how sure, and of all else 0."""
+    found = torch.zeros(*x.shape, vocabulary)
+    for i, (token, high) in enumerate(tokens):
+        found[:, START + i, token] = high
+    return found
 
 
 class Pointing(Recording):
@@ -103,12 +113,9 @@ CONFIGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("given", CONFIGS[:9], ids=str)
 def test_blocks_are_written_one_after_another(lively: Denoiser, given: dict[str, Any]) -> None:
-    x, answer_mask, attention_mask = rows(2, 9, 12, 1)
-    masks = []
-    decode(
-        lively, x, answer_mask, attention_mask, MASK, FORBIDDEN, SampleConfig(**given, block=3), watch=lambda x, share:
-        masks.append((x == MASK) & answer_mask)
-    )  # fmt: skip
+    batch, masks = rows(2, 9, 12, 1), []
+    answer_mask = batch[1]
+    decoded(lively, batch, **given, block=3, watch=lambda x, share: masks.append((x == MASK) & answer_mask))
     nth = ((answer_mask.cumsum(1) - 1) // 3).masked_fill(~answer_mask, -1)
     for before, after in zip(masks, masks[1:], strict=False):
         written = before & ~after
@@ -348,12 +355,12 @@ def test_a_text_becomes_as_short_as_it_has_to_be(sampler: str, length: int) -> N
         assert not seen or (attended.sum(1) == (text + 1).clamp(max=12)).all(), "its [EOS] is seen"
         return fitting(length)(x)[where]
 
-    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS, lambda x, share: seen.append(x.clone())
-    out, passes = decode(Recording(written), *batch, *given, delete=DELETE)
+    given = {"sampler": sampler, "watch": lambda x, share: seen.append(x.clone())}
+    out, passes = decoded(Recording(written), batch, EOS, **given, delete=DELETE)
     assert out[answer_mask].view(2, 12).tolist() == [[*WANTED, *[EOS] * 4]] * 2
     assert torch.equal(out[~answer_mask], x[~answer_mask]) and (passes <= 14).all()
     assert not any((x == DELETE).any() for x in seen), "they are carried out at once"
-    out, _ = decode(giving(fitting(length)), *batch, *given)
+    out, _ = decoded(giving(fitting(length)), batch, EOS, **given)
     assert int((out[0] == EOS).sum()) == 12 - length, "who was not taught it keeps to its length"
 
 
@@ -365,13 +372,13 @@ def test_a_text_becomes_as_short_as_it_has_to_be(sampler: str, length: int) -> N
 ], ids=str)  # fmt: skip
 def test_rows_decoded_together_equal_rows_decoded_alone(lively: Denoiser, given: Any, ends: bool, seed: int) -> None:
     """Rows that finish early leave the batch, or become shorter; padding and neighbours change nothing."""
-    batch, more = rows(2, 7, 1, 9, seed=seed), {"eos_id": EOS, "delete": DELETE} if ends else {}
+    batch, given = rows(2, 7, 1, 9, seed=seed), given | ({"eos_id": EOS, "delete": DELETE} if ends else {})
     with torch.no_grad():
         lively.output_bias[[DELETE, EOS]] += torch.tensor([5.0, 2.0])
-    together, passes = decode(lively, *batch, MASK, FORBIDDEN, SampleConfig(**given), **more)
+    together, passes = decoded(lively, batch, **given)
     for row in range(4):
         part = slice(row, row + 1), slice(0, int(batch[2][row].sum()))
-        alone, own = decode(lively, *(of[part] for of in batch), MASK, FORBIDDEN, SampleConfig(**given), **more)
+        alone, own = decoded(lively, tuple(of[part] for of in batch), **given)
         assert torch.equal(together[part], alone) and passes[row] == own[0]
 
 
@@ -383,7 +390,7 @@ def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: s
         return found
 
     drawn, batch = torch.Generator().manual_seed(0), rows(9, 14, 5, 2, 11)
-    out, _ = decode(often, *batch, MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS, delete=DELETE)
+    out, _ = decoded(often, batch, EOS, sampler=sampler, delete=DELETE)
     assert torch.equal(out[~batch[1]], batch[0][~batch[1]])
     assert not torch.isin(out[batch[1]], torch.tensor(FORBIDDEN)).any()
     ended = (out == EOS) & batch[1]
@@ -392,17 +399,11 @@ def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: s
 
 @pytest.mark.parametrize(("logit", "written"), [(3.0, [5, 7, EOS, EOS]), (6.0, [5, 7, 7, EOS])])
 def test_a_token_beside_its_like_is_one_too_many_unless_it_is_sure(logit: float, written: list[int]) -> None:
-    def logits(x: Tensor) -> Tensor:
-        found = torch.zeros(*x.shape, 13)
-        for i, (token, high) in enumerate([(5, 3.0), (7, 9.0), (7, logit), (EOS, 9.0)]):  # 5 stands before the text
-            found[:, START + i, token] = high
-        return found
-
-    given = MASK, FORBIDDEN, SampleConfig(threshold=1.0), None, EOS
-    out, _ = decode(giving(logits), *(batch := slot(4)), *given, delete=DELETE)
-    assert out[batch[1]].tolist() == written
-    out, _ = decode(giving(logits), *batch, *given)
-    assert out[batch[1]].tolist() == [5, 7, 7, EOS], "who was not taught it keeps to its length"
+    """5 stands before the text. Who was not taught it keeps to its length."""
+    denoiser, batch = giving(lambda x: wanting(x, (5, 3.0), (7, 9.0), (7, logit), (EOS, 9.0))), slot(4)
+    for delete, expected in ((DELETE, written), (None, [5, 7, 7, EOS])):
+        out, _ = decoded(denoiser, batch, EOS, threshold=1.0, delete=delete)
+        assert out[batch[1]].tolist() == expected
 
 
 @pytest.mark.parametrize("sampler", ["low_confidence", "threshold", "klass", "entropy"])
@@ -410,20 +411,15 @@ def test_a_token_beside_its_like_waits_until_all_others_are_written(sampler: str
     """It is likelier than the one behind it, and another token once that is there."""
 
     def logits(x: Tensor) -> Tensor:
-        found, behind = torch.zeros(*x.shape, 13), int(x[0, START + 2])
-        for i, (token, high) in enumerate([(6, 9.0), (7 if behind == 8 else 6, 4.0), (8, 3.0), (EOS, 9.0)]):
-            found[:, START + i, token] = high
-        return found
+        return wanting(x, (6, 9.0), (7 if x[0, START + 2] == 8 else 6, 4.0), (8, 3.0), (EOS, 9.0))
 
-    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler), None, EOS
-    out, _ = decode(giving(logits), *(batch := slot(4)), *given, delete=DELETE)
+    out, _ = decoded(giving(logits), batch := slot(4), EOS, sampler=sampler, delete=DELETE)
     assert out[batch[1]].tolist() == [6, 7, 8, EOS]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_text_becomes_shorter_in_as_many_passes_as_are_given(steps: int) -> None:
-    given = MASK, FORBIDDEN, SampleConfig(steps=steps)
-    out, passes = decode(giving(fitting(11)), *(batch := slot(12)), *given, eos_id=EOS, delete=DELETE)
+    out, passes = decoded(giving(fitting(11)), batch := slot(12), EOS, steps=steps, delete=DELETE)
     assert not torch.isin(out[batch[1]], torch.tensor([0, 1, 2, MASK])).any() and int(passes) <= steps
 
 
@@ -431,14 +427,10 @@ def test_klass_compares_a_token_with_itself_when_the_text_has_become_shorter() -
     """Behind a delete nothing moves but the places: once they are up, all that is left has settled."""
 
     def logits(x: Tensor) -> Tensor:
-        found, ends = torch.zeros(*x.shape, 13), int((x[0] == EOS).sum())
-        for i, token in enumerate([DELETE, 6, 7, 8, 9][max(0, ends - 1) :]):
-            found[:, START + i, token] = 9.0 if token == DELETE else 5.0
-        found[:, START + 5, EOS] = 9.0
-        return found
+        text = [(DELETE, 9.0), (6, 5.0), (7, 5.0), (8, 5.0), (9, 5.0)][max(0, int((x[0] == EOS).sum()) - 1) :]
+        return wanting(x, *text, *[(0, 0.0)] * (5 - len(text)), (EOS, 9.0))
 
-    given = MASK, FORBIDDEN, SampleConfig("klass", threshold=0.5), None, EOS
-    out, passes = decode(giving(logits), *(batch := slot(6)), *given, delete=DELETE)
+    out, passes = decoded(giving(logits), batch := slot(6), EOS, sampler="klass", threshold=0.5, delete=DELETE)
     assert out[batch[1]].tolist() == [6, 7, 8, 9, EOS, EOS] and passes.tolist() == [3]
 
 
@@ -463,8 +455,7 @@ def test_the_first_pass_takes_the_median_length_and_of_a_label_the_likeliest(
     assert (text == EOS).tolist() == [False] * length + [True] * (6 - length)
     assert sampler == "revise" or (text[:length] == 6).all()
     assert all(count <= length for count in recording.passes[1:])
-    given = MASK, FORBIDDEN, SampleConfig(sampler=sampler)
-    out, _ = decode(giving(hazards(table)), *batch, *given, eos_id=EOS, is_label=True)
+    out, _ = decoded(giving(hazards(table)), batch, EOS, sampler=sampler, is_label=True)
     assert int((out[batch[1]] != EOS).sum()) == likeliest
 
 
@@ -510,13 +501,11 @@ def test_a_text_that_lacks_something_is_written_longer(wanted: int, lengths: int
     def lacking(x: Tensor) -> list[int]:
         return [max(0, wanted - int((row == 6).sum())) if i == 0 else 0 for i, row in enumerate(x)]
 
-    config = SampleConfig(threshold=1.0, lengths=lengths)
-    out, passes = decode(recording, *batch, MASK, FORBIDDEN, config, eos_id=EOS, lacking=lacking)
+    out, passes = decoded(recording, batch, EOS, threshold=1.0, lengths=lengths, lacking=lacking)
     assert int((out[0] == 6).sum()) == written
     assert (passes[0] > passes[1]) == (lengths == 1 < written), "only what lacks something is written again"
-    drawn = SampleConfig(temperature=0.7)
-    _, once = decode(recording, *batch, MASK, FORBIDDEN, drawn, eos_id=EOS, lacking=lambda x: [9] * len(x))
-    _, as_often = decode(recording, *batch, MASK, FORBIDDEN, drawn, eos_id=EOS)
+    _, once = decoded(recording, batch, EOS, temperature=0.7, lacking=lambda x: [9] * len(x))
+    _, as_often = decoded(recording, batch, EOS, temperature=0.7)
     assert once.tolist() == as_often.tolist(), "what is drawn is drawn once"
 
 
@@ -583,18 +572,14 @@ def test_lengths_are_drawn_as_often_as_the_hazards_say(table: dict[int, float]) 
         assert share == pytest.approx(chance, abs=4.5 * (0.25 / n) ** 0.5), (j, share, chance)
 
 
-@pytest.mark.parametrize("given", [{}, {"sampler": "entropy"}, {"temperature": 0.7}])
-def test_what_is_chosen_is_the_same_in_parts_as_at_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, config = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), SampleConfig(**given)
-
-    def found() -> tuple[Tensor, ...]:
-        chosen = sampler.choose(sampler.in_parts(logits), config, torch.Generator().manual_seed(2))
-        return *chosen, sampler.logp_of(EOS, logits)
-
-    whole = found()
-    monkeypatch.setattr(sampler, "CACHED", 7 * 64)
-    for of_whole, of_parts in zip(whole, found(), strict=True):
-        torch.testing.assert_close(of_parts, of_whole)
+@pytest.mark.parametrize("given", [{}, {"sampler": "entropy"}, {"temperature": 0.7}, {"sampler": "klass"}])
+def test_what_is_written_is_the_same_in_parts_as_at_once(
+    lively: Denoiser, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = rows(9, 14, 5)
+    whole = decoded(lively, batch, EOS, **given)
+    monkeypatch.setattr(sampler, "CACHED", 7 * lively.config.vocab_size)
+    assert all(map(torch.equal, decoded(lively, batch, EOS, **given), whole))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
