@@ -1,24 +1,20 @@
 """Careless and hostile input to whole commands. Run with: pytest -m faults tests/test_hostile.py
 
-A case is a command in a fresh copy of a small world in which one thing is wrong. What must come of it: one line that
-names it, exit 1, and nothing written; or, where the content is no fault in itself, the result as without.
+A case is a command in a fresh copy of a small world in which one thing is wrong: not inside of a file, which is in the
+tests of what reads it. What must come of it: one line that names it, exit 1, and nothing written.
 """
 
-import gzip
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import cli, good, tree
-
-from tinyld.runs import MANIFEST, RunFolder
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("world")]
 
@@ -27,12 +23,9 @@ TUNE = "--base tiny --method bitfit --steps 1 --batch-size 4 --dtype fp32 --quie
 PRETRAIN = "--preset nano --vocab-size 128 --max-length 24 --steps 1 --dtype fp32 --quiet --out out"
 COMMANDS = {
     "finetune": f"finetune --task mood.toml {TUNE}",
-    "finetune data": f"finetune --data mood.csv {TUNE}",
     "predict": "predict mood mood.csv --base tiny --dtype fp32 --quiet",
     "predict jsonl": "predict mood asked.jsonl --base tiny --dtype fp32 --quiet",
-    "report": "report mood",
     "pretrain": f"pretrain --data text.txt {PRETRAIN}",
-    "pretrain gz": f"pretrain --data text.txt.gz {PRETRAIN}",
     "sample": "sample tiny --length 4 --num 1 --dtype fp32",
 }
 
@@ -43,8 +36,6 @@ def world(place: Path, tmp_path: Path, elsewhere: None) -> None:
         shutil.copytree(place / name, copy)
     for name in ("mood.toml", "mood.csv", "text.txt"):
         shutil.copy(place / name, name)
-    Path("asked.jsonl").write_text('{"text": "rain"}\n{"text": "sun"}\n')
-    Path("text.txt.gz").write_bytes(gzip.compress(Path("text.txt").read_bytes()))
     Path("foreign").mkdir()
     Path("foreign/config.json").write_text('{"name": "an extension"}')
     Path("foreign/manifest.json").write_text('{"files": ["icon"]}')
@@ -64,47 +55,6 @@ def refused(args: str, part: str) -> None:
     assert files() == before
 
 
-def put(path: str, content: bytes) -> None:
-    """Writes a file; in a run its SHA-256 too, so that it is read at all."""
-    folder, name = Path(path).parent, Path(path).name
-    if (folder / MANIFEST).exists() and name != MANIFEST:
-        RunFolder(folder).write(name, content)
-    else:
-        Path(path).write_bytes(content)
-
-
-Change = Callable[[bytes], bytes]
-
-
-def more(text: str) -> Change:
-    return lambda content: content + text.encode()
-
-
-def half(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-ROWS, ADAPTER = "mood.csv", "mood/adapter.safetensors"
-# Of each kind of file one that is off, as a whole command meets it: command, file, what becomes of it, what is said.
-# What else may be wrong in it is in the tests of what reads it.
-CONTENT: list[tuple[str, str, Change, str]] = [
-    ("finetune", ROWS, more(f"rain,{UGLY}\n"), "mood.csv: line 42: unknown label"),
-    ("finetune data", ROWS, more("rain,Sad\n"), "Sad"),
-    ("predict jsonl", "asked.jsonl", lambda content: content[:-4], "damaged, not JSON"),
-    ("predict", ADAPTER, half, "adapter.safetensors: damaged safetensors file"),
-    ("report", "mood/results.json", half, "results.json: damaged, not JSON"),
-    ("pretrain gz", "text.txt.gz", half, "text.txt.gz: cannot be read"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("command", "path", "change", "part"), CONTENT, ids=range(len(CONTENT)))
-def test_a_damaged_file_is_refused_in_one_line(command: str, path: str, change: Change, part: str) -> None:
-    content = Path(path).read_bytes()
-    assert change(content) != content
-    put(path, change(content))
-    refused(COMMANDS[command], part)
-
-
 PLACES = [  # what is there instead, as a shell makes it
     "true", "ln -s {name} {path}", "ln -s nowhere {path}", "ln -s /dev/zero {path}", "mkfifo {path}", "mkdir {path}",
     "truncate -s 4T {path}",
@@ -113,7 +63,8 @@ PLACES = [  # what is there instead, as a shell makes it
 
 @pytest.mark.parametrize("there", PLACES)
 @pytest.mark.parametrize(("command", "path"), [
-    ("finetune", ROWS), ("finetune", "mood.toml"), ("predict", ADAPTER), ("sample", "tiny/tokenizer.json"),
+    ("finetune", "mood.csv"), ("finetune", "mood.toml"), ("predict", "mood/adapter.safetensors"),
+    ("sample", "tiny/tokenizer.json"),
 ])  # fmt: skip
 def test_what_is_no_file_of_its_kind_is_refused_by_its_name(command: str, path: str, there: str) -> None:
     Path(path).unlink()

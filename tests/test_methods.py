@@ -117,18 +117,6 @@ def test_the_usual_rate_is_lower_where_states_are_small_and_higher_for_a_single_
     assert METHODS["adapters"].usual(config, "muon") == (2e-3, "muon"), "it has no rate of its own for Muon"
 
 
-@pytest.mark.parametrize("case", ["full", "best-0", "best-2", "paper"])
-@torch.no_grad()
-def test_logits_at_few_positions_are_those_of_the_whole_pass(config: ModelConfig, case: str) -> None:
-    model, noised = fresh_base(config), noised_batch(config)
-    method = attach(model, case)
-    with torch.enable_grad():
-        train(model, method)
-    first = noised.is_masked & (noised.is_masked.cumsum(1) == 1)
-    told = (noised.xt, noised.t, noised.attention_mask, noised.prompt_mask)
-    torch.testing.assert_close(model(*told, where=first), model(*told)[first], atol=1e-4, rtol=1e-4)
-
-
 @every_case
 def test_a_fresh_method_changes_no_logit_until_it_gets_trained_parameters(config: ModelConfig, case: str) -> None:
     model, other, noised = fresh_base(config), fresh_base(config), noised_batch(config)

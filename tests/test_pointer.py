@@ -146,10 +146,10 @@ def test_gradients_are_finite_however_unlikely_a_token_is() -> None:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("case", ["pointer", "fast-pointer"])
+@pytest.mark.parametrize("case", ["pointer", "fast-pointer", "full", "best-0", "best-2", "paper"])
 @torch.no_grad()
 def test_logits_and_nats_of_a_pass_are_those_of_one_distribution(config: ModelConfig, case: str, shifted: bool) -> None:
-    """Of all positions or few."""
+    """Of all positions or few; without a pointer, too."""
     model, noised = fresh_base(replace(config, shifted=shifted)), noised_batch(config)
     with torch.enable_grad():
         train(model, attach(model, case))

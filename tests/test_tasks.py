@@ -231,6 +231,7 @@ FILE_ERRORS = [
     ("a.csv", "text,Label\na,0\n", ["no column 'label', found 'text, Label'", "by the task file's label_column"]),
     ("a.csv", b"text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
     ("a.jsonl", "[1]\n", ["line 1", "not of type dict"]),
+    ("a.jsonl", '{"text": "a", "label": 0}\n{"te\n', ["line 2", "damaged, not JSON"]),
 ]
 
 
