@@ -53,31 +53,27 @@ def test_a_stretch_is_said_again_behind_an_end(copying: Copying, seed: int) -> N
 def test_names_stand_before_their_sentences_and_an_end_behind(copying: Copying) -> None:
     a, b, c = NAME, NAME + 1, NAME + 2
     sentences = [[a, PIECE, 7, THE, b, a, PIECE, STOP], [THE, 7, THE, STOP], [c, 7, SEVEN, STOP]]
-    names = [(a, PIECE), (b, a, PIECE), (c,), (SEVEN,)]
+    names = [f"{a} {PIECE}", f"{b} {a} {PIECE}", f"{c}", f"{SEVEN}"]
     row, orders, given, told, wanted = np.array([*sum(sentences, []), *[THE] * 40]), set(), 0, 0, 0
     for seed in range(200):
-        changed = row.copy()
+        changed, said, is_list = row.copy(), list[str](), list[bool]()
         marked = copying.list_names(changed, rng(seed))
-        is_list, rest = np.zeros(len(row), dtype=bool), changed.tolist()
-        said: list[int] = []
-        while EOS in rest:
-            part, rest = rest[: rest.index(EOS)], rest[rest.index(EOS) + 1 :]
-            begin = len(changed) - len(rest) - len(part) - 1
-            head, text = (part[: part.index(COLON)], part[part.index(COLON) + 1 :]) if COLON in part else ([], part)
-            is_list[begin : begin + len(part) - len(text)] = True
-            said += text
-            marks = {i for i in head if 2 < i < THE}
+        for part in " ".join(map(str, changed)).split(f" {EOS} ")[:-1]:
+            head, _, text = part.rpartition(f" {COLON} ")
+            said += text.split()
+            listed = len(part.split()) - len(text.split())
+            is_list += [True] * listed + [False] * (len(text.split()) + 1)
+            marks = {str(i) for i in range(3, THE)} & set(head.split())
             assert len(marks) <= 1, "one mark between"
-            split = " ".join(map(str, head)).split(f" {min(marks, default=0)} ") if head else []
-            found = [tuple(map(int, name.split())) for name in split]
-            of_text = [name for name in names if f" {' '.join(map(str, name))} " in f" {' '.join(map(str, text))} "]
+            found = head.split(f" {min(marks, default=EOS)} ") if head else []
+            of_text = [name for name in names if f" {name} " in f" {text} "]
             assert set(found) <= set(of_text) and len(set(found)) == len(found), "of the text alone, each once"
             orders.add(tuple(found))
             told, wanted = told + len(found), wanted + len(of_text)
-        assert said == row.tolist()[: len(said)], "the text itself stays"
+        assert said == [str(i) for i in row[: len(said)]], "the text itself stays"
         if marked is not None:
             given += 1
-            assert marked[: len(changed) - len(rest)].tolist() == is_list[: len(changed) - len(rest)].tolist()
+            assert marked[: len(is_list)].tolist() == is_list
     assert {(), tuple(names[:2]), tuple(names)} <= orders, "of one sentence alone, or of several"
     assert tuple(names[1::-1]) in orders, "in another order than the text's"
     assert given / 200 == pytest.approx(GIVEN, abs=0.14), "four standard errors"

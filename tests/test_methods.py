@@ -340,9 +340,13 @@ def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_
     return TaskRows(examples, label_task(folder, neg="bad", pos=positive), tokenizer, 48)
 
 
+@pytest.mark.parametrize("words_each", [0, 3])  # of several lengths, and of one
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast", "fast-banded"])
-def test_kept_states_train_as_fresh_ones(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str) -> None:
-    rows, noise, kept = task_rows(tmp_path, tokenizer), partial(noise_answers, mask_id=tokenizer.mask_id), []
+def test_kept_states_train_as_fresh_ones(
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, words_each: int
+) -> None:
+    rows = task_rows(tmp_path, tokenizer, words_each=words_each)
+    noise, kept = partial(noise_answers, mask_id=tokenizer.mask_id), []
     model, method = lively(config, case)
     with_kept = with_states(noise, model, rows, kept.append)
     depth = method.push.first_depth
@@ -363,15 +367,7 @@ def test_kept_states_train_as_fresh_ones(config: ModelConfig, tokenizer: Tokeniz
         torch.testing.assert_close(nll_kept, nll, atol=0.03, rtol=0.03)
         grad, grad_kept = (torch.autograd.grad(of.mean(), method.own["sites.0.up"])[0] for of in (nll, nll_kept))
         torch.testing.assert_close(grad_kept, grad, atol=0.05 * float(grad.abs().max()), rtol=0.05)
-    assert len({int(n) for n in rows.lengths[:9]}) > 1, "padding was there"
-
-
-def test_states_of_rows_of_one_length_are_kept_too(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows, model = task_rows(tmp_path, tokenizer, words_each=3), fresh_base(config)
-    attach(model, "fast")
-    kept = with_states(partial(noise_answers, mask_id=tokenizer.mask_id), model, rows)
-    (cached,) = kept(rows.take(np.arange(4)), generator=torch_seeded(0))
-    assert cached.attention_mask is None and cached.cached is not None and bool(cached.cached.isfinite().all())
+    assert (len({int(n) for n in rows.lengths[:9]}) == 1) == bool(words_each), "padding was there, or none"
 
 
 def test_a_large_number_of_a_kept_state_costs_its_own_group_alone() -> None:
