@@ -22,9 +22,11 @@ from typer.testing import CliRunner
 import tinyld
 from tinyld.cli import app
 from tinyld.config import ModelConfig
+from tinyld.data import TaskRows
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions
 from tinyld.pretrain import pretrain
+from tinyld.rows import Example
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -127,12 +129,24 @@ def label_task(folder: Path, **verbalizer: str) -> Task:
     return task_of(folder, "\n".join(lines))
 
 
+def task_rows(folder: Path, tokenizer: Tokenizer, n: int, positive: str = "good", words_each: int = 0) -> TaskRows:
+    """n rows, if nothing else is said of random lengths."""
+    rng, words = random.Random(0), ("film", "plot", "music", "food", "dull", "bright")
+    texts = [" ".join(rng.choices(words, k=words_each or rng.randint(1, 9))) for _ in range(n)]
+    examples = [Example(f"{text} it was", ".", ("bad", positive)[i % 2], i % 2) for i, text in enumerate(texts)]
+    return TaskRows(examples, label_task(folder, neg="bad", pos=positive), tokenizer, 48)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, answer mask, mask of real tokens), (B, L): a row per answer width, prompt and padding of random lengths."""
     rng = random.Random(seed)
     starts = [rng.randint(1, 6) for _ in widths]
     lengths = [s + w + rng.randint(1, 4) for s, w in zip(starts, widths, strict=True)]
-    x = torch.randint(5, vocab_size, (len(widths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    x = torch.randint(5, vocab_size, (len(widths), max(lengths)), generator=seeded(seed))
     place, (begin, width, end) = torch.arange(max(lengths)), torch.tensor([starts, widths, lengths])[..., None]
     is_real = place < end
     return x * is_real, (begin <= place) & (place < begin + width), is_real
@@ -140,7 +154,7 @@ def padded(vocab_size: int, *widths: int, seed: int = 0) -> tuple[Tensor, Tensor
 
 def fresh_base(config: ModelConfig, seed: int = 0) -> Denoiser:
     """A base with weights large enough that every part of it shows in the logits."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     model = Denoiser(config, generator).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -171,7 +185,7 @@ def config(tokenizer: Tokenizer) -> ModelConfig:
 
 @pytest.fixture()
 def model(config: ModelConfig) -> Denoiser:
-    return Denoiser(config, torch.Generator().manual_seed(0)).eval()
+    return Denoiser(config, seeded(0)).eval()
 
 
 @pytest.fixture()

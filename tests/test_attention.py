@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 from torch import Tensor, nn
 
 from tinyld import attention as module
@@ -12,8 +13,7 @@ from tinyld.attention import absorbed, attention
 
 
 def random_heads(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(True)
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype).requires_grad_(True)
 
 
 def some_keys(rows: int, length: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAST, WEATHER, fresh_base
+from conftest import FAST, WEATHER, fresh_base, seeded
 from test_methods import attach, train
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def test_a_composition_that_is_off_is_refused(config: ModelConfig, tmp_path: Pat
 
 def prompts(config: ModelConfig, rows: int = 6) -> tuple[Tensor, Tensor]:
     """(x, prompt_mask): rows of 12 tokens, the answer at 6, row 1 padded behind 9."""
-    x = torch.randint(5, config.vocab_size, (rows, 12), generator=torch.Generator().manual_seed(3))
+    x = torch.randint(5, config.vocab_size, (rows, 12), generator=seeded(3))
     prompt_mask = torch.ones_like(x, dtype=torch.bool)
     prompt_mask[:, 6] = prompt_mask[1, 9:] = False
     return x, prompt_mask
@@ -140,7 +140,7 @@ def test_prompts_that_are_all_the_same_have_a_prototype(monkeypatch: pytest.Monk
     """Their covariance is 0, but in fp32 noise, of which some has no eigenvectors that LAPACK finds."""
     base: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(d_model=384)))
     for seed in range(40):
-        same = torch.randn(1, 384, generator=torch.Generator().manual_seed(seed)).expand(60, -1) / 20
+        same = torch.randn(1, 384, generator=seeded(seed)).expand(60, -1) / 20
         monkeypatch.setattr("tinyld.composition.task_features", lambda *_, same=same: same)
         found = prompt_prototype(base, range(60))  # type: ignore[arg-type]
         assert all(tensor.isfinite().all() for tensor in found.values())

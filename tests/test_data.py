@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level, task_of
+from conftest import byte_level, seeded, task_of, task_rows
 
 from tinyld.data import TaskRows, TextRows, slot_width, some_of
 from tinyld.diffusion import noise_text
@@ -24,13 +24,6 @@ def test_a_digest_is_of_every_answer_that_is_right(tmp_path: Path, tokenizer: To
     task, given = task_of(tmp_path, WRITE), [("bad",), ("bad", "sad"), ("bad", "good")]
     rows = [TaskRows([Example("it was", "", "bad", None, references)], task, tokenizer, 24) for references in given]
     assert len({of.digest() for of in rows}) == 3
-
-
-def make_rows(folder: Path, tokenizer: Tokenizer, n: int) -> TaskRows:
-    """n rows of random lengths."""
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(n)]
-    return TaskRows([Example(text, ".", "bad", 0) for text in texts], task_of(folder, LABELS), tokenizer, 48)
 
 
 def test_a_row_is_bos_prompt_slot_prompt_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -100,7 +93,7 @@ def test_answers_are_cut_or_filled(tokenizer: Tokenizer, tmp_path: Path, toml: s
 
 @pytest.mark.parametrize(("n", "size"), [(1, 4), (23, 5), (300, 2)])
 def test_the_batches_of_an_epoch_hold_every_row_once(tokenizer: Tokenizer, tmp_path: Path, n: int, size: int) -> None:
-    rows = make_rows(tmp_path, tokenizer, n)
+    rows = task_rows(tmp_path, tokenizer, n)
     steps = rows.steps_per_epoch(size)
     assert steps == -(-n // size)
     for epoch in range(2):
@@ -114,7 +107,7 @@ def test_the_batches_of_an_epoch_hold_every_row_once(tokenizer: Tokenizer, tmp_p
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_not_of_earlier_calls(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    one, two = make_rows(tmp_path, tokenizer, 40), make_rows(tmp_path, tokenizer, 40)
+    one, two = task_rows(tmp_path, tokenizer, 40), task_rows(tmp_path, tokenizer, 40)
     steps = list(range(25))  # three epochs and a bit
     in_order = [one.batch(s, 5, seed=1).rows.tolist() for s in steps]
     random.Random(0).shuffle(steps)
@@ -179,7 +172,7 @@ def test_rows_are_changed_by_what_their_place_in_the_text_draws_and_what_is_give
     assert stream.tolist() == list(range(100, 800)) and (batch.x0[:, 0] == 2).all()
     given = (torch.arange(20)[:, None] % 2 == 0) & (torch.arange(8) < 4) | (torch.arange(8) < 1)
     assert torch.equal(batch.answer_mask, ~given) and batch.attention_mask.all()
-    for part in noise_text(batch, 1, torch.Generator().manual_seed(0)):
+    for part in noise_text(batch, 1, seeded()):
         assert not (part.is_masked & given.repeat(2, 1)).any() and part.prompt_mask[given.repeat(2, 1)].all()
 
 

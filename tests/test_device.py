@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fresh_base
+from conftest import fresh_base, seeded
 from test_methods import logits, noised_batch
 from torch import nn
 
@@ -83,7 +83,7 @@ def test_a_product_is_that_of_widened_weights_of_which_the_backward_pass_keeps_n
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_matrix_that_changes_is_read_as_it_is_now(frozen: bool) -> None:
-    layer, x = Linear(8, 8), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    layer, x = Linear(8, 8), torch.randn(3, 8, generator=seeded())
     with torch.no_grad(), autocast(CPU, torch.bfloat16):
         layer.weight.copy_(torch.eye(8)), layer.bias.zero_()
         layer.requires_grad_(not frozen)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import padded
+from conftest import padded, seeded
 from torch import Tensor
 
 from tinyld import diffusion
@@ -17,10 +17,6 @@ from tinyld.diffusion import mask_counted, noise_answers, noise_counted, noise_t
 
 MASK = 4
 EOS = 3
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def random_batch(rows: int, seed: int, most: int = 5) -> Batch:

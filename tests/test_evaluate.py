@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import label_task, task_of
+from conftest import label_task, seeded, task_of
 from torch import Tensor
 
 from tinyld.config import ModelConfig, SampleConfig
@@ -164,7 +164,7 @@ def test_labels_are_as_likely_as_often_whatever_length(model: Denoiser, tokenize
     Were the longest one's slot without an [EOS], it would get 0.7."""
     task, likely = label_task(tmp_path, **{"bad": "dull", "good": "very great"}), list[float]()
     examples = [Example("the film", ".", *(("very great", 1) if i % 2 else ("dull", 0))) for i in range(64)]
-    rows, generator = TaskRows(examples, task, tokenizer, 48), torch.Generator().manual_seed(0)
+    rows, generator = TaskRows(examples, task, tokenizer, 48), seeded()
     batch, optimizer = rows.take(np.arange(64)), torch.optim.Adam(model.parameters(), 2e-3)
     for step in range(200):
         optimizer.zero_grad()
@@ -201,7 +201,7 @@ def test_a_real_denoiser_is_scored_the_same_in_any_batch(
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_adapters_that_share_a_pass_score_labels_as_each_does_alone(config: ModelConfig, shifted: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     model = Denoiser(replace(config, shifted=shifted), generator).eval()
     x0, slot = torch.randint(5, 60, (2, 8), generator=generator), torch.zeros(2, 8, dtype=torch.bool)
     slot[0, 6] = slot[1, 3] = True

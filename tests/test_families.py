@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import byte_level, cli, good
+from conftest import byte_level, cli, good, seeded
 from safetensors.torch import load_file, save_file
 from test_sampler import one_by_one
 from tokenizers import BertWordPieceTokenizer
@@ -65,7 +65,7 @@ def write_pieces(folder: Path) -> int:
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """Norms near 1, all else near 0, and all of it large enough to show in the logits."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {n: ("norm" in n or "ln_f" in n) + 0.15 * torch.randn(s, generator=generator) for n, s in shapes.items()}
 
 
@@ -226,7 +226,7 @@ def edit(folder: Path, name: str = "config.json", drop: str = "", **values: Any)
 
 def batch(vocab: int, length: int = 24) -> tuple[Tensor, Tensor]:
     """Three rows of ids from 5 up (RoBERTa finds padding by its id), of which two are padded, and their mask."""
-    x = torch.randint(5, vocab, (3, length), generator=torch.Generator().manual_seed(1))
+    x = torch.randint(5, vocab, (3, length), generator=seeded(1))
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[1, 9:] = False
     mask[2, 2:] = False
@@ -291,14 +291,14 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
         with pytest.raises(UsageError, match="this base has none"):
             METHODS[method](make_config(method, {}, config), base.model)
         return
-    x = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(3))
+    x = torch.randint(0, 250, (3, 12), generator=seeded(3))
     answer, real = torch.zeros_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
     answer[:, 5:8], real[2, 9:] = True, False  # three tokens a row, the last one shorter
     x[:, 0], x[:, 7] = base.tokenizer.bos_id, base.tokenizer.eos_id
     told = (torch.where(answer, base.tokenizer.mask_id, x), torch.ones(len(x)), real, real & ~answer)
     before = base.model(*told, where=answer).detach()
     settings = make_config(method, {}, config)
-    own = METHODS[method](settings, base.model, torch.Generator().manual_seed(0)).own
+    own = METHODS[method](settings, base.model, seeded()).own
     torch.testing.assert_close(base.model(*told, where=answer).detach(), before)
     optimizer = torch.optim.AdamW(own.values(), lr=1e-3 if method == "full" else 5e-3)
     losses = []

@@ -3,7 +3,6 @@ the state cache add for trajectory-lora.
 """
 
 import itertools
-import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fresh_base, label_task, padded
+from conftest import fresh_base, padded, seeded, task_rows
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
 from tinyld.config import ModelConfig, TrainConfig, from_dict, to_dict
-from tinyld.data import Batch, TaskRows, torch_seeded
+from tinyld.data import Batch, torch_seeded
 from tinyld.diffusion import SMOOTHED, Noised, noise_answers, noise_counted, token_nll
 from tinyld.errors import UsageError
 from tinyld.methods import METHODS, make_config, paper
@@ -27,7 +26,6 @@ from tinyld.methods.paper import BAND_EDGES, NUM_BANDS, band_of, nuclear_norm, t
 from tinyld.methods.trajectory import TrajectoryLora, TrajectoryLoraConfig
 from tinyld.model import Denoiser
 from tinyld.optim import Optimizer
-from tinyld.rows import Example
 from tinyld.tokenizer import Tokenizer
 from tinyld.train import GROUP, pack, unpack, why_not_cached, with_states
 
@@ -60,13 +58,13 @@ every_case = pytest.mark.parametrize("case", CASES)
 def attach(model: Denoiser, case: str, seed: int = 0, **options: Any) -> Method:
     name, of_case = CASES[case]
     settings = make_config(name, of_case | options, model.config)
-    return METHODS[name](settings, model, torch.Generator().manual_seed(seed))
+    return METHODS[name](settings, model, seeded(seed))
 
 
 def noised_batch(config: ModelConfig, seed: int = 0) -> Noised:
     """Padded rows with answers of six tokens; their t fall in all three bands."""
     batch = Batch(*padded(config.vocab_size, *[6] * 6, seed=seed), torch.arange(6))
-    noised = noise_counted(batch, MASK, torch.Generator().manual_seed(seed))
+    noised = noise_counted(batch, MASK, seeded(seed))
     assert len(band_of(noised.t).unique()) == NUM_BANDS
     return noised
 
@@ -141,7 +139,7 @@ def test_weight_lora_adds_its_scaled_product_to_the_matrix(config: ModelConfig, 
     matrix = model.blocks[1].down.weight.detach().clone()
     method = attach(model, "weight-lora", rank=4, rslora=rslora)
     a, b = (method.own[f"blocks.1.down.lora_{x}.weight"] for x in "AB")
-    nn.init.normal_(b, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(b, generator=seeded())
     method.merge(model)
     torch.testing.assert_close(model.blocks[1].down.weight.detach(), matrix + scale * (b @ a).detach())
 
@@ -207,7 +205,7 @@ def test_a_wrong_option_is_named_and_the_allowed(config: ModelConfig, name: str,
 
 def lively(config: ModelConfig, case: str) -> tuple[Denoiser, TrajectoryLora]:
     """A trajectory adapter, every tensor of it away from zero, and its base."""
-    model, generator = fresh_base(config), torch.Generator().manual_seed(1)
+    model, generator = fresh_base(config), seeded(1)
     method = attach(model, case)
     with torch.no_grad():
         for parameter in method.own.values():
@@ -237,7 +235,7 @@ def test_a_push_is_its_formula_token_by_token(config: ModelConfig, case: str) ->
     """sigma(t) A ReLU(B [x; Emb(t)]) with x = norm(h), a loop over rows, tokens and units; tied sites share A and B and
     have a gain of their own, and the paper's units have a gate that reads the prompt, 1 + w c."""
     _, method = lively(config, case)
-    settings, d, generator = method.config, config.d_model, torch.Generator().manual_seed(1)
+    settings, d, generator = method.config, config.d_model, seeded(1)
     h = torch.randn(3, 5, d, generator=generator)
     prompt = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
     t = torch.tensor([MIDDLES[2], MIDDLES[0], MIDDLES[1]])
@@ -310,7 +308,7 @@ def test_dropout_is_for_training_alone(config: ModelConfig, case: str) -> None:
 @pytest.mark.parametrize(("d", "r", "e"), [(12, 3, 20), (5, 5, 7), (8, 1, 8), (6, 9, 10), (6, 30, 11)])
 def test_the_nuclear_norm_and_its_gradient_are_those_of_the_singular_values(d: int, r: int, e: int) -> None:
     """Of ranks above the width, too."""
-    generator = torch.Generator().manual_seed(d)
+    generator = seeded(d)
     leaves = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((d, r), (r, e))]
     ours, reference = ([x.clone().requires_grad_(True) for x in leaves] for _ in range(2))
     found, expected = nuclear_norm(*ours), torch.linalg.svdvals(reference[0] @ reference[1])[: min(d, r, e)].sum()
@@ -333,19 +331,12 @@ def test_the_penalty_is_the_sum_over_the_papers_modules(config: ModelConfig) -> 
     assert zero.item() == 0.0 and all(p.grad is None or (p.grad == 0).all() for p in fresh.own.values()), "and no NaN"
 
 
-def task_rows(folder: Path, tokenizer: Tokenizer, positive: str = "good", words_each: int = 0) -> TaskRows:
-    rng, words = random.Random(0), ("film", "plot", "music", "food", "dull", "bright")
-    texts = [" ".join(rng.choices(words, k=words_each or rng.randint(1, 9))) for _ in range(24)]
-    examples = [Example(f"{text} it was", ".", ("bad", positive)[i % 2], i % 2) for i, text in enumerate(texts)]
-    return TaskRows(examples, label_task(folder, neg="bad", pos=positive), tokenizer, 48)
-
-
 @pytest.mark.parametrize("words_each", [0, 3])  # of several lengths, and of one
 @pytest.mark.parametrize("case", ["best-0", "best-1", "by-site", "paper", "fast", "fast-banded"])
 def test_kept_states_train_as_fresh_ones(
     config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path, case: str, words_each: int
 ) -> None:
-    rows = task_rows(tmp_path, tokenizer, words_each=words_each)
+    rows = task_rows(tmp_path, tokenizer, 24, words_each=words_each)
     noise, kept = partial(noise_answers, mask_id=tokenizer.mask_id), []
     model, method = lively(config, case)
     with_kept = with_states(noise, model, rows, kept.append)
@@ -371,7 +362,7 @@ def test_kept_states_train_as_fresh_ones(
 
 
 def test_a_large_number_of_a_kept_state_costs_its_own_group_alone() -> None:
-    states = torch.randn(5, 2 * GROUP, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(5, 2 * GROUP, generator=seeded())
     states[:, 0] = 1000.0
     error = (unpack(*pack(states)) - states).abs()
     assert error[:, :GROUP].max() <= 1000 / 254 and error[:, GROUP:].max() < 0.02
@@ -389,4 +380,4 @@ def test_states_are_not_kept_where_a_reason_is_named(
 ) -> None:
     model = fresh_base(config)
     attach(model, case)
-    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, answer), limit) or "")
+    assert reason in (why_not_cached(model, task_rows(tmp_path, tokenizer, 24, answer), limit) or "")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fresh_base
+from conftest import fresh_base, seeded
 from torch import Tensor
 
 from tinyld.block import take
@@ -18,8 +18,7 @@ from tinyld.model import Denoiser, PushAt, head_nll
 
 
 def random_ids(model: Denoiser, rows: int, length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, model.config.vocab_size, (rows, length), generator=generator)
+    return torch.randint(5, model.config.vocab_size, (rows, length), generator=seeded(seed))
 
 
 def test_fewer_rows_are_read_at_once_where_their_states_would_fill_the_memory() -> None:
@@ -55,11 +54,11 @@ def test_an_impossible_shape_is_refused_with_its_value(values: Any, message: str
 def test_states_at_few_positions_are_those_of_the_whole_pass_and_so_are_the_gradients(
     config: ModelConfig, family: dict[str, bool], asked: tuple[int, ...], first_depth: int | None, recompute: bool
 ) -> None:
-    model = Denoiser(replace(config, **family), torch.Generator().manual_seed(0)).eval()
+    model = Denoiser(replace(config, **family), seeded()).eval()
     model.recompute, model.push = recompute, None if first_depth is None else RecordingPush(first_depth)
     x, seen = random_ids(model, 3, 10), []
     mask = torch.arange(10)[None, :] < torch.tensor([7, 10, 9])[:, None]
-    order = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)).masked_fill(~mask, 2.0).argsort(1).argsort(1)
+    order = torch.rand(3, 10, generator=seeded(1)).masked_fill(~mask, 2.0).argsort(1).argsort(1)
     where = (order < torch.tensor(asked)[:, None]) & mask
     model.blocks[1].up.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     found = []
@@ -77,7 +76,7 @@ def test_states_at_few_positions_are_those_of_the_whole_pass_and_so_are_the_grad
 @pytest.mark.parametrize("rest", [0.02, 0.002, 0.0002])
 def test_a_nearly_certain_token_has_its_gradient_in_bf16(rest: float) -> None:
     """Its probability is 1 to that type. The reference has the same operands and rounds nothing."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     h = torch.randn(1, 16, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(50, 16, generator=generator).bfloat16()
     exact = F.linear(h, weight).double().log_softmax(1)[0]
@@ -105,7 +104,7 @@ def test_a_token_that_is_all_but_impossible_counts_all_its_nats(dtype: torch.dty
 @pytest.mark.parametrize("frozen", [(), ("h",), ("embedding.weight", "output_bias"), ("h", "output_bias")])
 def test_nll_and_its_gradients_are_those_of_the_cross_entropy(lively: Denoiser, frozen: tuple[str, ...]) -> None:
     """Each row of another weight, as the ELBO gives."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     h, target = torch.randn(12, lively.config.d_model, generator=generator), random_ids(lively, 1, 12)[0]
     leaves = {"h": h, **{n: p for n, p in lively.named_parameters() if not n.startswith("blocks.")}}
     for name, leaf in leaves.items():
@@ -165,7 +164,7 @@ def rows_with_prompts(model: Denoiser) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("how", ["plain", "reads_others", "answer_only"])
 @pytest.mark.parametrize("first_depth", [0, 1, 2])
 def test_a_cached_pass_equals_the_uncached_one(config: ModelConfig, first_depth: int, how: str, shifted: bool) -> None:
-    model = Denoiser(replace(config, shifted=shifted), torch.Generator().manual_seed(0)).eval()
+    model = Denoiser(replace(config, shifted=shifted), seeded()).eval()
     x, t, mask, prompt = rows_with_prompts(model)
     depths, _ = model.frozen(x, mask, 0, config.num_layers)
     model.push = RecordingPush(first_depth, **({} if how == "plain" else {how: True}))

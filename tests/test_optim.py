@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import python
+from conftest import python, seeded
 from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
@@ -11,14 +11,14 @@ from tinyld.optim import BETAS, POINTER_LR, Optimizer, lr_factor
 
 
 def parameters(seed: int) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     shapes = {"embedding.weight": (7, 4), "blocks.0.up.weight": (6, 4), "blocks.0.up.bias": (6,), "bias": (3,)}
     shapes |= {"sites.0.down": (5, 4), "sites.0.attention": (3, 2, 4)}
     return {n: nn.Parameter(torch.randn(*s, generator=generator)) for n, s in shapes.items()}
 
 
 def update(optimizer: Optimizer | torch.optim.Optimizer, params: dict[str, nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for parameter in params.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step()
@@ -82,7 +82,7 @@ def test_muon_moves_as_torchs_does_in_bf16(shape: tuple[int, int], dtype: torch.
     mine = Optimizer({"blocks.0": ours}, TrainConfig(steps=1, lr=0.1, weight_decay=0.1, optimizer="muon"))
     pair = mine, torch.optim.Muon([theirs], 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
     mine.dtype = dtype
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     for _ in range(3):
         before = ours.detach().clone()
         ours.grad = torch.randn(shape, generator=generator)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK, assert_refused, cli, fresh_base
+from conftest import QUICK, assert_refused, cli, fresh_base, seeded
 from test_methods import attach, noised_batch, train
 
 import tinyld
@@ -18,10 +18,6 @@ from tinyld.pointer import Copies, Pointer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 MASK, COLON = 4, 5
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def test_chances_add_up_and_are_the_same_by_logits_and_by_nats() -> None:

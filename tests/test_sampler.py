@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import padded
+from conftest import padded, seeded
 from torch import Tensor
 
 from tinyld import sampler
@@ -160,7 +160,7 @@ def test_revise_writes_in_a_quarter_of_its_passes_and_then_an_eighth_anew_in_eac
 
 
 def test_repeating_names_each_token_that_would_make_a_run_which_its_text_has() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     x, inside, masked = torch.randint(5, 7, (6, 24), generator=generator), rows(20, 20, 3, 12, 9, 20)[1], None
     x, inside = x[:, : inside.shape[1]], inside[:, : x.shape[1]]
     masked = inside & (torch.rand(inside.shape, generator=generator) < 0.2)
@@ -389,7 +389,7 @@ def test_deletes_anywhere_leave_a_text_and_its_ends(lively: Denoiser, sampler: s
         found[torch.rand(len(found), generator=drawn) < 0.3, DELETE] += 30.0
         return found
 
-    drawn, batch = torch.Generator().manual_seed(0), rows(9, 14, 5, 2, 11)
+    drawn, batch = seeded(), rows(9, 14, 5, 2, 11)
     out, _ = decoded(often, batch, EOS, sampler=sampler, delete=DELETE)
     assert torch.equal(out[~batch[1]], batch[0][~batch[1]])
     assert not torch.isin(out[batch[1]], torch.tensor(FORBIDDEN)).any()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import handling, label_task
+from test_evaluate import TEXTS
 from test_methods import attach
 from torch import Tensor
 
@@ -32,7 +33,6 @@ from tinyld.train import TrainingRun
 
 LEARN = {"full": (3e-3, 60), "bitfit": (3e-2, 150)} | dict.fromkeys(("weight-lora", "adapters", "best-2"), (1e-2, 80))
 MASK = 4
-FILLER = ["the film was", "a very dull plot and", "it is", "food of the", "but music in"]
 
 
 @dataclass
@@ -68,7 +68,7 @@ def trial(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> Trial:
     examples = []
     for i in range(20):
         label = i % 2
-        text = f"{FILLER[i % 5]} {('bad', 'good')[label]} {FILLER[(i * 3 + 1) % 5] if i % 3 else ''} it was".strip()
+        text = f"{TEXTS[i % 5]} {('bad', 'good')[label]} {TEXTS[(i * 3 + 1) % 5] if i % 3 else ''} it was".strip()
         examples.append(Example(text, ".", ("terrible", "great")[label], label))
     model = Denoiser(config, torch_seeded(7)).eval()
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
 
 
 def test_the_gradients_of_all_processes_add_up_to_those_of_one(trial: Trial) -> None:
-    base, noised = trial.base, noise_answers(trial.rows.batch(0, 5, 0), MASK, torch_seeded(0))
+    base, noised = trial.base, noise_answers(trial.rows.batch(0, 5, 0), MASK, torch_seeded())
 
     def gradient(parts: list[Any]) -> Tensor:
         base.zero_grad()
