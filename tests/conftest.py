@@ -3,10 +3,11 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import tinyld
 from tinyld.cli import app
 from tinyld.config import ModelConfig
 from tinyld.data import TaskRows
+from tinyld.errors import TinyldError
 from tinyld.model import Denoiser
 from tinyld.options import PretrainOptions
 from tinyld.pretrain import pretrain
@@ -66,6 +68,18 @@ def assert_refused(ran: Ran, code: int, part: str) -> None:
     assert ran.code == code
     assert ran.stderr.startswith("tinyld: ") and ran.stderr.splitlines() == [ran.stderr[:-1]], ran.stderr
     assert ran.stdout == ""
+
+
+def refuses(
+    match: str, call: Callable[..., Any], *args: Any, kind: type[TinyldError] = TinyldError, **more: Any
+) -> None:
+    """Of a call: it ends in an error of ours that says so, in one line."""
+    try:
+        call(*args, **more)
+    except kind as error:
+        assert re.search(match, str(error)) and "\n" not in str(error)
+    else:
+        pytest.fail(f"nothing is refused: {match}")
 
 
 @contextmanager

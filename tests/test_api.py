@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROWS, assert_refused, cli, good, handling
+from conftest import QUICK, ROWS, assert_refused, cli, good, handling, refuses
 
 import tinyld
 from tinyld import finetuning, from_python
@@ -144,8 +144,7 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     assert learn([(t, np.int64(k == "sad")) for t, k in ROWS], out="n").tasks[0].labels == ("0", "1")
     with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' has no value; fill it in or delete the row"):
         learn([rows[0], rows[1] | {"text": float("nan")}], out="other")
-    with pytest.raises(tinyld.TinyldError, match="text 1: column 'text' holds a number of thousands of digits"):
-        run.predict([10**5000])
+    refuses("text 1: column 'text' holds a number of thousands of digits", run.predict, [10**5000])
     ids = learn([("rain", 2**53 + (k == "sad")) for _, k in ROWS], out="ids").tasks[0].labels
     assert ids == (f"{2**53}", f"{2**53 + 1}")
     learn(ROWS, out="zero", template="{text}\0{answer} \udce9")
@@ -172,17 +171,14 @@ def test_python_goes_on_with_a_run_and_keeps_what_was_measured_of_it(place: Path
     folder, scores = RunFolder(Path("mine")), {"mine-rows/dev": {"n": 4, "nll_bound": 1.0, "nll_stderr": None}}
     folder.write_json("results.json", {"eval": scores})  # killed before it wrote its own
     rows = Path("mine-rows.jsonl").rename("away.jsonl")
-    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl is gone: put it back there to go on"):
-        tinyld.finetune(resume="mine", base=place / "base")
+    refuses("mine-rows.jsonl is gone: put it back there to go on", tinyld.finetune, resume="mine", base=place / "base")
     rows.rename("mine-rows.jsonl")
     run = tinyld.finetune(resume="mine", base=place / "base")
     assert run.predict(["rain"]) == before.predict(["rain"])
     assert run.results["eval"] == scores and 0 <= run.results["finetune"]["dev_accuracy"] <= 1
     assert tinyld.load(place / "base").results["pretrain"]
-    with pytest.raises(tinyld.UsageError, match="--data has no effect with --resume"):
-        tinyld.finetune("x.csv", resume="mine")
-    with pytest.raises(tinyld.UsageError, match="with --resume"):
-        tinyld.finetune(np.array(ROWS), resume="mine")
+    refuses("--data has no effect with --resume", tinyld.finetune, "x.csv", resume="mine", kind=tinyld.UsageError)
+    refuses("with --resume", tinyld.finetune, np.array(ROWS), resume="mine", kind=tinyld.UsageError)
 
 
 @pytest.mark.parametrize(("change", "other", "usual"), [
@@ -193,8 +189,7 @@ def test_other_defaults_of_torch_are_refused(change: Any, other: Any, usual: Any
     change(other)
     try:
         for call in (lambda: tinyld.load(place / "mood"), lambda: run.predict(["rain"])):
-            with pytest.raises(tinyld.UsageError, match=f"default d.* is {other}; call torch.{change.__name__}"):
-                call()
+            refuses(f"default d.* is {other}; call torch.{change.__name__}", call, kind=tinyld.UsageError)
     finally:
         change(usual)
 
@@ -218,8 +213,7 @@ def test_rows_of_two_callers_do_not_mix(place: Path, monkeypatch: pytest.MonkeyP
     assert Path("mine-rows.jsonl").read_bytes() == kept
     trained = from_python._within
     monkeypatch.setattr(from_python, "_within", lambda made: (trained(made), Path("mine-rows.jsonl").write_text("{}")))
-    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl was replaced meanwhile"):
-        learn(ROWS)
+    refuses("mine-rows.jsonl was replaced meanwhile", learn, ROWS)
 
 
 def test_a_signal_stops_training_unless_the_caller_handles_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +238,7 @@ def test_a_run_of_python_keeps_no_arguments_of_the_callers(monkeypatch: pytest.M
 def test_rows_that_are_kept_beside_a_run_replace_nothing_of_the_users(place: Path) -> None:
     learn = partial(tinyld.finetune, base=place / "base", out="mine", **QUICK)
     Path("mine-rows.jsonl").write_text("precious")
-    with pytest.raises(tinyld.TinyldError, match="mine-rows.jsonl exists and holds other rows"):
-        learn(ROWS)
+    refuses("mine-rows.jsonl exists and holds other rows", learn, ROWS)
     assert Path("mine-rows.jsonl").read_text() == "precious" and len(list(Path().iterdir())) == 1
     Path("mine-rows.jsonl").unlink()
     learn(ROWS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS, cli, good
+from conftest import ROWS, cli, good, refuses
 from test_report import run_folder
 
 from tinyld import compare
@@ -131,8 +131,7 @@ def test_variants_carry_their_options(trainer: Trainer, tmp_path: Path) -> None:
     no_biases = {name: False for name in ("qkv_bias", "out_bias", "mlp_bias", "head_bias")}
     bare = replace(MODEL, norm="rms", activation="silu", gated=True, **no_biases)
     assert "bitfit" not in [method for _, method, _ in variants("all", bare)]
-    with pytest.raises(UsageError, match="--methods: bitfit has nothing to train in this base"):
-        list(variants("full,bitfit", bare))
+    refuses("--methods: bitfit has nothing to train in this base", list, variants("full,bitfit", bare), kind=UsageError)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -148,8 +147,7 @@ def test_variants_carry_their_options(trainer: Trainer, tmp_path: Path) -> None:
     ({"limit": 10**6}, "--limit 1000000: reviews has .* training rows"),
 ])  # fmt: skip
 def test_what_cannot_be_made_is_refused_at_once(changes: Any, message: str, trainer: Trainer, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=message):
-        trainer.grid(tmp_path, **changes)
+    refuses(message, trainer.grid, tmp_path, kind=UsageError, **changes)
     assert trainer.ran == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAST, WEATHER, fresh_base, seeded
+from conftest import FAST, WEATHER, fresh_base, refuses, seeded
 from test_methods import attach, train
 from torch import Tensor
 
@@ -52,8 +52,7 @@ def test_a_composition_that_is_off_is_refused(config: ModelConfig, tmp_path: Pat
     written = folder.config
     change(written)
     folder.write_json("config.json", written)
-    with pytest.raises(TinyldError, match=message):
-        composition.load_composition(folder, base_of(fresh_base(config)))
+    refuses(message, composition.load_composition, folder, base_of(fresh_base(config)))
 
 
 def prompts(config: ModelConfig, rows: int = 6) -> tuple[Tensor, Tensor]:
@@ -186,11 +185,9 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
     assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)
     with pytest.raises(TinyldError, match="holds .*, which this command reads; choose another --out"):
         compose(replace(options, out=runs[0], force=True))
-    with pytest.raises(TinyldError, match="one and .*fast-a are both of a task a"):
-        compose(replace(options, runs=(runs[0], fast[0])))
+    refuses("one and .*fast-a are both of a task a", compose, replace(options, runs=(runs[0], fast[0])))
     (runs[0] / "prototype.safetensors").unlink()
-    with pytest.raises(TinyldError, match="no prototype.safetensors in .*one"):
-        compose(replace(options, out=tmp_path / "new"))
+    refuses("no prototype.safetensors in .*one", compose, replace(options, out=tmp_path / "new"))
 
 
 def test_of_two_that_write_the_one_that_is_named_writes(place: Path, tmp_path: Path) -> None:
@@ -235,8 +232,7 @@ def test_tasks_that_cannot_be_told_apart_are_to_be_named(
     (tmp_path / "alias.toml").write_text((place / "a.toml").read_text().replace('"a.csv"', f'"{place}/a.csv"'))
     with pytest.raises(UsageError, match="a and c are asked as alias is; say which by its name"):
         run.predict(["the rain is cold"], task=str(tmp_path / "alias.toml"))
-    with pytest.raises(UsageError, match="is asked by a task's name: write with one of the runs"):
-        run.write("the rain")
+    refuses("is asked by a task's name: write with one of the runs", run.write, "the rain", kind=UsageError)
     named, alone = load(run.path, dtype="fp32", task="c"), load(fast[2], dtype="fp32")
     assert named.write("the rain", 3) == alone.write("the rain", 3)
     for path, task in zip(options.runs, run.tasks, strict=True):

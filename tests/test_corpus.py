@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refuses
 
 from tinyld import corpus
 from tinyld.corpus import held_out_part, sample, text_bytes, tokenize
-from tinyld.errors import TinyldError
 from tinyld.tokenizer import Tokenizer
 
 LINES = [f"the film number {i} was good" for i in range(2000)]
@@ -35,8 +35,7 @@ def test_a_stream_is_the_same_in_chunks(tokenizer: Tokenizer, tmp_path: Path, mo
     assert np.array_equal(parts.stream, whole.stream) and parts.sha256 == whole.sha256
     assert len(done) > 100 and done[-1] == sum(len(line) + 1 for line in LINES)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(TinyldError, match="cannot be kept in .*gone.*set TMPDIR"):
-        tokenize(LINES, tokenizer)
+    refuses("cannot be kept in .*gone.*set TMPDIR", tokenize, LINES, tokenizer)
 
 
 def test_which_documents_are_held_out_depends_on_their_text_alone() -> None:
@@ -64,5 +63,4 @@ def test_the_size_of_a_compressed_text_is_known(tmp_path: Path) -> None:
     assert text_bytes([plain, packed]) == 2 * plain.stat().st_size
     packed.write_bytes(packed.read_bytes() + gzip.compress(b""))  # as bgzip ends its files
     assert text_bytes([packed]) == packed.stat().st_size, "as much as there is, at least"
-    with pytest.raises(TinyldError, match="gone.txt: cannot be read .No such file"):
-        text_bytes([tmp_path / "gone.txt"])
+    refuses("gone.txt: cannot be read .No such file", text_bytes, [tmp_path / "gone.txt"])

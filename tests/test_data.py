@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level, seeded, task_of, task_rows
+from conftest import byte_level, refuses, seeded, task_of, task_rows
 
 from tinyld.data import TaskRows, TextRows, slot_width, some_of
 from tinyld.diffusion import noise_text
@@ -76,8 +76,7 @@ def test_the_slot_is_as_wide_as_the_longest_answer_and_its_end(tokenizer: Tokeni
 def test_answers_of_the_same_tokens_are_refused(one: str, other: str, tmp_path: Path) -> None:
     english = Tokenizer.train(["good bad don't . film"] * 9, 120)
     task = task_of(tmp_path, LABELS.replace('"very great"', f'"{one}"').replace('"bad"', f'"{other}"'))
-    with pytest.raises(TinyldError, match="the answers for 'neg' and 'pos', are the same tokens to this base"):
-        slot_width(task, english)
+    refuses("the answers for 'neg' and 'pos', are the same tokens to this base", slot_width, task, english)
 
 
 @pytest.mark.parametrize(("toml", "slot"), [(WRITE, 5), (LABELS, 3)])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fresh_base, seeded
+from conftest import fresh_base, refuses, seeded
 from test_methods import logits, noised_batch
 from torch import nn
 
@@ -36,8 +36,7 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, p
 def test_a_gpu_that_torch_cannot_start_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as the driver says, which may be too old
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="torch sees 0 CUDA devices"):
-        resolve_device("cuda")
+    refuses("torch sees 0 CUDA devices", resolve_device, "cuda", kind=UsageError)
 
 
 @pytest.mark.parametrize(("dtype", "most", "tolerance"), [("bf16", 0.6, 0.05), ("int8", 0.4, 0.1)])

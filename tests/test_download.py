@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import refuses
 
 from tinyld import download
 from tinyld.download import fetch, number_of
-from tinyld.errors import TinyldError
 from tinyld.rows import load_split
 from tinyld.tasks import Task, load_task
 
@@ -73,16 +73,12 @@ def test_a_download_arrives_whole_and_is_checked(
     for kind in (hashlib.sha256, hashlib.md5):
         digest = kind(site["/a"]).hexdigest()
         assert fetched("/a", digest) == site["/a"]
-        with pytest.raises(TinyldError, match=f"/a: checksum of 1,048,576 bytes is {digest}, expected 0000"):
-            fetched("/a", "0" * len(digest))
+        refuses(f"/a: checksum of 1,048,576 bytes is {digest}, expected 0000", fetched, "/a", "0" * len(digest))
     assert "downloading letters from http://127.0.0.1" in capsys.readouterr().err
-    with pytest.raises(TinyldError, match="could not download .*/cut: it ended after 3 of 13 bytes"):
-        fetched("/cut")
-    with pytest.raises(TinyldError, match=r"could not download http://127.0.0.1:\d+/none: .*Not Found"):
-        fetched("/none")
+    refuses("could not download .*/cut: it ended after 3 of 13 bytes", fetched, "/cut")
+    refuses(r"could not download http://127.0.0.1:\d+/none: .*Not Found", fetched, "/none")
     monkeypatch.setenv("TINYLD_MIRROR", "nowhere")
-    with pytest.raises(TinyldError, match="unknown url type"):
-        fetched("/a")
+    refuses("unknown url type", fetched, "/a")
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +148,14 @@ def test_a_set_without_dev_gets_the_same_tenth_of_train_every_time(site: dict[st
 
 def test_what_is_in_the_cache_needs_no_network_and_is_not_replaced(site: dict[str, bytes], tmp_path: Path) -> None:
     task = publish(site, "sst2")
-    with pytest.raises(TinyldError, match="checksum"):
-        load_split(load_task("sst2"), "train")
+    refuses("checksum", load_split, load_task("sst2"), "train")
     assert not (tmp_path / "cache").exists(), "nothing of another file is kept"
     mine = tmp_path / "cache/data/sst2/train.tsv"
     mine.parent.mkdir(parents=True)
     mine.write_text("sentence\tlabel\nmine\t0\n")
     assert load_split(task, "dev")[0].before == "c it was"
     site.clear()
-    with pytest.raises(TinyldError, match="train.tsv: has 1 rows, which are not the 67,349 published ones; delete it"):
-        load_split(task, "train")
+    refuses("train.tsv: has 1 rows, which are not the 67,349 published ones; delete it", load_split, task, "train")
     task = replace(task, download=replace(task.download, rows={"train": 1, "dev": 1}))
     assert load_split(task, "dev")[0].before == "c it was"
     assert load_split(task, "train")[0].before == "mine it was", "a download replaces no file of the user's"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import byte_level, cli, good, seeded
+from conftest import byte_level, cli, good, refuses, seeded
 from safetensors.torch import load_file, save_file
 from test_sampler import one_by_one
 from tokenizers import BertWordPieceTokenizer
@@ -245,8 +245,7 @@ def test_a_head_that_is_stored_though_it_is_the_embedding_must_be_the_same(tmp_p
     (tmp_path / foreign.INDEX).write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
     assert torch.equal(load_foreign(tmp_path).model.embedding.weight, rows), "an older index is left aside"
     save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / WEIGHTS)
-    with pytest.raises(TinyldError, match="'lm_head.weight' is not the embedding's matrix"):
-        load_foreign(tmp_path)
+    refuses("'lm_head.weight' is not the embedding's matrix", load_foreign, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -288,8 +287,7 @@ def test_every_method_learns_an_answer_of_several_tokens(kind: str, method: str,
     base = load_foreign(tmp_path, dtype="fp32" if method == "full" else "int8")
     config = base.model.config
     if method == "bitfit" and config.num_biases() == 0:
-        with pytest.raises(UsageError, match="this base has none"):
-            METHODS[method](make_config(method, {}, config), base.model)
+        refuses("this base has none", METHODS[method], make_config(method, {}, config), base.model, kind=UsageError)
         return
     x = torch.randint(0, 250, (3, 12), generator=seeded(3))
     answer, real = torch.zeros_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
@@ -343,11 +341,9 @@ def test_the_mask_is_found_or_said_and_a_doubt_is_refused(tmp_path: Path) -> Non
     assert (base := load_foreign(tmp_path)).tokenizer.mask_id == size + 1 == base.model.config.vocab_size - 1
     edit(tmp_path, mask_token_id=size - 1)
     assert load_foreign(tmp_path, reading=Reading(mask_token="<|im_end|>")).tokenizer.mask_id == size - 2
-    with pytest.raises(TinyldError, match="is no token"):
-        load_foreign(tmp_path, reading=Reading(mask_token="<|other|>"))
+    refuses("is no token", load_foreign, tmp_path, reading=Reading(mask_token="<|other|>"))
     edit(tmp_path, "tokenizer_config.json", mask_token={"content": "<|im_end|>"})
-    with pytest.raises(TinyldError, match="say --set mask_token"):
-        load_foreign(tmp_path)
+    refuses("say --set mask_token", load_foreign, tmp_path)
 
 
 CHATML = (
@@ -432,15 +428,12 @@ def store_twice(folder: Path) -> None:
 def test_what_is_not_understood_is_refused_by_name(kind: str, change: Any, part: str, tmp_path: Path) -> None:
     make(kind, tmp_path)
     edit(tmp_path, **change) if isinstance(change, dict) else change(tmp_path)
-    with pytest.raises(TinyldError, match=part) as raised:
-        load_foreign(tmp_path)
-    assert "\n" not in str(raised.value)
+    refuses(part, load_foreign, tmp_path)
 
 
 def test_an_encoder_without_a_head_to_write_with_is_no_base_but_one_may_begin_with_it(tmp_path: Path) -> None:
     make("roberta", tmp_path, head=False)
-    with pytest.raises(TinyldError, match="begin a base with it: tinyld pretrain --init"):
-        load_foreign(tmp_path)
+    refuses("begin a base with it: tinyld pretrain --init", load_foreign, tmp_path)
     config = load_foreign(tmp_path, reading=Reading(max_length=20), headless=True).model.config
     assert config.max_length == 20 and config.head_transform
     with pytest.raises(UsageError, match="max_length must be at most the .* got 1000"):

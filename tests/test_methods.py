@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fresh_base, padded, seeded, task_rows
+from conftest import fresh_base, padded, refuses, seeded, task_rows
 from torch import Tensor, nn
 
 from tinyld.checkpoint import load_exactly
@@ -199,8 +199,7 @@ OURS = "trajectory-lora"
     (OURS, {"recipe": "paper", "ranks": "auto"}, "neither ranks auto nor dropout"),
 ])  # fmt: skip
 def test_a_wrong_option_is_named_and_the_allowed(config: ModelConfig, name: str, options: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        make_config(name, options, config)
+    refuses(message, make_config, name, options, config, kind=UsageError)
 
 
 def lively(config: ModelConfig, case: str) -> tuple[Denoiser, TrajectoryLora]:

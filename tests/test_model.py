@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fresh_base, seeded
+from conftest import fresh_base, refuses, seeded
 from torch import Tensor
 
 from tinyld.block import take
 from tinyld.config import ModelConfig, from_dict
 from tinyld.device import shrink
-from tinyld.errors import TinyldError
 from tinyld.model import Denoiser, PushAt, head_nll
 
 
@@ -43,8 +42,7 @@ def test_fewer_rows_are_read_at_once_where_their_states_would_fill_the_memory() 
     ({"vocab_size": 9, "norm_eps": float("nan")}, "norm_eps must be above 0, got nan"),
 ])  # fmt: skip
 def test_an_impossible_shape_is_refused_with_its_value(values: Any, message: str) -> None:
-    with pytest.raises(TinyldError, match=f"a.json: {message}"):
-        from_dict(ModelConfig, values, "a.json")
+    refuses(f"a.json: {message}", from_dict, ModelConfig, values, "a.json")
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import python, seeded
+from conftest import python, refuses, seeded
 from torch import nn
 
 from tinyld.config import OPTIMIZERS, TrainConfig
-from tinyld.errors import TinyldError
 from tinyld.optim import BETAS, POINTER_LR, Optimizer, lr_factor
 
 
@@ -41,8 +40,7 @@ def test_a_state_that_lacks_a_part_of_a_parameters_is_refused(name: str) -> None
     state = optimizer.flat_state()
     for key in (k for k in state if k.endswith(("exp_avg", "momentum_buffer"))):
         damaged = {f"{k}_" if k == key else k: v for k, v in state.items()}
-        with pytest.raises(TinyldError, match=f"the checkpoint's {key.rpartition('.')[0]} does not fit"):
-            optimizer.load_flat_state(damaged)
+        refuses(f"the checkpoint's {key.rpartition('.')[0]} does not fit", optimizer.load_flat_state, damaged)
 
 
 def test_muon_takes_the_matrices_inside_blocks_and_of_pushes_and_no_others() -> None:

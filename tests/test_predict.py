@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAST, QUICK, ROWS, assert_refused, cli, good, tree
+from conftest import FAST, QUICK, ROWS, assert_refused, cli, good, refuses, tree
 from torch import Tensor
 
 import tinyld
@@ -250,10 +250,8 @@ def test_many_samples_are_those_of_few_written_at_once(place: Path, monkeypatch:
     whole = run.fill("rain", 4, 5, SampleConfig())
     monkeypatch.setattr(Denoiser, "rows_at_once", lambda self, length, most, asked=0: min(most, 2))
     assert run.fill("rain", 4, 5, SampleConfig()) == whole
-    with pytest.raises(tinyld.UsageError, match="the steps of at most 2 such texts"):
-        run.fill("rain", 4, 5, SampleConfig(), print)
-    with pytest.raises(tinyld.UsageError, match="the steps of one length"):
-        run.fill("rain", 4, 2, SampleConfig(lengths=2), print)
+    refuses("the steps of at most 2 such texts", run.fill, "rain", 4, 5, SampleConfig(), print, kind=tinyld.UsageError)
+    refuses("the steps of one length", run.fill, "rain", 4, 2, SampleConfig(lengths=2), print, kind=tinyld.UsageError)
 
 
 def test_a_text_for_no_task_is_written_as_sample_does_or_greedily(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,8 +379,7 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(
         (lambda: eval(of_both(text=(Path("asked.txt"),))), "both is a composition: --text is for one adapter"),
         (lambda: tinyld.load(["both", "food"]), "both is a composition; name the runs"),
     ):
-        with pytest.raises(tinyld.UsageError, match=part):
-            refused()
+        refuses(part, refused, kind=tinyld.UsageError)
     both = [{"weather": texts[2], "food": "qq"}, {"food": "qq", "weather": texts[0]}]
     assert [r["text"] for r in run.predict(both)] == [texts[2], texts[0]], "not what the other one reads"
     Path("mixed.csv").write_text(f'weather,food,p(bad)\n"{texts[0]}",x,1\n"{texts[2]}",y,2\n')
@@ -419,15 +416,11 @@ def test_many_tasks_answer_as_alone_in_one_pass(fast: list[Path], place: Path, m
         with pytest.raises(TimeoutError):  # while another thread may ask
             adding.result(0.2)
     assert adding.result().base is base and list(runs.predict("rain")[0]["tasks"]) == ["fast-a", "fast-b"]
-    with pytest.raises(tinyld.TinyldError, match="is given twice"):
-        runs.add(fast[1])
-    with pytest.raises(tinyld.UsageError, match="was made for no task"):
-        runs.add(place / "base")
+    refuses("is given twice", runs.add, fast[1])
+    refuses("was made for no task", runs.add, place / "base", kind=tinyld.UsageError)
     for rows, part in (([{"said": "rain"}], "no column 'text'"), ([None], "'text' has no value")):
-        with pytest.raises(tinyld.TinyldError, match=part):
-            tinyld.load(fast[:2]).predict(rows)
-    with pytest.raises(tinyld.UsageError, match="same reads a, b"):
-        tinyld.load([fast[0], place / "same"]).predict("rain")
+        refuses(part, tinyld.load(fast[:2]).predict, rows)
+    refuses("same reads a, b", tinyld.load([fast[0], place / "same"]).predict, "rain", kind=tinyld.UsageError)
     assert "Denoiser" not in repr(runs), "a notebook shows it"
 
 
@@ -437,8 +430,7 @@ def test_runs_of_one_name_all_answer_and_none_twice(place: Path) -> None:
     runs = tinyld.load(["other/m", "m"], base=place / "base")
     assert list(runs.runs) == ["m", str(Path("m").resolve())]
     for again in ("other/../m", Path("m").resolve()):
-        with pytest.raises(tinyld.UsageError, match="is given twice"):
-            runs.add(again)
+        refuses("is given twice", runs.add, again, kind=tinyld.UsageError)
     os.chdir("m")
     assert list(tinyld.load([".", "../other/m"], base=place / "base").runs) == ["m", "../other/m"]
 
@@ -507,8 +499,7 @@ def test_many_tasks_are_asked_on_the_command_line(fast: list[Path], place: Path)
         good("predict", *(place / name for name in runs), "--text", "rain", "--set", "lengths=3")
     alone = records(fast[0], "--temperature", 0.5, text="rain\n")[0]
     assert {"text": "rain"} | records(*fast[:2], "--temperature", 0.5, text="rain\n")[0]["tasks"]["fast-a"] == alone
-    with pytest.raises(UsageError, match="temperature must be at least 0"):
-        tinyld.load(fast[:2]).predict("rain", temperature=-1)
+    refuses("temperature must be at least 0", tinyld.load(fast[:2]).predict, "rain", temperature=-1, kind=UsageError)
 
 
 def test_a_named_column_is_what_every_run_reads(fast: list[Path], place: Path) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, pressing_ctrl_c
+from conftest import SHAPE, pressing_ctrl_c, refuses
 from safetensors.torch import load
 
 from tinyld.checkpoint import load_base
 from tinyld.data import TextRows
-from tinyld.errors import TinyldError
 from tinyld.options import PretrainOptions
 from tinyld.pretrain import pretrain, unigram_nll
 from tinyld.runs import MODEL, TOKENIZER, RunFolder
@@ -87,8 +86,7 @@ def test_text_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "run" / "results.json").unlink()
     for changed, name in ((held_out, "held-out data"), (text, "data")):
         write_text(changed, 200, seed=1)
-        with pytest.raises(TinyldError, match=f"began with other {name}: put it back"):
-            resumed(tmp_path / "run")
+        refuses(f"began with other {name}: put it back", resumed, tmp_path / "run")
 
 
 def test_weights_are_stored_in_the_type_asked_for(text: Path, tmp_path: Path) -> None:
@@ -108,8 +106,7 @@ def test_of_a_few_documents_one_is_held_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_too_little_text_is_refused(n: int, tmp_path: Path) -> None:
-    with pytest.raises(TinyldError, match="too little text"):
-        run(tmp_path / "run", write_text(tmp_path / "text.txt", n))
+    refuses("too little text", run, tmp_path / "run", write_text(tmp_path / "text.txt", n))
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refuses
 from safetensors.torch import save
 
 from tinyld.errors import TinyldError, plain, show
@@ -51,16 +52,14 @@ BAD: list[tuple[Read, bytes, str]] = [
 def test_a_file_that_is_off_is_refused_by_its_name(read: Read, content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.file"
     path.write_bytes(content)
-    with pytest.raises(TinyldError, match=f"^{path}: {message}"):
-        read(path)
+    refuses(f"^{path}: {message}", read, path)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     said = {"pipe": "not a file but a device", ".": "not a file but a folder", "none": "No such file", "a\0b": "null"}
     for name, message in said.items():
-        with pytest.raises(TinyldError, match=message):
-            read_text(tmp_path / name)
+        refuses(message, read_text, tmp_path / name)
 
 
 def test_what_is_well_formed_is_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
@@ -76,11 +75,9 @@ def test_what_reaches_a_model_is_finite_in_float32() -> None:
     kept = finite({"a": torch.tensor([1.5], dtype=torch.bfloat16), "b": torch.tensor([2.0])}, "x")
     assert {t.dtype for t in kept.values()} == {torch.float32}
     for tensor in (torch.tensor([1e300], dtype=torch.float64), torch.tensor([float("inf")])):
-        with pytest.raises(TinyldError, match="x: tensor 'a' holds values that are not finite"):
-            finite({"a": tensor}, "x")
+        refuses("x: tensor 'a' holds values that are not finite", finite, {"a": tensor}, "x")
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        with pytest.raises(TinyldError, match=f"x: tensor 'a' has the wrong type: {dtype}"):
-            finite({"a": torch.zeros(1).to(dtype)}, "x")
+        refuses(f"x: tensor 'a' has the wrong type: {dtype}", finite, {"a": torch.zeros(1).to(dtype)}, "x")
 
 
 def test_text_from_outside_is_plain_on_a_terminal_and_in_errors() -> None:

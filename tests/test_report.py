@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_refused, cli
+from conftest import assert_refused, cli, refuses
 
 from tinyld.config import TrainConfig, to_dict
-from tinyld.errors import TinyldError
 from tinyld.evaluate import wilson
 from tinyld.methods import METHODS
 from tinyld.options import ReportOptions
@@ -87,15 +86,13 @@ def test_methods_whose_answers_are_no_labels_words_are_not_ranked_in_silence(unr
 def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("{}")
     for name in ("nowhere", "file"):
-        with pytest.raises(TinyldError, match="no run in .*: name evaluated adapters"):
-            report(ReportOptions(runs=(tmp_path / name,)))
+        refuses("no run in .*: name evaluated adapters", report, ReportOptions(runs=(tmp_path / name,)))
     run_folder(tmp_path / "new").write_json(RESULTS, {"finetune": {}})
     for kind in ("base", "composition"):
         run_folder(tmp_path / kind, kind=kind)
     (tmp_path / "mine-rows.jsonl").write_text("{}")
     none = tuple(tmp_path / name for name in ("new", "base", "composition", "mine-rows.jsonl"))
-    with pytest.raises(TinyldError, match="none of these is an adapter that was evaluated"):
-        report(ReportOptions(runs=none))
+    refuses("none of these is an adapter that was evaluated", report, ReportOptions(runs=none))
     run_folder(tmp_path / "good")
     assert len(report(ReportOptions(runs=(*none, tmp_path / "good")))) == 2
     left_out = ", ".join(map(str, none[:3]))
@@ -107,8 +104,7 @@ def test_what_is_no_evaluated_adapter_is_left_out(tmp_path: Path, capsys: pytest
     assert f"{tmp_path}/new and 1 more: " in capsys.readouterr().err
     folder = run_folder(tmp_path / "damaged")
     folder.write_json(RESULTS, {"finetune": {}, "eval": {"mood/dev": {"accuracy": 7}}})
-    with pytest.raises(TinyldError, match="results.json: eval: 'mood/dev': accuracy"):
-        report(ReportOptions(runs=(folder.path,)))
+    refuses("results.json: eval: 'mood/dev': accuracy", report, ReportOptions(runs=(folder.path,)))
     capsys.readouterr()
     assert len(report(ReportOptions(runs=(tmp_path,)))) == 2, "of a folder of runs the others are shown"
     assert re.search("damaged/results.json: eval: 'mood/dev': accuracy .*; it is left out", capsys.readouterr().err)

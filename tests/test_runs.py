@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import tree
+from conftest import refuses, tree
 
 from tinyld import checkpoint
 from tinyld.checkpoint import fingerprint, load_adapter, load_base, save_base
@@ -102,8 +102,7 @@ def test_what_is_no_regular_file_is_written_to_or_refused_and_never_replaced(tmp
     os.mkfifo(tmp_path / "pipe")
     before = tree(tmp_path)
     for name in ("link", "dangling", "folder", "missing/file", "target/file", "a\0b"):
-        with pytest.raises(TinyldError, match="cannot be written"):
-            write_atomic(tmp_path / name, b"x")
+        refuses("cannot be written", write_atomic, tmp_path / name, b"x")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_atomic(tmp_path / "pipe", b"through the pipe")
     assert os.read(reader, 100) == b"through the pipe"
@@ -235,8 +234,7 @@ def test_a_config_that_says_something_else_is_refused(run: str, change: Any, par
 
 def test_no_number_that_is_not_finite_is_written_as_json(run: RunFolder) -> None:
     for act in (lambda: run.write_json("a.json", {"x": float("nan")}), lambda: run.log({"step": float("inf")})):
-        with pytest.raises(TinyldError, match="not a finite number"):
-            act()
+        refuses("not a finite number", act)
 
 
 def test_a_base_is_found_by_its_fingerprint_where_it_is_given_or_released(
@@ -259,10 +257,8 @@ def test_a_base_is_found_by_its_fingerprint_where_it_is_given_or_released(
 
 
 def test_an_adapter_is_no_base_and_a_base_no_adapter(adapter: Path, base: Path) -> None:
-    with pytest.raises(TinyldError, match="is an adapter, not a base"):
-        load_base(adapter)
-    with pytest.raises(TinyldError, match="holds a base, not an adapter"):
-        load_adapter(RunFolder(base))
+    refuses("is an adapter, not a base", load_base, adapter)
+    refuses("holds a base, not an adapter", load_adapter, RunFolder(base))
 
 
 def test_a_base_in_int8_keeps_its_weights_to_a_half_step_of_each_row(base: Path, tmp_path: Path) -> None:
@@ -321,16 +317,14 @@ def test_the_newest_checkpoints_are_kept_and_the_last_whole_one_is_loaded(keep: 
 def test_a_new_run_takes_a_new_or_an_empty_folder_or_what_a_killed_writer_left(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, found in (("empty", "an empty folder"), ("new", "no such folder"), ("deep/er", "no such folder")):
-        with pytest.raises(TinyldError, match=f"no run in .*{name}: expected config.json, found {found}"):
-            RunFolder.open(tmp_path / name)
+        refuses(f"no run in .*{name}: expected config.json, found {found}", RunFolder.open, tmp_path / name)
         assert RunFolder.create(tmp_path / name).path.is_dir()
     run = tmp_path / "new"
     RunFolder(run).write(TOKENIZER, b"{}")
     (run / HALF).write_bytes(b"{")
     RunFolder.check_free(run)
     (run / MANIFEST).unlink()  # then the tokenizer is somebody else's
-    with pytest.raises(TinyldError, match="not empty"):
-        RunFolder.check_free(run)
+    refuses("not empty", RunFolder.check_free, run)
 
 
 LISTS = '{"files": {"config.json": {"sha256": "0", "bytes": 1}}}'
@@ -354,14 +348,12 @@ def test_a_folder_that_is_or_only_looks_like_a_run_is_never_replaced(files: dict
     (tmp_path / "a").write_text("mine")
     before = tree(tmp_path)
     for path, force in ((theirs, False), (theirs, True), (tmp_path / "a", True)):
-        with pytest.raises(TinyldError, match=f"{path} exists and is not empty: choose another --out$"):
-            RunFolder.create(path, force)
+        refuses(f"{path} exists and is not empty: choose another --out$", RunFolder.create, path, force)
     assert tree(tmp_path) == before
 
 
 def test_force_removes_what_the_run_wrote_and_nothing_else(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TinyldError, match="--force"):
-        RunFolder.create(base)
+    refuses("--force", RunFolder.create, base)
     folder, photos = RunFolder(base), tmp_path / "photos"
     folder.save_checkpoint(1, {"w": torch.ones(1)}, {}, 2)
     (base / HALF).write_text("half")
@@ -372,8 +364,7 @@ def test_force_removes_what_the_run_wrote_and_nothing_else(base: Path, tmp_path:
     (base / "checkpoints" / "00000007").symlink_to(photos)
     (base / "photos").symlink_to(photos)
     (tmp_path / "latest").symlink_to(base)
-    with pytest.raises(TinyldError, match="is not empty"):
-        RunFolder.create(tmp_path / "latest", force=True)
+    refuses("is not empty", RunFolder.create, tmp_path / "latest", force=True)
     load(base)
     RunFolder.create(base, force=True)
     left = {"notes.txt", "photos", "checkpoints", "checkpoints/notes.txt", "checkpoints/00000007"}
@@ -385,11 +376,9 @@ def test_a_checkpoint_without_its_state_or_its_manifest_is_not_passed_over(run: 
     saved = RunFolder(run.path / "checkpoints")
     for state in ({}, {"state": torch.ones(3, dtype=torch.bfloat16)}):
         saved.write_tensors("00000003", {"w": torch.ones(1)} | state)
-        with pytest.raises(TinyldError, match="00000003: damaged, its state is not there; delete it to go on"):
-            run.load_checkpoint()
+        refuses("00000003: damaged, its state is not there; delete it to go on", run.load_checkpoint)
     (saved.path / MANIFEST).unlink()
-    with pytest.raises(TinyldError, match="not listed in manifest.json.*; delete it to go on"):
-        run.load_checkpoint()
+    refuses("not listed in manifest.json.*; delete it to go on", run.load_checkpoint)
     run.remove_checkpoints()
     assert len(run.checkpoints()) == 1, "what no manifest lists is not ours to delete"
 
@@ -399,6 +388,5 @@ def test_checkpoints_behind_a_link_are_not_ours(run: RunFolder, tmp_path: Path) 
     (run.path / "checkpoints").symlink_to(tmp_path / "photos" / "checkpoints")
     before = tree(tmp_path)
     for act in (run.load_checkpoint, run.remove_checkpoints, lambda: run.save_checkpoint(1, {}, {}, keep=1)):
-        with pytest.raises(TinyldError, match="checkpoints: is a link"):
-            act()
+        refuses("checkpoints: is a link", act)
     assert tree(tmp_path) == before

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refuses
 
 from tinyld import rows
 from tinyld.datafile import described
@@ -152,8 +153,7 @@ def test_a_text_file_makes_a_task_that_fills_gaps(tmp_path: Path) -> None:
     assert prompt_of(task, {"text": "the rain ____ on us"}, "") == Example("the rain", "on us", "", None)
     assert prompt_of(task, {"text": "_____"}, "") == Example("", "", "", None)
     for text, gaps in (("the rain", "no"), ("a ____ b ___ c", "2")):
-        with pytest.raises(TinyldError, match=f"line 3: {gaps} gaps in the text, which must hold one ____"):
-            prompt_of(task, {"text": text}, "line 3")
+        refuses(f"line 3: {gaps} gaps in the text, which must hold one ____", prompt_of, task, {"text": text}, "line 3")
     (tmp_path / "lines.txt").write_text("a ____ b c\nthe sea and the sun\nwhat ___ is\n")
     with pytest.raises(TinyldError, match="lines.txt: line 3: most texts have a gap; give whole texts"):
         load_split(task, "train", tmp_path / "lines.txt")
@@ -172,8 +172,7 @@ def test_a_task_comes_back_from_its_record(tmp_path: Path, name: str) -> None:
     assert to_record(again) == record
     assert prompt_of(again, asked, "line 1") == prompt_of(task, asked, "line 1")
     if not task.builtin:
-        with pytest.raises(TinyldError, match="mood.toml is gone; give the train rows by --data DIR"):
-            load_split(again, "train")
+        refuses("mood.toml is gone; give the train rows by --data DIR", load_split, again, "train")
 
 
 def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path) -> None:
@@ -181,8 +180,7 @@ def test_a_task_of_a_file_of_rows_is_no_built_in_one_of_its_name(tmp_path: Path)
     for _ in range(2):  # without the file, and with it
         task = from_record(record, "config.json: task")
         assert to_record(task) == record and not task.builtin
-        with pytest.raises(TinyldError, match="imdb.csv .*; give the train rows by --data DIR"):
-            load_split(task, "train")
+        refuses("imdb.csv .*; give the train rows by --data DIR", load_split, task, "train")
         with pytest.raises(TinyldError, match="unknown label '1'; allowed: sad, happy$"):  # what is 1 was never said
             read(tmp_path, "text,label\nsun,1\n", task, "imdb.csv")
 
@@ -202,14 +200,12 @@ def test_a_task_that_has_changed_since_is_refused_with_what_differs(tmp_path: Pa
         ('sad = "down"\nhappy = "very well"', 'happy = "very well"\nsad = "down"', "verbalizer was "),
     ):
         user_task(tmp_path, MOOD.replace(old, new))
-        with pytest.raises(TinyldError, match=f"has changed since then in .*mood.toml.*{what}"):
-            from_record(record, "config.json: task")
+        refuses(f"has changed since then in .*mood.toml.*{what}", from_record, record, "config.json: task")
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     damaged = to_record(user_task(tmp_path)) | {"template": 3}
-    with pytest.raises(TinyldError, match="config.json: task: template: '3' is not of type str"):
-        from_record(damaged, "config.json: task")
+    refuses("config.json: task: template: '3' is not of type str", from_record, damaged, "config.json: task")
 
 
 FILE_ERRORS = [
@@ -288,11 +284,9 @@ def test_places_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     for place in ("cache/data", "own"):
         rows_file(tmp_path, f"{place}/subj/train.tsv", "text\tlabel\na\t0\n")
     others = "no dev rows of subj in .*own/subj, which has train; rows from elsewhere may"
-    with pytest.raises(TinyldError, match=others):
-        load_split(load_task("subj"), "dev")
+    refuses(others, load_split, load_task("subj"), "dev")
     rows_file(folder, "sst2/dev.tsv", "sentence\tlabel\na\t0\n")
-    with pytest.raises(TinyldError, match="which are the dev rows: .*dev.tsv or .*dev.csv"):
-        load_split(task, "dev", folder)
+    refuses("which are the dev rows: .*dev.tsv or .*dev.csv", load_split, task, "dev", folder)
     rows_file(tmp_path, "theirs/validation.csv", "sentence,label\na,0\n")
     assert len(load_split(task, "dev", tmp_path / "theirs")) == 1, "what others call it"
 
@@ -306,10 +300,8 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
         ("mood.toml", "test", None, "no test rows of mood: .*mood.toml names none; name their file in its .data. tab"),
         ("mood.toml", "train", None, "mood.csv: cannot be read .No such file"),
     ):
-        with pytest.raises(TinyldError, match=message):
-            load_split(load_task(task), split, data)
-    with pytest.raises(TinyldError, match=r"no task 'ss\\x1bt'; built in: ag-news, .*reviews.*; or give a .toml file"):
-        load_task("ss\x1bt")
+        refuses(message, load_split, load_task(task), split, data)
+    refuses(r"no task 'ss\\x1bt'; built in: ag-news, .*reviews.*; or give a .toml file", load_task, "ss\x1bt")
     for name, cause in (("sst2", "could not download http://127.0.0.1:9"), ("webnlg", "no official download")):
         with pytest.raises(TinyldError, match=cause) as caught:
             load_split(load_task(name), "train")
@@ -318,8 +310,7 @@ def test_rows_that_are_not_there_are_an_error_and_no_download(tmp_path: Path, mo
         assert f"DIR/{name}/train.tsv with --data DIR" in str(caught.value)
     assert not list(tmp_path.rglob("*.tsv")) and not (tmp_path / "cache").exists()
     monkeypatch.setenv("TINYLD_DATA", "/no/such/folder")
-    with pytest.raises(TinyldError, match="TINYLD_DATA=/no/such/folder is no folder"):
-        load_split(load_task("sst2"), "dev")
+    refuses("TINYLD_DATA=/no/such/folder is no folder", load_split, load_task("sst2"), "dev")
 
 
 def test_built_in_tasks_are_whole() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refuses
 
-from tinyld.errors import TinyldError
 from tinyld.read import LONGEST
 from tinyld.tokenizer import SPECIAL, Tokenizer, detokenize, find_text_files, read_lines
 
@@ -101,8 +101,7 @@ def test_a_damaged_tokenizer_file_is_refused(english: Tokenizer, tmp_path: Path,
     raw, path = json.loads(english.to_json()), tmp_path / "tokenizer.json"
     text = change(raw)
     path.write_text(text if isinstance(text, str) else json.dumps(raw))
-    with pytest.raises(TinyldError, match=f"tokenizer.json: .*{message}"):
-        Tokenizer.parse(path.read_bytes(), path)
+    refuses(f"tokenizer.json: .*{message}", Tokenizer.parse, path.read_bytes(), path)
 
 
 def test_a_tokenizer_that_fails_at_a_later_text_is_named(english: Tokenizer, tmp_path: Path) -> None:
@@ -115,8 +114,7 @@ def test_a_tokenizer_that_fails_at_a_later_text_is_named(english: Tokenizer, tmp
     path.write_text(json.dumps(raw))
     loaded = Tokenizer.parse(path.read_bytes(), path)
     for encode in (loaded.encode, lambda text: loaded.encode_batch([text])):
-        with pytest.raises(TinyldError, match="tokenizer.json: not a tokenizer file, or one that fails at a text"):
-            encode("\u4e2d")
+        refuses("tokenizer.json: not a tokenizer file, or one that fails at a text", encode, "\u4e2d")
 
 
 def test_pieces_are_joined_as_people_write(english: Tokenizer) -> None:
@@ -172,13 +170,11 @@ def test_text_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(TinyldError, match=f"{name}.*{message}"):
-            list(read_lines([tmp_path / name]))
+        refuses(f"{name}.*{message}", list, read_lines([tmp_path / name]))
     (tmp_path / "empty").mkdir()
     (tmp_path / "b.csv").write_text("a\n")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "inside").symlink_to(tmp_path)
     bad = {"empty": "no text in", "b.csv": "files ending in", "gone": "no such", "more": "inside is a link to a"}
     for name, message in bad.items():
-        with pytest.raises(TinyldError, match=message):
-            find_text_files([tmp_path / name])
+        refuses(message, find_text_files, [tmp_path / name])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import handling, label_task
+from conftest import handling, label_task, refuses
 from test_evaluate import TEXTS
 from test_methods import attach
 from torch import Tensor
@@ -176,8 +176,7 @@ def test_the_log_has_steps_losses_rates_and_held_out_numbers(trial: Trial) -> No
 
 def test_a_budget_that_is_none_is_a_usage_error() -> None:
     for given, part in (({"minutes": math.nan}, "minutes must be above 0"), ({"flat": 0.95, "steps": 1}, "warm-up")):
-        with pytest.raises(UsageError, match=part):
-            TrainConfig(**given)
+        refuses(part, TrainConfig, kind=UsageError, **given)
 
 
 def test_a_budget_ends_at_the_first_step_that_reaches_it(trial: Trial) -> None:
