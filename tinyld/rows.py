@@ -168,8 +168,9 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
 
     def columns(separator: str) -> int:
         """By it, where the first rows have as many as the header."""
-        first = islice(csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=separator), 20)
-        widths = {len(values) for values in first if any(values)}
+        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=separator, quoting=quoting)
+        widths = {len(values) for values in islice(reader, 20) if any(values)}
         return widths.pop() if len(widths) == 1 else 0
 
     there = [own for own in (separator, *",;\t") if own in head]  # spreadsheets write ; in much of Europe

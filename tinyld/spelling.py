@@ -44,7 +44,7 @@ class Spelling:
             return told[0].title() + told[1:] if begins else told
 
         text = re.sub(WORD, spelled, text)
-        for whole in _wholes(f"{before} {after}"):  # a dash that begins it was written as one between words
+        for whole in _wholes(f"{before} {after}", text):  # a dash that begins it was written as one between words
 
             def put(found: re.Match[str], whole: str = whole) -> str:
                 return " " * found.string[: found.start()][-1:].isalnum() + whole
@@ -86,11 +86,13 @@ def _asked(before: str, after: str, inside: bool) -> str:
     return re.sub(WORD, lambda word: "~" if len(word[0]) > 1 and word[0].isupper() else word[0], source)
 
 
-def _wholes(prompt: str) -> list[str]:
-    """What has marks and no blank in a prompt: addresses, numbers, codes (villa21@mail.com, #78, C++, B&B)."""
+def _wholes(prompt: str, text: str) -> list[str]:
+    """What has marks and no blank in a prompt, and is in the text: addresses, codes (villa21@mail.com, #78, C++)."""
+    said = re.sub(r"\s", "", fold(text))
     parts = (re.sub(r"""^["'“‘(\[{]+|[.,!?;:'"”’)\]}]+$""", "", part) for part in prompt.split())
     marked = r"(?=.*[^\W_]).*(?:[^\w'’/–—-]|_)"  # beside those that stand in words, too
-    return [part for part in dict.fromkeys(parts) if re.match(marked, part) and not PARTED.search(part)]
+    found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
+    return [part for part in found if re.match(marked, part) and not PARTED.search(part)]
 
 
 def _written(whole: str) -> str:
