@@ -62,6 +62,7 @@ def test_a_figure_in_the_text_that_names_a_file_is_in_it() -> None:
         ("webnlg-guided.csv", "55.6"),
         ("guidance.csv", "47.7, 43.8"),
         ("webnlg-once.csv", "47.1, 46.5, 42.8, 55.6, 55.0"),
+        ("decoding-lengths.csv", "50.41, 30.43, 52.02, 61.62, 59.05, 24.25, 60.3, 56.77"),
         ("decoding-best.csv", "50.59, 30.55, 50.73, 20.34, 2.17, 2.95"),
         ("learning-curve.csv", "5.518, 6.647"),
         ("spectrum.csv", "164.8, 176.1, 166.5, 39.77, 45.12, 45.31"),
