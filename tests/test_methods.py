@@ -348,7 +348,7 @@ def test_kept_states_train_as_fresh_ones(
         assert torch.equal(noised.xt, cached.xt) and torch.equal(noised.t, cached.t)
         real = batch.attention_mask
         (lower,), _ = plain.frozen(noised.xt, noised.attention_mask, depth, depth)
-        assert cached.cached is not None
+        assert cached.cached is not None and not (words_each and cached.attention_mask is not None)
         assert cached.cached.shape[2] == (config.num_layers - depth if method.push.answer_only else 1)
         # each in its place, rounded to 1/127 of the largest number of its group
         largest = float(lower[real].abs().max())

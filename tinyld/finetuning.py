@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from tinyld.rows import Example, learned_rows, learned_too, load_split
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import MISREAD, percent, print_record
-from tinyld.tasks import Task, from_record, to_record
+from tinyld.tasks import LEARNED, Task, from_record, to_record
 from tinyld.train import Noise, TrainingRun, kept_depths, why_not_cached, with_states
 from tinyld.workspace import RUNS, default_base, keep_freed_memory, refuse_inside, say_to_stderr
 
@@ -193,7 +193,10 @@ def train_adapter(
     else:
         base = load_base(Path(kept["path"]), device, kept["dtype"], Reading(**kept.get("reading", {})))
     model, tokenizer = base.model, base.tokenizer
-    task = replace(task, deletes=task.is_generation and tokenizer.delete_id is not None)
+    if task.is_generation:
+        coverage = None if task.is_infill else learn_coverage(examples)
+        spelling = learn_spelling(examples, task.is_infill) if tokenizer.lowers else None
+        task = replace(task, deletes=tokenizer.delete_id is not None, spelling=spelling, coverage=coverage)
     train_rows, dev_rows = (TaskRows(e, task, tokenizer, model.config.max_length) for e in (examples, dev))
     started_as = config.get("started_as", config["method"])
     kind, settings = read_config(started_as, where)
@@ -204,13 +207,8 @@ def train_adapter(
     facts = {"data": data | digests, "base": kept | {"fingerprint": base.fingerprint}, "parameters": counts}
     one_token = task.labels and train_rows.slot == 1  # others are learned token by token
     words = torch.tensor(answer_ids(task, tokenizer), device=device)[:, 0] if one_token else None
-    learned: dict[str, Any] = {"deletes": task.deletes} if words is None else {"smoothed": SMOOTHED}
-    if task.is_generation and tokenizer.lowers:
-        learned["spelling"] = learn_spelling(examples, task.is_infill)
-    if task.is_generation and not task.is_infill and (coverage := learn_coverage(examples)):
-        learned["coverage"] = coverage
-    task = replace(task, **learned)
-    facts["task"] = config["task"] | {name: to_dict(of) if is_dataclass(of) else of for name, of in learned.items()}
+    learned = to_dict(task if words is None else replace(task, smoothed=SMOOTHED))
+    facts["task"] = config["task"] | {name: learned[name] for name in LEARNED if learned[name]}
     with run_folder(out, config, facts, options, processes, begun) as (folder, results):
         say(
             f"{method.name} on {task.name}: {len(train_rows):,} {'answers' if task.is_generation else 'rows'}; "
@@ -253,8 +251,7 @@ def train_adapter(
                 config |= {"method": now, "started_as": started_as, "parameters": counts}
                 say(f"stored {counts['stored_parameters']:,} parameters ({counts['stored_percent']:.2f}% of the base)")
             if task.is_generation:
-                to_write = TaskRows(dev, task, tokenizer, model.config.max_length)  # as predict writes
-                written = evaluate(model, to_write, tokenizer, draws=1)
+                written = evaluate(model, dev_rows, tokenizer, draws=1)
                 metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
         if (misread := metrics.get("dev_unreadable", 0)) > MISREAD:
             likely = f"predict's, the likeliest labels, are right for {percent(metrics['dev_scored_accuracy'])}%"

@@ -63,15 +63,14 @@ def decode(content: bytes, path: object, first: int = 1) -> str:
     problem = "a zero byte, which no text has"  # as of UTF-16 without its mark
     try:
         text = content.decode("utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
-        wrong, before = text.find("\0"), text.partition("\0")[0].encode()
+        if "\0" not in text:
+            return text
+        line = first + text.count("\n", 0, text.index("\0"))
     except UnicodeDecodeError as error:
-        wrong, before, problem = error.start, error.object[: error.start], "not UTF-8"
-    if wrong >= 0:
-        line = first + before.count(b"\n")
-        way_out = f"{'send' if path == 'stdin' else 'save'} it as UTF-8"
-        way_out += " (Excel: CSV UTF-8)" * str(path).lower().endswith((".csv", ".tsv"))
-        raise TinyldError(f"{path}: line {line}: {problem}; {way_out}")
-    return text
+        line, problem = first + error.object.count(b"\n", 0, error.start), "not UTF-8"
+    way_out = f"{'send' if path == 'stdin' else 'save'} it as UTF-8"
+    way_out += " (Excel: CSV UTF-8)" * str(path).lower().endswith((".csv", ".tsv"))
+    raise TinyldError(f"{path}: line {line}: {problem}; {way_out}")
 
 
 def lines_of(file: IO[bytes], path: object, first: int = 1) -> Iterator[tuple[str, str]]:

@@ -174,10 +174,7 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
         return widths.pop() if len(widths) == 1 else 0
 
     there = [own for own in (separator, *",;\t") if own in head]  # spreadsheets write ; in much of Europe
-    if len(set(there)) > 1:
-        separator = max(there, key=columns)
-    elif there:
-        (separator,) = set(there)
+    separator = max(there, key=columns, default=separator)
     is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
     quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL  # in most TSV a quote is an ordinary character
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)

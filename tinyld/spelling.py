@@ -97,11 +97,10 @@ def _wholes(prompt: str, text: str) -> list[str]:
 
 def _written(whole: str) -> str:
     """A pattern of it as a base writes it, maybe with blanks around marks, without capitals and accents."""
-    found = "" if not whole[0].isalnum() else r"(?<![^\W_])"
-    for before, char in zip(f" {whole}", whole, strict=False):
-        blank = " ?" * (before != " " and not (before.isalnum() and char.isalnum()))
-        found += f"{blank}(?:{re.escape(char)}|{re.escape(fold(char) or char)})"
-    return f"(?i:{found})" + r"(?![^\W_])" * whole[-1].isalnum()
+    parts = re.findall(r"[^\W_]+|[\W_]", whole)  # words, and marks one by one
+    letters = ("".join(f"(?:{re.escape(c)}|{re.escape(fold(c) or c)})" for c in part) for part in parts)
+    begins, ends = r"(?<![^\W_])" * whole[0].isalnum(), r"(?![^\W_])" * whole[-1].isalnum()
+    return f"{begins}(?i:{' ?'.join(letters)}){ends}"
 
 
 def _plain(text: str) -> str:

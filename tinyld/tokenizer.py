@@ -43,7 +43,8 @@ REPLACEMENTS = (
 )
 
 TAGS = "a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|s|small|span|strong|su[bp]|table|t[dhr]|u|ul"
-NAMES = rf"(?i)<(?=[^>\s]{{1,12}}\s*/?>)(?!/?(?:{TAGS})\s*/?>)"  # what the rule above would take for a tag
+# What the rule on <> above, which the released bases hold, would take for a tag.
+NAMES = rf"(?i)<(?=[^>\s]{{1,12}}\s*/?>)(?!/?(?:{TAGS})\s*/?>)"
 
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
@@ -100,12 +101,11 @@ class Tokenizer:
         is_free = self.pad_id in self.never_written and self.pad_id not in (self.mask_id, self.unk_id, self.bos_id)
         self.delete_id = self.pad_id if is_free else None
         with library(where):
+            self.drops_tags = not inner.encode("<name>", add_special_tokens=False).ids
             # What is put before a text that is encoded apart from the one before it: a blank, where it is read as a
             # part of the word behind it (byte-level BPE).
-            self.drops_tags = False
             first, alone, blank = self.encode_batch(["a b", "b", " b"])
             self.blank = " " if not self.is_wordpiece and len(blank) == 1 and first[1:] != alone else ""
-            self.drops_tags = not inner.encode("<name>", add_special_tokens=False).ids
             self.decode(self.encode("it's a \u6f22 n't -- try [MASK]"))
             plain = inner.normalizer and inner.normalizer.normalize_str("A Wörd")
             self.lowers = plain == "a word"  # so that nothing tells what had a capital or an accent
