@@ -22,10 +22,10 @@ def learned(pairs: list[tuple[str, str]]) -> Coverage | None:
 def test_texts_that_repeat_what_is_rare_in_their_prompts_have_to_and_answers_to_questions_do_not() -> None:
     """What a table calls its columns need not be said, however often it stands there."""
     found = learned(FACTS)
-    assert found == Coverage(unsaid=("name",))
+    assert found == Coverage(("name",), {})
     new = "name[Zwölf 99], food[Thai]"
-    assert found.lacking(new, "there is thai food at zwolf 99") == 0, "without case and accents"
-    assert found.lacking(new, "Zwölf sells food") == 2
+    assert found.missing(new, "there is thai food at zwolf 99") == set(), "without case and accents"
+    assert found.missing(new, "Zwölf sells food") == {"99", "thai"}
     assert learned(ASKED) is None and learned([("rain", "rain")] * 3) is None
 
 
@@ -35,16 +35,31 @@ def test_a_run_keeps_it_and_its_texts_are_looked_through_for_it(place: Path, mon
     options = QUICK | {"base": place / "base", "method": "trajectory-lora"}
     tinyld.finetune(rows, answer_column="answer", out="mine", **options)
     run, decode, heard = tinyld.load("mine"), evaluate.decode, list[Any]()
-    assert run.tasks[0].coverage == Coverage(("sun",))
+    assert run.tasks[0].coverage == Coverage(("sun",), {})
 
     def listening(*given: Any) -> Any:
         found = decode(*given)
-        heard.extend(given[-1](found[0]))
+        heard.extend(given[-1].lacking(found[0]))
         return found
 
     monkeypatch.setattr(evaluate, "decode", listening)
     prompts = ["Sun 3", "Sun rain"]
     said = [found["answer"] for found in run.predict(prompts)]
     assert heard == [
-        run.tasks[0].coverage.lacking(f"{prompt} :", text) for prompt, text in zip(prompts, said, strict=True)
+        len(run.tasks[0].coverage.missing(f"{prompt} :", text)) for prompt, text in zip(prompts, said, strict=True)
     ]
+
+
+def test_what_nearly_every_text_says_in_other_words_has_to_be_said_in_one_of_them() -> None:
+    """Not what half of the texts say, what texts of other prompts say as well, or what the prompt itself has."""
+    said = "children", "families", "kids"
+    pairs = [
+        (f"name[Bar {i}], friendly[yes], food[Thai]" if i % 2 else f"name[Bar {i}], food[Thai], seats[few]",
+         f"Bar {i} sells Thai food , {said[i // 2 % 3]} ." if i % 2 else f"Bar {i} sells Thai food .")
+        for i in range(120)
+    ]  # fmt: skip
+    found = learned(pairs)
+    assert found is not None and {*found.others} == {"friendly", "yes"} and found.unsaid == ("few", "name", "seats")
+    prompt = "name[Pub], friendly[no]"
+    assert found.missing(prompt, "Pub sells food .") == {"friendly", "no"}
+    assert {"no"} == found.missing(prompt, "Pub : children .") == found.missing(prompt, "Kids like Pub .")

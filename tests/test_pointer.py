@@ -72,7 +72,12 @@ def test_what_is_written_beside_a_mask_and_before_says_what_is_copied_next() -> 
     for nth, i in enumerate(positions[0].tolist()):
         for j in range(len(x)):
             beside = [(a, b) for a in range(-2, 3) for b in range(-2, 3) if max(i + a, j + b) < len(x) and j + b >= 0]
-            expected = sum(float(weights[a + 2, b + 2]) for a, b in beside if x[i + a] == x[j + b])
+            alike = [
+                (a, b)
+                for a, b in beside
+                if x[i + a] == x[j + b] and (a == b or x[j + b] != (x[j + a] if 0 <= j + a < len(x) else None))
+            ]
+            expected = sum(float(weights[a + 2, b + 2]) for a, b in alike)
             expected += 10 * float(pointer.written[25]) * (x[j] in x[4:7])
             assert float(found[0, nth, j]) == pytest.approx(expected, rel=1e-5), (i, j)
     h, read = torch.randn(1, 2, 8, generator=seeded()), torch.randn(1, 10, 8, generator=seeded())
@@ -184,3 +189,14 @@ def test_what_is_likeliest_to_be_copied_is_not_what_may_not_be_written_nor_what_
     for forbidden, first, chance in (([], 11, 0.5), ([11, 2], 9, 0.6), ([9, 11], 7, 0.5)):
         token, likely = copies.likeliest(forbidden)
         assert token[0] == first and likely.tolist() == pytest.approx([chance, 0.0])
+
+
+@torch.no_grad()
+def test_a_number_with_a_digit_twice_is_copied_whole() -> None:
+    """That the prompt's second 8 is like the first says nothing against it once the first is written."""
+    pointer, x = Pointer(2, 8, seeded()), [31, 8, 8, 7, 9, 31, 8, MASK, 9]
+    weights = torch.zeros(5, 5)
+    weights[1, 1], weights[0, 0], weights[1, 2], weights[1, 0] = 3.4, 2.1, -2.7, 0.9  # as webnlg teaches them
+    pointer.written[:25] = weights.flatten() / 10
+    prompt = torch.tensor([[True] * 5 + [False] * 4])
+    assert int(pointer.by_written(torch.tensor([x]), prompt, torch.tensor([[7]]))[0, 0, :5].argmax()) == 2

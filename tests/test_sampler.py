@@ -58,7 +58,7 @@ def slot(width: int, count: int = 1) -> Rows:
 
 def decoded(denoiser: Any, batch: Rows, eos_id: int | None = None, **given: Any) -> tuple[Tensor, Tensor]:
     """`given` are fields of SampleConfig and further arguments of decode."""
-    told = {name: given.pop(name) for name in ("watch", "is_label", "delete", "lacking") if name in given}
+    told = {name: given.pop(name) for name in ("watch", "is_label", "delete", "mender") if name in given}
     return decode(denoiser, *batch, MASK, FORBIDDEN, SampleConfig(**given), eos_id=eos_id, **told)
 
 
@@ -483,22 +483,29 @@ def test_of_several_lengths_the_likeliest_text_is_taken() -> None:
 
 @pytest.mark.parametrize(("wanted", "lengths", "written"), [
     (1, 1, 1),  # the median lacks nothing
-    (3, 1, 3),  # the first that lacks nothing, of 2, 3 and 5
-    (9, 1, 5),  # else the one that lacks least
+    (9, 1, 2),  # what lacks less is taken, too
     (2, 3, 2),  # of several lengths, one that lacks nothing before all others
 ])  # fmt: skip
-def test_a_text_that_lacks_something_is_written_longer(wanted: int, lengths: int, written: int) -> None:
-    """More than 0.5, 0.3, 0.15 and 0.07 of the texts are longer than 0, 1, 2 and 4 tokens; a text lacks words that are
-    as many as tokens `wanted` of it."""
+def test_a_text_that_lacks_something_is_mended_and_written_longer(wanted: int, lengths: int, written: int) -> None:
+    """More than 0.5 of the texts are longer than 0 tokens, 0.3 than 1; a text lacks words that are as many as tokens
+    `wanted` of it."""
     batch, recording = slot(6, 2), giving(hazards({1: 0.6, 2: 0.3, 3: 0.6, 5: 0.9}))
 
-    def lacking(x: Tensor) -> list[int]:
-        return [max(0, wanted - int((row == 6).sum())) if i == 0 else 0 for i, row in enumerate(x)]
+    class Mender:
+        mended = list[bool]()
 
-    out, passes = decoded(recording, batch, EOS, threshold=1.0, lengths=lengths, lacking=lacking)
+        def lacking(self, x: Tensor) -> list[int]:
+            return [max(0, wanted - int((row == 6).sum())) if i == 0 else 0 for i, row in enumerate(x)]
+
+        def mend(self, x: Tensor, clauses: bool) -> tuple[Tensor, Tensor]:
+            self.mended.append(clauses)
+            return x, torch.tensor([7, 0])
+
+    out, passes = decoded(recording, batch, EOS, threshold=1.0, lengths=lengths, mender=Mender())
     assert int((out[0] == 6).sum()) == written
-    assert (passes[0] > passes[1]) == (lengths == 1 < written), "only what lacks something is written again"
-    _, once = decoded(recording, batch, EOS, temperature=0.7, lacking=lambda x: [9] * len(x))
+    assert (passes[0] > passes[1] + 14) == (lengths == 1 < written), "only what lacks something is written again"
+    assert passes[0] >= passes[1] + 14 and Mender.mended == [False, True], "it is mended before and behind that"
+    _, once = decoded(recording, batch, EOS, temperature=0.7, mender=Mender())
     _, as_often = decoded(recording, batch, EOS, temperature=0.7)
     assert once.tolist() == as_often.tolist(), "what is drawn is drawn once"
 

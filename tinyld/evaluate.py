@@ -15,6 +15,7 @@ from tinyld.composition import members
 from tinyld.config import SampleConfig
 from tinyld.data import Batch, TaskRows, TextRows, answer_ids, spread_over, torch_seeded
 from tinyld.diffusion import Estimate, all_finite, ratio_estimate, row_nll
+from tinyld.mending import Mender
 from tinyld.model import Denoiser
 from tinyld.progress import Advance, further, unheard
 from tinyld.read import PAIR
@@ -109,14 +110,15 @@ def by_decoding(
     def texts(x: Tensor) -> list[str]:
         return [tokenizer.decode(row[slot].tolist()) for row, slot in zip(x, slots, strict=True)]
 
-    def lacking(x: Tensor) -> list[int]:
-        pairs = zip(examples, texts(x), strict=True)
-        return [coverage.lacking(f"{e.before} {e.after}", text) for e, text in pairs]
+    def missing(i: int, text: str) -> set[str]:
+        return coverage.missing(f"{examples[i].before} {examples[i].after}", text)
 
+    delete = tokenizer.delete_id if task.deletes else None
+    mender = Mender(model, slots, batch.attention_mask, tokenizer, delete, sampling, generator, missing)
     out, passes = decode(
         model, batch.x0, slots, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling, generator,
         tokenizer.eos_id if rows.open_ended else None, lambda x, share: advance(len(x) * share),
-        not task.is_generation, tokenizer.delete_id if task.deletes else None, lacking if coverage else None,
+        not task.is_generation, delete, mender if coverage else None,
     )  # fmt: skip
     written = texts(out)
     if spelling is not None:

@@ -2,11 +2,12 @@
 arXiv 1704.04368).
 
     p(v) = (p_base(v) + sum_j odds_j [x_j = v]) / (1 + sum_j odds_j),  odds_j = e^(u + f_j) softmax_j(q . k_j / sqrt(r))
-    f_j = sum_ab w_ab [x_(i+a) = x_(j+b)] + c [x_j is in the answer],  -2 <= a, b <= 2
+    f_j = sum_ab w_ab [x_(i+a) = x_(j+b), and a = b or not = x_(j+a)] + c [x_j is in the answer],  -2 <= a, b <= 2
 
 at position i, with q = Q norm(h), of its final state; k_j = K norm(h_j), of the prompt's states before the last block;
 and u = w . norm(h) + b, the log odds of copying. f looks at what is written: whether a copy beside i goes on with x_j,
-and whether x_j was copied before (coverage, same paper). All start at zero, but for Q and K at random and b so that 5%
+and whether x_j was copied before (coverage, same paper). What the prompt has twice (the digits of 599) tells nothing
+where it is matched in line (a = b) already. All start at zero, but for Q and K at random and b so that 5%
 is copied, without preference.
 """
 
@@ -95,6 +96,12 @@ class Pointer(nn.Module):
         """f (B, M, L), of what `forward` is given."""
         alike, side = ids[:, :, None] == ids[:, None], 2 * NEAR + 1
         near, again = (STEP * self.written).split([side * side, 1])
-        near = F.conv2d(alike.float()[:, None], near.view(1, 1, side, side), padding=NEAR)[:, 0]
+        weights = near.view(side, side)
+        near = F.conv2d(alike.float()[:, None], weights[None, None], padding=NEAR)[:, 0]
         near = near if positions is None else take(near, positions)
+        beside = F.pad(ids, (NEAR, NEAR), value=-1).unfold(1, side, 1)  # (B, L, side): x_(j+b)
+        same = (beside[..., None] == beside[..., None, :]) & ~torch.eye(side, dtype=torch.bool, device=ids.device)
+        again_there, mine = (same * weights).sum(-1), beside if positions is None else take(beside, positions)
+        for a in range(side):
+            near = near - (mine[:, :, None, a] == beside[:, None, :, a]) * again_there[:, None, :, a]
         return near + again * (alike & ~prompt_mask[:, :, None]).any(1)[:, None]

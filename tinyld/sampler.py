@@ -9,14 +9,14 @@ is given too long a length limps, so training teaches one id more, which no text
 words has more masks than are missing (after DreamOn, arXiv 2602.01326). A token that would stand beside its like and
 is not sure ("the the") waits for all others, and is a delete if it is still so. Besides, a text may be written in
 several lengths, and the likeliest is taken (length parallel decoding: Mask-Predict, arXiv 1904.09324). One that has to
-say what its prompt names (`coverage`), and lacks some of that, is written in greater lengths, until it lacks nothing.
+say what its prompt names (`coverage`), and lacks some of that, is mended (`mending`), or else written longer.
 
 A pointer looks at what is written, too, and may look again without a pass: once the first word of a name is written it
 knows the second. So after a pass what it is sure of by now is written, until there is nothing more.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ RUN = 4  # tokens that a text has once
 REVISING = 32  # passes at least where nothing is said, as short texts take little time
 CACHED = 2**18  # logits
 LENGTHS = (0.5, 0.7, 0.3, 0.85, 0.15)  # shares of the texts expected that are longer than each length that is tried
-LONGER = (0.3, 0.15, 0.07)  # the same, of a text that lacks something
+LONGER = 0.3  # the same, of a text that lacks something
 LIKELIEST = -1.0  # in place of such a share
 
 
@@ -41,12 +41,12 @@ LIKELIEST = -1.0  # in place of such a share
 def decode(
     denoiser: Any, x: Tensor, answer_mask: Tensor, attention_mask: Tensor, mask_id: int, forbidden: list[int],
     config: SampleConfig, generator: torch.Generator | None = None, eos_id: int | None = None, watch: Any = None,
-    is_label: bool = False, delete: int | None = None, lacking: Callable[[Tensor], Sequence[int]] | None = None,
+    is_label: bool = False, delete: int | None = None, mender: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(ids, forward passes of each row): x with its answer slots decoded from all [MASK], and [EOS] from a text's end.
     x, answer_mask, attention_mask: (B, L). `forbidden` ids are never written. Without `eos_id` every text fills its
     slot. A label's length is the likeliest one; other texts become shorter where the id `delete` is predicted.
-    `lacking` says of x how many words the text of each row lacks. Passes count in all lengths that a text is written
+    `mender` (`mending.Mender`) says what texts lack, and mends them. Passes count in all lengths that a text is written
     in. `watch` is called after every pass with x, and `share`, how much of all that is to be written was, but for what
     is written again because it lacks something."""
 
@@ -69,8 +69,11 @@ def decode(
     lacks = torch.full_like(likeliest, torch.inf)  # words, the best
     chances = (LIKELIEST,) if is_label else LENGTHS[: config.lengths]
     chances = chances if config.temperature == 0 else (None,)
-    longer = LONGER if lacking and config.temperature == 0 else ()
-    for nth, chance in enumerate((*chances, *longer)):
+    mender = mender if config.temperature == 0 else None
+    for nth, chance in enumerate((*chances, *((LONGER,) if mender else ()))):
+        if nth == len(chances):
+            best, used = mender.mend(best, clauses=False)
+            passes, lacks = passes + used, lacks.new_tensor(mender.lacking(best))
         ends, share = choose_ends(hazard, chance, generator)
         behind = answer_mask & (ends.cumsum(1) > 0)
         lengths, again = (answer_mask & ~behind).sum(1), nth >= len(chances)
@@ -86,11 +89,14 @@ def decode(
         )  # fmt: skip
         empty = torch.full_like(score, torch.inf if nth == 0 else -torch.inf)  # taken if that is the median
         sure, passes = torch.where(lengths == 0, empty, score), passes + used
-        found = lacks.new_tensor(lacking(out)) if lacking else torch.zeros_like(lacks)
+        found = lacks.new_tensor(mender.lacking(out)) if mender else torch.zeros_like(lacks)
         is_best = found < lacks if again else (found < lacks) | ((found == lacks) & (sure > likeliest))
         is_best &= is_new
         best, lacks = torch.where(is_best[:, None], out, best), torch.where(is_best, found, lacks)
         likeliest = torch.where(is_best, sure, likeliest)
+    if mender:
+        best, used = mender.mend(best, clauses=True)
+        passes = passes + used
     return best, passes
 
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class Tokenizer:
         inner, roles = parse_tokenizer(content, path)
         return cls(inner, path, roles)
 
-    @property
+    @cached_property
     def pieces(self) -> list[str]:
         """Every token's spelling, by its id, as WordPiece spells them: `##` before what goes on with a word."""
         tokens = [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
