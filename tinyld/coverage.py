@@ -1,7 +1,7 @@
 """Which words of a prompt a text has to say, as the texts that a run learned from nearly always do. No torch."""
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyld.rows import Example
@@ -37,40 +37,39 @@ def learn_coverage(examples: Sequence[Example]) -> Coverage | None:
     examples = examples[:: -(-len(examples) // LEARNED)]
     prompts = [{*words(f"{e.before} {e.after}")} for e in examples]
     texts = [{*words(e.answer)} for e in examples]
-    asked, said = Counter[str](), Counter[str]()
-    for prompt, text in zip(prompts, texts, strict=True):
-        asked.update(prompt)
-        said.update(prompt & text)
-    rare = [said[word] / n for word, n in asked.items() if RARE * n <= len(examples)]
+    asked, said = which_have(prompts), which_have(texts)
+    held = {word: len(rows & said[word]) / len(rows) for word, rows in asked.items()}
+    rare = [held[word] for word, rows in asked.items() if RARE * len(rows) <= len(examples)]
     if sum(rare) < HELD * len(rare) or not rare:
         return None
-    unsaid = [word for word, n in asked.most_common() if n >= FEW and said[word] < HELD * n][:MOST]
-    others = in_other_words(unsaid, prompts, texts)
+    often = sorted(asked, key=lambda word: (-len(asked[word]), word))
+    unsaid, others = [w for w in often if len(asked[w]) >= FEW and held[w] < HELD][:MOST], dict[str, tuple[str, ...]]()
+    for word in unsaid:
+        left = asked[word] - said[word]
+        own = {other for i in left for other in texts[i] - prompts[i]}
+        if found := in_other_words(asked[word], left, {other: said[other] for other in sorted(own)}, len(examples)):
+            others[word] = found
     return Coverage(tuple(sorted({*unsaid} - {*others})), others)
 
 
-def in_other_words(
-    unsaid: Sequence[str], prompts: Sequence[Collection[str]], texts: Sequence[Collection[str]]
-) -> dict[str, tuple[str, ...]]:
-    """Those of `unsaid` that nearly every text has to say all the same, and by which words that its prompt has not:
-    `children` or `family` where that says `familyFriendly`."""
-    asked, said = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)  # word -> which examples have it
-    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        for found, has in ((asked, prompt), (said, text)):
-            for word in has:
-                found[word].add(i)
-    learned = dict[str, tuple[str, ...]]()
-    for word in unsaid:
-        rows, others = asked[word], list[str]()
-        rest, few = len(prompts) - len(rows), (1 - SAID) * len(rows)
-        if min(len(rows), rest) < MANY:
-            continue
-        left = rows - said[word]
-        own = {other for i in left for other in texts[i] if other not in prompts[i]}
-        can = sorted(other for other in own if len(said[other] - rows) <= BY_CHANCE * rest)
-        while can and len(left) > few and len(others) < OTHERS:
-            others.append(max(can, key=lambda other: len(said[other] & left)))
-            left = left - said[others[-1]]
-        if others and len(left) <= few:
-            learned[word] = tuple(others)
-    return learned
+def which_have(examples: Sequence[Collection[str]]) -> defaultdict[str, set[int]]:
+    """word -> which of the examples have it"""
+    found = defaultdict[str, set[int]](set)
+    for i, words_of in enumerate(examples):
+        for word in words_of:
+            found[word].add(i)
+    return found
+
+
+def in_other_words(rows: set[int], left: set[int], said: Mapping[str, set[int]], n: int) -> tuple[str, ...]:
+    """By which words nearly every text says one word of its prompt: `children` or `friendly` for `familyFriendly`; none
+    where that need not be said. rows: which of n examples have it in their prompts; left: those of them whose texts do
+    not repeat it; said: other words -> which texts have them."""
+    rest, few, others = n - len(rows), (1 - SAID) * len(rows), list[str]()
+    if min(len(rows), rest) < MANY:
+        return ()
+    can = [other for other, has in said.items() if len(has - rows) <= BY_CHANCE * rest]
+    while can and len(left) > few and len(others) < OTHERS:
+        others.append(max(can, key=lambda other: len(said[other] & left)))
+        left = left - said[others[-1]]
+    return tuple(others) if len(left) <= few else ()

@@ -52,8 +52,9 @@ class Mender:
         """(x (B, L), mended; forward passes of each row). Without `clauses` words get places beside words alone."""
         x, passes, owners = x.clone(), torch.zeros(len(x), dtype=torch.long), list(range(len(x)))
         for _ in range(ROUNDS):
-            tries = [(i, row) for i in owners for row in self.tries(i, x[i], clauses)]
-            least, owners = [(n, 0.0) for n in self.lacking(x)], []
+            lacks = {i: words for i in owners if (words := self.lacks(i, x[i]))}
+            tries = [(i, row) for i, words in lacks.items() for row in self.tries(i, x[i], words, clauses)]
+            least, owners = {i: (len(words), 0.0) for i, words in lacks.items()}, []
             for start in range(0, len(tries), len(x)):
                 which, rows = zip(*tries[start : start + len(x)], strict=True)
                 out, used, sure = self.filled(torch.stack(rows), torch.tensor(which))
@@ -65,13 +66,12 @@ class Mender:
                         owners += [] if i in owners else [i]
         return x, passes
 
-    def tries(self, i: int, row: Tensor, clauses: bool) -> list[Tensor]:
+    def tries(self, i: int, row: Tensor, lacks: set[str], clauses: bool) -> list[Tensor]:
         """Row i with masks for what its text lacks, in each of the ways that fit its slot."""
         slot, eos = self.slots[i], self.tokenizer.eos_id
-        text, lacks = row[slot].tolist(), self.lacks(i, row)
-        size, text = len(text), text[: text.index(eos)] if eos in text else text
-        prompt, found = row[self.attention_mask[i] & ~slot].tolist(), list[Tensor]()
-        for begin, end, masks in self.places(prompt, text, lacks, clauses) if lacks else ():
+        text, prompt = row[slot].tolist(), row[self.attention_mask[i] & ~slot].tolist()
+        size, text, found = len(text), text[: text.index(eos)] if eos in text else text, list[Tensor]()
+        for begin, end, masks in self.places(prompt, text, lacks, clauses):
             new = [*text[:begin], *[self.tokenizer.mask_id] * masks, *text[end:]]
             if len(new) <= size:
                 new += [eos] * (size - len(new))
@@ -95,6 +95,15 @@ class Mender:
             between = prompt[asked[nth - 1].end : asked[nth].begin]
             return len(between) == 0 or (len(between) == 1 and pieces[between[0]] in JOINING)
 
+        def written(nth: int) -> list[int]:
+            """Where a word of the prompt is among those of the text."""
+            return [k for k, word in enumerate(said) if word.text == asked[nth].text][:PLACES]
+
+        def part(nth: int, whole: int, edge: int) -> Word | None:
+            """A word of the text, if it is none of the prompt's and begins (edge 0) or ends (-1) as that one of it."""
+            found = said[nth] if 0 <= nth < len(said) and said[nth].text not in known else None
+            return found if found and found.text[edge] == asked[whole].text[edge] else None
+
         while first < len(asked):
             last = first
             if is_lacking(first):
@@ -102,25 +111,20 @@ class Mender:
                     last += 1
                 begin, end = asked[first].begin, asked[last].end
                 if beside(first):
-                    left = asked[first - 1]
-                    for nth in [k for k, word in enumerate(said) if word.text == left.text][:PLACES]:
-                        at = said[nth].end
-                        rest = next((w for w in said[nth + 1 : nth + 2] if w.text not in known), None)
-                        is_part = rest is not None and rest.text[0] == asked[first].text[0]
-                        yield at, rest.end if rest and is_part else at, end - left.end
+                    for nth in written(first - 1):
+                        cut = part(nth + 1, first, 0) or said[nth]
+                        yield said[nth].end, cut.end, end - asked[first - 1].end
                 if beside(last + 1):
-                    right = asked[last + 1]
-                    for nth in [k for k, word in enumerate(said) if word.text == right.text][:PLACES]:
-                        at = said[nth].begin
-                        rest = next((w for w in said[:nth][-1:] if w.text not in known), None)
-                        is_part = rest is not None and rest.text[-1] == asked[last].text[-1]
-                        yield rest.begin if rest and is_part else at, at, right.begin - begin
+                    for nth in written(last + 1):
+                        cut = part(nth - 1, last, -1) or said[nth]
+                        yield cut.begin, said[nth].begin, asked[last + 1].begin - begin
                 if clauses:
                     marks = [k for k, token in enumerate(text) if k and pieces[token] in ENDING] or [len(text)]
                     yield from ((at, at, end - begin + CLAUSE) for at in marks[-CLAUSES:])
             first = last + 1
 
     def words_of(self, ids: Sequence[int]) -> list[Word]:
+        """The words that these tokens spell, and which of the tokens they are."""
         found = list[Word]()
         for i, token in enumerate(ids):
             piece = self.tokenizer.pieces[token]
