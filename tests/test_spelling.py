@@ -30,6 +30,10 @@ ASKED = learned(("Is he home?", "yes he is"), ("Was Ann home?", "no Ann was out"
 BEGUN = learned(*[("The cat sat :", "I saw the cat there")] * 3, *[("London is big :", "Yes, in London it is")] * 2)
 TURNS = learned(*[("Q : The dog is out. A :", "I see that the dog is out")] * 3)
 STARTS = Spelling(True, True, {"i": "I"})
+TITLES = learned(
+    *[("a man met a dog", "Man and Dog Meet at Last"), ("rain fell on the town of Ely", "A Rain on the Town of Ely")]
+    * 9
+)
 
 
 def test_what_is_learned_of_texts_is_whether_capitals_begin_them_are_names_own_and_of_which_words() -> None:
@@ -48,6 +52,8 @@ def test_what_is_learned_of_texts_is_whether_capitals_begin_them_are_names_own_a
     (ASKED, "WAS ANN OUT?", "i saw ann"),  # capitals alone say nothing
     (BEGUN, "London is big :", "Yes, in London it is"),
     (TURNS, "Q : The cat ? A :", "I think the cat is out"),
+    (TITLES, "snow on the roof of the house", "The Snow on the Roof of the House Falls"),
+    (TITLES, "a word from eBay", "eBay and Ann Agree: of Course"),
     (Spelling(True, False, {"i": "I"}), "I lost it. Help :", "Sorry that I lost it"),
     # contractions, initials, odd names
     (STARTS, "size S, M or T of I, LL and Ann", "It's the economy, and I'm told they don't see Ann's T"),

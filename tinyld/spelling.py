@@ -17,6 +17,8 @@ FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the sam
 PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//)|[;|]|(?<=[a-z]{2})\.(?=[A-Z])")  # as size:5,tea|cake is
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
+LONG = 4  # letters of a word that has a capital in a title, too: not of, in, the
+TITLED, LEAST = 0.9, 20  # share of the long words inside sentences that have one where all texts are titles, of so many
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Spelling:
     starts: bool  # a sentence begins with a capital
     names_first: bool  # the capital of a prompt's first words is the words' own, as of names
     words: dict[str, str]  # word, folded -> as it is spelled inside a sentence
+    titles: bool = False  # words begin with a capital, but for those in `words`
 
     def restore(self, text: str, before: str, after: str, inside: bool) -> str:
         """A text that was written between `before` and `after`; `inside` a text of theirs, or else by itself."""
@@ -40,8 +43,7 @@ class Spelling:
         def spelled(word: re.Match[str]) -> str:
             told, in_a_row = next(all_told)
             told = told if in_a_row else self.words.get(fold(word[0]), told)
-            begins = self.starts and word.start() in first and told.islower()  # not iPhone
-            return told[0].title() + told[1:] if begins else told
+            return _begun(told) if self.starts and word.start() in first else told
 
         text = re.sub(WORD, spelled, text)
         for whole in _wholes(f"{before} {after}", text):  # a dash that begins it was written as one between words
@@ -74,7 +76,7 @@ class Spelling:
             count, place = max(((in_a_row(p), -p) for p in places[keys[len(found)]]), default=(0, 0))
             row = [(spelled(i - place), count > 1) for i in range(count)]
             found += row or [(words[len(found)], False)]
-        return found
+        return [(_begun(word), False) for word, _ in found] if self.titles else found
 
 
 def _asked(before: str, after: str, inside: bool) -> str:
@@ -108,6 +110,10 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text).translate(MARKS)
 
 
+def _begun(word: str) -> str:
+    return word[0].title() + word[1:] if word.islower() else word  # not iPhone
+
+
 def _capitalised(word: str) -> bool:
     return word[0].isupper() and word[1:].islower()
 
@@ -125,13 +131,15 @@ def learn_spelling(examples: Sequence[Example], inside: bool) -> Spelling:
     starts = 2 * sum(text[:1].isupper() for text in wholes) > sum(text[:1].isalpha() for text in wholes)
     said = [list(re.finditer(WORD, text)) for text in answers]
     first = [_places(FIRST, text) for text in answers]
-    agreed = Counter[bool]()
+    agreed, long = Counter[bool](), list[bool]()
     for prompt, words, begin in zip(prompts, said, first, strict=True):
         at = _places(FIRST_ASKED, prompt)
         own = {fold(w[0]): w[0] for w in re.finditer(WORD, prompt) if w.start() in at and _capitalised(w[0])}
         inner = [word[0] for word in words if word.start() not in begin]
         agreed.update(word == own[fold(word)] for word in inner if fold(word) in own)
-    by_prompt = Spelling(starts, agreed[True] >= agreed[False], {})
+        long += [word[0].isupper() for word in inner if len(word) >= LONG]
+    titles = len(long) >= LEAST and sum(long) >= TITLED * len(long)
+    by_prompt = Spelling(starts, agreed[True] >= agreed[False], {}, titles)
     wrong, spelled = Counter[str](), defaultdict[str, Counter[str]](Counter)
     for prompt, words, begin in zip(prompts, said, first, strict=True):
         for word, (guess, in_a_row) in zip(words, by_prompt.told([fold(w[0]) for w in words], prompt), strict=True):
@@ -141,4 +149,4 @@ def learn_spelling(examples: Sequence[Example], inside: bool) -> Spelling:
     usual = {key: words.most_common(1)[0] for key, words in spelled.items()}
     mended = {key: wrong[key] - (spelled[key].total() - count) for key, (_, count) in usual.items()}
     kept = sorted((key for key in usual if mended[key] > 0), key=lambda key: (-mended[key], key))[:MOST]
-    return Spelling(starts, by_prompt.names_first, {key: usual[key][0] for key in kept})
+    return Spelling(starts, by_prompt.names_first, {key: usual[key][0] for key in kept}, titles)
