@@ -115,6 +115,7 @@ def learning(*rows: Any, **more: Any) -> Any:
     (lambda run, base: run.write("a ____ b"), "a place in a prompt is marked by {answer}"),
     (lambda run, base: run.write("a", length="4"), "length must be a whole number"),
     (lambda run, base: run.write("a", temperature=1e-9), "temperature must be 0, or at least 0.001"),
+    (lambda run, base: run.write("a", lenghts=3), "there is no option 'lenghts'; allowed: sampler"),
     (lambda run, base: run.predict(type("Table", (list,), {"columns": 1})()), "one column of a table"),
     (lambda run, base: tinyld.finetune(""), "no task ''"),
     (lambda run, base: tinyld.finetune(ROWS, out=b"o"), "out is the path of a folder"),
@@ -368,7 +369,7 @@ def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> N
     longest = max(len(run.base.tokenizer.encode(answer)) for row in rows for answer in row["reply"])
     assert task["answer_tokens"] == min(longest + 1, run.base.model.config.max_length // 2)
     assert run.config["data"]["rows"] == 72  # both answers of each row but the tenth that is held out
-    assert len(run.write(["name the rain"])) == 1
+    assert run.write(["name the rain"], lengths=3, steps=2) == run.write("name the rain", lengths=3, steps=2)
     Path("odd.csv").write_text("ask,reply\n" + "".join(f"name {i},rain 漢 sun\n" for i in range(20)))
     columns = ["--text-column", "ask", "--answer-column", "reply"]
     ran = good("finetune", "--data", "odd.csv", *columns, *made_on(place))

@@ -96,11 +96,11 @@ class Run:
 
     def write(
         self, prompts: str | Iterable[str], length: int | None = None, temperature: float | None = None,
-        seed: int = 0,
+        seed: int = 0, **sampling: Any,
     ) -> list[str]:  # fmt: skip
         """A text for each prompt: by the run's generation task, or what fills `length` tokens, 24, at `{answer}`, on a
         base of ours as `tinyld sample` does (labels, once it has learned to write those). If no temperature is given it
-        is 0.6 there, else 0."""
+        is 0.6 there, else 0. `sampling`: other fields of SampleConfig."""
         prompts = several(prompts, "prompts")
         check(all(isinstance(prompt, str) for prompt in prompts), f"a prompt is a text, got {prompts!r}")
         writers = [t for t in ([self.task_named(self.named)] if self.named else self.tasks) if t.is_generation]
@@ -110,15 +110,16 @@ class Run:
         sampler, usual = FREELY
         if writer is not None or is_foreign(self.base.path):
             sampler, usual = SampleConfig.sampler, SampleConfig.temperature
-        sampling = SampleConfig(sampler, temperature=usual if temperature is None else temperature, seed=seed)
+        usual = usual if temperature is None else temperature
+        how = SampleConfig.named({"sampler": sampler, "temperature": usual, "seed": seed} | sampling)
         with ONE_AT_A_TIME:
             if writer is None:
-                each = [replace(sampling, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
+                each = [replace(how, seed=seed_of(seed, i) if i else seed) for i in range(len(prompts))]
                 width = 24 if length is None else length
                 return [self.fill(p, width, 1, own)[0][0] for p, own in zip(prompts, each, strict=True)]
             check(length is None, f"length has no effect: task {writer.name} says how long its texts are")
             self.let_answer(writer)
-            return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, sampling)]
+            return [found["answer"] for found in self.answer(as_rows(prompts, writer), writer, how)]
 
     def task_named(self, name: str | None) -> Task:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
