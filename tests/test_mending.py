@@ -76,8 +76,15 @@ def test_what_has_no_neighbour_in_the_text_gets_a_clause_of_as_many_tokens_as_it
     assert mended(tokenizer, prompt, text, copied, clauses=False) == ("fyne is good.", 0, 0)
     found, passes, asked = mended(tokenizer, prompt, text, copied)
     assert found == "fyne is good by the riverside." and 0 < passes == asked
-    many = " ".join(["fyne is good ."] * 4)
-    assert mended(tokenizer, prompt, many, "no")[2] <= 2 * CLAUSES * SLOT, "only before some marks"
+
+
+def test_few_places_are_tried_and_those_of_few_texts_together(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled, rows = Mender.filled, list[int]()
+    monkeypatch.setattr(Mender, "filled", lambda self, x, owner: rows.append(len(x)) or filled(self, x, owner))
+    mended(tokenizer, "area[riverside]", " ".join(["good ."] * (CLAUSES + 2)), "no")
+    assert rows == [CLAUSES] and CLAUSES > 2, "before the last marks alone, and of a batch of two"
 
 
 @pytest.mark.parametrize(("text", "sure"), [
