@@ -369,7 +369,9 @@ def test_a_file_with_an_answer_column_makes_a_task_that_writes(place: Path) -> N
     longest = max(len(run.base.tokenizer.encode(answer)) for row in rows for answer in row["reply"])
     assert task["answer_tokens"] == min(longest + 1, run.base.model.config.max_length // 2)
     assert run.config["data"]["rows"] == 72  # both answers of each row but the tenth that is held out
-    assert run.write(["name the rain"], lengths=3, steps=2) == run.write("name the rain", lengths=3, steps=2)
+    written = run.write(["name the rain"], lengths=3, steps=2)
+    assert len(written) == 1
+    assert written == [row["answer"] for row in run.predict(["name the rain"], lengths=3, steps=2)]
     Path("odd.csv").write_text("ask,reply\n" + "".join(f"name {i},rain 漢 sun\n" for i in range(20)))
     columns = ["--text-column", "ask", "--answer-column", "reply"]
     ran = good("finetune", "--data", "odd.csv", *columns, *made_on(place))

@@ -29,6 +29,9 @@ class Copying:
         self.next, self.delete = dict(zip(ids, ids[1:], strict=False)), tokenizer.delete_id
         self.size, self.mask_id, self.sure, self.asked = tokenizer.vocab_size, tokenizer.mask_id, sure, 0
 
+    def rows_at_once(self, length: int, most: int, asked: int) -> int:
+        return max(1, most)
+
     def __call__(self, x: Tensor, t: Tensor, attention: Any, prompt: Tensor, where: Tensor) -> Tensor:
         self.asked += len(x)
         share = torch.full((int(where.sum()), self.size), (1 - self.sure) / self.size)

@@ -114,11 +114,12 @@ def by_decoding(
         return coverage.missing(f"{examples[i].before} {examples[i].after}", text)
 
     delete = tokenizer.delete_id if task.deletes else None
-    mender = Mender(model, slots, batch.attention_mask, tokenizer, delete, sampling, generator, missing)
+    told = tokenizer, delete, sampling, generator, missing
+    mender = Mender(model, slots, batch.attention_mask, *told) if coverage else None
     out, passes = decode(
         model, batch.x0, slots, batch.attention_mask, tokenizer.mask_id, tokenizer.never_written, sampling, generator,
         tokenizer.eos_id if rows.open_ended else None, lambda x, share: advance(len(x) * share),
-        not task.is_generation, delete, mender if coverage else None,
+        not task.is_generation, delete, mender,
     )  # fmt: skip
     written = texts(out)
     if spelling is not None:

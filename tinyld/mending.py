@@ -18,7 +18,6 @@ from tinyld.writing import fold, words
 ROUNDS = 3  # of mending, each of which may find the place of one word
 PLACES = 3  # that are tried beside one word
 CLAUSES = 4  # the last ones of a text, before whose marks a word is tried
-FEW = 8  # tries at least that a pass takes, however few the texts are
 CLAUSE = 4  # tokens of a clause beside the words that it is for
 UNSURE = -1.0  # nats of a token: what is less likely on the average is not taken
 ENDING, JOINING = set(".!?,;"), set("-./':&")
@@ -56,7 +55,7 @@ class Mender:
             lacks = {i: words for i in owners if (words := self.lacks(i, x[i]))}
             tries = [(i, row) for i, words in lacks.items() for row in self.tries(i, x[i], words, clauses)]
             least, owners = {i: (len(words), 0.0) for i, words in lacks.items()}, []
-            at_once = max(len(x), FEW)
+            at_once = self.denoiser.rows_at_once(x.shape[1], len(tries), int(self.slots.sum(1).max()))
             for start in range(0, len(tries), at_once):
                 which, rows = zip(*tries[start : start + at_once], strict=True)
                 out, used, sure = self.filled(torch.stack(rows), torch.tensor(which))

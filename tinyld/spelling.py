@@ -76,7 +76,9 @@ class Spelling:
             count, place = max(((in_a_row(p), -p) for p in places[keys[len(found)]]), default=(0, 0))
             row = [(spelled(i - place), count > 1) for i in range(count)]
             found += row or [(words[len(found)], False)]
-        return [(_begun(word), False) for word, _ in found] if self.titles else found
+        if self.titles:  # in which the row says nothing, as the prompt is no title
+            return [(_begun(word), False) for word, _ in found]
+        return found
 
 
 def _asked(before: str, after: str, inside: bool) -> str:
@@ -111,7 +113,7 @@ def _plain(text: str) -> str:
 
 
 def _begun(word: str) -> str:
-    return word[0].title() + word[1:] if word.islower() else word  # not iPhone
+    return word.capitalize() if word.islower() else word  # not iPhone
 
 
 def _capitalised(word: str) -> bool:
