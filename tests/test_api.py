@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROWS, assert_refused, cli, good, handling, refuses
+from conftest import QUICK, ROWS, assert_refused, cli, good, handling, python, refuses
 
 import tinyld
 from tinyld import finetuning, from_python
@@ -424,3 +424,19 @@ def test_options_are_read_as_a_user_writes_them() -> None:
 
 def test_a_released_base_is_loaded_by_its_name() -> None:
     assert tinyld.load("small").base.fingerprint == tinyld.load(bundled_data_dir() / "small").base.fingerprint
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "5000"),
+    ({"GOMP_SPINCOUNT": "7"}, "7"),
+    ({"OMP_WAIT_POLICY": "active"}, "None"),
+])  # fmt: skip
+def test_threads_wait_briefly_for_one_that_has_no_core_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code = "import tinyld, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    assert python("-c", code).stdout == f"{expected} False\n", "it is said before torch is loaded"
