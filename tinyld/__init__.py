@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld.errors import TinyldError, UsageError
 
 # Where another program holds a core, threads wait in vain for the one that shares it, each time for as many turns as
-# libgomp counts: beside a busy core a fine-tuning takes 38 times as long by its own 300,000, 4 times by 5,000; alone it
+# libgomp counts: beside a busy core a fine-tuning takes 37 times as long by its own 300,000, 3.4 by 5,000; alone it
 # takes as long by either. It reads this when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
