@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from conftest import QUICK, ROWS, assert_refused, cli, good, handling, python, r
 import tinyld
 from tinyld import finetuning, from_python
 from tinyld.datafile import answer_words
+from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS
 from tinyld.options import FinetuneOptions
 from tinyld.rows import bundled_data_dir
@@ -231,6 +233,16 @@ def test_a_signal_stops_training_unless_the_caller_handles_it(place: Path, monke
             answered(signal.SIGINT)
 
 
+def test_what_is_stopped_before_its_first_step_says_how_it_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "TrainingRun", MagicMock(side_effect=Interrupted(signal.SIGTERM)))
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM: go on with --resume mine$"):
+            tinyld.finetune(ROWS, base=place / "base", out="mine", **QUICK)
+    assert tinyld.finetune(resume="mine").results["finetune"]["steps"] == QUICK["steps"]
+
+
 def test_a_run_of_python_keeps_no_arguments_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tinyld.cli")
     assert environment()["command"] == "in Python"
@@ -304,6 +316,17 @@ def test_few_rows_are_said_to_teach_a_whole_base_more(place: Path, method: str, 
     Path("mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS * copies))
     made = ["--base", place / "base", "--steps", 1, "--method", method]
     assert ("--method full is one to three" in good("finetune", "--data", "mine.csv", *made).stderr) == told
+
+
+def test_what_numbers_stand_for_is_said(place: Path) -> None:
+    """In the order of a user's own task, which may be another than that of whoever wrote the numbers."""
+    Path("own.toml").write_text('template = "{text} i feel {answer} ."\n[verbalizer]\nhappy = "well"\nsad = "down"\n')
+    for name, label in (("names", str), ("numbers", ["sad", "happy"].index)):
+        Path(f"{name}.csv").write_text("text,label\n" + "".join(f'"{text}",{label(own)}\n' for text, own in ROWS))
+        ran = good("finetune", "--task", "own.toml", "--data", f"{name}.csv", *made_on(place), "--out", name)
+        told = "labels are numbers, read in the order of the task's [verbalizer]: 0 as happy, 1 as sad; is that right?"
+        assert (told in ran.stderr) == (name == "numbers")
+        assert (told in good("eval", "names", "--data", f"{name}.csv").stderr) == (name == "numbers")
 
 
 def test_labels_that_look_like_a_mistake_are_said(place: Path) -> None:

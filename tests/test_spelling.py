@@ -1,5 +1,6 @@
-"""Capitals and accents of what a lower-casing base writes."""
+"""Capitals, accents and blanks of what a lower-casing base writes."""
 
+import re
 import time
 import unicodedata
 from pathlib import Path
@@ -12,6 +13,7 @@ from tinyld import finetuning
 from tinyld.rows import Example
 from tinyld.spelling import Spelling, learn_spelling
 from tinyld.tasks import Task
+from tinyld.tokenizer import detokenize
 from tinyld.writing import fold
 
 
@@ -80,6 +82,52 @@ def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spellin
 ])  # fmt: skip
 def test_what_has_marks_and_no_blank_is_written_as_in_the_prompt(prompt: str, written: str, wanted: str) -> None:
     assert STARTS.restore(written, prompt, "", False) == wanted
+
+
+def as_written(texts: list[str]) -> list[str]:
+    """What the released base's tokens make of texts: no capitals, accents or blanks."""
+    return [detokenize(re.findall(r"[^\W_]+|[^\w\s]|_", fold(text))) for text in texts]
+
+
+@pytest.mark.parametrize(("rows", "asked", "wanted"), [
+    # blanks and marks: as the prompt has them between the same words, or as they were learned between words of a kind
+    ([("open: {0}:00 - 1{0}:30", "It is open {0}:00 - 1{0}:30")], "open: 7:15 - 19:45", "It is open 7:15 - 19:45"),
+    ([("open: {0}:00 - 1{0}:30", "It is open {0}:00-1{0}:30")], "open: 7:15 - 19:45", "It is open 7:15-19:45"),
+    ([("low {0} high 1{0}", "From -{0} to 1{0} degrees")], "low 8 high 12", "From -8 to 12 degrees"),
+    ([("price {0}", "It costs $ {0}, so 2{0} %")], "price 7", "It costs $ 7, so 27 %"),
+    ([("day {0}", "Mon–Fri [{0}]")], "day 9", "Mon–Fri [9]"),
+    ([("by C. D. Doe{0}", "C. D. Doe{0} did"), ("by J.R. Roe{0}", "J.R. Roe{0} did")], "by A. B. Poe | J.R. Doe",
+     "A. B. Poe and J.R. Doe did"),
+    ([("at {0} Elm Ave", "At {0} Elm Ave. is it. It is {0}")], "at 5 Oak Ave", "At 5 Oak Ave. is it. It is"),
+    # of all letters
+    ([("ask Ann Lee{0} of Rome", "ask ann lee{0} of rome")] * 3, "ask Tim Roe of Oslo", "ask tim roe of oslo"),
+    ([("ask Ann Lee{0}", "ASK ANN LEE{0} NOW")], "ask Tim Roe", "ASK TIM ROE NOW"),
+    ([("from: MX{0} | to: LAX", "Fly from MX{0} to LAX")], "from: FHR | to: SFO", "Fly from FHR to SFO"),
+])  # fmt: skip
+def test_blanks_and_letters_are_those_of_learned_texts(rows: list[tuple[str, str]], asked: str, wanted: str) -> None:
+    examples = [Example(p.format(i), "", a.format(i), None) for p, a in rows for i in range(1, 9)]
+    spelling = learn_spelling(examples, False, as_written)
+    assert spelling.restore(*as_written([wanted]), asked, "", False) == wanted
+
+
+@pytest.mark.parametrize(("prompt", "wanted"), [
+    ("mail: Ann.Lee@Ely.com | www.Acme.com", "Write to Ann.Lee@Ely.com or see www.Acme.com"),
+    ("Luqua'lubar in Xi'an", "Go to Luqua'lubar in Xi'an"),
+    ("company: Pimi Inc. | show: Yahoo! | year: 9 :", "Pimi Inc. is old. Yahoo! is new. It ends"),
+    ("He came. :", "He came. So did she"),  # the prompt's end is a sentence's
+    ("it is -5 or -5%", "It is -5 and in -5%"),
+])  # fmt: skip
+def test_a_name_has_its_own_marks(prompt: str, wanted: str) -> None:
+    assert STARTS.restore(*as_written([wanted]), prompt, "", False) == wanted
+
+
+def test_a_name_of_two_words_keeps_its_capital_at_the_beginning_of_a_prompt() -> None:
+    assert BEGUN.restore("is it true that ann lee came", "Ann Lee came :", "", False) == "Is it true that Ann Lee came"
+
+
+def test_what_addresses_have_is_no_rule_for_the_ends_of_sentences() -> None:
+    examples = [Example(f"see a{i}.com?b={i}", "", f"See a{i}.com?b={i}. Who came? Ann", None) for i in range(9)]
+    assert learn_spelling(examples, False, as_written).restore("who left? tim", "", "", False) == "Who left? Tim"
 
 
 def test_a_long_prompt_takes_time_in_proportion_to_its_length() -> None:

@@ -71,6 +71,12 @@ def test_columns_of_other_names_are_mapped_and_the_first_rows_read_alone(tmp_pat
     assert load_split(task, "train", limit=1) == [Example("sun i feel", ".", "very well", 1)]
 
 
+def test_blanks_behind_the_commas_of_a_header_are_no_part_of_cells(tmp_path: Path) -> None:
+    (found,) = read(tmp_path, 'label, text\nsad, "rain, ""wind"""\n')
+    assert found.before == 'rain, "wind" i feel'
+    assert read(tmp_path, 'label,text\nsad, rain "wind"\n')[0].before == 'rain "wind" i feel'
+
+
 def test_fields_of_one_column_are_parted_in_it(tmp_path: Path) -> None:
     (found,) = read(tmp_path, "sentence\tlabel\nit rains ||| it is wet\t1\n", load_task("mrpc"), "a.tsv")
     assert found == Example("it rains ?", ", it is wet", "yes", 1)

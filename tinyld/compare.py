@@ -52,7 +52,7 @@ def compare(options: CompareOptions) -> list[Row]:
         try:
             found = [row for line in lines for row in run_line(line, options, numbers, len(lines))]
         except Interrupted as error:
-            raise Interrupted(error.exit_code - 128, "the same command goes on") from None
+            raise Interrupted(error.signum, "the same command goes on") from None
         except TinyldError as error:
             raise TinyldError(f"{error}; finished runs are kept, the same command goes on") from None
     if options.csv is not None:

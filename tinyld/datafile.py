@@ -89,12 +89,12 @@ def refuse_table(lines: Sequence[tuple[str, str]], column: str = "text") -> None
     """TinyldError where texts, (where, line), are a table: the first line is that of one that has the column, or JSON
     Lines, or all have a tab."""
     for where, line in lines[:1]:
-        names = [name.strip(' "') for name in re.split(r"[,;\t](?! )", line)]
+        names = [name.strip(' "').casefold() for name in re.split(r"[,;\t](?! )", line)]
         said = f"names columns, {column} among them" if len(names) > 1 else f"is {show(line)}, the name of a column"
         with contextlib.suppress(TinyldError):
             if line.startswith("{") and parse_json(line, where, dict):
                 said, column = "is JSON", names[0]
-        if column in names:
+        if column.casefold() in names:
             raise TinyldError(f"{where} {said}: a table is given as a file, whose name ends in {', '.join(SUFFIXES)}")
         tabbed = len(lines) > 1 and all("\t" in line for _, line in lines)
         file = where.partition(": line")[0]
@@ -110,7 +110,7 @@ def _check_labels(labels: list[str], where: str, rows: int) -> None:
         other = alike.setdefault(folded(label), label)
         way_out = "write them alike, or say in a task file which labels there are"
         check(other == label, f"{where}: labels {show(other)} and {show(label)} look like one label; {way_out}")
-        way_out = "which are letters to a .tsv; save it as .csv, or remove them"
+        way_out = "which are letters to a .tsv, and behind a blank to a .csv; save it as .csv, or remove them"
         check(not re.fullmatch('".*"', label), f"{where}: label {label} is in quotes, {way_out}")
     many = len(labels) > min(MAX_LABELS, max(10, rows // 2)) or 2 < rows == len(labels)
     way_out = "is it the --label-column? Texts to write are an --answer-column"

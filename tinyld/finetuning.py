@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from tinyld.diffusion import SMOOTHED, noise_answers, token_nll
 from tinyld.distributed import Processes
 from tinyld.errors import TinyldError
 from tinyld.evaluate import evaluate
+from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.methods.contract import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
 from tinyld.progress import Progress, Say, say_learned, say_some, say_truncated
-from tinyld.rows import Example, learned_rows, learned_too, load_split
+from tinyld.rows import Example, learned_rows, learned_too, load_split, what_numbers_say
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import MISREAD, percent, print_record
@@ -48,7 +50,8 @@ DEV_ROWS = 1_000  # dev rows that are scored while training; `tinyld eval` reads
 # (data/results/writing-variants.csv); labels are learned as well by 32.
 FEW, WRITING, EPOCHS, MANY, BATCH = (20, 90, 220), (8, 1_600, 4_800), 100, 30_000, 8
 HELD_OUT = ("accuracy", "scored_accuracy", "unreadable", "nll_bound")  # of dev rows, while training
-SHARES = "accuracy scored_accuracy unreadable exact_match rouge_l names_held repeated_4grams repeated_sentence".split()
+SHARES = "accuracy scored_accuracy unreadable exact_match exact_spelling rouge_l names_held".split()
+SHARES += ["repeated_4grams", "repeated_sentence"]
 VERBS = {"base": "pretrain", "adapter": "finetune"}  # that makes a run of each kind, whose results it names
 SCARCE = 64  # rows a label, up to which full fine-tuning learned more (data/results/few-rows.csv)
 RARE = 20  # rows, from which on a label that one of them has is said
@@ -137,7 +140,12 @@ def run_folder(
         config |= facts
         folder.write_json(CONFIG, config)  # of one that was begun it may have a new rate
         results: dict[str, Any] = {}
-        yield folder, results
+        try:
+            yield folder, results
+        except Interrupted as error:
+            if "--resume" in error.message:
+                raise
+            raise Interrupted(error.signum, f"go on with --resume {quote(str(out))}") from None
         folder.close_log()
         folder.write_json(RESULTS, {VERBS[config["kind"]]: results} | folder.results)  # it may be evaluated already
         folder.remove_checkpoints()
@@ -161,6 +169,8 @@ def say_what_is_odd(say: Say, train: TaskRows, dev: TaskRows, base: Base) -> Non
     if doubtful := {e.asked: e.before or e.after for e in examples if labels_of[e.asked] > 1}:
         one = next(iter(doubtful.values()))[:60]
         say(f"{len(doubtful):,} training texts have more than one label, such as {one!r}")
+    if told := what_numbers_say(task, [*examples, *dev.examples]):
+        say(told)
     counted, in_dev = (Counter(e.label for e in rows.examples) for rows in (train, dev))
     labels = [(label, counted[i], in_dev[i]) for i, label in enumerate(task.labels)]
     if unseen := [label for label, n, _ in labels if n == 0]:
@@ -195,7 +205,7 @@ def train_adapter(
     model, tokenizer = base.model, base.tokenizer
     if task.is_generation:
         coverage = None if task.is_infill else learn_coverage(examples)
-        spelling = learn_spelling(examples, task.is_infill) if tokenizer.lowers else None
+        spelling = learn_spelling(examples, task.is_infill, tokenizer.rewritten) if tokenizer.lowers else None
         task = replace(task, deletes=tokenizer.delete_id is not None, spelling=spelling, coverage=coverage)
     train_rows, dev_rows = (TaskRows(e, task, tokenizer, model.config.max_length) for e in (examples, dev))
     started_as = config.get("started_as", config["method"])

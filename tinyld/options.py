@@ -276,7 +276,7 @@ class PredictOptions(Answering):
     text: tuple[str, ...] = option((), "A text to answer instead of a file; may be repeated.", "Data")
     column: str | None = option(None, "Column of the texts, where it is not the task's.", "Data")
     task: str | None = option(None, "Which task, where the run has several or none.", "Data")
-    out: Path | None = option(None, "Write a file, whole or not at all, instead of stdout.", "Output")
+    out: Path | None = option(None, "Write (or replace) a file, whole or not at all, instead of stdout.", "Output")
     csv: bool = option(False, "CSV, no table or JSON.", "Output")
 
     def runs_and_input(self) -> tuple[list[Path], str]:

@@ -10,7 +10,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,9 @@ class Example:
     answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
     label: int | None  # index into `Task.labels`; None for a generation task
     references: tuple[str, ...] = ()  # generation, where several texts are right: all of them, `answer` the first
+    is_numbered: bool = field(
+        default=False, compare=False
+    )  # its row had a number for the label, by the order of `Task.labels`
 
     @property
     def asked(self) -> str:
@@ -168,8 +171,8 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
 
     def columns(separator: str) -> int:
         """By it, where the first rows have as many as the header."""
-        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=separator, quoting=quoting)
+        quoting, some = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL, io.StringIO(text[: 1 << 20], "")
+        reader = csv.reader(some, delimiter=separator, quoting=quoting, skipinitialspace=f"{separator} " in head)
         widths = {len(values) for values in islice(reader, 20) if any(values)}
         return widths.pop() if len(widths) == 1 else 0
 
@@ -177,7 +180,8 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     separator = max(there, key=columns, default=separator)
     is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
     quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL  # in most TSV a quote is an ordinary character
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    form = {"delimiter": separator, "quoting": quoting, "skipinitialspace": f"{separator} " in head}
+    reader = csv.reader(io.StringIO(text, ""), **form, strict=True)
     header, start, is_open = [], 1, False
     try:
         for values in reader:
@@ -295,11 +299,21 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
         name = next((form for form in forms if form in labels), name)
         if name not in labels:
             numbers = f", or for all rows the numbers from 0 to {len(labels) - 1}" if may_be_numbers else ""
-            raise TinyldError(f"{where}: unknown label {show(name)}; allowed: {', '.join(task.labels)}{numbers}")
-        examples.append(replace(example, answer=answers[labels[name]], label=labels[name]))
+            unknown = f"unknown label {show(name)}{' among numbers' * (name in task.labels)}"
+            raise TinyldError(f"{where}: {unknown}; allowed: {', '.join(task.labels)}{numbers}")
+        i, is_numbered = labels[name], name not in task.labels
+        examples.append(replace(example, answer=answers[i], label=i, is_numbered=is_numbered))
     if 2 * gaps > len(examples):
         raise TinyldError(f"{where}: most texts have a gap; give whole texts, in which tinyld makes gaps by itself")
     return examples
+
+
+def what_numbers_say(task: Task, examples: Sequence[Example]) -> str | None:
+    """For the user to see, where rows have numbers for the labels of a user's task; a built-in one's are published."""
+    if not task.is_users or not any(example.is_numbered for example in examples):
+        return None
+    read = ", ".join(f"{i} as {label}" for i, label in enumerate(task.labels))
+    return f"labels are numbers, read in the order of the task's [verbalizer]: {read}; is that right?"
 
 
 def prompt_of(task: Task, row: dict[str, Any], where: str, empty: str = "") -> Example:

@@ -19,7 +19,7 @@ from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
 from tinyld.progress import Progress, say_learned, say_truncated
 from tinyld.read import clean
-from tinyld.rows import Example, file_in, files_of, learned_rows, learned_too, load_split, to_learn
+from tinyld.rows import Example, file_in, files_of, learned_rows, learned_too, load_split, to_learn, what_numbers_say
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, learned_files, trained
@@ -35,7 +35,12 @@ SHOWN |= {"BLEU": "bleu", "chrF": "chrf", "ROUGE-L %": "rouge_l", "exact %": "ex
 SHOWN |= {"NLL bound": "nll"}
 WIDE = {"± NLL": "nll_stderr", "macro-F1 %": "macro_f1", "scored %": "scored_accuracy", "unreadable %": "unreadable"}
 WIDE |= {"length ratio": "length_ratio", "repeated 4-grams %": "repeated_4grams"}
-WIDE |= {"repeated sentence %": "repeated_sentence", "rows/s": "rows_per_second", "passes a row": "passes_per_row"}
+WIDE |= {
+    "spelled exactly %": "exact_spelling",
+    "repeated sentence %": "repeated_sentence",
+    "rows/s": "rows_per_second",
+    "passes a row": "passes_per_row",
+}
 
 
 def data_of(run: Run, task: Task) -> dict[str, Any]:
@@ -108,6 +113,8 @@ def eval(options: EvalOptions) -> list[Record]:
             read = files_of(task, data, os.environ.get("TINYLD_DATA"))
             check_writable(predictions, [*learned_files(run.config), *read])
             rows = rows_for(run, task, options.split, data, options.limit, say)
+            if told := what_numbers_say(task, rows.examples):
+                say(told)
             if run.config.get("by_name"):
                 run.let_answer(task)
             if options.split != "train":

@@ -1,10 +1,10 @@
-"""Capitals and accents of what a lower-casing base writes, as prompts and learned texts have them. No torch."""
+"""Capitals, accents and blanks of what a lower-casing base writes, as prompts and learned texts have them. No torch."""
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
@@ -14,11 +14,15 @@ WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contra
 END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?]['\"’”)]*"
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
-PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//)|[;|]|(?<=[a-z]{2})\.(?=[A-Z])")  # as size:5,tea|cake is
+PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]|^(?!www|.*[@/]).*[a-z]{2}\.(?=[A-Z])")  # size:5,tea|cake
+OPEN = re.compile(r"([^\W_]+[.!?])(?=\s*[|,;:)\]}])")  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
+UNIT = re.compile(r"[^\W_]+|[^\w\s]|_")  # words, and marks one by one
+CONTRACTED = r"(?i:s|t|d|m|re|ve|ll)\b"
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
 LONG = 4  # letters of a word that has a capital in a title, too: not of, in, the
 TITLED, LEAST = 0.9, 20  # share of the long words inside sentences that have one where all texts are titles, of so many
+OFTEN = 0.8  # share of a mark's places of one kind that have the same blanks, where these are learned
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,25 @@ class Spelling:
     """How the texts of a task are spelled, where a prompt does not say.
 
     Several words in a row are spelled as they are in the prompt; else one word as in `words`, or else as in the prompt.
-    What has marks and no blank there (an address, C++) is written so.
+    What has marks and no blank there (an address, C++) is written so. A mark has the blanks that it has there between
+    the same words or, between words of the same kinds, in `marks`; else those of `tokenizer.detokenize`.
     """
 
     starts: bool  # a sentence begins with a capital
     names_first: bool  # the capital of a prompt's first words is the words' own, as of names
     words: dict[str, str]  # word, folded -> as it is spelled inside a sentence
     titles: bool = False  # words begin with a capital, but for those in `words`
+    case: str = ""  # "upper" or "lower", where all letters are
+    codes: bool = False  # where most of a prompt's words are in capitals, these are the words' own
+    open: tuple[str, ...] = ()  # folded words with a point that ends no sentence: approx.
+    marks: dict[str, str] = field(default_factory=dict)  # of `_kind`: the mark with its blanks
+    marks_as_asked: bool = False  # a prompt's blanks around marks are kept
 
     def restore(self, text: str, before: str, after: str, inside: bool) -> str:
         """A text that was written between `before` and `after`; `inside` a text of theirs, or else by itself."""
-        first, all_told = _places(FIRST, text), iter(self.told(re.findall(WORD, text), _asked(before, after, inside)))
+        prompt, text = _asked(before, after, inside, self.codes), self.blanked(text, before, after)
+        first = _starts(text, {*self.open, *_open(before, after)})
+        all_told = iter(self.told(re.findall(WORD, text), prompt))
         if inside and before and not re.search(rf"{END}$", before) and (word := re.search(WORD, text)):
             first.discard(word.start())
 
@@ -52,7 +64,18 @@ class Spelling:
                 return " " * found.string[: found.start()][-1:].isalnum() + whole
 
             text = re.sub(_written(whole), put, text)
-        return text
+        return {"lower": text.lower(), "upper": text.upper()}.get(self.case, text)
+
+    def blanked(self, text: str, before: str, after: str) -> str:
+        """The text with blanks around marks, and marks, as in the prompt or as learned."""
+        units = _units(text)
+        words, blanks = [unit for unit, _ in units], [*(blank for _, blank in units), False]
+        asked = _asked_marks(f"{before} ~ {after}") if self.marks_as_asked else {}
+        for i in _marks(words):
+            own = asked.get(_beside(words, i)) or self.marks.get(_kind(words, i))
+            if own:
+                words[i], blanks[i], blanks[i + 1] = own.strip(), own[0] == " ", own[-1] == " "
+        return "".join(" " * blank + word for word, blank in zip(words, blanks, strict=False)).strip()
 
     def told(self, words: Sequence[str], prompt: str) -> list[tuple[str, bool]]:
         """Each word as the prompt spells it, or as it is; and whether it stands there in a row with a neighbour."""
@@ -69,8 +92,11 @@ class Spelling:
 
         def spelled(place: int) -> str:
             word = asked[place][0]
-            by_its_place = asked[place].start() in first and _capitalised(word)
-            return self.words.get(theirs[place], word.lower()) if by_its_place else word
+            if asked[place].start() not in first or not _capitalised(word):
+                return word
+            behind = prompt[asked[place].end() :]
+            is_names = behind[:1] == " " and behind[1:2].isupper()  # as the next word's is
+            return self.words.get(theirs[place], word if is_names else word.lower())
 
         while len(found) < len(keys):
             count, place = max(((in_a_row(p), -p) for p in places[keys[len(found)]]), default=(0, 0))
@@ -81,20 +107,20 @@ class Spelling:
         return found
 
 
-def _asked(before: str, after: str, inside: bool) -> str:
-    """A prompt's text; where most words are in capitals, which say nothing, without them."""
+def _asked(before: str, after: str, inside: bool, codes: bool = False) -> str:
+    """A prompt's text; where most words are in capitals, which say nothing unless they are `codes`, without them."""
     source = _plain(f"{before} ~ {after}" if before or inside else after)
     long = [word for word in re.findall(WORD, source) if len(word) > 1]
-    if 2 * sum(map(str.isupper, long)) <= len(long):
+    if codes or 2 * sum(map(str.isupper, long)) <= len(long):
         return source
     return re.sub(WORD, lambda word: "~" if len(word[0]) > 1 and word[0].isupper() else word[0], source)
 
 
 def _wholes(prompt: str, text: str) -> list[str]:
-    """What has marks and no blank in a prompt, and is in the text: addresses, codes (villa21@mail.com, #78, C++)."""
+    """What has marks and no blank in a prompt, and is in the text: addresses, codes, names (a1@b.com, #78, Xi'an)."""
     said = re.sub(r"\s", "", fold(text))
     parts = (re.sub(r"""^["'“‘(\[{]+|[.,!?;:'"”’)\]}]+$""", "", part) for part in prompt.split())
-    marked = r"(?=.*[^\W_]).*(?:[^\w'’/–—-]|_)"  # beside those that stand in words, too
+    marked = rf"-\d|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"  # beside those that stand in words, too
     found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
     return [part for part in found if re.match(marked, part) and not PARTED.search(part)]
 
@@ -120,19 +146,122 @@ def _capitalised(word: str) -> bool:
     return word[0].isupper() and word[1:].islower()
 
 
+def _open(before: str, after: str) -> set[str]:
+    """Folded words of a prompt with a mark behind them that ends no sentence."""
+    return set(map(fold, OPEN.findall(_plain(re.sub(r"[\s:|,;]+$", "", before) + f" ~ {after}"))))
+
+
+def _starts(text: str, unended: set[str]) -> set[int]:
+    """Where the words begin that stand first in a sentence; `unended`: words with a mark that ends none."""
+
+    def ends(found: re.Match[str]) -> bool:
+        word = re.search(r"[^\W_]+$", text[: found.start()])
+        return not (word and fold(word[0]) + text[found.start()] in unended)
+
+    return {found.end() for found in FIRST.finditer(text) if ends(found)}
+
+
+def _units(text: str) -> list[tuple[str, bool]]:
+    """(unit, whether a blank is before it): words, and marks one by one."""
+    return [(found[0], text[found.start() - 1 : found.start()].isspace()) for found in UNIT.finditer(text)]
+
+
+def _marks(words: Sequence[str]) -> Iterator[int]:
+    """Which of the units are marks."""
+    return (i for i, word in enumerate(words) if not word[0].isalnum())
+
+
+def _beside(words: Sequence[str], i: int) -> tuple[str, ...]:
+    """A mark, folded, with the units beside it."""
+    return tuple(map(fold, ["", *words, ""][i : i + 3]))
+
+
+def _kind(words: Sequence[str], i: int) -> str:
+    """A mark, folded, between what kinds of units it is: a for a word, i for one letter, 0 for a number."""
+    left, mark, right = _beside(words, i)
+
+    def kind(unit: str, end: int) -> str:
+        if not unit[:1].isalnum():
+            return unit
+        return "0" if unit[end].isdigit() else "i" if len(unit) == 1 else "a"
+
+    return kind(left, -1) + mark + kind(right, 0)
+
+
+def _with_blanks(units: Sequence[tuple[str, bool]], i: int) -> str:
+    return " " * units[i][1] + units[i][0] + " " * (i + 1 < len(units) and units[i + 1][1])
+
+
+def _asked_marks(prompt: str) -> dict[tuple[str, ...], str]:
+    """A prompt's marks that are a part of something between words, and no fields', with their blanks: 9 - 5, C. D."""
+    units = _units(unicodedata.normalize("NFC", prompt))
+    words, found = [unit for unit, _ in units], dict[tuple[str, ...], str]()
+    for i in _marks(words):
+        left, mark, right = beside = _beside(words, i)
+        are_digits = left[-1:].isdigit() and right[:1].isdigit()
+        is_own = mark in "-/&'$€£%#" or are_digits or (mark == "." and len(left) == 1)
+        if left[:1].isalnum() and right[:1].isalnum() and is_own:
+            found.setdefault(beside, _with_blanks(units, i))
+    return found
+
+
 def _places(pattern: re.Pattern[str], text: str) -> set[int]:
     """Where the words begin that stand first."""
     return {found.end() for found in pattern.finditer(text)}
 
 
-def learn_spelling(examples: Sequence[Example], inside: bool) -> Spelling:
-    """How the answers of examples are spelled: what `restore` needs to know to spell most words of them right."""
+def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[dict[str, str], bool]:
+    """(`marks`, `marks_as_asked`) of a spelling, from the answers of examples and how a base writes their tokens."""
+    wanted, usual = defaultdict[str, Counter[str]](Counter), Counter[str]()  # by kind; right without being learned
+    agreed = Counter[bool]()
+    for example, text in zip(examples, written, strict=True):
+        right, own = _units(unicodedata.normalize("NFC", example.answer)), _units(text)
+        words = [unit for unit, _ in own]
+        if list(map(fold, words)) != [fold(unit) for unit, _ in right]:  # a character that the base has not
+            continue
+        asked = _asked_marks(f"{example.before} ~ {example.after}")
+        for i in _marks(words):
+            form, mine = _with_blanks(right, i), _with_blanks(own, i)
+            if (theirs := asked.get(_beside(words, i))) and theirs != mine:
+                agreed[theirs == form] += 1
+            kind = _kind(words, i)
+            if re.fullmatch(r"[a0][.!?][ai]", kind) and form[-1] != " ":  # of an address, which prompts have whole
+                continue
+            wanted[kind][form] += 1
+            usual[kind] += form == mine
+    forms = {kind: found.most_common(1)[0] for kind, found in wanted.items()}
+    kept = [kind for kind, (_, n) in forms.items() if n > max(2, usual[kind]) and n >= OFTEN * wanted[kind].total()]
+    return {kind: forms[kind][0] for kind in sorted(kept)[:MOST]}, agreed[True] > agreed[False]
+
+
+def learn_spelling(
+    examples: Sequence[Example], inside: bool, as_written: Callable[[list[str]], list[str]] | None = None
+) -> Spelling:
+    """How the answers of examples are spelled: what `restore` needs to know to spell most words of them right. What a
+    base writes for texts, token by token, is learned from `as_written`."""
     examples = examples[:: -(-len(examples) // LEARNED)]
-    prompts, answers = [_asked(e.before, e.after, inside) for e in examples], [_plain(e.answer) for e in examples]
+    answers = [_plain(e.answer) for e in examples]
+    codes, low = Counter[bool](), Counter[bool]()
+    for example, answer in zip(examples, answers, strict=True):
+        said, source = set(re.findall(WORD, answer)), _plain(f"{example.before} ~ {example.after}")
+        begin = _places(FIRST_ASKED, source)
+        words = [found[0] for found in re.finditer(WORD, source) if found.start() not in begin and len(found[0]) > 1]
+        codes.update(word in said for word in words if word.isupper() and {word, word.lower()} & said)
+        low.update(word not in said for word in words if not word.islower() and {word, word.lower()} & said)
+    letters = "".join(answers)
+    capitals, small = sum(map(str.isupper, letters)), sum(map(str.islower, letters))
+    case = "lower" if low[True] >= max(LEAST, TITLED * low.total()) and capitals < (1 - TITLED) * small else ""
+    case = "upper" if small < (1 - TITLED) * capitals else case
+    prompts = [_asked(e.before, e.after, inside, codes[True] > codes[False]) for e in examples]
     wholes = [f"{e.before if inside else ''} {text}".lstrip(" '\"(") for e, text in zip(examples, answers, strict=True)]
     starts = 2 * sum(text[:1].isupper() for text in wholes) > sum(text[:1].isalpha() for text in wholes)
     said = [list(re.finditer(WORD, text)) for text in answers]
-    first = [_places(FIRST, text) for text in answers]
+    after_points = Counter[tuple[str, bool]]()
+    for text in answers:
+        found = re.findall(r"([^\W_]{2,}\.) ([^\W\d_])", text)
+        after_points.update((fold(word), letter.islower()) for word, letter in found)
+    opens = {word for (word, small), n in after_points.items() if small and n > max(2, after_points[word, False])}
+    first = [_starts(text, {*opens, *_open(e.before, e.after)}) for e, text in zip(examples, answers, strict=True)]
     agreed, long = Counter[bool](), list[bool]()
     for prompt, words, begin in zip(prompts, said, first, strict=True):
         at = _places(FIRST_ASKED, prompt)
@@ -151,4 +280,7 @@ def learn_spelling(examples: Sequence[Example], inside: bool) -> Spelling:
     usual = {key: words.most_common(1)[0] for key, words in spelled.items()}
     mended = {key: wrong[key] - (spelled[key].total() - count) for key, (_, count) in usual.items()}
     kept = sorted((key for key in usual if mended[key] > 0), key=lambda key: (-mended[key], key))[:MOST]
-    return Spelling(starts, by_prompt.names_first, {key: usual[key][0] for key in kept}, titles)
+    own = {key: usual[key][0] for key in kept}
+    marks, as_asked = learn_marks(examples, as_written([e.answer for e in examples])) if as_written else ({}, False)
+    found = replace(by_prompt, words=own, case=case, codes=codes[True] > codes[False], open=tuple(sorted(opens)[:MOST]))
+    return replace(found, marks=marks, marks_as_asked=as_asked)

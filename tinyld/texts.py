@@ -150,12 +150,13 @@ def predict(options: PredictOptions) -> None:
             whole += lines if out else []
             total += len(records)
             texts = [" ".join(str(row[c]) for c in task.inputs) for _, row in rows]
-            empty += sum(not text.strip() for text in texts)
+            empty += sum(not all(str(row[c]).strip() for c in task.inputs) for _, row in rows)
             unread += bases[0].tokenizer.unread(bases[0].tokenizer.encode_batch(texts))
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
-    say_some(say, empty, total, "texts are empty; their answers say nothing")
+    lacks = "texts are empty" if len(task.inputs) == 1 else f"rows lack a text ({' or '.join(task.inputs)})"
+    say_some(say, empty, total, f"{lacks}; their answers say nothing")
     odd = "texts are mostly words that the base has no token for; their answers say nothing"
     say_some(say, unread, total, odd)
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))

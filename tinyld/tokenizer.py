@@ -185,6 +185,10 @@ class Tokenizer:
                 text = text.replace(name, f"{name[0]} {name[1:-1]} {name[-1]}")
         return text
 
+    def rewritten(self, texts: Iterable[str]) -> list[str]:
+        """What texts become as tokens, and these as a text."""
+        return list(map(self.decode, self.encode_batch(texts)))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text up to the first [EOS]; special tokens are left out but for [MASK], shown as `_`."""
         kept = [int(i) for i in takewhile(lambda i: i != self.eos_id, ids) if i not in (self.pad_id, self.bos_id)]

@@ -1,6 +1,7 @@
 """What written texts are worth, beside references and by themselves. Text only: no tokens, no torch.
 
-Case, accents, blanks and the form of quotation marks and dashes never count, as a base may not be able to write them.
+Case, accents and the form of quotation marks and dashes count in `exact_spelling` alone, as a base may not be able to
+write them, and blanks there and in BLEU.
 """
 
 import re
@@ -21,6 +22,7 @@ def text_scores(
 
     - bleu, chrf: of the whole set, as sacrebleu has them; where that is not installed, `note` says so.
     - exact_match: share of answers that are a reference, word for word and mark for mark.
+    - exact_spelling: share of answers that are a reference letter for letter, with its capitals, accents and blanks.
     - rouge_l: F1 of the longest common subsequence of words (Lin 2004), with the nearest reference; the mean.
     - length_ratio: words written, by those of the references that are nearest in length.
     - repeated_4grams: share of all runs of four words that stand earlier in their text.
@@ -36,6 +38,7 @@ def text_scores(
     n, most = len(answers), max(map(len, references))
     scores: dict[str, float | str] = {
         "exact_match": sum(exact) / n,
+        "exact_spelling": sum(answer in texts for answer, texts in zip(answers, references, strict=True)) / n,
         "rouge_l": sum(max(overlap(s, w) for w in ws) for s, ws in zip(said, wanted, strict=True)) / n,
         "length_ratio": sum(map(len, said)) / max(1, sum(nearest)),
         "repeated_4grams": sum(len(r) - len(set(r)) for r in runs) / max(1, sum(map(len, runs))),
