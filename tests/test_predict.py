@@ -176,6 +176,8 @@ def test_every_line_in_has_a_line_out_in_its_order(place: Path) -> None:
     assert "no token for" not in said
     odd = ask(place / "mood", text="\u90e8\u5c4b\nrain\n\U0001f92c\U0001f92c\n").stderr
     assert "2 of 3 texts are mostly words that the base has no token for; their answers say nothing" in odd
+    told = "1 of 2 prompts hold characters that the base has no token for, and are read without them"
+    assert told in ask(place / "tell", text="rain and the sun \U0001f600\nrain\n").stderr and told not in odd
     assert ask(place / "mood", text="").stdout == ""
     Path("new.txt").write_bytes(content := b"\xef\xbb\xbfrain\r\nsun\rsea")  # of Windows, and of an old Mac
     for asked in (["new.txt"], []):

@@ -110,7 +110,7 @@ def _check_labels(labels: list[str], where: str, rows: int) -> None:
         other = alike.setdefault(folded(label), label)
         way_out = "write them alike, or say in a task file which labels there are"
         check(other == label, f"{where}: labels {show(other)} and {show(label)} look like one label; {way_out}")
-        way_out = "which are letters to a .tsv, and behind a blank to a .csv; save it as .csv, or remove them"
+        way_out = "which are letters to a .tsv; save it as .csv, with no blanks before quotes, or remove them"
         check(not re.fullmatch('".*"', label), f"{where}: label {label} is in quotes, {way_out}")
     many = len(labels) > min(MAX_LABELS, max(10, rows // 2)) or 2 < rows == len(labels)
     way_out = "is it the --label-column? Texts to write are an --answer-column"

@@ -127,7 +127,7 @@ def predict(options: PredictOptions) -> None:
     labels = [label for t in routed for label in t.labels]
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
-    header, whole, truncated, total, empty, unread = list[str](), list[str](), 0, 0, 0, 0
+    header, whole, truncated, total, empty, unread, partly = list[str](), list[str](), 0, 0, 0, 0, 0
     given, known = input_rows(options, source, tasks), 0
     if isinstance(given, list):
         known, size = len(given), WRITTEN if task.is_generation else CHUNK
@@ -151,7 +151,9 @@ def predict(options: PredictOptions) -> None:
             total += len(records)
             texts = [" ".join(str(row[c]) for c in task.inputs) for _, row in rows]
             empty += sum(not all(str(row[c]).strip() for c in task.inputs) for _, row in rows)
-            unread += bases[0].tokenizer.unread(bases[0].tokenizer.encode_batch(texts))
+            ids = bases[0].tokenizer.encode_batch(texts)
+            unread += bases[0].tokenizer.unread(ids)
+            partly += task.is_generation * sum(bases[0].tokenizer.unk_id in own for own in ids)
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
@@ -159,6 +161,7 @@ def predict(options: PredictOptions) -> None:
     say_some(say, empty, total, f"{lacks}; their answers say nothing")
     odd = "texts are mostly words that the base has no token for; their answers say nothing"
     say_some(say, unread, total, odd)
+    say_some(say, partly, total, "prompts hold characters that the base has no token for, and are read without them")
     say_truncated(say, truncated, total, min(b.model.config.max_length for b in bases))
 
 
