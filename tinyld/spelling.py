@@ -72,8 +72,8 @@ class Spelling:
         words, blanks = [unit for unit, _ in units], [*(blank for _, blank in units), False]
         asked = _asked_marks(f"{before} ~ {after}") if self.marks_as_asked else {}
         for i in _marks(words):
-            own = asked.get(_beside(words, i)) or self.marks.get(_kind(words, i))
-            if own:
+            known = [asked.get(_beside(words, i)), *map(self.marks.get, _kinds(words, i))]
+            if own := next(filter(None, known), None):
                 words[i], blanks[i], blanks[i + 1] = own.strip(), own[0] == " ", own[-1] == " "
         return "".join(" " * blank + word for word, blank in zip(words, blanks, strict=False)).strip()
 
@@ -176,8 +176,9 @@ def _beside(words: Sequence[str], i: int) -> tuple[str, ...]:
     return tuple(map(fold, ["", *words, ""][i : i + 3]))
 
 
-def _kind(words: Sequence[str], i: int) -> str:
-    """A mark, folded, between what kinds of units it is: a for a word, i for one letter, 0 for a number."""
+def _kinds(words: Sequence[str], i: int) -> tuple[str, str, str]:
+    """What a mark, folded, is between: the word before it, the one behind it, and kinds of both alone: a for a word, i
+    for one letter, 0 for a number."""
     left, mark, right = _beside(words, i)
 
     def kind(unit: str, end: int) -> str:
@@ -185,7 +186,8 @@ def _kind(words: Sequence[str], i: int) -> str:
             return unit
         return "0" if unit[end].isdigit() else "i" if len(unit) == 1 else "a"
 
-    return kind(left, -1) + mark + kind(right, 0)
+    before, behind = kind(left, -1), kind(right, 0)
+    return f"={left}{mark}{behind}", f"{before}{mark}={right}", f"{before}{mark}{behind}"
 
 
 def _with_blanks(units: Sequence[tuple[str, bool]], i: int) -> str:
@@ -212,8 +214,10 @@ def _places(pattern: re.Pattern[str], text: str) -> set[int]:
 
 def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[dict[str, str], bool]:
     """(`marks`, `marks_as_asked`) of a spelling, from the answers of examples and how a base writes their tokens."""
-    wanted, usual = defaultdict[str, Counter[str]](Counter), Counter[str]()  # by kind; right without being learned
-    agreed = Counter[bool]()
+    found, agreed = (
+        list[tuple[tuple[str, str, str], str, str]](),
+        Counter[bool](),
+    )  # kinds, as in the answer, as written
     for example, text in zip(examples, written, strict=True):
         right, own = _units(unicodedata.normalize("NFC", example.answer)), _units(text)
         words = [unit for unit, _ in own]
@@ -221,17 +225,25 @@ def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[di
             continue
         asked = _asked_marks(f"{example.before} ~ {example.after}")
         for i in _marks(words):
-            form, mine = _with_blanks(right, i), _with_blanks(own, i)
+            form, mine, kinds = _with_blanks(right, i), _with_blanks(own, i), _kinds(words, i)
             if (theirs := asked.get(_beside(words, i))) and theirs != mine:
                 agreed[theirs == form] += 1
-            kind = _kind(words, i)
-            if re.fullmatch(r"[a0][.!?][ai]", kind) and form[-1] != " ":  # of an address, which prompts have whole
-                continue
-            wanted[kind][form] += 1
-            usual[kind] += form == mine
-    forms = {kind: found.most_common(1)[0] for kind, found in wanted.items()}
-    kept = [kind for kind, (_, n) in forms.items() if n > max(2, usual[kind]) and n >= OFTEN * wanted[kind].total()]
-    return {kind: forms[kind][0] for kind in sorted(kept)[:MOST]}, agreed[True] > agreed[False]
+            if form[-1] == " " or not re.fullmatch(
+                r"[a0][.!?][ai]", kinds[2]
+            ):  # of an address, which prompts have whole
+                found.append((kinds, form, mine))
+    rules = dict[str, str]()
+    for level in ((2,), (0, 1)):  # what is said of words is beside what is said of kinds
+        wanted, usual = defaultdict[str, Counter[str]](Counter), Counter[str]()  # usual: right without being learned
+        for kinds, form, mine in found:
+            for kind in (kinds[n] for n in level):
+                wanted[kind][form] += 1
+                usual[kind] += form == rules.get(kinds[2], mine)
+        best = {kind: forms.most_common(1)[0] for kind, forms in wanted.items()}
+        kept = [k for k, (_, n) in best.items() if n > usual[k] and n >= max(3, OFTEN * wanted[k].total())]
+        kept.sort(key=lambda kind: (usual[kind] - best[kind][1], kind))
+        rules |= {kind: best[kind][0] for kind in kept[:MOST]}
+    return rules, agreed[True] > agreed[False]
 
 
 def learn_spelling(
