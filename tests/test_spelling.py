@@ -100,7 +100,7 @@ def as_written(texts: list[str]) -> list[str]:
      "A. B. Poe and J.R. Doe did"),
     ([("at {0} Elm Ave", "At {0} Elm Ave. is it. It is {0}")], "at 5 Oak Ave", "At 5 Oak Ave. is it. It is"),
     ([("bar {0}", "A family-friendly bar {0} - it is big")], "pub 7", "A family-friendly pub 7 - it is big"),
-    ([("bar", "A family-friendly bar - it is big {0}")], "pub", "A family-friendly pub - it is big"),  # by words beside it
+    ([("bar", "A family-friendly bar - it is big {0}")], "pub", "A family-friendly pub - it is big"),
     # of all letters
     ([("ask Ann Lee{0} of Rome", "ask ann lee{0} of rome")] * 3, "ask Tim Roe of Oslo", "ask tim roe of oslo"),
     ([("ask Ann Lee{0}", "ASK ANN LEE{0} NOW")], "ask Tim Roe", "ASK TIM ROE NOW"),
