@@ -15,13 +15,16 @@ END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?][
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
 PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]|^(?!www|.*[@/]).*[a-z]{2}\.(?=[A-Z])")  # size:5,tea|cake
-OPEN = re.compile(r"([^\W_]+[.!?])(?=\s*[|,;:)\]}])")  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
+OPEN = re.compile(
+    r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}])"
+)  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
 UNIT = re.compile(r"[^\W_]+|[^\w\s]|_")  # words, and marks one by one
 CONTRACTED = r"(?i:s|t|d|m|re|ve|ll)\b"
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
 LONG = 4  # letters of a word that has a capital in a title, too: not of, in, the
 TITLED, LEAST = 0.9, 20  # share of the long words inside sentences that have one where all texts are titles, of so many
+LONGEST = 40  # letters that are looked at of a word before the end of a sentence
 OFTEN = 0.8  # share of a mark's places of one kind that have the same blanks, where these are learned
 
 
@@ -155,7 +158,7 @@ def _starts(text: str, unended: set[str]) -> set[int]:
     """Where the words begin that stand first in a sentence; `unended`: words with a mark that ends none."""
 
     def ends(found: re.Match[str]) -> bool:
-        word = re.search(r"[^\W_]+$", text[: found.start()])
+        word = re.search(r"[^\W_]+$", text[max(0, found.start() - LONGEST) : found.start()])
         return not (word and fold(word[0]) + text[found.start()] in unended)
 
     return {found.end() for found in FIRST.finditer(text) if ends(found)}
@@ -270,7 +273,7 @@ def learn_spelling(
     said = [list(re.finditer(WORD, text)) for text in answers]
     after_points = Counter[tuple[str, bool]]()
     for text in answers:
-        found = re.findall(r"([^\W_]{2,}\.) ([^\W\d_])", text)
+        found = re.findall(r"(?<![^\W_])([^\W_]{2,}\.) ([^\W\d_])", text)
         after_points.update((fold(word), letter.islower()) for word, letter in found)
     opens = {word for (word, small), n in after_points.items() if small and n > max(2, after_points[word, False])}
     first = [_starts(text, {*opens, *_open(e.before, e.after)}) for e, text in zip(examples, answers, strict=True)]
