@@ -135,7 +135,10 @@ def test_what_addresses_have_is_no_rule_for_the_ends_of_sentences() -> None:
 def test_a_long_prompt_takes_time_in_proportion_to_its_length() -> None:
     started = time.process_time()
     Spelling(True, True, {}).restore("the x the y " * 50, "the " * 5_000, "", False)
-    learned(("a" * 200_000, "b. C" + "b" * 200_000), ("x. y" * 9_000, "x. y" * 9_000))
+    long = [("a" * 200_000, "b. C" + "b" * 200_000), ("x. y" * 900, "x. y" * 900), (":" * 90_000, "a - b" * 9_000)]
+    spelling = learn_spelling([Example(prompt, "", answer, None) for prompt, answer in long], False, as_written)
+    for prompt, answer in long:
+        spelling.restore(*as_written([answer]), prompt, "", False)
     assert time.process_time() - started < 5, "half a second; it was nine where rows of words were copied"
 
 

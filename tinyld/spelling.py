@@ -34,7 +34,8 @@ class Spelling:
 
     Several words in a row are spelled as they are in the prompt; else one word as in `words`, or else as in the prompt.
     What has marks and no blank there (an address, C++) is written so. A mark has the blanks that it has there between
-    the same words or, between words of the same kinds, in `marks`; else those of `tokenizer.detokenize`.
+    the same words or, beside one of the words or between words of the same kinds, in `marks`; else those of
+    `tokenizer.detokenize`.
     """
 
     starts: bool  # a sentence begins with a capital
@@ -44,7 +45,7 @@ class Spelling:
     case: str = ""  # "upper" or "lower", where all letters are
     codes: bool = False  # where most of a prompt's words are in capitals, these are the words' own
     open: tuple[str, ...] = ()  # folded words with a point that ends no sentence: approx.
-    marks: dict[str, str] = field(default_factory=dict)  # of `_kind`: the mark with its blanks
+    marks: dict[str, str] = field(default_factory=dict)  # one of `_kinds` -> the mark with its blanks
     marks_as_asked: bool = False  # a prompt's blanks around marks are kept
 
     def restore(self, text: str, before: str, after: str, inside: bool) -> str:
@@ -97,8 +98,8 @@ class Spelling:
             word = asked[place][0]
             if asked[place].start() not in first or not _capitalised(word):
                 return word
-            behind = prompt[asked[place].end() :]
-            is_names = behind[:1] == " " and behind[1:2].isupper()  # as the next word's is
+            end = asked[place].end()
+            is_names = prompt[end : end + 1] == " " and prompt[end + 1 : end + 2].isupper()  # as the next word's is
             return self.words.get(theirs[place], word if is_names else word.lower())
 
         while len(found) < len(keys):
@@ -151,7 +152,7 @@ def _capitalised(word: str) -> bool:
 
 def _open(before: str, after: str) -> set[str]:
     """Folded words of a prompt with a mark behind them that ends no sentence."""
-    return set(map(fold, OPEN.findall(_plain(re.sub(r"[\s:|,;]+$", "", before) + f" ~ {after}"))))
+    return set(map(fold, OPEN.findall(_plain(f"{before.rstrip(' :|,;')} ~ {after}"))))
 
 
 def _starts(text: str, unended: set[str]) -> set[int]:
@@ -174,9 +175,9 @@ def _marks(words: Sequence[str]) -> Iterator[int]:
     return (i for i, word in enumerate(words) if not word[0].isalnum())
 
 
-def _beside(words: Sequence[str], i: int) -> tuple[str, ...]:
-    """A mark, folded, with the units beside it."""
-    return tuple(map(fold, ["", *words, ""][i : i + 3]))
+def _beside(words: Sequence[str], i: int) -> tuple[str, str, str]:
+    """A mark, folded, between the units beside it."""
+    return fold(words[i - 1]) if i else "", fold(words[i]), fold("".join(words[i + 1 : i + 2]))
 
 
 def _kinds(words: Sequence[str], i: int) -> tuple[str, str, str]:
