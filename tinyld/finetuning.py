@@ -32,8 +32,8 @@ from tinyld.interrupt import Interrupted
 from tinyld.methods import METHODS, TrajectoryLora, make_config, read_config
 from tinyld.methods.contract import AUTO
 from tinyld.options import METHOD_OPTIONS, FinetuneOptions, Training, refuse_idle
-from tinyld.progress import Progress, Say, say_learned, say_some, say_truncated
-from tinyld.rows import Example, learned_rows, learned_too, load_split, what_numbers_say
+from tinyld.progress import Progress, Say, say_learned, say_numbers, say_some, say_truncated
+from tinyld.rows import Example, learned_rows, learned_too, load_split
 from tinyld.runs import ADAPTER, CONFIG, PROTOTYPE, RESULTS, RunFolder, Spectator, environment, is_writer
 from tinyld.spelling import learn_spelling
 from tinyld.tables import MISREAD, percent, print_record
@@ -169,8 +169,7 @@ def say_what_is_odd(say: Say, train: TaskRows, dev: TaskRows, base: Base) -> Non
     if doubtful := {e.asked: e.before or e.after for e in examples if labels_of[e.asked] > 1}:
         one = next(iter(doubtful.values()))[:60]
         say(f"{len(doubtful):,} training texts have more than one label, such as {one!r}")
-    if told := what_numbers_say(task, [*examples, *dev.examples]):
-        say(told)
+    say_numbers(say, task, [*examples, *dev.examples])
     counted, in_dev = (Counter(e.label for e in rows.examples) for rows in (train, dev))
     labels = [(label, counted[i], in_dev[i]) for i, label in enumerate(task.labels)]
     if unseen := [label for label, n, _ in labels if n == 0]:

@@ -4,7 +4,8 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 Advance = Callable[[float], None]  # is told how much is done
 Say = Callable[[str], None]  # says a line, or nothing where that is wanted
@@ -29,6 +30,14 @@ def say_truncated(say: Say, truncated: int, rows: int, max_length: int, which: s
 
 def say_learned(say: Say, learned: int, rows: int, which: str) -> None:
     say_some(say, learned, rows, f"{which} are training rows, too: new texts are answered less well")
+
+
+def say_numbers(say: Say, task: Any, examples: Iterable[Any]) -> None:
+    """Tells what numbers stand for where rows have them for the labels of a user's `Task`; a built-in one's are
+    published."""
+    if task.is_users and any(example.is_numbered for example in examples):
+        read = ", ".join(f"{i} as {label}" for i, label in enumerate(task.labels))
+        say(f"labels are numbers, read in the order of the task's [verbalizer]: {read}; is that right?")
 
 
 def unheard(done: float) -> None:

@@ -308,14 +308,6 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     return examples
 
 
-def what_numbers_say(task: Task, examples: Sequence[Example]) -> str | None:
-    """For the user to see, where rows have numbers for the labels of a user's task; a built-in one's are published."""
-    if not task.is_users or not any(example.is_numbered for example in examples):
-        return None
-    read = ", ".join(f"{i} as {label}" for i, label in enumerate(task.labels))
-    return f"labels are numbers, read in the order of the task's [verbalizer]: {read}; is that right?"
-
-
 def prompt_of(task: Task, row: dict[str, Any], where: str, empty: str = "") -> Example:
     """An example without an answer, of a row that needs no label: what `predict` asks. `empty` is asked for a blank
     text, which is refused without it."""

@@ -17,9 +17,9 @@ from tinyld.errors import TinyldError
 from tinyld.evaluate import Evaluation, evaluate, text_nll
 from tinyld.options import EvalOptions, flag, refuse_idle
 from tinyld.predict import Run, load
-from tinyld.progress import Progress, say_learned, say_truncated
+from tinyld.progress import Progress, say_learned, say_numbers, say_truncated
 from tinyld.read import clean
-from tinyld.rows import Example, file_in, files_of, learned_rows, learned_too, load_split, to_learn, what_numbers_say
+from tinyld.rows import Example, file_in, files_of, learned_rows, learned_too, load_split, to_learn
 from tinyld.runs import RESULTS, RunFolder, environment
 from tinyld.tables import WIDTH, percent, print_table
 from tinyld.tasks import Task, learned_files, trained
@@ -113,8 +113,7 @@ def eval(options: EvalOptions) -> list[Record]:
             read = files_of(task, data, os.environ.get("TINYLD_DATA"))
             check_writable(predictions, [*learned_files(run.config), *read])
             rows = rows_for(run, task, options.split, data, options.limit, say)
-            if told := what_numbers_say(task, rows.examples):
-                say(told)
+            say_numbers(say, task, rows.examples)
             if run.config.get("by_name"):
                 run.let_answer(task)
             if options.split != "train":
