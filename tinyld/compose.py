@@ -144,9 +144,11 @@ def show(result: dict[str, Any], options: ComposeOptions) -> None:
     """Prints what `compose` found."""
     rows = []
     for d in result["drops"]:
-        own, both = (percent(d[k]) if d[k] is not None else f"{d[f'{k}_nats']:.3f} nats" for k in ("own", "composed"))
+        own, both = (
+            f"{percent(d[k])}%" if d[k] is not None else f"{d[f'{k}_nats']:.3f} nats" for k in ("own", "composed")
+        )
         rows.append((d["task"], d["n"], own, both, None if d["drop"] is None else f"{100 * d['drop']:.2f}"))
-    print_table(result["run"], ("task", "rows", "own %", "composed %", "points lost"), rows)
+    print_table(result["run"], ("task", "rows", "alone", "composed", "points lost"), rows)
     if routing := result["routing"]:
         shares = ((*r["goes_to"].values(), r["wrongly_refused"], r["wrongly_accepted"]) for r in routing)
         rows = [(r["task"], *map(percent, own)) for r, own in zip(routing, shares, strict=True)]
