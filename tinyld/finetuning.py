@@ -143,7 +143,7 @@ def run_folder(
         try:
             yield folder, results
         except Interrupted as error:
-            if "--resume" in error.message:
+            if "--resume" in str(error):  # and says more
                 raise
             raise Interrupted(error.signum, f"go on with --resume {quote(str(out))}") from None
         folder.close_log()

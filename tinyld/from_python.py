@@ -26,10 +26,10 @@ def finetune(rows_or_task: str | Path | Iterable[Any] = (), *, out: str | Path |
     built-in one's name or a task file; a path that ends in .csv, .tsv or .jsonl is a file of rows, a folder has
     train.csv and perhaps dev.csv and test.csv, a .txt has texts in which gaps are to be filled.
 
-    `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on; quiet=False tells on stderr
-    what `tinyld finetune` does, progress and what is odd in the rows. Rows in memory are kept
-    beside the run, in OUT-rows.jsonl, so that it can be resumed and evaluated; one in ten is held out for dev. To go on
-    with a run that was interrupted, give its folder as `resume` and nothing to learn.
+    `options` are those of `tinyld finetune`: base, method, budget, epochs, seed and so on; quiet=False tells what the
+    verb does, progress and what is odd in the rows. Rows in memory are kept beside the run, in OUT-rows.jsonl, so that
+    it can be resumed and evaluated; one in ten is held out for dev. To go on with a run that was interrupted, give its
+    folder as `resume` and nothing to learn.
     """
     if options.get("resume") is not None or isinstance(rows_or_task, str | Path):
         is_nothing = isinstance(rows_or_task, tuple) and not rows_or_task

@@ -19,7 +19,7 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int, message: str = "nothing was lost that had been saved"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
-        self.signum, self.message, self.exit_code = signum, message, 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
 
 
 def interrupt_or_end(signum: int, frame: FrameType | None) -> None:

@@ -169,20 +169,20 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
     head = re.match(r"\s*([^\r\n]*)", text)[1]
     csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
 
+    def cells(text: str, separator: str, is_plain: bool, **how: bool) -> Any:
+        """A reader; in most TSV, which is plain, a quote is an ordinary character."""
+        quoting, source = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL, io.StringIO(text, newline="")
+        return csv.reader(source, delimiter=separator, quoting=quoting, skipinitialspace=f"{separator} " in head, **how)
+
     def columns(separator: str) -> int:
         """By it, where the first rows have as many as the header."""
-        quoting, some = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL, io.StringIO(text[: 1 << 20], "")
-        reader = csv.reader(some, delimiter=separator, quoting=quoting, skipinitialspace=f"{separator} " in head)
-        widths = {len(values) for values in islice(reader, 20) if any(values)}
+        widths = {len(v) for v in islice(cells(text[: 1 << 20], separator, separator == "\t"), 20) if any(v)}
         return widths.pop() if len(widths) == 1 else 0
 
     there = [own for own in (separator, *",;\t") if own in head]  # spreadsheets write ; in much of Europe
     separator = max(there, key=columns, default=separator)
     is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
-    quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL  # in most TSV a quote is an ordinary character
-    form = {"delimiter": separator, "quoting": quoting, "skipinitialspace": f"{separator} " in head}
-    reader = csv.reader(io.StringIO(text, ""), **form, strict=True)
-    header, start, is_open = [], 1, False
+    reader, header, start, is_open = cells(text, separator, is_plain, strict=True), [], 1, False
     try:
         for values in reader:
             where, start = f"{path}: line {start}", reader.line_num + 1

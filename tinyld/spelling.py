@@ -19,6 +19,7 @@ OPEN = re.compile(
     r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}])"
 )  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
 UNIT = re.compile(r"[^\W_]+|[^\w\s]|_")  # words, and marks one by one
+ADDRESS = re.compile(r"[a0][.!?][ai]")  # `_kinds` of a mark which, with no blank behind it, is of an address
 CONTRACTED = r"(?i:s|t|d|m|re|ve|ll)\b"
 MOST = 1_000  # words whose spelling a run keeps
 LEARNED = 2_000  # texts, at most, that it is learned from
@@ -76,7 +77,8 @@ class Spelling:
         words, blanks = [unit for unit, _ in units], [*(blank for _, blank in units), False]
         asked = _asked_marks(f"{before} ~ {after}") if self.marks_as_asked else {}
         for i in _marks(words):
-            known = [asked.get(_beside(words, i)), *map(self.marks.get, _kinds(words, i))]
+            beside = _beside(words, i)
+            known = [asked.get(beside), *map(self.marks.get, _kinds(*beside))]
             if own := next(filter(None, known), None):
                 words[i], blanks[i], blanks[i + 1] = own.strip(), own[0] == " ", own[-1] == " "
         return "".join(" " * blank + word for word, blank in zip(words, blanks, strict=False)).strip()
@@ -180,10 +182,9 @@ def _beside(words: Sequence[str], i: int) -> tuple[str, str, str]:
     return fold(words[i - 1]) if i else "", fold(words[i]), fold("".join(words[i + 1 : i + 2]))
 
 
-def _kinds(words: Sequence[str], i: int) -> tuple[str, str, str]:
-    """What a mark, folded, is between: the word before it, the one behind it, and kinds of both alone: a for a word, i
-    for one letter, 0 for a number."""
-    left, mark, right = _beside(words, i)
+def _kinds(left: str, mark: str, right: str) -> tuple[str, str, str]:
+    """What a mark is between: the word before it, the one behind it, and kinds of both alone: a for a word, i for one
+    letter, 0 for a number."""
 
     def kind(unit: str, end: int) -> str:
         if not unit[:1].isalnum():
@@ -218,10 +219,8 @@ def _places(pattern: re.Pattern[str], text: str) -> set[int]:
 
 def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[dict[str, str], bool]:
     """(`marks`, `marks_as_asked`) of a spelling, from the answers of examples and how a base writes their tokens."""
-    found, agreed = (
-        list[tuple[tuple[str, str, str], str, str]](),
-        Counter[bool](),
-    )  # kinds, as in the answer, as written
+    found = list[tuple[tuple[str, str, str], str, str]]()  # of a mark its kinds, as in the answer, as written
+    agreed = Counter[bool]()
     for example, text in zip(examples, written, strict=True):
         right, own = _units(unicodedata.normalize("NFC", example.answer)), _units(text)
         words = [unit for unit, _ in own]
@@ -229,12 +228,11 @@ def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[di
             continue
         asked = _asked_marks(f"{example.before} ~ {example.after}")
         for i in _marks(words):
-            form, mine, kinds = _with_blanks(right, i), _with_blanks(own, i), _kinds(words, i)
-            if (theirs := asked.get(_beside(words, i))) and theirs != mine:
+            form, mine, beside = _with_blanks(right, i), _with_blanks(own, i), _beside(words, i)
+            kinds = _kinds(*beside)
+            if (theirs := asked.get(beside)) and theirs != mine:
                 agreed[theirs == form] += 1
-            if form[-1] == " " or not re.fullmatch(
-                r"[a0][.!?][ai]", kinds[2]
-            ):  # of an address, which prompts have whole
+            if form[-1] == " " or not ADDRESS.fullmatch(kinds[2]):
                 found.append((kinds, form, mine))
     rules = dict[str, str]()
     for level in ((2,), (0, 1)):  # what is said of words is beside what is said of kinds
@@ -268,7 +266,8 @@ def learn_spelling(
     capitals, small = sum(map(str.isupper, letters)), sum(map(str.islower, letters))
     case = "lower" if low[True] >= max(LEAST, TITLED * low.total()) and capitals < (1 - TITLED) * small else ""
     case = "upper" if small < (1 - TITLED) * capitals else case
-    prompts = [_asked(e.before, e.after, inside, codes[True] > codes[False]) for e in examples]
+    are_codes = codes[True] > codes[False]
+    prompts = [_asked(e.before, e.after, inside, are_codes) for e in examples]
     wholes = [f"{e.before if inside else ''} {text}".lstrip(" '\"(") for e, text in zip(examples, answers, strict=True)]
     starts = 2 * sum(text[:1].isupper() for text in wholes) > sum(text[:1].isalpha() for text in wholes)
     said = [list(re.finditer(WORD, text)) for text in answers]
@@ -286,7 +285,9 @@ def learn_spelling(
         agreed.update(word == own[fold(word)] for word in inner if fold(word) in own)
         long += [word[0].isupper() for word in inner if len(word) >= LONG]
     titles = len(long) >= LEAST and sum(long) >= TITLED * len(long)
-    by_prompt = Spelling(starts, agreed[True] >= agreed[False], {}, titles)
+    marks = learn_marks(examples, as_written([e.answer for e in examples])) if as_written else ({}, False)
+    names_first, points = agreed[True] >= agreed[False], tuple(sorted(opens)[:MOST])
+    by_prompt = Spelling(starts, names_first, {}, titles, case, are_codes, points, *marks)
     wrong, spelled = Counter[str](), defaultdict[str, Counter[str]](Counter)
     for prompt, words, begin in zip(prompts, said, first, strict=True):
         for word, (guess, in_a_row) in zip(words, by_prompt.told([fold(w[0]) for w in words], prompt), strict=True):
@@ -296,7 +297,4 @@ def learn_spelling(
     usual = {key: words.most_common(1)[0] for key, words in spelled.items()}
     mended = {key: wrong[key] - (spelled[key].total() - count) for key, (_, count) in usual.items()}
     kept = sorted((key for key in usual if mended[key] > 0), key=lambda key: (-mended[key], key))[:MOST]
-    own = {key: usual[key][0] for key in kept}
-    marks, as_asked = learn_marks(examples, as_written([e.answer for e in examples])) if as_written else ({}, False)
-    found = replace(by_prompt, words=own, case=case, codes=codes[True] > codes[False], open=tuple(sorted(opens)[:MOST]))
-    return replace(found, marks=marks, marks_as_asked=as_asked)
+    return replace(by_prompt, words={key: usual[key][0] for key in kept})

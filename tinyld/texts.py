@@ -149,11 +149,11 @@ def predict(options: PredictOptions) -> None:
                 print("".join(lines), end="", flush=True)
             whole += lines if out else []
             total += len(records)
-            texts = [" ".join(str(row[c]) for c in task.inputs) for _, row in rows]
-            empty += sum(not all(str(row[c]).strip() for c in task.inputs) for _, row in rows)
-            ids = bases[0].tokenizer.encode_batch(texts)
-            unread += bases[0].tokenizer.unread(ids)
-            partly += task.is_generation * sum(bases[0].tokenizer.unk_id in own for own in ids)
+            texts, tokenizer = [[str(row[c]) for c in task.inputs] for _, row in rows], bases[0].tokenizer
+            empty += sum(not all(map(str.strip, parts_of)) for parts_of in texts)
+            ids = tokenizer.encode_batch(map(" ".join, texts))
+            unread += tokenizer.unread(ids)
+            partly += task.is_generation * sum(tokenizer.unk_id in own for own in ids)
             truncated += sum(any(r["truncated"] for r in x.get("tasks", {"": x}).values()) for x in records)
     if out is not None:
         write_atomic(out, "".join(whole).encode(errors="replace" if as_csv else "backslashreplace"))  # half of an emoji
