@@ -21,9 +21,10 @@ from tinyld.data import Batch
 from tinyld.errors import TinyldError, UsageError
 from tinyld.methods.trajectory import TrajectoryPush
 from tinyld.model import Denoiser
-from tinyld.options import ComposeOptions
+from tinyld.options import ComposeOptions, EvalOptions
 from tinyld.predict import load
 from tinyld.runs import RunFolder
+from tinyld.scores import eval
 
 
 def base_of(model: Denoiser) -> Base:
@@ -185,7 +186,8 @@ def test_tasks_that_can_be_told_apart_are_routed_and_measured(
     assert title.startswith(str(tmp_path)) and max(map(len, out)) <= 80 and any("points lost" in line for line in out)
     with pytest.raises(TinyldError, match="holds .*, which this command reads; choose another --out"):
         compose(replace(options, out=runs[0], force=True))
-    refuses("one and .*fast-a are both of a task a", compose, replace(options, runs=(runs[0], fast[0])))
+    tinyld.finetune(tmp_path / "a.toml", base=place / "base", out=tmp_path / "again", seed=1, **FAST)
+    refuses("one and .*again are both of a task a", compose, replace(options, runs=(runs[0], tmp_path / "again")))
     (runs[0] / "prototype.safetensors").unlink()
     refuses("no prototype.safetensors in .*one", compose, replace(options, out=tmp_path / "new"))
 
@@ -201,6 +203,32 @@ def test_of_two_that_write_the_one_that_is_named_writes(place: Path, tmp_path: P
         load(both).write("rain")
     for name in ("tell", "told"):
         assert load(both, task=name).write("rain") == load(tmp_path / name).write("rain")
+
+
+def test_tasks_of_files_that_have_one_name_are_told_apart_by_their_runs(place: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "run-rain", tmp_path / "run-snow"
+    for seed, (name, out) in enumerate(zip(("rain", "snow"), runs, strict=True)):
+        for file in ("a.toml", "a.csv"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).write_bytes((place / file).read_bytes())
+        tinyld.finetune(tmp_path / name / "a.toml", base=place / "base", out=out, seed=seed, **FAST)
+    result = compose(ComposeOptions(runs=runs, out=tmp_path / "both", limit=20, quiet=True, dtype="fp32"))
+    assert [drop["task"] for drop in result["drops"]] == ["run-rain", "run-snow"]
+    both = load(tmp_path / "both", dtype="fp32")
+    for path in runs:
+        (own,), (alone,) = both.predict(["rain"], task=path.name), load(path, dtype="fp32").predict(["rain"])
+        assert own["adapter"] == path.name and own["probability"] == alone["probability"]
+    eval(EvalOptions(runs=(both.path,), quiet=True))
+    assert list(both.results["eval"]) == ["run-rain/dev", "run-snow/dev"]
+    with pytest.raises(UsageError, match="has no task 'a'; it has run-rain, run-snow"):
+        both.predict(["rain"], task="a")
+
+
+def test_a_composition_knows_its_tasks_by_their_runs_too(fast: list[Path], tmp_path: Path) -> None:
+    compose(ComposeOptions(runs=tuple(fast[:2]), out=tmp_path / "both", limit=4, quiet=True))
+    both = load(tmp_path / "both")
+    for path, task in zip(fast[:2], both.tasks, strict=True):
+        assert path.name != task.name and both.task_named(path.name) is task
 
 
 def test_a_share_is_not_rounded_below_the_least_that_is_right() -> None:

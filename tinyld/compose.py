@@ -1,6 +1,7 @@
 """`tinyld compose`: one run of several adapters, measured task by task on held-out rows before it is written."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from shlex import quote
@@ -35,20 +36,19 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     """Writes a composition, and says what each task gains or loses by it on held-out rows."""
     runs, say = options.runs, say_to_stderr(options.quiet)
     check(len(runs) >= 2, f"compose needs at least two adapters, got {len(runs)}")
-    alone: dict[str, Run] = {}
+    loaded: list[Run] = []
     for path in runs:
-        run = load(path, options.base, options.device, options.dtype, bases=[own.base for own in alone.values()])
+        run = load(path, options.base, options.device, options.dtype, bases=[own.base for own in loaded])
         kind = run.config["kind"]
         holds = run.config["method"]["name"] if kind == "adapter" else f"a {kind}"
         wanted = f"{path} holds {holds}; compose takes trajectory-lora adapters"
         check(holds == TrajectoryLora.name, wanted, TinyldError)
-        way_out = "compose takes one a task; where they are two, train one on a file of another name"
-        other = alone.setdefault(name := run.tasks[0].name, run)
-        check(other is run, f"{other.path} and {path} are both of a task {name}: {way_out}", TinyldError)
-        base = next(iter(alone.values())).base
+        loaded.append(run)
+        base = loaded[0].base
         own, theirs = (f"on base {of.fingerprint} in {of.dtype}" for of in (run.base, base))
         differ = f"{path} was trained {own}, the others {theirs}; all need the same. tinyld predict RUN RUN asks both"
         check(run.base is base, differ, TinyldError)
+    alone = by_task(loaded)
     router = Router(len(runs), base.model.config.d_model).to(base.model.device)
     for i, path in enumerate(runs):
         of_member = {name: tensor[i] for name, tensor in router.state_dict().items() if name != "limits"}
@@ -77,7 +77,7 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
         for odd in (r for r in routing if r["wrongly_refused"] > REFUSED):
             unlike = "like no task's, by what it was trained on: it has seen few or other texts"
             say(f"{100 * odd['wrongly_refused']:.0f}% of {odd['task']}'s own rows are told as `foreign`, {unlike}")
-        why = f"by their texts only {100 * worst['right']:.0f}% of {task}'s rows would go to its adapter"
+        why = f"by their texts only {percent(worst['right'])}% of {task}'s rows would go to its adapter"
     if by_name:
         say(f"{why}: name the task of all texts when you ask (tinyld predict {quote(str(out))} --task {task})")
     routed = RoutedPush([run.push for run in alone.values()], router)
@@ -102,6 +102,25 @@ def compose(options: ComposeOptions) -> dict[str, Any]:
     result["bytes"] = folder.files()[ADAPTER]["bytes"]
     folder.write_json(RESULTS, {"compose": result})
     return result
+
+
+def by_task(runs: Sequence[Run]) -> dict[str, Run]:
+    """The runs by the names of their tasks; tasks of other files that have one name get that of their run's folder."""
+    names = [run.tasks[0].name for run in runs]
+    found: dict[str, Run] = {}
+    for run, name in zip(runs, names, strict=True):
+        task = run.tasks[0]
+        twins = [other for other in runs if other.tasks[0].path == task.path and other.tasks[0].name == name]
+        twice = f"{' and '.join(str(twin.path) for twin in twins)} are both of a task {name}"
+        check(len(twins) < 2, f"{twice}: compose takes one a task", TinyldError)
+        if names.count(name) > 1:
+            name = run.path.resolve().name
+            task = replace(task, name=name, rows_from=name)
+            run = replace(run, tasks=[task], config=run.config | {"task": run.config["task"] | {"name": name}})
+        same = f"two tasks would be called {name}: give one of the runs' folders another name"
+        check(name not in found, same, TinyldError)
+        found[name] = run
+    return found
 
 
 def measure_routing(base: Base, router: Router, rows: dict[str, TaskRows]) -> list[dict[str, Any]]:

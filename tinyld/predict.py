@@ -62,6 +62,12 @@ class Run:
         return self.is_composition and not self.config.get("by_name")
 
     @property
+    def adapters(self) -> list[str]:
+        """A composition's members, by their runs' folders, as answers tell them."""
+        paths = [Path(m["run"]) for m in self.config.get("members", [])]
+        return [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
+
+    @property
     def model(self) -> Denoiser:
         """The base's denoiser, pushed as this run does."""
         self.base.model.push = self.push if self.member is None else self.push.pushes[self.member]
@@ -106,8 +112,7 @@ class Run:
         writers = [t for t in ([self.task_named(self.named)] if self.named else self.tasks) if t.is_generation]
         names = " and ".join(t.name for t in writers)
         check(len(writers) < 2, f"{self.path} writes for {names}: load it for one of them, task=NAME")
-        writer = next(iter(writers), None)
-        sampler, usual = FREELY
+        writer, (sampler, usual) = next(iter(writers), None), FREELY
         if writer is not None or is_foreign(self.base.path):
             sampler, usual = SampleConfig.sampler, SampleConfig.temperature
         usual = usual if temperature is None else temperature
@@ -125,12 +130,11 @@ class Run:
         """The run's task of that name, or its only one; for a run without tasks, any task."""
         known = {task.name: task for task in self.tasks}
         if name is None:
-            check(len(known) > 0, f"{self.path} was made for no task: say which with --task")
-            several = f"{self.path} has tasks {', '.join(known)}; say which with --task"
-            check(len(self.tasks) == 1 or self.is_routed, several)
+            made_for = f"has tasks {', '.join(known)};" if known else "was made for no task:"
+            check(len(self.tasks) == 1 or self.is_routed, f"{self.path} {made_for} say which with --task")
             return self.tasks[0]
-        if name in known:
-            return known[name]
+        if own := (dict(zip(self.adapters, self.tasks, strict=False)) | known).get(name):
+            return own
         is_known = not known or name in builtin_names() or str(name).endswith(".toml")
         lacks = f"{self.path} has no task {show(name)}; it has {', '.join(known)}"
         check(is_known, lacks)
@@ -175,9 +179,7 @@ class Run:
     def owners(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, list[Record]]:
         """Of a composition: (the member that answers each row; its name, and whether the row is unlike all of its
         task's own, which is not asked where one member answers all)."""
-        paths = [Path(m["run"]) for m in self.config["members"]]
-        names = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
-        router = self.push.router
+        names, router = self.adapters, self.push.router
         if self.member is not None:
             found = Record(adapter=names[self.member], foreign=False)
             return torch.full((len(examples),), self.member), [found] * len(examples)
@@ -290,7 +292,6 @@ class Runs:
             own, used = set(run.tasks[0].inputs), set(task.inputs)
             there = f"{name} reads {', '.join(own)}, which the rows have beside {', '.join(used)}"
             check(own == used or not any(own <= row.keys() for _, row in rows), f"{there}: ask it by itself")
-        kept = kept_columns(rows, task)
         found: dict[str, list[Record]] = {}
         share = 1 / len(self.runs)  # of a row, that it is answered by one
         for names in self.groups() if sampling.temperature == 0 else [[name] for name in self.runs]:
@@ -299,13 +300,12 @@ class Runs:
             columns = own.columns_in(task).items()
             asked = [(where, row | {k: row[v] for k, v in columns}) for where, row in rows]
             if len(runs) == 1:
-                report = further(advance, len(found) * len(rows) * share, share)
-                each = [runs[0].found(asked, own, sampling, report)]
+                each = [runs[0].found(asked, own, sampling, further(advance, len(found) * len(rows) * share, share))]
             else:
                 each = answers_in_one_pass(runs, examples_of(asked, own))
             found |= zip(names, each, strict=True)
             advance(len(found) * len(rows) * share)
-        return [k | {"tasks": {name: found[name][i] for name in self.runs}} for i, k in enumerate(kept)]
+        return [k | {"tasks": {n: found[n][i] for n in self.runs}} for i, k in enumerate(kept_columns(rows, task))]
 
 
 @overload

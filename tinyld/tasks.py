@@ -197,10 +197,10 @@ def from_record(record: dict[str, Any], where: str) -> Task:
     if file.suffix != ".toml" or not os.path.lexists(file):
         return then
     today = load_task(then.name if path is None else str(path))
-    if changed := unlike(to_record(then), to_record(today)):
+    if changed := unlike(to_record(then), to_record(today), KEPT[1:]):
         way_out = "put that back; a new task goes into a file of its own (runs keep theirs)"
         raise TinyldError(f"{where}: its task {then.name} has changed since then in {today.path}: {changed}; {way_out}")
-    return today.learned_as(then)
+    return replace(today.learned_as(then), name=then.name)  # which a composition may have changed
 
 
 def trained(config: dict[str, Any]) -> list[dict[str, Any]]:
