@@ -79,9 +79,25 @@ def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spellin
      "Set it to -39°C for <Gina>, US$5.00 and the Ph.D. of A_1"),
     ("size:5,tea|cake.End", "size: 5, tea | cake. end", "Size: 5, tea | cake. End"),  # parts of a prompt
     ("a1@b", "ca1 @ bc", "Ca1 @ bc"),
+    # beside a field's name
+    *((f"name{begin}Zizzi{end} site{begin}www.St-Mary-s.co.uk/a?b=1{end} n{begin}A-1.B{end}",
+       "zizzi is at www. st-mary-s. co. uk / a? b = 1 or a-1. b.", "Zizzi is at www.St-Mary-s.co.uk/a?b=1 or A-1.B.")
+      for begin, end in ("[]", "()", "=,", ":;")),
 ])  # fmt: skip
 def test_what_has_marks_and_no_blank_is_written_as_in_the_prompt(prompt: str, written: str, wanted: str) -> None:
     assert STARTS.restore(written, prompt, "", False) == wanted
+
+
+def test_words_in_a_row_are_spelled_as_learned_texts_have_them_where_these_differ_from_their_prompts() -> None:
+    spelling = learned(
+        ("name[The Fast Inn], food[Fast food]", "The Fast Inn is a fast food pub"),
+        *[("name[Cotto], food[Fast food]", "Fast food is at Cotto. Try Cotto for fast food")] * 2,
+        ("name[Aromi], near[The Mill]", "Aromi is near the Mill"),
+        ("name[Zizzi], near[The Mill]", "Zizzi is by The Mill"),
+    )
+    assert spelling.words == {"fast food": "fast food"}
+    for text in ("The Fast Lane by The Mill has fast food", "Fast food is at The Fast Lane"):
+        assert spelling.restore(fold(text), "name[The Fast Lane], near[The Mill], food[Fast food]", "", False) == text
 
 
 def as_written(texts: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
@@ -15,6 +16,7 @@ END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?][
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
 PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]|^(?!www|.*[@/]).*[a-z]{2}\.(?=[A-Z])")  # size:5,tea|cake
+FIELDS = re.compile(r"[][(){}<>=|;]|(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)")  # what parts key[value], key=value, a|b
 OPEN = re.compile(
     r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}])"
 )  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
@@ -22,6 +24,7 @@ UNIT = re.compile(r"[^\W_]+|[^\w\s]|_")  # words, and marks one by one
 ADDRESS = re.compile(r"[a0][.!?][ai]")  # `_kinds` of a mark which, with no blank behind it, is of an address
 CONTRACTED = r"(?i:s|t|d|m|re|ve|ll)\b"
 MOST = 1_000  # words whose spelling a run keeps
+RARE = 3  # places where a row of words is spelled otherwise than in its prompt, at least, where that is learned
 LEARNED = 2_000  # texts, at most, that it is learned from
 LONG = 4  # letters of a word that has a capital in a title, too: not of, in, the
 TITLED, LEAST = 0.9, 20  # share of the long words inside sentences that have one where all texts are titles, of so many
@@ -33,7 +36,7 @@ OFTEN = 0.8  # share of a mark's places of one kind that have the same blanks, w
 class Spelling:
     """How the texts of a task are spelled, where a prompt does not say.
 
-    Several words in a row are spelled as they are in the prompt; else one word as in `words`, or else as in the prompt.
+    Several words that stand in a row in the prompt are spelled as in `words`, or else as there; so is one word.
     What has marks and no blank there (an address, C++) is written so. A mark has the blanks that it has there between
     the same words or, beside one of the words or between words of the same kinds, in `marks`; else those of
     `tokenizer.detokenize`.
@@ -41,7 +44,7 @@ class Spelling:
 
     starts: bool  # a sentence begins with a capital
     names_first: bool  # the capital of a prompt's first words is the words' own, as of names
-    words: dict[str, str]  # word, folded -> as it is spelled inside a sentence
+    words: dict[str, str]  # word, or those of a row, folded -> as it is spelled inside a sentence
     titles: bool = False  # words begin with a capital, but for those in `words`
     case: str = ""  # "upper" or "lower", where all letters are
     codes: bool = False  # where most of a prompt's words are in capitals, these are the words' own
@@ -53,13 +56,12 @@ class Spelling:
         """A text that was written between `before` and `after`; `inside` a text of theirs, or else by itself."""
         prompt, text = _asked(before, after, inside, self.codes), self.blanked(text, before, after)
         first = _starts(text, {*self.open, *_open(before, after)})
-        all_told = iter(self.told(re.findall(WORD, text), prompt))
+        all_told = (word for row in self.told(re.findall(WORD, text), prompt) for word in row)
         if inside and before and not re.search(rf"{END}$", before) and (word := re.search(WORD, text)):
             first.discard(word.start())
 
         def spelled(word: re.Match[str]) -> str:
-            told, in_a_row = next(all_told)
-            told = told if in_a_row else self.words.get(fold(word[0]), told)
+            told = next(all_told)
             return _begun(told) if self.starts and word.start() in first else told
 
         text = re.sub(WORD, spelled, text)
@@ -83,17 +85,17 @@ class Spelling:
                 words[i], blanks[i], blanks[i + 1] = own.strip(), own[0] == " ", own[-1] == " "
         return "".join(" " * blank + word for word, blank in zip(words, blanks, strict=False)).strip()
 
-    def told(self, words: Sequence[str], prompt: str) -> list[tuple[str, bool]]:
-        """Each word as the prompt spells it, or as it is; and whether it stands there in a row with a neighbour."""
+    def told(self, words: Sequence[str], prompt: str) -> list[list[str]]:
+        """Each word as learned, as the prompt spells it, or as it is; those together that stand in a row there."""
         asked, first = list(re.finditer(WORD, prompt)), set() if self.names_first else _places(FIRST_ASKED, prompt)
         theirs, places = [fold(word[0]) for word in asked], defaultdict[str, list[int]](list)
         for place, key in enumerate(theirs):
             places[key].append(place)
-        keys, found = list(map(fold, words)), list[tuple[str, bool]]()
+        keys, found, i = list(map(fold, words)), list[list[str]](), 0
 
         def in_a_row(place: int) -> int:
             """How many words from here on are those of the prompt from `place` on."""
-            i, most = len(found), min(len(keys) - len(found), len(theirs) - place)
+            most = min(len(keys) - i, len(theirs) - place)
             return next((n for n in range(most) if keys[i + n] != theirs[place + n]), most)
 
         def spelled(place: int) -> str:
@@ -104,12 +106,15 @@ class Spelling:
             is_names = prompt[end : end + 1] == " " and prompt[end + 1 : end + 2].isupper()  # as the next word's is
             return self.words.get(theirs[place], word if is_names else word.lower())
 
-        while len(found) < len(keys):
-            count, place = max(((in_a_row(p), -p) for p in places[keys[len(found)]]), default=(0, 0))
-            row = [(spelled(i - place), count > 1) for i in range(count)]
-            found += row or [(words[len(found)], False)]
-        if self.titles:  # in which the row says nothing, as the prompt is no title
-            return [(_begun(word), False) for word, _ in found]
+        while i < len(keys):
+            count, place = max(((in_a_row(p), -p) for p in places[keys[i]]), default=(0, 0))
+            row = [spelled(n - place) for n in range(count)] or [words[i]]
+            if self.titles:  # in which the row says nothing, as the prompt is no title
+                found += [[self.words.get(fold(word), _begun(word))] for word in row]
+            else:
+                learned = self.words.get(" ".join(keys[i : i + len(row)]))
+                found.append(learned.split(" ") if learned else row)
+            i += len(row)
         return found
 
 
@@ -125,7 +130,8 @@ def _asked(before: str, after: str, inside: bool, codes: bool = False) -> str:
 def _wholes(prompt: str, text: str) -> list[str]:
     """What has marks and no blank in a prompt, and is in the text: addresses, codes, names (a1@b.com, #78, Xi'an)."""
     said = re.sub(r"\s", "", fold(text))
-    parts = (re.sub(r"""^["'“‘(\[{]+|[.,!?;:'"”’)\]}]+$""", "", part) for part in prompt.split())
+    parts = (piece for part in prompt.split() for piece in (part, *FIELDS.split(part, 1), *FIELDS.split(part)))
+    parts = (re.sub(r"""^["'“‘(\[{]+|[.,!?;:'"”’)\]}]+$""", "", part) for part in parts)
     marked = rf"-\d|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"  # beside those that stand in words, too
     found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
     return [part for part in found if re.match(marked, part) and not PARTED.search(part)]
@@ -290,11 +296,15 @@ def learn_spelling(
     by_prompt = Spelling(starts, names_first, {}, titles, case, are_codes, points, *marks)
     wrong, spelled = Counter[str](), defaultdict[str, Counter[str]](Counter)
     for prompt, words, begin in zip(prompts, said, first, strict=True):
-        for word, (guess, in_a_row) in zip(words, by_prompt.told([fold(w[0]) for w in words], prompt), strict=True):
-            if word.start() not in begin and not in_a_row:
-                spelled[fold(word[0])][word[0]] += 1
-                wrong[fold(word[0])] += guess != word[0]
+        left = iter(words)
+        for guess in by_prompt.told([fold(w[0]) for w in words], prompt):
+            row = list(islice(left, len(guess)))
+            if not any(word.start() in begin for word in row):
+                text = " ".join(word[0] for word in row)
+                spelled[fold(text)][text] += 1
+                wrong[fold(text)] += " ".join(guess) != text
     usual = {key: words.most_common(1)[0] for key, words in spelled.items()}
     mended = {key: wrong[key] - (spelled[key].total() - count) for key, (_, count) in usual.items()}
-    kept = sorted((key for key in usual if mended[key] > 0), key=lambda key: (-mended[key], key))[:MOST]
+    least = {key: RARE if " " in key else 1 for key in usual}
+    kept = sorted((key for key in usual if mended[key] >= least[key]), key=lambda key: (-mended[key], key))[:MOST]
     return replace(by_prompt, words={key: usual[key][0] for key in kept})
