@@ -79,6 +79,9 @@ def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spellin
      "Set it to -39°C for <Gina>, US$5.00 and the Ph.D. of A_1"),
     ("size:5,tea|cake.End", "size: 5, tea | cake. end", "Size: 5, tea | cake. End"),  # parts of a prompt
     ("a1@b", "ca1 @ bc", "Ca1 @ bc"),
+    ("the best (film).It was (15)%more, report(final).pdf", "a film. it was 3% more in notes. pdf",
+     "A film. It was 3% more in notes. Pdf"),  # behind a bracket
+    ("from .05 to -5", "it is 0.05 of 3-5 at. 05 or-5", "It is 0.05 of 3-5 at .05 or -5"),  # a part of a number
     # beside a field's name
     *((f"name{begin}Zizzi{end} site{begin}www.St-Mary-s.co.uk/a?b=1{end} n{begin}A-1.B{end}",
        "zizzi is at www. st-mary-s. co. uk / a? b = 1 or a-1. b.", "Zizzi is at www.St-Mary-s.co.uk/a?b=1 or A-1.B.")
@@ -151,7 +154,8 @@ def test_what_addresses_have_is_no_rule_for_the_ends_of_sentences() -> None:
 def test_a_long_prompt_takes_time_in_proportion_to_its_length() -> None:
     started = time.process_time()
     Spelling(True, True, {}).restore("the x the y " * 50, "the " * 5_000, "", False)
-    long = [("a" * 200_000, "b. C" + "b" * 200_000), ("x. y" * 900, "x. y" * 900), (":" * 90_000, "a - b" * 9_000)]
+    long = [("a" * 200_000, "b. C" + "b" * 200_000), ("x. y" * 900, "x. y" * 900)]
+    long += [(":" * 90_000, "a - b" * 9_000), ("x" + "." * 90_000 + "y", "x y")]
     spelling = learn_spelling([Example(prompt, "", answer, None) for prompt, answer in long], False, as_written)
     for prompt, answer in long:
         spelling.restore(*as_written([answer]), prompt, "", False)

@@ -130,8 +130,9 @@ def _asked(before: str, after: str, inside: bool, codes: bool = False) -> str:
 def _wholes(prompt: str, text: str) -> list[str]:
     """What has marks and no blank in a prompt, and is in the text: addresses, codes, names (a1@b.com, #78, Xi'an)."""
     said = re.sub(r"\s", "", fold(text))
-    parts = (piece for part in prompt.split() for piece in (part, *FIELDS.split(part, 1), *FIELDS.split(part)))
-    parts = (re.sub(r"""^["'“‘(\[{]+|[.,!?;:'"”’)\]}]+$""", "", part) for part in parts)
+    pieces = dict.fromkeys(piece for part in prompt.split() for piece in (*FIELDS.split(part, 1), *FIELDS.split(part)))
+    parts = (*prompt.split(), *(piece for piece in pieces if piece[:1].isalnum()))
+    parts = (part.lstrip("\"'“‘([{").rstrip(".,!?;:'\"”’)]}") for part in parts)
     marked = rf"-\d|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"  # beside those that stand in words, too
     found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
     return [part for part in found if re.match(marked, part) and not PARTED.search(part)]
@@ -141,7 +142,8 @@ def _written(whole: str) -> str:
     """A pattern of it as a base writes it, maybe with blanks around marks, without capitals and accents."""
     parts = re.findall(r"[^\W_]+|[\W_]", whole)  # words, and marks one by one
     letters = ("".join(f"(?:{re.escape(c)}|{re.escape(fold(c) or c)})" for c in part) for part in parts)
-    begins, ends = r"(?<![^\W_])" * whole[0].isalnum(), r"(?![^\W_])" * whole[-1].isalnum()
+    begins = r"(?<![^\W_])" if whole[0].isalnum() else r"(?<!\d)" * whole[1:2].isdigit()
+    ends = r"(?![^\W_])" * whole[-1].isalnum()
     return f"{begins}(?i:{' ?'.join(letters)}){ends}"
 
 
