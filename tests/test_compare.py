@@ -166,7 +166,7 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def diverge(options: FinetuneOptions) -> None:
-        if options.lr in bad:
+        if {options.lr, (options.lr, options.seed)} & bad:
             raise Diverged("the loss (nan)")
         trainer.finetune(options)
 
@@ -175,7 +175,12 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     (row,) = trainer.grid(tmp_path, methods="full:lr=0.001", quiet=False)
     assert (row["lr"], row["seeds"], row["trials"]) == (5e-4, 3, 3), "it was tried, too"
     assert "training diverged: lr 0.002 is left out" in capsys.readouterr().err
-    bad.add(5e-4)
+    bad = {(2e-3, 1)}
+    (row,) = trainer.grid(tmp_path / "seed", methods="full:lr=0.001")
+    assert (row["lr"], row["seeds"], row["trials"]) == (1e-3, 3, 3), "by its second seed alone"
+    bad = {1e-3, 2e-3, 5e-4}
+    (row,) = trainer.grid(tmp_path / "two", methods="full:lr=0.001,bitfit", quiet=False)
+    assert row["method"] == "bitfit" and "full is left out: the loss (nan)" in capsys.readouterr().err
     with pytest.raises(TinyldError, match="nan.*; finished runs are kept, the same command goes on$"):
         trainer.grid(tmp_path / "all", methods="full:lr=0.001")
 

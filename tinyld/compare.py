@@ -3,7 +3,8 @@
 A run of the grid is a folder, `OUT/<task>_<method>_lr<rate>_s<seed>_<digest of all else that was asked>`. What is
 finished is read, what was interrupted goes on, so that the same command again does only what is missing, and another
 one makes runs of its own. Tuning: seed 0 at every rate, the best on dev by accuracy (then by NLL bound) goes on to the
-other seeds; one at which training diverges is out. Test rows are read once, by the chosen runs.
+other seeds; one at which training diverges is out, and a line of the table that has no other. Test rows are read once,
+by the chosen runs.
 """
 
 import re
@@ -48,9 +49,15 @@ def compare(options: CompareOptions) -> list[Row]:
     lines = lines_of(options)
     make_folder(options.out)
     with RunFolder(options.out).locked():
-        numbers = count(1)
+        numbers, found = count(1), list[Row]()
         try:
-            found = [row for line in lines for row in run_line(line, options, numbers, len(lines))]
+            for line in lines:
+                try:
+                    found += run_line(line, options, numbers, len(lines))
+                except Diverged as error:
+                    if line is lines[-1] and not found:
+                        raise
+                    say_to_stderr(options.quiet)(f"   {line.options.method} is left out: {error}")
         except Interrupted as error:
             raise Interrupted(error.signum, "the same command goes on") from None
         except TinyldError as error:
@@ -140,17 +147,26 @@ def run_line(line: Line, options: CompareOptions, numbers: Iterator[int], lines:
             say(f"   dev {f'{100 * right:.1f}%, ' if right is not None else ''}NLL bound {nats:.4f}")
         return right or 0.0, -nats, folder
 
-    tried = {}
-    for lr in line.rates:
+    diverged = list[Diverged]()
+
+    def attempt(lr: float, seeds: range) -> list[tuple[float, float, RunFolder]]:
+        """The runs by these seeds; none where training diverges."""
         try:
-            tried[lr] = trained(lr, 0)
-        except Diverged:
-            if lr == line.rates[-1] and not tried:
-                raise
+            return [trained(lr, seed) for seed in seeds]
+        except Diverged as error:
+            diverged.append(error)
             say(f"   training diverged: lr {lr:g} is left out")
-    best = max(tried, key=lambda lr: tried[lr][:2])
+            return []
+
+    tried = {lr: found for lr in line.rates for found in attempt(lr, range(1))}
+    chosen = list[RunFolder]()
+    while tried and len(chosen) < options.seeds:
+        best = max(tried, key=lambda lr: tried[lr][:2])
+        chosen = [run for *_, run in (tried.pop(best), *attempt(best, range(1, options.seeds)))]
+    if len(chosen) < options.seeds:
+        raise diverged[-1]
     rows = []
-    for *_, run in [tried[best], *(trained(best, seed) for seed in range(1, options.seeds))]:
+    for run in chosen:
         found = run.results.get("eval", {}).get(f"{line.task}/{line.split}", {})
         if found.get("sha256") != line.tested:
             how = about | {"device": options.device, "dtype": run.config["train"]["dtype"]}
