@@ -180,7 +180,7 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     assert (row["lr"], row["seeds"], row["trials"]) == (1e-3, 3, 3), "by its second seed alone"
     bad = {1e-3, 2e-3, 5e-4}
     (row,) = trainer.grid(tmp_path / "two", methods="full:lr=0.001,bitfit", quiet=False)
-    assert row["method"] == "bitfit" and "full is left out: the loss (nan)" in capsys.readouterr().err
+    assert row["method"] == "bitfit" and "reviews_full is left out: the loss (nan)" in capsys.readouterr().err
     with pytest.raises(TinyldError, match="nan.*; finished runs are kept, the same command goes on$"):
         trainer.grid(tmp_path / "all", methods="full:lr=0.001")
 

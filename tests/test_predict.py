@@ -389,6 +389,8 @@ def test_tasks_that_are_asked_alike_are_routed_without_their_names(
     assert [(r["text"], r["food"], r["given_p(bad)"]) for r in table] == [(texts[0], "x", "1"), (texts[2], "y", "2")]
     header, *rows = csv.reader(ask("both", "asked.txt", "--csv").stdout.splitlines())
     assert {"p(sad)", "p(happy)", "p(good)", "p(bad)"} < set(header) and rows[2][header.index("p(bad)")]
+    named = next(csv.reader(ask("both", "asked.txt", "--csv", "--task", "food-rows").stdout.splitlines()))
+    assert {"p(good)", "p(bad)"} < set(named) and "p(sad)" not in named
     Path("asked.txt").write_text("\n".join(texts[::-1]))
     assert next(csv.reader(ask("both", "asked.txt", "--csv").stdout.splitlines())) == header, "whichever answers first"
 

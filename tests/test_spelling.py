@@ -82,6 +82,9 @@ def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spellin
     ("the best (film).It was (15)%more, report(final).pdf", "a film. it was 3% more in notes. pdf",
      "A film. It was 3% more in notes. Pdf"),  # behind a bracket
     ("from .05 to -5", "it is 0.05 of 3-5 at. 05 or-5", "It is 0.05 of 3-5 at .05 or -5"),  # a part of a number
+    ("site='www.X.com/A', $[$5] t[-9°C] b[“B&B”] (Covid)-19", "see www. x. com / a, $ 5 or-9 ° c, b & b, covid-19",
+     "See www.X.com/A, $5 or -9°C, B&B, Covid-19"),
+    ("name=Zizzi,site=www.X.com/?a=B|n=C-1.D", "see www. x. com /? a = b or c-1. d", "See www.X.com/?a=B or C-1.D"),
     # beside a field's name
     *((f"name{begin}Zizzi{end} site{begin}www.St-Mary-s.co.uk/a?b=1{end} n{begin}A-1.B{end}",
        "zizzi is at www. st-mary-s. co. uk / a? b = 1 or a-1. b.", "Zizzi is at www.St-Mary-s.co.uk/a?b=1 or A-1.B.")
@@ -95,12 +98,14 @@ def test_words_in_a_row_are_spelled_as_learned_texts_have_them_where_these_diffe
     spelling = learned(
         ("name[The Fast Inn], food[Fast food]", "The Fast Inn is a fast food pub"),
         *[("name[Cotto], food[Fast food]", "Fast food is at Cotto. Try Cotto for fast food")] * 2,
+        ("kind[pub]| food[Fast food]", "It is a pub: fast food"),
         ("name[Aromi], near[The Mill]", "Aromi is near the Mill"),
         ("name[Zizzi], near[The Mill]", "Zizzi is by The Mill"),
     )
     assert spelling.words == {"fast food": "fast food"}
     for text in ("The Fast Lane by The Mill has fast food", "Fast food is at The Fast Lane"):
         assert spelling.restore(fold(text), "name[The Fast Lane], near[The Mill], food[Fast food]", "", False) == text
+    assert spelling.restore("a pub fast food", "pub | Fast food", "", False) == "A pub fast food", "two fields"
 
 
 def as_written(texts: list[str]) -> list[str]:

@@ -57,7 +57,9 @@ def compare(options: CompareOptions) -> list[Row]:
                 except Diverged as error:
                     if line is lines[-1] and not found:
                         raise
-                    say_to_stderr(options.quiet)(f"   {line.options.method} is left out: {error}")
+                    rows = f" of {line.options.limit} rows" if line.options.limit else ""
+                    which = f"{line.name.rpartition('_lr')[0]}{rows}"
+                    say_to_stderr(options.quiet)(f"   {which} is left out: {error}")
         except Interrupted as error:
             raise Interrupted(error.signum, "the same command goes on") from None
         except TinyldError as error:

@@ -15,8 +15,9 @@ WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contra
 END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?]['\"’”)]*"
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
-PARTED = re.compile(r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]|^(?!www|.*[@/]).*[a-z]{2}\.(?=[A-Z])")  # size:5,tea|cake
-FIELDS = re.compile(r"[][(){}<>=|;]|(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)")  # what parts key[value], key=value, a|b
+BETWEEN = r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]"  # what is between fields
+PARTED = re.compile(rf"{BETWEEN}|^(?!www|.*[@/]).*[a-z]{{2}}\.(?=[A-Z])")  # size:5,tea|cake.End
+FIELDS = re.compile(rf"{BETWEEN}|[\[({{<]|[\])}}>][^,;|\[({{<]*")  # the same of key[value] and key(value), too
 OPEN = re.compile(
     r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}])"
 )  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
@@ -91,11 +92,15 @@ class Spelling:
         theirs, places = [fold(word[0]) for word in asked], defaultdict[str, list[int]](list)
         for place, key in enumerate(theirs):
             places[key].append(place)
+        ends = [len(asked)] * len(asked)  # of the field that a word is in
+        for place in range(len(asked) - 2, -1, -1):
+            is_last = re.search(r"[|;\[\]{}<>=]", prompt[asked[place].end() : asked[place + 1].start()])
+            ends[place] = place + 1 if is_last else ends[place + 1]
         keys, found, i = list(map(fold, words)), list[list[str]](), 0
 
         def in_a_row(place: int) -> int:
             """How many words from here on are those of the prompt from `place` on."""
-            most = min(len(keys) - i, len(theirs) - place)
+            most = min(len(keys) - i, ends[place] - place)
             return next((n for n in range(most) if keys[i + n] != theirs[place + n]), most)
 
         def spelled(place: int) -> str:
@@ -112,8 +117,8 @@ class Spelling:
             if self.titles:  # in which the row says nothing, as the prompt is no title
                 found += [[self.words.get(fold(word), _begun(word))] for word in row]
             else:
-                learned = self.words.get(" ".join(keys[i : i + len(row)]))
-                found.append(learned.split(" ") if learned else row)
+                learned = self.words.get(" ".join(keys[i : i + len(row)]), "").split()
+                found.append(learned if len(learned) == len(row) else row)
             i += len(row)
         return found
 
@@ -130,9 +135,9 @@ def _asked(before: str, after: str, inside: bool, codes: bool = False) -> str:
 def _wholes(prompt: str, text: str) -> list[str]:
     """What has marks and no blank in a prompt, and is in the text: addresses, codes, names (a1@b.com, #78, Xi'an)."""
     said = re.sub(r"\s", "", fold(text))
-    pieces = dict.fromkeys(piece for part in prompt.split() for piece in (*FIELDS.split(part, 1), *FIELDS.split(part)))
-    parts = (*prompt.split(), *(piece for piece in pieces if piece[:1].isalnum()))
-    parts = (part.lstrip("\"'“‘([{").rstrip(".,!?;:'\"”’)]}") for part in parts)
+    parts = dict.fromkeys(piece for part in prompt.split() for piece in (part, *FIELDS.split(part)))
+    values = (value for part in parts for value in (part, part.partition("=")[2]))
+    parts = (value.lstrip("\"'“‘([{").rstrip(".,!?;:'\"”’)]}") for value in values)
     marked = rf"-\d|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"  # beside those that stand in words, too
     found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
     return [part for part in found if re.match(marked, part) and not PARTED.search(part)]

@@ -124,7 +124,7 @@ def predict(options: PredictOptions) -> None:
     options.check_width(max(map(slot_width, tasks, [b.tokenizer for b in bases])), tasks)
     learned = [file for r in runs for file in learned_files(r.config)] if out else []
     check_writable(out, [*options.runs, *learned, *(file for t in tasks for file in files_of(t))])
-    labels = [label for t in routed for label in t.labels]
+    labels = [label for t in routed for label in t.labels if options.task is None]
     as_table = not (as_csv or options.json or out) and sys.stdout.isatty()
     ascii_only = out is None and "utf" not in (sys.stdout.encoding or "").lower()
     header, whole, truncated, total, empty, unread, partly = list[str](), list[str](), 0, 0, 0, 0, 0
