@@ -68,8 +68,12 @@ def in_other_words(rows: set[int], left: set[int], said: Mapping[str, set[int]],
     rest, few, others = n - len(rows), (1 - SAID) * len(rows), list[str]()
     if min(len(rows), rest) < MANY:
         return ()
-    can = [other for other, has in said.items() if len(has - rows) <= BY_CHANCE * rest]
+    most = BY_CHANCE * rest  # by the counts alone where they tell, which is sooner
+    can = [o for o, has in said.items() if len(has) <= most or len(has) - len(rows) <= most >= len(has - rows)]
     while can and len(left) > few and len(others) < OTHERS:
-        others.append(max(can, key=lambda other: len(said[other] & left)))
-        left = left - said[others[-1]]
+        greatest = max(can, key=lambda other: len(said[other] & left))
+        if len(said[greatest] & left) * (OTHERS - len(others)) < len(left) - few:
+            return ()  # as no later one is in more of them
+        others.append(greatest)
+        left = left - said[greatest]
     return tuple(others) if len(left) <= few else ()
