@@ -38,7 +38,7 @@ from tinyld.rows import GAPS
 from tinyld.runs import RESULTS, RunFolder
 from tinyld.scores import eval, remember
 from tinyld.tasks import Task, load_task
-from tinyld.texts import table_line
+from tinyld.texts import piped_lines, table_line
 from tinyld.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -607,6 +607,23 @@ def test_a_filter_lives_and_answers_each_line_at_once(place: Path) -> None:
         process.stdin.close()
     assert process.returncode == 0
     assert min(took[1:]) < 0.5, "60 ms on an idle machine"
+
+
+def test_what_is_typed_goes_on_after_a_line_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    class Terminal(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            return self.readline()
+
+    stdin = io.TextIOWrapper(Terminal(b"rain\n\xff\nsea\n\xfe\nsun"))
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    found = [row for rows in piped_lines([load_task(str(place / "mood.toml"))]) for row in rows]
+    assert [(where, *row.values()) for where, row in found] == [
+        ("stdin: line 1", "rain"), ("stdin: line 3", "sea"), ("stdin: line 5", "sun"),
+    ]  # fmt: skip
+    assert re.findall(r"stdin: line \d", capsys.readouterr().err) == ["stdin: line 2", "stdin: line 4"]
 
 
 def test_a_full_disk_and_a_reader_that_is_gone_end_it_cleanly(place: Path) -> None:

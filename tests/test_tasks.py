@@ -131,6 +131,8 @@ def test_a_task_that_writes_reads_its_answers_from_a_column(tmp_path: Path) -> N
     for name, content, right in (
         ("a.csv", "label,reply\nhello,good day\n", both[:1]),
         ("a.csv", "label,reply\nhello,good day ||| hi there\n", both),
+        ("a.csv", "label,reply\nhello,good day|||hi there\n", both),
+        ("a.csv", "label,reply\nhello,a |||| b\n", ("a |||| b",)),
         ("a.jsonl", '{"label": "hello", "reply": ["good day", " hi  there"]}\n', both),
     ):
         (found,) = read(tmp_path, content, task, name)

@@ -94,6 +94,11 @@ def line_rows(path: Path, limit: int, empty: bool = False, hint: Any = dict) -> 
                 yield where, parse_json(line, where, hint) if suffix == ".jsonl" else {"text": line}
 
 
+def parted(text: str) -> list[str]:
+    """The texts in one cell, which have three bars between them, neither more nor fewer."""
+    return [part.strip() for part in re.split(r"(?<!\|)\|{3}(?!\|)", text)]
+
+
 def clean(text: str) -> str:
     """`text` on one line: blanks, control characters and lone surrogates become single spaces, ends are trimmed."""
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]+", " ", text).strip()

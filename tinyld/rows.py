@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
-from tinyld.read import PAIR, ROWS_BYTES, clean, line_rows, read_text
+from tinyld.read import PAIR, ROWS_BYTES, clean, line_rows, parted, read_text
 from tinyld.writing import fold
 
 if TYPE_CHECKING:
@@ -238,9 +238,9 @@ def references(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     if isinstance(parts, list):
         check(parts, f"{where}: column {show(column)} is an empty list; fill it in or delete the row", TinyldError)
     else:
-        parts = cell(row, column, where, "answer_column").split(PAIR.strip())
-        are_texts, lacks = all(part.strip() for part in parts), f"has no text beside a {PAIR.strip()}; remove that"
-        check(are_texts, f"{where}: column {show(column)} {lacks}", TinyldError)
+        parts = parted(cell(row, column, where, "answer_column"))
+        lacks = f"has no text beside a {PAIR.strip()}; remove that"
+        check(all(parts), f"{where}: column {show(column)} {lacks}", TinyldError)
     return tuple(cell({column: part}, column, where) for part in parts)
 
 
@@ -316,7 +316,7 @@ def prompt_of(task: Task, row: dict[str, Any], where: str, empty: str = "") -> E
         names = [name for name, own in task.columns.items() if own == column]
         is_blank = bool(empty) and isinstance(row.get(column), str) and not clean(row[column])
         text = PAIR.join([empty] * len(names)) if is_blank else cell(row, column, where, key)
-        parts = [text] if len(names) == 1 else [part.strip() for part in text.split(PAIR.strip())]
+        parts = [text] if len(names) == 1 else parted(text)
         if len(parts) != len(names) or not all(parts):
             wanted = f"{len(names)} texts with {PAIR!r} between"
             raise TinyldError(f"{where}: column {show(column)} must hold {wanted}, got {show(text)}")

@@ -15,7 +15,7 @@ WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contra
 END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?]['\"’”)]*"
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
-BETWEEN = r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]"  # what is between fields
+BETWEEN = r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\|\d{2,5}/)|[;|]"  # what is between fields
 PARTED = re.compile(rf"{BETWEEN}|^(?!www|.*[@/]).*[a-z]{{2}}\.(?=[A-Z])")  # size:5,tea|cake.End
 FIELDS = re.compile(rf"{BETWEEN}|[\[({{<]|[\])}}>][^,;|\[({{<]*")  # the same of key[value] and key(value), too
 OPEN = re.compile(

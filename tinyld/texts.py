@@ -79,17 +79,17 @@ def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
         whole, end, rest = (rest + part).rpartition(b"\n")
         if not part or len(rest) > LONGEST:  # the last line may have no end
             end, rest = end + rest, b""
-        rows, problem = Rows(), None
+        rows, problem, lines = Rows(), None, whole + end
         try:
-            for where, line in lines_of(io.BytesIO(whole + end), "stdin", first):
-                if first == 1:
+            for number, (where, line) in enumerate(lines_of(io.BytesIO(lines), "stdin", first), first):
+                if number == 1:
                     refuse_table([(where, line)], column)
-                first += 1
                 for own in tasks:
                     examples_of([(where, dict.fromkeys(own.inputs, line))], own)
                 rows.append((where, {column: line}))
         except TinyldError as error:
             problem = error
+        first += len(lines.splitlines())
         if rows:
             yield rows
         if problem and not typed:
