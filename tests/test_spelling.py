@@ -74,6 +74,8 @@ def test_a_text_is_spelled_as_its_prompt_and_learned_texts_are(spelling: Spellin
     ("Villa21@Mail.com | see https://www.ritz.com/rooms?a=1.", "go to https: / / www. ritz. com/rooms? a = 1 now.",
      "Go to https://www.ritz.com/rooms?a=1 now."),
     ("at http://Host.lan:8080/A1, see", "go to http: / / host. lan: 8080 / a1.", "Go to http://Host.lan:8080/A1."),
+    ("at:http://Host.lan:8080,off:20/A+", "go to http: / / host. lan: 8080 for 20 / a +.",
+     "Go to http://Host.lan:8080 for 20/A+."),
     ("Villa21@Mail.com of B&B, #77; C++", "villa21 @ mail. com has # 77 in c + +. it is b & b.",
      "Villa21@Mail.com has #77 in C++. It is B&B."),
     ("<Gina>, -39°C, US$5.00, Ph.D. of A_1", "set it to-39 ° c for < gina >, us $5.00 and the ph. d. of a _ 1",

@@ -68,12 +68,14 @@ def in_other_words(rows: set[int], left: set[int], said: Mapping[str, set[int]],
     rest, few, others = n - len(rows), (1 - SAID) * len(rows), list[str]()
     if min(len(rows), rest) < MANY:
         return ()
-    most = BY_CHANCE * rest  # by the counts alone where they tell, which is sooner
-    can = [o for o, has in said.items() if len(has) <= most or len(has) - len(rows) <= most >= len(has - rows)]
+    most = BY_CHANCE * rest  # which the counts alone tell of most words
+    known = [(other, has) for other, has in said.items() if len(has) <= most + len(rows)]
+    can = [other for other, has in known if len(has) <= most or len(has - rows) <= most]
     while can and len(left) > few and len(others) < OTHERS:
         greatest = max(can, key=lambda other: len(said[other] & left))
-        if len(said[greatest] & left) * (OTHERS - len(others)) < len(left) - few:
+        after = left - said[greatest]
+        if (len(left) - len(after)) * (OTHERS - len(others)) < len(left) - few:
             return ()  # as no later one is in more of them
         others.append(greatest)
-        left = left - said[greatest]
+        left = after
     return tuple(others) if len(left) <= few else ()

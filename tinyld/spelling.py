@@ -15,9 +15,10 @@ WORD = r"(?<![^\W_])(?:(?<!\w')[^\W_]+|[^\W_]{3,})"  # the short end of a contra
 END = r"(?<!\b[^\W\d_])(?<!\b(?i:vs|mr|ms|dr))(?<!\b(?i:mrs|etc))(?<!\.\.)[.!?]['\"’”)]*"
 FIRST = re.compile(rf"(?:^|{END}\s+)['\"‘“(]*(?={WORD})")  # before the first word of a sentence
 FIRST_ASKED = re.compile(rf"(?:^|{END}\s+|[:|]\s*)['\"(]*(?={WORD})")  # the same in a prompt, where fields begin too
-BETWEEN = r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\|\d{2,5}/)|[;|]"  # what is between fields
+BETWEEN = r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]"  # what is between fields
 PARTED = re.compile(rf"{BETWEEN}|^(?!www|.*[@/]).*[a-z]{{2}}\.(?=[A-Z])")  # size:5,tea|cake.End
 FIELDS = re.compile(rf"{BETWEEN}|[\[({{<]|[\])}}>][^,;|\[({{<]*")  # the same of key[value] and key(value), too
+PORT = re.compile(r"(//[\w.-]+):(?=\d)")  # whose colon is between no fields
 OPEN = re.compile(
     r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}])"
 )  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
@@ -134,13 +135,13 @@ def _asked(before: str, after: str, inside: bool, codes: bool = False) -> str:
 
 def _wholes(prompt: str, text: str) -> list[str]:
     """What has marks and no blank in a prompt, and is in the text: addresses, codes, names (a1@b.com, #78, Xi'an)."""
-    said = re.sub(r"\s", "", fold(text))
+    prompt, said = (PORT.sub("\\1\0", each) for each in (prompt, re.sub(r"\s", "", fold(text))))
     parts = dict.fromkeys(piece for part in prompt.split() for piece in (part, *FIELDS.split(part)))
     values = (value for part in parts for value in (part, part.partition("=")[2]))
     parts = (value.lstrip("\"'“‘([{").rstrip(".,!?;:'\"”’)]}") for value in values)
     marked = rf"-\d|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"  # beside those that stand in words, too
     found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
-    return [part for part in found if re.match(marked, part) and not PARTED.search(part)]
+    return [part.replace("\0", ":") for part in found if re.match(marked, part) and not PARTED.search(part)]
 
 
 def _written(whole: str) -> str:

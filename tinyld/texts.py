@@ -81,8 +81,8 @@ def piped_lines(tasks: Sequence[Task]) -> Iterator[Rows]:
             end, rest = end + rest, b""
         rows, problem, lines = Rows(), None, whole + end
         try:
-            for number, (where, line) in enumerate(lines_of(io.BytesIO(lines), "stdin", first), first):
-                if number == 1:
+            for where, line in lines_of(io.BytesIO(lines), "stdin", first):
+                if first == 1 and not rows:
                     refuse_table([(where, line)], column)
                 for own in tasks:
                     examples_of([(where, dict.fromkeys(own.inputs, line))], own)
