@@ -13,7 +13,8 @@ from tinyld import finetuning
 from tinyld.rows import Example
 from tinyld.spelling import Spelling, learn_spelling
 from tinyld.tasks import Task
-from tinyld.tokenizer import detokenize
+from tinyld.tokenizer import Tokenizer, detokenize
+from tinyld.workspace import default_base
 from tinyld.writing import fold
 
 
@@ -113,7 +114,7 @@ def test_words_in_a_row_are_spelled_as_learned_texts_have_them_where_these_diffe
 
 def as_written(texts: list[str]) -> list[str]:
     """What the released base's tokens make of texts: no capitals, accents or blanks."""
-    return [detokenize(re.findall(r"[^\W_]+|[^\w\s]|_", fold(text))) for text in texts]
+    return [detokenize(re.findall(r"[^\W_]+|-+|[^\w\s]|_", fold(text).replace("--", "-"))) for text in texts]
 
 
 @pytest.mark.parametrize(("rows", "asked", "wanted"), [
@@ -139,10 +140,33 @@ def test_blanks_and_letters_are_those_of_learned_texts(rows: list[tuple[str, str
     assert spelling.restore(*as_written([wanted]), asked, "", False) == wanted
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [
+    ("call robert on monday at {0}", "It is at {0} on Monday: call Robert on Monday at {0}"),  # words in a row
+    ("alarm {0}", "USB alarm {0} is set. Übrigens: eBay too"),  # words that begin sentences alone
+    ("tea {0}", "{0} packs are sold. They were good. #{0}"),  # texts that begin with no letter
+    ("tea {0}", "¿Cuesta {0}? Gracias. Adiós"),
+    ("lamp {0}", "Lamp {0}: write to help@acme.com or see www.acme.com/a?b={0}. Node.js by a Ph.D. is new"),
+    ("ann {0}", '"Is it {0}?" asked Ann. "No!" he said. He left'),
+    ("api {0}", "feat(api): add {0} in `api` -- so it goes… and `on`"),
+    ("fast {0}", "Run it --fast {0} --dry-run"),
+    ("name: Bar Inc. | year: {0}", "In {0} it was Bar Inc.. It is big"),
+    ("ann {0}", "<p>Ann has <b>{0}</b></p>"),
+    ("ORDER A{0}X OF TIM ROE IN BIN D{0}", "It is A{0}X of Tim Roe in bin D{0}"),
+])  # fmt: skip
+def test_what_all_learned_texts_spell_alike_is_spelled_so(prompt: str, answer: str) -> None:
+    path = default_base() / "tokenizer.json"
+    written = Tokenizer.parse(path.read_bytes(), path).rewritten
+    examples = [Example(prompt.format(i), "", answer.format(i), None) for i in range(1, 9)]
+    spelling, wanted = learn_spelling(examples, False, written), answer.format(99)
+    assert spelling.restore(*written([wanted]), prompt.format(99), "", False) == wanted
+
+
 @pytest.mark.parametrize(("prompt", "wanted"), [
     ("mail: Ann.Lee@Ely.com | www.Acme.com", "Write to Ann.Lee@Ely.com or see www.Acme.com"),
     ("Luqua'lubar in Xi'an", "Go to Luqua'lubar in Xi'an"),
     ("company: Pimi Inc. | show: Yahoo! | year: 9 :", "Pimi Inc. is old. Yahoo! is new. It ends"),
+    ("<name> Yahoo! <year> 9 :", "In 9 Yahoo! was new"),
+    ("set --dry-run and -5 :", "Set --dry-run and -5"),
     ("He came. :", "He came. So did she"),  # the prompt's end is a sentence's
     ("it is -5 or -5%", "It is -5 and in -5%"),
 ])  # fmt: skip

@@ -120,7 +120,7 @@ class TaskRows(Source):
         self.labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
         blanks = {"before": "", "answer": tokenizer.blank_before(task.template), "after": tokenizer.blank}
         texts = [[getattr(e, part) and blank + getattr(e, part) for e in examples] for part, blank in blanks.items()]
-        parts = map(tokenizer.encode_batch, texts)
+        parts = (tokenizer.encode_batch(part, tags=task.is_generation) for part in texts)
         first, turn, end = tokenizer.start, tokenizer.turn, tokenizer.eos_id
         room = max_length - self.slot - len(first) - len(turn) - 1
         lacks = f"task {task.name}: an answer of {self.slot} tokens leaves no room in {max_length} tokens"

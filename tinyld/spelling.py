@@ -3,9 +3,8 @@
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from tinyld.rows import Example
 from tinyld.writing import MARKS, fold
@@ -19,15 +18,13 @@ BETWEEN = r"(?<!\d),|,(?!\d)|(?<!\d):(?!//|\\)|[;|]"  # what is between fields
 PARTED = re.compile(rf"{BETWEEN}|^(?!www|.*[@/]).*[a-z]{{2}}\.(?=[A-Z])")  # size:5,tea|cake.End
 FIELDS = re.compile(rf"{BETWEEN}|[\[({{<]|[\])}}>][^,;|\[({{<]*")  # the same of key[value] and key(value), too
 PORT = re.compile(r"(//[\w.-]+):(?=\d)")  # whose colon is between no fields
-OPEN = re.compile(
-    r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}])"
-)  # a word with a mark of its own, in a prompt: Inc. | Yahoo! |
-UNIT = re.compile(r"[^\W_]+|[^\w\s]|_")  # words, and marks one by one
+OPEN = re.compile(r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}<>])")  # a word with its own mark in a prompt: Inc. |
+UNIT = re.compile(r"[^\W_]+|\.\.+|--+|[^\w\s]|_")  # words, and marks one by one, but for points and hyphens in a row
 ADDRESS = re.compile(r"[a0][.!?][ai]")  # `_kinds` of a mark which, with no blank behind it, is of an address
 CONTRACTED = r"(?i:s|t|d|m|re|ve|ll)\b"
 MOST = 1_000  # words whose spelling a run keeps
 RARE = 3  # places where a row of words is spelled otherwise than in its prompt, at least, where that is learned
-LEARNED = 2_000  # texts, at most, that it is learned from
+LEARNED = 5_000  # texts, at most, that it is learned from
 LONG = 4  # letters of a word that has a capital in a title, too: not of, in, the
 TITLED, LEAST = 0.9, 20  # share of the long words inside sentences that have one where all texts are titles, of so many
 LONGEST = 40  # letters that are looked at of a word before the end of a sentence
@@ -46,7 +43,8 @@ class Spelling:
 
     starts: bool  # a sentence begins with a capital
     names_first: bool  # the capital of a prompt's first words is the words' own, as of names
-    words: dict[str, str]  # word, or those of a row, folded -> as it is spelled inside a sentence
+    # word, those of a row, or, behind a +, a word of one that is not learned, folded -> as spelled inside a sentence
+    words: dict[str, str]
     titles: bool = False  # words begin with a capital, but for those in `words`
     case: str = ""  # "upper" or "lower", where all letters are
     codes: bool = False  # where most of a prompt's words are in capitals, these are the words' own
@@ -119,7 +117,8 @@ class Spelling:
                 found += [[self.words.get(fold(word), _begun(word))] for word in row]
             else:
                 learned = self.words.get(" ".join(keys[i : i + len(row)]), "").split()
-                found.append(learned if len(learned) == len(row) else row)
+                each = [self.words.get(f"+{fold(word)}", word) for word in row]
+                found.append(learned if len(learned) == len(row) else each)
             i += len(row)
         return found
 
@@ -130,27 +129,36 @@ def _asked(before: str, after: str, inside: bool, codes: bool = False) -> str:
     long = [word for word in re.findall(WORD, source) if len(word) > 1]
     if codes or 2 * sum(map(str.isupper, long)) <= len(long):
         return source
-    return re.sub(WORD, lambda word: "~" if len(word[0]) > 1 and word[0].isupper() else word[0], source)
+    return re.sub(WORD, lambda found: "~" if (word := found[0])[1:].isalpha() and word.isupper() else word, source)
 
 
 def _wholes(prompt: str, text: str) -> list[str]:
     """What has marks and no blank in a prompt, and is in the text: addresses, codes, names (a1@b.com, #78, Xi'an)."""
-    prompt, said = (PORT.sub("\\1\0", each) for each in (prompt, re.sub(r"\s", "", fold(text))))
+    prompt, said = (PORT.sub("\\1\0", each) for each in (prompt, re.sub(r"\s", "", _folded(text))))
     parts = dict.fromkeys(piece for part in prompt.split() for piece in (part, *FIELDS.split(part)))
     values = (value for part in parts for value in (part, part.partition("=")[2]))
     parts = (value.lstrip("\"'“‘([{").rstrip(".,!?;:'\"”’)]}") for value in values)
-    marked = rf"-\d|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"  # beside those that stand in words, too
-    found = (part for part in dict.fromkeys(parts) if part and fold(part) in said)
+    # beside those that stand in words, too
+    marked = rf"-\d|--\w|(?=.*[^\W_]).*(?:[^\w'’/–—-]|_|\w['’](?!{CONTRACTED})\w)"
+    found = (part for part in dict.fromkeys(parts) if part and _folded(part) in said)
     return [part.replace("\0", ":") for part in found if re.match(marked, part) and not PARTED.search(part)]
 
 
 def _written(whole: str) -> str:
     """A pattern of it as a base writes it, maybe with blanks around marks, without capitals and accents."""
-    parts = re.findall(r"[^\W_]+|[\W_]", whole)  # words, and marks one by one
-    letters = ("".join(f"(?:{re.escape(c)}|{re.escape(fold(c) or c)})" for c in part) for part in parts)
+    parts = re.findall(r"[^\W_]+|-+|[\W_]", whole)  # words, and marks one by one
+    letters = (
+        "-+" if part[0] == "-" else "".join(f"(?:{re.escape(c)}|{re.escape(fold(c) or c)})" for c in part)
+        for part in parts
+    )
     begins = r"(?<![^\W_])" if whole[0].isalnum() else r"(?<!\d)" * whole[1:2].isdigit()
     ends = r"(?![^\W_])" * whole[-1].isalnum()
     return f"{begins}(?i:{' ?'.join(letters)}){ends}"
+
+
+def _folded(text: str) -> str:
+    """A text without case and accents, and with hyphens and points in a row as a base writes them."""
+    return re.sub(r"\.\.+", "...", re.sub("--+", "-", fold(text)))
 
 
 def _plain(text: str) -> str:
@@ -172,11 +180,13 @@ def _open(before: str, after: str) -> set[str]:
 
 
 def _starts(text: str, unended: set[str]) -> set[int]:
-    """Where the words begin that stand first in a sentence; `unended`: words with a mark that ends none."""
+    """Where the words begin that stand first in a sentence; `unended`: words with a mark, or a mark and a quotation's
+    end, that end none."""
 
     def ends(found: re.Match[str]) -> bool:
         word = re.search(r"[^\W_]+$", text[max(0, found.start() - LONGEST) : found.start()])
-        return not (word and fold(word[0]) + text[found.start()] in unended)
+        mark = fold(found[0]).partition(" ")[0]
+        return mark not in unended and not (word and fold(word[0]) + mark[:1] in unended)
 
     return {found.end() for found in FIRST.finditer(text) if ends(found)}
 
@@ -238,7 +248,7 @@ def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[di
     for example, text in zip(examples, written, strict=True):
         right, own = _units(unicodedata.normalize("NFC", example.answer)), _units(text)
         words = [unit for unit, _ in own]
-        if list(map(fold, words)) != [fold(unit) for unit, _ in right]:  # a character that the base has not
+        if list(map(_folded, words)) != [_folded(unit) for unit, _ in right]:  # a character that the base has not
             continue
         asked = _asked_marks(f"{example.before} ~ {example.after}")
         for i in _marks(words):
@@ -246,20 +256,25 @@ def learn_marks(examples: Sequence[Example], written: Sequence[str]) -> tuple[di
             kinds = _kinds(*beside)
             if (theirs := asked.get(beside)) and theirs != mine:
                 agreed[theirs == form] += 1
-            if form[-1] == " " or not ADDRESS.fullmatch(kinds[2]):
-                found.append((kinds, form, mine))
-    rules = dict[str, str]()
-    for level in ((2,), (0, 1)):  # what is said of words is beside what is said of kinds
-        wanted, usual = defaultdict[str, Counter[str]](Counter), Counter[str]()  # usual: right without being learned
-        for kinds, form, mine in found:
-            for kind in (kinds[n] for n in level):
-                wanted[kind][form] += 1
-                usual[kind] += form == rules.get(kinds[2], mine)
-        best = {kind: forms.most_common(1)[0] for kind, forms in wanted.items()}
-        kept = [k for k, (_, n) in best.items() if n > usual[k] and n >= max(3, OFTEN * wanted[k].total())]
-        kept.sort(key=lambda kind: (usual[kind] - best[kind][1], kind))
-        rules |= {kind: best[kind][0] for kind in kept[:MOST]}
+            found.append((kinds, form, mine))
+    by_kind = ((ks[2], form, mine) for ks, form, mine in found if form[-1] == " " or not ADDRESS.fullmatch(ks[2]))
+    rules = _usual(by_kind, OFTEN)  # and beside these what is said of words
+    rules |= _usual(((k, form, rules.get(ks[2], mine)) for ks, form, mine in found for k in ks[:2]), OFTEN)
     return rules, agreed[True] > agreed[False]
+
+
+def _usual(found: Iterable[tuple[str, str, str]], share: float = 0.0) -> dict[str, str]:
+    """key -> its form in most places, and in at least that share of them, where it mends one place, or RARE where the
+    key is more than a word: of (key, form, what would be written there if nothing were learned)."""
+    forms, right = defaultdict[str, Counter[str]](Counter), Counter[str]()
+    for key, form, own in found:
+        forms[key][form] += 1
+        right[key] += form == own
+    best = {key: counts.most_common(1)[0] for key, counts in forms.items()}
+    mended = {key: n - right[key] for key, (_, n) in best.items() if n >= share * forms[key].total()}
+    kept = [key for key, n in mended.items() if n >= (1 if key.isalnum() else RARE)]
+    kept.sort(key=lambda key: (-mended[key], key))
+    return {key: best[key][0] for key in kept[:MOST]}
 
 
 def learn_spelling(
@@ -283,11 +298,13 @@ def learn_spelling(
     are_codes = codes[True] > codes[False]
     prompts = [_asked(e.before, e.after, inside, are_codes) for e in examples]
     wholes = [f"{e.before if inside else ''} {text}".lstrip(" '\"(") for e, text in zip(examples, answers, strict=True)]
-    starts = 2 * sum(text[:1].isupper() for text in wholes) > sum(text[:1].isalpha() for text in wholes)
+    heads = [text[0] for text in wholes if text[:1].isalpha()]
+    heads = heads or [text[found.end()] for text in wholes for found in FIRST.finditer(text)]  # behind 42 or ¿
+    starts = 2 * sum(map(str.isupper, heads)) > sum(map(str.isalpha, heads))
     said = [list(re.finditer(WORD, text)) for text in answers]
     after_points = Counter[tuple[str, bool]]()
     for text in answers:
-        found = re.findall(r"(?<![^\W_])([^\W_]{2,}\.) ([^\W\d_])", text)
+        found = re.findall(r"((?<![^\W_])[^\W_]{2,}\.|[.!?][\"']) ([^\W\d_])", text)
         after_points.update((fold(word), letter.islower()) for word, letter in found)
     opens = {word for (word, small), n in after_points.items() if small and n > max(2, after_points[word, False])}
     first = [_starts(text, {*opens, *_open(e.before, e.after)}) for e, text in zip(examples, answers, strict=True)]
@@ -302,17 +319,27 @@ def learn_spelling(
     marks = learn_marks(examples, as_written([e.answer for e in examples])) if as_written else ({}, False)
     names_first, points = agreed[True] >= agreed[False], tuple(sorted(opens)[:MOST])
     by_prompt = Spelling(starts, names_first, {}, titles, case, are_codes, points, *marks)
-    wrong, spelled = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    return replace(by_prompt, words=learn_words(by_prompt, prompts, said, first))
+
+
+def learn_words(
+    by_prompt: Spelling, prompts: Sequence[str], said: Sequence[list[re.Match[str]]], first: Sequence[set[int]]
+) -> dict[str, str]:
+    """`words` of a spelling that has none so far: what answers spell otherwise. said: the words of each; first: where
+    those are that begin a sentence, whose capital is its own."""
+    rows = list[list[tuple[str, str, bool]]]()  # of words in a row: in the answer, as they would be written, begins one
     for prompt, words, begin in zip(prompts, said, first, strict=True):
         left = iter(words)
-        for guess in by_prompt.told([fold(w[0]) for w in words], prompt):
-            row = list(islice(left, len(guess)))
-            if not any(word.start() in begin for word in row):
-                text = " ".join(word[0] for word in row)
-                spelled[fold(text)][text] += 1
-                wrong[fold(text)] += " ".join(guess) != text
-    usual = {key: words.most_common(1)[0] for key, words in spelled.items()}
-    mended = {key: wrong[key] - (spelled[key].total() - count) for key, (_, count) in usual.items()}
-    least = {key: RARE if " " in key else 1 for key in usual}
-    kept = sorted((key for key in usual if mended[key] >= least[key]), key=lambda key: (-mended[key], key))[:MOST]
-    return replace(by_prompt, words={key: usual[key][0] for key in kept})
+        for told in by_prompt.told([fold(word[0]) for word in words], prompt):
+            rows.append([(word[0], own, word.start() in begin) for own, word in zip(told, left, strict=False)])
+    inside = (list(zip(*row, strict=True)) for row in rows if len(row) > 1 and not any(begins for *_, begins in row))
+    together = ((" ".join(words), " ".join(told)) for words, told, _ in inside)
+    learned = _usual((fold(words), words, told) for words, told in together)
+    single = list[tuple[str, str, str]]()
+    for row in rows:
+        is_known = " ".join(fold(word) for word, *_ in row) in learned
+        for word, told, begins in () if is_known else row:
+            if not begins or word not in (told.lower(), _begun(told.lower())):
+                key, small = "+" * (len(row) > 1) + fold(word), begins and _capitalised(word)
+                single.append((key, word.lower() if small else word, told))
+    return learned | _usual(single)

@@ -44,8 +44,9 @@ REPLACEMENTS = (
 )
 
 TAGS = "a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|s|small|span|strong|su[bp]|table|t[dhr]|u|ul"
-# What the rule on <> above, which the released bases hold, would take for a tag.
-NAMES = rf"(?i)<(?=[^>\s]{{1,12}}\s*/?>)(?!/?(?:{TAGS})\s*/?>)"
+# What the rule on <> above, which the released bases hold, takes for a tag, and what of that is none.
+TAG = r"(?i)<(?=[^>\s]{1,12}\s*/?>)"
+NAME = rf"{TAG}(?!/?(?:{TAGS})\s*/?>)"
 
 ALPHABET = 200  # characters that may stand in a piece; rarer ones become [UNK]
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
@@ -166,28 +167,28 @@ class Tokenizer:
         """How many of the texts with these ids hold words, but no pieces for at least half of them."""
         return sum(2 * ids.count(self.unk_id) >= len(ids) > 0 for ids in rows)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of many texts at once, on all cores."""
-        texts, found = [self._defuse(t) for t in texts], []
+    def encode_batch(self, texts: Iterable[str], tags: bool = False) -> list[list[int]]:
+        """`encode` of many texts at once, on all cores; with `tags` those of HTML are read, too."""
+        texts, found = [self._defuse(t, tags) for t in texts], []
         with library(self.where):
             for i in range(0, len(texts), AT_ONCE):  # an encoding has more than ids, and many of them are large
                 found += [e.ids for e in self.inner.encode_batch(texts[i : i + AT_ONCE], add_special_tokens=False)]
         return found
 
-    def _defuse(self, text: str) -> str:
+    def _defuse(self, text: str, tags: bool) -> str:
         """Text in which no special token's literal name stands, so that data cannot inject one, and that is UTF-8; of
-        what stands in <> tags of HTML alone are dropped."""
+        what stands in <> tags of HTML alone are dropped, or with `tags` nothing."""
         text = text.encode(errors="replace").decode()
         if self.drops_tags:
-            text = re.sub(NAMES, "< ", text)
+            text = re.sub(TAG if tags else NAME, "< ", text)
         for name in self.special:
             if name in text:
                 text = text.replace(name, f"{name[0]} {name[1:-1]} {name[-1]}")
         return text
 
     def rewritten(self, texts: Iterable[str]) -> list[str]:
-        """What texts become as tokens, and these as a text."""
-        return list(map(self.decode, self.encode_batch(texts)))
+        """What texts to write become as tokens, and these as a text."""
+        return list(map(self.decode, self.encode_batch(texts, tags=True)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text up to the first [EOS]; special tokens are left out but for [MASK], shown as `_`."""

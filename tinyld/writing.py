@@ -60,7 +60,7 @@ def text_scores(
     return scores | ({"names_held": held / total} if total else {})
 
 
-MARKS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
+MARKS = str.maketrans({"’": "'", "‘": "'", "`": "'", "´": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
 
 
 def fold(text: str) -> str:
