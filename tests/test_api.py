@@ -8,11 +8,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from datetime import date
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -143,6 +145,13 @@ def test_what_tables_hold_besides_texts_does_no_harm(place: Path) -> None:
     run = learn(rows, out="mine")
     assert run.predict(np.array([1, 2]))[0]["text"] == 1
     assert run.predict([{"text": "rain", "n": np.float32(3)}])[0]["n"] == 3.0
+    odd = {"size": float("inf"), "price": Decimal("1.5"), "id": UUID(int=0)}
+    assert learn([row | odd for row in rows], out="odd").tasks[0].labels == run.tasks[0].labels
+    numbered = learn(
+        [{0: f"{text} {i}", 1: int(label == "sad")} for i, (text, label) in enumerate(ROWS)], out="numbered"
+    )
+    assert numbered.predict([{0: "rain", 1: 0}])[0]["label"] in ("0", "1"), "columns of a table without names"
+    assert len(learn(np.array(ROWS), out="array", steps=np.int64(1)).tasks[0].labels) == 2
     assert len(run.write("rain \ud83d", length=2)) == 1
     assert learn([(t, np.int64(k == "sad")) for t, k in ROWS], out="n").tasks[0].labels == ("0", "1")
     with pytest.raises(tinyld.TinyldError, match="line 2: column 'text' has no value; fill it in or delete the row"):

@@ -572,6 +572,7 @@ def test_another_task_than_the_runs_is_refused_with_the_difference(name: str, ol
     ("{place}/mood --set lengths=3", "rain", 2, "--set lengths has no effect where answers are labels"),
     ("{place}/fast-a {place}/fast-b --task a", "rain", 2, "--task is for one run"),
     ("nowhere", "rain", 1, "no run in nowhere"),
+    ("{place}/mood nowhere", "rain", 1, "nowhere: no such run or file"),
     ("{place}/mood.csv {place}/mood", "", 1, "mood.csv: expected config.json, found a file, no folder"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("fast")

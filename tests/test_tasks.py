@@ -58,7 +58,8 @@ def test_every_file_format_reads_the_same(tmp_path: Path) -> None:
         ("a.tsv", '"text"\t"label"\n"said ""no"\t"sad"\n'), ("a.csv", '\ufeff"text","label"\r\n"said ""no",sad'),
         ("a.csv", 'text\tlabel\nsaid "no\tsad\n'), ("a.tsv", 'text\tlabel\n"said ""no"\tsad\n'),
         ("a.csv", 'id;text;label;;\r7,5;said "no;sad;;\r;;;;\r'), ("a.tsv", 'text,label\nsaid "no,sad\n'),
-        ("a.csv", 'id;text;label;a note (long, brief)\n7,5;said "no;sad;\n'), ("a.tsv", 'text;label\nsaid "no;sad'),
+        ("a.csv", 'id;text;label;a note (long, brief)\n7,5;said "no;sad;\n'),
+        ("a.csv", '"id\n(a, b)";text;label\n7;said "no;sad\n'), ("a.tsv", 'text;label\nsaid "no;sad'),
         ("a.csv", 'text,label,good; bad\nsaid "no,sad,\n'),
         ("a.csv", 'text\tlabel\nsaid "no\tsad\n'.encode("utf-16")),
     ):  # fmt: skip
@@ -90,6 +91,7 @@ def test_labels_are_all_names_or_all_numbers_that_are_no_names(tmp_path: Path) -
         ("sad happy", "1 0", [1, 0]), ("sad happy", "happy sad", [1, 0]), ("1 0", "1 0", [0, 1]),
         ("sad happy", "1 sad", None), ("sad happy", "sad 1", None), ("1 2 3", "0 1", None), ("sad happy", "01 0", None),
         ("1.0 2.0", "1 0", None), ("0 1", "1.0 0", [1, 0]),
+        ("v1 v2", "v1.0 v2", None), ("false true", "True False", [1, 0]),
         ("0.0 1.0", "1 0.0", [1, 0]), ("sad happy", "1.0 0", [1, 0]),
     ):  # fmt: skip
         words = "".join(f'"{name}" = "word{i}"\n' for i, name in enumerate(names.split()))
@@ -222,6 +224,7 @@ FILE_ERRORS = [
     ("a.csv", " \n\n", ["there are no rows in it"]),
     ("a.csv", "sun,1\nrain,0\n", ["line 2", "no column 'text'", "found 'sun, 1'", "[columns]"]),
     ("a.csv", "text,text\na,b\n", ["line 1", "each by a name of its own, got 'text, text'"]),
+    ("a.csv", "text;note, label\nrain;4,5\n", ["may be parted by ',' or by ';'; put cells"]),
     ("a.csv", "sep=;\ntext;label\na;0\n", ["line 1", "this line must name the columns"]),
     ("a.csv", "text,label\na,0\nb,c,1\n", ["line 3", "3 columns", "header has 2", "stray ','"]),
     ("a.csv", "text|label\na, b|0\n", ["line 2", "header has 1", "parted by , ; or tabs"]),
@@ -234,7 +237,7 @@ FILE_ERRORS = [
     ("a.csv", f"text,label\nb,{'9' * 5000}\n", ["unknown label '999", "...'"]),
     ("a.csv", "text,Label\na,0\n", ["no column 'label', found 'text, Label'", "by the task file's label_column"]),
     ("a.csv", b"text,label\na,0\nb\0,1\n", ["line 3: a zero byte"]),
-    ("a.jsonl", "[1]\n", ["line 1", "not of type dict"]),
+    ("a.jsonl", "[1]\n", ["line 1", "not of type dict: give an object a line"]),
     ("a.jsonl", '{"text": "a", "label": 0}\n{"te\n', ["line 2", "damaged, not JSON"]),
 ]
 

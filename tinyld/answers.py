@@ -14,7 +14,8 @@ from tinyld.errors import UsageError
 from tinyld.evaluate import answered, in_batches, pushed_logits
 from tinyld.options import several
 from tinyld.progress import Advance, unheard
-from tinyld.rows import GAP_MARK, Example, Row, prompt_of
+from tinyld.read import Row
+from tinyld.rows import GAP_MARK, Example, prompt_of
 from tinyld.tasks import Task
 
 OURS = "text label probability probabilities decoded answer filled truncated adapter foreign tasks".split()
@@ -84,7 +85,7 @@ def as_rows(texts: Iterable[Any], task: Task) -> list[Row]:
             if len(values) != len(columns):  # what else a text may be, a number of many digits, has no repr
                 raise UsageError(f"task {task.name} reads {', '.join(columns)}, a text each; got {text!r}")
             text = dict(zip(columns, values, strict=True))
-        rows.append((f"text {i}", {k: v.item() if isinstance(v, np.generic) else v for k, v in text.items()}))
+        rows.append((f"text {i}", {str(k): v.item() if isinstance(v, np.generic) else v for k, v in text.items()}))
     return rows
 
 

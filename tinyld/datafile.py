@@ -13,8 +13,8 @@ from typing import Any
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
 from tinyld.options import RowOptions, refuse_idle
-from tinyld.read import clean, parse_json
-from tinyld.rows import SUFFIXES, cell, in_folder, read_rows, references
+from tinyld.read import SUFFIXES, TABLES, clean, parse_json, read_rows
+from tinyld.rows import cell, in_folder, references
 from tinyld.tasks import Task, load_task
 from tinyld.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def make_task(options: RowOptions, file: Path, tokenizer: Tokenizer, max_length:
         width, template = min(longest + 1, max_length // 2), WRITING if template == RowOptions.template else template
         return Task(template, name, columns={"text": text}, answer_column=label, answer_tokens=width, path=path)
     labels = list(dict.fromkeys(cell(row, label, where) for where, row in rows))
-    has_header = is_named or folded(label) not in map(folded, labels)
+    has_header = is_named or file.suffix.lower() not in TABLES or folded(label) not in map(folded, labels)
     way_out = f"put a line `text,label` before it, or say --label-column {show(label)}"
     check(has_header, f"{file}: its first line is read as a header, but {show(label)} is one of the labels; {way_out}")
     _check_labels(labels, f"{file}: column {label!r}", len(rows))

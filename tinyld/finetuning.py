@@ -264,7 +264,7 @@ def train_adapter(
                 metrics = metrics | {f"dev_{k}": v for k, v in written.scores.items()} | {"dev_written": written.n}
         if (misread := metrics.get("dev_unreadable", 0)) > MISREAD:
             likely = f"predict's, the likeliest labels, are right for {percent(metrics['dev_scored_accuracy'])}%"
-            say(f"{percent(misread)}% of dev answers are no label's word, and wrong; {likely}; train longer (--epochs)")
+            say(f"{percent(misread)}% of dev answers are no label's word, and wrong; {likely}; train longer")
         folder.write_tensors(ADAPTER, method.own)
         if method.name == TrajectoryLora.name:
             folder.write_tensors(PROTOTYPE, prompt_prototype(base, train_rows))

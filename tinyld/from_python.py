@@ -1,20 +1,22 @@
 """`tinyld.finetune`: rows in memory, a task or a file in, a loaded run out, in a process that does other things too."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from tinyld import finetuning
 from tinyld.config import check
-from tinyld.errors import TinyldError, UsageError, failing
+from tinyld.errors import TinyldError, UsageError, failing, show
 from tinyld.interrupt import Interrupted
 from tinyld.options import FinetuneOptions, several
 from tinyld.predict import Run, load
-from tinyld.read import read_bytes
-from tinyld.rows import SUFFIXES
+from tinyld.read import SUFFIXES, read_bytes
 from tinyld.runs import CONFIG, ROWS_SUFFIX, RunFolder
 from tinyld.tasks import builtin_names
 from tinyld.workspace import RUNS, keep_freed_memory
@@ -82,11 +84,14 @@ def _within(options: FinetuneOptions) -> dict[str, Any]:
 
 def _line(row: Any, second: str) -> bytes:
     """A row in memory as a line of JSON; second: the name of what follows a text."""
+    row = row.tolist() if hasattr(row, "tolist") else row
     if not isinstance(row, Mapping):
-        check(isinstance(row, list | tuple) and len(row) == 2, f"a row is (text, {second}) or a dict, got {row!r}")
+        wanted = f"a row is (text, {second}) or a dict, and texts with gaps to learn are a .txt; got {row!r}"
+        check(isinstance(row, list | tuple) and len(row) == 2, wanted)
         row = dict(zip(("text", second), row, strict=True))
     try:
-        row = {name: None if value != value else value for name, value in row.items()}  # pandas' missing values
+        missing = (math.inf, -math.inf, None)  # pandas' missing values are not like themselves
+        row = {name: None if value != value or value in missing else value for name, value in row.items()}
         line = json.dumps(row, ensure_ascii=False, default=_plain)
     except (AttributeError, TypeError, ValueError):
         raise UsageError(f"a row holds texts and numbers, got {row!r}") from None
@@ -94,8 +99,13 @@ def _line(row: Any, second: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's, or a date as text."""
-    return value.item() if hasattr(value, "item") else value.isoformat()
+    """A number of numpy's, or as text a date and what databases give."""
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    check(hasattr(value, "item"), f"a row holds texts and numbers, got {show(value)}")
+    return value.item()
 
 
 def _options(given: dict[str, Any], **ours: Any) -> FinetuneOptions:

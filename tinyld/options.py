@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 from tinyld import config
 from tinyld.config import Loop, Reading, SampleConfig, Settings, check, types_of
 from tinyld.config import setting as option
-from tinyld.errors import UsageError, show
+from tinyld.errors import TinyldError, UsageError, show
 from tinyld.rows import SPLITS, bundled_data_dir
 
 ARGUMENT = "Arguments"  # the group of what has no name on the command line
@@ -63,7 +63,7 @@ def parsed(value: Any, kind: Any, option: str) -> Any:
             value = [value]
         return tuple(parsed(v, member, option) for v in value)
     if not isinstance(value, str):
-        return value
+        return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
     try:
         return {"true": True, "false": False}[value] if kind is bool else kind(value)
     except KeyError:
@@ -266,7 +266,7 @@ class EvalOptions(Answering):
     data: Path | None = option(None, "A file of rows, or a folder with <task>/dev.tsv and so on.", "Data")
     text: tuple[Path, ...] = option((), "Running text to measure the NLL bound on instead.", "Data")
     limit: int | None = option(None, "Read the first so many rows.", "Data", least=1)
-    predictions: Path | None = option(None, "Write prompt, gold and decoded answer as TSV.", "Output")
+    predictions: Path | None = option(None, "Write (or replace) prompts, gold and decoded answers as TSV.", "Output")
     wide: bool = option(False, "All columns, however wide.", "Output")
     draws: int = option(4, "Noise levels a row for the NLL bound of longer answers.", least=1)
 
@@ -284,6 +284,8 @@ class PredictOptions(Answering):
         *paths, last = self.runs
         files = [str(path) for path in self.runs if path.is_file()]
         check(len(files) < 2, f"predict reads one file, got {' and '.join(files)}")
+        is_name = last.suffix == "" and str(last) != "-" and not os.path.lexists(last)
+        check(not paths or not is_name, f"{last}: no such run or file", TinyldError)
         return (paths, str(last)) if paths and not last.is_dir() else ([*paths, last], "-")
 
 

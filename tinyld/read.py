@@ -1,11 +1,13 @@
-"""The one reader of whatever comes from outside: regular files of a sane size, as text, JSON, TOML or tensors.
+"""The one reader of whatever comes from outside: regular files of a sane size, as text, rows, JSON, TOML or tensors.
 
 What is off is one TinyldError that names the file and what is wrong in it. torch is imported only for tensors.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -16,10 +18,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from tinyld.config import check_type
+from tinyld.config import check, check_type
 from tinyld.errors import TinyldError, failing, show
 
 if TYPE_CHECKING:
@@ -32,6 +35,13 @@ TENSORS_BYTES = 64 << 30
 TEXT_BYTES = 1 << 40
 LONGEST = 1 << 24  # characters or bytes of a line of text
 PAIR = " ||| "  # between texts in one cell
+
+TABLES = {".tsv": "\t", ".csv": ","}  # and what is usually between their cells
+SUFFIXES = (*TABLES, ".jsonl")
+Row = tuple[str, dict[str, Any]]  # file and line, column -> value
+QUOTED = re.compile('(?s)""|"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes or with nothing in it, as CSV has one
+OPENED, CLOSED = re.compile('"(?!.*"$)'), re.compile('(?!").*"')  # what a cell of several lines begins and ends with
+HEAD = re.compile(r'\s*((?:"(?:[^"]|"")*"(?=[,;\t\r\n]|$)|[^\r\n])*)')  # columns' names; one in quotes may have lines
 
 
 @contextmanager
@@ -90,8 +100,78 @@ def line_rows(path: Path, limit: int, empty: bool = False, hint: Any = dict) -> 
     suffix = path.suffix.lower()
     with opened(path, limit) as file:
         for where, line in lines_of(gzip.GzipFile(fileobj=file) if suffix == ".gz" else file, path):
+            listed = f"{where}: a list, not of type dict: give an object a line (pandas: orient='records', lines=True)"
+            check(suffix != ".jsonl" or line[:1] != "[", listed, TinyldError)
             if line.strip() or (empty and suffix != ".jsonl"):
                 yield where, parse_json(line, where, hint) if suffix == ".jsonl" else {"text": line}
+
+
+def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
+    """Each row of a TSV, CSV or JSONL file, or of a .txt file, whose lines are the column `text`; with `empty` also
+    rows of a table that hold empty cells alone, and blank lines of text. TinyldError where there is none."""
+    suffix = path.suffix.lower()
+    if suffix not in (*SUFFIXES, ".txt"):
+        raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
+    found = empty and suffix == ".txt"  # in which there may be nothing, as in an empty pipe
+    for row in _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else line_rows(path, ROWS_BYTES, empty):
+        found = True
+        yield row
+    check(found, f"{path}: there are no rows in it", TinyldError)
+
+
+def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
+    text = read_text(path, ROWS_BYTES)
+    head = re.match(HEAD, text[: 1 << 20])[1]
+    csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
+
+    def cells(text: str, separator: str, is_plain: bool, **how: bool) -> Any:
+        """A reader; in most TSV, which is plain, a quote is an ordinary character."""
+        quoting, source = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL, io.StringIO(text, newline="")
+        return csv.reader(source, delimiter=separator, quoting=quoting, skipinitialspace=f"{separator} " in head, **how)
+
+    def columns(separator: str) -> int:
+        """By it, where the first rows have as many as the header."""
+        widths = {len(v) for v in islice(cells(text[: 1 << 20], separator, separator == "\t"), 20) if any(v)}
+        return widths.pop() if len(widths) == 1 else 0
+
+    widths = {
+        own: columns(own) for own in (separator, *",;\t") if own in head
+    }  # spreadsheets write ; in much of Europe
+    separator = max(widths, key=widths.__getitem__, default=separator)
+    level = [own for own, n in widths.items() if n == widths[separator] > 1]
+    either = (
+        f"{path}: its columns may be parted by {' or by '.join(map(repr, level))}; put cells that hold one in quotes"
+    )
+    check(len(level) < 2, either, TinyldError)
+    is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
+    reader, header, start, is_open = cells(text, separator, is_plain, strict=True), [], 1, False
+    try:
+        for values in reader:
+            where, start = f"{path}: line {start}", reader.line_num + 1
+            values = values or [""] * (len(header) == 1)  # a spreadsheet's empty cell of a lone column
+            was_open, is_open = is_open, is_plain and bool(values) and OPENED.match(values[-1]) is not None
+            if (was_open and values and CLOSED.fullmatch(values[0])) or (is_open and len(values) < len(header)):
+                lines = "a cell in quotes has several lines here, which no table with tabs has"
+                raise TinyldError(f"{where}: {lines}; save it with commas")
+            if is_plain:  # but for what pandas or Python's csv wrote
+                values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
+            while len(values) > max(1, len(header)) and not values[-1].strip():  # as spreadsheets fill up rows
+                values.pop()
+            is_blank = not any(value.strip() for value in values)
+            if not header and not is_blank:
+                header = [clean(value) for value in values]
+                way_out = "; delete it" * header[0].startswith("sep=")  # which spreadsheets put before it
+                wanted = f"{where}: this line must name the columns, each by a name of its own{way_out}"
+                is_header = len(set(header)) == len(header) and not way_out
+                check(is_header, f"{wanted}, got {show(', '.join(header))}", TinyldError)
+            elif header and values and (empty or not is_blank):
+                if len(values) != len(header):
+                    stray = f"the header has {len(header)}; look for a stray {separator!r}"
+                    stray += " (columns are parted by , ; or tabs)" * (len(header) == 1)
+                    raise TinyldError(f"{where}: {len(values)} columns, {stray}")
+                yield where, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
 
 
 def parted(text: str) -> list[str]:

@@ -1,15 +1,13 @@
-"""Files of rows (TSV, CSV, JSONL): where a task's are, and what of it each row asks. Text only."""
+"""A task's rows: where their files are, and what each row asks. Text only."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,18 +16,13 @@ from typing import TYPE_CHECKING, Any
 from tinyld import download
 from tinyld.config import check
 from tinyld.errors import TinyldError, show
-from tinyld.read import PAIR, ROWS_BYTES, clean, line_rows, parted, read_text
+from tinyld.read import PAIR, SUFFIXES, Row, clean, parted, read_rows
 from tinyld.writing import fold
 
 if TYPE_CHECKING:
     from tinyld.tasks import Task
 
 SPLITS = ("train", "dev", "test")
-TABLES = {".tsv": "\t", ".csv": ","}  # and what is usually between their cells
-SUFFIXES = (*TABLES, ".jsonl")
-Row = tuple[str, dict[str, Any]]  # file and line, column -> value
-QUOTED = re.compile('(?s)""|"(?=.*"")(?:[^"]|"")+"')  # a cell with quotes or with nothing in it, as CSV has one
-OPENED, CLOSED = re.compile('"(?!.*"$)'), re.compile('(?!").*"')  # what a cell of several lines begins and ends with
 GAP, GAP_MARK = re.compile("_{3,}"), "____"  # where a text is to be filled
 GAPS = 4  # that training makes in each text
 HELD_OUT = 10  # one row in so many is kept for dev, where there is no dev file
@@ -43,9 +36,8 @@ class Example:
     answer: str  # the verbalizer's words, or the text to generate; "" where it is asked for
     label: int | None  # index into `Task.labels`; None for a generation task
     references: tuple[str, ...] = ()  # generation, where several texts are right: all of them, `answer` the first
-    is_numbered: bool = field(
-        default=False, compare=False
-    )  # its row had a number for the label, by the order of `Task.labels`
+    # whether its row had a number for the label, by the order of `Task.labels`
+    is_numbered: bool = field(default=False, compare=False)
 
     @property
     def asked(self) -> str:
@@ -151,67 +143,6 @@ def files_of(task: Task, *folders: str | Path | None) -> list[Path]:
     return [task.path, *map(Path, task.data.values()), *given, *filter(None, inside)]
 
 
-def read_rows(path: Path, empty: bool = False) -> Iterator[Row]:
-    """Each row of a TSV, CSV or JSONL file, or of a .txt file, whose lines are the column `text`; with `empty` also
-    rows of a table that hold empty cells alone, and blank lines of text. TinyldError where there is none."""
-    suffix = path.suffix.lower()
-    if suffix not in (*SUFFIXES, ".txt"):
-        raise TinyldError(f"{path}: the name must end in {', '.join(SUFFIXES)} or .txt")
-    found = empty and suffix == ".txt"  # in which there may be nothing, as in an empty pipe
-    for row in _table_rows(path, TABLES[suffix], empty) if suffix in TABLES else line_rows(path, ROWS_BYTES, empty):
-        found = True
-        yield row
-    check(found, f"{path}: there are no rows in it", TinyldError)
-
-
-def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
-    text = read_text(path, ROWS_BYTES)
-    head = re.match(r"\s*([^\r\n]*)", text)[1]
-    csv.field_size_limit(2**31 - 1)  # the largest that a C long holds everywhere
-
-    def cells(text: str, separator: str, is_plain: bool, **how: bool) -> Any:
-        """A reader; in most TSV, which is plain, a quote is an ordinary character."""
-        quoting, source = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL, io.StringIO(text, newline="")
-        return csv.reader(source, delimiter=separator, quoting=quoting, skipinitialspace=f"{separator} " in head, **how)
-
-    def columns(separator: str) -> int:
-        """By it, where the first rows have as many as the header."""
-        widths = {len(v) for v in islice(cells(text[: 1 << 20], separator, separator == "\t"), 20) if any(v)}
-        return widths.pop() if len(widths) == 1 else 0
-
-    there = [own for own in (separator, *",;\t") if own in head]  # spreadsheets write ; in much of Europe
-    separator = max(there, key=columns, default=separator)
-    is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
-    reader, header, start, is_open = cells(text, separator, is_plain, strict=True), [], 1, False
-    try:
-        for values in reader:
-            where, start = f"{path}: line {start}", reader.line_num + 1
-            values = values or [""] * (len(header) == 1)  # a spreadsheet's empty cell of a lone column
-            was_open, is_open = is_open, is_plain and bool(values) and OPENED.match(values[-1]) is not None
-            if (was_open and values and CLOSED.fullmatch(values[0])) or (is_open and len(values) < len(header)):
-                lines = "a cell in quotes has several lines here, which no table with tabs has"
-                raise TinyldError(f"{where}: {lines}; save it with commas")
-            if is_plain:  # but for what pandas or Python's csv wrote
-                values = [v[1:-1].replace('""', '"') if QUOTED.fullmatch(v) else v for v in values]
-            while len(values) > max(1, len(header)) and not values[-1].strip():  # as spreadsheets fill up rows
-                values.pop()
-            is_blank = not any(value.strip() for value in values)
-            if not header and not is_blank:
-                header = [clean(value) for value in values]
-                way_out = "; delete it" * header[0].startswith("sep=")  # which spreadsheets put before it
-                wanted = f"{where}: this line must name the columns, each by a name of its own{way_out}"
-                is_header = len(set(header)) == len(header) and not way_out
-                check(is_header, f"{wanted}, got {show(', '.join(header))}", TinyldError)
-            elif header and values and (empty or not is_blank):
-                if len(values) != len(header):
-                    stray = f"the header has {len(header)}; look for a stray {separator!r}"
-                    stray += " (columns are parted by , ; or tabs)" * (len(header) == 1)
-                    raise TinyldError(f"{where}: {len(values)} columns, {stray}")
-                yield where, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise TinyldError(f"{path}: line {start}: {error}; check the quotes") from None
-
-
 def cell(row: dict[str, Any], column: str, where: str, key: str = "") -> str:
     """The row's text in `column`, cleaned; refuses a missing, empty or structured value. key: of the task file, if
     there is one, which says what the column is called."""
@@ -276,6 +207,7 @@ def load_split(
 def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     examples, answers, gaps = [], list(task.verbalizer.values()), 0
     labels = {name: i for i, name in enumerate(task.labels)}
+    alike = {_alike(name): name for name in labels}
     # All labels may be numbers instead, where no name is one, and the order is not just that of the rows.
     no_number = not any(re.fullmatch(r"[-+.\d]+", name) for name in labels)
     may_be_numbers = no_number and task.path.suffix.lower() not in SUFFIXES
@@ -293,10 +225,10 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
             examples.append(replace(example, answer=right[0], references=right if len(right) > 1 else ()))
             continue
         name = cell(row, str(task.label_column), where, "label_column" * task.is_users)
-        if may_be_numbers and not examples and name not in labels:
+        if may_be_numbers and not examples and _alike(name) not in alike:
             labels = {str(i): i for i in range(len(labels))}
-        forms = (name, name.removesuffix(".0"), f"{name}.0")  # pandas writes 1 as 1.0 in a column with a gap
-        name = next((form for form in forms if form in labels), name)
+            alike = {name: name for name in labels}
+        name = name if name in labels else alike.get(_alike(name), name)
         if name not in labels:
             numbers = f", or for all rows the numbers from 0 to {len(labels) - 1}" if may_be_numbers else ""
             unknown = f"unknown label {show(name)}{' among numbers' * (name in task.labels)}"
@@ -306,6 +238,11 @@ def _examples(task: Task, rows: Iterable[Row]) -> list[Example]:
     if 2 * gaps > len(examples):
         raise TinyldError(f"{where}: most texts have a gap; give whole texts, in which tinyld makes gaps by itself")
     return examples
+
+
+def _alike(label: str) -> str:
+    """What labels share that differ by who wrote them: pandas has 1.0 for 1 beside a gap, Python True for true."""
+    return re.sub(r"^([-+]?\d+)\.0$", r"\1", label.casefold())
 
 
 def prompt_of(task: Task, row: dict[str, Any], where: str, empty: str = "") -> Example:

@@ -188,7 +188,9 @@ class RunFolder:
     @property
     def results(self) -> Record:
         """What its training and evaluations found, so far."""
-        return self.read_json(RESULTS) if os.path.lexists(self.path / RESULTS) else Record()
+        return (
+            self.read_json(RESULTS) if os.path.lexists(self.path / RESULTS) else parse_json("{}", self.path / RESULTS)
+        )
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         return parse_tensors(self.read(name), self.path / name)

@@ -20,8 +20,8 @@ from tinyld.errors import TinyldError, plain, show
 from tinyld.options import PredictOptions
 from tinyld.predict import load
 from tinyld.progress import Progress, further, say, say_some, say_truncated
-from tinyld.read import LONGEST, lines_of
-from tinyld.rows import SUFFIXES, Row, files_of, read_rows
+from tinyld.read import LONGEST, SUFFIXES, Row, lines_of, read_rows
+from tinyld.rows import files_of
 from tinyld.tasks import Task, learned_files
 from tinyld.workspace import check_writable, keep_freed_memory, say_to_stderr
 from tinyld.write import write_atomic
