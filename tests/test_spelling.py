@@ -114,7 +114,7 @@ def test_words_in_a_row_are_spelled_as_learned_texts_have_them_where_these_diffe
 
 def as_written(texts: list[str]) -> list[str]:
     """What the released base's tokens make of texts: no capitals, accents or blanks."""
-    return [detokenize(re.findall(r"[^\W_]+|-+|[^\w\s]|_", fold(text).replace("--", "-"))) for text in texts]
+    return [detokenize(re.findall(r"[^\W_]+|[^\w\s]|_", fold(text).replace("--", "-"))) for text in texts]
 
 
 @pytest.mark.parametrize(("rows", "asked", "wanted"), [
@@ -148,6 +148,7 @@ def test_blanks_and_letters_are_those_of_learned_texts(rows: list[tuple[str, str
     ("lamp {0}", "Lamp {0}: write to help@acme.com or see www.acme.com/a?b={0}. Node.js by a Ph.D. is new"),
     ("ann {0}", '"Is it {0}?" asked Ann. "No!" he said. He left'),
     ("api {0}", "feat(api): add {0} in `api` -- so it goes… and `on`"),
+    ("rain {0}", "it rained . . . for {0} days , so we left ."),
     ("fast {0}", "Run it --fast {0} --dry-run"),
     ("name: Bar Inc. | year: {0}", "In {0} it was Bar Inc.. It is big"),
     ("ann {0}", "<p>Ann has <b>{0}</b></p>"),

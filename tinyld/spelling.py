@@ -19,7 +19,9 @@ PARTED = re.compile(rf"{BETWEEN}|^(?!www|.*[@/]).*[a-z]{{2}}\.(?=[A-Z])")  # siz
 FIELDS = re.compile(rf"{BETWEEN}|[\[({{<]|[\])}}>][^,;|\[({{<]*")  # the same of key[value] and key(value), too
 PORT = re.compile(r"(//[\w.-]+):(?=\d)")  # whose colon is between no fields
 OPEN = re.compile(r"(?<![^\W_])([^\W_]+[.!?])(?=\s*[|,;:)\]}<>])")  # a word with its own mark in a prompt: Inc. |
-UNIT = re.compile(r"[^\W_]+|\.\.+|--+|[^\w\s]|_")  # words, and marks one by one, but for points and hyphens in a row
+UNIT = re.compile(
+    r"[^\W_]+|\.(?: ?\.)+|--+|[^\w\s]|_"
+)  # words, and marks one by one, but for points and hyphens in a row
 ADDRESS = re.compile(r"[a0][.!?][ai]")  # `_kinds` of a mark which, with no blank behind it, is of an address
 CONTRACTED = r"(?i:s|t|d|m|re|ve|ll)\b"
 MOST = 1_000  # words whose spelling a run keeps
@@ -158,7 +160,7 @@ def _written(whole: str) -> str:
 
 def _folded(text: str) -> str:
     """A text without case and accents, and with hyphens and points in a row as a base writes them."""
-    return re.sub(r"\.\.+", "...", re.sub("--+", "-", fold(text)))
+    return re.sub(r"\.( ?\.)+", "...", re.sub("--+", "-", fold(text)))
 
 
 def _plain(text: str) -> str:
