@@ -134,15 +134,11 @@ def _table_rows(path: Path, separator: str, empty: bool) -> Iterator[Row]:
         widths = {len(v) for v in islice(cells(text[: 1 << 20], separator, separator == "\t"), 20) if any(v)}
         return widths.pop() if len(widths) == 1 else 0
 
-    widths = {
-        own: columns(own) for own in (separator, *",;\t") if own in head
-    }  # spreadsheets write ; in much of Europe
-    separator = max(widths, key=widths.__getitem__, default=separator)
-    level = [own for own, n in widths.items() if n == widths[separator] > 1]
-    either = (
-        f"{path}: its columns may be parted by {' or by '.join(map(repr, level))}; put cells that hold one in quotes"
-    )
-    check(len(level) < 2, either, TinyldError)
+    there = {own: columns(own) for own in (separator, *",;\t") if own in head}  # spreadsheets write ; in much of Europe
+    separator = max(there, key=there.__getitem__, default=separator)
+    either = " or by ".join(repr(own) for own, n in there.items() if n == there[separator] > 1)
+    level = f"{path}: its columns may be parted by {either}; put cells that hold one in quotes"
+    check(" or " not in either, level, TinyldError)
     is_plain = separator == "\t" and not all(re.fullmatch('".*"', name.strip()) for name in head.split("\t"))
     reader, header, start, is_open = cells(text, separator, is_plain, strict=True), [], 1, False
     try:
