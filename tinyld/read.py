@@ -98,10 +98,11 @@ def line_rows(path: Path, limit: int, empty: bool = False, hint: Any = dict) -> 
     """(where, row) of each line of a .txt, .txt.gz or .jsonl file: an object of types as in `hint`, or the line as its
     `text`; of text blank lines too, if `empty`."""
     suffix = path.suffix.lower()
+    way_out = "give an object a line (pandas: orient='records', lines=True)"
     with opened(path, limit) as file:
         for where, line in lines_of(gzip.GzipFile(fileobj=file) if suffix == ".gz" else file, path):
-            listed = f"{where}: a list, not of type dict: give an object a line (pandas: orient='records', lines=True)"
-            check(suffix != ".jsonl" or line[:1] != "[", listed, TinyldError)
+            is_object = suffix != ".jsonl" or line[:1] != "["
+            check(is_object, f"{where}: a list is not of type dict: {way_out}", TinyldError)
             if line.strip() or (empty and suffix != ".jsonl"):
                 yield where, parse_json(line, where, hint) if suffix == ".jsonl" else {"text": line}
 
